@@ -1,0 +1,38 @@
+"""pyqemb: the training system behind Qwen3 Embedding, as a library.
+
+Names load on first use, so that `pyqemb --help` does not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Embedder": "pyqemb.model.embedder",
+    "PackedBatch": "pyqemb.data.batch",
+    "GradCache": "pyqemb.train.grad_cache",
+    "train": "pyqemb.train",
+    "merge": "pyqemb.merge",
+    "evaluate": "pyqemb.eval",
+    "mine": "pyqemb.curate",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from pyqemb.curate import mine as mine
+    from pyqemb.data.batch import PackedBatch as PackedBatch
+    from pyqemb.eval import evaluate as evaluate
+    from pyqemb.merge import merge as merge
+    from pyqemb.model.embedder import Embedder as Embedder
+    from pyqemb.train import train as train
+    from pyqemb.train.grad_cache import GradCache as GradCache
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'pyqemb' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,40 @@
+"""The command line: `pyqemb VERB`. One module per verb, imported only when it is called, so that --help stays quick."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pyqemb import __version__
+from pyqemb.errors import PyqembError
+
+VERBS = {
+    "demo": "the whole recipe on the data that ships with pyqemb: a model, a table and a report",
+    "train": "train an embedding model from a TOML or YAML file",
+    "merge": "blend checkpoints into one (slerp, linear, karcher)",
+    "evaluate": "measure a model on a retrieval, STS or bitext folder",
+    "mine": "add hard negatives to training pairs",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns 0 done, 2 bad configuration or arguments, 3 bad data, 75 interrupted and resumable."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="pyqemb", description="Train, merge and measure text embedding models.")
+    parser.add_argument("--version", action="version", version=f"pyqemb {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    run = None
+    for verb, help_line in VERBS.items():
+        child = verbs.add_parser(verb, help=help_line, description=help_line)
+        if verb == chosen:
+            module = import_module(f"pyqemb.cli.{verb}")
+            module.add_arguments(child)
+            run = module.run
+    namespace = parser.parse_args(arguments)
+    assert run is not None
+    try:
+        return run(namespace)
+    except PyqembError as error:
+        print(f"pyqemb {namespace.verb}: {error}", file=sys.stderr)
+        return error.exit_code

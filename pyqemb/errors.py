@@ -1,0 +1,29 @@
+"""What can go wrong in a user's words, each with the exit code that the command line returns."""
+
+
+class PyqembError(Exception):
+    """Base of all errors that pyqemb raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(PyqembError, ValueError):
+    """A configuration or argument that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(PyqembError, ValueError):
+    """A file that cannot be read, or that does not hold what it should."""
+
+    exit_code = 3
+
+
+class CheckpointError(DataError):
+    """A model folder or training checkpoint that is missing something, damaged, or of another shape."""
+
+
+class Interrupted(PyqembError):
+    """Training stopped on request after saving; `--resume auto` continues it."""
+
+    exit_code = 75
