@@ -1,0 +1,1 @@
+"""Text pairs in, packed token batches out: example -> tokenizer -> batch -> loader."""

@@ -1,0 +1,161 @@
+"""Text to token ids: the instruction template for queries, the end token for everyone.
+
+The pooled token is the appended `<|endoftext|>`. It is also the pad token of the released checkpoints, so it is found
+by position (last of its sequence), never by searching for its id.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pyqemb.errors import ConfigError, DataError
+
+END_TOKEN = "<|endoftext|>"
+TEMPLATE = "Instruct: {task}\nQuery:{query}"
+_COPIED = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer that appends the end token exactly once, also when it truncates.
+
+    `max_length` counts the end token; None means no truncation. `files` are neighbours of tokenizer.json (name to
+    content) that `save` hands on.
+    """
+
+    template = TEMPLATE
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, max_length: int | None = None, files: Mapping[str, bytes] | None = None
+    ):
+        end_id = backend.token_to_id(END_TOKEN)
+        if end_id is None:
+            raise DataError(f"the tokenizer has no token {END_TOKEN!r}, which is the one that is pooled")
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must be at least 1 (the end token), got {max_length}")
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.end_id, self.max_length = backend, end_id, max_length
+        self.files = dict(files or {})
+        if not self._appends_end():
+            self._append_end()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Tokenizer":
+        """Read a folder's tokenizer.json. `max_length` None: what sentence_bert_config.json says, else no limit."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise DataError(f"{folder}: has no tokenizer.json") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception for anything it cannot parse
+            raise DataError(f"{path}: not a tokenizer: {error}") from error
+        if max_length is None:
+            max_length = _stored_max_length(folder / "sentence_bert_config.json")
+        names = [name for name in (*_COPIED, "tokenizer_config.json") if (folder / name).is_file()]
+        try:
+            return cls(backend, max_length, {name: (folder / name).read_bytes() for name in names})
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from error
+
+    def with_max_length(self, max_length: int | None) -> "Tokenizer":
+        """The same tokenizer with another limit."""
+        return Tokenizer(self.backend, max_length, self.files)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of raw texts, end token last."""
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, got one text")
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        if self.max_length is None:
+            return [encoding.ids for encoding in encodings]
+        return [self._truncate(encoding.ids, self.max_length) for encoding in encodings]
+
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str | Sequence[str | None] | None = None
+    ) -> list[list[int]]:
+        """Token ids of `Instruct: {task}\\nQuery:{query}`, end token last.
+
+        One instruction serves all texts, or one comes with each; None leaves the query raw.
+        """
+        return self.encode_documents(self.format_queries(texts, instruction))
+
+    @classmethod
+    def format_queries(cls, texts: Sequence[str], instruction: str | Sequence[str | None] | None = None) -> list[str]:
+        """The texts that `encode_queries` tokenises."""
+        tasks = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else list(instruction)
+        if len(tasks) != len(texts):
+            raise ValueError(f"expected one instruction for each of {len(texts)} texts, got {len(tasks)}")
+        return [
+            text if task is None else cls.template.format(task=task, query=text)
+            for text, task in zip(texts, tasks, strict=True)
+        ]
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json (it appends the end token by itself), tokenizer_config.json, and the files it came with."""
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(self._tokenizer_config(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        stored = _read_object(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+        stored.pop("auto_map", None)
+        # transformers 4 cannot load the class names that transformers 5 writes.
+        if stored.get("tokenizer_class") in (None, "TokenizersBackend"):
+            stored["tokenizer_class"] = "PreTrainedTokenizerFast"
+        stored.setdefault("eos_token", END_TOKEN)
+        stored.update(pad_token=END_TOKEN, padding_side="left")
+        if self.max_length is not None:
+            stored["model_max_length"] = self.max_length
+        return stored
+
+    def _truncate(self, ids: list[int], limit: int) -> list[int]:
+        return ids if len(ids) <= limit else [*ids[: limit - 1], self.end_id]
+
+    def _appends_end(self) -> bool:
+        without = self.backend.encode("a", add_special_tokens=False).ids
+        return self.backend.encode("a", add_special_tokens=True).ids[len(without) :][-1:] == [self.end_id]
+
+    def _append_end(self) -> None:
+        end = tokenizers.processors.TemplateProcessing(
+            single=f"$A {END_TOKEN}", pair=f"$A {END_TOKEN} $B {END_TOKEN}", special_tokens=[(END_TOKEN, self.end_id)]
+        )
+        before = self.backend.post_processor
+        self.backend.post_processor = end if before is None else tokenizers.processors.Sequence([before, end])
+        if not self._appends_end():
+            raise DataError(f"the tokenizer's post-processor cannot be made to append {END_TOKEN!r}")
+
+
+def _stored_max_length(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    value = _read_object(path.read_bytes(), str(path)).get("max_seq_length")
+    if value is not None and (type(value) is not int or value < 1):
+        raise DataError(f"{path}: max_seq_length must be a positive number, got {value!r}")
+    return value
+
+
+def _read_object(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{name}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: expected a JSON object")
+    return value

@@ -1,0 +1,199 @@
+"""Weights in safetensors: read one by one from a single or sharded folder, loaded into a model, written atomically."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pyqemb.data.files import atomic_file
+from pyqemb.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt"
+_SHOWN = 5  # names in an error before "and n more"
+
+
+class Tensors(Mapping[str, torch.Tensor]):
+    """A folder's tensors by name; each is read from the disk when it is asked for.
+
+    Names come without the `model.` prefix; the language-model head is left out. CheckpointError names the file that is
+    missing, damaged or outside the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._home: dict[str, tuple[Path, str]] = {}
+        self._open: dict[Path, Any] = {}
+        for path, promised in _weight_files(self.folder):
+            stored = set(self._handle(path).keys())
+            if promised is not None and stored != promised:
+                raise CheckpointError(
+                    f"{path}: does not hold what {INDEX} says: missing {_some(promised - stored)}, "
+                    f"surplus {_some(stored - promised)}"
+                )
+            for name in sorted(stored - {"lm_head.weight"}):
+                ours = name.removeprefix("model.")
+                if ours in self._home:
+                    raise CheckpointError(f"{path}: {ours} is there twice")
+                self._home[ours] = path, name
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path, stored = self._home[name]
+        try:
+            return self._handle(path).get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in the order of the index."""
+        return list(self._open)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._home[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header: nothing is read."""
+        path, stored = self._home[name]
+        return tuple(self._handle(path).get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """From the header; CheckpointError for anything but float64, float32, bfloat16 and float16."""
+        path, stored = self._home[name]
+        dtype = self._handle(path).get_slice(stored).get_dtype()
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {error}") from error
+        return self._open[path]
+
+
+def read_tensors(folder: str | Path) -> Tensors:
+    """The tensors of a model folder as a lazy mapping from name to tensor."""
+    return Tensors(folder)
+
+
+def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Fill `module` (it may live on the meta device) from a folder; dtype None keeps the stored one.
+
+    CheckpointError, naming the tensor, for missing and surplus names, other shapes or dtypes, NaN and infinity.
+    """
+    tensors = read_tensors(folder)
+    wanted = dict(module.named_parameters())
+    missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing or surplus:
+        raise CheckpointError(
+            f"{tensors.folder}: the weights are not those of config.json: "
+            f"missing {_some(missing)}, surplus {_some(surplus)}"
+        )
+    for name, parameter in wanted.items():
+        if tensors.shape(name) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{tensors.file(name)}: {name} has shape {list(tensors.shape(name))}, "
+                f"config.json asks for {list(parameter.shape)}"
+            )
+    if dtype is None:
+        dtype = widest_dtype(tensors)
+    # Copies: the mapped file may be replaced or changed while the model lives.
+    module.load_state_dict({name: _finite(tensors, name).to(dtype, copy=True) for name in wanted}, assign=True)
+    module.requires_grad_(True)
+
+
+def widest_dtype(tensors: Tensors) -> torch.dtype:
+    """The stored dtype, or the narrowest that holds them all where they differ."""
+    widest = torch.bfloat16 if not len(tensors) else tensors.dtype(next(iter(tensors)))
+    for name in tensors:
+        widest = torch.promote_types(widest, tensors.dtype(name))
+    return widest
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to one file: a temporary one beside it, synced, renamed. An old file stays whole until then."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with atomic_file(path) as temporary:
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: could not be written: {error}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _finite(tensors: Tensors, name: str) -> torch.Tensor:
+    tensor = tensors[name]
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{tensors.file(name)}: {name} holds NaN or infinity")
+    return tensor
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+    """The safetensors files of a folder, each with the names that the index promises (None without an index)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if (folder / WEIGHTS).is_file():
+        return [(folder / WEIGHTS, None)]
+    index = folder / INDEX
+    if not index.is_file():
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{hint}")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        promised: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            promised.setdefault(file, set()).add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: expected a weight_map of tensor name to file: {error!r}") from error
+    return [(_inside(folder, index, file), names) for file, names in promised.items()]
+
+
+def _inside(folder: Path, index: Path, file: Any) -> Path:
+    """The path of a shard; an index may come from a stranger and must not reach files elsewhere."""
+    if not isinstance(file, str) or not file.endswith(".safetensors") or len(PurePosixPath(file).parts) != 1:
+        raise CheckpointError(f"{index}: weight_map may name .safetensors files of its own folder only, got {file!r}")
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file links to blobs/<hash>
+        allowed.append(root.parent.parent / "blobs")
+    path = folder / file
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{index}: {file!r} is a link that leaves the folder")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, though {INDEX} names it")
+    return path
+
+
+def _some(names: Any) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return (", ".join(shown[:_SHOWN]) or "none") + more

@@ -1,0 +1,302 @@
+"""Embedder: the packed Qwen3, its tokenizer and its pooling. Texts or packed tokens in, unit vectors out.
+
+Legend: B sequences, T packed tokens, E hidden size.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyqemb import ops
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import WEIGHTS, load_weights, write_safetensors
+from pyqemb.model.config import Qwen3Config
+from pyqemb.model.portable import (
+    DEFAULT_PROMPTS,
+    POOLINGS,
+    check_digests,
+    portable_folder,
+    read_pooling,
+    read_prompts,
+)
+from pyqemb.model.qwen3 import Qwen3Model
+
+Attention = Literal["causal", "bidirectional"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+_TEXTS_AT_ONCE = 32768  # tokenised together, so that a large corpus never lies in memory as token lists
+
+
+class Embedder(nn.Module):
+    """A text embedding model.
+
+    `model` is the Qwen3Model; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
+    text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Model,
+        tokenizer: Tokenizer,
+        pooling: str = "last",
+        prompts: Mapping[str, str] = DEFAULT_PROMPTS,
+        matryoshka: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+        self.model, self.config, self.pooling = model, config, pooling
+        self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or config.max_position_embeddings)
+        self.prompts = dict(prompts)
+        self.matryoshka = tuple(matryoshka) if matryoshka else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        attention: Attention | None = None,
+        pooling: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int | None = None,
+    ) -> "Embedder":
+        """Load a Hugging Face Qwen3 folder, or download one by its hub id (`org/name`).
+
+        None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by
+        1_Pooling/config.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json.
+        Raises CheckpointError, naming the file, for anything missing, damaged or unsafe.
+        """
+        path = _local(folder)
+        config = _with_attention(Qwen3Config.from_folder(path), attention)
+        tokenizer = Tokenizer.from_folder(path, max_length)
+        pooling = read_pooling(path) if pooling is None else pooling
+        with torch.device("meta"):
+            model = Qwen3Model(config)
+        embedder = cls(model, tokenizer, pooling, read_prompts(path), config.extra.get("matryoshka_dimensions"))
+        check_digests(path)
+        load_weights(model, path, _dtype(dtype))
+        return embedder
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Qwen3Config,
+        tokenizer: Tokenizer,
+        seed: int = 0,
+        attention: Attention | None = None,
+        pooling: str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "Embedder":
+        """An untrained model: normal weights of deviation `initializer_range`, norms one. The same for the same seed.
+
+        torch's global random state is neither used nor changed.
+        """
+        config = _with_attention(config, attention)
+        with torch.device("meta"):
+            model = Qwen3Model(config)
+        model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, config.initializer_range, generator=generator)
+        return cls(model.to(_dtype(dtype) or torch.float32), tokenizer, pooling or "last")
+
+    @property
+    def attention(self) -> Attention:
+        return "causal" if self.config.is_causal else "bidirectional"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def default_instruction(self) -> str | None:
+        """The task sentence inside the query prompt; None where the prompt is empty or of another form."""
+        before, after = TEMPLATE.format(task="\0", query="").split("\0")
+        prompt = self.prompts.get("query", "")
+        fits = prompt.startswith(before) and prompt.endswith(after)
+        return prompt[len(before) : len(prompt) - len(after)] if fits else None
+
+    @default_instruction.setter
+    def default_instruction(self, task: str | None) -> None:
+        self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
+
+    def forward(self, batch: PackedBatch, dim: int | None = None) -> torch.Tensor:
+        """Unit vectors [B, dim or E] of packed token ids, differentiable. An empty sequence gives a zero row.
+
+        `dim` keeps the first components and normalises them again (Matryoshka).
+        """
+        self._check(batch, dim)
+        if self.pooling == "mean":
+            return _mean_pool(self.model(batch), batch, dim)
+        # Only the last tokens leave the last layer: the rest of its work would be thrown away.
+        _, cu_last = batch.last_tokens()
+        norm = self.model.norm
+        hidden_BE = self.model(batch, last_only=True)
+        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=norm.weight, eps=norm.eps, dim=dim)
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states [T, E] after the final norm."""
+        self._check(batch, None)
+        return self.model(batch)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | Sequence[str | None] | None = None,
+        dim: int | None = None,
+        tokens_per_chunk: int = 16384,
+    ) -> np.ndarray:
+        """float32 unit vectors [len(texts), dim or E] in the order of the texts; [dim] for a single text.
+
+        With an `instruction` (one, or one a text) the texts are queries, without it they are taken as they are.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], instruction, dim, tokens_per_chunk)[0]
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"expected texts, got {type(text).__name__} at index {index}")
+        texts = self.tokenizer.format_queries(texts, instruction)
+        self._check_dim(dim)
+        vectors = np.zeros((len(texts), dim or self.config.hidden_size), dtype=np.float32)
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            window = vectors[first : first + _TEXTS_AT_ONCE]
+            window[:] = self._encode(texts[first : first + _TEXTS_AT_ONCE], dim, tokens_per_chunk)
+        return vectors
+
+    def encode_query(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> np.ndarray:
+        """`encode` for queries: with the prompt stored in the checkpoint unless an instruction is given."""
+        if instruction is not None:
+            return self.encode(texts, instruction, **options)
+        return self.encode(_prefixed(self.prompts.get("query", ""), texts), **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """`encode` for documents: raw texts, after the checkpoint's document prompt where it has one."""
+        return self.encode(_prefixed(self.prompts.get("document", ""), texts), **options)
+
+    @staticmethod
+    def similarity(a: Any, b: Any) -> Any:
+        """Dot products [len(a), len(b)] of two sets of vectors; numpy for numpy, torch for torch."""
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            a, b = torch.as_tensor(a), torch.as_tensor(b)
+            return torch.atleast_2d(a) @ torch.atleast_2d(b).T
+        return np.atleast_2d(a) @ np.atleast_2d(b).T
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the folder that sentence-transformers, transformers, vLLM and TEI load, all or nothing.
+
+        `dtype` None keeps the parameters' own. An existing model folder is replaced when the new one is complete;
+        any other non-empty folder is refused (ConfigError). `provenance` is kept in pyqemb.json.
+        """
+        stored = _dtype(dtype) or self.dtype
+        weights = {name: parameter.detach().to(stored) for name, parameter in self.model.named_parameters()}
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {stored}")
+        with portable_folder(
+            folder,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            pooling=self.pooling,
+            prompts=self.prompts,
+            matryoshka=self.matryoshka,
+            provenance=provenance,
+        ) as temporary:
+            write_safetensors(temporary / WEIGHTS, weights)
+        return Path(folder)
+
+    @torch.inference_mode()
+    def _encode(self, texts: Sequence[str], dim: int | None, tokens_per_chunk: int) -> np.ndarray:
+        """Sorted by length, so that a chunk's sequences are alike, and put back in order at the end."""
+        tokens = self.tokenizer.encode_documents(texts)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        chunks = PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk)
+        sorted_BE = torch.cat([self(chunk.to(self.device), dim).float().cpu() for chunk in chunks])
+        vectors_BE = torch.empty_like(sorted_BE)
+        vectors_BE[order] = sorted_BE
+        return vectors_BE.numpy()
+
+    def _check(self, batch: PackedBatch, dim: int | None) -> None:
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
+        self._check_dim(dim)
+        ids = batch.input_ids_T
+        if ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
+            low, high = (int(value) for value in torch.aminmax(ids))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise IndexError(f"input_ids_T must lie in 0..{self.config.vocab_size - 1} (vocab_size), got {wrong}")
+
+    def _check_dim(self, dim: int | None) -> None:
+        if dim is not None and not (isinstance(dim, int) and 1 <= dim <= self.config.hidden_size):
+            raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
+
+
+def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> torch.Tensor:
+    wide_TE = hidden_TE.to(torch.promote_types(hidden_TE.dtype, torch.float32))
+    lengths = batch.cu_seqlens.diff().long()
+    owner_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
+    sums_BE = wide_TE.new_zeros(batch.num_sequences, wide_TE.shape[1]).index_add(0, owner_T, wide_TE)
+    return F.normalize(sums_BE[:, :dim], dim=-1, eps=1e-12)  # the direction of the sum is that of the mean
+
+
+def _with_attention(config: Qwen3Config, attention: str | None) -> Qwen3Config:
+    if attention not in (None, "causal", "bidirectional"):
+        raise ConfigError(f"attention must be 'causal', 'bidirectional' or None, got {attention!r}")
+    return config if attention is None else replace(config, is_causal=attention == "causal")
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    return chosen
+
+
+def _prefixed(prefix: str, texts: str | Sequence[str]) -> str | Sequence[str]:
+    if not prefix:
+        return texts
+    return prefix + texts if isinstance(texts, str) else [prefix + text for text in texts]
+
+
+def _local(folder: str | Path) -> Path:
+    """An existing folder as it is; `org/name` from the hub, weights and plain text files only."""
+    path = Path(folder)
+    if path.exists() or not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
+        if not path.is_dir():
+            raise CheckpointError(f"{folder}: no such model folder")
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: no such folder here; to download it as a hub id: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error

@@ -1,0 +1,201 @@
+"""The model folder that sentence-transformers, transformers, vLLM and TEI all load.
+
+The layout is the oldest one that each of them still reads: module names and pooling keys of sentence-transformers
+before 5.4, the rotary base under both of its names, weights without prefix, a tokenizer.json that appends the end token.
+Newer names would be refused, or silently misread, by installations that are still in use.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyqemb import __version__
+from pyqemb.data.files import atomic_folder
+from pyqemb.data.tokenizer import END_TOKEN, TEMPLATE, Tokenizer
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
+from pyqemb.model.config import Qwen3Config
+
+POOLINGS = {"last": "lasttoken", "mean": "mean"}
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+DEFAULT_PROMPTS = {"query": TEMPLATE.format(task=DEFAULT_INSTRUCTION, query=""), "document": ""}
+CONTRACT = "pyqemb.json"
+_MODE_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+@contextmanager
+def portable_folder(
+    target: str | Path,
+    *,
+    config: Qwen3Config,
+    tokenizer: Tokenizer,
+    pooling: str = "last",
+    prompts: Mapping[str, str] = DEFAULT_PROMPTS,
+    matryoshka: Sequence[int] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`.
+
+    An existing model folder is replaced only once the new one is complete and on the disk; any other non-empty
+    folder is refused. `provenance` is kept in pyqemb.json.
+    """
+    target = Path(target)
+    _check_replaceable(target)
+    with atomic_folder(target) as folder:
+        yield folder
+        tensors = Tensors(folder)
+        dtype = str(widest_dtype(tensors)).removeprefix("torch.")
+        max_length = min(tokenizer.max_length or config.max_position_embeddings, config.max_position_embeddings)
+        tokenizer.with_max_length(max_length).save(folder)
+        files: dict[str, Any] = {
+            "config.json": _config_json(config, tokenizer.end_id, dtype, matryoshka),
+            "modules.json": _modules_json(),
+            "1_Pooling/config.json": _pooling_json(config.hidden_size, pooling),
+            "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+            "config_sentence_transformers.json": _prompts_json(prompts),
+            CONTRACT: {
+                "pyqemb_version": __version__,
+                "pooling": pooling,
+                "attention": "causal" if config.is_causal else "bidirectional",
+                "dims": list(matryoshka or [config.hidden_size]),
+                "end_token": END_TOKEN,
+                "end_token_id": tokenizer.end_id,
+                "query_template": TEMPLATE,
+                "max_length": max_length,
+                "sha256": {path.name: sha256(path) for path in tensors.files},
+                "provenance": dict(provenance or {}),
+            },
+        }
+        (folder / "2_Normalize").mkdir()
+        (folder / "1_Pooling").mkdir()
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(target.name, config, prompts), encoding="utf-8")
+
+
+def read_pooling(folder: Path) -> str:
+    """The pooling module's mode ("last" or "mean"), in either of its spellings; "last" for a plain model folder."""
+    path = folder / "1_Pooling" / "config.json"
+    values = _read(path)
+    modes = values.get("pooling_mode", [mode for mode, key in _MODE_KEYS.items() if values.get(key) is True])
+    modes = [modes] if isinstance(modes, str) else modes
+    known = {theirs: ours for ours, theirs in POOLINGS.items()}
+    if values and (not isinstance(modes, list) or len(modes) != 1 or modes[0] not in known):
+        raise CheckpointError(f"{path}: pooling must be one of {', '.join(known)}, got {modes}")
+    return known[modes[0]] if values else "last"
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """What encode_query and encode_document put before a text; the paper's prompts where the folder has none."""
+    path = folder / "config_sentence_transformers.json"
+    prompts = _read(path).get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"{path}: prompts must map names to texts, got {prompts!r}")
+    return {**DEFAULT_PROMPTS, **prompts}
+
+
+def check_digests(folder: Path) -> None:
+    """Compare the weight files with the digests that pyqemb.json recorded, if there is one."""
+    digests = _read(folder / CONTRACT).get("sha256") or {}
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{folder / CONTRACT}: sha256 must map file names to digests")
+    for name, digest in digests.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though {CONTRACT} names it")
+        if sha256(path) != digest:
+            raise CheckpointError(
+                f"{path}: its content is not what {CONTRACT} recorded: damaged, or written by another tool "
+                f"(in that case remove {CONTRACT})"
+            )
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target}: is a file; a model folder cannot take its place")
+    if any(target.iterdir()) and not ((target / "config.json").is_file() and any(target.glob("*.safetensors"))):
+        raise ConfigError(f"{target}: is not empty and not a model folder; refusing to replace it")
+
+
+def _config_json(config: Qwen3Config, end_id: int, dtype: str, matryoshka: Sequence[int] | None) -> dict[str, Any]:
+    values = config.to_dict()
+    values["eos_token_id"] = end_id if config.eos_token_id is None else config.eos_token_id
+    values["dtype"] = values["torch_dtype"] = dtype
+    if matryoshka:
+        values["is_matryoshka"], values["matryoshka_dimensions"] = True, sorted(matryoshka, reverse=True)
+    return values
+
+
+def _modules_json() -> list[dict[str, Any]]:
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    return [
+        {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for idx, (path, name) in enumerate(modules)
+    ]
+
+
+def _pooling_json(hidden_size: int, pooling: str) -> dict[str, Any]:
+    modes = {key: mode == POOLINGS[pooling] for mode, key in _MODE_KEYS.items()}
+    return {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True}
+
+
+def _prompts_json(prompts: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "__version__": {"sentence_transformers": "5.1.2", "transformers": "4.57.1", "pytorch": "2.8.0"},
+        "prompts": dict(prompts),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+
+
+def _model_card(name: str, config: Qwen3Config, prompts: Mapping[str, str]) -> str:
+    attention = "causal" if config.is_causal else "bidirectional (needs transformers 5.3 or later)"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+tags:
+- sentence-transformers
+- feature-extraction
+- pyqemb
+---
+# {name}
+
+A text embedding model of {config.hidden_size} dimensions with {attention} attention, trained with pyqemb {__version__}.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["..."])
+documents = model.encode_document(["..."])
+print(model.similarity(queries, documents))
+```
+
+Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get("document", "")!r}`;
+`{END_TOKEN}` is appended to both by the tokenizer.
+"""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return values

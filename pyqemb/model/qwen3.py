@@ -1,0 +1,162 @@
+"""Qwen3 over packed tokens: RMSNorm, grouped heads with per-head q/k norm and rotary embedding, SwiGLU.
+
+Legend: T packed tokens, B sequences, S tokens that ask (T, or the last ones only), N query heads, K key heads,
+D head dim, E hidden. Parameter names are those of Hugging Face's Qwen3Model.
+Source: Qwen3 technical report, arXiv 2505.09388, section 2.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pyqemb import ops
+from pyqemb.data.batch import PackedBatch
+from pyqemb.model.config import Qwen3Config
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 where the storage is narrower."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin of every token's position, [T, 1, D / 2], made once for all layers; called, it turns heads."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def of(cls, positions_T: torch.Tensor, config: Qwen3Config, dtype: torch.dtype) -> "Rotary":
+        exponents = (
+            torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
+        )
+        angles = (positions_T.float()[:, None] * (1.0 / config.rope_theta**exponents))[:, None, :]
+        # bf16 and fp16 heads are turned in float32; float64 ones keep the float32 angles that the checkpoints know.
+        dtype = torch.promote_types(dtype, torch.float32)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def at(self, tokens: torch.Tensor) -> "Rotary":
+        return Rotary(self.cos[tokens], self.sin[tokens])
+
+    def __call__(self, x_TND: torch.Tensor) -> torch.Tensor:
+        first, second = x_TND.chunk(2, dim=-1)
+        left = torch.addcmul(first * self.cos, second, self.sin, value=-1)
+        right = torch.addcmul(second * self.cos, first, self.sin)
+        return torch.cat((left, right), dim=-1).to(x_TND.dtype)
+
+
+class Asking(NamedTuple):
+    """The tokens whose output is wanted from the last layer: their indices [S] and their own cu_seqlens."""
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+class Attention(nn.Module):
+    """Grouped-query attention inside each sequence, causal or bidirectional."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.head_dim, self.causal = config.head_dim, config.is_causal
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None
+    ) -> torch.Tensor:
+        asking_SE = x_TE if asking is None else x_TE[asking.tokens]
+        q_SND = self._heads(self.q_proj(asking_SE))
+        k_TKD, v_TKD = self._heads(self.k_proj(x_TE)), self._heads(self.v_proj(x_TE))
+        q_SND = (rotary if asking is None else rotary.at(asking.tokens))(self.q_norm(q_SND))
+        k_TKD = rotary(self.k_norm(k_TKD))
+        if asking is None:
+            out_SND = ops.varlen_attention(q_SND, k_TKD, v_TKD, cu_seqlens, causal=self.causal)
+        else:
+            # One query a sequence, the last: bottom-right aligned, it sees every key under both masks.
+            out_SND = ops.varlen_attention(
+                q_SND, k_TKD, v_TKD, asking.cu_seqlens, cu_seqlens_k=cu_seqlens, causal=self.causal
+            )
+        return self.o_proj(out_SND.flatten(1))
+
+    def _heads(self, x_TF: torch.Tensor) -> torch.Tensor:
+        return x_TF.view(len(x_TF), x_TF.shape[1] // self.head_dim, self.head_dim)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_SE)) * self.up_proj(x_SE))
+
+
+class Block(nn.Module):
+    """One decoder layer; with `asking`, only the tokens named there leave it."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None = None
+    ) -> torch.Tensor:
+        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, cu_seqlens, asking)
+        x_SE = (x_TE if asking is None else x_TE[asking.tokens]) + attended_SE
+        return x_SE + self.mlp(self.post_attention_layernorm(x_SE))
+
+
+class Qwen3Model(nn.Module):
+    """The decoder body: embeddings, blocks, final norm; no language-model head.
+
+    `checkpointing` = True recomputes each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: PackedBatch, *, last_only: bool = False) -> torch.Tensor:
+        """Hidden states [T, E] after the final norm.
+
+        With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to those
+        rows of the full pass; the last layer then asks for nothing else. `batch.last_tokens()` tells the rows' layout.
+        """
+        x_TE = self.embed_tokens(batch.input_ids_T)
+        rotary = Rotary.of(batch.positions_T, self.config, x_TE.dtype)
+        asking = Asking(*batch.last_tokens()) if last_only else None
+        for number, block in enumerate(self.layers, start=1):
+            wanted = asking if number == len(self.layers) else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x_TE = checkpoint(block, x_TE, rotary, batch.cu_seqlens, wanted, use_reentrant=False)
+            else:
+                x_TE = block(x_TE, rotary, batch.cu_seqlens, wanted)
+        return x_TE if last_only else self.norm(x_TE)
