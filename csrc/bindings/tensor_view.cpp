@@ -1,0 +1,116 @@
+#include "bindings/tensor_view.h"
+
+namespace qemb {
+namespace {
+
+// torch's dtype objects are singletons: compared by identity. Never freed, they outlive the interpreter's modules.
+struct Torch {
+    py::object tensor;
+    std::vector<std::pair<py::object, ScalarType>> types;
+
+    Torch() {
+        const py::module_ torch = py::module_::import("torch");
+        tensor = torch.attr("Tensor");
+        const std::pair<const char*, ScalarType> names[] = {
+            {"float32", ScalarType::kFloat32},   {"float64", ScalarType::kFloat64}, {"bfloat16", ScalarType::kBFloat16},
+            {"float16", ScalarType::kFloat16},   {"int32", ScalarType::kInt32},     {"int64", ScalarType::kInt64},
+        };
+        for (const auto& [name, type] : names) types.emplace_back(torch.attr(name), type);
+    }
+};
+
+const Torch& torch() {
+    static const Torch* const instance = new Torch;
+    return *instance;
+}
+
+std::vector<int64_t> integers(const py::handle& sequence) {
+    std::vector<int64_t> values;
+    for (const py::handle item : sequence) values.push_back(item.cast<int64_t>());
+    return values;
+}
+
+}  // namespace
+
+TensorView view_of(const char* op, const char* name, py::handle object) {
+    if (!py::isinstance(object, torch().tensor))
+        throw py::type_error(concat("[", op, "] ", name, " must be a torch.Tensor, got ",
+                                    py::str(py::type::of(object).attr("__name__")).cast<std::string>()));
+    TensorView view;
+    const py::object dtype = object.attr("dtype");
+    for (const auto& [known, type] : torch().types)
+        if (dtype.is(known)) view.type = type;
+    view.type_name = py::str(dtype).cast<std::string>();
+    view.shape = integers(object.attr("shape"));
+    view.stride = integers(object.attr("stride")());
+    view.on_cpu = object.attr("is_cpu").cast<bool>();
+    if (!view.on_cpu && object.attr("is_cuda").cast<bool>()) view.device_index = object.attr("get_device")().cast<int>();
+    view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+    return view;
+}
+
+const Argument& Argument::rank(int64_t wanted, const char* layout) const {
+    QEMB_CHECK(view.rank() == wanted, "[", op, "] ", name, " must have shape ", layout, ", got ", view.shape_text());
+    return *this;
+}
+
+const Argument& Argument::floating() const {
+    if (view.type > ScalarType::kFloat16)
+        throw py::type_error(concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", view.type_name));
+    QEMB_CHECK(view.on_cpu, "[", op, "] ", name, " must be on the CPU: this build has no kernels for another device");
+    return *this;
+}
+
+const Argument& Argument::type(ScalarType wanted, const char* wanted_name) const {
+    if (view.type != wanted)
+        throw py::type_error(concat("[", op, "] ", name, " must be ", wanted_name, ", got ", view.type_name));
+    QEMB_CHECK(view.on_cpu, "[", op, "] ", name, " must be on the CPU");
+    return *this;
+}
+
+const Argument& Argument::like(const Argument& other) const {
+    if (view.type != other->type)
+        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other->type_name, ", got ",
+                                    view.type_name));
+    QEMB_CHECK(view.on_cpu == other->on_cpu && view.device_index == other->device_index, "[", op, "] ", name,
+               " must be on the device of ", other.name);
+    return *this;
+}
+
+const Argument& Argument::contiguous() const {
+    QEMB_CHECK(view.contiguous(), "[", op, "] ", name, " must be contiguous");
+    return *this;
+}
+
+const Argument& Argument::last_contiguous() const {
+    QEMB_CHECK(view.stride.back() == 1 || view.shape.back() <= 1, "[", op, "] ", name,
+               " must be contiguous in its last dimension, got stride ", view.stride.back());
+    return *this;
+}
+
+const Argument& Argument::shape(std::initializer_list<int64_t> wanted) const {
+    if (view.shape != std::vector<int64_t>(wanted)) {
+        TensorView expected;
+        expected.shape = wanted;
+        QEMB_CHECK(false, "[", op, "] ", name, " must have shape ", expected.shape_text(), ", got ", view.shape_text());
+    }
+    return *this;
+}
+
+const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total, const char* of) {
+    cu_seqlens.type(ScalarType::kInt32, "int32").rank(1, "[num_sequences + 1]").contiguous();
+    const char* op = cu_seqlens.op;
+    const char* name = cu_seqlens.name;
+    const int64_t count = cu_seqlens->size(0);
+    QEMB_CHECK(count >= 1, "[", op, "] ", name, " must have at least one entry, got none");
+    const auto* values = static_cast<const int32_t*>(cu_seqlens->data);
+    QEMB_CHECK(values[0] == 0, "[", op, "] ", name, " must start at 0, got ", values[0]);
+    for (int64_t i = 1; i < count; ++i)
+        QEMB_CHECK(values[i] >= values[i - 1], "[", op, "] ", name, " must not decrease, got ", values[i - 1], " then ", values[i],
+                   " at ", i);
+    QEMB_CHECK(values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ", total, ", got ",
+               values[count - 1]);
+    return values;
+}
+
+}  // namespace qemb

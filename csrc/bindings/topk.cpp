@@ -1,0 +1,45 @@
+// Checks the arguments of top-k search and fills its struct by name.
+#include "ops/topk.h"
+
+#include "bindings/tensor_view.h"
+
+namespace qemb {
+namespace {
+
+constexpr const char* kOp = "top_k";
+
+void top_k(py::handle queries, py::handle documents, py::handle exclude, py::handle ceiling, py::handle scores, py::handle indices) {
+    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), s(kOp, "scores", scores), i(kOp, "indices", indices);
+    q.rank(2, "[num_queries, dim]").floating().contiguous();
+    d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1), " and ",
+               d->size(1));
+    s.rank(2, "[num_queries, k]").type(ScalarType::kFloat32, "float32").contiguous();
+    i.shape({q->size(0), s->size(1)}).type(ScalarType::kInt64, "int64").contiguous();
+    s.shape({q->size(0), s->size(1)});
+    TopK p{
+        .queries = q->data, .documents = d->data, .exclude = nullptr, .ceiling = nullptr, .scores = static_cast<float*>(s->data),
+        .indices = static_cast<int64_t*>(i->data), .num_queries = q->size(0), .num_documents = d->size(0), .num_exclude = 0,
+        .dim = q->size(1), .k = s->size(1), .dtype = q->dtype(),
+    };
+    if (!exclude.is_none()) {
+        const Argument x(kOp, "exclude", exclude);
+        x.rank(2, "[num_queries, num_excluded]").type(ScalarType::kInt64, "int64").contiguous();
+        x.shape({q->size(0), x->size(1)});
+        p.exclude = static_cast<const int64_t*>(x->data);
+        p.num_exclude = x->size(1);
+    }
+    if (!ceiling.is_none()) {
+        const Argument x(kOp, "ceiling", ceiling);
+        x.type(ScalarType::kFloat32, "float32").shape({q->size(0)}).contiguous();
+        p.ceiling = static_cast<const float*>(x->data);
+    }
+    const py::gil_scoped_release unlocked;
+    cpu::top_k(p);
+}
+
+}  // namespace
+
+void bind_topk(py::module_& m) { m.def("top_k", &top_k); }
+
+}  // namespace qemb

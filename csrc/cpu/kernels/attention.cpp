@@ -1,0 +1,315 @@
+// Varlen grouped-query attention on the CPU: blocks of keys are widened and packed once and serve every query head of the group;
+// scores live in a tile that fits the second cache, with the online softmax of FlashAttention over key blocks.
+#include "cpu/kernels/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/gemm.h"
+#include "ops/attention.h"
+
+namespace qemb::cpu::QEMB_ISA {
+namespace {
+
+constexpr int64_t kQueryBlock = 48;    // rows of a score tile, a multiple of every kTileRows
+constexpr int64_t kKeyBlock = 256;     // columns of a score tile
+constexpr int64_t kQueryChunk = 240;   // query tokens of a forward work item: long sequences are shared between threads
+constexpr int64_t kBackwardBlock = 96; // rows of a backward tile; also a multiple of every kTileRows
+
+// All that is known about the lengths of one sequence.
+struct Lengths {
+    int64_t q_start, num_q, k_start, num_k;
+    bool causal;
+
+    template <class Params>
+    Lengths(const Params& p, int64_t seq)
+        : q_start(p.cu_seqlens_q[seq]), num_q(p.cu_seqlens_q[seq + 1] - q_start), k_start(p.cu_seqlens_k[seq]),
+          num_k(p.cu_seqlens_k[seq + 1] - k_start), causal(p.causal) {}
+
+    // Keys that query i may see: [0, visible(i)).
+    QEMB_INLINE int64_t visible(int64_t i) const {
+        return causal ? max_of<int64_t>(0, min_of<int64_t>(num_k, i + num_k - num_q + 1)) : num_k;
+    }
+};
+
+// A work item: some query tokens of one (sequence, key head).
+struct Item {
+    int64_t seq, head, start, cost;
+};
+
+template <class Params, class Emit>
+void for_each_item(const Params& p, int64_t chunk, Emit emit) {
+    for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+        const Lengths len(p, seq);
+        for (int64_t start = 0; start < max_of<int64_t>(len.num_q, 1); start += chunk)
+            for (int64_t head = 0; head < p.num_kv_heads; ++head)
+                emit(Item{seq, head, start, min_of(chunk, len.num_q - start) * max_of<int64_t>(len.num_k, 1)});
+    }
+}
+
+// Longest first, so that no core is left alone with a long one: sorted by powers of two, linear and stable.
+struct Items {
+    Item* data;
+    int64_t count = 0;
+
+    template <class Params>
+    Items(const Params& p, int64_t chunk) {
+        int64_t buckets[65] = {};
+        const auto bucket = [](int64_t cost) { return cost <= 0 ? 64 : __builtin_clzll(static_cast<uint64_t>(cost)); };
+        for_each_item(p, chunk, [&](const Item& item) { ++buckets[bucket(item.cost)]; });
+        for (int64_t& size : buckets) {
+            const int64_t here = size;
+            size = count;
+            count += here;
+        }
+        data = static_cast<Item*>(scratch_bytes(Slot::kPanel, sizeof(Item) * static_cast<size_t>(count + 1)));
+        for_each_item(p, chunk, [&](const Item& item) { data[buckets[bucket(item.cost)]++] = item; });
+    }
+};
+
+// Bump allocation out of this thread's scratch.
+template <class T>
+struct Arena {
+    T* next;
+    explicit Arena(int64_t count) : next(static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(count) * sizeof(T)))) {}
+    QEMB_INLINE T* take(int64_t count) {
+        T* here = next;
+        next += round_up(count, 16);
+        return here;
+    }
+};
+
+template <class T>
+void load_block(DType dtype, const void* from, int64_t first, int64_t token_stride, int64_t rows, int64_t dim, T* to) {
+    for (int64_t row = 0; row < rows; ++row) load_row(dtype, from, first + row * token_stride, to + row * dim, dim);
+}
+
+// exp(scale * s - offset) over [0, count), zeros up to `padded`; returns the sum.
+template <class T>
+QEMB_INLINE T exponentiate(T* s, int64_t count, int64_t padded, T scale, T offset) {
+    Vec<T> sums{};
+    int64_t j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) {
+        const Vec<T> e = exp<T>(load(s + j) * scale - offset);
+        store(s + j, e);
+        sums += e;
+    }
+    T sum = sum_lanes<T>(sums);
+    if (j < count) {
+        Vec<T> e = exp<T>(load(s + j) * scale - offset);
+        for (int64_t lane = 0; lane < count - j; ++lane) {
+            s[j + lane] = e[lane];
+            sum += e[lane];
+        }
+    }
+    for (j = count; j < padded; ++j) s[j] = 0;
+    return sum;
+}
+
+template <class T>
+QEMB_INLINE T row_max(const T* s, int64_t count) {
+    Vec<T> best = splat<T>(-kInfinity<T>);
+    int64_t j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) {
+        const Vec<T> value = load(s + j);
+        best = value > best ? value : best;
+    }
+    T result = max_lanes<T>(best);
+    for (; j < count; ++j) result = max_of(result, s[j]);
+    return result;
+}
+
+template <class T>
+void forward_item(const AttentionForward& p, const Item& item) {
+    const Lengths len(p, item.seq);
+    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
+    const int64_t tokens = min_of(kQueryChunk, len.num_q - item.start), rows = tokens * group;
+    const int64_t max_keys = round_up(min_of(kKeyBlock, len.num_k), kPanel<T>);
+    if (tokens <= 0) return;
+
+    // Rows are (head of the group, token): one block of keys serves them all.
+    Arena<T> arena(rows * dim + rows * padded + 2 * rows + kQueryBlock * max_keys + max_keys * dim +
+                   panel_size<T>(dim, max_keys) + panel_size<T>(max_keys, dim) + 8 * 16);
+    T* q = arena.take(rows * dim);
+    T* out = arena.take(rows * padded);
+    T* maxima = arena.take(rows);
+    T* sums = arena.take(rows);
+    T* scores = arena.take(kQueryBlock * max_keys);
+    T* block = arena.take(max_keys * dim);
+    T* k_panels = arena.take(panel_size<T>(dim, max_keys));
+    T* v_panels = arena.take(panel_size<T>(max_keys, dim));
+
+    // Load Q.
+    for (int64_t g = 0; g < group; ++g)
+        load_block(p.dtype, p.q, (len.q_start + item.start) * p.q_token_stride + (item.head * group + g) * p.q_head_stride,
+                   p.q_token_stride, tokens, dim, q + g * tokens * dim);
+    for (int64_t row = 0; row < rows; ++row) {
+        maxima[row] = -kInfinity<T>;
+        sums[row] = 0;
+    }
+    for (int64_t i = 0; i < rows * padded; ++i) out[i] = 0;
+
+    const T scale = static_cast<T>(p.scale);
+    const int64_t last_visible = len.visible(item.start + tokens - 1);
+    for (int64_t key = 0; key < last_visible; key += kKeyBlock) {
+        const int64_t keys = min_of(kKeyBlock, len.num_k - key), width = round_up(keys, kPanel<T>);
+        // Pack K transposed and V, once for the group.
+        load_block(p.dtype, p.k, (len.k_start + key) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride, keys,
+                   dim, block);
+        pack_transposed(block, dim, keys, dim, k_panels);
+        load_block(p.dtype, p.v, (len.k_start + key) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride, keys,
+                   dim, block);
+        pack_rows(block, dim, keys, dim, v_panels);
+
+        for (int64_t g = 0; g < group; ++g) {
+            for (int64_t token = 0; token < tokens; token += kQueryBlock) {
+                const int64_t count = min_of(kQueryBlock, tokens - token), first = g * tokens + token;
+                if (len.visible(item.start + token + count - 1) <= key) continue;
+                // Scores.
+                gemm(count, keys, dim, q + first * dim, dim, 1, k_panels, scores, width, false);
+                // Online softmax.
+                for (int64_t r = 0; r < count; ++r) {
+                    T* s = scores + r * width;
+                    T* o = out + (first + r) * padded;
+                    const int64_t seen = min_of(keys, len.visible(item.start + token + r) - key);
+                    if (seen <= 0) {
+                        for (int64_t j = 0; j < width; ++j) s[j] = 0;
+                        continue;
+                    }
+                    const T before = maxima[first + r], now = max_of(before, row_max(s, seen) * scale);
+                    if (now > before) {
+                        const T shrink = before == -kInfinity<T> ? T(0) : exp<T>(splat<T>(before - now))[0];
+                        sums[first + r] *= shrink;
+                        for (int64_t d = 0; d < padded; ++d) o[d] *= shrink;
+                        maxima[first + r] = now;
+                    }
+                    sums[first + r] += exponentiate(s, seen, width, scale, now);
+                }
+                // Weighted values.
+                gemm(count, dim, keys, scores, width, 1, v_panels, out + first * padded, padded, true);
+            }
+        }
+    }
+
+    // Write O and lse.
+    for (int64_t g = 0; g < group; ++g) {
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int64_t row = g * tokens + token, head = item.head * group + g, at = len.q_start + item.start + token;
+            T* o = out + row * padded;
+            const bool seen = len.visible(item.start + token) > 0;
+            const T inverse = seen ? T(1) / sums[row] : T(0);
+            for (int64_t d = 0; d < dim; ++d) o[d] *= inverse;
+            store_row(p.dtype, o, p.out, (at * p.num_heads + head) * dim, dim);
+            const T sum = sums[row];
+            static_cast<T*>(p.lse)[at * p.num_heads + head] =
+                seen ? maxima[row] + static_cast<T>(__builtin_log(static_cast<double>(sum))) : -kInfinity<T>;
+        }
+    }
+}
+
+template <class T>
+void backward_item(const AttentionBackward& p, const Item& item) {
+    const Lengths len(p, item.seq);
+    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
+    const int64_t max_keys = round_up(min_of(2 * kBackwardBlock, len.num_k), kPanel<T>);
+    const int64_t max_rows = min_of(kBackwardBlock, len.num_q);
+    const int64_t num_q = len.num_q, num_k = len.num_k;
+
+    Arena<T> arena(2 * num_k * padded + 3 * num_q * dim + num_q * padded + 2 * num_q + 2 * max_rows * max_keys +
+                   2 * panel_size<T>(dim, max_keys) + panel_size<T>(max_keys, dim) + 2 * panel_size<T>(max_rows, dim) +
+                   max_keys * dim + 16 * 16);
+    T* dk = arena.take(num_k * padded);
+    T* dv = arena.take(num_k * padded);
+    T* q = arena.take(num_q * dim);
+    T* dout = arena.take(num_q * dim);
+    T* out = arena.take(num_q * dim);
+    T* dq = arena.take(num_q * padded);
+    T* lse = arena.take(num_q);
+    T* delta = arena.take(num_q);
+    T* probs = arena.take(max_rows * max_keys);
+    T* dscores = arena.take(max_rows * max_keys);
+    T* kt_panels = arena.take(panel_size<T>(dim, max_keys));
+    T* vt_panels = arena.take(panel_size<T>(dim, max_keys));
+    T* k_panels = arena.take(panel_size<T>(max_keys, dim));
+    T* q_panels = arena.take(panel_size<T>(max_rows, dim));
+    T* dout_panels = arena.take(panel_size<T>(max_rows, dim));
+    T* block = arena.take(max_keys * dim);
+
+    const T scale = static_cast<T>(p.scale);
+    for (int64_t i = 0; i < num_k * padded; ++i) dk[i] = dv[i] = 0;
+
+    for (int64_t g = 0; g < group && num_q > 0; ++g) {
+        const int64_t head = item.head * group + g, packed_row = p.num_heads * dim;
+        // Load Q, dO; delta = rowsum(dO * O).
+        load_block(p.dtype, p.q, len.q_start * p.q_token_stride + head * p.q_head_stride, p.q_token_stride, num_q, dim, q);
+        load_block(p.dtype, p.dout, len.q_start * packed_row + head * dim, packed_row, num_q, dim, dout);
+        load_block(p.dtype, p.out, len.q_start * packed_row + head * dim, packed_row, num_q, dim, out);
+        for (int64_t i = 0; i < num_q; ++i) {
+            delta[i] = dot(dout + i * dim, out + i * dim, dim);
+            lse[i] = static_cast<const T*>(p.lse)[(len.q_start + i) * p.num_heads + head];
+        }
+        for (int64_t i = 0; i < num_q * padded; ++i) dq[i] = 0;
+
+        for (int64_t key = 0; key < num_k; key += 2 * kBackwardBlock) {
+            const int64_t keys = min_of(2 * kBackwardBlock, num_k - key), width = round_up(keys, kPanel<T>);
+            load_block(p.dtype, p.v, (len.k_start + key) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
+                       keys, dim, block);
+            pack_transposed(block, dim, keys, dim, vt_panels);
+            load_block(p.dtype, p.k, (len.k_start + key) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
+                       keys, dim, block);
+            pack_transposed(block, dim, keys, dim, kt_panels);
+            pack_rows(block, dim, keys, dim, k_panels);
+
+            for (int64_t row = 0; row < num_q; row += kBackwardBlock) {
+                const int64_t rows = min_of(kBackwardBlock, num_q - row);
+                if (len.visible(row + rows - 1) <= key) continue;
+                // P = exp(scale S - lse)
+                gemm(rows, keys, dim, q + row * dim, dim, 1, kt_panels, probs, width, false);
+                gemm(rows, keys, dim, dout + row * dim, dim, 1, vt_panels, dscores, width, false);
+                for (int64_t r = 0; r < rows; ++r) {
+                    T* prob = probs + r * width;
+                    T* ds = dscores + r * width;
+                    const int64_t seen = max_of<int64_t>(0, min_of(keys, len.visible(row + r) - key));
+                    exponentiate(prob, seen, width, scale, lse[row + r]);
+                    // dS = scale P (dP - delta)
+                    for (int64_t j = 0; j < seen; ++j) ds[j] = scale * prob[j] * (ds[j] - delta[row + r]);
+                    for (int64_t j = seen; j < width; ++j) ds[j] = 0;
+                }
+                pack_rows(q + row * dim, dim, rows, dim, q_panels);
+                pack_rows(dout + row * dim, dim, rows, dim, dout_panels);
+                gemm(keys, dim, rows, probs, 1, width, dout_panels, dv + key * padded, padded, true);
+                gemm(keys, dim, rows, dscores, 1, width, q_panels, dk + key * padded, padded, true);
+                gemm(rows, dim, keys, dscores, width, 1, k_panels, dq + row * padded, padded, true);
+            }
+        }
+        for (int64_t i = 0; i < num_q; ++i)
+            store_row(p.dtype, dq + i * padded, p.dq, ((len.q_start + i) * p.num_heads + head) * dim, dim);
+    }
+    for (int64_t j = 0; j < num_k; ++j) {
+        const int64_t to = ((len.k_start + j) * p.num_kv_heads + item.head) * dim;
+        store_row(p.dtype, dk + j * padded, p.dk, to, dim);
+        store_row(p.dtype, dv + j * padded, p.dv, to, dim);
+    }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& p) {
+    const Items items(p, kQueryChunk);
+    parallel_for(items.count, [&](int64_t i) {
+        if (p.dtype == DType::kFloat64)
+            forward_item<double>(p, items.data[i]);
+        else
+            forward_item<float>(p, items.data[i]);
+    });
+}
+
+void attention_backward(const AttentionBackward& p) {
+    // One item per (sequence, key head): dK and dV of the group are summed in one place, without atomics.
+    const Items items(p, int64_t(1) << 40);
+    parallel_for(items.count, [&](int64_t i) {
+        if (p.dtype == DType::kFloat64)
+            backward_item<double>(p, items.data[i]);
+        else
+            backward_item<float>(p, items.data[i]);
+    });
+}
+
+}  // namespace qemb::cpu::QEMB_ISA

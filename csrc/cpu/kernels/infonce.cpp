@@ -1,0 +1,309 @@
+// InfoNCE on the CPU by row panels: R queries meet all columns, the panel of weights E = exp((s - max) / tau) is written once and
+// read twice, and both gradients are plain products with it. Per group of columns: three products, nothing recomputed.
+#include "cpu/kernels/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/gemm.h"
+#include "ops/infonce.h"
+
+namespace qemb::cpu::QEMB_ISA {
+namespace {
+
+constexpr int64_t kTile = 256;                      // columns of a tile of the panel
+constexpr int64_t kColumns = 128;                   // features of a work item of the row gradients
+constexpr int64_t kPanelBytes = int64_t(96) << 20;  // aim; bounded by the rows below
+constexpr int64_t kMinRows = 96, kMaxRows = 384, kRowStep = 48;
+
+enum Group { kQueryDocument, kDocDoc, kQueryQuery };
+
+// Where each tile's partial results are kept until they are added in order, so that thread count changes nothing.
+struct TileStats {
+    double kept_score;
+    int64_t kept_query_document, kept, dropped;
+};
+
+template <class T>
+class Run {
+  public:
+    explicit Run(const InfoNce& p)
+        : p_(p), dim_(p.dim), padded_(round_up(p.dim, kPanel<T>)), doc_tiles_(ceil_div(p.num_documents, kTile)),
+          query_tiles_(p.query_query ? ceil_div(p.num_queries, kTile) : 0) {
+        const int64_t tiles = doc_tiles_ * (p.doc_doc ? 2 : 1) + query_tiles_;
+        const int64_t fit = kPanelBytes / max_of<int64_t>(1, tiles * kTile * static_cast<int64_t>(sizeof(T)));
+        rows_ = min_of(max_of(fit / kRowStep * kRowStep, kMinRows), kMaxRows);
+        rows_ = min_of(rows_, round_up(p.num_queries, kRowStep));
+        const int64_t values = tiles * rows_ * kTile + 2 * tiles * rows_ + 6 * rows_ * padded_ + 5 * rows_;
+        T* memory = static_cast<T*>(scratch_bytes(
+            Slot::kPanel, static_cast<size_t>(values) * sizeof(T) + static_cast<size_t>(tiles + 1) * sizeof(TileStats)));
+        const auto take = [&](int64_t count) {
+            T* here = memory;
+            memory += count;
+            return here;
+        };
+        panel_ = take(tiles * rows_ * kTile);
+        tile_max_ = take(tiles * rows_);
+        tile_sum_ = take(tiles * rows_);
+        anchor_[0] = take(rows_ * padded_);
+        anchor_[1] = take(rows_ * padded_);
+        packed_[0] = take(rows_ * padded_);
+        packed_[1] = take(rows_ * padded_);
+        row_grad_[0] = take(rows_ * padded_);
+        row_grad_[1] = take(rows_ * padded_);
+        positive_score_ = take(rows_);
+        offset_ = take(rows_);
+        weight_ = take(rows_);
+        positive_weight_ = take(rows_);
+        limit_ = take(rows_);
+        tile_stats_ = reinterpret_cast<TileStats*>(memory);
+    }
+
+    void operator()() {
+        for (int i = 0; i < 5; ++i) p_.stats[i] = 0;
+        if (p_.d_queries) {
+            zero(p_.d_queries, p_.num_queries);
+            zero(p_.d_documents, p_.num_documents);
+        }
+        for (first_ = 0; first_ < p_.num_queries; first_ += rows_) {
+            count_ = min_of(rows_, p_.num_queries - first_);
+            load_anchors();
+            parallel_for(doc_tiles_ + query_tiles_, [&](int64_t i) { i < doc_tiles_ ? score_documents(i) : score_queries(i - doc_tiles_); });
+            find_offsets();
+            parallel_for(num_tiles(), [&](int64_t tile) { exponentiate(tile); });
+            finish_rows();
+            if (!p_.d_queries) continue;
+            parallel_for(ceil_div(dim_, kColumns), [&](int64_t i) { row_gradients(i * kColumns); });
+            parallel_for(doc_tiles_ + query_tiles_, [&](int64_t i) { i < doc_tiles_ ? document_gradients(i) : query_gradients(i - doc_tiles_); });
+        }
+    }
+
+  private:
+    int64_t num_tiles() const { return doc_tiles_ * (p_.doc_doc ? 2 : 1) + query_tiles_; }
+    // Tiles in order: query-document, then query-query, then document-document.
+    T* tile(Group group, int64_t i) const { return panel_ + tile_index(group, i) * rows_ * kTile; }
+    int64_t tile_index(Group group, int64_t i) const {
+        return i + (group == kQueryDocument ? 0 : group == kQueryQuery ? doc_tiles_ : doc_tiles_ + query_tiles_);
+    }
+    T* documents_grad() const { return static_cast<T*>(p_.d_documents); }
+    T* queries_grad() const { return static_cast<T*>(p_.d_queries); }
+    int64_t documents_in(int64_t i) const { return min_of(kTile, p_.num_documents - i * kTile); }
+    int64_t queries_in(int64_t i) const { return min_of(kTile, p_.num_queries - i * kTile); }
+    bool same_text(int64_t a, int64_t b) const { return a == b || (p_.document_ids && p_.document_ids[a] == p_.document_ids[b]); }
+
+    void zero(void* to, int64_t rows) const {
+        T* values = static_cast<T*>(to);
+        for (int64_t i = 0; i < rows * dim_; ++i) values[i] = 0;
+    }
+
+    // The panel's queries and their positives, and the score that the margin and the softmax start from.
+    void load_anchors() {
+        for (int64_t r = 0; r < count_; ++r) {
+            T* query = anchor_[0] + r * dim_;
+            T* document = anchor_[1] + r * dim_;
+            load_row(p_.dtype, p_.queries, (first_ + r) * dim_, query, dim_);
+            load_row(p_.dtype, p_.documents, p_.positive[first_ + r] * dim_, document, dim_);
+            double score = 0;
+            for (int64_t d = 0; d < dim_; ++d) score += static_cast<double>(query[d]) * static_cast<double>(document[d]);
+            positive_score_[r] = static_cast<T>(score);
+            limit_[r] = static_cast<T>(score + p_.margin);
+        }
+    }
+
+    // Columns [start, start + count) of `from`, widened and packed; returns the panels.
+    T* pack_columns(const void* from, int64_t start, int64_t count) const {
+        T* block = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * dim_ + panel_size<T>(dim_, kTile)) * sizeof(T)));
+        T* panels = block + kTile * dim_;
+        load_row(p_.dtype, from, start * dim_, block, count * dim_);
+        pack_transposed(block, dim_, count, dim_, panels);
+        return panels;
+    }
+
+    void score_documents(int64_t i) {
+        const int64_t start = i * kTile, count = documents_in(i);
+        const T* panels = pack_columns(p_.documents, start, count);
+        T* query_scores = tile(kQueryDocument, i);
+        T* doc_scores = p_.doc_doc ? tile(kDocDoc, i) : nullptr;
+        gemm(count_, count, dim_, anchor_[0], dim_, 1, panels, query_scores, kTile, false);
+        if (doc_scores) gemm(count_, count, dim_, anchor_[1], dim_, 1, panels, doc_scores, kTile, false);
+
+        TileStats stats{};
+        for (int64_t r = 0; r < count_; ++r) {
+            const int64_t query = first_ + r, positive = p_.positive[query];
+            T* qd = query_scores + r * kTile;
+            T* dd = doc_scores ? doc_scores + r * kTile : nullptr;
+            T best_qd = -kInfinity<T>, best_dd = -kInfinity<T>;
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t document = start + j;
+                const bool own = p_.owner && p_.owner[document] == query;
+                const bool equal = same_text(document, positive);
+                const bool over = qd[j] > limit_[r];
+                if (dd) {
+                    const bool candidate = !own && document != positive;
+                    const bool masked = equal || (p_.doc_mask == DocMask::kQueryDocument ? over
+                                                  : p_.doc_mask == DocMask::kOwnScore  ? dd[j] > limit_[r]
+                                                                                       : false);
+                    stats.dropped += candidate && masked;
+                    stats.kept += candidate && !masked;
+                    if (!candidate || masked)
+                        dd[j] = -kInfinity<T>;
+                    else
+                        best_dd = max_of(best_dd, dd[j]);
+                }
+                const bool candidate = document != positive && (own ? p_.hard : p_.in_batch);
+                const bool masked = equal || over;
+                stats.dropped += candidate && masked;
+                if (candidate && !masked) {
+                    ++stats.kept;
+                    ++stats.kept_query_document;
+                    stats.kept_score += static_cast<double>(qd[j]);
+                    best_qd = max_of(best_qd, qd[j]);
+                } else {
+                    qd[j] = -kInfinity<T>;
+                }
+            }
+            tile_max_[tile_index(kQueryDocument, i) * rows_ + r] = best_qd;
+            if (dd) tile_max_[tile_index(kDocDoc, i) * rows_ + r] = best_dd;
+        }
+        tile_stats_[tile_index(kQueryDocument, i)] = stats;
+    }
+
+    void score_queries(int64_t i) {
+        const int64_t start = i * kTile, count = queries_in(i);
+        const T* panels = pack_columns(p_.queries, start, count);
+        T* scores = tile(kQueryQuery, i);
+        gemm(count_, count, dim_, anchor_[0], dim_, 1, panels, scores, kTile, false);
+        TileStats stats{};
+        for (int64_t r = 0; r < count_; ++r) {
+            T* qq = scores + r * kTile;
+            T best = -kInfinity<T>;
+            for (int64_t j = 0; j < count; ++j) {
+                const bool candidate = start + j != first_ + r;
+                const bool masked = qq[j] > limit_[r] || same_text(p_.positive[start + j], p_.positive[first_ + r]);
+                stats.dropped += candidate && masked;
+                stats.kept += candidate && !masked;
+                if (!candidate || masked)
+                    qq[j] = -kInfinity<T>;
+                else
+                    best = max_of(best, qq[j]);
+            }
+            tile_max_[tile_index(kQueryQuery, i) * rows_ + r] = best;
+        }
+        tile_stats_[tile_index(kQueryQuery, i)] = stats;
+    }
+
+    void find_offsets() {
+        for (int64_t r = 0; r < count_; ++r) {
+            T best = positive_score_[r];
+            for (int64_t t = 0; t < num_tiles(); ++t) best = max_of(best, tile_max_[t * rows_ + r]);
+            offset_[r] = best;
+        }
+        for (int64_t t = 0; t < doc_tiles_ + query_tiles_; ++t) {
+            p_.stats[1] += tile_stats_[t].kept_score;
+            p_.stats[2] += static_cast<double>(tile_stats_[t].kept_query_document);
+            p_.stats[3] += static_cast<double>(tile_stats_[t].kept);
+            p_.stats[4] += static_cast<double>(tile_stats_[t].dropped);
+        }
+    }
+
+    // Scores become weights; each tile leaves its row sums.
+    void exponentiate(int64_t index) {
+        const int64_t in_group = index < doc_tiles_ ? index : index < doc_tiles_ + query_tiles_ ? index - doc_tiles_ : index - doc_tiles_ - query_tiles_;
+        const bool of_queries = index >= doc_tiles_ && index < doc_tiles_ + query_tiles_;
+        const int64_t count = of_queries ? queries_in(in_group) : documents_in(in_group);
+        const T inverse = static_cast<T>(1.0 / p_.temperature);
+        for (int64_t r = 0; r < count_; ++r) {
+            T* values = panel_ + (index * rows_ + r) * kTile;
+            for (int64_t j = count; j < round_up(count, kLanes<T>); ++j) values[j] = -kInfinity<T>;
+            Vec<T> sum{};
+            for (int64_t j = 0; j < count; j += kLanes<T>) {
+                const Vec<T> weight = exp<T>((load(values + j) - offset_[r]) * inverse);
+                store(values + j, weight);
+                sum += weight;
+            }
+            tile_sum_[index * rows_ + r] = sum_lanes<T>(sum);
+        }
+    }
+
+    // Loss, and the weights of the gradient. The positive's is -(Z_neg / Z), never P - 1: that would cancel.
+    void finish_rows() {
+        for (int64_t r = 0; r < count_; ++r) {
+            double negatives = 0;
+            for (int64_t t = 0; t < num_tiles(); ++t) negatives += static_cast<double>(tile_sum_[t * rows_ + r]);
+            const double gap = (static_cast<double>(positive_score_[r]) - static_cast<double>(offset_[r])) / p_.temperature;
+            const double total = negatives + __builtin_exp(gap);
+            static_cast<double*>(p_.loss)[first_ + r] =
+                gap == 0 ? __builtin_log1p(negatives) : __builtin_log(total) - gap;
+            p_.stats[0] += static_cast<double>(positive_score_[r]);
+            const double mean = 1.0 / (p_.temperature * static_cast<double>(p_.num_queries));
+            weight_[r] = static_cast<T>(mean / total);
+            positive_weight_[r] = static_cast<T>(-mean * negatives / total);
+        }
+        if (p_.d_queries) {
+            for (int side = 0; side < (p_.doc_doc ? 2 : 1); ++side)
+                pack_rows(anchor_[side], dim_, count_, dim_, packed_[side], weight_);
+        }
+    }
+
+    // Features [column, column + kColumns) of the gradients of the panel's queries and positives.
+    void row_gradients(int64_t column) {
+        const int64_t width = min_of(kColumns, dim_ - column);
+        T* block = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * kColumns + panel_size<T>(kTile, kColumns)) * sizeof(T)));
+        T* panels = block + kTile * kColumns;
+        const auto pack = [&](const void* from, int64_t start, int64_t count) {
+            for (int64_t j = 0; j < count; ++j)
+                load_row(p_.dtype, from, (start + j) * dim_ + column, block + j * kColumns, width);
+            pack_rows(block, kColumns, count, width, panels);
+        };
+        for (int64_t i = 0; i < doc_tiles_; ++i) {
+            pack(p_.documents, i * kTile, documents_in(i));
+            gemm(count_, width, documents_in(i), tile(kQueryDocument, i), kTile, 1, panels, row_grad_[0] + column, padded_, i > 0);
+            if (p_.doc_doc)
+                gemm(count_, width, documents_in(i), tile(kDocDoc, i), kTile, 1, panels, row_grad_[1] + column, padded_, i > 0);
+        }
+        for (int64_t i = 0; i < query_tiles_; ++i) {
+            pack(p_.queries, i * kTile, queries_in(i));
+            gemm(count_, width, queries_in(i), tile(kQueryQuery, i), kTile, 1, panels, row_grad_[0] + column, padded_, true);
+        }
+        for (int64_t r = 0; r < count_; ++r) {
+            T* dq = queries_grad() + (first_ + r) * dim_ + column;
+            T* dd = documents_grad() + p_.positive[first_ + r] * dim_ + column;
+            add_scaled(dq, row_grad_[0] + r * padded_ + column, weight_[r], width);
+            add_scaled(dq, anchor_[1] + r * dim_ + column, positive_weight_[r], width);
+            add_scaled(dd, anchor_[0] + r * dim_ + column, positive_weight_[r], width);
+            if (p_.doc_doc) add_scaled(dd, row_grad_[1] + r * padded_ + column, weight_[r], width);
+        }
+    }
+
+    // grad[start + j, :] += sum_r E[r, j] * weight[r] * anchor[r]
+    void column_gradients(T* grad, int64_t count, const T* weights, const T* packed) const {
+        T* product = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * padded_) * sizeof(T)));
+        gemm(count, dim_, count_, weights, 1, kTile, packed, product, padded_, false);
+        for (int64_t j = 0; j < count; ++j) add_scaled(grad + j * dim_, product + j * padded_, T(1), dim_);
+    }
+    void document_gradients(int64_t i) {
+        column_gradients(documents_grad() + i * kTile * dim_, documents_in(i), tile(kQueryDocument, i), packed_[0]);
+        if (p_.doc_doc) column_gradients(documents_grad() + i * kTile * dim_, documents_in(i), tile(kDocDoc, i), packed_[1]);
+    }
+    void query_gradients(int64_t i) {
+        column_gradients(queries_grad() + i * kTile * dim_, queries_in(i), tile(kQueryQuery, i), packed_[0]);
+    }
+
+    const InfoNce& p_;
+    const int64_t dim_, padded_, doc_tiles_, query_tiles_;
+    int64_t rows_, first_ = 0, count_ = 0;
+    T *panel_, *tile_max_, *tile_sum_;
+    T* anchor_[2];    // [rows, dim] queries and positives of the panel
+    T* packed_[2];    // the same, times the row weight, in panels
+    T* row_grad_[2];  // [rows, padded] unscaled gradients of both
+    T *positive_score_, *offset_, *weight_, *positive_weight_, *limit_;
+    TileStats* tile_stats_;
+};
+
+}  // namespace
+
+void info_nce(const InfoNce& p) {
+    if (p.dtype == DType::kFloat64)
+        Run<double>{p}();
+    else
+        Run<float>{p}();
+}
+
+}  // namespace qemb::cpu::QEMB_ISA

@@ -1,0 +1,21 @@
+// What every instruction set provides. cpu/isa.cpp asks the processor once and forwards each op to the best one.
+#pragma once
+
+#include "ops/attention.h"
+#include "ops/infonce.h"
+#include "ops/pooling.h"
+#include "ops/topk.h"
+
+#define QEMB_DECLARE_KERNELS(isa) \
+    namespace qemb::cpu::isa { \
+    void attention_forward(const AttentionForward& p); \
+    void attention_backward(const AttentionBackward& p); \
+    void pool_forward(const PoolForward& p); \
+    void pool_backward(const PoolBackward& p); \
+    void info_nce(const InfoNce& p); \
+    void top_k(const TopK& p); \
+    }
+
+QEMB_DECLARE_KERNELS(generic)
+QEMB_DECLARE_KERNELS(avx2)
+QEMB_DECLARE_KERNELS(avx512)

@@ -1,0 +1,46 @@
+// The last token of each packed sequence -> (RMSNorm) -> first `dim` features (Matryoshka) -> (L2 norm), in one pass.
+#pragma once
+
+#include "common/types.h"
+
+namespace qemb {
+
+// A sequence without tokens gives a row of zeros and no gradient.
+struct PoolForward {
+    const void* hidden;         // [T, embed], rows contiguous, row stride in elements below
+    const void* norm_weight;    // [embed] or null: no RMSNorm
+    void* out;                  // [num_seqs, dim]
+    const int32_t* cu_seqlens;  // [num_seqs + 1]
+    int64_t num_seqs;
+    int64_t embed;
+    int64_t dim;
+    int64_t hidden_stride;
+    double eps;
+    bool normalize;
+    DType dtype;
+    void* stream = nullptr;
+};
+
+struct PoolBackward {
+    const void* hidden;
+    const void* norm_weight;
+    const void* dout;    // [num_seqs, dim], contiguous
+    void* dhidden;       // [T, embed], contiguous, zero on entry; only the last tokens are written
+    void* dnorm_weight;  // [embed] in the arithmetic type, written whole, or null
+    const int32_t* cu_seqlens;
+    int64_t num_seqs;
+    int64_t embed;
+    int64_t dim;
+    int64_t hidden_stride;
+    double eps;
+    bool normalize;
+    DType dtype;
+    void* stream = nullptr;
+};
+
+namespace cpu {
+void pool_forward(const PoolForward& p);
+void pool_backward(const PoolBackward& p);
+}  // namespace cpu
+
+}  // namespace qemb

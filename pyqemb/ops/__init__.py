@@ -1,0 +1,22 @@
+"""The native ops, differentiable: attention over packed sequences, last-token pooling, InfoNCE, exact search.
+
+The only importer of `pyqemb._C`. Legend: T query tokens, S key tokens, N query heads, K key heads, D head dim, E hidden size,
+B sequences or queries, M documents.
+"""
+
+import torch  # noqa: F401  torch first: the native code runs on the threads of the runtime that torch has loaded
+
+try:
+    from pyqemb import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "pyqemb's native library is missing or was built for another Python. "
+        "Build it with `pip install .` (or `make build`) in the source folder; it needs a C++20 compiler."
+    ) from error
+
+from pyqemb.ops.attention import varlen_attention
+from pyqemb.ops.infonce import info_nce
+from pyqemb.ops.pooling import last_token_pool
+from pyqemb.ops.topk import top_k
+
+__all__ = ["info_nce", "last_token_pool", "top_k", "varlen_attention"]

@@ -1,0 +1,48 @@
+"""Exact nearest-neighbour search by dot product."""
+
+import torch
+from torch import Tensor
+
+from pyqemb import _C
+
+
+def top_k(
+    queries_BE: Tensor,
+    documents_ME: Tensor,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    ceiling: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k documents with the largest dot product for each query; the [B, M] matrix never exists. Not differentiable.
+
+    Args:
+        queries_BE: [B, E] float32, bfloat16, float16 or float64.
+        documents_ME: [M, E] of the same dtype.
+        k: from 0 to M.
+        exclude: [B, X] int64, documents that a query must not get (-1 for none).
+        ceiling: [B] float32, documents that score above it are skipped (false negatives, when mining).
+
+    Returns:
+        scores [B, k] float32 and indices [B, k] int64, best first, equal scores by lower index. Where fewer than k documents
+        qualify: -inf and -1. A NaN score never qualifies.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype. ValueError: k outside 0..M, shapes that do not fit.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"[top_k] k must be an integer, got {k!r}")
+    for name, value in (("queries", queries_BE), ("documents", documents_ME)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"[top_k] {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(f"[top_k] {name} must have shape [rows, dim], got {list(value.shape)}")
+    if not 0 <= k <= len(documents_ME):
+        raise ValueError(f"[top_k] k must be from 0 to the number of documents, {len(documents_ME)}, got {k}")
+    queries_BE, documents_ME = queries_BE.detach().contiguous(), documents_ME.detach().contiguous()
+    scores = torch.empty((len(queries_BE), k), dtype=torch.float32, device=queries_BE.device)
+    indices = torch.empty((len(queries_BE), k), dtype=torch.int64, device=queries_BE.device)
+    exclude = exclude.contiguous() if isinstance(exclude, Tensor) else exclude
+    ceiling = ceiling.detach().contiguous() if isinstance(ceiling, Tensor) else ceiling
+    _C.top_k(queries_BE, documents_ME, exclude, ceiling, scores, indices)
+    return scores, indices

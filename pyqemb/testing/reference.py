@@ -1,0 +1,71 @@
+"""Every op again in a few lines of plain torch, in the dtype of its inputs: float64 is the truth that the kernels are held to.
+
+Run in float32 or bfloat16 the same functions give torch's own error, the yardstick of the kernels' tolerance.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attention(q, k, v, cu_seqlens, cu_seqlens_k=None, causal=False, scale=None) -> Tensor:
+    """[T, N, D]: softmax(scale q k^T) v, one sequence at a time; causal is aligned to the bottom right."""
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    out = []
+    for q0, q1, k0, k1 in zip(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True):
+        keys = k[k0:k1].repeat_interleave(group, dim=1)
+        values = v[k0:k1].repeat_interleave(group, dim=1)
+        scores = torch.einsum("qnd,knd->nqk", q[q0:q1], keys) * scale
+        if causal:
+            rows, columns = scores.shape[-2:]
+            hidden = torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if causal else torch.softmax(scores, dim=-1)
+        out.append(torch.einsum("nqk,knd->qnd", weights, values))
+    return torch.cat(out) if out else q * 0
+
+
+def pool(hidden, cu_seqlens, norm_weight=None, eps=1e-6, dim=None, normalize=True) -> Tensor:
+    """[B, dim]: the last token, RMSNorm, cut, L2 norm; zeros for a sequence without tokens."""
+    rows = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        x = hidden[end - 1] if end > start else hidden.new_zeros(hidden.shape[1])
+        if norm_weight is not None:
+            x = x * torch.rsqrt((x * x).mean() + eps) * norm_weight
+        x = x[:dim]
+        rows.append(x / x.norm().clamp_min(1e-12) if normalize and end > start else x)
+    return torch.stack(rows) if rows else hidden.new_zeros(0, dim or hidden.shape[1])
+
+
+def info_nce(
+    queries, documents, positive, owner=None, document_ids=None, temperature=0.02, margin=0.1,
+    hard=True, in_batch=True, query_query=True, doc_doc=True, doc_mask="query_document",
+) -> Tensor:  # fmt: skip
+    """Equation 1 of the Qwen3 Embedding report, with every matrix held: the mean loss."""
+    B, M = len(queries), len(documents)
+    rows = torch.arange(B)
+    owner = torch.full((M,), -1) if owner is None else owner
+    ids = torch.arange(M) if document_ids is None else document_ids
+    qd, qq, dd = queries @ documents.T, queries @ queries.T, documents[positive] @ documents.T
+    score = qd[rows, positive]
+    limit = (score.detach() + (torch.inf if margin is None else margin))[:, None]
+    own = owner[None, :] == rows[:, None]
+    is_positive = torch.arange(M)[None, :] == positive[:, None]
+    equal = ids[None, :] == ids[positive][:, None]
+    equal_query = ids[positive][None, :] == ids[positive][:, None]
+    over = {"query_document": qd > limit, "own": dd > limit, "none": torch.zeros_like(qd, dtype=torch.bool)}[doc_mask]
+    groups = [
+        (qd, torch.where(own, torch.tensor(hard), torch.tensor(in_batch)) & ~is_positive & ~equal & ~(qd > limit)),
+        (qq, torch.tensor(query_query) & (rows[None, :] != rows[:, None]) & ~equal_query & ~(qq > limit)),
+        (dd, torch.tensor(doc_doc) & ~own & ~is_positive & ~equal & ~over),
+    ]
+    logits = [score[:, None] / temperature]
+    logits += [(values / temperature).masked_fill(~keep, -torch.inf) for values, keep in groups]
+    return (torch.logsumexp(torch.cat(logits, dim=1), dim=1) - score / temperature).mean()
+
+
+def top_k(queries, documents, k) -> tuple[Tensor, Tensor]:
+    """Best first, equal scores by lower index."""
+    order = torch.sort(queries @ documents.T, dim=1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
