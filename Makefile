@@ -1,0 +1,66 @@
+# Each target makes what it needs in .venv. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test test-cpp bench build fix check clean
+
+help:
+	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
+	@echo "make test   all tests"
+	@echo "make bench  the benchmark suite"
+	@echo "make build  the native library, in place      make fix    format and lint"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: nothing later may pull another build of it.
+$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/build.stamp: $(SOURCES) $(VENV)/torch.stamp
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/test.stamp: $(SOURCES) $(VENV)/torch.stamp
+	$(PIP) --editable '.[test]'
+	@touch $(VENV)/build.stamp $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+build: $(VENV)/build.stamp
+
+demo: build
+	$(BIN)/pyqemb demo
+
+test: test-cpp
+	$(BIN)/python -m pytest tests --durations=10
+
+test-cpp: export PATH := $(CURDIR)/$(BIN):$(PATH)
+test-cpp: $(VENV)/test.stamp
+	cmake -S . -B build/native -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQEMB_PYTHON=OFF -DQEMB_TESTS=ON > build/cpp.log && cmake --build build/native >> build/cpp.log || (cat build/cpp.log; exit 1)
+	ctest --test-dir build/native --output-on-failure
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+fix: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py
+	$(BIN)/ruff format pyqemb tests benchmarks setup.py
+	$(BIN)/clang-format -i $(FORMATTED)
+	$(BIN)/mypy
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check pyqemb tests benchmarks setup.py
+	$(BIN)/ruff format --check pyqemb tests benchmarks setup.py
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV) pyqemb/_C*.so *.egg-info

@@ -1,0 +1,50 @@
+"""Builds pyqemb._C with CMake and ninja. Everything else about the package is in pyproject.toml."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        build = Path(__file__).parent.resolve() / "build" / "native"  # one place, so that a second build is quick
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        configure = [
+            _tool("cmake"), "-S", str(Path(__file__).parent.resolve()), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQEMB_PYTHON=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+        ]  # fmt: skip
+        result = subprocess.run(configure, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(_explain(result.stdout + result.stderr))
+        subprocess.run([_tool("cmake"), "--build", str(build), "--target", "_C"], check=True)
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"pyqemb: {name} was not found; `pip install cmake ninja`, or install without --no-build-isolation.")
+    return found
+
+
+def _explain(output: str) -> str:
+    """The one sentence that helps, or CMake's whole output."""
+    flat = " ".join(output.split())
+    if "pyqemb needs a C++20 compiler" in flat:
+        start = flat.index("pyqemb needs a C++20 compiler")
+        return "pyqemb: " + flat[start : flat.index("newer compiler.", start) + len("newer compiler.")]
+    if "No CMAKE_CXX_COMPILER could be found" in flat or "is not a full path to an existing compiler" in flat:
+        return "pyqemb: no C++ compiler was found; install g++ 11 or clang 14 (or newer), or set CXX to one."
+    return f"pyqemb: CMake could not configure the build.\n{output}"
+
+
+setup(ext_modules=[Extension("pyqemb._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
