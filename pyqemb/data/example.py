@@ -25,7 +25,7 @@ _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` the name of its source."""
+    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` names its source."""
 
     query: str
     positive: str

@@ -104,7 +104,7 @@ class Tokenizer:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (it appends the end token by itself), tokenizer_config.json, and the files it came with."""
+        """Write tokenizer.json (which appends the end token), tokenizer_config.json and the files it came with."""
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         for name, content in self.files.items():

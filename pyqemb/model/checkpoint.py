@@ -108,13 +108,13 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype | Non
             f"missing {_some(missing)}, surplus {_some(surplus)}"
         )
     for name, parameter in wanted.items():
+        tensors.dtype(name)
         if tensors.shape(name) != tuple(parameter.shape):
             raise CheckpointError(
                 f"{tensors.file(name)}: {name} has shape {list(tensors.shape(name))}, "
                 f"config.json asks for {list(parameter.shape)}"
             )
-    if dtype is None:
-        dtype = widest_dtype(tensors)
+    dtype = widest_dtype(tensors) if dtype is None else dtype
     # Copies: the mapped file may be replaced or changed while the model lives.
     module.load_state_dict({name: _finite(tensors, name).to(dtype, copy=True) for name in wanted}, assign=True)
     module.requires_grad_(True)

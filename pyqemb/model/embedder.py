@@ -140,18 +140,17 @@ class Embedder(nn.Module):
         self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
 
     def forward(self, batch: PackedBatch, dim: int | None = None) -> torch.Tensor:
-        """Unit vectors [B, dim or E] of packed token ids, differentiable. An empty sequence gives a zero row.
+        """Unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
 
-        `dim` keeps the first components and normalises them again (Matryoshka).
+        An empty sequence gives a zero row. `dim` keeps the first components and normalises them again (Matryoshka).
         """
         self._check(batch, dim)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch), batch, dim)
         # Only the last tokens leave the last layer: the rest of its work would be thrown away.
-        _, cu_last = batch.last_tokens()
+        hidden_BE, (_, cu_last) = _wide(self.model(batch, last_only=True)), batch.last_tokens()
         norm = self.model.norm
-        hidden_BE = self.model(batch, last_only=True)
-        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=norm.weight, eps=norm.eps, dim=dim)
+        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.weight), eps=norm.eps, dim=dim)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states [T, E] after the final norm."""
@@ -255,8 +254,13 @@ class Embedder(nn.Module):
             raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: unit vectors rounded to bfloat16 would cost the loss two digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> torch.Tensor:
-    wide_TE = hidden_TE.to(torch.promote_types(hidden_TE.dtype, torch.float32))
+    wide_TE = _wide(hidden_TE)
     lengths = batch.cu_seqlens.diff().long()
     owner_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
     sums_BE = wide_TE.new_zeros(batch.num_sequences, wide_TE.shape[1]).index_add(0, owner_T, wide_TE)

@@ -1,7 +1,7 @@
 """The model folder that sentence-transformers, transformers, vLLM and TEI all load.
 
 The layout is the oldest one that each of them still reads: module names and pooling keys of sentence-transformers
-before 5.4, the rotary base under both of its names, weights without prefix, a tokenizer.json that appends the end token.
+before 5.4, the rotary base under both of its names, weights without prefix, a tokenizer.json that appends its end.
 Newer names would be refused, or silently misread, by installations that are still in use.
 """
 
@@ -90,7 +90,7 @@ def read_pooling(folder: Path) -> str:
     modes = values.get("pooling_mode", [mode for mode, key in _MODE_KEYS.items() if values.get(key) is True])
     modes = [modes] if isinstance(modes, str) else modes
     known = {theirs: ours for ours, theirs in POOLINGS.items()}
-    if values and (not isinstance(modes, list) or len(modes) != 1 or modes[0] not in known):
+    if values and (not isinstance(modes, list) or len(modes) != 1 or modes[0] not in list(known)):
         raise CheckpointError(f"{path}: pooling must be one of {', '.join(known)}, got {modes}")
     return known[modes[0]] if values else "last"
 
