@@ -31,6 +31,8 @@ struct TensorView {
     int64_t size(int64_t dim) const { return shape[static_cast<size_t>(dim)]; }
     bool contiguous() const {
         int64_t expected = 1;
+        for (const int64_t extent : shape)
+            if (extent == 0) return true;
         for (size_t i = shape.size(); i-- > 0;) {
             if (shape[i] != 1 && stride[i] != expected) return false;
             expected *= shape[i];

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyqemb import _C
+from pyqemb.ops.common import arithmetic, checked, differentiable_once, on_host
 
 
 def varlen_attention(
@@ -41,15 +41,21 @@ def varlen_attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
-    if scale is None:
-        scale = q_TND.shape[-1] ** -0.5 if q_TND.dim() and q_TND.shape[-1] else 1.0
-    return _Attention.apply(q_TND, k_SKD, v_SKD, _on_host(cu_seqlens), _on_host(cu_seqlens_k), causal, float(scale))
+    if scale is None:  # a q that has no head dimension is refused below
+        scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
+    starts = (
+        on_host("varlen_attention", name, cu)
+        for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k))
+    )
+    return _Attention.apply(q_TND, k_SKD, v_SKD, *starts, causal, float(scale))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float) -> Tensor:
-        q, k, v = (_last_contiguous(x) for x in (q, k, v))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
+    ) -> Tensor:
+        q, k, v = (_last_contiguous(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=arithmetic(q.dtype), device=q.device)
         _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal)
@@ -58,7 +64,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("varlen_attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -66,14 +72,6 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the kernels compute in for a storage dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _last_contiguous(x: Any) -> Any:
-    return x.contiguous() if isinstance(x, Tensor) and x.dim() and x.stride(-1) != 1 else x
-
-
-def _on_host(cu_seqlens: Any) -> Any:
-    return cu_seqlens.contiguous().cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+def _last_contiguous(name: str, x: Any) -> Tensor:
+    checked("varlen_attention", name, x)
+    return x.contiguous() if x.dim() and x.stride(-1) != 1 else x

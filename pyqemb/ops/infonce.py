@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyqemb import _C
-from pyqemb.ops.attention import arithmetic
+from pyqemb.ops.common import arithmetic, checked, differentiable_once
 
 _DOC_MASK = {"query_document": 0, "own": 1, "none": 2}
 
@@ -83,6 +82,7 @@ def info_nce(
         raise ValueError(f"[info_nce] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if doc_mask not in _DOC_MASK:
         raise ValueError(f"[info_nce] doc_mask must be one of {', '.join(_DOC_MASK)}, got {doc_mask!r}")
+    checked("info_nce", "queries", queries_BE), checked("info_nce", "documents", documents_ME)
     groups = PRESETS[preset]
     bound = float(margin) if groups.margin and margin is not None else math.inf
     fixed = (positive, owner, document_ids, groups, bound, _DOC_MASK[doc_mask], float(temperature))
@@ -101,8 +101,8 @@ class _InfoNce(torch.autograd.Function):
         ctx: Any, queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
         groups: Groups, margin: float, doc_mask: int, temperature: float,
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        queries, documents = (x.contiguous() if isinstance(x, Tensor) else x for x in (queries, documents))
-        losses = torch.empty(queries.shape[:1] if isinstance(queries, Tensor) else 0, dtype=torch.float64)
+        queries, documents = queries.contiguous(), documents.contiguous()
+        losses = torch.empty(queries.shape[:1], dtype=torch.float64)
         grads = [None, None]
         if any(ctx.needs_input_grad[:2]):
             grads = [torch.empty(x.shape, dtype=arithmetic(x.dtype), device=x.device) for x in (queries, documents)]
@@ -121,9 +121,12 @@ class _InfoNce(torch.autograd.Function):
         return (losses.sum() / count).to(arithmetic(queries.dtype)), stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("info_nce")
     def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grads = (None if g is None else (g * d_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        grads = (
+            None if g is None else (g * d_loss).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return *grads, None, None, None, None, None, None, None
 
 

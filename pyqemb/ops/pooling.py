@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyqemb import _C
-from pyqemb.ops.attention import _last_contiguous, _on_host, arithmetic
+from pyqemb.ops.common import arithmetic, checked, differentiable_once, on_host
 
 
 def last_token_pool(
@@ -37,25 +36,31 @@ def last_token_pool(
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), section 2; Matryoshka, Kusupati et al. 2022.
     """
-    cut = hidden_TE.shape[-1] if dim is None and isinstance(hidden_TE, Tensor) and hidden_TE.dim() else dim
-    return _Pool.apply(hidden_TE, norm_weight, _on_host(cu_seqlens), eps, cut, normalize)
+    checked("last_token_pool", "hidden", hidden_TE)
+    if hidden_TE.dim() != 2:
+        raise ValueError(f"[last_token_pool] hidden must have shape [tokens, embed], got {list(hidden_TE.shape)}")
+    cut = hidden_TE.shape[1] if dim is None else dim
+    if not isinstance(cut, int) or isinstance(cut, bool) or cut < 1:
+        raise ValueError(f"[last_token_pool] dim must be a positive integer, got {dim!r}")
+    return _Pool.apply(
+        hidden_TE, norm_weight, on_host("last_token_pool", "cu_seqlens", cu_seqlens), eps, cut, normalize
+    )
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool) -> Tensor:
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise ValueError(f"[last_token_pool] dim must be a positive integer, got {dim!r}")
-        hidden = _last_contiguous(hidden)
-        rows = max(len(cu) - 1, 0) if isinstance(cu, Tensor) and cu.dim() == 1 else 0
-        out = torch.empty((rows, dim), dtype=getattr(hidden, "dtype", None), device=getattr(hidden, "device", None))
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool
+    ) -> Tensor:
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        out = torch.empty((max(cu.numel() - 1, 0), dim), dtype=hidden.dtype, device=hidden.device)
         _C.pool_forward(hidden, cu, weight, out, eps, normalize)
         ctx.save_for_backward(hidden, weight, cu)
         ctx.eps, ctx.normalize = eps, normalize
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("last_token_pool")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, cu = ctx.saved_tensors
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)

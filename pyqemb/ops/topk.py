@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
+from pyqemb.ops.common import checked
 
 
 def top_k(
@@ -33,9 +34,7 @@ def top_k(
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"[top_k] k must be an integer, got {k!r}")
     for name, value in (("queries", queries_BE), ("documents", documents_ME)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"[top_k] {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dim() != 2:
+        if checked("top_k", name, value).dim() != 2:
             raise ValueError(f"[top_k] {name} must have shape [rows, dim], got {list(value.shape)}")
     if not 0 <= k <= len(documents_ME):
         raise ValueError(f"[top_k] k must be from 0 to the number of documents, {len(documents_ME)}, got {k}")

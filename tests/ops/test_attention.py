@@ -1,0 +1,188 @@
+import pytest
+import torch
+
+from pyqemb import _C, ops
+from pyqemb.testing import reference
+from pyqemb.testing.cases import ATTENTION_CASES, cu_seqlens
+from pyqemb.testing.compare import assert_close_as
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(case, dtype):
+    keys = case.key_lengths or case.lengths
+    tensors = (
+        torch.randn(sum(case.lengths), case.heads, case.head_dim),
+        torch.randn(sum(keys), case.kv_heads, case.head_dim),
+        torch.randn(sum(keys), case.kv_heads, case.head_dim),
+    )
+    return [x.to(dtype).requires_grad_() for x in tensors], cu_seqlens(case.lengths), cu_seqlens(keys)
+
+
+def run(function, tensors, dout, dtype, **options):
+    tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    out = function(*tensors, **options)
+    return [out.detach(), *torch.autograd.grad(out, tensors, dout.to(dtype))]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_equals_float64_as_well_as_torch_does(case, dtype, causal):
+    tensors, cu, cu_k = inputs(case, dtype)
+    dout = torch.randn(tensors[0].shape).to(dtype)
+    ours = run(
+        lambda q, k, v: ops.varlen_attention(q, k, v, cu, cu_seqlens_k=cu_k, causal=causal), tensors, dout, dtype
+    )
+
+    def naive(q, k, v):
+        return reference.attention(q, k, v, cu, cu_k, causal=causal)
+
+    low, truth = run(naive, tensors, dout, dtype), run(naive, tensors, dout, torch.float64)
+    for name, actual, expected, exact in zip(("out", "dq", "dk", "dv"), ours, low, truth, strict=True):
+        assert_close_as(actual, expected, exact, name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal):
+    case = ATTENTION_CASES[2]
+    tensors, cu, _ = inputs(type(case)("small", (3, 0, 5, 1), 4, 2, 8), torch.float64)
+    torch.autograd.gradcheck(
+        lambda q, k, v: ops.varlen_attention(q, k, v, cu_seqlens((3, 0, 5, 1)), causal=causal), tensors
+    )
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_every_instruction_set(isa):
+    best = _C.current_isa()
+    tensors, cu, _ = inputs(ATTENTION_CASES[4], torch.float32)
+    dout = torch.randn(tensors[0].shape)
+    truth = run(lambda *x: reference.attention(*x, cu, causal=True), tensors, dout, torch.float64)
+    try:
+        _C.set_isa(isa)
+        ours = run(lambda *x: ops.varlen_attention(*x, cu, causal=True), tensors, dout, torch.float32)
+    finally:
+        _C.set_isa(best)
+    for actual, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_equals_alone_bit_for_bit():
+    lengths = (3, 70, 1, 260, 31)
+    tensors, cu, _ = inputs(type(ATTENTION_CASES[0])("mix", lengths), torch.float32)
+    dout = torch.randn(tensors[0].shape)
+    packed = run(lambda *x: ops.varlen_attention(*x, cu, causal=True), tensors, dout, torch.float32)
+    for start, end in zip(cu[:-1], cu[1:], strict=True):
+        alone_inputs = [x[start:end] for x in tensors]
+        alone = run(
+            lambda *x, n=int(end - start): ops.varlen_attention(*x, cu_seqlens((n,)), causal=True),
+            alone_inputs, dout[start:end], torch.float32,
+        )  # fmt: skip
+        for together, single in zip(packed, alone, strict=True):
+            assert torch.equal(together[start:end], single)
+
+
+def test_same_bits_for_any_thread_count():
+    tensors, cu, _ = inputs(ATTENTION_CASES[5], torch.float32)
+    dout = torch.randn(tensors[0].shape)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert _C.num_threads() == count
+            results.append(run(lambda *x: ops.varlen_attention(*x, cu), tensors, dout, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nan_in_one_sequence_stays_there():
+    tensors, cu, _ = inputs(ATTENTION_CASES[2], torch.float32)
+    with torch.no_grad():
+        for x in tensors:
+            x[47:95] = torch.nan
+    out = ops.varlen_attention(*tensors, cu)
+    assert out[47:95].isnan().all()
+    grads = torch.autograd.grad(out[:47].sum() + out[95:].sum(), tensors)
+    for x in (out, *grads):
+        assert torch.isfinite(x[:47]).all() and torch.isfinite(x[95:]).all()
+
+
+def test_reads_slices_of_one_projection():
+    qkv = torch.randn(30, 8, 16)
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    cu = cu_seqlens((10, 20))
+    assert torch.equal(
+        ops.varlen_attention(q, k, v, cu), ops.varlen_attention(q.contiguous(), k.contiguous(), v.contiguous(), cu)
+    )
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((4, 1, 8), 100.0)
+    out = ops.varlen_attention(q, q, q, cu_seqlens((4,)), scale=1.0)
+    torch.testing.assert_close(out, q)
+
+
+def test_causal_differs_from_bidirectional():
+    tensors, cu, _ = inputs(ATTENTION_CASES[1], torch.float32)
+    assert not torch.allclose(ops.varlen_attention(*tensors, cu), ops.varlen_attention(*tensors, cu, causal=True))
+
+
+def test_empty_batch():
+    q = torch.zeros(0, 4, 64, requires_grad=True)
+    k = torch.zeros(0, 2, 64)
+    out = ops.varlen_attention(q, k, k, torch.zeros(1, dtype=torch.int32))
+    assert out.shape == (0, 4, 64)
+    out.sum().backward()
+
+
+def test_double_backward_is_refused():
+    tensors, cu, _ = inputs(ATTENTION_CASES[0], torch.float64)
+    out = ops.varlen_attention(*tensors, cu)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
+
+
+def bad(**changes):
+    good = {
+        "q": torch.zeros(5, 4, 16),
+        "k": torch.zeros(5, 2, 16),
+        "v": torch.zeros(5, 2, 16),
+        "cu": cu_seqlens((2, 3)),
+    }
+    good |= changes
+    return (good["q"], good["k"], good["v"], good["cu"]), {
+        k: v for k, v in changes.items() if k not in ("q", "k", "v", "cu")
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(5, 4, 16).int()}, TypeError, "q must be float32"),
+        ({"q": "text"}, TypeError, "q must be a torch.Tensor"),
+        ({"k": torch.zeros(5, 2, 16).double()}, TypeError, "k must have the dtype of q"),
+        ({"q": torch.zeros(5, 64)}, ValueError, r"q must have shape \[tokens, heads, head_dim\], got \[5, 64\]"),
+        ({"q": torch.zeros(5, 3, 16)}, ValueError, "multiple of the heads of k, got 3 and 2"),
+        ({"k": torch.zeros(5, 2, 24), "v": torch.zeros(5, 2, 24)}, ValueError, "share head_dim, got 16 and 24"),
+        ({"v": torch.zeros(4, 2, 16)}, ValueError, "k and v must have the same shape"),
+        ({n: torch.zeros(5, 2, 12) for n in "qkv"}, ValueError, "multiple of 8 up to 256, got 12"),
+        ({n: torch.zeros(5, 2, 264) for n in "qkv"}, ValueError, "multiple of 8 up to 256, got 264"),
+        ({"cu": torch.tensor([1, 5], dtype=torch.int32)}, ValueError, "cu_seqlens must start at 0, got 1"),
+        ({"cu": torch.tensor([0, 4, 3, 5], dtype=torch.int32)}, ValueError, "must not decrease, got 4 then 3 at 2"),
+        ({"cu": torch.tensor([0, 9], dtype=torch.int32)}, ValueError, "must end at the number of tokens of q, 5, got 9"),
+        ({"cu": torch.tensor([0, 5])}, TypeError, "cu_seqlens must be int32"),
+        ({"cu": torch.zeros(0, dtype=torch.int32)}, ValueError, "at least one entry"),
+        ({"cu": [0, 5]}, TypeError, "cu_seqlens must be a torch.Tensor"),
+        ({"cu_seqlens_k": cu_seqlens((5,))}, ValueError, "as many entries, got 3 and 2"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(changes, error, message):
+    arguments, options = bad(**changes)
+    with pytest.raises(error, match=message):
+        ops.varlen_attention(*arguments, **options)
+    arguments, _ = bad()
+    assert ops.varlen_attention(*arguments).shape == (5, 4, 16)

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from pyqemb import ops
+from pyqemb.testing import reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "documents", "dim", "k"), [(1, 1, 3, 1), (95, 255, 40, 7), (97, 600, 33, 50), (3, 20, 16, 20)]
+)
+def test_equals_sorting(dtype, queries, documents, dim, k):
+    q, d = torch.randn(queries, dim).to(dtype), torch.randn(documents, dim).to(dtype)
+    scores, indices = ops.top_k(q, d, k)
+    truth, _ = reference.top_k(q.double(), d.double(), k)
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-5)
+    exact = (q.double() @ d.double().T).gather(1, indices)
+    torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_equal_scores_by_lower_index():
+    _, indices = ops.top_k(torch.ones(2, 4), torch.ones(700, 4), 5)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_exclude_and_ceiling():
+    q, d = torch.eye(2), torch.tensor([[1.0, 0], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9]])
+    scores, indices = ops.top_k(q, d, 3, exclude=torch.tensor([[0, -1], [3, 2]]), ceiling=torch.tensor([0.8, 1.0]))
+    assert indices.tolist() == [[2, 3, -1], [1, 0, -1]]
+    assert scores[:, 2].tolist() == [-torch.inf] * 2
+
+
+def test_nan_never_qualifies():
+    documents = torch.tensor([[torch.nan], [1.0], [2.0]])
+    assert ops.top_k(torch.ones(1, 1), documents, 3)[1].tolist() == [[2, 1, -1]]
+
+
+def test_nothing_asked_and_nothing_there():
+    assert ops.top_k(torch.ones(2, 4), torch.ones(3, 4), 0)[0].shape == (2, 0)
+    assert ops.top_k(torch.ones(0, 4), torch.ones(3, 4), 2)[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": 4}, ValueError, "k must be from 0 to the number of documents, 3, got 4"),
+        ({"k": -1}, ValueError, "got -1"),
+        ({"k": 1.5}, TypeError, "k must be an integer"),
+        ({"queries": [1]}, TypeError, "queries must be a torch.Tensor"),
+        ({"queries": torch.ones(2, 5)}, ValueError, "share their dimension, got 5 and 4"),
+        ({"documents": torch.ones(3, 4).double()}, TypeError, "documents must have the dtype"),
+        ({"exclude": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "exclude must have shape"),
+        ({"ceiling": torch.zeros(2).double()}, TypeError, "ceiling must be float32"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    arguments = {"queries": torch.ones(2, 4), "documents": torch.ones(3, 4), "k": 1} | changes
+    required = [arguments.pop(name) for name in ("queries", "documents", "k")]
+    with pytest.raises(error, match=message):
+        ops.top_k(*required, **arguments)
