@@ -1,0 +1,127 @@
+// Attention against naive loops in double, for every instruction set of this machine.
+#include "ops/attention.h"
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "testing.h"
+
+using namespace qemb;
+using namespace qemb::testing;
+
+namespace {
+
+struct Case {
+    std::vector<int32_t> cu_q, cu_k;
+    int64_t heads, kv_heads, dim;
+    bool causal;
+};
+
+struct Result {
+    std::vector<double> out, dq, dk, dv;
+};
+
+const std::vector<Case> kCases = {
+    {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, false},    {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, true},
+    {{0, 0, 300}, {0, 0, 300}, 2, 1, 24, true},           {{0, 3, 4}, {0, 10, 300}, 2, 2, 8, true},
+    {{0, 250, 251}, {0, 200, 201}, 2, 1, 40, true},       {{0, 5}, {0, 0}, 1, 1, 8, false},
+    {{0, 1, 2, 3}, {0, 7, 14, 270}, 6, 2, 136, false},
+};
+
+// Straight from the definition: softmax row by row, gradients by the chain rule.
+Result naive(const Case& c, const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v,
+             const std::vector<double>& dout) {
+    Result r{std::vector<double>(q.size()), std::vector<double>(q.size()), std::vector<double>(k.size()), std::vector<double>(k.size())};
+    const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
+    for (size_t s = 0; s + 1 < c.cu_q.size(); ++s) {
+        const int64_t nq = c.cu_q[s + 1] - c.cu_q[s], nk = c.cu_k[s + 1] - c.cu_k[s];
+        for (int64_t h = 0; h < c.heads; ++h) {
+            for (int64_t i = 0; i < nq; ++i) {
+                const int64_t row = ((c.cu_q[s] + i) * c.heads + h) * c.dim;
+                const int64_t seen = c.causal ? std::max<int64_t>(0, std::min(nk, i + nk - nq + 1)) : nk;
+                const auto column = [&](int64_t j) { return ((c.cu_k[s] + j) * c.kv_heads + h / (c.heads / c.kv_heads)) * c.dim; };
+                std::vector<double> p(static_cast<size_t>(seen)), dp(p.size());
+                double most = -INFINITY, sum = 0, delta = 0;
+                for (int64_t j = 0; j < seen; ++j) {
+                    for (int64_t d = 0; d < c.dim; ++d) p[j] += scale * q[row + d] * k[column(j) + d];
+                    most = std::max(most, p[j]);
+                }
+                for (double& x : p) sum += (x = std::exp(x - most));
+                for (int64_t j = 0; j < seen; ++j) {
+                    p[j] /= sum;
+                    for (int64_t d = 0; d < c.dim; ++d) {
+                        r.out[row + d] += p[j] * v[column(j) + d];
+                        r.dv[column(j) + d] += p[j] * dout[row + d];
+                        dp[j] += dout[row + d] * v[column(j) + d];
+                    }
+                    delta += p[j] * dp[j];
+                }
+                for (int64_t j = 0; j < seen; ++j) {
+                    const double ds = scale * p[j] * (dp[j] - delta);
+                    for (int64_t d = 0; d < c.dim; ++d) {
+                        r.dq[row + d] += ds * k[column(j) + d];
+                        r.dk[column(j) + d] += ds * q[row + d];
+                    }
+                }
+            }
+        }
+    }
+    return r;
+}
+
+template <class T>
+Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v,
+              const std::vector<T>& dout) {
+    std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(k.size()), lse(static_cast<size_t>(c.cu_q.back() * c.heads));
+    const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
+    const int64_t seqs = static_cast<int64_t>(c.cu_q.size()) - 1, q_row = c.heads * c.dim, k_row = c.kv_heads * c.dim;
+    cpu::attention_forward({.q = q.data(), .k = k.data(), .v = v.data(), .out = out.data(), .lse = lse.data(),
+                            .cu_seqlens_q = c.cu_q.data(), .cu_seqlens_k = c.cu_k.data(), .num_seqs = seqs, .num_heads = c.heads,
+                            .num_kv_heads = c.kv_heads, .head_dim = c.dim, .q_token_stride = q_row, .q_head_stride = c.dim,
+                            .k_token_stride = k_row, .k_head_stride = c.dim, .v_token_stride = k_row, .v_head_stride = c.dim,
+                            .scale = scale, .causal = c.causal, .dtype = dtype});
+    cpu::attention_backward({.q = q.data(), .k = k.data(), .v = v.data(), .out = out.data(), .dout = dout.data(), .lse = lse.data(),
+                             .dq = dq.data(), .dk = dk.data(), .dv = dv.data(), .cu_seqlens_q = c.cu_q.data(),
+                             .cu_seqlens_k = c.cu_k.data(), .num_seqs = seqs, .num_heads = c.heads, .num_kv_heads = c.kv_heads,
+                             .head_dim = c.dim, .q_token_stride = q_row, .q_head_stride = c.dim, .k_token_stride = k_row,
+                             .k_head_stride = c.dim, .v_token_stride = k_row, .v_head_stride = c.dim, .scale = scale,
+                             .causal = c.causal, .dtype = dtype});
+    return {{out.begin(), out.end()}, {dq.begin(), dq.end()}, {dk.begin(), dk.end()}, {dv.begin(), dv.end()}};
+}
+
+template <class T>
+void compare(DType dtype, double tolerance) {
+    for (const Case& c : kCases) {
+        const auto q = random_values<T>(static_cast<size_t>(c.cu_q.back() * c.heads * c.dim), 1);
+        const auto k = random_values<T>(static_cast<size_t>(c.cu_k.back() * c.kv_heads * c.dim), 2);
+        const auto v = random_values<T>(k.size(), 3), dout = random_values<T>(q.size(), 4);
+        const auto wide = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
+        const Result truth = naive(c, wide(q), wide(k), wide(v), wide(dout));
+        for (const std::string& isa : cpu::available_isas()) {
+            cpu::set_isa(isa);
+            const Result ours = native<T>(c, dtype, q, k, v, dout);
+            check_close((isa + " out").c_str(), ours.out, truth.out, tolerance);
+            check_close((isa + " dq").c_str(), ours.dq, truth.dq, tolerance);
+            check_close((isa + " dk").c_str(), ours.dk, truth.dk, tolerance);
+            check_close((isa + " dv").c_str(), ours.dv, truth.dv, tolerance);
+        }
+    }
+}
+
+}  // namespace
+
+TEST(float32_equals_naive_loops) { compare<float>(DType::kFloat32, 3e-5); }
+TEST(float64_equals_naive_loops) { compare<double>(DType::kFloat64, 1e-12); }
+
+TEST(same_bits_on_one_and_three_threads) {
+    const Case c{{0, 500, 530, 531}, {0, 500, 530, 531}, 4, 2, 32, true};
+    const auto q = random_values<float>(static_cast<size_t>(531 * 4 * 32), 1);
+    const auto k = random_values<float>(static_cast<size_t>(531 * 2 * 32), 2);
+    cpu::set_num_threads(1);
+    const Result one = native<float>(c, DType::kFloat32, q, k, k, q);
+    cpu::set_num_threads(3);
+    CHECK(cpu::num_threads() == 3);
+    const Result three = native<float>(c, DType::kFloat32, q, k, k, q);
+    CHECK(one.out == three.out && one.dq == three.dq && one.dk == three.dk && one.dv == three.dv);
+}
+
+int main() { return run_all(); }
