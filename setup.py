@@ -1,5 +1,7 @@
 """Builds pyqemb._C with CMake and ninja. Everything else about the package is in pyproject.toml."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,11 +41,15 @@ def _tool(name: str) -> str:
 def _explain(output: str) -> str:
     """The one sentence that helps, or CMake's whole output."""
     flat = " ".join(output.split())
-    if "pyqemb needs a C++20 compiler" in flat:
-        start = flat.index("pyqemb needs a C++20 compiler")
-        return "pyqemb: " + flat[start : flat.index("newer compiler.", start) + len("newer compiler.")]
-    if "No CMAKE_CXX_COMPILER could be found" in flat or "is not a full path to an existing compiler" in flat:
-        return "pyqemb: no C++ compiler was found; install g++ 11 or clang 14 (or newer), or set CXX to one."
+    needs = "install g++ 11 or clang 14 (or newer), or set CXX to one."
+    if re.search(
+        "No CMAKE_CXX_COMPILER could be found|Could not find compiler set in|not a full path to an existing", flat
+    ):
+        return f"pyqemb: no C++ compiler was found; {needs}"
+    if re.search(
+        "pyqemb needs a C\\+\\+20 compiler|not able to compile a simple test program|identification is unknown", flat
+    ):
+        return f"pyqemb: needs a C++20 compiler, and {os.environ.get('CXX', 'the one found')} is not one; {needs}"
     return f"pyqemb: CMake could not configure the build.\n{output}"
 
 

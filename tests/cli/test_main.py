@@ -1,0 +1,38 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pyqemb.cli import VERBS, main
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys; from pyqemb.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(verb in result.stdout for verb in VERBS)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_without_torch(verb):
+    code = f"import sys; from pyqemb.cli import main\ntry: main(['{verb}', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"pyqemb {verb}" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--no-such-option"]])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "pyqemb" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("pyqemb ")

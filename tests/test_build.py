@@ -1,0 +1,99 @@
+"""The native library: what it links, what it exports, and that no instruction set leaks into another's code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OBJECTS = sorted((ROOT / "build" / "native" / "CMakeFiles").glob("qemb_*.dir/csrc/cpu/kernels/*.o"))
+
+
+@pytest.mark.skipif(not OBJECTS, reason="built elsewhere: no object files in build/native")
+def test_no_shared_symbol_holds_wide_instructions():
+    """A weak symbol outside the namespace of its instruction set could be picked by the linker for every processor."""
+    for path in OBJECTS:
+        isa = re.search(r"qemb_(\w+)\.dir", str(path)).group(1)
+        for line in subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines():
+            match = re.match(r"[0-9a-f]* +([WVuw]) (.*)", line)
+            if match and match.group(1) in "WVu":
+                assert f"qemb::cpu::{isa}::" in match.group(2), f"{path.name} ({isa}) shares {match.group(2)}"
+
+
+def test_no_torch_library_is_linked():
+    import pyqemb.ops as ops
+
+    path = sys.modules["pyqemb._C"].__file__
+    assert ops
+    linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in linked and "gomp" not in linked and "cuda" not in linked
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **env}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_forked_child_does_not_hang():
+    code = """
+import os, signal, torch
+from pyqemb import ops
+q, cu = torch.randn(2000, 4, 64), torch.tensor([0, 1000, 2000], dtype=torch.int32)
+expected = ops.varlen_attention(q, q, q, cu).numpy().tobytes()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # torch's own parallel ops would hang here, so the bytes are compared without them
+    os._exit(0 if ops.varlen_attention(q, q, q, cu).numpy().tobytes() == expected else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert ops.varlen_attention(q, q, q, cu).numpy().tobytes() == expected
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_runs_on_the_threads_of_torch():
+    code = "import torch; torch.set_num_threads(3); from pyqemb import ops, _C; assert _C.num_threads() == 3"
+    assert run_python(code).returncode == 0
+
+
+def test_other_threads_run_while_an_op_works():
+    code = """
+import threading, time, torch
+from pyqemb import ops
+q, cu = torch.randn(6000, 8, 64), torch.tensor([0, 6000], dtype=torch.int32)
+ticks, stop = [], threading.Event()
+def count():
+    while not stop.is_set():
+        ticks.append(time.perf_counter()); time.sleep(0.005)
+thread = threading.Thread(target=count); thread.start()
+start = time.perf_counter(); ops.varlen_attention(q, q, q, cu); end = time.perf_counter()
+stop.set(); thread.join()
+inside = sum(start < tick < end for tick in ticks)
+assert inside > (end - start) / 0.005 / 20, (inside, end - start)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_missing_compiler_is_one_clear_sentence(tmp_path):
+    pytest.importorskip("pybind11", reason="pybind11 is only in the isolated build environment")
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "pyqemb").mkdir()
+    shutil.copy(ROOT / "pyqemb" / "__init__.py", tmp_path / "pyqemb")
+    for compiler, sentence in (
+        ("/no/such/compiler", "no C++ compiler was found"),
+        ("/bin/true", "needs a C++20 compiler"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "setup.py", "build_ext"], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "CXX": compiler},
+        )  # fmt: skip
+        last = result.stderr.strip().splitlines()[-1]
+        assert result.returncode != 0 and last.startswith("pyqemb: ") and sentence in last, result.stderr

@@ -1,0 +1,91 @@
+"""The arrows of docs/design.md point down: who imports whom in Python, who includes whom in C++."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+JOBS = {"training", "merging", "evaluation", "curation"}
+# package -> packages of pyqemb that it may import (itself always).
+PYTHON = {
+    "errors": set(),
+    "ops": set(),
+    "data": {"errors"},
+    "model": {"errors", "data", "ops"},
+    "training": {"errors", "data", "ops", "model"},
+    "evaluation": {"errors", "data", "ops", "model"},
+    "curation": {"errors", "data", "ops", "model"},
+    "merging": {"errors", "data", "model"},
+    "demo": {"errors", "data", "ops", "model"} | JOBS,
+    "cli": {"errors", "data", "ops", "model", "demo"} | JOBS,
+    "testing": {"errors", "data", "ops", "model"} | JOBS,
+}
+CPP = {
+    "common": set(),
+    "ops": {"common"},
+    "cpu": {"ops", "common"},
+    "bindings": {"ops", "common", "cpu"},
+}
+
+
+def python_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {module.split(".")[1] for module in modules if module.startswith("pyqemb.") and "." in module}
+    return found
+
+
+@pytest.mark.parametrize("package", PYTHON)
+def test_python_arrows_point_down(package):
+    home = ROOT / "pyqemb" / package
+    files = [home.with_suffix(".py")] if home.with_suffix(".py").exists() else sorted(home.rglob("*.py"))
+    assert files
+    for path in files:
+        upward = python_imports(path) - PYTHON[package] - {package, "__version__"}
+        native = {"_C"} & upward if package in ("ops", "testing", "cli") else set()
+        assert not upward - native, f"{path.relative_to(ROOT)} imports {sorted(upward - native)}"
+
+
+@pytest.mark.parametrize("folder", CPP)
+def test_cpp_arrows_point_down(folder):
+    for path in sorted((ROOT / "csrc" / folder).rglob("*.*")):
+        included = {name.split("/")[0] for name in re.findall(r'#include "(\w+/[^"]+)"', path.read_text())}
+        assert included <= CPP[folder] | {folder}, f"{path.relative_to(ROOT)} includes {sorted(included)}"
+        text = path.read_text()
+        assert "torch/" not in re.sub(r"//.*", "", text) or folder == "bindings", f"{path} knows torch"
+        assert folder == "bindings" or "pybind11" not in text, f"{path} knows Python"
+
+
+def test_only_ops_reach_the_native_library():
+    for path in (ROOT / "pyqemb").rglob("*.py"):
+        if "_C" in python_imports(path):
+            assert path.parent.name in ("ops", "cli", "testing"), path
+
+
+def test_nothing_unsafe():
+    """No pickle, no code from data, no shell, no network but the model hub's official client."""
+    for path in (ROOT / "pyqemb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "shelve", "marshal", "dill", "socket", "urllib", "requests"}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called == "yaml.load" and "(yaml.SafeLoader)" in path.read_text():
+                    continue
+                assert called not in {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system"}, (
+                    path,
+                    called,
+                )
+                for keyword in node.keywords:
+                    unsafe = {"trust_remote_code", "shell", "allow_pickle"}
+                    assert not (keyword.arg in unsafe and ast.unparse(keyword.value) == "True"), (path, called)
