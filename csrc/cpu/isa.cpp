@@ -60,5 +60,11 @@ QEMB_FORWARD(pool_forward, PoolForward)
 QEMB_FORWARD(pool_backward, PoolBackward)
 QEMB_FORWARD(info_nce, InfoNce)
 QEMB_FORWARD(top_k, TopK)
+QEMB_FORWARD(rms_norm_forward, RmsNormForward)
+QEMB_FORWARD(rms_norm_backward, RmsNormBackward)
+QEMB_FORWARD(qk_norm_rope_forward, QkNormRopeForward)
+QEMB_FORWARD(qk_norm_rope_backward, QkNormRopeBackward)
+QEMB_FORWARD(swiglu_forward, SwigluForward)
+QEMB_FORWARD(swiglu_backward, SwigluBackward)
 
 }  // namespace qemb::cpu

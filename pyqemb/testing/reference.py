@@ -69,3 +69,20 @@ def top_k(queries, documents, k) -> tuple[Tensor, Tensor]:
     """Best first, equal scores by lower index."""
     order = torch.sort(queries @ documents.T, dim=1, descending=True, stable=True)
     return order.values[:, :k], order.indices[:, :k]
+
+
+def rms_norm(x, weight, eps=1e-6) -> Tensor:
+    """x / rms(x) * weight."""
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def qk_norm_rope(x, weight, cos, sin, eps=1e-6) -> Tensor:
+    """RMSNorm of each head, then feature i turned with feature i + D / 2."""
+    first, second = rms_norm(x, weight, eps).chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def swiglu(gate, up) -> Tensor:
+    """silu(gate) * up."""
+    return gate * torch.sigmoid(gate) * up

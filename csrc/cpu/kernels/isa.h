@@ -4,6 +4,9 @@
 #include "ops/attention.h"
 #include "ops/infonce.h"
 #include "ops/pooling.h"
+#include "ops/qk_norm_rope.h"
+#include "ops/rms_norm.h"
+#include "ops/swiglu.h"
 #include "ops/topk.h"
 
 #define QEMB_DECLARE_KERNELS(isa) \
@@ -14,6 +17,12 @@
     void pool_backward(const PoolBackward& p); \
     void info_nce(const InfoNce& p); \
     void top_k(const TopK& p); \
+    void rms_norm_forward(const RmsNormForward& p); \
+    void rms_norm_backward(const RmsNormBackward& p); \
+    void qk_norm_rope_forward(const QkNormRopeForward& p); \
+    void qk_norm_rope_backward(const QkNormRopeBackward& p); \
+    void swiglu_forward(const SwigluForward& p); \
+    void swiglu_backward(const SwigluBackward& p); \
     }
 
 QEMB_DECLARE_KERNELS(generic)

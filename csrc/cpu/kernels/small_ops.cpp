@@ -1,0 +1,216 @@
+// RMSNorm, per-head norm with rotary embedding, SwiGLU: one pass over memory each way. Rows are shared out in blocks whose size
+// depends on the problem alone, and the blocks' weight gradients are added in order, so results have the same bits on any
+// number of threads.
+#include "cpu/kernels/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/vec.h"
+
+namespace qemb::cpu::QEMB_ISA {
+namespace {
+
+constexpr int64_t kBlockElements = 16384;
+
+QEMB_INLINE int64_t rows_per_block(int64_t size) { return max_of<int64_t>(1, kBlockElements / max_of<int64_t>(1, size)); }
+
+template <class T>
+T* tile_of(int64_t count) {
+    return static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(count) * sizeof(T)));
+}
+
+// Where the storage is already the arithmetic type, read and write it in place.
+template <class T>
+QEMB_INLINE bool in_place(DType dtype) {
+    return dtype == (sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64);
+}
+template <class T>
+QEMB_INLINE const T* read(DType dtype, const void* from, int64_t offset, int64_t count, T* buffer) {
+    if (in_place<T>(dtype)) return static_cast<const T*>(from) + offset;
+    load_row(dtype, from, offset, buffer, count);
+    return buffer;
+}
+template <class T>
+QEMB_INLINE T* target(DType dtype, void* to, int64_t offset, T* buffer) {
+    return in_place<T>(dtype) ? static_cast<T*>(to) + offset : buffer;
+}
+template <class T>
+QEMB_INLINE void write(DType dtype, const T* from, void* to, int64_t offset, int64_t count) {
+    if (!in_place<T>(dtype)) store_row(dtype, from, to, offset, count);
+}
+
+template <class T>
+QEMB_INLINE T inverse_rms(const T* x, int64_t size, double eps) {
+    return static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(dot(x, x, size)) / static_cast<double>(size) + eps));
+}
+
+// dx = rstd (w dy - n mean(w dy n)) with n = x rstd; dweight += dy n. May write over dy.
+template <class T>
+QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy, T* dx, T* dweight, int64_t size) {
+    Vec<T> along{};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= size; i += kLanes<T>) {
+        const Vec<T> product = load(dy + i) * load(x + i);
+        along += product * load(weight + i);
+        store(dweight + i, load(dweight + i) + product * rstd);
+    }
+    T total = sum_lanes<T>(along);
+    for (; i < size; ++i) {
+        total += dy[i] * x[i] * weight[i];
+        dweight[i] += dy[i] * x[i] * rstd;
+    }
+    const T back = total * rstd * rstd / static_cast<T>(size);
+    for (i = 0; i < size; ++i) dx[i] = rstd * (weight[i] * dy[i] - x[i] * back);
+}
+
+// Runs body(block, dweight of the block) over blocks of rows and adds the blocks' dweight in order.
+template <class T, class Body>
+void with_weight_gradient(int64_t rows, int64_t block_rows, int64_t size, void* dweight, Body body) {
+    const int64_t blocks = ceil_div(rows, block_rows);
+    T* partial = static_cast<T*>(scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
+    parallel_for(blocks, [&](int64_t block) {
+        T* mine = partial + block * size;
+        for (int64_t i = 0; i < size; ++i) mine[i] = 0;
+        body(block * block_rows, min_of((block + 1) * block_rows, rows), mine);
+    });
+    if (!dweight) return;
+    T* total = static_cast<T*>(dweight);
+    for (int64_t i = 0; i < size; ++i) total[i] = 0;
+    for (int64_t block = 0; block < blocks; ++block) add_scaled(total, partial + block * size, T(1), size);
+}
+
+template <class T>
+void rms_norm(const RmsNormForward& p) {
+    const int64_t block_rows = rows_per_block(p.size);
+    parallel_for(ceil_div(p.rows, block_rows), [&](int64_t block) {
+        T* buffer = tile_of<T>(2 * p.size);
+        load_row(p.dtype, p.weight, 0, buffer, p.size);
+        for (int64_t row = block * block_rows; row < min_of((block + 1) * block_rows, p.rows); ++row) {
+            const T* x = read(p.dtype, p.x, row * p.size, p.size, buffer + p.size);
+            T* y = target(p.dtype, p.y, row * p.size, buffer + p.size);
+            const T rstd = inverse_rms(x, p.size, p.eps);
+            static_cast<T*>(p.rstd)[row] = rstd;
+            for (int64_t i = 0; i < p.size; ++i) y[i] = x[i] * rstd * buffer[i];
+            write(p.dtype, y, p.y, row * p.size, p.size);
+        }
+    });
+}
+
+template <class T>
+void rms_norm_gradients(const RmsNormBackward& p) {
+    with_weight_gradient<T>(p.rows, rows_per_block(p.size), p.size, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
+        T* buffer = tile_of<T>(4 * p.size);
+        load_row(p.dtype, p.weight, 0, buffer, p.size);
+        for (int64_t row = begin; row < end; ++row) {
+            const T* x = read(p.dtype, p.x, row * p.size, p.size, buffer + p.size);
+            const T* dy = read(p.dtype, p.dy, row * p.size, p.size, buffer + 2 * p.size);
+            T* dx = target(p.dtype, p.dx, row * p.size, buffer + 3 * p.size);
+            norm_backward(x, buffer, static_cast<const T*>(p.rstd)[row], dy, dx, dweight, p.size);
+            write(p.dtype, dx, p.dx, row * p.size, p.size);
+        }
+    });
+}
+
+template <class T>
+void qk_norm_rope(const QkNormRopeForward& p) {
+    const int64_t dim = p.head_dim, half = dim / 2, block_tokens = rows_per_block(p.heads * dim);
+    parallel_for(ceil_div(p.tokens, block_tokens), [&](int64_t block) {
+        T* weight = tile_of<T>(3 * dim);
+        T* n = weight + dim;
+        load_row(p.dtype, p.weight, 0, weight, dim);
+        for (int64_t token = block * block_tokens; token < min_of((block + 1) * block_tokens, p.tokens); ++token) {
+            const T* cos = static_cast<const T*>(p.cos) + token * half;
+            const T* sin = static_cast<const T*>(p.sin) + token * half;
+            for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
+                const T* x = read(p.dtype, p.x, row * dim, dim, n);
+                T* y = target(p.dtype, p.y, row * dim, weight + 2 * dim);
+                const T rstd = inverse_rms(x, dim, p.eps);
+                static_cast<T*>(p.rstd)[row] = rstd;
+                for (int64_t i = 0; i < dim; ++i) n[i] = x[i] * rstd * weight[i];
+                for (int64_t i = 0; i < half; ++i) {
+                    y[i] = n[i] * cos[i] - n[i + half] * sin[i];
+                    y[i + half] = n[i + half] * cos[i] + n[i] * sin[i];
+                }
+                write(p.dtype, y, p.y, row * dim, dim);
+            }
+        }
+    });
+}
+
+template <class T>
+void qk_norm_rope_gradients(const QkNormRopeBackward& p) {
+    const int64_t dim = p.head_dim, half = dim / 2;
+    with_weight_gradient<T>(p.tokens, rows_per_block(p.heads * dim), dim, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
+        T* weight = tile_of<T>(5 * dim);
+        T *x_buffer = weight + dim, *dy_buffer = weight + 2 * dim, *dn = weight + 3 * dim;
+        load_row(p.dtype, p.weight, 0, weight, dim);
+        for (int64_t token = begin; token < end; ++token) {
+            const T* cos = static_cast<const T*>(p.cos) + token * half;
+            const T* sin = static_cast<const T*>(p.sin) + token * half;
+            for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
+                const T* x = read(p.dtype, p.x, row * dim, dim, x_buffer);
+                const T* dy = read(p.dtype, p.dy, row * dim, dim, dy_buffer);
+                T* dx = target(p.dtype, p.dx, row * dim, weight + 4 * dim);
+                for (int64_t i = 0; i < half; ++i) {
+                    dn[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
+                    dn[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
+                }
+                norm_backward(x, weight, static_cast<const T*>(p.rstd)[row], dn, dx, dweight, dim);
+                write(p.dtype, dx, p.dx, row * dim, dim);
+            }
+        }
+    });
+}
+
+constexpr int64_t kRun = 512;  // elements that are widened at a time
+
+template <class T>
+void swiglu(const SwigluForward& p) {
+    parallel_for(ceil_div(p.count, kBlockElements), [&](int64_t block) {
+        T* buffer = tile_of<T>(3 * kRun + kLanes<T>);
+        for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, p.count); at += kRun) {
+            const int64_t count = min_of(kRun, p.count - at);
+            load_row(p.dtype, p.gate, at, buffer, count);
+            load_row(p.dtype, p.up, at, buffer + kRun, count);
+            for (int64_t i = 0; i < count; i += kLanes<T>) {
+                const Vec<T> gate = load(buffer + i);
+                store(buffer + 2 * kRun + i, gate / (T(1) + exp<T>(-gate)) * load(buffer + kRun + i));
+            }
+            store_row(p.dtype, buffer + 2 * kRun, p.y, at, count);
+        }
+    });
+}
+
+template <class T>
+void swiglu_gradients(const SwigluBackward& p) {
+    parallel_for(ceil_div(p.count, kBlockElements), [&](int64_t block) {
+        T* buffer = tile_of<T>(5 * kRun);
+        T *up_run = buffer + kRun, *dy_run = buffer + 2 * kRun, *dgate = buffer + 3 * kRun, *dup = buffer + 4 * kRun;
+        for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, p.count); at += kRun) {
+            const int64_t count = min_of(kRun, p.count - at);
+            load_row(p.dtype, p.gate, at, buffer, count);
+            load_row(p.dtype, p.up, at, up_run, count);
+            load_row(p.dtype, p.dy, at, dy_run, count);
+            for (int64_t i = 0; i < count; i += kLanes<T>) {
+                const Vec<T> gate = load(buffer + i), dy = load(dy_run + i);
+                const Vec<T> sigmoid = T(1) / (T(1) + exp<T>(-gate));
+                store(dup + i, dy * gate * sigmoid);
+                store(dgate + i, dy * load(up_run + i) * sigmoid * (T(1) + gate * (T(1) - sigmoid)));
+            }
+            store_row(p.dtype, dgate, p.dgate, at, count);
+            store_row(p.dtype, dup, p.dup, at, count);
+        }
+    });
+}
+
+}  // namespace
+
+#define QEMB_FOR_ARITHMETIC(op, Params, body) \
+    void op(const Params& p) { p.dtype == DType::kFloat64 ? body<double>(p) : body<float>(p); }
+
+QEMB_FOR_ARITHMETIC(rms_norm_forward, RmsNormForward, rms_norm)
+QEMB_FOR_ARITHMETIC(rms_norm_backward, RmsNormBackward, rms_norm_gradients)
+QEMB_FOR_ARITHMETIC(qk_norm_rope_forward, QkNormRopeForward, qk_norm_rope)
+QEMB_FOR_ARITHMETIC(qk_norm_rope_backward, QkNormRopeBackward, qk_norm_rope_gradients)
+QEMB_FOR_ARITHMETIC(swiglu_forward, SwigluForward, swiglu)
+QEMB_FOR_ARITHMETIC(swiglu_backward, SwigluBackward, swiglu_gradients)
+
+}  // namespace qemb::cpu::QEMB_ISA
