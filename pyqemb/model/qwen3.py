@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,12 +26,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin of every token's position, [T, 1, D / 2], made once for all layers; called, it turns heads."""
+    """cos and sin of every token's position, [T, D / 2], made once for all layers."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -42,7 +41,7 @@ class Rotary:
         exponents = (
             torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
         )
-        angles = (positions_T.float()[:, None] * (1.0 / config.rope_theta**exponents))[:, None, :]
+        angles = positions_T.float()[:, None] * (1.0 / config.rope_theta**exponents)
         # bf16 and fp16 heads are turned in float32; float64 ones keep the float32 angles that the checkpoints know.
         dtype = torch.promote_types(dtype, torch.float32)
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
@@ -50,11 +49,12 @@ class Rotary:
     def at(self, tokens: torch.Tensor) -> "Rotary":
         return Rotary(self.cos[tokens], self.sin[tokens])
 
-    def __call__(self, x_TND: torch.Tensor) -> torch.Tensor:
-        first, second = x_TND.chunk(2, dim=-1)
-        left = torch.addcmul(first * self.cos, second, self.sin, value=-1)
-        right = torch.addcmul(second * self.cos, first, self.sin)
-        return torch.cat((left, right), dim=-1).to(x_TND.dtype)
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head of q or k, then the rotary embedding."""
+
+    def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        return ops.qk_norm_rope(x_TND, self.weight, rotary.cos, rotary.sin, self.eps)
 
 
 class Asking(NamedTuple):
@@ -75,8 +75,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         asking_SE = x_TE if asking is None else x_TE[asking.tokens]
         q_SND = self._heads(self.q_proj(asking_SE))
         k_TKD, v_TKD = self._heads(self.k_proj(x_TE)), self._heads(self.v_proj(x_TE))
-        q_SND = (rotary if asking is None else rotary.at(asking.tokens))(self.q_norm(q_SND))
-        k_TKD = rotary(self.k_norm(k_TKD))
+        q_SND = self.q_norm(q_SND, rotary if asking is None else rotary.at(asking.tokens))
+        k_TKD = self.k_norm(k_TKD, rotary)
         if asking is None:
             out_SND = ops.varlen_attention(q_SND, k_TKD, v_TKD, cu_seqlens, causal=self.causal)
         else:
@@ -109,7 +109,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_SE)) * self.up_proj(x_SE))
+        return self.down_proj(ops.swiglu(self.gate_proj(x_SE), self.up_proj(x_SE)))
 
 
 class Block(nn.Module):
