@@ -48,7 +48,7 @@ test-cpp: $(VENV)/test.stamp
 	ctest --test-dir build/native --output-on-failure
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-only --quiet
 
 fix: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py
