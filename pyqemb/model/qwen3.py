@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight.to(x.dtype), self.eps)  # they differ under autocast
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,16 @@ class Rotary:
         return Rotary(self.cos[tokens], self.sin[tokens])
 
 
-class HeadNorm(RMSNorm):
+class HeadNorm(nn.Module):
     """RMSNorm of each head of q or k, then the rotary embedding."""
 
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
     def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        return ops.qk_norm_rope(x_TND, self.weight, rotary.cos, rotary.sin, self.eps)
+        return ops.qk_norm_rope(x_TND, self.weight.to(x_TND.dtype), rotary.cos, rotary.sin, self.eps)
 
 
 class Asking(NamedTuple):
