@@ -1,0 +1,37 @@
+"""`pyqemb evaluate MODEL FOLDER`: a table of metrics with their intervals."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or the name of a model on the hub")
+    parser.add_argument("folder", type=Path, help="BEIR layout, or sts.jsonl, or bitext.jsonl")
+    parser.add_argument("--instruction", help="for queries; the model's own when not given")
+    parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
+    parser.add_argument("--split", default="test", help="which qrels/SPLIT.tsv (test)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals (1000)")
+    parser.add_argument("--json", type=Path, help="also write the whole report there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pyqemb.data.files import atomic_file
+    from pyqemb.evaluation import evaluate
+
+    report = evaluate(
+        args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split, bootstrap=args.bootstrap
+    )
+    table = Table(title=f"{report['task']}: {args.folder}, {report['count']} rows")
+    for column in ("metric", "value", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in report["metrics"].items():
+        table.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}")
+    Console().print(table)
+    if args.json is not None:
+        with atomic_file(args.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,152 @@
+"""Encode, search, score: one report a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.evaluation import metrics
+from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
+from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, load_task
+
+_DEPTH = 100
+_PER_QUERY = {
+    "ndcg@10": lambda ranking, relevant: metrics.ndcg_at_k(ranking, relevant, 10),
+    "recall@10": lambda ranking, relevant: metrics.recall_at_k(ranking, relevant, 10),
+    "recall@100": lambda ranking, relevant: metrics.recall_at_k(ranking, relevant, 100),
+    "mrr@10": lambda ranking, relevant: metrics.mrr_at_k(ranking, relevant, 10),
+    "accuracy@1": metrics.accuracy_at_1,
+}
+
+
+def evaluate(
+    model: Any,
+    folder: str | Path,
+    *,
+    instruction: str | None = None,
+    dim: int | None = None,
+    split: str = "test",
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a model on a folder (see `tasks`).
+
+    Args:
+        model: an Embedder, anything with its encode_query and encode_document, or a model folder.
+        instruction: for queries; None takes the model's own. Queries of the folder that name theirs keep it.
+        dim: use the first `dim` features, normalised again.
+        split: which qrels/SPLIT.tsv of a retrieval folder.
+        bootstrap: resamples for the 95 % intervals, 0 for none; seed: of the resampling.
+
+    Returns:
+        {"task", "folder", "count", "metrics": {name: {"value", "low", "high"}}, "per_query": {name: {id: value}}}; per_query
+        is empty for STS.
+
+    Raises:
+        DataError: the folder cannot be read. ConfigError: an argument is out of range.
+    """
+    if bootstrap < 0:
+        raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
+    task = load_task(folder, split)
+    if isinstance(model, (str, Path)):
+        from pyqemb.model.embedder import Embedder
+
+        model = Embedder.from_pretrained(model)
+    name, count, values, per_query = _measure(model, task, instruction, dim, bootstrap, seed)
+    return {
+        "task": name,
+        "folder": str(folder),
+        "count": count,
+        "metrics": {key: value._asdict() for key, value in values.items()},
+        "per_query": per_query,
+    }
+
+
+def rank(
+    query_vectors: np.ndarray,
+    document_vectors: np.ndarray,
+    k: int = _DEPTH,
+    exclude: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, indices) [B, min(k, M)] of the best documents by dot product; `exclude` [B, X] int64 as in ops.top_k."""
+    import torch
+
+    from pyqemb import ops
+
+    queries, documents = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (query_vectors, document_vectors))
+    forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64))
+    scores, indices = ops.top_k(queries, documents, min(k, len(documents)), exclude=forbidden)
+    return scores.numpy(), indices.numpy()
+
+
+def score_rankings(
+    rankings: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """{metric: {query id: value}} for nDCG@10, recall@10 and @100, MRR@10, accuracy@1."""
+    return {name: {query: score(rankings[query], qrels[query]) for query in qrels} for name, score in _PER_QUERY.items()}
+
+
+def retrieve(model: Any, task: Retrieval, instruction: str | None = None, dim: int | None = None) -> dict[str, list[str]]:
+    """The first hundred document ids of every query. A document with the query's own id is passed over, as BEIR does."""
+    documents, groups = list(task.corpus), _groups(task)
+    queries = [query for _, group in groups for query in group]
+    query_vectors = np.concatenate(
+        [_encode_queries(model, [task.queries[q] for q in group], told or instruction, dim) for told, group in groups]
+    )
+    place = {document: index for index, document in enumerate(documents)}
+    own = np.array([[place.get(query, -1)] for query in queries], dtype=np.int64)
+    vectors = _finite("documents", model.encode_document([task.corpus[d] for d in documents], dim=dim))
+    _, indices = rank(query_vectors, vectors, exclude=own)
+    return {query: [documents[i] for i in row if i >= 0] for query, row in zip(queries, indices, strict=True)}
+
+
+def _measure(
+    model: Any, task: Task, instruction: str | None, dim: int | None, bootstrap: int, seed: int
+) -> tuple[str, int, dict[str, Interval], dict[str, dict[str, float]]]:
+    if isinstance(task, Retrieval):
+        per_query = score_rankings(retrieve(model, task, instruction, dim), task.qrels)
+        values = {name: bootstrap_interval(list(row.values()), bootstrap, seed) for name, row in per_query.items()}
+        return "retrieval", len(task.queries), values, per_query
+    first, second = (_encode_queries(model, texts, instruction, dim) for texts in (task.first, task.second))
+    if isinstance(task, Sts):
+        similarity, scores = (first * second).sum(axis=1), np.asarray(task.scores)
+        values = {
+            name: bootstrap_statistic(lambda i, f=function: f(similarity[i], scores[i]), len(scores), bootstrap, seed)
+            for name, function in (("spearman", metrics.spearman), ("pearson", metrics.pearson))
+        }
+        return "sts", len(scores), values, {}
+    assert isinstance(task, Bitext)
+    matched = _match(first, second, task)
+    right = (matched == np.arange(len(matched))).astype(float)
+    values = {
+        "accuracy": bootstrap_interval(right, bootstrap, seed),
+        "f1": bootstrap_statistic(lambda i: metrics.matching_f1(matched, i), len(matched), bootstrap, seed),
+    }
+    return "bitext", len(matched), values, {"accuracy": {str(i): float(v) for i, v in enumerate(right)}}
+
+
+def _match(first: np.ndarray, second: np.ndarray, task: Bitext) -> np.ndarray:
+    """The nearest second sentence of each first one; any sentence with the text of the right one is right."""
+    matched = rank(first, second, k=1)[1][:, 0]
+    same = [task.second[guess] == task.second[i] for i, guess in enumerate(matched)]
+    return np.where(same, np.arange(len(matched)), matched)
+
+
+def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:
+    """Queries by the instruction that the folder gives them."""
+    groups: dict[str | None, list[str]] = {}
+    for query in task.queries:
+        groups.setdefault(task.instructions.get(query), []).append(query)
+    return list(groups.items())
+
+
+def _encode_queries(model: Any, texts: list[str], instruction: str | None, dim: int | None) -> np.ndarray:
+    return _finite("queries", model.encode_query(texts, instruction=instruction, dim=dim))
+
+
+def _finite(what: str, vectors: np.ndarray) -> np.ndarray:
+    if not np.isfinite(vectors).all():
+        raise DataError(f"the model gives NaN or infinity for {what}")
+    return vectors
