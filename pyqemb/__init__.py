@@ -11,22 +11,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Embedder": "pyqemb.model.embedder",
     "PackedBatch": "pyqemb.data.batch",
-    "GradCache": "pyqemb.training.grad_cache",
-    "train": "pyqemb.training",
-    "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
-    "mine": "pyqemb.curation",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from pyqemb.curation import mine as mine
     from pyqemb.data.batch import PackedBatch as PackedBatch
     from pyqemb.evaluation import evaluate as evaluate
-    from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
-    from pyqemb.training import train as train
-    from pyqemb.training.grad_cache import GradCache as GradCache
 
 
 def __getattr__(name: str) -> Any:

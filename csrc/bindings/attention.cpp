@@ -36,7 +36,9 @@ struct Inputs {
 };
 
 // The statistics that forward hands to backward are in the arithmetic type.
-ScalarType arithmetic(const Argument& x) { return x->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32; }
+ScalarType arithmetic(const Argument& x) {
+    return x->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+}
 
 void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,
              py::handle lse, double scale, bool causal) {
@@ -45,13 +47,26 @@ void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py
     o.shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
     l.shape({in.q->size(0), in.q->size(1)}).type(arithmetic(in.q), "the arithmetic type").contiguous();
     const AttentionForward p{
-        .q = in.q->data, .k = in.k->data, .v = in.v->data, .out = o->data, .lse = l->data,
-        .cu_seqlens_q = in.cu_seqlens_q, .cu_seqlens_k = in.cu_seqlens_k,
-        .num_seqs = in.cu_q->size(0) - 1, .num_heads = in.q->size(1), .num_kv_heads = in.k->size(1), .head_dim = in.q->size(2),
-        .q_token_stride = in.q->stride[0], .q_head_stride = in.q->stride[1],
-        .k_token_stride = in.k->stride[0], .k_head_stride = in.k->stride[1],
-        .v_token_stride = in.v->stride[0], .v_head_stride = in.v->stride[1],
-        .scale = scale, .causal = causal, .dtype = in.q->dtype(),
+        .q = in.q->data,
+        .k = in.k->data,
+        .v = in.v->data,
+        .out = o->data,
+        .lse = l->data,
+        .cu_seqlens_q = in.cu_seqlens_q,
+        .cu_seqlens_k = in.cu_seqlens_k,
+        .num_seqs = in.cu_q->size(0) - 1,
+        .num_heads = in.q->size(1),
+        .num_kv_heads = in.k->size(1),
+        .head_dim = in.q->size(2),
+        .q_token_stride = in.q->stride[0],
+        .q_head_stride = in.q->stride[1],
+        .k_token_stride = in.k->stride[0],
+        .k_head_stride = in.k->stride[1],
+        .v_token_stride = in.v->stride[0],
+        .v_head_stride = in.v->stride[1],
+        .scale = scale,
+        .causal = causal,
+        .dtype = in.q->dtype(),
     };
     const py::gil_scoped_release unlocked;
     cpu::attention_forward(p);
@@ -62,18 +77,36 @@ void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, p
     const Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
     const Argument o(kOp, "out", out), l(kOp, "lse", lse), d_o(kOp, "dout", dout), d_q(kOp, "dq", dq), d_k(kOp, "dk", dk),
         d_v(kOp, "dv", dv);
-    for (const Argument* like_q : {&o, &d_o, &d_q}) like_q->shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
-    for (const Argument* like_k : {&d_k, &d_v}) like_k->shape({in.k->size(0), in.k->size(1), in.k->size(2)}).like(in.q).contiguous();
+    for (const Argument* like_q : {&o, &d_o, &d_q})
+        like_q->shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
+    for (const Argument* like_k : {&d_k, &d_v})
+        like_k->shape({in.k->size(0), in.k->size(1), in.k->size(2)}).like(in.q).contiguous();
     l.shape({in.q->size(0), in.q->size(1)}).type(arithmetic(in.q), "the arithmetic type").contiguous();
     const AttentionBackward p{
-        .q = in.q->data, .k = in.k->data, .v = in.v->data, .out = o->data, .dout = d_o->data, .lse = l->data,
-        .dq = d_q->data, .dk = d_k->data, .dv = d_v->data,
-        .cu_seqlens_q = in.cu_seqlens_q, .cu_seqlens_k = in.cu_seqlens_k,
-        .num_seqs = in.cu_q->size(0) - 1, .num_heads = in.q->size(1), .num_kv_heads = in.k->size(1), .head_dim = in.q->size(2),
-        .q_token_stride = in.q->stride[0], .q_head_stride = in.q->stride[1],
-        .k_token_stride = in.k->stride[0], .k_head_stride = in.k->stride[1],
-        .v_token_stride = in.v->stride[0], .v_head_stride = in.v->stride[1],
-        .scale = scale, .causal = causal, .dtype = in.q->dtype(),
+        .q = in.q->data,
+        .k = in.k->data,
+        .v = in.v->data,
+        .out = o->data,
+        .dout = d_o->data,
+        .lse = l->data,
+        .dq = d_q->data,
+        .dk = d_k->data,
+        .dv = d_v->data,
+        .cu_seqlens_q = in.cu_seqlens_q,
+        .cu_seqlens_k = in.cu_seqlens_k,
+        .num_seqs = in.cu_q->size(0) - 1,
+        .num_heads = in.q->size(1),
+        .num_kv_heads = in.k->size(1),
+        .head_dim = in.q->size(2),
+        .q_token_stride = in.q->stride[0],
+        .q_head_stride = in.q->stride[1],
+        .k_token_stride = in.k->stride[0],
+        .k_head_stride = in.k->stride[1],
+        .v_token_stride = in.v->stride[0],
+        .v_head_stride = in.v->stride[1],
+        .scale = scale,
+        .causal = causal,
+        .dtype = in.q->dtype(),
     };
     const py::gil_scoped_release unlocked;
     cpu::attention_backward(p);

@@ -14,26 +14,29 @@ const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, in
     x.type(ScalarType::kInt64, "int64").shape({count}).contiguous();
     const auto* values = static_cast<const int64_t*>(x->data);
     for (int64_t i = 0; i < count; ++i)
-        QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (", of,
-                   "), got ", values[i], " at ", i);
+        QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (",
+                   of, "), got ", values[i], " at ", i);
     return values;
 }
 
 std::vector<double> info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner,
                              py::handle document_ids, py::handle loss, py::handle d_queries, py::handle d_documents, bool hard,
                              bool in_batch, bool query_query, bool doc_doc, double margin, int doc_mask, double temperature) {
-    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), pos(kOp, "positive", positive), l(kOp, "loss", loss);
+    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), pos(kOp, "positive", positive),
+        l(kOp, "loss", loss);
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
-    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1), " and ",
-               d->size(1));
-    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ", temperature);
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
+               " and ", d->size(1));
+    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
+               temperature);
     QEMB_CHECK(!std::isnan(margin), "[", kOp, "] margin must be a number, got nan");
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
     const int64_t* positives = checked_indices(pos, num_queries, 0, num_documents, "an index of documents");
     const int64_t* owners = nullptr;
     const int64_t* ids = nullptr;
-    if (!owner.is_none()) owners = checked_indices(Argument(kOp, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
+    if (!owner.is_none())
+        owners = checked_indices(Argument(kOp, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
     if (!document_ids.is_none()) {
         const Argument x(kOp, "document_ids", document_ids);
         x.type(ScalarType::kInt64, "int64").shape({num_documents}).contiguous();
@@ -51,10 +54,26 @@ std::vector<double> info_nce(py::handle queries, py::handle documents, py::handl
     }
     std::vector<double> stats(5);
     const InfoNce p{
-        .queries = q->data, .documents = d->data, .positive = positives, .owner = owners, .document_ids = ids, .loss = l->data,
-        .d_queries = dq, .d_documents = dd, .stats = stats.data(), .num_queries = num_queries, .num_documents = num_documents,
-        .dim = q->size(1), .hard = hard, .in_batch = in_batch, .query_query = query_query, .doc_doc = doc_doc, .margin = margin,
-        .doc_mask = static_cast<DocMask>(doc_mask), .temperature = temperature, .dtype = q->dtype(),
+        .queries = q->data,
+        .documents = d->data,
+        .positive = positives,
+        .owner = owners,
+        .document_ids = ids,
+        .loss = l->data,
+        .d_queries = dq,
+        .d_documents = dd,
+        .stats = stats.data(),
+        .num_queries = num_queries,
+        .num_documents = num_documents,
+        .dim = q->size(1),
+        .hard = hard,
+        .in_batch = in_batch,
+        .query_query = query_query,
+        .doc_doc = doc_doc,
+        .margin = margin,
+        .doc_mask = static_cast<DocMask>(doc_mask),
+        .temperature = temperature,
+        .dtype = q->dtype(),
     };
     const py::gil_scoped_release unlocked;
     cpu::info_nce(p);

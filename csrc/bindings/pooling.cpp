@@ -32,9 +32,17 @@ void forward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, p
     const Inputs in(hidden, cu_seqlens, norm_weight, o->size(1), eps);
     o.shape({in.cu->size(0) - 1, o->size(1)}).like(in.hidden);
     const PoolForward p{
-        .hidden = in.hidden->data, .norm_weight = in.weight ? (*in.weight)->data : nullptr, .out = o->data,
-        .cu_seqlens = in.cu_seqlens, .num_seqs = o->size(0), .embed = in.hidden->size(1), .dim = o->size(1),
-        .hidden_stride = in.hidden->stride[0], .eps = eps, .normalize = normalize, .dtype = in.hidden->dtype(),
+        .hidden = in.hidden->data,
+        .norm_weight = in.weight ? (*in.weight)->data : nullptr,
+        .out = o->data,
+        .cu_seqlens = in.cu_seqlens,
+        .num_seqs = o->size(0),
+        .embed = in.hidden->size(1),
+        .dim = o->size(1),
+        .hidden_stride = in.hidden->stride[0],
+        .eps = eps,
+        .normalize = normalize,
+        .dtype = in.hidden->dtype(),
     };
     const py::gil_scoped_release unlocked;
     cpu::pool_forward(p);
@@ -51,14 +59,25 @@ void backward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, 
     if (!dnorm_weight.is_none()) {
         const Argument d_w(kOp, "dnorm_weight", dnorm_weight);
         const bool wide = in.hidden->type == ScalarType::kFloat64;
-        d_w.shape({in.hidden->size(1)}).type(wide ? ScalarType::kFloat64 : ScalarType::kFloat32, "the arithmetic type").contiguous();
+        d_w.shape({in.hidden->size(1)})
+            .type(wide ? ScalarType::kFloat64 : ScalarType::kFloat32, "the arithmetic type")
+            .contiguous();
         d_weight = d_w->data;
     }
     const PoolBackward p{
-        .hidden = in.hidden->data, .norm_weight = in.weight ? (*in.weight)->data : nullptr, .dout = d_o->data,
-        .dhidden = d_h->data, .dnorm_weight = d_weight, .cu_seqlens = in.cu_seqlens, .num_seqs = d_o->size(0),
-        .embed = in.hidden->size(1), .dim = d_o->size(1), .hidden_stride = in.hidden->stride[0], .eps = eps,
-        .normalize = normalize, .dtype = in.hidden->dtype(),
+        .hidden = in.hidden->data,
+        .norm_weight = in.weight ? (*in.weight)->data : nullptr,
+        .dout = d_o->data,
+        .dhidden = d_h->data,
+        .dnorm_weight = d_weight,
+        .cu_seqlens = in.cu_seqlens,
+        .num_seqs = d_o->size(0),
+        .embed = in.hidden->size(1),
+        .dim = d_o->size(1),
+        .hidden_stride = in.hidden->stride[0],
+        .eps = eps,
+        .normalize = normalize,
+        .dtype = in.hidden->dtype(),
     };
     const py::gil_scoped_release unlocked;
     cpu::pool_backward(p);

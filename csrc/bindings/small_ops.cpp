@@ -7,11 +7,13 @@
 namespace qemb {
 namespace {
 
-ScalarType arithmetic(const Argument& x) { return x->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32; }
+ScalarType arithmetic(const Argument& x) {
+    return x->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+}
 
 const Argument& same(const Argument& x, const Argument& like) {
-    QEMB_CHECK(x->shape == like->shape, "[", x.op, "] ", x.name, " must have the shape of ", like.name, ", ", like->shape_text(),
-               ", got ", x->shape_text());
+    QEMB_CHECK(x->shape == like->shape, "[", x.op, "] ", x.name, " must have the shape of ", like.name, ", ",
+               like->shape_text(), ", got ", x->shape_text());
     return x.like(like).contiguous();
 }
 
@@ -40,8 +42,14 @@ void rms_norm_forward(py::handle x, py::handle weight, py::handle y, py::handle 
     const Argument out("rms_norm", "y", y);
     same(out, in.x);
     check_eps("rms_norm", eps);
-    const RmsNormForward p{.x = in.x->data, .weight = in.weight->data, .y = out->data, .rstd = in.rstd->data,
-                           .rows = in.x->size(0), .size = in.x->size(1), .eps = eps, .dtype = in.x->dtype()};
+    const RmsNormForward p{.x = in.x->data,
+                           .weight = in.weight->data,
+                           .y = out->data,
+                           .rstd = in.rstd->data,
+                           .rows = in.x->size(0),
+                           .size = in.x->size(1),
+                           .eps = eps,
+                           .dtype = in.x->dtype()};
     const py::gil_scoped_release unlocked;
     cpu::rms_norm_forward(p);
 }
@@ -50,9 +58,15 @@ void rms_norm_backward(py::handle x, py::handle weight, py::handle rstd, py::han
     const Norm in(x, weight, rstd);
     const Argument d_y("rms_norm", "dy", dy), d_x("rms_norm", "dx", dx);
     same(d_y, in.x), same(d_x, in.x);
-    const RmsNormBackward p{.x = in.x->data, .weight = in.weight->data, .rstd = in.rstd->data, .dy = d_y->data, .dx = d_x->data,
-                            .dweight = optional_gradient("rms_norm", dweight, in.x->size(1), in.x), .rows = in.x->size(0),
-                            .size = in.x->size(1), .dtype = in.x->dtype()};
+    const RmsNormBackward p{.x = in.x->data,
+                            .weight = in.weight->data,
+                            .rstd = in.rstd->data,
+                            .dy = d_y->data,
+                            .dx = d_x->data,
+                            .dweight = optional_gradient("rms_norm", dweight, in.x->size(1), in.x),
+                            .rows = in.x->size(0),
+                            .size = in.x->size(1),
+                            .dtype = in.x->dtype()};
     const py::gil_scoped_release unlocked;
     cpu::rms_norm_backward(p);
 }
@@ -64,7 +78,10 @@ struct Heads {
     Argument x, weight, cos, sin, rstd;
 
     Heads(py::handle x_, py::handle weight_, py::handle cos_, py::handle sin_, py::handle rstd_)
-        : x(kRope, "x", x_), weight(kRope, "weight", weight_), cos(kRope, "cos", cos_), sin(kRope, "sin", sin_),
+        : x(kRope, "x", x_),
+          weight(kRope, "weight", weight_),
+          cos(kRope, "cos", cos_),
+          sin(kRope, "sin", sin_),
           rstd(kRope, "rstd", rstd_) {
         x.rank(3, "[tokens, heads, head_dim]").floating().contiguous();
         QEMB_CHECK(x->size(2) % 2 == 0, "[", kRope, "] head_dim must be even, got ", x->size(2));
@@ -75,14 +92,23 @@ struct Heads {
     }
 };
 
-void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle y, py::handle rstd, double eps) {
+void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle y, py::handle rstd,
+                          double eps) {
     const Heads in(x, weight, cos, sin, rstd);
     const Argument out(kRope, "y", y);
     same(out, in.x);
     check_eps(kRope, eps);
-    const QkNormRopeForward p{.x = in.x->data, .weight = in.weight->data, .cos = in.cos->data, .sin = in.sin->data,
-                              .y = out->data, .rstd = in.rstd->data, .tokens = in.x->size(0), .heads = in.x->size(1),
-                              .head_dim = in.x->size(2), .eps = eps, .dtype = in.x->dtype()};
+    const QkNormRopeForward p{.x = in.x->data,
+                              .weight = in.weight->data,
+                              .cos = in.cos->data,
+                              .sin = in.sin->data,
+                              .y = out->data,
+                              .rstd = in.rstd->data,
+                              .tokens = in.x->size(0),
+                              .heads = in.x->size(1),
+                              .head_dim = in.x->size(2),
+                              .eps = eps,
+                              .dtype = in.x->dtype()};
     const py::gil_scoped_release unlocked;
     cpu::qk_norm_rope_forward(p);
 }
@@ -92,10 +118,18 @@ void qk_norm_rope_backward(py::handle x, py::handle weight, py::handle cos, py::
     const Heads in(x, weight, cos, sin, rstd);
     const Argument d_y(kRope, "dy", dy), d_x(kRope, "dx", dx);
     same(d_y, in.x), same(d_x, in.x);
-    const QkNormRopeBackward p{.x = in.x->data, .weight = in.weight->data, .cos = in.cos->data, .sin = in.sin->data,
-                               .rstd = in.rstd->data, .dy = d_y->data, .dx = d_x->data,
-                               .dweight = optional_gradient(kRope, dweight, in.x->size(2), in.x), .tokens = in.x->size(0),
-                               .heads = in.x->size(1), .head_dim = in.x->size(2), .dtype = in.x->dtype()};
+    const QkNormRopeBackward p{.x = in.x->data,
+                               .weight = in.weight->data,
+                               .cos = in.cos->data,
+                               .sin = in.sin->data,
+                               .rstd = in.rstd->data,
+                               .dy = d_y->data,
+                               .dx = d_x->data,
+                               .dweight = optional_gradient(kRope, dweight, in.x->size(2), in.x),
+                               .tokens = in.x->size(0),
+                               .heads = in.x->size(1),
+                               .head_dim = in.x->size(2),
+                               .dtype = in.x->dtype()};
     const py::gil_scoped_release unlocked;
     cpu::qk_norm_rope_backward(p);
 }
@@ -120,8 +154,13 @@ void swiglu_backward(py::handle gate, py::handle up, py::handle dy, py::handle d
         d_u("swiglu", "dup", dup);
     g.floating().contiguous();
     for (const Argument* other : {&u, &d_y, &d_g, &d_u}) same(*other, g);
-    const SwigluBackward p{.gate = g->data, .up = u->data, .dy = d_y->data, .dgate = d_g->data, .dup = d_u->data,
-                           .count = count_of(g), .dtype = g->dtype()};
+    const SwigluBackward p{.gate = g->data,
+                           .up = u->data,
+                           .dy = d_y->data,
+                           .dgate = d_g->data,
+                           .dup = d_u->data,
+                           .count = count_of(g),
+                           .dtype = g->dtype()};
     const py::gil_scoped_release unlocked;
     cpu::swiglu_backward(p);
 }

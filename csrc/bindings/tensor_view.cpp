@@ -12,8 +12,8 @@ struct Torch {
         const py::module_ torch = py::module_::import("torch");
         tensor = torch.attr("Tensor");
         const std::pair<const char*, ScalarType> names[] = {
-            {"float32", ScalarType::kFloat32},   {"float64", ScalarType::kFloat64}, {"bfloat16", ScalarType::kBFloat16},
-            {"float16", ScalarType::kFloat16},   {"int32", ScalarType::kInt32},     {"int64", ScalarType::kInt64},
+            {"float32", ScalarType::kFloat32}, {"float64", ScalarType::kFloat64}, {"bfloat16", ScalarType::kBFloat16},
+            {"float16", ScalarType::kFloat16}, {"int32", ScalarType::kInt32},     {"int64", ScalarType::kInt64},
         };
         for (const auto& [name, type] : names) types.emplace_back(torch.attr(name), type);
     }
@@ -56,7 +56,8 @@ const Argument& Argument::rank(int64_t wanted, const char* layout) const {
 
 const Argument& Argument::floating() const {
     if (view.type > ScalarType::kFloat16)
-        throw py::type_error(concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", view.type_name));
+        throw py::type_error(
+            concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", view.type_name));
     QEMB_CHECK(view.on_cpu, "[", op, "] ", name, " must be on the CPU: this build has no kernels for another device");
     return *this;
 }
@@ -70,8 +71,8 @@ const Argument& Argument::type(ScalarType wanted, const char* wanted_name) const
 
 const Argument& Argument::like(const Argument& other) const {
     if (view.type != other->type)
-        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other->type_name, ", got ",
-                                    view.type_name));
+        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other->type_name,
+                                    ", got ", view.type_name));
     QEMB_CHECK(view.on_cpu == other->on_cpu && view.device_index == other->device_index, "[", op, "] ", name,
                " must be on the device of ", other.name);
     return *this;
@@ -106,10 +107,10 @@ const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total, con
     const auto* values = static_cast<const int32_t*>(cu_seqlens->data);
     QEMB_CHECK(values[0] == 0, "[", op, "] ", name, " must start at 0, got ", values[0]);
     for (int64_t i = 1; i < count; ++i)
-        QEMB_CHECK(values[i] >= values[i - 1], "[", op, "] ", name, " must not decrease, got ", values[i - 1], " then ", values[i],
-                   " at ", i);
-    QEMB_CHECK(values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ", total, ", got ",
-               values[count - 1]);
+        QEMB_CHECK(values[i] >= values[i - 1], "[", op, "] ", name, " must not decrease, got ", values[i - 1], " then ",
+                   values[i], " at ", i);
+    QEMB_CHECK(values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ", total,
+               ", got ", values[count - 1]);
     return values;
 }
 

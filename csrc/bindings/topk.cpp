@@ -8,19 +8,30 @@ namespace {
 
 constexpr const char* kOp = "top_k";
 
-void top_k(py::handle queries, py::handle documents, py::handle exclude, py::handle ceiling, py::handle scores, py::handle indices) {
-    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), s(kOp, "scores", scores), i(kOp, "indices", indices);
+void top_k(py::handle queries, py::handle documents, py::handle exclude, py::handle ceiling, py::handle scores,
+           py::handle indices) {
+    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), s(kOp, "scores", scores),
+        i(kOp, "indices", indices);
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
-    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1), " and ",
-               d->size(1));
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
+               " and ", d->size(1));
     s.rank(2, "[num_queries, k]").type(ScalarType::kFloat32, "float32").contiguous();
     i.shape({q->size(0), s->size(1)}).type(ScalarType::kInt64, "int64").contiguous();
     s.shape({q->size(0), s->size(1)});
     TopK p{
-        .queries = q->data, .documents = d->data, .exclude = nullptr, .ceiling = nullptr, .scores = static_cast<float*>(s->data),
-        .indices = static_cast<int64_t*>(i->data), .num_queries = q->size(0), .num_documents = d->size(0), .num_exclude = 0,
-        .dim = q->size(1), .k = s->size(1), .dtype = q->dtype(),
+        .queries = q->data,
+        .documents = d->data,
+        .exclude = nullptr,
+        .ceiling = nullptr,
+        .scores = static_cast<float*>(s->data),
+        .indices = static_cast<int64_t*>(i->data),
+        .num_queries = q->size(0),
+        .num_documents = d->size(0),
+        .num_exclude = 0,
+        .dim = q->size(1),
+        .k = s->size(1),
+        .dtype = q->dtype(),
     };
     if (!exclude.is_none()) {
         const Argument x(kOp, "exclude", exclude);

@@ -36,8 +36,8 @@ void set_isa(const std::string& name) {
             return;
         }
     }
-    QEMB_CHECK(false, "[set_isa] this machine has no '", name, "', the best it has is '",
-               kNames[static_cast<int>(best_isa())], "'");
+    QEMB_CHECK(false, "[set_isa] this machine has no '", name, "', the best it has is '", kNames[static_cast<int>(best_isa())],
+               "'");
 }
 
 #if defined(QEMB_X86)

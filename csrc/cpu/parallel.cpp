@@ -145,13 +145,12 @@ std::shared_ptr<Pool> own_pool(int threads = 0) {
 }
 
 // Registered once at load. The old pool is leaked on purpose: its threads do not exist in the child.
-[[maybe_unused]] const int g_at_fork = pthread_atfork(
-    [] { g_pool_mutex.lock(); }, [] { g_pool_mutex.unlock(); },
-    [] {
-        g_forked = true;
-        new (&pool_slot()) std::shared_ptr<Pool>;
-        g_pool_mutex.unlock();
-    });
+[[maybe_unused]] const int g_at_fork = pthread_atfork([] { g_pool_mutex.lock(); }, [] { g_pool_mutex.unlock(); },
+                                                      [] {
+                                                          g_forked = true;
+                                                          new (&pool_slot()) std::shared_ptr<Pool>;
+                                                          g_pool_mutex.unlock();
+                                                      });
 
 bool use_open_mp() { return open_mp().parallel && !g_forked; }
 

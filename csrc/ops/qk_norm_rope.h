@@ -5,7 +5,8 @@
 
 namespace qemb {
 
-// With n = x / rms(x) * weight and h = head_dim / 2: y[i] = n[i] cos[i] - n[i + h] sin[i], y[i + h] = n[i + h] cos[i] + n[i] sin[i].
+// With n = x / rms(x) * weight and h = head_dim / 2: y[i] = n[i] cos[i] - n[i + h] sin[i], y[i + h] = n[i + h] cos[i] + n[i]
+// sin[i].
 struct QkNormRopeForward {
     const void* x;       // [tokens, heads, head_dim], contiguous
     const void* weight;  // [head_dim]

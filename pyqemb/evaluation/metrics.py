@@ -81,7 +81,9 @@ def matching_f1(matched: np.ndarray, rows: np.ndarray | None = None) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def bootstrap_interval(values: Sequence[float] | np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
     """The mean of `values` and its percentile bootstrap interval (Efron 1979): n resamples of all queries."""
     values = np.asarray(values, dtype=np.float64)
     return bootstrap_statistic(lambda picked: values[picked].mean(-1), len(values), n, seed, level)

@@ -1,6 +1,6 @@
 """Encode, search, score: one report a folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ def rank(
 
     from pyqemb import ops
 
-    queries, documents = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (query_vectors, document_vectors))
+    queries, documents = (
+        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (query_vectors, document_vectors)
+    )
     forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64))
     scores, indices = ops.top_k(queries, documents, min(k, len(documents)), exclude=forbidden)
     return scores.numpy(), indices.numpy()
@@ -85,10 +87,14 @@ def score_rankings(
     rankings: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
     """{metric: {query id: value}} for nDCG@10, recall@10 and @100, MRR@10, accuracy@1."""
-    return {name: {query: score(rankings[query], qrels[query]) for query in qrels} for name, score in _PER_QUERY.items()}
+    return {
+        name: {query: score(rankings[query], qrels[query]) for query in qrels} for name, score in _PER_QUERY.items()
+    }
 
 
-def retrieve(model: Any, task: Retrieval, instruction: str | None = None, dim: int | None = None) -> dict[str, list[str]]:
+def retrieve(
+    model: Any, task: Retrieval, instruction: str | None = None, dim: int | None = None
+) -> dict[str, list[str]]:
     """The first hundred document ids of every query. A document with the query's own id is passed over, as BEIR does."""
     documents, groups = list(task.corpus), _groups(task)
     queries = [query for _, group in groups for query in group]
@@ -113,8 +119,8 @@ def _measure(
     if isinstance(task, Sts):
         similarity, scores = (first * second).sum(axis=1), np.asarray(task.scores)
         values = {
-            name: bootstrap_statistic(lambda i, f=function: f(similarity[i], scores[i]), len(scores), bootstrap, seed)
-            for name, function in (("spearman", metrics.spearman), ("pearson", metrics.pearson))
+            "spearman": _correlation(metrics.spearman, similarity, scores, bootstrap, seed),
+            "pearson": _correlation(metrics.pearson, similarity, scores, bootstrap, seed),
         }
         return "sts", len(scores), values, {}
     assert isinstance(task, Bitext)
@@ -125,6 +131,12 @@ def _measure(
         "f1": bootstrap_statistic(lambda i: metrics.matching_f1(matched, i), len(matched), bootstrap, seed),
     }
     return "bitext", len(matched), values, {"accuracy": {str(i): float(v) for i, v in enumerate(right)}}
+
+
+def _correlation(
+    function: Callable[[np.ndarray, np.ndarray], float], x: np.ndarray, y: np.ndarray, bootstrap: int, seed: int
+) -> Interval:
+    return bootstrap_statistic(lambda rows: function(x[rows], y[rows]), len(x), bootstrap, seed)
 
 
 def _match(first: np.ndarray, second: np.ndarray, task: Bitext) -> np.ndarray:

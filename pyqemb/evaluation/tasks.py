@@ -49,7 +49,10 @@ def load_task(folder: str | Path, split: str = "test") -> Task:
     if corpus is not None:
         return _load_retrieval(folder, corpus, split)
     if sts is not None:
-        rows = [(_text(row, "sentence1", at), _text(row, "sentence2", at), _number(row, "score", at)) for at, row in _rows(sts)]
+        rows = [
+            (_text(row, "sentence1", at), _text(row, "sentence2", at), _number(row, "score", at))
+            for at, row in _rows(sts)
+        ]
         return Sts([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
     if bitext is not None:
         pairs = [(_text(row, "sentence1", at), _text(row, "sentence2", at)) for at, row in _rows(bitext)]
@@ -79,7 +82,9 @@ def _load_retrieval(folder: Path, corpus_file: Path, split: str) -> Retrieval:
     return Retrieval(queries, corpus, qrels, {key: text for key, text in instructions.items() if key in queries})
 
 
-def _load_qrels(folder: Path, split: str, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, float]]:
+def _load_qrels(
+    folder: Path, split: str, queries: dict[str, str], corpus: dict[str, str]
+) -> dict[str, dict[str, float]]:
     path = folder / "qrels" / f"{split}.tsv"
     if not path.is_file():
         found = ", ".join(sorted(p.stem for p in (folder / "qrels").glob("*.tsv"))) or "none"
@@ -90,7 +95,9 @@ def _load_qrels(folder: Path, split: str, queries: dict[str, str], corpus: dict[
         if not line.strip() or (number == 1 and not _is_number(fields[-1])):
             continue
         if len(fields) != 3 or not _is_number(fields[2]):
-            raise DataError(f"{path}:{number}: expected query-id, corpus-id and score with tabs between, got {line[:80]!r}")
+            raise DataError(
+                f"{path}:{number}: expected query-id, corpus-id and score with tabs between, got {line[:80]!r}"
+            )
         query, document, grade = fields[0], fields[1], float(fields[2])
         if query not in queries:
             raise DataError(f"{path}:{number}: query {query!r} is not in queries.jsonl")

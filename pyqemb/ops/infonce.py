@@ -103,7 +103,7 @@ class _InfoNce(torch.autograd.Function):
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         queries, documents = queries.contiguous(), documents.contiguous()
         losses = torch.empty(queries.shape[:1], dtype=torch.float64)
-        grads = [None, None]
+        grads: list[Tensor | None] = [None, None]
         if any(ctx.needs_input_grad[:2]):
             grads = [torch.empty(x.shape, dtype=arithmetic(x.dtype), device=x.device) for x in (queries, documents)]
         totals = _C.info_nce(

@@ -21,16 +21,17 @@ struct Result {
 };
 
 const std::vector<Case> kCases = {
-    {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, false},    {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, true},
-    {{0, 0, 300}, {0, 0, 300}, 2, 1, 24, true},           {{0, 3, 4}, {0, 10, 300}, 2, 2, 8, true},
-    {{0, 250, 251}, {0, 200, 201}, 2, 1, 40, true},       {{0, 5}, {0, 0}, 1, 1, 8, false},
+    {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, false}, {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, true},
+    {{0, 0, 300}, {0, 0, 300}, 2, 1, 24, true},        {{0, 3, 4}, {0, 10, 300}, 2, 2, 8, true},
+    {{0, 250, 251}, {0, 200, 201}, 2, 1, 40, true},    {{0, 5}, {0, 0}, 1, 1, 8, false},
     {{0, 1, 2, 3}, {0, 7, 14, 270}, 6, 2, 136, false},
 };
 
 // Straight from the definition: softmax row by row, gradients by the chain rule.
 Result naive(const Case& c, const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v,
              const std::vector<double>& dout) {
-    Result r{std::vector<double>(q.size()), std::vector<double>(q.size()), std::vector<double>(k.size()), std::vector<double>(k.size())};
+    Result r{std::vector<double>(q.size()), std::vector<double>(q.size()), std::vector<double>(k.size()),
+             std::vector<double>(k.size())};
     const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
     for (size_t s = 0; s + 1 < c.cu_q.size(); ++s) {
         const int64_t nq = c.cu_q[s + 1] - c.cu_q[s], nk = c.cu_k[s + 1] - c.cu_k[s];
@@ -38,7 +39,9 @@ Result naive(const Case& c, const std::vector<double>& q, const std::vector<doub
             for (int64_t i = 0; i < nq; ++i) {
                 const int64_t row = ((c.cu_q[s] + i) * c.heads + h) * c.dim;
                 const int64_t seen = c.causal ? std::max<int64_t>(0, std::min(nk, i + nk - nq + 1)) : nk;
-                const auto column = [&](int64_t j) { return ((c.cu_k[s] + j) * c.kv_heads + h / (c.heads / c.kv_heads)) * c.dim; };
+                const auto column = [&](int64_t j) {
+                    return ((c.cu_k[s] + j) * c.kv_heads + h / (c.heads / c.kv_heads)) * c.dim;
+                };
                 std::vector<double> p(static_cast<size_t>(seen)), dp(p.size());
                 double most = -INFINITY, sum = 0, delta = 0;
                 for (int64_t j = 0; j < seen; ++j) {
@@ -74,17 +77,50 @@ Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::ve
     std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(k.size()), lse(static_cast<size_t>(c.cu_q.back() * c.heads));
     const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
     const int64_t seqs = static_cast<int64_t>(c.cu_q.size()) - 1, q_row = c.heads * c.dim, k_row = c.kv_heads * c.dim;
-    cpu::attention_forward({.q = q.data(), .k = k.data(), .v = v.data(), .out = out.data(), .lse = lse.data(),
-                            .cu_seqlens_q = c.cu_q.data(), .cu_seqlens_k = c.cu_k.data(), .num_seqs = seqs, .num_heads = c.heads,
-                            .num_kv_heads = c.kv_heads, .head_dim = c.dim, .q_token_stride = q_row, .q_head_stride = c.dim,
-                            .k_token_stride = k_row, .k_head_stride = c.dim, .v_token_stride = k_row, .v_head_stride = c.dim,
-                            .scale = scale, .causal = c.causal, .dtype = dtype});
-    cpu::attention_backward({.q = q.data(), .k = k.data(), .v = v.data(), .out = out.data(), .dout = dout.data(), .lse = lse.data(),
-                             .dq = dq.data(), .dk = dk.data(), .dv = dv.data(), .cu_seqlens_q = c.cu_q.data(),
-                             .cu_seqlens_k = c.cu_k.data(), .num_seqs = seqs, .num_heads = c.heads, .num_kv_heads = c.kv_heads,
-                             .head_dim = c.dim, .q_token_stride = q_row, .q_head_stride = c.dim, .k_token_stride = k_row,
-                             .k_head_stride = c.dim, .v_token_stride = k_row, .v_head_stride = c.dim, .scale = scale,
-                             .causal = c.causal, .dtype = dtype});
+    cpu::attention_forward({.q = q.data(),
+                            .k = k.data(),
+                            .v = v.data(),
+                            .out = out.data(),
+                            .lse = lse.data(),
+                            .cu_seqlens_q = c.cu_q.data(),
+                            .cu_seqlens_k = c.cu_k.data(),
+                            .num_seqs = seqs,
+                            .num_heads = c.heads,
+                            .num_kv_heads = c.kv_heads,
+                            .head_dim = c.dim,
+                            .q_token_stride = q_row,
+                            .q_head_stride = c.dim,
+                            .k_token_stride = k_row,
+                            .k_head_stride = c.dim,
+                            .v_token_stride = k_row,
+                            .v_head_stride = c.dim,
+                            .scale = scale,
+                            .causal = c.causal,
+                            .dtype = dtype});
+    cpu::attention_backward({.q = q.data(),
+                             .k = k.data(),
+                             .v = v.data(),
+                             .out = out.data(),
+                             .dout = dout.data(),
+                             .lse = lse.data(),
+                             .dq = dq.data(),
+                             .dk = dk.data(),
+                             .dv = dv.data(),
+                             .cu_seqlens_q = c.cu_q.data(),
+                             .cu_seqlens_k = c.cu_k.data(),
+                             .num_seqs = seqs,
+                             .num_heads = c.heads,
+                             .num_kv_heads = c.kv_heads,
+                             .head_dim = c.dim,
+                             .q_token_stride = q_row,
+                             .q_head_stride = c.dim,
+                             .k_token_stride = k_row,
+                             .k_head_stride = c.dim,
+                             .v_token_stride = k_row,
+                             .v_head_stride = c.dim,
+                             .scale = scale,
+                             .causal = c.causal,
+                             .dtype = dtype});
     return {{out.begin(), out.end()}, {dq.begin(), dq.end()}, {dk.begin(), dk.end()}, {dv.begin(), dv.end()}};
 }
 

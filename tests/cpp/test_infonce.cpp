@@ -85,11 +85,26 @@ void compare(DType dtype, double tolerance) {
         cpu::set_isa(isa);
         std::vector<double> loss(kQueries), stats(5);
         std::vector<T> dq(q.size()), dd(d.size());
-        cpu::info_nce({.queries = q.data(), .documents = d.data(), .positive = b.positive.data(), .owner = b.owner.data(),
-                       .document_ids = b.ids.data(), .loss = loss.data(), .d_queries = dq.data(), .d_documents = dd.data(),
-                       .stats = stats.data(), .num_queries = kQueries, .num_documents = kDocuments, .dim = kDim, .hard = true,
-                       .in_batch = true, .query_query = true, .doc_doc = true, .margin = kMargin,
-                       .doc_mask = DocMask::kQueryDocument, .temperature = kTemperature, .dtype = dtype});
+        cpu::info_nce({.queries = q.data(),
+                       .documents = d.data(),
+                       .positive = b.positive.data(),
+                       .owner = b.owner.data(),
+                       .document_ids = b.ids.data(),
+                       .loss = loss.data(),
+                       .d_queries = dq.data(),
+                       .d_documents = dd.data(),
+                       .stats = stats.data(),
+                       .num_queries = kQueries,
+                       .num_documents = kDocuments,
+                       .dim = kDim,
+                       .hard = true,
+                       .in_batch = true,
+                       .query_query = true,
+                       .doc_doc = true,
+                       .margin = kMargin,
+                       .doc_mask = DocMask::kQueryDocument,
+                       .temperature = kTemperature,
+                       .dtype = dtype});
         double mean = 0;
         for (const double value : loss) mean += value / kQueries;
         check_close((isa + " loss").c_str(), std::vector<double>{mean}, std::vector<double>{truth}, tolerance);

@@ -28,8 +28,16 @@ TEST(pool_takes_the_last_row) {
     for (const std::string& isa : cpu::available_isas()) {
         cpu::set_isa(isa);
         std::vector<float> out(3 * dim, NAN);
-        cpu::pool_forward({.hidden = narrow.data(), .norm_weight = narrow_weight.data(), .out = out.data(), .cu_seqlens = cu.data(),
-                           .num_seqs = 3, .embed = embed, .dim = dim, .hidden_stride = embed, .eps = 1e-6, .normalize = true,
+        cpu::pool_forward({.hidden = narrow.data(),
+                           .norm_weight = narrow_weight.data(),
+                           .out = out.data(),
+                           .cu_seqlens = cu.data(),
+                           .num_seqs = 3,
+                           .embed = embed,
+                           .dim = dim,
+                           .hidden_stride = embed,
+                           .eps = 1e-6,
+                           .normalize = true,
                            .dtype = DType::kFloat32});
         check_close(isa.c_str(), out, truth, 1e-6);
     }
@@ -42,9 +50,18 @@ TEST(top_k_equals_sorting) {
         cpu::set_isa(isa);
         std::vector<float> scores(queries * k);
         std::vector<int64_t> indices(queries * k);
-        cpu::top_k({.queries = q.data(), .documents = d.data(), .exclude = nullptr, .ceiling = nullptr, .scores = scores.data(),
-                    .indices = indices.data(), .num_queries = queries, .num_documents = documents, .num_exclude = 0, .dim = dim,
-                    .k = k, .dtype = DType::kFloat32});
+        cpu::top_k({.queries = q.data(),
+                    .documents = d.data(),
+                    .exclude = nullptr,
+                    .ceiling = nullptr,
+                    .scores = scores.data(),
+                    .indices = indices.data(),
+                    .num_queries = queries,
+                    .num_documents = documents,
+                    .num_exclude = 0,
+                    .dim = dim,
+                    .k = k,
+                    .dtype = DType::kFloat32});
         std::vector<double> truth;
         for (int64_t i = 0; i < queries; ++i) {
             std::vector<double> row(documents);

@@ -37,7 +37,9 @@ def beir(tmp_path):
         [{"_id": "1", "text": "aab"}, {"_id": "2", "text": "cdd", "instruction": "own"}, {"_id": "b", "text": "b"}],
     )
     (tmp_path / "qrels").mkdir()
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\tc\t2\n2\td\t1\nb\tb\t1\nb\ta\t1\n")
+    (tmp_path / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n1\ta\t1\n2\tc\t2\n2\td\t1\nb\tb\t1\nb\ta\t1\n"
+    )
     return tmp_path
 
 
@@ -62,7 +64,9 @@ def test_sts_and_bitext(tmp_path):
     )
     report = evaluate(Letters(), tmp_path / "sts", bootstrap=20)
     assert report["task"] == "sts" and report["metrics"]["spearman"]["value"] == pytest.approx(1)
-    write_lines(tmp_path / "bitext" / "bitext.jsonl", [{"sentence1": x, "sentence2": x * 2} for x in ("a", "b", "c", "a")])
+    write_lines(
+        tmp_path / "bitext" / "bitext.jsonl", [{"sentence1": x, "sentence2": x * 2} for x in ("a", "b", "c", "a")]
+    )
     report = evaluate(Letters(), tmp_path / "bitext", bootstrap=20)
     assert report["metrics"]["accuracy"]["value"] == 1 and report["metrics"]["f1"]["value"] == 1
 

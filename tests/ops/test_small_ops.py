@@ -46,7 +46,11 @@ def test_equals_float64_as_well_as_torch_does(op, dtype, size):
     ours, naive, tensors = case(op, dtype, size)
     tensors = [x.to(dtype) for x in tensors]
     dout = torch.randn(tensors[0].shape).to(dtype)
-    actual, low, truth = run(ours, tensors, dout, dtype), run(naive, tensors, dout, dtype), run(naive, tensors, dout, torch.float64)
+    actual, low, truth = (
+        run(ours, tensors, dout, dtype),
+        run(naive, tensors, dout, dtype),
+        run(naive, tensors, dout, torch.float64),
+    )
     for name, a, b, c in zip(("out", "first", "second"), actual, low, truth, strict=True):
         assert_close_as(a, b, c, name)
 
@@ -99,9 +103,21 @@ def test_swiglu_does_not_overflow():
         (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(4), eps=-1), ValueError, "eps must not be negative"),
         (lambda: ops.rms_norm(torch.tensor(1.0), torch.ones(1)), ValueError, "x must have shape"),
         (lambda: ops.rms_norm([1.0], torch.ones(1)), TypeError, "x must be a torch.Tensor"),
-        (lambda: ops.qk_norm_rope(torch.ones(2, 1, 3), torch.ones(3), torch.ones(2, 1), torch.ones(2, 1)), ValueError, "even"),
-        (lambda: ops.qk_norm_rope(torch.ones(2, 1, 4), torch.ones(4), torch.ones(3, 2), torch.ones(2, 2)), ValueError, "cos"),
-        (lambda: ops.qk_norm_rope(torch.ones(2, 4), torch.ones(4), torch.ones(2, 2), torch.ones(2, 2)), ValueError, "x must"),
+        (
+            lambda: ops.qk_norm_rope(torch.ones(2, 1, 3), torch.ones(3), torch.ones(2, 1), torch.ones(2, 1)),
+            ValueError,
+            "even",
+        ),
+        (
+            lambda: ops.qk_norm_rope(torch.ones(2, 1, 4), torch.ones(4), torch.ones(3, 2), torch.ones(2, 2)),
+            ValueError,
+            "cos",
+        ),
+        (
+            lambda: ops.qk_norm_rope(torch.ones(2, 4), torch.ones(4), torch.ones(2, 2), torch.ones(2, 2)),
+            ValueError,
+            "x must",
+        ),
         (lambda: ops.swiglu(torch.ones(3), torch.ones(4)), ValueError, "up must have the shape of gate"),
         (lambda: ops.swiglu(torch.ones(3).int(), torch.ones(3).int()), TypeError, "gate must be float32"),
     ],

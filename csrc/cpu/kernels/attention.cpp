@@ -1,17 +1,17 @@
-// Varlen grouped-query attention on the CPU: blocks of keys are widened and packed once and serve every query head of the group;
-// scores live in a tile that fits the second cache, with the online softmax of FlashAttention over key blocks.
+// Varlen grouped-query attention on the CPU: blocks of keys are widened and packed once and serve every query head of the
+// group; scores live in a tile that fits the second cache, with the online softmax of FlashAttention over key blocks.
+#include "ops/attention.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/gemm.h"
-#include "ops/attention.h"
 
 namespace qemb::cpu::QEMB_ISA {
 namespace {
 
-constexpr int64_t kQueryBlock = 48;    // rows of a score tile, a multiple of every kTileRows
-constexpr int64_t kKeyBlock = 256;     // columns of a score tile
-constexpr int64_t kQueryChunk = 240;   // query tokens of a forward work item: long sequences are shared between threads
-constexpr int64_t kBackwardBlock = 96; // rows of a backward tile; also a multiple of every kTileRows
+constexpr int64_t kQueryBlock = 48;     // rows of a score tile, a multiple of every kTileRows
+constexpr int64_t kKeyBlock = 256;      // columns of a score tile
+constexpr int64_t kQueryChunk = 240;    // query tokens of a forward work item: long sequences are shared between threads
+constexpr int64_t kBackwardBlock = 96;  // rows of a backward tile; also a multiple of every kTileRows
 
 // All that is known about the lengths of one sequence.
 struct Lengths {
@@ -20,8 +20,11 @@ struct Lengths {
 
     template <class Params>
     Lengths(const Params& p, int64_t seq)
-        : q_start(p.cu_seqlens_q[seq]), num_q(p.cu_seqlens_q[seq + 1] - q_start), k_start(p.cu_seqlens_k[seq]),
-          num_k(p.cu_seqlens_k[seq + 1] - k_start), causal(p.causal) {}
+        : q_start(p.cu_seqlens_q[seq]),
+          num_q(p.cu_seqlens_q[seq + 1] - q_start),
+          k_start(p.cu_seqlens_k[seq]),
+          num_k(p.cu_seqlens_k[seq + 1] - k_start),
+          causal(p.causal) {}
 
     // Keys that query i may see: [0, visible(i)).
     QEMB_INLINE int64_t visible(int64_t i) const {

@@ -63,7 +63,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_
             const T* panel = panels + (n / kPanel<T> * K + k0) * kPanel<T>;
             int64_t m = 0;
             for (; m + kTileRows <= M; m += kTileRows)
-                register_tile<T, kTileRows>(depth, a + m * a_row + k0 * a_col, a_row, a_col, panel, c + m * c_row + n, c_row, add);
+                register_tile<T, kTileRows>(depth, a + m * a_row + k0 * a_col, a_row, a_col, panel, c + m * c_row + n, c_row,
+                                            add);
             if (m < M)
                 rest_tile<T>(M - m, depth, a + m * a_row + k0 * a_col, a_row, a_col, panel, c + m * c_row + n, c_row, add);
         }

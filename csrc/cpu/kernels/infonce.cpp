@@ -1,9 +1,9 @@
-// InfoNCE on the CPU by row panels: R queries meet all columns, the panel of weights E = exp((s - max) / tau) is written once and
-// read twice, and both gradients are plain products with it. Per group of columns: three products, nothing recomputed.
+// InfoNCE on the CPU by row panels: R queries meet all columns, the panel of weights E = exp((s - max) / tau) is written once
+// and read twice, and both gradients are plain products with it. Per group of columns: three products, nothing recomputed.
+#include "ops/infonce.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/gemm.h"
-#include "ops/infonce.h"
 
 namespace qemb::cpu::QEMB_ISA {
 namespace {
@@ -25,7 +25,10 @@ template <class T>
 class Run {
   public:
     explicit Run(const InfoNce& p)
-        : p_(p), dim_(p.dim), padded_(round_up(p.dim, kPanel<T>)), doc_tiles_(ceil_div(p.num_documents, kTile)),
+        : p_(p),
+          dim_(p.dim),
+          padded_(round_up(p.dim, kPanel<T>)),
+          doc_tiles_(ceil_div(p.num_documents, kTile)),
           query_tiles_(p.query_query ? ceil_div(p.num_queries, kTile) : 0) {
         const int64_t tiles = doc_tiles_ * (p.doc_doc ? 2 : 1) + query_tiles_;
         const int64_t fit = kPanelBytes / max_of<int64_t>(1, tiles * kTile * static_cast<int64_t>(sizeof(T)));
@@ -65,13 +68,15 @@ class Run {
         for (first_ = 0; first_ < p_.num_queries; first_ += rows_) {
             count_ = min_of(rows_, p_.num_queries - first_);
             load_anchors();
-            parallel_for(doc_tiles_ + query_tiles_, [&](int64_t i) { i < doc_tiles_ ? score_documents(i) : score_queries(i - doc_tiles_); });
+            parallel_for(doc_tiles_ + query_tiles_,
+                         [&](int64_t i) { i < doc_tiles_ ? score_documents(i) : score_queries(i - doc_tiles_); });
             find_offsets();
             parallel_for(num_tiles(), [&](int64_t tile) { exponentiate(tile); });
             finish_rows();
             if (!p_.d_queries) continue;
             parallel_for(ceil_div(dim_, kColumns), [&](int64_t i) { row_gradients(i * kColumns); });
-            parallel_for(doc_tiles_ + query_tiles_, [&](int64_t i) { i < doc_tiles_ ? document_gradients(i) : query_gradients(i - doc_tiles_); });
+            parallel_for(doc_tiles_ + query_tiles_,
+                         [&](int64_t i) { i < doc_tiles_ ? document_gradients(i) : query_gradients(i - doc_tiles_); });
         }
     }
 
@@ -86,7 +91,9 @@ class Run {
     T* queries_grad() const { return static_cast<T*>(p_.d_queries); }
     int64_t documents_in(int64_t i) const { return min_of(kTile, p_.num_documents - i * kTile); }
     int64_t queries_in(int64_t i) const { return min_of(kTile, p_.num_queries - i * kTile); }
-    bool same_text(int64_t a, int64_t b) const { return a == b || (p_.document_ids && p_.document_ids[a] == p_.document_ids[b]); }
+    bool same_text(int64_t a, int64_t b) const {
+        return a == b || (p_.document_ids && p_.document_ids[a] == p_.document_ids[b]);
+    }
 
     void zero(void* to, int64_t rows) const {
         T* values = static_cast<T*>(to);
@@ -109,7 +116,8 @@ class Run {
 
     // Columns [start, start + count) of `from`, widened and packed; returns the panels.
     T* pack_columns(const void* from, int64_t start, int64_t count) const {
-        T* block = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * dim_ + panel_size<T>(dim_, kTile)) * sizeof(T)));
+        T* block = static_cast<T*>(
+            scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * dim_ + panel_size<T>(dim_, kTile)) * sizeof(T)));
         T* panels = block + kTile * dim_;
         load_row(p_.dtype, from, start * dim_, block, count * dim_);
         pack_transposed(block, dim_, count, dim_, panels);
@@ -138,8 +146,8 @@ class Run {
                 if (dd) {
                     const bool candidate = !own && document != positive;
                     const bool masked = equal || (p_.doc_mask == DocMask::kQueryDocument ? over
-                                                  : p_.doc_mask == DocMask::kOwnScore  ? dd[j] > limit_[r]
-                                                                                       : false);
+                                                  : p_.doc_mask == DocMask::kOwnScore    ? dd[j] > limit_[r]
+                                                                                         : false);
                     stats.dropped += candidate && masked;
                     stats.kept += candidate && !masked;
                     if (!candidate || masked)
@@ -205,7 +213,9 @@ class Run {
 
     // Scores become weights; each tile leaves its row sums.
     void exponentiate(int64_t index) {
-        const int64_t in_group = index < doc_tiles_ ? index : index < doc_tiles_ + query_tiles_ ? index - doc_tiles_ : index - doc_tiles_ - query_tiles_;
+        const int64_t in_group = index < doc_tiles_                  ? index
+                                 : index < doc_tiles_ + query_tiles_ ? index - doc_tiles_
+                                                                     : index - doc_tiles_ - query_tiles_;
         const bool of_queries = index >= doc_tiles_ && index < doc_tiles_ + query_tiles_;
         const int64_t count = of_queries ? queries_in(in_group) : documents_in(in_group);
         const T inverse = static_cast<T>(1.0 / p_.temperature);
@@ -229,8 +239,7 @@ class Run {
             for (int64_t t = 0; t < num_tiles(); ++t) negatives += static_cast<double>(tile_sum_[t * rows_ + r]);
             const double gap = (static_cast<double>(positive_score_[r]) - static_cast<double>(offset_[r])) / p_.temperature;
             const double total = negatives + __builtin_exp(gap);
-            static_cast<double*>(p_.loss)[first_ + r] =
-                gap == 0 ? __builtin_log1p(negatives) : __builtin_log(total) - gap;
+            static_cast<double*>(p_.loss)[first_ + r] = gap == 0 ? __builtin_log1p(negatives) : __builtin_log(total) - gap;
             p_.stats[0] += static_cast<double>(positive_score_[r]);
             const double mean = 1.0 / (p_.temperature * static_cast<double>(p_.num_queries));
             weight_[r] = static_cast<T>(mean / total);
@@ -245,7 +254,8 @@ class Run {
     // Features [column, column + kColumns) of the gradients of the panel's queries and positives.
     void row_gradients(int64_t column) {
         const int64_t width = min_of(kColumns, dim_ - column);
-        T* block = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * kColumns + panel_size<T>(kTile, kColumns)) * sizeof(T)));
+        T* block = static_cast<T*>(
+            scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * kColumns + panel_size<T>(kTile, kColumns)) * sizeof(T)));
         T* panels = block + kTile * kColumns;
         const auto pack = [&](const void* from, int64_t start, int64_t count) {
             for (int64_t j = 0; j < count; ++j)
@@ -254,7 +264,8 @@ class Run {
         };
         for (int64_t i = 0; i < doc_tiles_; ++i) {
             pack(p_.documents, i * kTile, documents_in(i));
-            gemm(count_, width, documents_in(i), tile(kQueryDocument, i), kTile, 1, panels, row_grad_[0] + column, padded_, i > 0);
+            gemm(count_, width, documents_in(i), tile(kQueryDocument, i), kTile, 1, panels, row_grad_[0] + column, padded_,
+                 i > 0);
             if (p_.doc_doc)
                 gemm(count_, width, documents_in(i), tile(kDocDoc, i), kTile, 1, panels, row_grad_[1] + column, padded_, i > 0);
         }

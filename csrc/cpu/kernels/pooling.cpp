@@ -1,8 +1,8 @@
 // Last-token pooling on the CPU: gather, RMSNorm, Matryoshka cut and L2 norm while the row is in the first cache.
+#include "ops/pooling.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/vec.h"
-#include "ops/pooling.h"
 
 namespace qemb::cpu::QEMB_ISA {
 namespace {

@@ -65,7 +65,8 @@ QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy,
 template <class T, class Body>
 void with_weight_gradient(int64_t rows, int64_t block_rows, int64_t size, void* dweight, Body body) {
     const int64_t blocks = ceil_div(rows, block_rows);
-    T* partial = static_cast<T*>(scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
+    T* partial =
+        static_cast<T*>(scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
     parallel_for(blocks, [&](int64_t block) {
         T* mine = partial + block * size;
         for (int64_t i = 0; i < size; ++i) mine[i] = 0;
@@ -138,26 +139,27 @@ void qk_norm_rope(const QkNormRopeForward& p) {
 template <class T>
 void qk_norm_rope_gradients(const QkNormRopeBackward& p) {
     const int64_t dim = p.head_dim, half = dim / 2;
-    with_weight_gradient<T>(p.tokens, rows_per_block(p.heads * dim), dim, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
-        T* weight = tile_of<T>(5 * dim);
-        T *x_buffer = weight + dim, *dy_buffer = weight + 2 * dim, *dn = weight + 3 * dim;
-        load_row(p.dtype, p.weight, 0, weight, dim);
-        for (int64_t token = begin; token < end; ++token) {
-            const T* cos = static_cast<const T*>(p.cos) + token * half;
-            const T* sin = static_cast<const T*>(p.sin) + token * half;
-            for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
-                const T* x = read(p.dtype, p.x, row * dim, dim, x_buffer);
-                const T* dy = read(p.dtype, p.dy, row * dim, dim, dy_buffer);
-                T* dx = target(p.dtype, p.dx, row * dim, weight + 4 * dim);
-                for (int64_t i = 0; i < half; ++i) {
-                    dn[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
-                    dn[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
-                }
-                norm_backward(x, weight, static_cast<const T*>(p.rstd)[row], dn, dx, dweight, dim);
-                write(p.dtype, dx, p.dx, row * dim, dim);
-            }
-        }
-    });
+    with_weight_gradient<T>(p.tokens, rows_per_block(p.heads * dim), dim, p.dweight,
+                            [&](int64_t begin, int64_t end, T* dweight) {
+                                T* weight = tile_of<T>(5 * dim);
+                                T *x_buffer = weight + dim, *dy_buffer = weight + 2 * dim, *dn = weight + 3 * dim;
+                                load_row(p.dtype, p.weight, 0, weight, dim);
+                                for (int64_t token = begin; token < end; ++token) {
+                                    const T* cos = static_cast<const T*>(p.cos) + token * half;
+                                    const T* sin = static_cast<const T*>(p.sin) + token * half;
+                                    for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
+                                        const T* x = read(p.dtype, p.x, row * dim, dim, x_buffer);
+                                        const T* dy = read(p.dtype, p.dy, row * dim, dim, dy_buffer);
+                                        T* dx = target(p.dtype, p.dx, row * dim, weight + 4 * dim);
+                                        for (int64_t i = 0; i < half; ++i) {
+                                            dn[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
+                                            dn[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
+                                        }
+                                        norm_backward(x, weight, static_cast<const T*>(p.rstd)[row], dn, dx, dweight, dim);
+                                        write(p.dtype, dx, p.dx, row * dim, dim);
+                                    }
+                                }
+                            });
 }
 
 constexpr int64_t kRun = 512;  // elements that are widened at a time

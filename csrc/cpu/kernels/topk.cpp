@@ -1,8 +1,8 @@
 // Exact top-k on the CPU: a block of queries sweeps the documents tile by tile and keeps a heap of its best.
+#include "ops/topk.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/gemm.h"
-#include "ops/topk.h"
 
 namespace qemb::cpu::QEMB_ISA {
 namespace {
@@ -16,7 +16,9 @@ struct Found {
 };
 
 // Ranks before: higher score, then lower index.
-QEMB_INLINE bool before(const Found& a, const Found& b) { return a.score > b.score || (a.score == b.score && a.index < b.index); }
+QEMB_INLINE bool before(const Found& a, const Found& b) {
+    return a.score > b.score || (a.score == b.score && a.index < b.index);
+}
 
 // A heap whose root is the worst of the best.
 struct Heap {
@@ -69,12 +71,16 @@ template <class T>
 void search_block(const TopK& p, int64_t first) {
     const int64_t rows = min_of(kQueryBlock, p.num_queries - first);
     const int64_t heap_values = ceil_div(static_cast<int64_t>(sizeof(Found)) * rows * p.k, static_cast<int64_t>(sizeof(T)));
-    T* q = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(rows * p.dim + kDocumentBlock * p.dim + panel_size<T>(p.dim, kDocumentBlock) + rows * kDocumentBlock + heap_values + 16) * sizeof(T)));
+    T* q = static_cast<T*>(scratch_bytes(
+        Slot::kTile, static_cast<size_t>(rows * p.dim + kDocumentBlock * p.dim + panel_size<T>(p.dim, kDocumentBlock) +
+                                         rows * kDocumentBlock + heap_values + 16) *
+                         sizeof(T)));
     T* block = q + rows * p.dim;
     T* panels = block + kDocumentBlock * p.dim;
     T* scores = panels + panel_size<T>(p.dim, kDocumentBlock);
     // Round up to the alignment of Found.
-    Found* found = reinterpret_cast<Found*>(round_up(static_cast<int64_t>(reinterpret_cast<intptr_t>(scores + rows * kDocumentBlock)), alignof(Found)));
+    Found* found = reinterpret_cast<Found*>(
+        round_up(static_cast<int64_t>(reinterpret_cast<intptr_t>(scores + rows * kDocumentBlock)), alignof(Found)));
     for (int64_t row = 0; row < rows; ++row) load_row(p.dtype, p.queries, (first + row) * p.dim, q + row * p.dim, p.dim);
 
     Heap heaps[kQueryBlock];
