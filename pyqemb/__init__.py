@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Embedder": "pyqemb.model.embedder",
     "PackedBatch": "pyqemb.data.batch",
+    "GradCache": "pyqemb.training.grad_cache",
+    "train": "pyqemb.training",
     "evaluate": "pyqemb.evaluation",
 }
 __all__ = ["__version__", *_HOME]
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from pyqemb.data.batch import PackedBatch as PackedBatch
     from pyqemb.evaluation import evaluate as evaluate
     from pyqemb.model.embedder import Embedder as Embedder
+    from pyqemb.training import train as train
+    from pyqemb.training.grad_cache import GradCache as GradCache
 
 
 def __getattr__(name: str) -> Any:

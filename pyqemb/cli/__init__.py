@@ -9,6 +9,7 @@ from pyqemb import __version__
 from pyqemb.errors import PyqembError
 
 VERBS = {
+    "train": "train an embedding model from a TOML or YAML file",
     "evaluate": "measure a model on a retrieval, STS or bitext folder",
 }
 

@@ -103,14 +103,16 @@ class _InfoNce(torch.autograd.Function):
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         queries, documents = queries.contiguous(), documents.contiguous()
         losses = torch.empty(queries.shape[:1], dtype=torch.float64)
-        grads: list[Tensor | None] = [None, None]
+        d_queries = d_documents = None
         if any(ctx.needs_input_grad[:2]):
-            grads = [torch.empty(x.shape, dtype=arithmetic(x.dtype), device=x.device) for x in (queries, documents)]
+            d_queries, d_documents = (
+                torch.empty(x.shape, dtype=arithmetic(x.dtype), device=x.device) for x in (queries, documents)
+            )
         totals = _C.info_nce(
-            queries, documents, positive, owner, ids, losses, *grads,
+            queries, documents, positive, owner, ids, losses, d_queries, d_documents,
             groups.hard, groups.in_batch, groups.query_query, groups.doc_doc, margin, doc_mask, temperature,
         )  # fmt: skip
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(d_queries, d_documents)
         ctx.dtypes = queries.dtype, documents.dtype
         count = max(len(losses), 1)
         stats = {

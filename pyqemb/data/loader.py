@@ -1,0 +1,179 @@
+"""Training batches: each from one set, a pure function of (seed, step), texts tokenised once.
+
+Legend: B queries, U unique documents, M documents as the loss sees them.
+"""
+
+import zlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.example import Example
+from pyqemb.data.tokenizer import Tokenizer
+from pyqemb.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """What one step needs. `rows_M` None: every unique document stands once, M = U."""
+
+    examples: list[Example]
+    queries: PackedBatch
+    documents: PackedBatch  # U unique texts
+    positive: torch.Tensor  # int64 [B], index among the M documents
+    owner: torch.Tensor  # int64 [M], the query that brought the document
+    rows_M: torch.Tensor | None = None  # int64 [M], unique document of each
+
+    @property
+    def num_tokens(self) -> int:
+        return self.queries.num_tokens + self.documents.num_tokens
+
+
+class Loader:
+    """Batches of examples: `batch(step)` depends on nothing but the sets, the options and the step.
+
+    An epoch is a shuffled list with each set's share of batches; a set's batches walk through its examples in an order
+    drawn anew for every pass, so that each is used once before any comes again. A set that is smaller than the batch
+    gives smaller batches.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Sequence[Example]],
+        batch_size: int,
+        seed: int = 0,
+        num_negatives: int | None = None,
+        alpha: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+    ):
+        if not sets or not all(len(examples) for examples in sets.values()):
+            raise ConfigError(f"expected sets that hold examples, got {[(n, len(s)) for n, s in sets.items()]}")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        self.sets, self.seed, self.num_negatives = dict(sets), seed, num_negatives
+        self.names = list(self.sets)
+        self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.sets.items()}
+        self.batches = _shares(self.sets, self.batch_sizes, alpha, weights or {})
+        self._order: dict[tuple[str, int], np.ndarray] = {}  # the newest permutations only
+        self._plan: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(self.batches.values())
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step, counted from 0, with at most `num_negatives` negatives each."""
+        name, number = self.where(step)
+        examples, size = self.sets[name], self.batch_sizes[name]
+        chosen = [
+            examples[self._permutation(name, place // len(examples))[place % len(examples)]]
+            for place in range(number * size, (number + 1) * size)
+        ]
+        return self._with_negatives(chosen, step)
+
+    def where(self, step: int) -> tuple[str, int]:
+        """The set of a step, and how many batches of that set came before it."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._plan[0] != epoch:
+            sets = np.repeat(np.arange(len(self.names)), [self.batches[name] for name in self.names])
+            self._plan = epoch, self._generator("epoch", epoch).permutation(sets)
+        plan = self._plan[1]
+        name = self.names[plan[place]]
+        return name, epoch * self.batches[name] + int((plan[:place] == plan[place]).sum())
+
+    def _permutation(self, name: str, number: int) -> np.ndarray:
+        """The order of one pass. A batch may end one pass and begin the next, hence two are kept."""
+        if (name, number) not in self._order:
+            for key in [key for key in self._order if key[0] == name and abs(key[1] - number) > 1]:
+                del self._order[key]
+            self._order[name, number] = self._generator("set " + name, number).permutation(len(self.sets[name]))
+        return self._order[name, number]
+
+    def _with_negatives(self, examples: list[Example], step: int) -> list[Example]:
+        limit = self.num_negatives
+        if limit is None or all(len(example.negatives) <= limit for example in examples):
+            return examples
+        keys = self._generator("negatives", step).random((len(examples), max(len(e.negatives) for e in examples)))
+        return [
+            replace(
+                example,
+                negatives=tuple(example.negatives[i] for i in np.argsort(row[: len(example.negatives)])[:limit]),
+            )
+            if len(example.negatives) > limit
+            else example
+            for example, row in zip(examples, keys, strict=True)
+        ]
+
+    def _generator(self, purpose: str, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(purpose.encode()), number])
+
+
+class TokenCache:
+    """Token ids of texts, each tokenised once and kept."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._ids: dict[str, array] = {}  # an eighth of what lists of int take
+
+    def warm(self, texts: Iterable[str]) -> None:
+        """Tokenise what is not there yet, all at once: the tokenizer library then uses every core."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        for text, ids in zip(new, self.tokenizer.encode_documents(new), strict=True):
+            self._ids[text] = array("i", ids)
+
+    def pack(self, texts: Sequence[str]) -> PackedBatch:
+        self.warm(texts)
+        return PackedBatch.pack([self._ids[text] for text in texts])
+
+
+def build_batch(examples: Sequence[Example], tokens: TokenCache, own_rows: bool = False) -> TrainingBatch:
+    """Pack a batch; every text among its documents is encoded once.
+
+    Equal documents are one candidate of the loss, owned by the first query that brought it. With `own_rows` they stay
+    candidates of their own, as a loss over own negatives only needs them (`rows_M`).
+    """
+    rows_of: dict[str, int] = {}
+    positive: list[int] = []
+    owner: list[int] = []
+    rows: list[int] = []
+    for query, example in enumerate(examples):
+        for number, text in enumerate((example.positive, *example.negatives)):
+            known = len(rows_of)
+            row = rows_of.setdefault(text, known)
+            if own_rows:
+                place = len(rows)
+                rows.append(row)
+                owner.append(query)
+            else:
+                place = row
+                if row == known:
+                    owner.append(query)
+            if number == 0:
+                positive.append(place)
+    queries = tokens.tokenizer.format_queries([e.query for e in examples], [e.instruction for e in examples])
+    return TrainingBatch(
+        examples=list(examples),
+        queries=tokens.pack(queries),
+        documents=tokens.pack(list(rows_of)),
+        positive=torch.tensor(positive, dtype=torch.int64),
+        owner=torch.tensor(owner, dtype=torch.int64),
+        rows_M=torch.tensor(rows, dtype=torch.int64) if own_rows else None,
+    )
+
+
+def _shares(
+    sets: Mapping[str, Sequence[Example]], sizes: Mapping[str, int], alpha: float, weights: Mapping[str, float]
+) -> dict[str, int]:
+    """Batches of each set in an epoch. Left to themselves (alpha 1, no weights) they cover every example."""
+    covering = {name: -(-len(examples) // sizes[name]) for name, examples in sets.items()}
+    if alpha == 1 and not weights:
+        return covering
+    mass = {name: weights.get(name, len(examples) ** alpha) for name, examples in sets.items()}
+    if set(weights) and set(weights) != set(sets):
+        raise ConfigError(f"give a weight for every set or for none; missing: {sorted(set(sets) - set(weights))}")
+    total, steps = sum(mass.values()), sum(covering.values())
+    return {name: max(1, round(steps * share / total)) for name, share in mass.items()}

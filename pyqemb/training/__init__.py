@@ -1,0 +1,8 @@
+"""Both training stages: config -> trainer -> gradient cache -> loss; checkpoints that continue bit by bit."""
+
+from pyqemb.training.config import TrainConfig as TrainConfig
+from pyqemb.training.config import load_config as load_config
+from pyqemb.training.config import stage1 as stage1
+from pyqemb.training.config import stage2 as stage2
+from pyqemb.training.trainer import TrainResult as TrainResult
+from pyqemb.training.trainer import train as train

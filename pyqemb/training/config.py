@@ -1,0 +1,290 @@
+"""The training configuration: every hyper-parameter and its default, from Python, TOML or YAML.
+
+The class defaults are those of stage 2 (hard negatives, task-pure batches); `stage = 1` puts STAGE_1 under what is given.
+"""
+
+import difflib
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pyqemb.errors import ConfigError
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib  # type: ignore[no-redef]
+
+STAGE_1: dict[str, dict[str, Any]] = {
+    "loss": {"preset": "qwen3"},
+    "train": {"global_batch_size": 4096, "learning_rate": 2e-5, "num_negatives": 0},
+}
+ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "mrl_dims": "matryoshka",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, values: Any) -> Any:
+        return _canonical(cls, values)
+
+
+class ModelSection(Section):
+    """Where training starts."""
+
+    base: str  # a model folder or hub id
+    attention: Literal["causal", "bidirectional"] | None = None  # None: what the checkpoint says
+    pooling: Literal["last", "mean"] | None = None
+    max_length: int | None = Field(None, ge=2)  # tokens of a text, with the end token
+
+
+class DataSet(Section):
+    """One file or BEIR folder of examples. Each task in it becomes a set of its own: no batch mixes sets."""
+
+    path: str
+    name: str | None = None  # None: the file's name
+    instruction: str | None = None  # for examples that bring none
+    weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
+
+
+class LossSection(Section):
+    """InfoNCE: which negatives count, and how sharply."""
+
+    preset: Literal["qwen3", "qwen3_stage2", "mnrl", "classification"] = "qwen3"
+    temperature: float = Field(0.02, gt=0)
+    margin: float | None = 0.1  # a negative above the positive's score plus this is taken for a false one; None: off
+    matryoshka: tuple[int, ...] | None = None
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _positive(cls, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if dims is not None and (not dims or min(dims) < 1 or len(set(dims)) < len(dims)):
+            raise ValueError("expected different dimensions of at least 1")
+        return dims and tuple(sorted(dims, reverse=True))
+
+
+class TrainSection(Section):
+    """Batches, optimiser, schedule."""
+
+    seed: int = Field(0, ge=0)
+    steps: int | None = Field(None, ge=1)  # None: `epochs` times the data
+    epochs: float = Field(1.0, gt=0)
+    global_batch_size: int = Field(512, ge=1)  # queries a step
+    num_negatives: int = Field(7, ge=0)  # hard negatives a query, chosen anew each time when there are more
+    mixing_alpha: float = Field(1.0, ge=0)  # 1: sets in proportion to their rows, 0: all alike
+    tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass; memory, not results, depends on it
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0)  # below 1: share of the steps; from 1 on: steps
+    final_share: float = Field(0.0, ge=0, le=1)  # learning rate of the last step, as a share of the highest
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_bad_steps: int = Field(10, ge=1)  # steps in a row with a loss or gradient that is not finite, before it stops
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on the CPU
+    device: str = "auto"
+    activation_checkpointing: bool = False
+    log_every: int = Field(1, ge=1)
+    tensorboard: bool = False
+
+    @field_validator("betas")
+    @classmethod
+    def _in_unit_interval(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers from 0 to below 1")
+        return betas
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ValueError("expected 'auto', 'cpu' or 'cuda'")
+        return device
+
+
+class EvalSection(Section):
+    """Measuring while training. `every` None: at the end only."""
+
+    data: str | None = None  # a folder that `pyqemb evaluate` reads
+    every: int | None = Field(None, ge=1)
+    metric: str | None = None  # higher is better; the model with the best one is kept. None: the first one reported
+
+
+class SaveSection(Section):
+    """The run folder and its checkpoints. `every` None: only when interrupted and at the end."""
+
+    dir: str = "runs/run"
+    every: int | None = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class TrainConfig(Section):
+    """A whole training run. ConfigError names the key that is unknown or wrong."""
+
+    stage: Literal[1, 2] = 2
+    model: ModelSection
+    data: tuple[DataSet, ...] = Field(min_length=1)
+    loss: LossSection = Field(default_factory=lambda: LossSection())
+    train: TrainSection = Field(default_factory=lambda: TrainSection())
+    eval: EvalSection = Field(default_factory=lambda: EvalSection())
+    save: SaveSection = Field(default_factory=lambda: SaveSection())
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_stage_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or str(values.get("stage")) != "1":
+            return values
+        merged = dict(values, stage=1)
+        for name, defaults in STAGE_1.items():
+            given = _plain(values.get(name, {}))
+            if isinstance(given, Mapping):
+                merged[name] = {**defaults, **_canonical(_SECTIONS[name], given)}
+        return merged
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSet,
+    "loss": LossSection,
+    "train": TrainSection,
+    "eval": EvalSection,
+    "save": SaveSection,
+}
+
+
+def stage1(**sections: Any) -> TrainConfig:
+    """Large batches, in-batch negatives only. `stage1(model={"base": ...}, data=[{"path": ...}], train={"lr": 1e-4})`."""
+    return TrainConfig(**{**sections, "stage": 1})
+
+
+def stage2(**sections: Any) -> TrainConfig:
+    """Smaller task-pure batches with hard negatives; sections as for stage1."""
+    return TrainConfig(**{**sections, "stage": 2})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML or YAML file; each override is `section.key=value`, the value written as in YAML.
+
+    Raises ConfigError naming the file and the key for anything that cannot be read or does not belong there.
+    """
+    path = Path(path)
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return TrainConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise ConfigError(f"{path}: expected a .toml, .yaml or .json file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, Loader=_UniqueKeys)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected sections such as model, data, train")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which would silently hide the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    *parents, last = name.strip().split(".")
+    if not equals or not last:
+        raise ConfigError(f"expected section.key=value, got {text!r}")
+    place: Any = values
+    try:
+        for parent in parents:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        key: Any = int(last) if isinstance(place, list) else ALIASES.get(last, last)
+        if isinstance(place, dict):
+            for alias, canonical in ALIASES.items():
+                if canonical == key:
+                    place.pop(alias, None)
+        place[key] = yaml.load(value, Loader=_UniqueKeys)
+    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot set {text!r}: {error}") from error
+
+
+def _canonical(section: type[Section], values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        name = name if name in section.model_fields else key
+        if name in renamed:
+            raise ConfigError(f"{key}: is the same as {name}, give one of them")
+        renamed[name] = value
+    return renamed
+
+
+def _plain(section: Any) -> Any:
+    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error in a user's words."""
+    where = ".".join(str(part) for part in error["loc"]) or "configuration"
+    *parents, key = error["loc"] or ("",)
+    if error["type"] == "extra_forbidden":
+        section = _SECTIONS.get(str(parents[0])) if parents else TrainConfig
+        names = [*section.model_fields, *ALIASES] if section else []
+        close = difflib.get_close_matches(str(key), names, n=1)
+        known = [home for home, fields in _SECTIONS.items() if key in fields.model_fields]
+        hint = f"did you mean {close[0]!r}?" if close else f"it belongs in {known[0]!r}" if known else ""
+        return f"{where}: unknown key" + (f"; {hint}" if hint else "")
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    got = error["input"]
+    shown = repr(got) if not isinstance(got, float) or math.isfinite(got) else str(got)
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {shown}"
+
+
+__all__ = [
+    "TrainConfig",
+    "load_config",
+    "stage1",
+    "stage2",
+    *(kind.__name__ for kind in typing.cast(Any, _SECTIONS).values()),
+]
