@@ -95,5 +95,7 @@ class Optimizer:
 
 def global_norm(tensors: Iterable[torch.Tensor]) -> float:
     """The Euclidean norm of all of them together; NaN or infinity where one holds such."""
-    norms = torch._foreach_norm(list(tensors))
-    return float(torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))) if norms else 0.0
+    tensors = list(tensors)
+    if not tensors:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])))

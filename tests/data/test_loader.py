@@ -1,0 +1,63 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from pyqemb.data.example import Example
+from pyqemb.data.loader import Loader, TokenCache, build_batch
+from pyqemb.errors import ConfigError
+from pyqemb.testing.tiny import tiny_tokenizer
+
+SETS = {
+    "a": [Example(f"qa{i}", f"da{i}", tuple(f"n{i}{j}" for j in range(5))) for i in range(23)],
+    "b": [Example(f"qb{i}", f"db{i}") for i in range(9)],
+}
+
+
+def test_each_batch_is_of_one_set_and_each_example_comes_once_a_pass():
+    loader = Loader(SETS, 4, seed=1, num_negatives=2)
+    seen = Counter()
+    for step in range(loader.steps_per_epoch):
+        batch = loader.batch(step)
+        assert len({example.query[1] for example in batch}) == 1
+        seen.update(example.query for example in batch)
+        assert all(len(example.negatives) <= 2 for example in batch)
+    assert set(seen) == {e.query for s in SETS.values() for e in s}
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    steps = [Loader(SETS, 4, seed=1, num_negatives=2).batch(step) for step in range(40)]
+    loader = Loader(SETS, 4, seed=1, num_negatives=2)
+    assert [loader.batch(step) for step in reversed(range(40))] == steps[::-1]
+    assert [Loader(SETS, 4, seed=2, num_negatives=2).batch(step) for step in range(40)] != steps
+
+
+def test_weights():
+    loader = Loader(SETS, 4, weights={"a": 1.0, "b": 1.0})
+    assert loader.batches["a"] == pytest.approx(loader.batches["b"], abs=1)
+
+
+def test_equal_texts_are_one_document():
+    examples = [Example("q0", "d", ("x",)), Example("q1", "d", ("y", "x")), Example("q2", "e")]
+    batch = build_batch(examples, TokenCache(tiny_tokenizer()))
+    assert batch.documents.num_sequences == 4  # d, x, y, e
+    assert batch.positive.tolist() == [0, 0, 3] and batch.owner.tolist() == [0, 0, 1, 2]
+    own = build_batch(examples, TokenCache(tiny_tokenizer()), own_rows=True)
+    assert own.documents.num_sequences == 4 and own.rows_M.tolist() == [0, 1, 0, 2, 1, 3]
+    assert own.positive.tolist() == [0, 2, 5] and own.owner.tolist() == [0, 0, 1, 1, 1, 2]
+
+
+def test_packed_as_the_tokenizer_says():
+    tokenizer = tiny_tokenizer()
+    batch = build_batch([Example("a query", "a document", instruction="Find")], TokenCache(tokenizer))
+    assert torch.equal(batch.queries.input_ids_T, torch.tensor(tokenizer.encode_queries(["a query"], "Find")[0]))
+
+
+def test_bad_arguments():
+    with pytest.raises(ConfigError, match="expected sets that hold examples"):
+        Loader({}, 4)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        Loader(SETS, 0)
+    with pytest.raises(ConfigError, match=r"missing: \['b'\]"):
+        Loader(SETS, 4, weights={"a": 1.0})

@@ -1,0 +1,249 @@
+"""Whole runs on a tiny model: they learn, stop, continue bit by bit, and survive damage, kills and full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pyqemb
+from pyqemb.errors import CheckpointError, ConfigError, PyqembError
+from pyqemb.testing.tiny import write_tiny_folder
+from pyqemb.training import stage2
+from pyqemb.training.state import checkpoints, verify
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    write_tiny_folder(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for _ in range(64):
+            words = [str(n) for n in torch.randint(0, 99, (6,), generator=generator).tolist()]
+            row = {
+                "query": " ".join(words),
+                "positive": " ".join(words[::-1]),
+                "negatives": [" ".join(sorted(words)), "7 7"],
+            }
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def config(folder, run="run", **train):
+    defaults = {
+        "steps": 12,
+        "global_batch_size": 16,
+        "learning_rate": 3e-3,
+        "num_negatives": 1,
+        "tokens_per_chunk": 200,
+    }
+    return stage2(
+        model={"base": str(folder / "base")}, data=[{"path": str(folder / "pairs.jsonl")}],
+        train={**defaults, **train}, save={"dir": str(folder / run), "every": 3, "keep": 2},
+    )  # fmt: skip
+
+
+def weights(folder):
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_learns_and_writes_everything(workplace):
+    steps = []
+    result = pyqemb.train(config(workplace, steps=30), on_step=steps.append)
+    losses = [row["loss"] for row in steps]
+    assert result.steps == 30 and losses[-1] < losses[0] / 2
+    assert [json.loads(line)["step"] for line in (workplace / "run" / "metrics.jsonl").open()] == list(range(1, 31))
+    assert {"config.resolved.json", "env.json", "final", "checkpoints"} <= {
+        p.name for p in result.folder.parent.iterdir()
+    }
+    assert [path.name for path in checkpoints(workplace / "run" / "checkpoints")] == ["step_00000027", "step_00000030"]
+    model = pyqemb.Embedder.from_pretrained(result.folder)
+    similarity = model.encode(["1 2 3 4 5 6"]) @ model.encode(["6 5 4 3 2 1", "50 51"]).T
+    assert similarity[0, 0] > similarity[0, 1]
+
+
+def test_chunks_do_not_change_the_run(workplace):
+    losses = []
+    for tokens in (30, 10**6):
+        rows = []
+        pyqemb.train(config(workplace, f"run{tokens}", tokens_per_chunk=tokens), on_step=rows.append)
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_resumed_runs_are_bit_identical(workplace):
+    pyqemb.train(config(workplace, "straight"))
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(step):
+        def on_step(row):
+            if row["step"] == step:
+                raise Stop
+
+        return on_step
+
+    for step in (4, 8, 11):  # stopped three times, each after the last checkpoint
+        with pytest.raises(Stop):
+            pyqemb.train(config(workplace, "stopped"), on_step=stop_at(step), resume="auto")
+    pyqemb.train(config(workplace, "stopped"), resume="auto")
+    assert same(weights(workplace / "straight"), weights(workplace / "stopped"))
+
+    def losses(run):
+        return [(row["step"], row["loss"]) for row in map(json.loads, (workplace / run / "metrics.jsonl").open())]
+
+    assert losses("straight") == losses("stopped")
+
+
+def test_best_checkpoint_is_kept(workplace):
+    scores = iter([0.1, 0.9, 0.5, 0.3])
+    chosen = stage2(**{**config(workplace).model_dump(exclude_unset=True), "eval": {"every": 4, "metric": "score"}})
+    result = pyqemb.train(chosen, evaluate=lambda model: {"other": 5.0, "score": next(scores)})
+    assert result.best is not None and json.loads((result.best / "pyqemb.json").read_text())["provenance"]["step"] == 8
+    wrong = stage2(**{**config(workplace, "wrong").model_dump(exclude_unset=True), "eval": {"metric": "none"}})
+    with pytest.raises(ConfigError, match="'none' is not among what was measured: score"):
+        pyqemb.train(wrong, evaluate=lambda model: {"score": 1.0})
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(workplace, capsys):
+    pyqemb.train(config(workplace))
+    newest, previous = checkpoints(workplace / "run" / "checkpoints")[::-1]
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+        path = newest / name
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 4
+        for damaged in (bytes(flipped), whole[:-1]):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=name):
+                verify(newest)
+        path.write_bytes(whole)
+    (newest / "model.safetensors").write_bytes(b"cut")
+    pyqemb.train(config(workplace), resume="auto")
+    assert str(newest / "model.safetensors") in capsys.readouterr().err
+    assert verify(previous) or True
+
+
+def test_a_run_is_not_overwritten_or_mixed(workplace):
+    pyqemb.train(config(workplace))
+    with pytest.raises(ConfigError, match="earlier run left checkpoints"):
+        pyqemb.train(config(workplace))
+    with pytest.raises(ConfigError, match="loss.temperature|train.learning_rate was 0.003, now 0.1"):
+        pyqemb.train(config(workplace, learning_rate=0.1), resume="auto")
+    with (workplace / "pairs.jsonl").open("a") as file:
+        file.write('{"query": "a", "positive": "b"}\n')
+    with pytest.raises(ConfigError, match="training data are not those"):
+        pyqemb.train(config(workplace), resume="auto")
+    with pytest.raises(CheckpointError, match="holds no sound checkpoint"):
+        pyqemb.train(config(workplace), resume=workplace / "base")
+
+
+def test_steps_that_are_not_finite_change_nothing(workplace, monkeypatch):
+    from pyqemb.training import trainer
+
+    real = trainer.ContrastiveLoss.__call__
+    calls = []
+
+    def sometimes_nan(self, queries, documents):
+        calls.append(None)
+        loss = real(self, queries, documents)
+        return loss * torch.nan if len(calls) in (3, 4) else loss
+
+    monkeypatch.setattr(trainer.ContrastiveLoss, "__call__", sometimes_nan)
+    rows = []
+    pyqemb.train(config(workplace, steps=6), on_step=rows.append)
+    assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(workplace / "run").values())
+    calls.clear()
+    with pytest.raises(PyqembError, match="2 steps in a row"):
+        pyqemb.train(config(workplace, "stopping", steps=6, max_bad_steps=2))
+
+
+RUN = """
+import sys, time, torch, pyqemb
+torch.set_num_threads(1)
+from pyqemb.cli import main
+sys.exit(main(["train", sys.argv[1], "--resume", "auto"]))
+"""
+
+
+def start(path, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_killed_and_terminated_processes_continue_bit_by_bit(workplace):
+    path = workplace / "run.json"
+    settings = config(workplace, "killed", steps=60)
+    path.write_text(settings.model_dump_json())
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pyqemb.train(config(workplace, "straight", steps=60))
+    finally:
+        torch.set_num_threads(torch_threads)
+    for number, name in ((signal.SIGKILL, "step_00000006"), (signal.SIGTERM, "step_00000015")):
+        process = start(path)
+        wait_for(workplace / "killed" / "checkpoints" / name, process)
+        process.send_signal(number)
+        process.wait(60)
+        assert process.returncode == (75 if number == signal.SIGTERM else -number)
+    process = start(path)
+    assert process.wait(120) == 0, process.stderr.read()
+    assert same(weights(workplace / "straight"), weights(workplace / "killed"))
+    assert not list((workplace / "killed" / "checkpoints").glob(".*"))
+
+
+def test_a_second_run_in_the_folder_is_refused(workplace):
+    path = workplace / "run.json"
+    path.write_text(config(workplace, "shared", steps=5000).model_dump_json())
+    process = start(path)
+    try:
+        wait_for(workplace / "shared" / "metrics.jsonl", process)
+        with pytest.raises(ConfigError, match=f"another training run is at work here: pid {process.pid}"):
+            pyqemb.train(config(workplace, "shared", steps=5000), resume="auto")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_full_disk_leaves_the_previous_checkpoint(workplace):
+    import resource
+
+    pyqemb.train(config(workplace, steps=3))
+    (before,) = checkpoints(workplace / "run" / "checkpoints")
+    path = workplace / "run.json"
+    path.write_text(config(workplace, steps=9).model_dump_json())
+    size = (before / "model.safetensors").stat().st_size // 2
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    process = start(path, preexec_fn=limit)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode not in (0, -signal.SIGXFSZ) and "could not be written" in error
+    assert verify(before) == 3 and not list(before.parent.glob(".*"))
+    assert pyqemb.train(config(workplace, steps=9), resume="auto").steps == 9
+
+
+def test_environment_has_no_hidden_settings(workplace):
+    assert not [name for name in os.environ if name.startswith("PYQEMB_")]
