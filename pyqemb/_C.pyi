@@ -2,27 +2,73 @@
 from torch import Tensor
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, out: Tensor, lse: Tensor, scale: float,
-    causal: bool, /,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    /,
 ) -> None: ...
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, scale: float, causal: bool, /,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    /,
 ) -> None: ...
 def pool_forward(
     hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor | None, out: Tensor, eps: float, normalize: bool, /
 ) -> None: ...
 def pool_backward(
-    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor | None, dout: Tensor, dhidden: Tensor,
-    dnorm_weight: Tensor | None, eps: float, normalize: bool, /,
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    norm_weight: Tensor | None,
+    dout: Tensor,
+    dhidden: Tensor,
+    dnorm_weight: Tensor | None,
+    eps: float,
+    normalize: bool,
+    /,
 ) -> None: ...
 def info_nce(
-    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, document_ids: Tensor | None, loss: Tensor,
-    d_queries: Tensor | None, d_documents: Tensor | None, hard: bool, in_batch: bool, query_query: bool, doc_doc: bool,
-    margin: float, doc_mask: int, temperature: float, /,
+    queries: Tensor,
+    documents: Tensor,
+    positive: Tensor,
+    owner: Tensor | None,
+    document_ids: Tensor | None,
+    loss: Tensor,
+    d_queries: Tensor | None,
+    d_documents: Tensor | None,
+    hard: bool,
+    in_batch: bool,
+    query_query: bool,
+    doc_doc: bool,
+    margin: float,
+    doc_mask: int,
+    temperature: float,
+    /,
 ) -> list[float]: ...
 def top_k(
-    queries: Tensor, documents: Tensor, exclude: Tensor | None, ceiling: Tensor | None, scores: Tensor, indices: Tensor, /
+    queries: Tensor,
+    documents: Tensor,
+    exclude: Tensor | None,
+    ceiling: Tensor | None,
+    scores: Tensor,
+    indices: Tensor,
+    /,
 ) -> None: ...
 def rms_norm_forward(x: Tensor, weight: Tensor, y: Tensor, rstd: Tensor, eps: float, /) -> None: ...
 def rms_norm_backward(

@@ -13,6 +13,7 @@ _HOME = {
     "PackedBatch": "pyqemb.data.batch",
     "GradCache": "pyqemb.training.grad_cache",
     "train": "pyqemb.training",
+    "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
 }
 __all__ = ["__version__", *_HOME]
@@ -20,6 +21,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from pyqemb.data.batch import PackedBatch as PackedBatch
     from pyqemb.evaluation import evaluate as evaluate
+    from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
     from pyqemb.training import train as train
     from pyqemb.training.grad_cache import GradCache as GradCache

@@ -10,6 +10,7 @@ from pyqemb.errors import PyqembError
 
 VERBS = {
     "train": "train an embedding model from a TOML or YAML file",
+    "merge": "blend checkpoints into one (slerp, linear, karcher)",
     "evaluate": "measure a model on a retrieval, STS or bitext folder",
 }
 

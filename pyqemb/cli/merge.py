@@ -1,0 +1,29 @@
+"""`pyqemb merge A B C --out FOLDER`: blend checkpoints and say how far apart they were."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="two or more model folders of one architecture")
+    parser.add_argument("--out", type=Path, required=True, help="the merged model's folder")
+    parser.add_argument("--method", default="slerp", help="slerp (default), linear or karcher")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal when not given")
+    parser.add_argument("--base", type=Path, help="blend the differences from this checkpoint (task vectors)")
+    parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyqemb.merging import merge
+
+    report = merge(args.checkpoints, args.method, args.weights, args.base, out=args.out)
+    if args.verbose:
+        for tensor in report.tensors:
+            print(f"{tensor.angle:9.4f} degrees  {'lerp ' if tensor.lerp else '     '} {tensor.name}")
+    shares = ", ".join(f"{Path(c).name} {w:.3f}" for c, w in zip(report.checkpoints, report.weights, strict=True))
+    print(f"{report.method} of {shares}" + (f", as differences from {report.base}" if report.base else ""))
+    print(
+        f"{len(report.tensors)} tensors, angles up to {report.max_angle:.3f} degrees, {report.num_lerp} by lerp (nearly parallel)"
+    )
+    print(f"written to {args.out}")
+    return 0

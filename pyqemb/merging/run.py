@@ -1,0 +1,217 @@
+"""Checkpoints -> one: tensor by tensor, so that memory holds a few tensors and never a model."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pyqemb.data.files import atomic_file
+from pyqemb.data.tokenizer import Tokenizer
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.merging.slerp import Blend, fold, karcher, linear
+from pyqemb.model.checkpoint import Tensors, read_tensors
+from pyqemb.model.config import Qwen3Config
+from pyqemb.model.portable import check_digests, portable_folder, read_pooling, read_prompts
+
+METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
+    "slerp": fold,
+    "linear": lambda tensors, weights: linear(list(tensors), weights),
+    "karcher": lambda tensors, weights: karcher(list(tensors), weights),
+}
+_STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """The widest angle met while merging it, in degrees, and whether lerp stood in for slerp."""
+
+    name: str
+    angle: float
+    lerp: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; written to merge_report.json in the merged folder."""
+
+    folder: str
+    method: str
+    checkpoints: list[str]
+    weights: list[float]
+    base: str | None
+    tensors: list[MergedTensor]
+
+    @property
+    def max_angle(self) -> float:
+        return max((tensor.angle for tensor in self.tensors), default=0.0)
+
+    @property
+    def num_lerp(self) -> int:
+        return sum(tensor.lerp for tensor in self.tensors)
+
+
+def merge(
+    checkpoints: Sequence[str | Path],
+    method: str = "slerp",
+    weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    *,
+    out: str | Path,
+) -> MergeReport:
+    """Blend checkpoints of one architecture into the model folder `out`.
+
+    Args:
+        checkpoints: two or more model folders. Tokenizer, prompts, names and dtypes are those of the first.
+        method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
+        weights: one for each checkpoint, not negative; equal when None. They are scaled to sum to 1.
+        base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
+        out: where the merged model goes; an older model folder there is replaced once the new one is complete.
+
+    Raises:
+        ConfigError: arguments or architectures that do not fit. CheckpointError: tensors that are missing, of another shape,
+        not finite, or opposite to each other; the tensor is named. Nothing is written then.
+
+    Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
+    """
+    folders = [Path(checkpoint) for checkpoint in checkpoints]
+    shares = _checked_weights(folders, method, weights)
+    root = None if base is None else Path(base)
+    everything = folders if root is None else [*folders, root]
+    for folder in everything:
+        if Path(out).resolve() == folder.resolve():
+            raise ConfigError(f"out: {out} is one of the checkpoints to be merged")
+    config = _common_config(everything)
+    sources = [_checked_tensors(folder) for folder in everything]
+    _check_alike(sources)
+
+    blend, first = METHODS[method], sources[0]
+    merged: list[MergedTensor] = []
+    provenance = {
+        "merged": {
+            "method": method, "checkpoints": [str(f) for f in folders], "weights": shares, "base": None if root is None else str(root),
+        }
+    }  # fmt: skip
+    with portable_folder(
+        out, config=config, tokenizer=Tokenizer.from_folder(folders[0]), pooling=read_pooling(folders[0]),
+        prompts=read_prompts(folders[0]), matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
+    ) as temporary:  # fmt: skip
+        with (temporary / "model.safetensors").open("wb") as file:
+            _write_header(file, first)
+            for name in first:
+                result = _blend_one(name, sources, len(folders), blend, shares)
+                file.write(_bytes_of(result.tensor.to(first.dtype(name))))
+                merged.append(MergedTensor(name, result.angle, result.lerp))
+    report = MergeReport(
+        str(out), method, [str(f) for f in folders], shares, None if root is None else str(root), merged
+    )
+    with atomic_file(Path(out) / "merge_report.json") as path:
+        path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _blend_one(
+    name: str, sources: Sequence[Tensors], count: int, blend: Callable[..., Blend], weights: Sequence[float]
+) -> Blend:
+    root = _finite(sources[count], name) if len(sources) > count else None
+
+    def tensors() -> Iterator[Tensor]:
+        for source in sources[:count]:
+            tensor = _finite(source, name)
+            yield tensor if root is None else tensor.to(_wide(tensor)) - root.to(_wide(tensor))
+
+    try:
+        result = blend(tensors(), weights)
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{name}: {error}") from error
+    return result if root is None else Blend(result.tensor + root.to(result.tensor.dtype), result.angle, result.lerp)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _finite(source: Tensors, name: str) -> Tensor:
+    tensor = source[name]
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{source.file(name)}: {name} holds NaN or infinity")
+    return tensor
+
+
+def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[float] | None) -> list[float]:
+    if method not in METHODS:
+        close = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"method: must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+    if len(folders) < 2:
+        raise ConfigError(f"checkpoints: two or more are needed, got {len(folders)}")
+    weights = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(folders):
+        raise ConfigError(f"weights: one for each of the {len(folders)} checkpoints is needed, got {len(weights)}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+        raise ConfigError(f"weights: must be finite, not negative and not all zero, got {weights}")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _common_config(folders: Sequence[Path]) -> Qwen3Config:
+    """The configuration that all share; what differs between them is named."""
+    configs = [Qwen3Config.from_folder(folder) for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        before, now = asdict(configs[0]), asdict(config)
+        for key in ("extra", "initializer_range", "eos_token_id", "max_position_embeddings"):
+            before.pop(key, None), now.pop(key, None)
+        for key, value in before.items():
+            if now[key] != value:
+                raise ConfigError(f"{folder}: {key} is {now[key]!r}, {value!r} in {folders[0]}")
+        if read_pooling(folder) != read_pooling(folders[0]):
+            raise ConfigError(
+                f"{folder}: pooling is {read_pooling(folder)!r}, {read_pooling(folders[0])!r} in {folders[0]}"
+            )
+    return configs[0]
+
+
+def _checked_tensors(folder: Path) -> Tensors:
+    check_digests(folder)
+    return read_tensors(folder)
+
+
+def _check_alike(sources: Sequence[Tensors]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        missing, surplus = sorted(set(first) - set(other)), sorted(set(other) - set(first))
+        if missing or surplus:
+            raise CheckpointError(
+                f"{other.folder}: missing {missing[:5]}, surplus {surplus[:5]} (compared with {first.folder})"
+            )
+        for name in first:
+            if other.shape(name) != first.shape(name):
+                raise CheckpointError(
+                    f"{other.folder}: {name} has shape {other.shape(name)}, {first.shape(name)} in {first.folder}"
+                )
+
+
+def _write_header(file: BinaryIO, tensors: Tensors) -> None:
+    """The head of a safetensors file: its length, then where each tensor will stand; known before any tensor is."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in tensors:
+        start, end = end, end + math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize
+        header[name] = {
+            "dtype": _STORED[tensors.dtype(name)],
+            "shape": list(tensors.shape(name)),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

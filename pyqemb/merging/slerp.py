@@ -1,0 +1,172 @@
+"""Blends of tensors, each taken as one vector: linear, spherical, and the weighted Karcher mean.
+
+Dot products and angles are summed in float64, in pieces, whatever the tensors' dtype.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PARALLEL = 0.9995  # |cos| above which slerp is lerp: the difference is below 1e-4 of the angle there
+_PIECE = 1 << 20  # elements held in float64 at a time
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A blended tensor (float32, or float64 where an input is), the widest angle met in degrees, and whether lerp stood in."""
+
+    tensor: Tensor
+    angle: float
+    lerp: bool
+
+
+def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Blend:
+    """sum_k w_k x_k with the weights scaled to sum to 1. The angle reported is the widest to the first tensor."""
+    shares = _shares(weights)
+    angles = [angle(tensors[0], other) for other in tensors[1:]]
+    return Blend(_combine(tensors, shares), max(angles, default=0.0), False)
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Blend:
+    """sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between a and b (Shoemake 1985).
+
+    The angle is that of the unit vectors, the combination that of the tensors as they are. t = 0 and t = 1 give a and b
+    exactly. Nearly parallel tensors (|cos| > 0.9995) and a tensor of zeros are blended linearly. Opposite ones have no
+    shortest way between them: ValueError.
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"t must be from 0 to 1, got {t}")
+    cosine = _cosine(a, b)
+    degrees = math.degrees(math.acos(cosine)) if cosine is not None else 0.0
+    if t in (0.0, 1.0):
+        return Blend((b if t else a).clone(), degrees, False)
+    if cosine is None or cosine > _PARALLEL:
+        return Blend(_combine([a, b], [1 - t, t]), degrees, True)
+    if cosine < -_PARALLEL:
+        raise ValueError(
+            f"the tensors point in opposite directions ({degrees:.3f} degrees), there is no way between them"
+        )
+    omega = math.acos(cosine)
+    return Blend(
+        _combine([a, b], [math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)]),
+        degrees,
+        False,
+    )
+
+
+def fold(tensors: Iterator[Tensor], weights: Sequence[float]) -> Blend:
+    """Slerp of several, in their order: the k-th joins what came before with t_k = w_k / (w_1 + ... + w_k).
+
+    Only two tensors are held at a time. For more than two the result depends a little on the order; `karcher` does not.
+    """
+    shares = _shares(weights)
+    result, total, widest, lerp = next(tensors), shares[0], 0.0, False
+    for weight, tensor in zip(shares[1:], tensors, strict=True):
+        total += weight
+        step = slerp(result, tensor, weight / total if total else 0.0)
+        result, widest, lerp = step.tensor, max(widest, step.angle), lerp or step.lerp
+    return Blend(result, widest, lerp)
+
+
+def karcher(
+    tensors: Sequence[Tensor], weights: Sequence[float], iterations: int = 50, tolerance: float = 1e-10
+) -> Blend:
+    """The point of the sphere with the least weighted sum of squared angles to the tensors' directions, times the weighted
+    mean of their norms.
+
+    Iterates m <- exp_m(sum_k w_k log_m(u_k)) from the direction of the weighted mean (Karcher 1977) until the step is below
+    `tolerance` radians. The mean always lies in the span of the tensors, so the iteration runs on its coefficients over their
+    Gram matrix: no copies of the tensors. Tensors of zeros take no part in the direction. ValueError for opposite tensors.
+    """
+    shares = _shares(weights)
+    gram = _gram(tensors)
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    size = float(torch.tensor(shares, dtype=torch.float64) @ norms)
+    live = [k for k in range(len(tensors)) if norms[k] > 0 and shares[k] > 0]
+    widest = max(
+        (_degrees(gram, norms, 0, k) for k in range(1, len(tensors)) if norms[0] > 0 and norms[k] > 0), default=0.0
+    )
+    if not live:
+        return Blend(_combine(tensors, shares), widest, True)
+    unit = gram[live][:, live] / torch.outer(norms[live], norms[live])
+    weight = torch.tensor([shares[k] for k in live], dtype=torch.float64)
+    weight = weight / weight.sum()
+    mean = _unit(weight, unit)
+    for _ in range(iterations):
+        cosines = (unit @ mean).clamp(-1, 1)
+        if cosines.min() < -_PARALLEL:
+            raise ValueError("a tensor points away from the mean of the others, there is no way between them")
+        angles = torch.acos(cosines)
+        scale = torch.where(angles > 1e-12, angles / torch.sin(angles).clamp_min(1e-300), torch.ones_like(angles))
+        # log_m(u_k) = scale_k (u_k - cos_k m), in coefficients over the u.
+        step = weight * scale - (weight * scale * cosines).sum() * mean
+        length = float((step @ unit @ step).clamp_min(0).sqrt())
+        if length < tolerance:
+            break
+        mean = _unit(math.cos(length) * mean + math.sin(length) / length * step, unit)
+    coefficients = [0.0] * len(tensors)
+    for place, k in enumerate(live):
+        coefficients[k] = size * float(mean[place]) / float(norms[k])
+    return Blend(_combine(tensors, coefficients), widest, False)
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Degrees between two tensors; 0 where one of them is zero."""
+    cosine = _cosine(a, b)
+    return 0.0 if cosine is None else math.degrees(math.acos(cosine))
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = math.fsum(weights)
+    if not weights or not math.isfinite(total) or total <= 0 or min(weights) < 0:
+        raise ValueError(f"weights must be finite, not negative and not all zero, got {list(weights)}")
+    return [weight / total for weight in weights]
+
+
+def _pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _PIECE):
+        yield [x[start : start + _PIECE].double() for x in flat]
+
+
+def _gram(tensors: Sequence[Tensor]) -> Tensor:
+    """float64 [n, n] dot products."""
+    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+    for pieces in _pieces(*tensors):
+        stacked = torch.stack(pieces)
+        gram += stacked @ stacked.T
+    return gram
+
+
+def _cosine(a: Tensor, b: Tensor) -> float | None:
+    """None where one of them is zero. The quotient may pass 1 by a rounding: clamped."""
+    gram = _gram([a, b])
+    norms = math.sqrt(float(gram[0, 0])) * math.sqrt(float(gram[1, 1]))
+    return max(-1.0, min(1.0, float(gram[0, 1]) / norms)) if norms > 0 else None
+
+
+def _degrees(gram: Tensor, norms: Tensor, i: int, j: int) -> float:
+    return math.degrees(math.acos(max(-1.0, min(1.0, float(gram[i, j] / (norms[i] * norms[j]))))))
+
+
+def _unit(coefficients: Tensor, gram: Tensor) -> Tensor:
+    length = float((coefficients @ gram @ coefficients).clamp_min(0).sqrt())
+    if length < 1e-12:
+        raise ValueError("the tensors cancel each other out: they have no mean direction")
+    return coefficients / length
+
+
+def _combine(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """sum_k factor_k x_k, each piece summed in float64."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    out = torch.empty(tensors[0].shape, dtype=wide)
+    flat = out.reshape(-1)
+    for number, pieces in enumerate(_pieces(*tensors)):
+        total = pieces[0] * factors[0]
+        for factor, piece in zip(factors[1:], pieces[1:], strict=True):
+            total.add_(piece, alpha=factor)
+        flat[number * _PIECE : number * _PIECE + len(total)] = total
+    return out
