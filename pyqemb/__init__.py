@@ -15,10 +15,12 @@ _HOME = {
     "train": "pyqemb.training",
     "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
+    "mine": "pyqemb.curation",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from pyqemb.curation import mine as mine
     from pyqemb.data.batch import PackedBatch as PackedBatch
     from pyqemb.evaluation import evaluate as evaluate
     from pyqemb.merging import merge as merge

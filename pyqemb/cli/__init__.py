@@ -12,6 +12,7 @@ VERBS = {
     "train": "train an embedding model from a TOML or YAML file",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
     "evaluate": "measure a model on a retrieval, STS or bitext folder",
+    "mine": "add hard negatives to training pairs",
 }
 
 
