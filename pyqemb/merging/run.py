@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,16 +98,15 @@ def merge(
             "method": method, "checkpoints": [str(f) for f in folders], "weights": shares, "base": None if root is None else str(root),
         }
     }  # fmt: skip
-    with portable_folder(
+    target = portable_folder(
         out, config=config, tokenizer=Tokenizer.from_folder(folders[0]), pooling=read_pooling(folders[0]),
         prompts=read_prompts(folders[0]), matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
-    ) as temporary:  # fmt: skip
-        with (temporary / "model.safetensors").open("wb") as file:
-            _write_header(file, first)
-            for name in first:
-                result = _blend_one(name, sources, len(folders), blend, shares)
-                file.write(_bytes_of(result.tensor.to(first.dtype(name))))
-                merged.append(MergedTensor(name, result.angle, result.lerp))
+    )  # fmt: skip
+    with target as temporary, _weight_file(temporary / "model.safetensors", first) as file:
+        for name in first:
+            result = _blend_one(name, sources, len(folders), blend, shares)
+            file.write(_bytes_of(result.tensor.to(first.dtype(name))))
+            merged.append(MergedTensor(name, result.angle, result.lerp))
     report = MergeReport(
         str(out), method, [str(f) for f in folders], shares, None if root is None else str(root), merged
     )
@@ -197,20 +197,20 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
                 )
 
 
-def _write_header(file: BinaryIO, tensors: Tensors) -> None:
-    """The head of a safetensors file: its length, then where each tensor will stand; known before any tensor is."""
+@contextmanager
+def _weight_file(path: Path, tensors: Tensors) -> Iterator[BinaryIO]:
+    """A safetensors file after its head: where each tensor will stand is known before any tensor is."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in tensors:
-        start, end = end, end + math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize
-        header[name] = {
-            "dtype": _STORED[tensors.dtype(name)],
-            "shape": list(tensors.shape(name)),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = tensors.dtype(name), tensors.shape(name)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        yield file
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -72,8 +72,8 @@ def test_filters_count_what_they_drop():
     examples = [Example("q 0", "d 5"), Example("q 0", "d 90"), Example("q 88", "d 5")]
     result = consistency(Circle(), examples, top=1)
     assert result.kept == [examples[0]] and sum(result.dropped.values()) == 2
-    result = similarity(Circle(), examples, min_sim=0.1, max_sim=0.99)
-    assert result.kept == [] and set(result.dropped) == {"similarity below 0.1", "similarity above 0.99"}
+    result = similarity(Circle(), examples, min_sim=0.2, max_sim=0.99)
+    assert result.kept == [] and set(result.dropped) == {"similarity below 0.2", "similarity above 0.99"}
     assert pair_scores(Circle(), examples) == pytest.approx(np.cos(np.radians([5, 90, 83])), abs=1e-6)
     result = distinct([*examples, examples[0]])
     assert result.kept == examples and result.dropped == {"there already": 1}

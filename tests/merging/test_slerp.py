@@ -40,7 +40,7 @@ def test_zeros_are_blended_linearly_and_opposites_refused():
     a = torch.randn(10)
     torch.testing.assert_close(slerp(a, torch.zeros(10), 0.25).tensor, 0.75 * a)
     for method in (lambda: slerp(a, -a, 0.5), lambda: karcher([a, -a], [1, 1])):
-        with pytest.raises(ValueError, match="opposite|cancel|away"):
+        with pytest.raises(ValueError, match=r"opposite|cancel|away"):
             method()
 
 
@@ -92,7 +92,7 @@ def test_bad_arguments():
     a = torch.randn(3)
     assert angle(a, a) < 1e-3
     for t in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="t must be from 0 to 1"):
+        with pytest.raises(ValueError, match="t must be from"):
             slerp(a, a, t)
     for weights in ([0, 0], [1, -1], [math.nan, 1]):
         with pytest.raises(ValueError, match="weights must be"):

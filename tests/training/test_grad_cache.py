@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_adds_nothing():
 
 
 def test_bad_arguments():
-    model, (queries, documents) = tiny_embedder(), batches()
+    model, (_, documents) = tiny_embedder(), batches()
     with pytest.raises(ValueError, match="tokens_per_chunk must be at least 1"):
         GradCache(model, loss_fn, 0)
     with pytest.raises(ValueError, match="expected queries and documents, got 0 and 12"):
