@@ -9,6 +9,7 @@ from pyqemb import __version__
 from pyqemb.errors import PyqembError
 
 VERBS = {
+    "demo": "the whole recipe on the data that ships with pyqemb: a model, a table and a report",
     "train": "train an embedding model from a TOML or YAML file",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
     "evaluate": "measure a model on a retrieval, STS or bitext folder",

@@ -1,0 +1,1 @@
+"""The whole recipe as one script: tokenizer, two training stages, mining, merging, measuring, a report."""

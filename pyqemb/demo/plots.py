@@ -1,0 +1,95 @@
+"""The plots of the report, each an SVG text. matplotlib draws without a display and is imported only here."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyqemb.demo.results import ACCURACY, MEAN, NDCG, Results
+from pyqemb.errors import ConfigError
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+_POINTS = 400  # of one curve; more are not seen and only fill the file
+
+
+def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The training loss of each run by step, smoothed, raw values faint behind."""
+    figure, axes = _figure(height=3.4)
+    for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
+        steps, losses = _values(curve, "loss")
+        axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), color=colour, linewidth=1.5, label=run)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def similarity_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Mean similarity of positives (full) and of the kept negatives (dashed) by step."""
+    figure, axes = _figure(height=3.4)
+    for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
+        for name, style in (("positive", "-"), ("negative", "--")):
+            steps, values = _values(curve, name)
+            axes.plot(steps, _smooth(values), style, color=colour, linewidth=1.2, label=run if style == "-" else None)
+    axes.set(xlabel="step", ylabel="cosine similarity")
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def table_plot(results: Results) -> str:
+    """The mean of every row with its interval: a panel a metric, a colour a corpus."""
+    figure, panels = _figure(height=0.7 + 0.42 * len(results.rows), panels=2)
+    names = [row.name for row in results.rows]
+    for axes, metric in zip(panels, (NDCG, ACCURACY), strict=True):
+        for number, corpus in enumerate(results.corpora):
+            shift = 0.12 if number == 0 else -0.12
+            scores = [row.scores[corpus][MEAN][metric] for row in results.rows]
+            values = [score.value for score in scores]
+            bars = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
+            heights = [len(names) - 1 - index + shift for index in range(len(names))]
+            axes.errorbar(
+                values, heights, xerr=bars, fmt="o", color=_COLOURS[number], markersize=4, capsize=2, label=corpus
+            )
+        axes.set(xlim=(0, 1), xlabel=f"{metric}, mean of {', '.join(results.groups)}")
+        axes.set_yticks(range(len(names)), reversed(names))
+        axes.grid(axis="x", alpha=0.3)
+    panels[1].tick_params(labelleft=False)
+    panels[0].legend(frameon=False, fontsize=8, loc="center left")
+    return _svg(figure)
+
+
+def _figure(*, height: float, panels: int = 1) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError("the report's plots need matplotlib: pip install 'pyqemb[demo]'") from error
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=panels > 1)
+    for each in axes if panels > 1 else [axes]:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # Text stays text: smaller than outlines, and it can be searched.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyqemb"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _values(curve: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    points = [(point["step"], point[name]) for point in curve if name in point]
+    points = points[:: max(1, len(points) // _POINTS)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: Sequence[float], keep: float = 0.85) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(total / weight)
+    return smoothed
