@@ -2,6 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pyqemb.demo.material import Material
+    from pyqemb.demo.results import Results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _material(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # Material, whose module imports torch
+def _material(args: argparse.Namespace) -> "Material":
     if args.train is not None:
         from pyqemb.demo.own_data import own_material
 
@@ -59,7 +66,7 @@ def _material(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # Mate
     return help_material(seed=args.seed, pages=120 if args.quick else None)
 
 
-def _print_table(results, console) -> None:  # type: ignore[no-untyped-def]
+def _print_table(results: "Results", console: "Console") -> None:
     from rich.table import Table
 
     from pyqemb.demo.results import METRICS
