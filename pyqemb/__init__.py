@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Embedder": "pyqemb.model.embedder",
     "PackedBatch": "pyqemb.data.batch",
+    "read_examples": "pyqemb.data.example",
+    "write_examples": "pyqemb.data.example",
     "GradCache": "pyqemb.training.grad_cache",
     "train": "pyqemb.training",
     "merge": "pyqemb.merging",
@@ -22,6 +24,8 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from pyqemb.curation import mine as mine
     from pyqemb.data.batch import PackedBatch as PackedBatch
+    from pyqemb.data.example import read_examples as read_examples
+    from pyqemb.data.example import write_examples as write_examples
     from pyqemb.evaluation import evaluate as evaluate
     from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
