@@ -4,8 +4,10 @@ Training sees the pages of train.jsonl.xz only; questions come from the pages of
 word on both sides are left out of training as well.
 """
 
+import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pyqemb.demo.material import Document, Material, Question, halves, neighbour
 LANGUAGES = ("de", "fr", "ja", "zh")
 TITLES = "title"
 _FOLDER = Path(__file__).parent / "data" / "help"
-_WEAK_PAIRS = 34_000  # of each of the three kinds, some 100,000 in all
+_WEAK_PAIRS = 25_000  # of each of the four kinds, some 100,000 in all
 _DOCUMENT = "en"
 
 Row = dict[str, Any]
@@ -47,17 +49,39 @@ def load_rows(split: str) -> list[Row]:
 
 
 def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
-    """Pairs that need no label: title -> paragraph, half -> half, neighbours on a page, in every language."""
-    languages = (_DOCUMENT, *LANGUAGES)
+    """Pairs that need no label: title -> paragraph, half -> half, and neighbours on a page in one language and across two.
+
+    Batches hold one task. Each task has one language on a side: were several mixed, the language alone would tell most
+    negatives from the positive, and the model would learn languages in place of meaning (docs/log.md).
+    """
+    languages, pages = (_DOCUMENT, *LANGUAGES), _by_page(rows)
     titles = [
-        Example(row["title"], row[key], task="title") for row in rows if row["title"] for key in languages if key in row
+        Example(row["title"], row[key], task=f"title-{key}")
+        for row in rows
+        if row["title"]
+        for key in languages
+        if key in row
     ]
-    split = list(halves(row[key] for row in rows for key in languages if key in row))
-    pages = _by_page(rows)
-    together = list(
-        neighbours(([row[key] for row in page if key in row] for page in pages for key in languages), seed=seed)
-    )
-    return [pair for kind in (titles, split, together) for pair in sample(kind, _WEAK_PAIRS, seed=seed)]
+    split, together = [], []
+    for key in languages:
+        split += halves((row[key] for row in rows if key in row), task=f"half-{key}")
+        together += neighbours(
+            ([row[key] for row in page if key in row] for page in pages), seed=seed, task=f"page-{key}"
+        )
+    across = list(_neighbours_across(pages, languages, seed))
+    return [pair for kind in (titles, split, together, across) for pair in sample(kind, _WEAK_PAIRS, seed=seed)]
+
+
+def _neighbours_across(pages: Iterable[Sequence[Row]], languages: Sequence[str], seed: int) -> Iterator[Example]:
+    """A paragraph in one language asks for another paragraph of its page, never its own translation, in a second one."""
+    rng = random.Random(seed)
+    for page in pages:
+        for one, other in permutations(languages, 2):
+            order = list(page)
+            rng.shuffle(order)
+            for left, right in pairwise(order):
+                if one in left and other in right:
+                    yield Example(left[one], right[other], task=f"page-{one}-{other}")
 
 
 def supervised_pairs(rows: Sequence[Row]) -> list[Example]:

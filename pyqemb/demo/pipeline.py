@@ -45,14 +45,13 @@ class Settings:
     intermediate_size: int = 384
     batch: int = 512
     steps_stage1: int = 250
-    steps_stage2: int = 350
-    rate_stage1: float = 5e-3
+    steps_stage2: int = 200
+    rate_stage1: float = 2e-3
     rate_stage2: float = 5e-3
-    temperature: float = 0.05
+    temperature_stage1: float = 0.1
+    temperature_stage2: float = 0.05
     negatives: int = 1
-    consistent_share: float = (
-        0.5  # a pair is dropped when its document is not in this share of a sample nearest to its query
-    )
+    consistent_share: float = 0.5  # a pair stays when its document is in this share of a sample, nearest to its query
     runs: int = 3
     seed: int = 0
 
@@ -98,17 +97,16 @@ class _Demo:
             self.add(measure("BM25", bm25_search, self.material, self.settings.seed))
 
         weak = self.write("weak", self.material.weak)
-        first = self.train("stage 1", stage1, base, weak, self.settings.steps_stage1, self.settings.rate_stage1)
+        first = self.train("stage 1", stage1, base, weak)
         self.measure("stage 1 alone", first)
 
         hard = self.write("supervised", self.choose_pairs(first))
-        steps, rate = self.settings.steps_stage2, self.settings.rate_stage2
-        alone = self.train("stage 2 alone", stage2, base, hard, steps, rate)
+        alone = self.train("stage 2 alone", stage2, base, hard)
         self.measure("stage 2 alone", alone)
         finished = []
         for number in range(1, self.settings.runs + 1):
             name = f"stage 1 + 2, run {number}"
-            finished.append(self.train(name, stage2, first, hard, steps, rate, seed=number))
+            finished.append(self.train(name, stage2, first, hard, seed=number))
             self.measure(name, finished[-1])
 
         with self.step("slerp"):
@@ -135,14 +133,17 @@ class _Demo:
         self.results.facts["parameters"] = sum(p.numel() for p in embedder.parameters())
         return embedder.save_pretrained(self.work / "base")
 
-    def train(
-        self, name: str, stage: Callable[..., Any], base: Path, data: Path, steps: int, rate: float, seed: int = 0
-    ) -> Path:
+    def train(self, name: str, stage: Callable[..., Any], base: Path, data: Path, seed: int = 0) -> Path:
         s = self.settings
+        steps, rate, temperature = (
+            (s.steps_stage1, s.rate_stage1, s.temperature_stage1)
+            if stage is stage1
+            else (s.steps_stage2, s.rate_stage2, s.temperature_stage2)
+        )
         config = stage(
             model={"base": str(base), "max_length": self.material.max_length},
             data=[{"path": str(data)}],
-            loss={"temperature": s.temperature},
+            loss={"temperature": temperature},
             train={
                 "steps": steps, "global_batch_size": s.batch, "num_negatives": s.negatives, "learning_rate": rate,
                 "betas": (0.9, 0.95), "seed": s.seed + seed, "log_every": 50, "schedule": "linear", "tokens_per_chunk": 65536,
