@@ -62,7 +62,8 @@ def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
         for key in languages
         if key in row
     ]
-    split, together = [], []
+    split: list[Example] = []
+    together: list[Example] = []
     for key in languages:
         split += halves((row[key] for row in rows if key in row), task=f"half-{key}")
         together += neighbours(
