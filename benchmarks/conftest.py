@@ -1,43 +1,107 @@
-"""Collects the comparisons of a run, prints one table and writes it to benchmarks/results/."""
+"""Collects the comparisons of a run, prints one table, and writes table, figures and plots to benchmarks/results/."""
 
+import json
+import os
 import platform
+import subprocess
 from datetime import date
 from pathlib import Path
 
 import pytest
+import sentence_transformers
 import torch
+import transformers
 
-from pyqemb import _C
-from pyqemb.testing.bench import HEADER, versus
+from pyqemb import _C, __version__
+from pyqemb.testing import bench
 
-_ROWS = []
+_FOLDER = Path(__file__).parent
+_FOUND: list[bench.Comparison] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, default=_FOLDER / "results", help="folder of the result files")
 
 
 @pytest.fixture
-def compare(benchmark):
-    """versus(...), recorded: the table's rows. pytest-benchmark times our side once more for its own report."""
+def compare(benchmark, request):
+    """bench.compare(...), recorded under the file's name. pytest-benchmark times our side once more for its own report."""
 
-    def run(name, peer, ours, theirs, rounds=7, gflop=0.0):
-        comparison = versus(name, peer, ours, theirs, rounds, gflop)
-        _ROWS.append(comparison)
-        benchmark.extra_info.update(peer=peer, ratio=comparison.ratio)
+    def run(case, ours, peers, **options):
+        found = bench.compare(request.node.path.stem.removeprefix("bench_"), case, ours, peers, **options)
+        _FOUND.append(found)
+        benchmark.extra_info.update({f"ratio to {peer}": found.ratio(peer) for peer in peers})
         benchmark.pedantic(ours, rounds=1)
-        return comparison
+        return found
 
     return run
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def pytest_terminal_summary(terminalreporter):
-    if not _ROWS:
+def pytest_terminal_summary(terminalreporter, config):
+    if not _FOUND:
         return
-    device = f"{_processor()}, {_C.current_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    table = "\n".join([HEADER, *(row.row() for row in _ROWS)])
-    terminalreporter.write_line(f"\n{device}\n{table}")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"{date.today()}-cpu.md").write_text(f"`make bench`, {device}; medians, interleaved.\n\n{table}\n")
+    environment = _environment()
+    table = "\n".join([bench.HEADER, *(row for found in _FOUND for row in found.rows())])
+    terminalreporter.write_line(f"\n{environment}\n{table}")
+    results, name = config.getoption("--results"), f"{date.today()}-cpu-{_C.current_isa()}"
+    results.mkdir(parents=True, exist_ok=True)
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    text = (
+        f"# `make bench`, {date.today()}\n\n{facts}.\n\nMedians of interleaved rounds in one process; a ratio says how many times"
+        " as long the peer takes. Extra memory is the growth of the process during one call. The ceiling is a large float32"
+        f" matrix product (GFLOP/s) or copy (GB/s), timed between the rounds.\n\n{table}\n"
+    )
+    (results / f"{name}.md").write_text(text)
+    record = {"environment": environment, "comparisons": [found.record() for found in _FOUND]}
+    (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for family in dict.fromkeys(found.family for found in _FOUND):
+        _plot([found for found in _FOUND if found.family == family], results / f"{name}-{family}.png")
+
+
+def _plot(found, path):
+    from matplotlib.figure import Figure
+
+    bars = [(f"{f.case}\nagainst {peer}", f.ratio(peer)) for f in found for peer in f.peers]
+    if not bars:
+        return
+    figure = Figure(figsize=(9, 1 + 0.45 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color="#3b6ea5")
+    for at, (_, ratio) in enumerate(bars):
+        axes.text(ratio, at, f" {ratio:.2f}x", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("the peer's time, ours = 1 (log scale)")
+    axes.set_xscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=90)
+
+
+def _environment():
+    return {
+        "cpu": _processor(),
+        "kernels": _C.current_isa(),
+        "torch's kernels": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "pyqemb": __version__,
+        "torch": torch.__version__,
+        "sentence-transformers": sentence_transformers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _commit():
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=_FOLDER, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -70,9 +70,25 @@ def top_k(
     indices: Tensor,
     /,
 ) -> None: ...
-def rms_norm_forward(x: Tensor, weight: Tensor, y: Tensor, rstd: Tensor, eps: float, /) -> None: ...
+def rms_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    sum: Tensor | None,
+    y: Tensor,
+    rstd: Tensor,
+    eps: float,
+    /,
+) -> None: ...
 def rms_norm_backward(
-    x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dx: Tensor, dweight: Tensor | None, /
+    s: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    dsum: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor | None,
+    /,
 ) -> None: ...
 def qk_norm_rope_forward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, y: Tensor, rstd: Tensor, eps: float, /

@@ -37,31 +37,41 @@ struct Norm {
     }
 };
 
-void rms_norm_forward(py::handle x, py::handle weight, py::handle y, py::handle rstd, double eps) {
+void* optional_like(const char* name, py::handle value, const Argument& x) {
+    return value.is_none() ? nullptr : same(Argument("rms_norm", name, value), x)->data;
+}
+
+void rms_norm_forward(py::handle x, py::handle residual, py::handle weight, py::handle sum, py::handle y, py::handle rstd,
+                      double eps) {
     const Norm in(x, weight, rstd);
     const Argument out("rms_norm", "y", y);
     same(out, in.x);
     check_eps("rms_norm", eps);
     const RmsNormForward p{.x = in.x->data,
+                           .residual = optional_like("residual", residual, in.x),
                            .weight = in.weight->data,
+                           .sum = optional_like("sum", sum, in.x),
                            .y = out->data,
                            .rstd = in.rstd->data,
                            .rows = in.x->size(0),
                            .size = in.x->size(1),
                            .eps = eps,
                            .dtype = in.x->dtype()};
+    QEMB_CHECK(!p.residual == !p.sum, "[rms_norm] residual and sum come together");
     const py::gil_scoped_release unlocked;
     cpu::rms_norm_forward(p);
 }
 
-void rms_norm_backward(py::handle x, py::handle weight, py::handle rstd, py::handle dy, py::handle dx, py::handle dweight) {
-    const Norm in(x, weight, rstd);
+void rms_norm_backward(py::handle s, py::handle weight, py::handle rstd, py::handle dy, py::handle dsum, py::handle dx,
+                       py::handle dweight) {
+    const Norm in(s, weight, rstd);
     const Argument d_y("rms_norm", "dy", dy), d_x("rms_norm", "dx", dx);
     same(d_y, in.x), same(d_x, in.x);
-    const RmsNormBackward p{.x = in.x->data,
+    const RmsNormBackward p{.s = in.x->data,
                             .weight = in.weight->data,
                             .rstd = in.rstd->data,
                             .dy = d_y->data,
+                            .dsum = optional_like("dsum", dsum, in.x),
                             .dx = d_x->data,
                             .dweight = optional_gradient("rms_norm", dweight, in.x->size(1), in.x),
                             .rows = in.x->size(0),

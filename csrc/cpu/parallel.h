@@ -22,7 +22,7 @@ void parallel_for(int64_t count, Function&& function) {
 }
 
 // 64-byte aligned memory of this thread, kept between calls; valid until the thread asks again for the same slot.
-enum class Slot : int { kTile, kPanel, kCount };
+enum class Slot : int { kTile, kPanel, kPartial, kIndex, kCount };
 void* scratch_bytes(Slot slot, size_t bytes);
 
 }  // namespace qemb::cpu

@@ -1,4 +1,4 @@
-// y = x / rms(x) * weight over the last dimension.
+// y = s / rms(s) * weight over the last dimension, s = x, or x + residual where one is given.
 #pragma once
 
 #include "common/types.h"
@@ -6,10 +6,12 @@
 namespace qemb {
 
 struct RmsNormForward {
-    const void* x;       // [rows, size], contiguous
-    const void* weight;  // [size]
-    void* y;             // [rows, size], contiguous
-    void* rstd;          // [rows] 1 / rms, in the arithmetic type
+    const void* x;         // [rows, size], contiguous
+    const void* residual;  // [rows, size], contiguous, or null
+    const void* weight;    // [size]
+    void* sum;             // [rows, size] s, contiguous; null without a residual
+    void* y;               // [rows, size], contiguous
+    void* rstd;            // [rows] 1 / rms, in the arithmetic type
     int64_t rows;
     int64_t size;
     double eps;
@@ -18,12 +20,13 @@ struct RmsNormForward {
 };
 
 struct RmsNormBackward {
-    const void* x;
+    const void* s;  // [rows, size], contiguous
     const void* weight;
     const void* rstd;
-    const void* dy;  // [rows, size], contiguous
-    void* dx;        // [rows, size], contiguous
-    void* dweight;   // [size] in the arithmetic type, or null
+    const void* dy;    // [rows, size], contiguous
+    const void* dsum;  // [rows, size], contiguous: what else flows into s; or null
+    void* dx;          // [rows, size], contiguous: the gradient of x, and of the residual
+    void* dweight;     // [size] in the arithmetic type, or null
     int64_t rows;
     int64_t size;
     DType dtype;

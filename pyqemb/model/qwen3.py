@@ -28,6 +28,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.weight.to(x.dtype), self.eps)  # they differ under autocast
 
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normed sum, and the sum."""
+        x = x.to(residual.dtype)  # as above
+        return ops.rms_norm(x, self.weight.to(x.dtype), self.eps, residual=residual)
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -131,8 +136,9 @@ class Block(nn.Module):
         self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None = None
     ) -> torch.Tensor:
         attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, cu_seqlens, asking)
-        x_SE = (x_TE if asking is None else x_TE[asking.tokens]) + attended_SE
-        return x_SE + self.mlp(self.post_attention_layernorm(x_SE))
+        asking_SE = x_TE if asking is None else x_TE[asking.tokens]
+        normed_SE, x_SE = self.post_attention_layernorm.after_adding(attended_SE, asking_SE)
+        return x_SE + self.mlp(normed_SE)
 
 
 class Qwen3Model(nn.Module):

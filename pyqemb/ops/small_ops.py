@@ -9,14 +9,15 @@ from pyqemb import _C
 from pyqemb.ops.common import arithmetic, checked, differentiable_once
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None) -> Any:
     """x / rms(x) * weight over the last dimension, differentiable once.
 
     Args:
         x: [..., E] float32, bfloat16, float16 or float64; weight: [E] of the same dtype; eps: added to the mean square.
+        residual: of the shape and dtype of x; what is normed is then x + residual, rounded to that dtype.
 
     Returns:
-        The shape and dtype of x; arithmetic is float32 (float64 for float64).
+        The shape and dtype of x; arithmetic is float32 (float64 for float64). With a residual a pair (normed, x + residual).
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
@@ -25,7 +26,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if not checked("rms_norm", "x", x).dim():
         raise ValueError("[rms_norm] x must have shape [..., size], got []")
-    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    if residual is None:
+        return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
+    if checked("rms_norm", "residual", residual).shape != x.shape:
+        raise ValueError(f"[rms_norm] residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
+    flat = (value.reshape(-1, x.shape[-1]) for value in (x, residual))
+    normed, total = _RmsNorm.apply(*flat, weight, eps)
+    return normed.view(x.shape), total.view(x.shape)
 
 
 def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Tensor, eps: float = 1e-6) -> Tensor:
@@ -62,21 +69,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y = torch.empty_like(x)
-        rstd = torch.empty(x.shape[:1], dtype=arithmetic(x.dtype), device=x.device)
-        _C.rms_norm_forward(x, weight, y, rstd, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[:1], dtype=arithmetic(x.dtype), device=x.device)
+        total = None if residual is None else torch.empty_like(x)
+        _C.rms_norm_forward(x, None if residual is None else residual.contiguous(), weight, total, y, rstd, eps)
+        ctx.save_for_backward(x if total is None else total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
     @differentiable_once("rms_norm")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), _weight_gradient(weight, ctx.needs_input_grad[1])
-        _C.rms_norm_backward(x, weight, rstd, dy.contiguous(), dx, dweight)
-        return dx, None if dweight is None else dweight.to(weight.dtype), None
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        s, weight, rstd = ctx.saved_tensors
+        if dy is None:  # only the sum was used
+            return dsum, dsum, None, None
+        dx, dweight = torch.empty_like(s), _weight_gradient(weight, ctx.needs_input_grad[2])
+        _C.rms_norm_backward(s, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dweight)
+        dresidual = dx if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None if dweight is None else dweight.to(weight.dtype), None
 
 
 class _QkNormRope(torch.autograd.Function):

@@ -1,44 +1,140 @@
-"""Timing against a peer: both in one process, interleaved, so that a busy machine slows both alike."""
+"""Timing against peers: all in one process, interleaved, so that a busy machine slows all alike."""
 
+import gc
+import os
 import statistics
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a call, and how many bytes the process grew by while it ran."""
+
+    seconds: float
+    extra_bytes: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Medians in seconds; `ratio` is how many times as long the peer takes."""
+    """One case: ours, its peers, and the machine's ceiling measured in between (GFLOP/s, or GB/s for `gbyte`)."""
 
-    name: str
-    peer: str
-    ours_seconds: float
-    peer_seconds: float
+    family: str
+    case: str
+    ours: Timing
+    peers: dict[str, Timing]
+    ceiling: float
     gflop: float = 0.0
+    gbyte: float = 0.0
 
     @property
-    def ratio(self) -> float:
-        return self.peer_seconds / self.ours_seconds
+    def speed(self) -> float:
+        """GFLOP/s, or GB/s, of ours."""
+        return (self.gflop or self.gbyte) / self.ours.seconds
 
-    def row(self) -> str:
-        """A Markdown table row: case, peer, milliseconds of both, our GFLOP/s, ratio."""
-        speed = f"{self.gflop / self.ours_seconds:.0f}" if self.gflop else "-"
-        times = f"{1e3 * self.ours_seconds:.1f} | {1e3 * self.peer_seconds:.1f}"
-        return f"| {self.name} | {self.peer} | {times} | {speed} | {self.ratio:.2f}x |"
+    def ratio(self, peer: str) -> float:
+        """How many times as long the peer takes."""
+        return self.peers[peer].seconds / self.ours.seconds
+
+    def rows(self) -> list[str]:
+        """Markdown table rows, one for each peer."""
+        unit = "GFLOP/s" if self.gflop else "GB/s"
+        speed = f"{self.speed:.0f} {unit} | {self.speed / self.ceiling:.0%}" if self.gflop or self.gbyte else "- | -"
+        ours = f"{1e3 * self.ours.seconds:.1f} | {self.ours.extra_bytes / 2**20:.0f} | {speed}"
+        rows = [
+            f"| {self.case} | {ours} | {name} | {1e3 * peer.seconds:.1f} | {peer.extra_bytes / 2**20:.0f} | {self.ratio(name):.2f}x |"
+            for name, peer in self.peers.items()
+        ]
+        return rows or [f"| {self.case} | {ours} | none | - | - | - |"]
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {**asdict(self), "ratios": {name: self.ratio(name) for name in self.peers}}
 
 
-HEADER = "| case | peer | ours ms | peer ms | ours GFLOP/s | ratio |\n| --- | --- | --- | --- | --- | --- |"
+HEADER = (
+    "| case | ours ms | ours extra MiB | speed | of ceiling | peer | peer ms | peer extra MiB | ratio |\n"
+    "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"
+)
 
 
-def versus(
-    name: str, peer: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 7, gflop: float = 0.0
+def compare(
+    family: str,
+    case: str,
+    ours: Work,
+    peers: Mapping[str, Work],
+    *,
+    rounds: int = 7,
+    gflop: float = 0.0,
+    gbyte: float = 0.0,
 ) -> Comparison:
-    """Time `ours` and `theirs` in turn, `rounds` times after one warm-up, and compare medians."""
-    samples: tuple[list[float], list[float]] = ([], [])
+    """Call ours, every peer and the ceiling in turn, `rounds` times after one warm-up; medians. Memory has a call of its own."""
+    names = ["", *peers]
+    works = [ours, *peers.values()]
+    ceiling, amount = _copy() if gbyte else _gemm()
+    samples: list[list[float]] = [[] for _ in [*works, ceiling]]
     for measured in range(-1, rounds):
-        for function, times in zip((ours, theirs), samples, strict=True):
+        for work, times in zip([*works, ceiling], samples, strict=True):
             start = time.perf_counter()
-            function()
+            work()
             if measured >= 0:
                 times.append(time.perf_counter() - start)
-    return Comparison(name, peer, statistics.median(samples[0]), statistics.median(samples[1]), gflop)
+    medians = [statistics.median(times) for times in samples]
+    timings = [Timing(medians[i], peak_bytes(work)) for i, work in enumerate(works)]
+    return Comparison(
+        family, case, timings[0], dict(zip(names[1:], timings[1:], strict=True)), amount / medians[-1], gflop, gbyte
+    )
+
+
+def peak_bytes(work: Work) -> int:
+    """How far the resident memory of the process rises above its start while `work` runs; sampled, Linux only (0 elsewhere)."""
+    gc.collect()
+    with _sampled() as peak:
+        work()
+    return peak[1] - peak[0]
+
+
+@contextmanager
+def _sampled() -> Iterator[list[int]]:
+    start = _resident()
+    peak, done = [start, start], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[1] = max(peak[1], _resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        peak[1] = max(peak[1], _resident())
+        done.set()
+        watcher.join()
+
+
+def _resident() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
+
+
+def _gemm(size: int = 1536) -> tuple[Work, float]:
+    a, b, c = (torch.rand(size, size) for _ in range(3))
+    return lambda: torch.mm(a, b, out=c), 2 * size**3 / 1e9
+
+
+def _copy(count: int = 32 << 20) -> tuple[Work, float]:
+    source, target = torch.zeros(count), torch.zeros(count)
+    return lambda: target.copy_(source), 2 * 4 * count / 1e9

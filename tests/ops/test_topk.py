@@ -7,7 +7,8 @@ from pyqemb.testing import reference
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("queries", "documents", "dim", "k"), [(1, 1, 3, 1), (95, 255, 40, 7), (97, 600, 33, 50), (3, 20, 16, 20)]
+    ("queries", "documents", "dim", "k"),
+    [(1, 1, 3, 1), (95, 255, 40, 7), (97, 600, 33, 50), (3, 20, 16, 20), (2, 20_001, 8, 30)],
 )
 def test_equals_sorting(dtype, queries, documents, dim, k):
     q, d = torch.randn(queries, dim).to(dtype), torch.randn(documents, dim).to(dtype)
@@ -20,8 +21,17 @@ def test_equals_sorting(dtype, queries, documents, dim, k):
 
 
 def test_equal_scores_by_lower_index():
-    _, indices = ops.top_k(torch.ones(2, 4), torch.ones(700, 4), 5)
-    assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+    for documents in (700, 20_000):  # one span of documents, and several
+        _, indices = ops.top_k(torch.ones(2, 4), torch.ones(documents, 4), 5)
+        assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_documents_that_qualify_are_in_one_span_of_many():
+    documents = torch.zeros(20_000, 1)
+    documents[17_000:17_003] = torch.tensor([[1.0], [3.0], [2.0]])
+    ceiling, exclude = torch.tensor([2.5]), torch.tensor([[17_000]])
+    scores, indices = ops.top_k(torch.ones(1, 1), documents, 2, ceiling=ceiling, exclude=exclude)
+    assert indices.tolist() == [[17_002, 0]] and scores.tolist() == [[2.0, 0.0]]
 
 
 def test_exclude_and_ceiling():

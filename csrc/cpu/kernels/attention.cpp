@@ -12,6 +12,8 @@ constexpr int64_t kQueryBlock = 48;     // rows of a score tile, a multiple of e
 constexpr int64_t kKeyBlock = 256;      // columns of a score tile
 constexpr int64_t kQueryChunk = 240;    // query tokens of a forward work item: long sequences are shared between threads
 constexpr int64_t kBackwardBlock = 96;  // rows of a backward tile; also a multiple of every kTileRows
+constexpr int64_t kKeyChunk = 1152;     // keys of a backward work item, at least; a multiple of two backward blocks
+constexpr int64_t kMaxChunks = 4;       // each chunk of keys of a long sequence keeps a dQ of its own until they are added
 
 // All that is known about the lengths of one sequence.
 struct Lengths {
@@ -32,38 +34,29 @@ struct Lengths {
     }
 };
 
-// A work item: some query tokens of one (sequence, key head).
+// A work item: some query tokens (forward) or keys (backward) of one (sequence, key head).
 struct Item {
     int64_t seq, head, start, cost;
 };
-
-template <class Params, class Emit>
-void for_each_item(const Params& p, int64_t chunk, Emit emit) {
-    for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
-        const Lengths len(p, seq);
-        for (int64_t start = 0; start < max_of<int64_t>(len.num_q, 1); start += chunk)
-            for (int64_t head = 0; head < p.num_kv_heads; ++head)
-                emit(Item{seq, head, start, min_of(chunk, len.num_q - start) * max_of<int64_t>(len.num_k, 1)});
-    }
-}
 
 // Longest first, so that no core is left alone with a long one: sorted by powers of two, linear and stable.
 struct Items {
     Item* data;
     int64_t count = 0;
 
-    template <class Params>
-    Items(const Params& p, int64_t chunk) {
+    // for_each(emit) calls emit(item) for every item, in the same order each time.
+    template <class ForEach>
+    explicit Items(ForEach for_each) {
         int64_t buckets[65] = {};
         const auto bucket = [](int64_t cost) { return cost <= 0 ? 64 : __builtin_clzll(static_cast<uint64_t>(cost)); };
-        for_each_item(p, chunk, [&](const Item& item) { ++buckets[bucket(item.cost)]; });
+        for_each([&](const Item& item) { ++buckets[bucket(item.cost)]; });
         for (int64_t& size : buckets) {
             const int64_t here = size;
             size = count;
             count += here;
         }
         data = static_cast<Item*>(scratch_bytes(Slot::kPanel, sizeof(Item) * static_cast<size_t>(count + 1)));
-        for_each_item(p, chunk, [&](const Item& item) { data[buckets[bucket(item.cost)]++] = item; });
+        for_each([&](const Item& item) { data[buckets[bucket(item.cost)]++] = item; });
     }
 };
 
@@ -125,7 +118,6 @@ void forward_item(const AttentionForward& p, const Item& item) {
     const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
     const int64_t tokens = min_of(kQueryChunk, len.num_q - item.start), rows = tokens * group;
     const int64_t max_keys = round_up(min_of(kKeyBlock, len.num_k), kPanel<T>);
-    if (tokens <= 0) return;
 
     // Rows are (head of the group, token): one block of keys serves them all.
     Arena<T> arena(rows * dim + rows * padded + 2 * rows + kQueryBlock * max_keys + max_keys * dim +
@@ -207,13 +199,40 @@ void forward_item(const AttentionForward& p, const Item& item) {
     }
 }
 
+// Keys of one backward item. It follows from the length alone, so the order of additions does too.
+QEMB_INLINE int64_t key_chunk(const Lengths& len) {
+    return max_of(kKeyChunk, round_up(ceil_div(len.num_k, kMaxChunks), 2 * kBackwardBlock));
+}
+
+// dQ of sequences with several chunks of keys: `chunks` arrays [num_heads, num_q, padded] each, at `start` for each sequence.
 template <class T>
-void backward_item(const AttentionBackward& p, const Item& item) {
+struct PartialGradients {
+    T* values = nullptr;
+    int64_t* start;
+
+    explicit PartialGradients(const AttentionBackward& p) {
+        const int64_t width = p.num_heads * round_up(p.head_dim, kPanel<T>);
+        start = static_cast<int64_t*>(scratch_bytes(Slot::kIndex, sizeof(int64_t) * static_cast<size_t>(p.num_seqs + 1)));
+        start[0] = 0;
+        for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+            const Lengths len(p, seq);
+            const int64_t chunks = ceil_div(len.num_k, key_chunk(len));
+            start[seq + 1] = start[seq] + (chunks > 1 ? chunks * len.num_q * width : 0);
+        }
+        const int64_t total = start[p.num_seqs];
+        if (total) values = static_cast<T*>(scratch_bytes(Slot::kPartial, sizeof(T) * static_cast<size_t>(total)));
+    }
+    T* of(int64_t seq, int64_t part) const { return start[seq + 1] > start[seq] ? values + start[seq] + part : nullptr; }
+};
+
+template <class T>
+void backward_item(const AttentionBackward& p, const Item& item, const PartialGradients<T>& partial) {
     const Lengths len(p, item.seq);
     const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
-    const int64_t max_keys = round_up(min_of(2 * kBackwardBlock, len.num_k), kPanel<T>);
-    const int64_t max_rows = min_of(kBackwardBlock, len.num_q);
-    const int64_t num_q = len.num_q, num_k = len.num_k;
+    const int64_t first_key = item.start, num_q = len.num_q, num_k = min_of(key_chunk(len), len.num_k - first_key);
+    const int64_t max_keys = round_up(min_of(2 * kBackwardBlock, num_k), kPanel<T>);
+    const int64_t max_rows = min_of(kBackwardBlock, num_q);
+    T* const kept_dq = partial.of(item.seq, first_key / key_chunk(len) * p.num_heads * num_q * padded);
 
     Arena<T> arena(2 * num_k * padded + 3 * num_q * dim + num_q * padded + 2 * num_q + 2 * max_rows * max_keys +
                    2 * panel_size<T>(dim, max_keys) + panel_size<T>(max_keys, dim) + 2 * panel_size<T>(max_rows, dim) +
@@ -223,7 +242,7 @@ void backward_item(const AttentionBackward& p, const Item& item) {
     T* q = arena.take(num_q * dim);
     T* dout = arena.take(num_q * dim);
     T* out = arena.take(num_q * dim);
-    T* dq = arena.take(num_q * padded);
+    T* own_dq = arena.take(kept_dq ? 0 : num_q * padded);
     T* lse = arena.take(num_q);
     T* delta = arena.take(num_q);
     T* probs = arena.take(max_rows * max_keys);
@@ -248,28 +267,30 @@ void backward_item(const AttentionBackward& p, const Item& item) {
             delta[i] = dot(dout + i * dim, out + i * dim, dim);
             lse[i] = static_cast<const T*>(p.lse)[(len.q_start + i) * p.num_heads + head];
         }
+        T* dq = kept_dq ? kept_dq + head * num_q * padded : own_dq;
         for (int64_t i = 0; i < num_q * padded; ++i) dq[i] = 0;
 
         for (int64_t key = 0; key < num_k; key += 2 * kBackwardBlock) {
             const int64_t keys = min_of(2 * kBackwardBlock, num_k - key), width = round_up(keys, kPanel<T>);
-            load_block(p.dtype, p.v, (len.k_start + key) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
+            const int64_t token = first_key + key;
+            load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
                        keys, dim, block);
             pack_transposed(block, dim, keys, dim, vt_panels);
-            load_block(p.dtype, p.k, (len.k_start + key) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
+            load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
                        keys, dim, block);
             pack_transposed(block, dim, keys, dim, kt_panels);
             pack_rows(block, dim, keys, dim, k_panels);
 
             for (int64_t row = 0; row < num_q; row += kBackwardBlock) {
                 const int64_t rows = min_of(kBackwardBlock, num_q - row);
-                if (len.visible(row + rows - 1) <= key) continue;
+                if (len.visible(row + rows - 1) <= token) continue;
                 // P = exp(scale S - lse)
                 gemm(rows, keys, dim, q + row * dim, dim, 1, kt_panels, probs, width, false);
                 gemm(rows, keys, dim, dout + row * dim, dim, 1, vt_panels, dscores, width, false);
                 for (int64_t r = 0; r < rows; ++r) {
                     T* prob = probs + r * width;
                     T* ds = dscores + r * width;
-                    const int64_t seen = max_of<int64_t>(0, min_of(keys, len.visible(row + r) - key));
+                    const int64_t seen = max_of<int64_t>(0, min_of(keys, len.visible(row + r) - token));
                     exponentiate(prob, seen, width, scale, lse[row + r]);
                     // dS = scale P (dP - delta)
                     for (int64_t j = 0; j < seen; ++j) ds[j] = scale * prob[j] * (ds[j] - delta[row + r]);
@@ -282,37 +303,64 @@ void backward_item(const AttentionBackward& p, const Item& item) {
                 gemm(rows, dim, keys, dscores, width, 1, k_panels, dq + row * padded, padded, true);
             }
         }
-        for (int64_t i = 0; i < num_q; ++i)
+        for (int64_t i = 0; i < num_q && !kept_dq; ++i)
             store_row(p.dtype, dq + i * padded, p.dq, ((len.q_start + i) * p.num_heads + head) * dim, dim);
     }
     for (int64_t j = 0; j < num_k; ++j) {
-        const int64_t to = ((len.k_start + j) * p.num_kv_heads + item.head) * dim;
+        const int64_t to = ((len.k_start + first_key + j) * p.num_kv_heads + item.head) * dim;
         store_row(p.dtype, dk + j * padded, p.dk, to, dim);
         store_row(p.dtype, dv + j * padded, p.dv, to, dim);
     }
 }
 
+// dQ of one (sequence, head) whose keys came in several chunks: added in the order of the chunks.
+template <class T>
+void add_chunks(const AttentionBackward& p, int64_t seq, int64_t head, const PartialGradients<T>& partial) {
+    const Lengths len(p, seq);
+    const int64_t dim = p.head_dim, padded = round_up(dim, kPanel<T>), chunks = ceil_div(len.num_k, key_chunk(len));
+    T* total = partial.of(seq, head * len.num_q * padded);
+    if (!total) return;
+    for (int64_t i = 0; i < len.num_q; ++i) {
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+            add_scaled(total + i * padded, total + (chunk * p.num_heads * len.num_q + i) * padded, T(1), dim);
+        store_row(p.dtype, total + i * padded, p.dq, ((len.q_start + i) * p.num_heads + head) * dim, dim);
+    }
+}
+
+template <class T>
+void forward(const AttentionForward& p) {
+    const Items items([&](const auto& emit) {
+        for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+            const Lengths len(p, seq);
+            for (int64_t start = 0; start < len.num_q; start += kQueryChunk)
+                for (int64_t head = 0; head < p.num_kv_heads; ++head)
+                    emit(Item{seq, head, start, min_of(kQueryChunk, len.num_q - start) * max_of<int64_t>(len.num_k, 1)});
+        }
+    });
+    parallel_for(items.count, [&](int64_t i) { forward_item<T>(p, items.data[i]); });
+}
+
+template <class T>
+void backward(const AttentionBackward& p) {
+    // dK and dV of the group are summed in one place, without atomics.
+    const Items items([&](const auto& emit) {
+        for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+            const Lengths len(p, seq);
+            const int64_t chunk = key_chunk(len);
+            for (int64_t start = 0; start < max_of<int64_t>(len.num_k, 1); start += chunk)
+                for (int64_t head = 0; head < p.num_kv_heads; ++head)
+                    emit(Item{seq, head, start, max_of<int64_t>(len.num_q, 1) * min_of(chunk, len.num_k - start)});
+        }
+    });
+    const PartialGradients<T> partial(p);
+    parallel_for(items.count, [&](int64_t i) { backward_item<T>(p, items.data[i], partial); });
+    if (partial.values)
+        parallel_for(p.num_seqs * p.num_heads, [&](int64_t i) { add_chunks<T>(p, i / p.num_heads, i % p.num_heads, partial); });
+}
+
 }  // namespace
 
-void attention_forward(const AttentionForward& p) {
-    const Items items(p, kQueryChunk);
-    parallel_for(items.count, [&](int64_t i) {
-        if (p.dtype == DType::kFloat64)
-            forward_item<double>(p, items.data[i]);
-        else
-            forward_item<float>(p, items.data[i]);
-    });
-}
-
-void attention_backward(const AttentionBackward& p) {
-    // One item per (sequence, key head): dK and dV of the group are summed in one place, without atomics.
-    const Items items(p, int64_t(1) << 40);
-    parallel_for(items.count, [&](int64_t i) {
-        if (p.dtype == DType::kFloat64)
-            backward_item<double>(p, items.data[i]);
-        else
-            backward_item<float>(p, items.data[i]);
-    });
-}
+void attention_forward(const AttentionForward& p) { p.dtype == DType::kFloat64 ? forward<double>(p) : forward<float>(p); }
+void attention_backward(const AttentionBackward& p) { p.dtype == DType::kFloat64 ? backward<double>(p) : backward<float>(p); }
 
 }  // namespace qemb::cpu::QEMB_ISA

@@ -82,15 +82,24 @@ template <class T>
 void rms_norm(const RmsNormForward& p) {
     const int64_t block_rows = rows_per_block(p.size);
     parallel_for(ceil_div(p.rows, block_rows), [&](int64_t block) {
-        T* buffer = tile_of<T>(2 * p.size);
+        T* buffer = tile_of<T>(3 * p.size);
         load_row(p.dtype, p.weight, 0, buffer, p.size);
         for (int64_t row = block * block_rows; row < min_of((block + 1) * block_rows, p.rows); ++row) {
-            const T* x = read(p.dtype, p.x, row * p.size, p.size, buffer + p.size);
-            T* y = target(p.dtype, p.y, row * p.size, buffer + p.size);
+            const int64_t at = row * p.size;
+            const T* x = read(p.dtype, p.x, at, p.size, buffer + p.size);
+            if (p.residual) {
+                const T* residual = read(p.dtype, p.residual, at, p.size, buffer + 2 * p.size);
+                T* sum = target(p.dtype, p.sum, at, buffer + p.size);
+                for (int64_t i = 0; i < p.size; ++i) sum[i] = x[i] + residual[i];
+                write(p.dtype, sum, p.sum, at, p.size);
+                // What backward will read: the sum as it is stored.
+                x = read(p.dtype, p.sum, at, p.size, buffer + p.size);
+            }
+            T* y = target(p.dtype, p.y, at, buffer + p.size);
             const T rstd = inverse_rms(x, p.size, p.eps);
             static_cast<T*>(p.rstd)[row] = rstd;
             for (int64_t i = 0; i < p.size; ++i) y[i] = x[i] * rstd * buffer[i];
-            write(p.dtype, y, p.y, row * p.size, p.size);
+            write(p.dtype, y, p.y, at, p.size);
         }
     });
 }
@@ -101,11 +110,13 @@ void rms_norm_gradients(const RmsNormBackward& p) {
         T* buffer = tile_of<T>(4 * p.size);
         load_row(p.dtype, p.weight, 0, buffer, p.size);
         for (int64_t row = begin; row < end; ++row) {
-            const T* x = read(p.dtype, p.x, row * p.size, p.size, buffer + p.size);
-            const T* dy = read(p.dtype, p.dy, row * p.size, p.size, buffer + 2 * p.size);
-            T* dx = target(p.dtype, p.dx, row * p.size, buffer + 3 * p.size);
-            norm_backward(x, buffer, static_cast<const T*>(p.rstd)[row], dy, dx, dweight, p.size);
-            write(p.dtype, dx, p.dx, row * p.size, p.size);
+            const int64_t at = row * p.size;
+            const T* s = read(p.dtype, p.s, at, p.size, buffer + p.size);
+            const T* dy = read(p.dtype, p.dy, at, p.size, buffer + 2 * p.size);
+            T* dx = target(p.dtype, p.dx, at, buffer + 3 * p.size);
+            norm_backward(s, buffer, static_cast<const T*>(p.rstd)[row], dy, dx, dweight, p.size);
+            if (p.dsum) add_scaled(dx, read(p.dtype, p.dsum, at, p.size, buffer + 2 * p.size), T(1), p.size);
+            write(p.dtype, dx, p.dx, at, p.size);
         }
     });
 }
@@ -162,44 +173,93 @@ void qk_norm_rope_gradients(const QkNormRopeBackward& p) {
                             });
 }
 
-constexpr int64_t kRun = 512;  // elements that are widened at a time
+constexpr int64_t kRun = 512;                        // elements that are widened at a time
+constexpr int64_t kStreamBytes = int64_t(16) << 20;  // a larger result does not stay in a cache until it is read
+
+template <class T>
+bool streams(DType dtype, const void* to, int64_t count) {
+    return in_place<T>(dtype) && count * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+           reinterpret_cast<uintptr_t>(to) % QEMB_VECTOR_BYTES == 0;
+}
+
+// Runs body(at, count, direct) over the elements; `direct` when whole vectors can be read and written where they lie.
+template <class T, class Body>
+void for_each_run(DType dtype, int64_t total, Body body) {
+    parallel_for(ceil_div(total, kBlockElements), [&](int64_t block) {
+        for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, total); at += kRun) {
+            const int64_t count = min_of(kRun, total - at);
+            body(at, count, in_place<T>(dtype) && count % kLanes<T> == 0);
+        }
+        finish_streams();
+    });
+}
+
+template <bool kStream, class T>
+QEMB_INLINE void put(T* to, Vec<T> value) {
+    if constexpr (kStream)
+        stream(to, value);
+    else
+        store(to, value);
+}
+
+template <class T>
+QEMB_INLINE const T* run_of(DType dtype, const void* from, int64_t at, int64_t count, bool direct, T* buffer) {
+    if (direct) return static_cast<const T*>(from) + at;
+    load_row(dtype, from, at, buffer, count);
+    return buffer;
+}
+
+template <bool kStream, class T>
+QEMB_INLINE void swiglu_run(const T* gate, const T* up, T* y, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+        const Vec<T> g = load(gate + i);
+        put<kStream, T>(y + i, g / (T(1) + exp<T>(-g)) * load(up + i));
+    }
+}
 
 template <class T>
 void swiglu(const SwigluForward& p) {
-    parallel_for(ceil_div(p.count, kBlockElements), [&](int64_t block) {
-        T* buffer = tile_of<T>(3 * kRun + kLanes<T>);
-        for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, p.count); at += kRun) {
-            const int64_t count = min_of(kRun, p.count - at);
-            load_row(p.dtype, p.gate, at, buffer, count);
-            load_row(p.dtype, p.up, at, buffer + kRun, count);
-            for (int64_t i = 0; i < count; i += kLanes<T>) {
-                const Vec<T> gate = load(buffer + i);
-                store(buffer + 2 * kRun + i, gate / (T(1) + exp<T>(-gate)) * load(buffer + kRun + i));
-            }
-            store_row(p.dtype, buffer + 2 * kRun, p.y, at, count);
-        }
+    const bool past_caches = streams<T>(p.dtype, p.y, p.count);
+    for_each_run<T>(p.dtype, p.count, [&](int64_t at, int64_t count, bool direct) {
+        T* buffer = tile_of<T>(3 * kRun);
+        const T* gate = run_of(p.dtype, p.gate, at, count, direct, buffer);
+        const T* up = run_of(p.dtype, p.up, at, count, direct, buffer + kRun);
+        T* y = direct ? static_cast<T*>(p.y) + at : buffer + 2 * kRun;
+        if (direct && past_caches)
+            swiglu_run<true>(gate, up, y, count);
+        else
+            swiglu_run<false>(gate, up, y, count);
+        if (!direct) store_row(p.dtype, y, p.y, at, count);
     });
+}
+
+template <bool kStream, class T>
+QEMB_INLINE void swiglu_gradient_run(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+        const Vec<T> g = load(gate + i), d = load(dy + i);
+        const Vec<T> sigmoid = T(1) / (T(1) + exp<T>(-g)), silu = g * sigmoid;
+        put<kStream, T>(dup + i, d * silu);
+        put<kStream, T>(dgate + i, d * load(up + i) * (sigmoid + silu * (T(1) - sigmoid)));
+    }
 }
 
 template <class T>
 void swiglu_gradients(const SwigluBackward& p) {
-    parallel_for(ceil_div(p.count, kBlockElements), [&](int64_t block) {
+    const bool past_caches = streams<T>(p.dtype, p.dgate, p.count) && streams<T>(p.dtype, p.dup, p.count);
+    for_each_run<T>(p.dtype, p.count, [&](int64_t at, int64_t count, bool direct) {
         T* buffer = tile_of<T>(5 * kRun);
-        T *up_run = buffer + kRun, *dy_run = buffer + 2 * kRun, *dgate = buffer + 3 * kRun, *dup = buffer + 4 * kRun;
-        for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, p.count); at += kRun) {
-            const int64_t count = min_of(kRun, p.count - at);
-            load_row(p.dtype, p.gate, at, buffer, count);
-            load_row(p.dtype, p.up, at, up_run, count);
-            load_row(p.dtype, p.dy, at, dy_run, count);
-            for (int64_t i = 0; i < count; i += kLanes<T>) {
-                const Vec<T> gate = load(buffer + i), dy = load(dy_run + i);
-                const Vec<T> sigmoid = T(1) / (T(1) + exp<T>(-gate));
-                store(dup + i, dy * gate * sigmoid);
-                store(dgate + i, dy * load(up_run + i) * sigmoid * (T(1) + gate * (T(1) - sigmoid)));
-            }
-            store_row(p.dtype, dgate, p.dgate, at, count);
-            store_row(p.dtype, dup, p.dup, at, count);
-        }
+        const T* gate = run_of(p.dtype, p.gate, at, count, direct, buffer);
+        const T* up = run_of(p.dtype, p.up, at, count, direct, buffer + kRun);
+        const T* dy = run_of(p.dtype, p.dy, at, count, direct, buffer + 2 * kRun);
+        T* dgate = direct ? static_cast<T*>(p.dgate) + at : buffer + 3 * kRun;
+        T* dup = direct ? static_cast<T*>(p.dup) + at : buffer + 4 * kRun;
+        if (direct && past_caches)
+            swiglu_gradient_run<true>(gate, up, dy, dgate, dup, count);
+        else
+            swiglu_gradient_run<false>(gate, up, dy, dgate, dup, count);
+        if (direct) return;
+        store_row(p.dtype, dgate, p.dgate, at, count);
+        store_row(p.dtype, dup, p.dup, at, count);
     });
 }
 

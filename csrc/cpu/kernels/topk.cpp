@@ -1,4 +1,5 @@
-// Exact top-k on the CPU: a block of queries sweeps the documents tile by tile and keeps a heap of its best.
+// Exact top-k on the CPU: a block of queries sweeps a span of the documents tile by tile and keeps a heap of its best; the
+// spans' bests are then ranked together. The order is total (score, then index), so how the work is cut changes nothing.
 #include "ops/topk.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
@@ -9,6 +10,8 @@ namespace {
 
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kDocumentBlock = 256;
+constexpr int64_t kItems = 64;      // aim for at least so many work items
+constexpr int64_t kMinSpan = 4096;  // documents of a work item, at least
 
 struct Found {
     float score;
@@ -67,26 +70,35 @@ QEMB_INLINE bool excluded(const TopK& p, int64_t query, int64_t document) {
     return false;
 }
 
+// How the search is cut: `spans` of documents for each block of queries.
+struct Cut {
+    int64_t query_blocks, spans, span;
+
+    explicit Cut(const TopK& p) : query_blocks(ceil_div(p.num_queries, kQueryBlock)) {
+        const int64_t wanted = ceil_div(kItems, max_of<int64_t>(query_blocks, 1));
+        const int64_t most = max_of<int64_t>(1, p.num_documents / max_of(kMinSpan, 4 * p.k));
+        span = max_of<int64_t>(1, round_up(ceil_div(p.num_documents, min_of(wanted, most)), kDocumentBlock));
+        spans = max_of<int64_t>(1, ceil_div(p.num_documents, span));
+    }
+};
+
+// The best of documents [begin, end) for up to kQueryBlock queries from `first`, best first, at `found` [rows, k].
 template <class T>
-void search_block(const TopK& p, int64_t first) {
+void search_span(const TopK& p, int64_t first, int64_t begin, int64_t end, Found* found) {
     const int64_t rows = min_of(kQueryBlock, p.num_queries - first);
-    const int64_t heap_values = ceil_div(static_cast<int64_t>(sizeof(Found)) * rows * p.k, static_cast<int64_t>(sizeof(T)));
-    T* q = static_cast<T*>(scratch_bytes(
-        Slot::kTile, static_cast<size_t>(rows * p.dim + kDocumentBlock * p.dim + panel_size<T>(p.dim, kDocumentBlock) +
-                                         rows * kDocumentBlock + heap_values + 16) *
-                         sizeof(T)));
+    T* q = static_cast<T*>(
+        scratch_bytes(Slot::kTile, static_cast<size_t>(rows * p.dim + kDocumentBlock * p.dim +
+                                                       panel_size<T>(p.dim, kDocumentBlock) + rows * kDocumentBlock) *
+                                       sizeof(T)));
     T* block = q + rows * p.dim;
     T* panels = block + kDocumentBlock * p.dim;
     T* scores = panels + panel_size<T>(p.dim, kDocumentBlock);
-    // Round up to the alignment of Found.
-    Found* found = reinterpret_cast<Found*>(
-        round_up(static_cast<int64_t>(reinterpret_cast<intptr_t>(scores + rows * kDocumentBlock)), alignof(Found)));
     for (int64_t row = 0; row < rows; ++row) load_row(p.dtype, p.queries, (first + row) * p.dim, q + row * p.dim, p.dim);
 
     Heap heaps[kQueryBlock];
     for (int64_t row = 0; row < rows; ++row) heaps[row] = Heap{found + row * p.k, 0, p.k};
-    for (int64_t document = 0; document < p.num_documents; document += kDocumentBlock) {
-        const int64_t count = min_of(kDocumentBlock, p.num_documents - document);
+    for (int64_t document = begin; document < end; document += kDocumentBlock) {
+        const int64_t count = min_of(kDocumentBlock, end - document);
         load_row(p.dtype, p.documents, document * p.dim, block, count * p.dim);
         pack_transposed(block, p.dim, count, p.dim, panels);
         gemm(rows, count, p.dim, q, p.dim, 1, panels, scores, kDocumentBlock, false);
@@ -103,11 +115,34 @@ void search_block(const TopK& p, int64_t first) {
         }
     }
     for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = p.k - 1; i >= 0; --i) {
-            const Found best = i < heaps[row].size ? heaps[row].pop() : Found{-kInfinity<float>, -1};
-            p.scores[(first + row) * p.k + i] = best.score;
-            p.indices[(first + row) * p.k + i] = best.index;
+        // A heap is emptied worst first, into the place that it has just left.
+        for (int64_t i = heaps[row].size; i < p.k; ++i) found[row * p.k + i] = Found{-kInfinity<float>, -1};
+        for (int64_t i = heaps[row].size - 1; i >= 0; --i) {
+            const Found worst = heaps[row].pop();
+            found[row * p.k + i] = worst;
         }
+    }
+}
+
+// Merges the spans' lists of one query.
+void rank(const TopK& p, const Cut& cut, int64_t query, const Found* found) {
+    const int64_t row = query % kQueryBlock;
+    int64_t* next = static_cast<int64_t*>(scratch_bytes(Slot::kTile, sizeof(int64_t) * static_cast<size_t>(cut.spans)));
+    for (int64_t span = 0; span < cut.spans; ++span) next[span] = 0;
+    for (int64_t i = 0; i < p.k; ++i) {
+        Found best{-kInfinity<float>, -1};
+        int64_t from = 0;
+        for (int64_t span = 0; span < cut.spans; ++span) {
+            if (next[span] == p.k) continue;
+            const Found& head = found[((query / kQueryBlock * cut.spans + span) * kQueryBlock + row) * p.k + next[span]];
+            if (head.index >= 0 && (best.index < 0 || before(head, best))) {
+                best = head;
+                from = span;
+            }
+        }
+        if (best.index >= 0) ++next[from];
+        p.scores[query * p.k + i] = best.score;
+        p.indices[query * p.k + i] = best.index;
     }
 }
 
@@ -115,12 +150,19 @@ void search_block(const TopK& p, int64_t first) {
 
 void top_k(const TopK& p) {
     if (p.k == 0) return;
-    parallel_for(ceil_div(p.num_queries, kQueryBlock), [&](int64_t block) {
+    const Cut cut(p);
+    const int64_t items = cut.query_blocks * cut.spans;
+    Found* found =
+        static_cast<Found*>(scratch_bytes(Slot::kPanel, sizeof(Found) * static_cast<size_t>(items * kQueryBlock * p.k)));
+    parallel_for(items, [&](int64_t item) {
+        const int64_t first = item / cut.spans * kQueryBlock, begin = item % cut.spans * cut.span;
+        const int64_t end = min_of(begin + cut.span, p.num_documents);
         if (p.dtype == DType::kFloat64)
-            search_block<double>(p, block * kQueryBlock);
+            search_span<double>(p, first, begin, end, found + item * kQueryBlock * p.k);
         else
-            search_block<float>(p, block * kQueryBlock);
+            search_span<float>(p, first, begin, end, found + item * kQueryBlock * p.k);
     });
+    parallel_for(p.num_queries, [&](int64_t query) { rank(p, cut, query, found); });
 }
 
 }  // namespace qemb::cpu::QEMB_ISA

@@ -8,7 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -57,6 +57,25 @@ QEMB_INLINE Vec<T> load(const T* from) {
 template <class T>
 QEMB_INLINE void store(T* to, Vec<T> value) {
     *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = value;
+}
+// Past the caches, for results that no core reads soon and that would only push others out. `to` is aligned to a vector;
+// the thread calls finish_streams() before others may read.
+template <class T>
+QEMB_INLINE void stream(T* to, Vec<T> value) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
+#elif defined(__x86_64__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(value));
+#else
+    store(to, value);
+#endif
+}
+QEMB_INLINE void finish_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 template <class T>
 QEMB_INLINE Vec<T> splat(T value) {

@@ -1,0 +1,81 @@
+"""info_nce against the formula written in torch and against the loss stage of sentence-transformers' cached loss; top_k."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+from pyqemb import ops
+from pyqemb.testing import reference
+
+
+def unit(count, dim):
+    return F.normalize(torch.randn(count, dim), dim=1).requires_grad_()
+
+
+def gradients(loss, *vectors):
+    return torch.autograd.grad(loss(*vectors), vectors)
+
+
+@pytest.mark.parametrize(("count", "dim", "rounds"), [(2048, 1024, 5), (8192, 1024, 1)])
+def test_info_nce(compare, count, dim, rounds):
+    queries, documents, positive = unit(count, dim), unit(count, dim), torch.arange(count)
+    compare(
+        f"info_nce fwd+bwd, qwen3, N = M = {count}, d = {dim}",
+        lambda: gradients(lambda q, d: ops.info_nce(q, d, positive, owner=positive), queries, documents),
+        {"naive torch": lambda: gradients(lambda q, d: reference.info_nce(q, d, positive, positive), queries, documents)},
+        rounds=rounds, gflop=18 * count * count * dim / 1e9,
+    )  # fmt: skip
+
+
+def test_info_nce_huge(compare):
+    """One score matrix would take 17 GB: no peer. Watch the extra memory."""
+    count, dim = 65536, 256
+    queries, documents, positive = unit(count, dim), unit(count, dim), torch.arange(count)
+    compare(
+        f"info_nce fwd+bwd, mnrl, N = M = {count}, d = {dim}",
+        lambda: gradients(
+            lambda q, d: ops.info_nce(q, d, positive, owner=positive, preset="mnrl"), queries, documents
+        ),
+        {}, rounds=1, gflop=6 * count * count * dim / 1e9,
+    )  # fmt: skip
+
+
+def theirs(batch, queries, documents):
+    """Loss and gradients as one call of their gradient cache makes them, in mini-batches of `batch`."""
+    loss = CachedMultipleNegativesRankingLoss(None, mini_batch_size=batch)
+
+    def run():
+        parts = [[part.detach().requires_grad_() for part in x.split(batch)] for x in (queries, documents)]
+        loss.calculate_loss(parts, with_backward=True)
+        return [part.grad for side in parts for part in side]
+
+    return run
+
+
+def test_loss_stage(compare):
+    count, dim = 4096, 1024
+    queries, documents, positive = unit(count, dim).detach(), unit(count, dim).detach(), torch.arange(count)
+    compare(
+        f"loss stage of a cached step, N = {count}, d = {dim}",
+        lambda: gradients(
+            lambda q, d: ops.info_nce(q, d, positive, owner=positive, preset="mnrl", temperature=0.05),
+            queries.requires_grad_(), documents.requires_grad_(),
+        ),
+        {
+            "sentence-transformers, default (32)": theirs(32, queries.detach(), documents.detach()),
+            "sentence-transformers, best (1024)": theirs(1024, queries.detach(), documents.detach()),
+        },
+        rounds=3, gflop=6 * count * count * dim / 1e9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "corpus"), [(1000, 20_000), (4, 200_000)])
+def test_top_k(compare, count, corpus):
+    queries, documents = torch.randn(count, 256), torch.randn(corpus, 256)
+    compare(
+        f"top_k, {count} x {corpus}, d = 256, k = 50",
+        lambda: ops.top_k(queries, documents, 50),
+        {"torch matmul + topk": lambda: (queries @ documents.T).topk(50)},
+        gflop=2 * count * corpus * 256 / 1e9,
+    )
