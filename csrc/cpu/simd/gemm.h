@@ -4,6 +4,8 @@
 // the same order whatever the tile, so results do not depend on how the work was cut.
 #pragma once
 
+#include <utility>
+
 #include "cpu/simd/vec.h"
 
 namespace qemb::cpu::QEMB_ISA {
@@ -18,22 +20,57 @@ QEMB_INLINE int64_t panel_size(int64_t depth, int64_t columns) {
     return depth * round_up(columns, kPanel<T>);
 }
 
+// One butterfly of a transpose: afterwards a holds what both had at lanes without bit kBit, b the rest.
+template <int kBit, class V, int... kLane>
+QEMB_INLINE void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+    constexpr int kCount = sizeof...(kLane);
+#if defined(__clang__) || __GNUC__ >= 12
+    const V low = __builtin_shufflevector(a, b, ((kLane & kBit) ? kCount + kLane - kBit : kLane)...);
+    const V high = __builtin_shufflevector(a, b, ((kLane & kBit) ? kCount + kLane : kLane + kBit)...);
+#else
+    V low, high;
+    ((low[kLane] = (kLane & kBit) ? b[kLane & kBit ? kLane - kBit : 0] : a[kLane]), ...);
+    ((high[kLane] = (kLane & kBit) ? b[kLane] : a[kLane & kBit ? 0 : kLane + kBit]), ...);
+#endif
+    a = low;
+    b = high;
+}
+
+template <class T, int kBit = kLanes<T> / 2>
+QEMB_INLINE void transpose(Vec<T>* rows) {
+    if constexpr (kBit > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<T>; ++i)
+            if (!(i & kBit)) exchange<kBit>(rows[i], rows[i + kBit], std::make_integer_sequence<int, kLanes<T>>());
+        transpose<T, kBit / 2>(rows);
+    }
+}
+
 // B[k][n] = rows[n * row_stride + k]: the transpose of contiguous rows. Missing columns are zero.
 template <class T>
 inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, int64_t depth, T* panels) {
-    for (int64_t start = 0; start < columns; start += kPanel<T>) {
-        const int64_t width = min_of<int64_t>(kPanel<T>, columns - start);
-        // Eight depths at a time: each source row gives one short run, each target line is written whole while it is warm.
-        for (int64_t k0 = 0; k0 < depth; k0 += 8) {
-            const int64_t k1 = min_of<int64_t>(k0 + 8, depth);
-            for (int64_t n = 0; n < width; ++n) {
-                const T* source = rows + (start + n) * row_stride;
-                for (int64_t k = k0; k < k1; ++k) panels[k * kPanel<T> + n] = source[k];
+    constexpr int kSide = kLanes<T>;
+    for (int64_t start = 0; start < columns; start += kSide) {
+        T* panel = panels + start / kPanel<T> * depth * kPanel<T> + start % kPanel<T>;
+        const T* source = rows + start * row_stride;
+        const int64_t width = min_of<int64_t>(kSide, columns - start);
+        int64_t k = 0;
+        if (width == kSide) {
+            for (; k + kSide <= depth; k += kSide) {
+                Vec<T> square[kSide];
+#pragma GCC unroll 16
+                for (int i = 0; i < kSide; ++i) square[i] = load(source + i * row_stride + k);
+                transpose<T>(square);
+#pragma GCC unroll 16
+                for (int i = 0; i < kSide; ++i) store(panel + (k + i) * kPanel<T>, square[i]);
             }
-            for (int64_t k = k0; k < k1; ++k)
-                for (int64_t n = width; n < kPanel<T>; ++n) panels[k * kPanel<T> + n] = 0;
         }
-        panels += depth * kPanel<T>;
+        for (; k < depth; ++k)
+            for (int64_t n = 0; n < kSide; ++n) panel[k * kPanel<T> + n] = n < width ? source[n * row_stride + k] : T(0);
+    }
+    if (columns % kPanel<T> != 0 && columns % kPanel<T> <= kSide) {  // the second vector of the last panel
+        T* panel = panels + columns / kPanel<T> * depth * kPanel<T> + kSide;
+        for (int64_t k = 0; k < depth; ++k) store(panel + k * kPanel<T>, Vec<T>{});
     }
 }
 
