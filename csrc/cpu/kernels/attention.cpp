@@ -72,9 +72,18 @@ struct Arena {
     }
 };
 
+// A head's rows lie a whole token apart, too far for the processor to guess the next one.
 template <class T>
 void load_block(DType dtype, const void* from, int64_t first, int64_t token_stride, int64_t rows, int64_t dim, T* to) {
-    for (int64_t row = 0; row < rows; ++row) load_row(dtype, from, first + row * token_stride, to + row * dim, dim);
+    constexpr int64_t kAhead = 6, kLine = 64;
+    const int64_t item = size_of(dtype);
+    const char* bytes = static_cast<const char*>(from) + first * item;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (row + kAhead < rows)
+            for (int64_t at = 0; at < dim * item; at += kLine)
+                __builtin_prefetch(bytes + (row + kAhead) * token_stride * item + at);
+        load_row(dtype, from, first + row * token_stride, to + row * dim, dim);
+    }
 }
 
 // exp(scale * s - offset) over [0, count), zeros up to `padded`; returns the sum.
