@@ -47,8 +47,10 @@ test-cpp: $(VENV)/test.stamp
 	cmake -S . -B build/native -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQEMB_PYTHON=OFF -DQEMB_TESTS=ON > build/cpp.log && cmake --build build/native >> build/cpp.log || (cat build/cpp.log; exit 1)
 	ctest --test-dir build/native --output-on-failure
 
+# ISA=avx2 holds us and torch to AVX2 on a wider machine.
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-only --quiet
+	$(if $(ISA),ATEN_CPU_CAPABILITY=$(ISA) MKL_ENABLE_INSTRUCTIONS=$(ISA) ONEDNN_MAX_CPU_ISA=$(ISA)) \
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-only --quiet $(if $(ISA),--isa $(ISA))
 
 fix: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py

@@ -21,6 +21,15 @@ _FOUND: list[bench.Comparison] = []
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=_FOLDER / "results", help="folder of the result files")
+    parser.addoption("--isa", choices=_C.available_isas(), help="instruction set of our kernels; `make bench ISA=avx2`")
+
+
+def pytest_configure(config):
+    isa = config.getoption("--isa")
+    if isa is not None:
+        _C.set_isa(isa)
+        if torch.backends.cpu.get_cpu_capability().lower() != isa:
+            raise pytest.UsageError(f"--isa {isa}: torch runs on {torch.backends.cpu.get_cpu_capability()}")
 
 
 @pytest.fixture

@@ -124,9 +124,9 @@ QEMB_INLINE T row_max(const T* s, int64_t count) {
 template <class T>
 void forward_item(const AttentionForward& p, const Item& item) {
     const Lengths len(p, item.seq);
-    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
+    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kLanes<T>);
     const int64_t tokens = min_of(kQueryChunk, len.num_q - item.start), rows = tokens * group;
-    const int64_t max_keys = round_up(min_of(kKeyBlock, len.num_k), kPanel<T>);
+    const int64_t max_keys = round_up(min_of(kKeyBlock, len.num_k), kLanes<T>);
 
     // Rows are (head of the group, token): one block of keys serves them all.
     Arena<T> arena(rows * dim + rows * padded + 2 * rows + kQueryBlock * max_keys + max_keys * dim +
@@ -153,7 +153,7 @@ void forward_item(const AttentionForward& p, const Item& item) {
     const T scale = static_cast<T>(p.scale);
     const int64_t last_visible = len.visible(item.start + tokens - 1);
     for (int64_t key = 0; key < last_visible; key += kKeyBlock) {
-        const int64_t keys = min_of(kKeyBlock, len.num_k - key), width = round_up(keys, kPanel<T>);
+        const int64_t keys = min_of(kKeyBlock, len.num_k - key), width = round_up(keys, kLanes<T>);
         // Pack K transposed and V, once for the group.
         load_block(p.dtype, p.k, (len.k_start + key) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride, keys,
                    dim, block);
@@ -167,7 +167,7 @@ void forward_item(const AttentionForward& p, const Item& item) {
                 const int64_t count = min_of(kQueryBlock, tokens - token), first = g * tokens + token;
                 if (len.visible(item.start + token + count - 1) <= key) continue;
                 // Scores.
-                gemm(count, keys, dim, q + first * dim, dim, 1, k_panels, scores, width, false);
+                gemm(count, keys, dim, by_rows(q + first * dim, dim), k_panels, scores, width, false);
                 // Online softmax.
                 for (int64_t r = 0; r < count; ++r) {
                     T* s = scores + r * width;
@@ -187,7 +187,7 @@ void forward_item(const AttentionForward& p, const Item& item) {
                     sums[first + r] += exponentiate(s, seen, width, scale, now);
                 }
                 // Weighted values.
-                gemm(count, dim, keys, scores, width, 1, v_panels, out + first * padded, padded, true);
+                gemm(count, dim, keys, by_rows(scores, width), v_panels, out + first * padded, padded, true);
             }
         }
     }
@@ -220,7 +220,7 @@ struct PartialGradients {
     int64_t* start;
 
     explicit PartialGradients(const AttentionBackward& p) {
-        const int64_t width = p.num_heads * round_up(p.head_dim, kPanel<T>);
+        const int64_t width = p.num_heads * round_up(p.head_dim, kLanes<T>);
         start = static_cast<int64_t*>(scratch_bytes(Slot::kIndex, sizeof(int64_t) * static_cast<size_t>(p.num_seqs + 1)));
         start[0] = 0;
         for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
@@ -237,9 +237,9 @@ struct PartialGradients {
 template <class T>
 void backward_item(const AttentionBackward& p, const Item& item, const PartialGradients<T>& partial) {
     const Lengths len(p, item.seq);
-    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kPanel<T>);
+    const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kLanes<T>);
     const int64_t first_key = item.start, num_q = len.num_q, num_k = min_of(key_chunk(len), len.num_k - first_key);
-    const int64_t max_keys = round_up(min_of(2 * kBackwardBlock, num_k), kPanel<T>);
+    const int64_t max_keys = round_up(min_of(2 * kBackwardBlock, num_k), kLanes<T>);
     const int64_t max_rows = min_of(kBackwardBlock, num_q);
     T* const kept_dq = partial.of(item.seq, first_key / key_chunk(len) * p.num_heads * num_q * padded);
 
@@ -280,7 +280,7 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
         for (int64_t i = 0; i < num_q * padded; ++i) dq[i] = 0;
 
         for (int64_t key = 0; key < num_k; key += 2 * kBackwardBlock) {
-            const int64_t keys = min_of(2 * kBackwardBlock, num_k - key), width = round_up(keys, kPanel<T>);
+            const int64_t keys = min_of(2 * kBackwardBlock, num_k - key), width = round_up(keys, kLanes<T>);
             const int64_t token = first_key + key;
             load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
                        keys, dim, block);
@@ -294,8 +294,8 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
                 const int64_t rows = min_of(kBackwardBlock, num_q - row);
                 if (len.visible(row + rows - 1) <= token) continue;
                 // P = exp(scale S - lse)
-                gemm(rows, keys, dim, q + row * dim, dim, 1, kt_panels, probs, width, false);
-                gemm(rows, keys, dim, dout + row * dim, dim, 1, vt_panels, dscores, width, false);
+                gemm(rows, keys, dim, by_rows(q + row * dim, dim), kt_panels, probs, width, false);
+                gemm(rows, keys, dim, by_rows(dout + row * dim, dim), vt_panels, dscores, width, false);
                 for (int64_t r = 0; r < rows; ++r) {
                     T* prob = probs + r * width;
                     T* ds = dscores + r * width;
@@ -307,9 +307,9 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
                 }
                 pack_rows(q + row * dim, dim, rows, dim, q_panels);
                 pack_rows(dout + row * dim, dim, rows, dim, dout_panels);
-                gemm(keys, dim, rows, probs, 1, width, dout_panels, dv + key * padded, padded, true);
-                gemm(keys, dim, rows, dscores, 1, width, q_panels, dk + key * padded, padded, true);
-                gemm(rows, dim, keys, dscores, width, 1, k_panels, dq + row * padded, padded, true);
+                gemm(keys, dim, rows, by_columns(probs, width), dout_panels, dv + key * padded, padded, true);
+                gemm(keys, dim, rows, by_columns(dscores, width), q_panels, dk + key * padded, padded, true);
+                gemm(rows, dim, keys, by_rows(dscores, width), k_panels, dq + row * padded, padded, true);
             }
         }
         for (int64_t i = 0; i < num_q && !kept_dq; ++i)
@@ -326,7 +326,7 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
 template <class T>
 void add_chunks(const AttentionBackward& p, int64_t seq, int64_t head, const PartialGradients<T>& partial) {
     const Lengths len(p, seq);
-    const int64_t dim = p.head_dim, padded = round_up(dim, kPanel<T>), chunks = ceil_div(len.num_k, key_chunk(len));
+    const int64_t dim = p.head_dim, padded = round_up(dim, kLanes<T>), chunks = ceil_div(len.num_k, key_chunk(len));
     T* total = partial.of(seq, head * len.num_q * padded);
     if (!total) return;
     for (int64_t i = 0; i < len.num_q; ++i) {

@@ -27,14 +27,14 @@ class Run {
     explicit Run(const InfoNce& p)
         : p_(p),
           dim_(p.dim),
-          padded_(round_up(p.dim, kPanel<T>)),
+          padded_(round_up(p.dim, kLanes<T>)),
           doc_tiles_(ceil_div(p.num_documents, kTile)),
           query_tiles_(p.query_query ? ceil_div(p.num_queries, kTile) : 0) {
         const int64_t tiles = doc_tiles_ * (p.doc_doc ? 2 : 1) + query_tiles_;
         const int64_t fit = kPanelBytes / max_of<int64_t>(1, tiles * kTile * static_cast<int64_t>(sizeof(T)));
         rows_ = min_of(max_of(fit / kRowStep * kRowStep, kMinRows), kMaxRows);
         rows_ = min_of(rows_, round_up(p.num_queries, kRowStep));
-        const int64_t values = tiles * rows_ * kTile + 2 * tiles * rows_ + 6 * rows_ * padded_ + 5 * rows_;
+        const int64_t values = tiles * rows_ * kTile + 2 * tiles * rows_ + 8 * rows_ * padded_ + 5 * rows_;
         T* memory = static_cast<T*>(scratch_bytes(
             Slot::kPanel, static_cast<size_t>(values) * sizeof(T) + static_cast<size_t>(tiles + 1) * sizeof(TileStats)));
         const auto take = [&](int64_t count) {
@@ -47,6 +47,8 @@ class Run {
         tile_sum_ = take(tiles * rows_);
         anchor_[0] = take(rows_ * padded_);
         anchor_[1] = take(rows_ * padded_);
+        anchor_tiles_[0] = take(rows_ * padded_);
+        anchor_tiles_[1] = take(rows_ * padded_);
         packed_[0] = take(rows_ * padded_);
         packed_[1] = take(rows_ * padded_);
         row_grad_[0] = take(rows_ * padded_);
@@ -112,15 +114,23 @@ class Run {
             positive_score_[r] = static_cast<T>(score);
             limit_[r] = static_cast<T>(score + p_.margin);
         }
+        for (int side = 0; side < (p_.doc_doc ? 2 : 1); ++side)
+            pack_left(by_rows(anchor_[side], dim_), count_, dim_, anchor_tiles_[side]);
     }
 
-    // Columns [start, start + count) of `from`, widened and packed; returns the panels.
+    Left<T> anchors(int side) const { return by_tiles(anchor_tiles_[side], dim_); }
+
+    // Columns [start, start + count) of `from`, widened where they are narrow, and packed; returns the panels.
     T* pack_columns(const void* from, int64_t start, int64_t count) const {
         T* block = static_cast<T*>(
             scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * dim_ + panel_size<T>(dim_, kTile)) * sizeof(T)));
         T* panels = block + kTile * dim_;
-        load_row(p_.dtype, from, start * dim_, block, count * dim_);
-        pack_transposed(block, dim_, count, dim_, panels);
+        const T* rows = static_cast<const T*>(from) + start * dim_;
+        if (size_of(p_.dtype) != sizeof(T)) {
+            load_row(p_.dtype, from, start * dim_, block, count * dim_);
+            rows = block;
+        }
+        pack_transposed(rows, dim_, count, dim_, panels);
         return panels;
     }
 
@@ -129,55 +139,110 @@ class Run {
         const T* panels = pack_columns(p_.documents, start, count);
         T* query_scores = tile(kQueryDocument, i);
         T* doc_scores = p_.doc_doc ? tile(kDocDoc, i) : nullptr;
-        gemm(count_, count, dim_, anchor_[0], dim_, 1, panels, query_scores, kTile, false);
-        if (doc_scores) gemm(count_, count, dim_, anchor_[1], dim_, 1, panels, doc_scores, kTile, false);
+        gemm(count_, count, dim_, anchors(0), panels, query_scores, kTile, false);
+        if (doc_scores) gemm(count_, count, dim_, anchors(1), panels, doc_scores, kTile, false);
 
         TileStats stats{};
         for (int64_t r = 0; r < count_; ++r) {
-            const int64_t query = first_ + r, positive = p_.positive[query];
             T* qd = query_scores + r * kTile;
             T* dd = doc_scores ? doc_scores + r * kTile : nullptr;
-            T best_qd = -kInfinity<T>, best_dd = -kInfinity<T>;
-            for (int64_t j = 0; j < count; ++j) {
-                const int64_t document = start + j;
-                const bool own = p_.owner && p_.owner[document] == query;
-                const bool equal = same_text(document, positive);
-                const bool over = qd[j] > limit_[r];
-                if (dd) {
-                    const bool candidate = !own && document != positive;
-                    const bool masked = equal || (p_.doc_mask == DocMask::kQueryDocument ? over
-                                                  : p_.doc_mask == DocMask::kOwnScore    ? dd[j] > limit_[r]
-                                                                                         : false);
-                    stats.dropped += candidate && masked;
-                    stats.kept += candidate && !masked;
-                    if (!candidate || masked)
-                        dd[j] = -kInfinity<T>;
-                    else
-                        best_dd = max_of(best_dd, dd[j]);
-                }
-                const bool candidate = document != positive && (own ? p_.hard : p_.in_batch);
-                const bool masked = equal || over;
-                stats.dropped += candidate && masked;
-                if (candidate && !masked) {
-                    ++stats.kept;
-                    ++stats.kept_query_document;
-                    stats.kept_score += static_cast<double>(qd[j]);
-                    best_qd = max_of(best_qd, qd[j]);
-                } else {
-                    qd[j] = -kInfinity<T>;
-                }
-            }
-            tile_max_[tile_index(kQueryDocument, i) * rows_ + r] = best_qd;
-            if (dd) tile_max_[tile_index(kDocDoc, i) * rows_ + r] = best_dd;
+            const Best best = only_strangers(start, count, first_ + r) ? mask_by_score(qd, dd, limit_[r], stats)
+                                                                       : mask_documents(start, count, r, qd, dd, stats);
+            tile_max_[tile_index(kQueryDocument, i) * rows_ + r] = best.query_document;
+            if (dd) tile_max_[tile_index(kDocDoc, i) * rows_ + r] = best.doc_doc;
         }
         tile_stats_[tile_index(kQueryDocument, i)] = stats;
+    }
+
+    // Whether a whole tile of documents holds neither the positive, nor its text, nor anything that the query owns.
+    bool only_strangers(int64_t start, int64_t count, int64_t query) const {
+        const int64_t positive = p_.positive[query];
+        if (count != kTile || !p_.in_batch || (positive >= start && positive < start + count)) return false;
+        int64_t found = 0;
+        if (p_.owner)
+            for (int64_t j = 0; j < kTile; ++j) found |= p_.owner[start + j] == query;
+        if (p_.document_ids)
+            for (int64_t j = 0; j < kTile; ++j) found |= p_.document_ids[start + j] == p_.document_ids[positive];
+        return !found;
+    }
+
+    struct Best {
+        T query_document, doc_doc;
+    };
+
+    // Masks in place; the sums go to stats.
+    Best mask_by_score(T* qd, T* dd, T limit, TileStats& stats) const {
+        using Bits = typename VecOf<T>::bits;
+        const Vec<T> none = splat<T>(-kInfinity<T>);
+        Vec<T> best_qd = none, best_dd = none, sum{};
+        Bits over_qd{}, over_dd{};
+        for (int64_t j = 0; j < kTile; j += kLanes<T>) {
+            const Vec<T> score = load(qd + j);
+            const Bits over = score > limit;
+            const Vec<T> kept = over ? none : score;
+            store(qd + j, kept);
+            best_qd = kept > best_qd ? kept : best_qd;
+            sum += over ? Vec<T>{} : score;
+            over_qd += over;
+            if (!dd) continue;
+            const Vec<T> own = load(dd + j);
+            const Bits masked = p_.doc_mask == DocMask::kQueryDocument ? over
+                                : p_.doc_mask == DocMask::kOwnScore    ? own > limit
+                                                                       : Bits{};
+            const Vec<T> left = masked ? none : own;
+            store(dd + j, left);
+            best_dd = left > best_dd ? left : best_dd;
+            over_dd += masked;
+        }
+        int64_t dropped_qd = 0, dropped_dd = 0;  // a lane that is over counts -1
+        for (int lane = 0; lane < kLanes<T>; ++lane) dropped_qd -= over_qd[lane], dropped_dd -= over_dd[lane];
+        stats.kept_query_document += kTile - dropped_qd;
+        stats.kept_score += static_cast<double>(sum_lanes<T>(sum));
+        stats.dropped += dropped_qd + dropped_dd;
+        stats.kept += kTile - dropped_qd + (dd ? kTile - dropped_dd : 0);
+        return {max_lanes<T>(best_qd), max_lanes<T>(best_dd)};
+    }
+
+    Best mask_documents(int64_t start, int64_t count, int64_t r, T* qd, T* dd, TileStats& stats) const {
+        const int64_t query = first_ + r, positive = p_.positive[query];
+        Best best{-kInfinity<T>, -kInfinity<T>};
+        for (int64_t j = 0; j < count; ++j) {
+            const int64_t document = start + j;
+            const bool own = p_.owner && p_.owner[document] == query;
+            const bool equal = same_text(document, positive);
+            const bool over = qd[j] > limit_[r];
+            if (dd) {
+                const bool candidate = !own && document != positive;
+                const bool masked = equal || (p_.doc_mask == DocMask::kQueryDocument ? over
+                                              : p_.doc_mask == DocMask::kOwnScore    ? dd[j] > limit_[r]
+                                                                                     : false);
+                stats.dropped += candidate && masked;
+                stats.kept += candidate && !masked;
+                if (!candidate || masked)
+                    dd[j] = -kInfinity<T>;
+                else
+                    best.doc_doc = max_of(best.doc_doc, dd[j]);
+            }
+            const bool candidate = document != positive && (own ? p_.hard : p_.in_batch);
+            const bool masked = equal || over;
+            stats.dropped += candidate && masked;
+            if (candidate && !masked) {
+                ++stats.kept;
+                ++stats.kept_query_document;
+                stats.kept_score += static_cast<double>(qd[j]);
+                best.query_document = max_of(best.query_document, qd[j]);
+            } else {
+                qd[j] = -kInfinity<T>;
+            }
+        }
+        return best;
     }
 
     void score_queries(int64_t i) {
         const int64_t start = i * kTile, count = queries_in(i);
         const T* panels = pack_columns(p_.queries, start, count);
         T* scores = tile(kQueryQuery, i);
-        gemm(count_, count, dim_, anchor_[0], dim_, 1, panels, scores, kTile, false);
+        gemm(count_, count, dim_, anchors(0), panels, scores, kTile, false);
         TileStats stats{};
         for (int64_t r = 0; r < count_; ++r) {
             T* qq = scores + r * kTile;
@@ -264,14 +329,16 @@ class Run {
         };
         for (int64_t i = 0; i < doc_tiles_; ++i) {
             pack(p_.documents, i * kTile, documents_in(i));
-            gemm(count_, width, documents_in(i), tile(kQueryDocument, i), kTile, 1, panels, row_grad_[0] + column, padded_,
-                 i > 0);
+            gemm(count_, width, documents_in(i), by_rows(tile(kQueryDocument, i), kTile), panels, row_grad_[0] + column,
+                 padded_, i > 0);
             if (p_.doc_doc)
-                gemm(count_, width, documents_in(i), tile(kDocDoc, i), kTile, 1, panels, row_grad_[1] + column, padded_, i > 0);
+                gemm(count_, width, documents_in(i), by_rows(tile(kDocDoc, i), kTile), panels, row_grad_[1] + column, padded_,
+                     i > 0);
         }
         for (int64_t i = 0; i < query_tiles_; ++i) {
             pack(p_.queries, i * kTile, queries_in(i));
-            gemm(count_, width, queries_in(i), tile(kQueryQuery, i), kTile, 1, panels, row_grad_[0] + column, padded_, true);
+            gemm(count_, width, queries_in(i), by_rows(tile(kQueryQuery, i), kTile), panels, row_grad_[0] + column, padded_,
+                 true);
         }
         for (int64_t r = 0; r < count_; ++r) {
             T* dq = queries_grad() + (first_ + r) * dim_ + column;
@@ -285,8 +352,11 @@ class Run {
 
     // grad[start + j, :] += sum_r E[r, j] * weight[r] * anchor[r]
     void column_gradients(T* grad, int64_t count, const T* weights, const T* packed) const {
-        T* product = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * padded_) * sizeof(T)));
-        gemm(count, dim_, count_, weights, 1, kTile, packed, product, padded_, false);
+        T* product = static_cast<T*>(scratch_bytes(
+            Slot::kTile, static_cast<size_t>(kTile * padded_ + left_size<T>(kTile + kTileRows, rows_)) * sizeof(T)));
+        T* tiles = product + kTile * padded_;
+        pack_left(by_columns(weights, kTile), count, count_, tiles);
+        gemm(count, dim_, count_, by_tiles(tiles, count_), packed, product, padded_, false);
         for (int64_t j = 0; j < count; ++j) add_scaled(grad + j * dim_, product + j * padded_, T(1), dim_);
     }
     void document_gradients(int64_t i) {
@@ -301,9 +371,10 @@ class Run {
     const int64_t dim_, padded_, doc_tiles_, query_tiles_;
     int64_t rows_, first_ = 0, count_ = 0;
     T *panel_, *tile_max_, *tile_sum_;
-    T* anchor_[2];    // [rows, dim] queries and positives of the panel
-    T* packed_[2];    // the same, times the row weight, in panels
-    T* row_grad_[2];  // [rows, padded] unscaled gradients of both
+    T* anchor_[2];        // [rows, dim] queries and positives of the panel
+    T* anchor_tiles_[2];  // the same, packed as left operands
+    T* packed_[2];        // the same, times the row weight, in panels
+    T* row_grad_[2];      // [rows, padded] unscaled gradients of both
     T *positive_score_, *offset_, *weight_, *positive_weight_, *limit_;
     TileStats* tile_stats_;
 };

@@ -101,7 +101,7 @@ void search_span(const TopK& p, int64_t first, int64_t begin, int64_t end, Found
         const int64_t count = min_of(kDocumentBlock, end - document);
         load_row(p.dtype, p.documents, document * p.dim, block, count * p.dim);
         pack_transposed(block, p.dim, count, p.dim, panels);
-        gemm(rows, count, p.dim, q, p.dim, 1, panels, scores, kDocumentBlock, false);
+        gemm(rows, count, p.dim, by_rows(q, p.dim), panels, scores, kDocumentBlock, false);
         for (int64_t row = 0; row < rows; ++row) {
             Heap& heap = heaps[row];
             const T* s = scores + row * kDocumentBlock;

@@ -1,7 +1,7 @@
-// C[M, N] (+)= A[M, K] B[K, N] with B packed in panels.
+// C[M, N] (+)= A[M, K] B[K, N] with B packed in panels of whole vectors, the last one as narrow as N allows.
 //
-// A is read in place with any row and column stride (a transposed operand costs nothing). Each element of C is summed over K in
-// the same order whatever the tile, so results do not depend on how the work was cut.
+// A is read through any strides, or packed in tiles where it is read often or its rows lie so that they evict each other. Each
+// element of C is summed over K in the same order whatever the tile, so results do not depend on how the work was cut.
 #pragma once
 
 #include <utility>
@@ -10,14 +10,54 @@
 
 namespace qemb::cpu::QEMB_ISA {
 
-// Columns of a panel: two vectors. Rows of the register tile: what leaves room for them and the broadcast.
+// The register tile: rows x vectors of C, and what is left for a row of B and one broadcast of A.
+inline constexpr int kTileRows = QEMB_VECTOR_BYTES == 64 ? 8 : QEMB_VECTOR_BYTES == 32 ? 6 : 4;
+inline constexpr int kTileVectors = QEMB_VECTOR_BYTES == 64 ? 3 : 2;
 template <class T>
-inline constexpr int kPanel = 2 * kLanes<T>;
-inline constexpr int kTileRows = QEMB_VECTOR_BYTES == 64 ? 12 : QEMB_VECTOR_BYTES == 32 ? 6 : 4;
+inline constexpr int kPanel = kTileVectors * kLanes<T>;
 
 template <class T>
 QEMB_INLINE int64_t panel_size(int64_t depth, int64_t columns) {
-    return depth * round_up(columns, kPanel<T>);
+    return depth * round_up(columns, kLanes<T>);
+}
+// Columns of the panel that starts at `start`.
+template <class T>
+QEMB_INLINE int64_t panel_width(int64_t start, int64_t columns) {
+    return min_of<int64_t>(kPanel<T>, round_up(columns - start, kLanes<T>));
+}
+
+// A as the tile reads it: element (m, k) at data[m / kTileRows * tile + m % kTileRows * row + k * column].
+template <class T>
+struct Left {
+    const T* data;
+    int64_t row, column, tile;
+};
+template <class T>
+QEMB_INLINE Left<T> by_rows(const T* a, int64_t stride) {
+    return {a, stride, 1, kTileRows * stride};
+}
+template <class T>
+QEMB_INLINE Left<T> by_columns(const T* a, int64_t stride) {
+    return {a, 1, stride, kTileRows};
+}
+template <class T>
+QEMB_INLINE Left<T> by_tiles(const T* packed, int64_t depth) {
+    return {packed, 1, kTileRows, kTileRows * depth};
+}
+template <class T>
+QEMB_INLINE int64_t left_size(int64_t rows, int64_t depth) {
+    return round_up(rows, kTileRows) * depth;
+}
+// To what by_tiles() reads. Missing rows are zero.
+template <class T>
+inline void pack_left(const Left<T>& from, int64_t rows, int64_t depth, T* packed) {
+    for (int64_t start = 0; start < rows; start += kTileRows, packed += kTileRows * depth) {
+        const T* tile = from.data + start / kTileRows * from.tile;
+        const int64_t count = min_of<int64_t>(kTileRows, rows - start);
+        for (int64_t k = 0; k < depth; ++k)
+            for (int64_t m = 0; m < kTileRows; ++m)
+                packed[k * kTileRows + m] = m < count ? tile[m * from.row + k * from.column] : T(0);
+    }
 }
 
 // One butterfly of a transpose: afterwards a holds what both had at lanes without bit kBit, b the rest.
@@ -51,7 +91,8 @@ template <class T>
 inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, int64_t depth, T* panels) {
     constexpr int kSide = kLanes<T>;
     for (int64_t start = 0; start < columns; start += kSide) {
-        T* panel = panels + start / kPanel<T> * depth * kPanel<T> + start % kPanel<T>;
+        const int64_t first = start / kPanel<T> * kPanel<T>, stride = panel_width<T>(first, columns);
+        T* panel = panels + first * depth + start - first;
         const T* source = rows + start * row_stride;
         const int64_t width = min_of<int64_t>(kSide, columns - start);
         int64_t k = 0;
@@ -62,15 +103,11 @@ inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, 
                 for (int i = 0; i < kSide; ++i) square[i] = load(source + i * row_stride + k);
                 transpose<T>(square);
 #pragma GCC unroll 16
-                for (int i = 0; i < kSide; ++i) store(panel + (k + i) * kPanel<T>, square[i]);
+                for (int i = 0; i < kSide; ++i) store(panel + (k + i) * stride, square[i]);
             }
         }
         for (; k < depth; ++k)
-            for (int64_t n = 0; n < kSide; ++n) panel[k * kPanel<T> + n] = n < width ? source[n * row_stride + k] : T(0);
-    }
-    if (columns % kPanel<T> != 0 && columns % kPanel<T> <= kSide) {  // the second vector of the last panel
-        T* panel = panels + columns / kPanel<T> * depth * kPanel<T> + kSide;
-        for (int64_t k = 0; k < depth; ++k) store(panel + k * kPanel<T>, Vec<T>{});
+            for (int64_t n = 0; n < kSide; ++n) panel[k * stride + n] = n < width ? source[n * row_stride + k] : T(0);
     }
 }
 
@@ -78,25 +115,24 @@ inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, 
 template <class T>
 inline void pack_rows(const T* rows, int64_t row_stride, int64_t depth, int64_t columns, T* panels, const T* scale = nullptr) {
     for (int64_t start = 0; start < columns; start += kPanel<T>) {
-        const int64_t width = min_of<int64_t>(kPanel<T>, columns - start);
+        const int64_t stride = panel_width<T>(start, columns), width = min_of<int64_t>(kPanel<T>, columns - start);
         for (int64_t k = 0; k < depth; ++k) {
             const T* source = rows + k * row_stride + start;
             const T factor = scale ? scale[k] : T(1);
-            T* target = panels + k * kPanel<T>;
+            T* target = panels + k * stride;
             if (width == kPanel<T>) {
                 for (int n = 0; n < kPanel<T>; ++n) target[n] = source[n] * factor;
             } else {
                 for (int64_t n = 0; n < width; ++n) target[n] = source[n] * factor;
-                for (int64_t n = width; n < kPanel<T>; ++n) target[n] = 0;
+                for (int64_t n = width; n < stride; ++n) target[n] = 0;
             }
         }
-        panels += depth * kPanel<T>;
+        panels += depth * stride;
     }
 }
 
-// Rows of C are written up to round_up(N, kPanel): c_row must leave that room. Defined in cpu/kernels/gemm.cpp.
+// Rows of C are written up to round_up(N, kLanes): c_row must leave that room. Defined in cpu/kernels/gemm.cpp.
 template <class T>
-void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* panels, T* c, int64_t c_row,
-          bool accumulate);
+void gemm(int64_t M, int64_t N, int64_t K, Left<T> a, const T* panels, T* c, int64_t c_row, bool accumulate);
 
 }  // namespace qemb::cpu::QEMB_ISA
