@@ -1,15 +1,35 @@
 // pyqemb._C: numbers in, numbers out. Every function writes into tensors that Python allocated.
 #include "bindings/tensor_view.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace qemb {
+namespace {
+
+// Memory for one large result, as a Python buffer.
+struct Block {
+    void* data;
+    size_t size;
+
+    explicit Block(size_t bytes) : data(cpu::take_block(bytes)), size(bytes) {}
+    ~Block() { cpu::give_back_block(data); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+};
+
+}  // namespace
 
 void bind_runtime(py::module_& m) {
     m.def("available_isas", &cpu::available_isas);
     m.def("current_isa", &cpu::current_isa);
     m.def("set_isa", &cpu::set_isa);
     m.def("num_threads", &cpu::num_threads);
+    py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](const Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data), static_cast<py::ssize_t>(block.size));
+    });
+    m.def("kept_bytes", &cpu::kept_bytes);
+    m.def("release_kept", &cpu::release_kept);
 }
 
 }  // namespace qemb

@@ -33,6 +33,7 @@ from pyqemb.model.qwen3 import Qwen3Model
 Attention = Literal["causal", "bidirectional"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 _TEXTS_AT_ONCE = 32768  # tokenised together, so that a large corpus never lies in memory as token lists
 
 
@@ -162,11 +163,12 @@ class Embedder(nn.Module):
         texts: str | Sequence[str],
         instruction: str | Sequence[str | None] | None = None,
         dim: int | None = None,
-        tokens_per_chunk: int = 16384,
+        tokens_per_chunk: int | None = None,
     ) -> np.ndarray:
         """float32 unit vectors [len(texts), dim or E] in the order of the texts; [dim] for a single text.
 
         With an `instruction` (one, or one a text) the texts are queries, without it they are taken as they are.
+        `tokens_per_chunk`: tokens of one forward pass; None: 4096 on the CPU, 16384 elsewhere.
         """
         if isinstance(texts, str):
             return self.encode([texts], instruction, dim, tokens_per_chunk)[0]
@@ -175,6 +177,8 @@ class Embedder(nn.Module):
                 raise TypeError(f"expected texts, got {type(text).__name__} at index {index}")
         texts = self.tokenizer.format_queries(texts, instruction)
         self._check_dim(dim)
+        if tokens_per_chunk is None:
+            tokens_per_chunk = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
         vectors = np.zeros((len(texts), dim or self.config.hidden_size), dtype=np.float32)
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
             window = vectors[first : first + _TEXTS_AT_ONCE]

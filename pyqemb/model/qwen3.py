@@ -1,7 +1,7 @@
 """Qwen3 over packed tokens: RMSNorm, grouped heads with per-head q/k norm and rotary embedding, SwiGLU.
 
-Legend: T packed tokens, B sequences, S tokens that ask (T, or the last ones only), N query heads, K key heads,
-D head dim, E hidden. Parameter names are those of Hugging Face's Qwen3Model.
+Legend: T packed tokens, B sequences, S tokens that ask (T, or the last ones only), U distinct token ids, N query heads,
+K key heads, D head dim, E hidden. Parameter names are those of Hugging Face's Qwen3Model.
 Source: Qwen3 technical report, arXiv 2505.09388, section 2.
 """
 
@@ -15,6 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.config import Qwen3Config
+
+
+class Linear(nn.Linear):
+    """x W^T on the library's op."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -74,6 +81,14 @@ class Asking(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def _rows(x_TE: torch.Tensor, spread_T: torch.Tensor | None, asking: Asking | None) -> torch.Tensor:
+    """The rows of the tokens that leave a layer, [S, E]. (The gradient of index_select is added up in order, and fast.)"""
+    rows = spread_T
+    if asking is not None:
+        rows = asking.tokens if spread_T is None else spread_T[asking.tokens]
+    return x_TE if rows is None else x_TE.index_select(0, rows)
+
+
 class Attention(nn.Module):
     """Grouped-query attention inside each sequence, causal or bidirectional."""
 
@@ -81,19 +96,27 @@ class Attention(nn.Module):
         super().__init__()
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim, self.causal = config.head_dim, config.is_causal
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
         self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None
+        self,
+        x_TE: torch.Tensor,
+        rotary: Rotary,
+        cu_seqlens: torch.Tensor,
+        asking: Asking | None,
+        spread_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        asking_SE = x_TE if asking is None else x_TE[asking.tokens]
-        q_SND = self._heads(self.q_proj(asking_SE))
-        k_TKD, v_TKD = self._heads(self.k_proj(x_TE)), self._heads(self.v_proj(x_TE))
+        """With `spread_T` the input is [U, E] and token t its row spread_T[t]: each distinct row is projected once."""
+        if asking is None:
+            q_SND = self._heads(self.q_proj(x_TE), spread_T)
+        else:
+            q_SND = self._heads(self.q_proj(_rows(x_TE, spread_T, asking)))
+        k_TKD, v_TKD = self._heads(self.k_proj(x_TE), spread_T), self._heads(self.v_proj(x_TE), spread_T)
         q_SND = self.q_norm(q_SND, rotary if asking is None else rotary.at(asking.tokens))
         k_TKD = self.k_norm(k_TKD, rotary)
         if asking is None:
@@ -105,7 +128,8 @@ class Attention(nn.Module):
             )
         return self.o_proj(out_SND.flatten(1))
 
-    def _heads(self, x_TF: torch.Tensor) -> torch.Tensor:
+    def _heads(self, x_TF: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        x_TF = x_TF if rows is None else x_TF.index_select(0, rows)
         return x_TF.view(len(x_TF), x_TF.shape[1] // self.head_dim, self.head_dim)
 
 
@@ -114,9 +138,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x_SE), self.up_proj(x_SE)))
@@ -133,11 +157,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_TE: torch.Tensor, rotary: Rotary, cu_seqlens: torch.Tensor, asking: Asking | None = None
+        self,
+        x_TE: torch.Tensor,
+        rotary: Rotary,
+        cu_seqlens: torch.Tensor,
+        asking: Asking | None = None,
+        spread_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, cu_seqlens, asking)
-        asking_SE = x_TE if asking is None else x_TE[asking.tokens]
-        normed_SE, x_SE = self.post_attention_layernorm.after_adding(attended_SE, asking_SE)
+        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, cu_seqlens, asking, spread_T)
+        normed_SE, x_SE = self.post_attention_layernorm.after_adding(attended_SE, _rows(x_TE, spread_T, asking))
         return x_SE + self.mlp(normed_SE)
 
 
@@ -161,13 +189,28 @@ class Qwen3Model(nn.Module):
         With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to those
         rows of the full pass; the last layer then asks for nothing else. `batch.last_tokens()` tells the rows' layout.
         """
-        x_TE = self.embed_tokens(batch.input_ids_T)
+        ids_U, spread_T = _distinct(batch.input_ids_T)
+        x_TE = self.embed_tokens(ids_U)  # [U, E] until the first layer has spread it
         rotary = Rotary.of(batch.positions_T, self.config, x_TE.dtype)
         asking = Asking(*batch.last_tokens()) if last_only else None
         for number, block in enumerate(self.layers, start=1):
             wanted = asking if number == len(self.layers) else None
             if self.checkpointing and torch.is_grad_enabled():
-                x_TE = checkpoint(block, x_TE, rotary, batch.cu_seqlens, wanted, use_reentrant=False)
+                x_TE = checkpoint(block, x_TE, rotary, batch.cu_seqlens, wanted, spread_T, use_reentrant=False)
             else:
-                x_TE = block(x_TE, rotary, batch.cu_seqlens, wanted)
+                x_TE = block(x_TE, rotary, batch.cu_seqlens, wanted, spread_T)
+            spread_T = None
         return x_TE if last_only else self.norm(x_TE)
+
+
+def _distinct(input_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Distinct ids [U] and where each token finds its own; all ids and None where that would save little.
+
+    Before the first attention a token is its id alone, so the first layer's projections are needed once an id. (On a GPU
+    counting them would make the host wait.)
+    """
+    if input_ids_T.device.type == "cpu" and len(input_ids_T):
+        ids_U, spread_T = input_ids_T.unique(return_inverse=True)
+        if len(ids_U) < 0.75 * len(input_ids_T):
+            return ids_U, spread_T
+    return input_ids_T, None

@@ -16,8 +16,9 @@ except ImportError as error:
 
 from pyqemb.ops.attention import varlen_attention
 from pyqemb.ops.infonce import info_nce
+from pyqemb.ops.linear import linear
 from pyqemb.ops.pooling import last_token_pool
 from pyqemb.ops.small_ops import qk_norm_rope, rms_norm, swiglu
 from pyqemb.ops.topk import top_k
 
-__all__ = ["info_nce", "last_token_pool", "qk_norm_rope", "rms_norm", "swiglu", "top_k", "varlen_attention"]
+__all__ = ["info_nce", "last_token_pool", "linear", "qk_norm_rope", "rms_norm", "swiglu", "top_k", "varlen_attention"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once, on_host
+from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty_like, on_host
 
 
 def varlen_attention(
@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
     ) -> Tensor:
         q, k, v = (_last_contiguous(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = empty_like(q)
         lse = torch.empty(q.shape[:-1], dtype=arithmetic(q.dtype), device=q.device)
         _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal)
         ctx.save_for_backward(q, k, v, cu_q, cu_k, out, lse)
@@ -67,7 +67,7 @@ class _Attention(torch.autograd.Function):
     @differentiable_once("varlen_attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (empty_like(x) for x in (q, k, v))
         _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, ctx.scale, ctx.causal)
         return dq, dk, dv, None, None, None, None
 

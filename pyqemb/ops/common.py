@@ -1,16 +1,34 @@
 """What the ops share: the door checks that native code cannot make, and the limits of their gradients."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyqemb import _C
+
+_LARGE = 1 << 20  # bytes
+
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype that the kernels compute in for a storage dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a result. A large one on the CPU comes from the blocks that earlier results have left."""
+    size = math.prod(shape)
+    if device.type != "cpu" or size * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_C.Block(size * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """`empty` of the shape, dtype and device of x, contiguous."""
+    return empty(x.shape, x.dtype, x.device)
 
 
 def checked(op: str, name: str, value: Any) -> Tensor:

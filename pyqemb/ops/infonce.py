@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once
+from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty
 
 _DOC_MASK = {"query_document": 0, "own": 1, "none": 2}
 
@@ -105,9 +105,7 @@ class _InfoNce(torch.autograd.Function):
         losses = torch.empty(queries.shape[:1], dtype=torch.float64)
         d_queries = d_documents = None
         if any(ctx.needs_input_grad[:2]):
-            d_queries, d_documents = (
-                torch.empty(x.shape, dtype=arithmetic(x.dtype), device=x.device) for x in (queries, documents)
-            )
+            d_queries, d_documents = (empty(x.shape, arithmetic(x.dtype), x.device) for x in (queries, documents))
         totals = _C.info_nce(
             queries, documents, positive, owner, ids, losses, d_queries, d_documents,
             groups.hard, groups.in_batch, groups.query_query, groups.doc_doc, margin, doc_mask, temperature,

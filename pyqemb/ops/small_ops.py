@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once
+from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty_like
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None) -> Any:
@@ -73,8 +73,8 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:1], dtype=arithmetic(x.dtype), device=x.device)
-        total = None if residual is None else torch.empty_like(x)
+        y, rstd = empty_like(x), torch.empty(x.shape[:1], dtype=arithmetic(x.dtype), device=x.device)
+        total = None if residual is None else empty_like(x)
         _C.rms_norm_forward(x, None if residual is None else residual.contiguous(), weight, total, y, rstd, eps)
         ctx.save_for_backward(x if total is None else total, weight, rstd)
         ctx.set_materialize_grads(False)
@@ -86,7 +86,7 @@ class _RmsNorm(torch.autograd.Function):
         s, weight, rstd = ctx.saved_tensors
         if dy is None:  # only the sum was used
             return dsum, dsum, None, None
-        dx, dweight = torch.empty_like(s), _weight_gradient(weight, ctx.needs_input_grad[2])
+        dx, dweight = empty_like(s), _weight_gradient(weight, ctx.needs_input_grad[2])
         _C.rms_norm_backward(s, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dweight)
         dresidual = dx if ctx.needs_input_grad[1] else None
         return dx, dresidual, None if dweight is None else dweight.to(weight.dtype), None
@@ -96,7 +96,7 @@ class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y = empty_like(x)
         rstd = torch.empty(x.shape[:2], dtype=arithmetic(x.dtype), device=x.device)
         _C.qk_norm_rope_forward(x, weight, cos, sin, y, rstd, eps)
         ctx.save_for_backward(x, weight, cos, sin, rstd)
@@ -106,7 +106,7 @@ class _QkNormRope(torch.autograd.Function):
     @differentiable_once("qk_norm_rope")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), _weight_gradient(weight, ctx.needs_input_grad[1])
+        dx, dweight = empty_like(x), _weight_gradient(weight, ctx.needs_input_grad[1])
         _C.qk_norm_rope_backward(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight)
         return dx, None if dweight is None else dweight.to(weight.dtype), None, None, None
 
@@ -115,7 +115,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
+        y = empty_like(gate)
         _C.swiglu_forward(gate, up, y)
         ctx.save_for_backward(gate, up)
         return y
@@ -124,7 +124,7 @@ class _Swiglu(torch.autograd.Function):
     @differentiable_once("swiglu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = empty_like(gate), empty_like(up)
         _C.swiglu_backward(gate, up, dy.contiguous(), dgate, dup)
         return dgate, dup
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyqemb.data.batch import PackedBatch
+from pyqemb.model import qwen3
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.qwen3 import Qwen3Model
 from pyqemb.testing.tiny import tiny_config
@@ -146,6 +147,26 @@ def test_last_only_equals_the_full_pass(is_causal, layers):
     for name, grad in full_grads.items():
         assert (grad - short_grads[name]).abs().max() < 1e-11, name
         assert grad.abs().max() > 0, name
+
+
+@MASKS
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, last_only, monkeypatch):
+    model = random_model(tiny_config(is_causal=is_causal, num_hidden_layers=layers), torch.float64, deviation=0.3)
+    batch = PackedBatch.pack([[5, 5, 7, 5], [7], [], [9, 7, 5, 9, 5, 5]])
+    results = []
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(qwen3, "_distinct", lambda ids: (ids, None))
+        assert (qwen3._distinct(batch.input_ids_T)[1] is not None) == share
+        model.zero_grad()
+        rows = model(batch, last_only=last_only)
+        (rows * torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).view_as(rows)).sum().backward()
+        results.append([rows.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 5
+    for once, each in zip(*results, strict=True):
+        assert (once - each).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("last_only", [False, True])

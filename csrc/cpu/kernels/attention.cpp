@@ -89,16 +89,18 @@ void load_block(DType dtype, const void* from, int64_t first, int64_t token_stri
 // exp(scale * s - offset) over [0, count), zeros up to `padded`; returns the sum.
 template <class T>
 QEMB_INLINE T exponentiate(T* s, int64_t count, int64_t padded, T scale, T offset) {
+    const T factor = scale * kLog2E<T>;
+    const Vec<T> subtracted = splat<T>(offset * kLog2E<T>);
     Vec<T> sums{};
     int64_t j = 0;
     for (; j + kLanes<T> <= count; j += kLanes<T>) {
-        const Vec<T> e = exp<T>(load(s + j) * scale - offset);
+        const Vec<T> e = exp2<T>(load(s + j) * factor - subtracted);
         store(s + j, e);
         sums += e;
     }
     T sum = sum_lanes<T>(sums);
     if (j < count) {
-        Vec<T> e = exp<T>(load(s + j) * scale - offset);
+        Vec<T> e = exp2<T>(load(s + j) * factor - subtracted);
         for (int64_t lane = 0; lane < count - j; ++lane) {
             s[j + lane] = e[lane];
             sum += e[lane];

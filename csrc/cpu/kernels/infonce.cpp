@@ -283,13 +283,13 @@ class Run {
                                                                      : index - doc_tiles_ - query_tiles_;
         const bool of_queries = index >= doc_tiles_ && index < doc_tiles_ + query_tiles_;
         const int64_t count = of_queries ? queries_in(in_group) : documents_in(in_group);
-        const T inverse = static_cast<T>(1.0 / p_.temperature);
+        const T inverse = static_cast<T>(1.44269504088896340736 / p_.temperature);
         for (int64_t r = 0; r < count_; ++r) {
             T* values = panel_ + (index * rows_ + r) * kTile;
             for (int64_t j = count; j < round_up(count, kLanes<T>); ++j) values[j] = -kInfinity<T>;
             Vec<T> sum{};
             for (int64_t j = 0; j < count; j += kLanes<T>) {
-                const Vec<T> weight = exp<T>((load(values + j) - offset_[r]) * inverse);
+                const Vec<T> weight = exp2<T>((load(values + j) - offset_[r]) * inverse);
                 store(values + j, weight);
                 sum += weight;
             }

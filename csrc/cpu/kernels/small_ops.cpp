@@ -179,27 +179,33 @@ constexpr int64_t kStreamBytes = int64_t(16) << 20;  // a larger result does not
 template <class T>
 bool streams(DType dtype, const void* to, int64_t count) {
     return in_place<T>(dtype) && count * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
-           reinterpret_cast<uintptr_t>(to) % QEMB_VECTOR_BYTES == 0;
+           reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
-// Runs body(at, count, direct) over the elements; `direct` when whole vectors can be read and written where they lie.
+// Runs body(at, count, direct) over the elements; `direct` when whole lines can be read and written where they lie.
 template <class T, class Body>
 void for_each_run(DType dtype, int64_t total, Body body) {
     parallel_for(ceil_div(total, kBlockElements), [&](int64_t block) {
         for (int64_t at = block * kBlockElements; at < min_of((block + 1) * kBlockElements, total); at += kRun) {
             const int64_t count = min_of(kRun, total - at);
-            body(at, count, in_place<T>(dtype) && count % kLanes<T> == 0);
+            body(at, count, in_place<T>(dtype) && count % (64 / sizeof(T)) == 0);
         }
         finish_streams();
     });
 }
 
+constexpr int kLine = 64 / QEMB_VECTOR_BYTES;  // vectors of a cache line
+
+// A whole line at a time: a line that is streamed in parts may leave in parts, each a transfer of its own.
 template <bool kStream, class T>
-QEMB_INLINE void put(T* to, Vec<T> value) {
-    if constexpr (kStream)
-        stream(to, value);
-    else
-        store(to, value);
+QEMB_INLINE void put_line(T* to, const Vec<T>* values) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLine; ++i) {
+        if constexpr (kStream)
+            stream(to + i * kLanes<T>, values[i]);
+        else
+            store(to + i * kLanes<T>, values[i]);
+    }
 }
 
 template <class T>
@@ -211,9 +217,15 @@ QEMB_INLINE const T* run_of(DType dtype, const void* from, int64_t at, int64_t c
 
 template <bool kStream, class T>
 QEMB_INLINE void swiglu_run(const T* gate, const T* up, T* y, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-        const Vec<T> g = load(gate + i);
-        put<kStream, T>(y + i, g / (T(1) + exp<T>(-g)) * load(up + i));
+    for (int64_t i = 0; i < count; i += kLine * kLanes<T>) {
+        Vec<T> line[kLine];
+#pragma GCC unroll 4
+        for (int n = 0; n < kLine; ++n) {
+            const int64_t at = i + n * kLanes<T>;
+            const Vec<T> g = load(gate + at);
+            line[n] = g / (T(1) + exp<T>(-g)) * load(up + at);
+        }
+        put_line<kStream>(y + i, line);
     }
 }
 
@@ -235,11 +247,18 @@ void swiglu(const SwigluForward& p) {
 
 template <bool kStream, class T>
 QEMB_INLINE void swiglu_gradient_run(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-        const Vec<T> g = load(gate + i), d = load(dy + i);
-        const Vec<T> sigmoid = T(1) / (T(1) + exp<T>(-g)), silu = g * sigmoid;
-        put<kStream, T>(dup + i, d * silu);
-        put<kStream, T>(dgate + i, d * load(up + i) * (sigmoid + silu * (T(1) - sigmoid)));
+    for (int64_t i = 0; i < count; i += kLine * kLanes<T>) {
+        Vec<T> gate_line[kLine], up_line[kLine];
+#pragma GCC unroll 4
+        for (int n = 0; n < kLine; ++n) {
+            const int64_t at = i + n * kLanes<T>;
+            const Vec<T> g = load(gate + at), d = load(dy + at);
+            const Vec<T> sigmoid = T(1) / (T(1) + exp<T>(-g)), silu = g * sigmoid;
+            up_line[n] = d * silu;
+            gate_line[n] = d * load(up + at) * (sigmoid + silu * (T(1) - sigmoid));
+        }
+        put_line<kStream>(dup + i, up_line);
+        put_line<kStream>(dgate + i, gate_line);
     }
 }
 

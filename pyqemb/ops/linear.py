@@ -1,0 +1,44 @@
+"""x W^T with results in kept memory; the product itself is torch's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyqemb.ops.common import empty
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, differentiable.
+
+    Args:
+        x_TI: [T, I]. weight_OI: [O, I] of the same dtype; under autocast of any.
+
+    Returns:
+        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradient of x, is taken from the
+        blocks that earlier results have left: the page faults of fresh memory cost up to a fifth of the product.
+    """
+    plain = x_TI.device.type != "cpu" or x_TI.dim() != 2 or x_TI.dtype != weight_OI.dtype
+    if plain or torch.is_autocast_enabled("cpu"):
+        return F.linear(x_TI, weight_OI)
+    return _Linear.apply(x_TI, weight_OI)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out=empty((len(x), len(weight)), x.dtype, x.device))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            return dy @ weight, dy.T @ x
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, weight, out=empty(x.shape, x.dtype, x.device))
+        if ctx.needs_input_grad[1]:
+            dweight = torch.mm(dy.T, x, out=empty(weight.shape, weight.dtype, weight.device))
+        return dx, dweight
