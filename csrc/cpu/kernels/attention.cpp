@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kQueryBlock = 48;     // rows of a score tile, a multiple of every kTileRows
 constexpr int64_t kKeyBlock = 256;      // columns of a score tile
-constexpr int64_t kQueryChunk = 240;    // query tokens of a forward work item: long sequences are shared between threads
+constexpr int64_t kQueryChunk = 288;    // query tokens of a forward work item, at most: threads share long sequences
 constexpr int64_t kBackwardBlock = 96;  // rows of a backward tile; also a multiple of every kTileRows
 constexpr int64_t kKeyChunk = 1152;     // keys of a backward work item, at least; a multiple of two backward blocks
 constexpr int64_t kMaxChunks = 4;       // each chunk of keys of a long sequence keeps a dQ of its own until they are added
@@ -110,6 +110,19 @@ QEMB_INLINE T exponentiate(T* s, int64_t count, int64_t padded, T scale, T offse
     return sum;
 }
 
+// P = exp(scale * s - lse) in place of s and dS = scale * P * (dP - delta) in place of dP, zeros up to `padded`.
+template <class T>
+QEMB_INLINE void probabilities_and_gradients(T* s, T* dp, int64_t count, int64_t padded, T scale, T lse, T delta) {
+    const T factor = scale * kLog2E<T>;
+    const Vec<T> subtracted = splat<T>(lse * kLog2E<T>);
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+        const Vec<T> prob = exp2<T>(load(s + j) * factor - subtracted);
+        store(s + j, prob);
+        store(dp + j, (load(dp + j) - delta) * (prob * scale));
+    }
+    for (int64_t j = count; j < padded; ++j) s[j] = dp[j] = 0;
+}
+
 template <class T>
 QEMB_INLINE T row_max(const T* s, int64_t count) {
     Vec<T> best = splat<T>(-kInfinity<T>);
@@ -123,11 +136,16 @@ QEMB_INLINE T row_max(const T* s, int64_t count) {
     return result;
 }
 
+// Query tokens of one forward item: equal parts, for each of them packs all keys.
+QEMB_INLINE int64_t query_chunk(const Lengths& len) {
+    return round_up(ceil_div(len.num_q, max_of<int64_t>(1, ceil_div(len.num_q, kQueryChunk))), 16);
+}
+
 template <class T>
 void forward_item(const AttentionForward& p, const Item& item) {
     const Lengths len(p, item.seq);
     const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim, padded = round_up(dim, kLanes<T>);
-    const int64_t tokens = min_of(kQueryChunk, len.num_q - item.start), rows = tokens * group;
+    const int64_t tokens = min_of(query_chunk(len), len.num_q - item.start), rows = tokens * group;
     const int64_t max_keys = round_up(min_of(kKeyBlock, len.num_k), kLanes<T>);
 
     // Rows are (head of the group, token): one block of keys serves them all.
@@ -268,6 +286,16 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
     const T scale = static_cast<T>(p.scale);
     for (int64_t i = 0; i < num_k * padded; ++i) dk[i] = dv[i] = 0;
 
+    const auto pack_keys = [&](int64_t token, int64_t keys) {
+        load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
+                   keys, dim, block);
+        pack_transposed(block, dim, keys, dim, vt_panels);
+        load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
+                   keys, dim, block);
+        pack_transposed(block, dim, keys, dim, kt_panels);
+        pack_rows(block, dim, keys, dim, k_panels);
+    };
+
     for (int64_t g = 0; g < group && num_q > 0; ++g) {
         const int64_t head = item.head * group + g, packed_row = p.num_heads * dim;
         // Load Q, dO; delta = rowsum(dO * O).
@@ -284,13 +312,7 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
         for (int64_t key = 0; key < num_k; key += 2 * kBackwardBlock) {
             const int64_t keys = min_of(2 * kBackwardBlock, num_k - key), width = round_up(keys, kLanes<T>);
             const int64_t token = first_key + key;
-            load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
-                       keys, dim, block);
-            pack_transposed(block, dim, keys, dim, vt_panels);
-            load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
-                       keys, dim, block);
-            pack_transposed(block, dim, keys, dim, kt_panels);
-            pack_rows(block, dim, keys, dim, k_panels);
+            if (g == 0 || num_k > keys) pack_keys(token, keys);
 
             for (int64_t row = 0; row < num_q; row += kBackwardBlock) {
                 const int64_t rows = min_of(kBackwardBlock, num_q - row);
@@ -299,13 +321,9 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
                 gemm(rows, keys, dim, by_rows(q + row * dim, dim), kt_panels, probs, width, false);
                 gemm(rows, keys, dim, by_rows(dout + row * dim, dim), vt_panels, dscores, width, false);
                 for (int64_t r = 0; r < rows; ++r) {
-                    T* prob = probs + r * width;
-                    T* ds = dscores + r * width;
                     const int64_t seen = max_of<int64_t>(0, min_of(keys, len.visible(row + r) - token));
-                    exponentiate(prob, seen, width, scale, lse[row + r]);
-                    // dS = scale P (dP - delta)
-                    for (int64_t j = 0; j < seen; ++j) ds[j] = scale * prob[j] * (ds[j] - delta[row + r]);
-                    for (int64_t j = seen; j < width; ++j) ds[j] = 0;
+                    probabilities_and_gradients(probs + r * width, dscores + r * width, seen, width, scale, lse[row + r],
+                                                delta[row + r]);
                 }
                 pack_rows(q + row * dim, dim, rows, dim, q_panels);
                 pack_rows(dout + row * dim, dim, rows, dim, dout_panels);
@@ -343,9 +361,10 @@ void forward(const AttentionForward& p) {
     const Items items([&](const auto& emit) {
         for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
             const Lengths len(p, seq);
-            for (int64_t start = 0; start < len.num_q; start += kQueryChunk)
+            const int64_t chunk = query_chunk(len);
+            for (int64_t start = 0; start < len.num_q; start += chunk)
                 for (int64_t head = 0; head < p.num_kv_heads; ++head)
-                    emit(Item{seq, head, start, min_of(kQueryChunk, len.num_q - start) * max_of<int64_t>(len.num_k, 1)});
+                    emit(Item{seq, head, start, min_of(chunk, len.num_q - start) * max_of<int64_t>(len.num_k, 1)});
         }
     });
     parallel_for(items.count, [&](int64_t i) { forward_item<T>(p, items.data[i]); });

@@ -80,7 +80,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Left<T> a, const T* panels, T* c, int
     }
     for (int64_t k = 0; k < K; k += kDepth, a.data += kDepth * a.column) {
         const int64_t depth = min_of(kDepth, K - k);
-        for (int64_t n = 0; n < N; n += kPanel<T>) {
+        for (int64_t n = 0; n < N; n += panel_width<T>(n, N)) {
             const int64_t width = panel_width<T>(n, N);
             choose_width<T>(width, M, depth, a, panels + n * K + k * width, c + n, c_row, accumulate || k > 0);
         }

@@ -20,10 +20,13 @@ template <class T>
 QEMB_INLINE int64_t panel_size(int64_t depth, int64_t columns) {
     return depth * round_up(columns, kLanes<T>);
 }
-// Columns of the panel that starts at `start`.
+// Columns of the panel that starts at `start`. The last two share what is left where one of a single vector would remain: that
+// tile waits for its own sums.
 template <class T>
 QEMB_INLINE int64_t panel_width(int64_t start, int64_t columns) {
-    return min_of<int64_t>(kPanel<T>, round_up(columns - start, kLanes<T>));
+    const int64_t left = round_up(columns - start, kLanes<T>);
+    if (kTileVectors > 2 && left == kPanel<T> + kLanes<T>) return kPanel<T> - kLanes<T>;
+    return min_of<int64_t>(kPanel<T>, left);
 }
 
 // A as the tile reads it: element (m, k) at data[m / kTileRows * tile + m % kTileRows * row + k * column].
@@ -90,32 +93,34 @@ QEMB_INLINE void transpose(Vec<T>* rows) {
 template <class T>
 inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, int64_t depth, T* panels) {
     constexpr int kSide = kLanes<T>;
-    for (int64_t start = 0; start < columns; start += kSide) {
-        const int64_t first = start / kPanel<T> * kPanel<T>, stride = panel_width<T>(first, columns);
-        T* panel = panels + first * depth + start - first;
-        const T* source = rows + start * row_stride;
-        const int64_t width = min_of<int64_t>(kSide, columns - start);
-        int64_t k = 0;
-        if (width == kSide) {
-            for (; k + kSide <= depth; k += kSide) {
-                Vec<T> square[kSide];
+    for (int64_t first = 0; first < columns; first += panel_width<T>(first, columns)) {
+        const int64_t stride = panel_width<T>(first, columns);
+        for (int64_t start = first; start < first + stride; start += kSide) {
+            T* panel = panels + first * depth + start - first;
+            const T* source = rows + start * row_stride;
+            const int64_t width = min_of<int64_t>(kSide, columns - start);
+            int64_t k = 0;
+            if (width == kSide) {
+                for (; k + kSide <= depth; k += kSide) {
+                    Vec<T> square[kSide];
 #pragma GCC unroll 16
-                for (int i = 0; i < kSide; ++i) square[i] = load(source + i * row_stride + k);
-                transpose<T>(square);
+                    for (int i = 0; i < kSide; ++i) square[i] = load(source + i * row_stride + k);
+                    transpose<T>(square);
 #pragma GCC unroll 16
-                for (int i = 0; i < kSide; ++i) store(panel + (k + i) * stride, square[i]);
+                    for (int i = 0; i < kSide; ++i) store(panel + (k + i) * stride, square[i]);
+                }
             }
+            for (; k < depth; ++k)
+                for (int64_t n = 0; n < kSide; ++n) panel[k * stride + n] = n < width ? source[n * row_stride + k] : T(0);
         }
-        for (; k < depth; ++k)
-            for (int64_t n = 0; n < kSide; ++n) panel[k * stride + n] = n < width ? source[n * row_stride + k] : T(0);
     }
 }
 
 // B[k][n] = rows[k * row_stride + n] * (scale ? scale[k] : 1)
 template <class T>
 inline void pack_rows(const T* rows, int64_t row_stride, int64_t depth, int64_t columns, T* panels, const T* scale = nullptr) {
-    for (int64_t start = 0; start < columns; start += kPanel<T>) {
-        const int64_t stride = panel_width<T>(start, columns), width = min_of<int64_t>(kPanel<T>, columns - start);
+    for (int64_t start = 0; start < columns; start += panel_width<T>(start, columns)) {
+        const int64_t stride = panel_width<T>(start, columns), width = min_of<int64_t>(stride, columns - start);
         for (int64_t k = 0; k < depth; ++k) {
             const T* source = rows + k * row_stride + start;
             const T factor = scale ? scale[k] : T(1);
