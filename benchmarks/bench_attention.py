@@ -60,8 +60,11 @@ def named(shape, dtype):
     return f"{shape[0]}/{shape[1]} x {shape[2]} {str(dtype).removeprefix('torch.')}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+# torch's bfloat16 takes half a minute for a long case, so it has one shape and one round.
+SHAPES_AND_TYPES = [(SHAPES[0], torch.float32), (SHAPES[1], torch.float32), (SHAPES[0], torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_heavy_tailed_mix(compare, shape, dtype):
     lengths = mix()
     compare(
@@ -71,21 +74,20 @@ def test_heavy_tailed_mix(compare, shape, dtype):
             "SDPA, padded by 32": sdpa([lengths[i : i + 32] for i in range(0, len(lengths), 32)], shape, dtype),
             "SDPA, one by one": sdpa([[n] for n in lengths], shape, dtype),
         },
-        rounds=5 if dtype == torch.float32 else 3,
+        rounds=3 if dtype == torch.float32 else 1,
         gflop=gflop(lengths, shape[0], shape[2], 7),
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [64, 128, 256, 512, 1024, 2048])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_TYPES)
 def test_one_length(compare, shape, length, dtype):
     lengths = [length] * (TOKENS // length)
     compare(
         f"fwd+bwd, {length}, {named(shape, dtype)}",
         packed(lengths, shape, dtype),
         {"SDPA, dense": sdpa([lengths], shape, dtype)},
-        rounds=7 if dtype == torch.float32 else 3,
+        rounds=9 if dtype == torch.float32 else 1,
         gflop=gflop(lengths, shape[0], shape[2], 7),
     )
 
@@ -102,5 +104,6 @@ def test_forward(compare, length):
         f"fwd, {length}, {named(SHAPES[0], torch.float32)}",
         lambda: ops.varlen_attention(q, k, v, cu),
         {"SDPA, dense": lambda: F.scaled_dot_product_attention(q4, k4, v4, enable_gqa=True)},
+        rounds=15,
         gflop=gflop(lengths, heads, dim, 2),
     )

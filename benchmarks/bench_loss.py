@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
 from pyqemb import ops
 from pyqemb.testing import reference
+from pyqemb.testing.tiny import tiny_embedder
 
 
 def unit(count, dim):
@@ -41,9 +43,15 @@ def test_info_nce_huge(compare):
     )  # fmt: skip
 
 
-def theirs(batch, queries, documents):
+@pytest.fixture(scope="module")
+def their_model(tmp_path_factory):
+    """Their loss asks its model for nothing here but what kind it is."""
+    return SentenceTransformer(str(tiny_embedder().save_pretrained(tmp_path_factory.mktemp("model"))), device="cpu")
+
+
+def theirs(model, batch, queries, documents):
     """Loss and gradients as one call of their gradient cache makes them, in mini-batches of `batch`."""
-    loss = CachedMultipleNegativesRankingLoss(None, mini_batch_size=batch)
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=batch)
 
     def run():
         parts = [[part.detach().requires_grad_() for part in x.split(batch)] for x in (queries, documents)]
@@ -53,18 +61,18 @@ def theirs(batch, queries, documents):
     return run
 
 
-def test_loss_stage(compare):
+def test_loss_stage(compare, their_model):
     count, dim = 4096, 1024
-    queries, documents, positive = unit(count, dim).detach(), unit(count, dim).detach(), torch.arange(count)
+    queries, documents, positive = unit(count, dim), unit(count, dim), torch.arange(count)
     compare(
         f"loss stage of a cached step, N = {count}, d = {dim}",
         lambda: gradients(
             lambda q, d: ops.info_nce(q, d, positive, owner=positive, preset="mnrl", temperature=0.05),
-            queries.requires_grad_(), documents.requires_grad_(),
+            queries, documents,
         ),
         {
-            "sentence-transformers, default (32)": theirs(32, queries.detach(), documents.detach()),
-            "sentence-transformers, best (1024)": theirs(1024, queries.detach(), documents.detach()),
+            f"sentence-transformers, {name}": theirs(their_model, size, queries, documents)
+            for name, size in {"default (32)": 32, "256": 256, "1024": 1024, "4096": 4096}.items()
         },
         rounds=3, gflop=6 * count * count * dim / 1e9,
     )  # fmt: skip

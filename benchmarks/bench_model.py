@@ -82,18 +82,18 @@ def padded_encode(model, tokenizer, texts, batch):
 
 
 def test_encode(compare, words, folder, ours, theirs):
-    lengths = heavy_tailed(64, median=100) + heavy_tailed(64, median=16, seed=1)
+    lengths = heavy_tailed(32, median=100) + heavy_tailed(32, median=16, seed=1)
     texts = texts_of(words, ours.tokenizer, lengths)
     real = [len(ids) for ids in ours.tokenizer.encode_documents(texts)]
     assert np.abs(ours.encode(texts) - theirs.encode(texts, normalize_embeddings=True)).max() < 1e-5
-    peers = {f"sentence-transformers, batch {size}": size for size in (8, 16, 32, 64)}
+    peers = {f"sentence-transformers, batch {size}": size for size in (1, 2, 4, 8, 16, 32)}
     model = Qwen3Model.from_pretrained(folder)
     compare(
         f"encode, heavy-tailed, {len(texts)} texts, {sum(real)} tokens, four 0.6B layers",
         lambda: ours.encode(texts),
         {
             **{name: lambda size=size: theirs.encode(texts, batch_size=size) for name, size in peers.items()},
-            "transformers, padded by 32": padded_encode(model, ours.tokenizer, texts, 32),
+            "transformers, padded by 8": padded_encode(model, ours.tokenizer, texts, 8),
         },
         rounds=3,
         gflop=flops(real, ours.config, ours.config.num_hidden_layers),
@@ -102,7 +102,7 @@ def test_encode(compare, words, folder, ours, theirs):
 
 def test_cached_step(compare, words, ours, theirs):
     """Loss and gradients of all weights; no optimizer. The same weights, texts and loss (multiple negatives ranking)."""
-    count, budget = 32, 1024
+    count, budget = 24, 2048
     sides = [
         texts_of(words, ours.tokenizer, heavy_tailed(count, median=median, seed=seed), seed)
         for seed, median in enumerate((16, 100))
@@ -130,7 +130,9 @@ def test_cached_step(compare, words, ours, theirs):
         return run
 
     peers = {
-        "sentence-transformers, default": their_step(),
+        "sentence-transformers, default (32)": their_step(),
+        "sentence-transformers, 4": their_step(mini_batch_size=4),
+        "sentence-transformers, 512 tokens": their_step(mini_batch_num_tokens=512),
         f"sentence-transformers, {budget} tokens": their_step(mini_batch_num_tokens=budget),
     }
     assert abs(float(our_step()) - float(peers[f"sentence-transformers, {budget} tokens"]())) < 1e-3

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from pyqemb import ops
+from pyqemb.testing.cases import cu_seqlens, heavy_tailed
 
 TOKENS, EMBED, FFN, HEADS, DIM = 8192, 1024, 3072, 16, 128
 
@@ -56,3 +57,21 @@ def test_qk_norm_rope(compare):
         compare, f"qk_norm_rope, {TOKENS} x {HEADS} x {DIM}", lambda x, w: ops.qk_norm_rope(x, w, cos, sin), theirs,
         tensors, 5,
     )  # fmt: skip
+
+
+def test_last_token_pool(compare):
+    lengths = heavy_tailed(1024, median=16)
+    cu, weight = cu_seqlens(lengths), torch.ones(EMBED, requires_grad=True)
+    hidden, dout = torch.randn(sum(lengths), EMBED, requires_grad=True), torch.ones(len(lengths), EMBED)
+    ends = cu[1:].long() - 1
+
+    def theirs(x, w):
+        x = w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        return F.normalize(x[ends], dim=-1)
+
+    compare(
+        f"last_token_pool with the final norm, {len(lengths)} of {sum(lengths)} tokens x {EMBED}, fwd+bwd",
+        lambda: gradients(lambda x, w: ops.last_token_pool(x, cu, norm_weight=w), (hidden, weight), dout),
+        {"torch eager": lambda: gradients(theirs, (hidden, weight), dout)},
+        gbyte=4 * hidden.numel() / 1e9,
+    )

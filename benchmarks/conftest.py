@@ -34,13 +34,17 @@ def pytest_configure(config):
 
 @pytest.fixture
 def compare(benchmark, request):
-    """bench.compare(...), recorded under the file's name. pytest-benchmark times our side once more for its own report."""
+    """bench.compare(...), recorded under the file's name; pytest-benchmark times ours, the peers run in its set-up."""
+
+    def clock(ours, before, rounds):
+        benchmark.pedantic(ours, setup=before, rounds=rounds)
+        return list(benchmark.stats.stats.data)
 
     def run(case, ours, peers, **options):
-        found = bench.compare(request.node.path.stem.removeprefix("bench_"), case, ours, peers, **options)
+        family = request.node.path.stem.removeprefix("bench_")
+        found = bench.compare(family, case, ours, peers, clock=clock, **options)
         _FOUND.append(found)
         benchmark.extra_info.update({f"ratio to {peer}": found.ratio(peer) for peer in peers})
-        benchmark.pedantic(ours, rounds=1)
         return found
 
     return run
@@ -56,8 +60,8 @@ def pytest_terminal_summary(terminalreporter, config):
     results.mkdir(parents=True, exist_ok=True)
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     text = (
-        f"# `make bench`, {date.today()}\n\n{facts}.\n\nMedians of interleaved rounds in one process; a ratio says how many times"
-        " as long the peer takes. Extra memory is the growth of the process during one call. The ceiling is a large float32"
+        f"# `make bench`, {_C.current_isa()}, {date.today()}\n\n{facts}.\n\nMedians of interleaved rounds in one process; a ratio says how many times"
+        " as long the peer takes. Extra memory is the growth of the process during the first call. The ceiling is a large float32"
         f" matrix product (GFLOP/s) or copy (GB/s), timed between the rounds.\n\n{table}\n"
     )
     (results / f"{name}.md").write_text(text)

@@ -1,16 +1,19 @@
 """Timing against peers: all in one process, interleaved, so that a busy machine slows all alike."""
 
+import ctypes
 import gc
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from pyqemb import _C
 
 Work = Callable[[], object]
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -67,6 +70,10 @@ HEADER = (
 )
 
 
+# (ours, before each round, rounds) -> seconds of ours in each round
+Clock = Callable[[Work, Callable[[], None], int], list[float]]
+
+
 def compare(
     family: str,
     case: str,
@@ -76,28 +83,50 @@ def compare(
     rounds: int = 7,
     gflop: float = 0.0,
     gbyte: float = 0.0,
+    clock: Clock | None = None,
 ) -> Comparison:
-    """Call ours, every peer and the ceiling in turn, `rounds` times after one warm-up; medians. Memory has a call of its own."""
-    names = ["", *peers]
-    works = [ours, *peers.values()]
+    """Each round calls the ceiling, every peer and ours; medians. A first call warms up and shows the memory."""
     ceiling, amount = _copy() if gbyte else _gemm()
-    samples: list[list[float]] = [[] for _ in [*works, ceiling]]
-    for measured in range(-1, rounds):
-        for work, times in zip([*works, ceiling], samples, strict=True):
-            start = time.perf_counter()
-            work()
-            if measured >= 0:
-                times.append(time.perf_counter() - start)
-    medians = [statistics.median(times) for times in samples]
-    timings = [Timing(medians[i], peak_bytes(work)) for i, work in enumerate(works)]
+    extra = {name: peak_bytes(work) for name, work in {"": ours, **peers}.items()}
+    others = {"": ceiling, **peers}
+    samples: dict[str, list[float]] = {name: [] for name in others}
+    ceiling()
+
+    def others_round() -> None:
+        for name, work in others.items():
+            samples[name].append(_seconds(work))
+
+    own = (clock or _alternate)(ours, others_round, rounds)
+    medians = {name: statistics.median(times) for name, times in samples.items()}
     return Comparison(
-        family, case, timings[0], dict(zip(names[1:], timings[1:], strict=True)), amount / medians[-1], gflop, gbyte
-    )
+        family, case, Timing(statistics.median(own), extra[""]),
+        {name: Timing(medians[name], extra[name]) for name in peers}, amount / medians[""], gflop, gbyte,
+    )  # fmt: skip
+
+
+def _alternate(ours: Work, before: Callable[[], None], rounds: int) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        before()
+        times.append(_seconds(ours))
+    return times
+
+
+def _seconds(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def peak_bytes(work: Work) -> int:
-    """How far the resident memory of the process rises above its start while `work` runs; sampled, Linux only (0 elsewhere)."""
+    """How far the resident memory of the process rises above its start while `work` runs; sampled, Linux only (0 elsewhere).
+
+    Memory that earlier work has freed but not given back is given back first, or it would hide what this work needs.
+    """
     gc.collect()
+    _C.release_kept()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with _sampled() as peak:
         work()
     return peak[1] - peak[0]

@@ -287,11 +287,11 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
     for (int64_t i = 0; i < num_k * padded; ++i) dk[i] = dv[i] = 0;
 
     const auto pack_keys = [&](int64_t token, int64_t keys) {
-        load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride,
-                   keys, dim, block);
+        load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride, keys,
+                   dim, block);
         pack_transposed(block, dim, keys, dim, vt_panels);
-        load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride,
-                   keys, dim, block);
+        load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride, keys,
+                   dim, block);
         pack_transposed(block, dim, keys, dim, kt_panels);
         pack_rows(block, dim, keys, dim, k_panels);
     };
