@@ -86,7 +86,7 @@ def test_encode(compare, words, folder, ours, theirs):
     texts = texts_of(words, ours.tokenizer, lengths)
     real = [len(ids) for ids in ours.tokenizer.encode_documents(texts)]
     assert np.abs(ours.encode(texts) - theirs.encode(texts, normalize_embeddings=True)).max() < 1e-5
-    peers = {f"sentence-transformers, batch {size}": size for size in (1, 2, 4, 8, 16, 32)}
+    peers = {f"sentence-transformers, batch {size}": size for size in (2, 4, 8, 16)}
     model = Qwen3Model.from_pretrained(folder)
     compare(
         f"encode, heavy-tailed, {len(texts)} texts, {sum(real)} tokens, four 0.6B layers",
@@ -95,14 +95,14 @@ def test_encode(compare, words, folder, ours, theirs):
             **{name: lambda size=size: theirs.encode(texts, batch_size=size) for name, size in peers.items()},
             "transformers, padded by 8": padded_encode(model, ours.tokenizer, texts, 8),
         },
-        rounds=3,
+        rounds=2,
         gflop=flops(real, ours.config, ours.config.num_hidden_layers),
     )
 
 
 def test_cached_step(compare, words, ours, theirs):
     """Loss and gradients of all weights; no optimizer. The same weights, texts and loss (multiple negatives ranking)."""
-    count, budget = 24, 2048
+    count, budget = 16, 1024
     sides = [
         texts_of(words, ours.tokenizer, heavy_tailed(count, median=median, seed=seed), seed)
         for seed, median in enumerate((16, 100))
@@ -132,12 +132,16 @@ def test_cached_step(compare, words, ours, theirs):
     peers = {
         "sentence-transformers, default (32)": their_step(),
         "sentence-transformers, 4": their_step(mini_batch_size=4),
-        "sentence-transformers, 512 tokens": their_step(mini_batch_num_tokens=512),
         f"sentence-transformers, {budget} tokens": their_step(mini_batch_num_tokens=budget),
     }
-    assert abs(float(our_step()) - float(peers[f"sentence-transformers, {budget} tokens"]())) < 1e-3
+    losses = {}
+
+    def kept(name, step):
+        return lambda: losses.update({name: float(step())})
+
     lengths = [len(ids) for side in sequences for ids in side]
     compare(
-        f"cached step, {count} pairs, {sum(lengths)} tokens, four 0.6B layers", our_step, peers,
-        rounds=1, gflop=4 * flops(lengths, ours.config, ours.config.num_hidden_layers),
+        f"cached step, {count} pairs, {sum(lengths)} tokens, four 0.6B layers",
+        kept("ours", our_step), {name: kept(name, step) for name, step in peers.items()}, rounds=1, gflop=4 * flops(lengths, ours.config, ours.config.num_hidden_layers),
     )  # fmt: skip
+    assert max(losses.values()) - min(losses.values()) < 1e-3
