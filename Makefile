@@ -49,7 +49,7 @@ test-cpp: $(VENV)/test.stamp
 
 # ISA=avx2 holds us and torch to AVX2 on a wider machine.
 bench: $(VENV)/test.stamp
-	$(if $(ISA),ATEN_CPU_CAPABILITY=$(ISA) MKL_ENABLE_INSTRUCTIONS=$(ISA) ONEDNN_MAX_CPU_ISA=$(ISA)) \
+	$(if $(ISA),ATEN_CPU_CAPABILITY=$(ISA) MKL_ENABLE_INSTRUCTIONS=$(shell echo $(ISA) | tr a-z A-Z) ONEDNN_MAX_CPU_ISA=$(ISA)) \
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-only --quiet $(if $(ISA),--isa $(ISA))
 
 fix: $(VENV)/dev.stamp

@@ -39,6 +39,11 @@ class Blocks {
         } else {
             keep_at_most(std::max(most_used_, used_ + size) - used_ - size);
             block = {map(size), size};
+            if (!block.data) {
+                keep_at_most(0);
+                block.data = map(size);
+            }
+            if (!block.data) throw std::bad_alloc();
         }
         sizes_.emplace(block.data, block.size);
         used_ += block.size;
@@ -77,7 +82,7 @@ class Blocks {
     static void* map(size_t size) {
         // Mapped with a page to spare, so that the block can start at a huge page; the rest goes back at once.
         void* wide = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (wide == MAP_FAILED) throw std::bad_alloc();
+        if (wide == MAP_FAILED) return nullptr;
         char* const begin = static_cast<char*>(wide);
         const size_t skip = (kPage - reinterpret_cast<uintptr_t>(wide) % kPage) % kPage;
         if (skip) munmap(begin, skip);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyqemb.ops.common import empty
+from pyqemb.ops.common import checked, empty
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -16,13 +16,22 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         x_TI: [T, I]. weight_OI: [O, I] of the same dtype; under autocast of any.
 
     Returns:
-        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradient of x, is taken from the
+        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradients, is taken from the
         blocks that earlier results have left: the page faults of fresh memory cost up to a fifth of the product.
+
+    Raises:
+        TypeError: not a tensor, or two dtypes without autocast. ValueError: shapes that do not fit.
     """
-    plain = x_TI.device.type != "cpu" or x_TI.dim() != 2 or x_TI.dtype != weight_OI.dtype
-    if plain or torch.is_autocast_enabled("cpu"):
+    for name, value in (("x", x_TI), ("weight", weight_OI)):
+        if checked("linear", name, value).dim() != 2:
+            raise ValueError(f"[linear] {name} must have two dimensions, got shape {list(value.shape)}")
+    if x_TI.shape[1] != weight_OI.shape[1]:
+        raise ValueError(f"[linear] x and weight must share their inputs, got {x_TI.shape[1]} and {weight_OI.shape[1]}")
+    if torch.is_autocast_enabled(x_TI.device.type):
         return F.linear(x_TI, weight_OI)
-    return _Linear.apply(x_TI, weight_OI)
+    if x_TI.dtype != weight_OI.dtype:
+        raise TypeError(f"[linear] weight must have the dtype of x, {x_TI.dtype}, got {weight_OI.dtype}")
+    return _Linear.apply(x_TI, weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI, weight_OI)
 
 
 class _Linear(torch.autograd.Function):

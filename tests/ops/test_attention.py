@@ -119,6 +119,32 @@ def test_reads_slices_of_one_projection():
     )
 
 
+def test_inputs_are_left_as_they_were():
+    tensors, cu, cu_k = inputs(ATTENTION_CASES[2], torch.float32)
+    before = [x.detach().clone() for x in (*tensors, cu)]
+    ops.varlen_attention(*tensors, cu, causal=True).sum().backward()
+    with pytest.raises(ValueError):
+        ops.varlen_attention(*tensors, cu[:-1], causal=True)
+    assert all(torch.equal(x, y) for x, y in zip((*tensors, cu), before, strict=True))
+
+
+def test_exponents_over_their_whole_range():
+    """One key far below the other: its weight falls through every power of two, to zero and never below."""
+    gaps = torch.cat([torch.linspace(0, 104, 1601), torch.tensor([150.0, 1e4, 1e30])])
+    keys = torch.zeros(2 * len(gaps), 1, 8)
+    keys[1::2, 0, 0] = -gaps
+    values = torch.zeros_like(keys)
+    values[1::2] = 1.0
+    cu_k = cu_seqlens((2,) * len(gaps))
+    out = ops.varlen_attention(
+        torch.ones(len(gaps), 1, 8), keys, values, cu_seqlens((1,) * len(gaps)), cu_seqlens_k=cu_k, scale=1.0
+    )[:, 0, 0]
+    truth = torch.sigmoid(-gaps.double())
+    # An exponent of size x is rounded by 2^-24 x, and its power with it.
+    assert ((out - truth).abs() <= (4e-7 + 1.2e-7 * gaps.double()) * truth + 2e-38).all()
+    assert (out[-3:] == 0).all()
+
+
 def test_large_scores_do_not_overflow():
     q = torch.full((4, 1, 8), 100.0)
     out = ops.varlen_attention(q, q, q, cu_seqlens((4,)), scale=1.0)

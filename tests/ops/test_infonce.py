@@ -59,7 +59,7 @@ def test_equals_the_dense_formula(preset, doc_mask):
         assert relative(actual, exact) < 1e-11
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 5, 3), (5, 5, 100), (97, 256, 33), (385, 257, 40), (400, 700, 130)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 5, 3), (5, 5, 100), (97, 256, 33), (385, 257, 40), (400, 1100, 130)])
 def test_shapes_around_the_panels(shape):
     num_queries, num_documents, dim = shape
     data = batch(num_queries, max(num_documents, 41), dim)
@@ -132,6 +132,22 @@ def test_stats():
     _, stats = ops.info_nce(queries, documents, positive, owner=owner, document_ids=ids, return_stats=True)
     assert stats["positive"] == pytest.approx(float((queries * documents[positive]).sum(1).mean()))
     assert stats["negative"] < stats["positive"] and 0 < stats["masked"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_stats_count_every_candidate(dtype):
+    """Whole tiles of strangers are masked by vectors, the others one by one; the counts must not tell them apart."""
+    queries, documents, positive, owner, ids = batch(60, 1100)
+    queries, documents = queries.to(dtype), documents.to(dtype)
+    scores = queries @ documents.T
+    limit = scores.gather(1, positive[:, None]) + 0.1
+    candidate = torch.arange(1100)[None] != positive[:, None]
+    dropped = candidate & ((scores > limit) | (ids[None] == ids[positive][:, None]))
+    _, stats = ops.info_nce(
+        queries, documents, positive, owner=owner, document_ids=ids, preset="qwen3_stage2", return_stats=True
+    )
+    assert stats["masked"] == pytest.approx(float(dropped.sum() / candidate.sum()), rel=1e-12)
+    assert stats["negative"] == pytest.approx(float(scores[candidate & ~dropped].double().mean()), rel=1e-4)
 
 
 def test_gradcheck():

@@ -41,9 +41,18 @@ def test_autocast_is_torchs():
         assert ops.linear(x, weight).dtype == torch.bfloat16
 
 
-def test_shapes_that_do_not_fit():
-    with pytest.raises(RuntimeError):
-        ops.linear(torch.zeros(3, 4), torch.zeros(5, 6))
+@pytest.mark.parametrize(
+    ("x", "weight", "error", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(5, 6), ValueError, "share their inputs, got 4 and 6"),
+        (torch.zeros(4), torch.zeros(5, 4), ValueError, r"x must have two dimensions, got shape \[4\]"),
+        (torch.zeros(3, 4), torch.zeros(5, 4).double(), TypeError, "weight must have the dtype of x"),
+        ([1.0], torch.zeros(5, 4), TypeError, "x must be a torch.Tensor"),
+    ],
+)
+def test_bad_arguments_are_named(x, weight, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear(x, weight)
 
 
 def large(count=2 << 20):
