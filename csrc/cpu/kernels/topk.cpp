@@ -8,7 +8,7 @@
 namespace qemb::cpu::QEMB_ISA {
 namespace {
 
-constexpr int64_t kQueryBlock = 96;
+constexpr int64_t kQueryBlock = 192;  // documents are packed once for each block
 constexpr int64_t kDocumentBlock = 256;
 constexpr int64_t kItems = 64;      // aim for at least so many work items
 constexpr int64_t kMinSpan = 4096;  // documents of a work item, at least
@@ -99,14 +99,28 @@ void search_span(const TopK& p, int64_t first, int64_t begin, int64_t end, Found
     for (int64_t row = 0; row < rows; ++row) heaps[row] = Heap{found + row * p.k, 0, p.k};
     for (int64_t document = begin; document < end; document += kDocumentBlock) {
         const int64_t count = min_of(kDocumentBlock, end - document);
-        load_row(p.dtype, p.documents, document * p.dim, block, count * p.dim);
-        pack_transposed(block, p.dim, count, p.dim, panels);
+        const T* rows_here = static_cast<const T*>(p.documents) + document * p.dim;
+        if (size_of(p.dtype) != sizeof(T)) {
+            load_row(p.dtype, p.documents, document * p.dim, block, count * p.dim);
+            rows_here = block;
+        }
+        pack_transposed(rows_here, p.dim, count, p.dim, panels);
         gemm(rows, count, p.dim, by_rows(q, p.dim), panels, scores, kDocumentBlock, false);
         for (int64_t row = 0; row < rows; ++row) {
             Heap& heap = heaps[row];
             const T* s = scores + row * kDocumentBlock;
             const float ceiling = p.ceiling ? p.ceiling[first + row] : kInfinity<float>;
             for (int64_t j = 0; j < count; ++j) {
+                // Most vectors of scores hold nothing for a full heap.
+                if (heap.size == p.k && j + kLanes<T> <= count) {
+                    const auto better = load(s + j) >= static_cast<T>(heap.data[0].score);
+                    int64_t any = 0;
+                    for (int lane = 0; lane < kLanes<T>; ++lane) any |= better[lane];
+                    if (!any) {
+                        j += kLanes<T> - 1;
+                        continue;
+                    }
+                }
                 const float score = static_cast<float>(s[j]);
                 if (heap.size == p.k && !(score >= heap.data[0].score)) continue;
                 if (!(score <= ceiling) || (p.num_exclude && excluded(p, first + row, document + j))) continue;
