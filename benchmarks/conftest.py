@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from datetime import date
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Hazard: torch.compile's cache does not tell instruction sets apart; code of another one has corrupted the heap.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     isa = config.getoption("--isa")
     if isa is not None:
         _C.set_isa(isa)
