@@ -142,6 +142,9 @@ def test_cached_step(compare, words, ours, theirs):
     lengths = [len(ids) for side in sequences for ids in side]
     compare(
         f"cached step, {count} pairs, {sum(lengths)} tokens, four 0.6B layers",
-        kept("ours", our_step), {name: kept(name, step) for name, step in peers.items()}, rounds=1, gflop=4 * flops(lengths, ours.config, ours.config.num_hidden_layers),
-    )  # fmt: skip
+        kept("ours", our_step),
+        {name: kept(name, step) for name, step in peers.items()},
+        rounds=1,
+        gflop=4 * flops(lengths, ours.config, ours.config.num_hidden_layers),
+    )
     assert max(losses.values()) - min(losses.values()) < 1e-3

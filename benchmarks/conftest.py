@@ -27,7 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # Hazard: torch.compile's cache does not tell instruction sets apart; code of another one has corrupted the heap.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    cache = tempfile.TemporaryDirectory()
+    config.add_cleanup(cache.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     isa = config.getoption("--isa")
     if isa is not None:
         _C.set_isa(isa)
@@ -63,8 +65,8 @@ def pytest_terminal_summary(terminalreporter, config):
     results.mkdir(parents=True, exist_ok=True)
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     text = (
-        f"# `make bench`, {_C.current_isa()}, {date.today()}\n\n{facts}.\n\nMedians of interleaved rounds in one process; a ratio says how many times"
-        " as long the peer takes. Extra memory is the growth of the process during the first call. The ceiling is a large float32"
+        f"# `make bench`, {_C.current_isa()}, {date.today()}\n\n{facts}.\n\n"
+        "Medians of interleaved rounds in one process; a ratio says how many times as long the peer takes. Extra memory is the growth of the process during the first call. The ceiling is a large float32"
         f" matrix product (GFLOP/s) or copy (GB/s), timed between the rounds.\n\n{table}\n"
     )
     (results / f"{name}.md").write_text(text)

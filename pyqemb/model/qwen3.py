@@ -81,12 +81,17 @@ class Asking(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """x[rows], or all of x. (The gradient of index_select is added up in order, and fast.)"""
+    return x if rows is None else x.index_select(0, rows)
+
+
 def _rows(x_TE: torch.Tensor, spread_T: torch.Tensor | None, asking: Asking | None) -> torch.Tensor:
-    """The rows of the tokens that leave a layer, [S, E]. (The gradient of index_select is added up in order, and fast.)"""
+    """The rows of the tokens that leave a layer, [S, E]."""
     rows = spread_T
     if asking is not None:
         rows = asking.tokens if spread_T is None else spread_T[asking.tokens]
-    return x_TE if rows is None else x_TE.index_select(0, rows)
+    return _take(x_TE, rows)
 
 
 class Attention(nn.Module):
@@ -129,7 +134,7 @@ class Attention(nn.Module):
         return self.o_proj(out_SND.flatten(1))
 
     def _heads(self, x_TF: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        x_TF = x_TF if rows is None else x_TF.index_select(0, rows)
+        x_TF = _take(x_TF, rows)
         return x_TF.view(len(x_TF), x_TF.shape[1] // self.head_dim, self.head_dim)
 
 

@@ -80,12 +80,12 @@ def compare(
     ours: Work,
     peers: Mapping[str, Work],
     *,
+    clock: Clock,
     rounds: int = 7,
     gflop: float = 0.0,
     gbyte: float = 0.0,
-    clock: Clock | None = None,
 ) -> Comparison:
-    """Each round calls the ceiling, every peer and ours; medians. A first call warms up and shows the memory."""
+    """Each round calls the ceiling, every peer and, timed by `clock`, ours; medians. A first call warms up and shows the memory."""
     ceiling, amount = _copy() if gbyte else _gemm()
     extra = {name: peak_bytes(work) for name, work in {"": ours, **peers}.items()}
     others = {"": ceiling, **peers}
@@ -96,20 +96,12 @@ def compare(
         for name, work in others.items():
             samples[name].append(_seconds(work))
 
-    own = (clock or _alternate)(ours, others_round, rounds)
+    own = clock(ours, others_round, rounds)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     return Comparison(
         family, case, Timing(statistics.median(own), extra[""]),
         {name: Timing(medians[name], extra[name]) for name in peers}, amount / medians[""], gflop, gbyte,
     )  # fmt: skip
-
-
-def _alternate(ours: Work, before: Callable[[], None], rounds: int) -> list[float]:
-    times = []
-    for _ in range(rounds):
-        before()
-        times.append(_seconds(ours))
-    return times
 
 
 def _seconds(work: Work) -> float:

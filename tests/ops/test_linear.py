@@ -29,10 +29,14 @@ def test_gradcheck_and_second_derivatives():
     assert torch.autograd.gradgradcheck(ops.linear, (x, weight))
 
 
-def test_frozen_parts_get_no_gradient():
+def test_frozen_parts_get_no_gradient_and_cost_no_product(monkeypatch):
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    ops.linear(x, weight).sum().backward()
+    out = ops.linear(x, weight).sum()
+    products = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out, mm=torch.mm: products.append(out.shape) or mm(a, b, out=out))
+    out.backward()
     assert x.grad is not None and weight.grad is None
+    assert products == [x.shape]
 
 
 def test_autocast_is_torchs():

@@ -72,18 +72,37 @@ struct Arena {
     }
 };
 
-// A head's rows lie a whole token apart, too far for the processor to guess the next one.
-template <class T>
-void load_block(DType dtype, const void* from, int64_t first, int64_t token_stride, int64_t rows, int64_t dim, T* to) {
-    constexpr int64_t kAhead = 6, kLine = 64;
-    const int64_t item = size_of(dtype);
-    const char* bytes = static_cast<const char*>(from) + first * item;
-    for (int64_t row = 0; row < rows; ++row) {
-        if (row + kAhead < rows)
-            for (int64_t at = 0; at < dim * item; at += kLine)
-                __builtin_prefetch(bytes + (row + kAhead) * token_stride * item + at);
-        load_row(dtype, from, first + row * token_stride, to + row * dim, dim);
+// q, k, v, out or dout where it is stored: [tokens, heads, dim].
+struct Stored {
+    DType dtype;
+    const void* data;
+    int64_t token_stride, head_stride;
+
+    // A head's rows lie a whole token apart, too far for the processor to guess the next one.
+    template <class T>
+    void load(int64_t token, int64_t head, int64_t rows, int64_t dim, T* to) const {
+        constexpr int64_t kAhead = 6, kLine = 64;
+        const int64_t item = size_of(dtype), first = token * token_stride + head * head_stride;
+        const char* bytes = static_cast<const char*>(data) + first * item;
+        for (int64_t row = 0; row < rows; ++row) {
+            if (row + kAhead < rows)
+                for (int64_t at = 0; at < dim * item; at += kLine)
+                    __builtin_prefetch(bytes + (row + kAhead) * token_stride * item + at);
+            load_row(dtype, data, first + row * token_stride, to + row * dim, dim);
+        }
     }
+};
+template <class Params>
+Stored keys_of(const Params& p) {
+    return {p.dtype, p.k, p.k_token_stride, p.k_head_stride};
+}
+template <class Params>
+Stored values_of(const Params& p) {
+    return {p.dtype, p.v, p.v_token_stride, p.v_head_stride};
+}
+template <class Params>
+Stored queries_of(const Params& p) {
+    return {p.dtype, p.q, p.q_token_stride, p.q_head_stride};
 }
 
 // exp(scale * s - offset) over [0, count), zeros up to `padded`; returns the sum.
@@ -136,7 +155,7 @@ QEMB_INLINE T row_max(const T* s, int64_t count) {
     return result;
 }
 
-// Query tokens of one forward item: equal parts, for each of them packs all keys.
+// Query tokens of one forward item. Equal parts, since each of them packs all keys.
 QEMB_INLINE int64_t query_chunk(const Lengths& len) {
     return round_up(ceil_div(len.num_q, max_of<int64_t>(1, ceil_div(len.num_q, kQueryChunk))), 16);
 }
@@ -162,8 +181,7 @@ void forward_item(const AttentionForward& p, const Item& item) {
 
     // Load Q.
     for (int64_t g = 0; g < group; ++g)
-        load_block(p.dtype, p.q, (len.q_start + item.start) * p.q_token_stride + (item.head * group + g) * p.q_head_stride,
-                   p.q_token_stride, tokens, dim, q + g * tokens * dim);
+        queries_of(p).load(len.q_start + item.start, item.head * group + g, tokens, dim, q + g * tokens * dim);
     for (int64_t row = 0; row < rows; ++row) {
         maxima[row] = -kInfinity<T>;
         sums[row] = 0;
@@ -175,11 +193,9 @@ void forward_item(const AttentionForward& p, const Item& item) {
     for (int64_t key = 0; key < last_visible; key += kKeyBlock) {
         const int64_t keys = min_of(kKeyBlock, len.num_k - key), width = round_up(keys, kLanes<T>);
         // Pack K transposed and V, once for the group.
-        load_block(p.dtype, p.k, (len.k_start + key) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride, keys,
-                   dim, block);
+        keys_of(p).load(len.k_start + key, item.head, keys, dim, block);
         pack_transposed(block, dim, keys, dim, k_panels);
-        load_block(p.dtype, p.v, (len.k_start + key) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride, keys,
-                   dim, block);
+        values_of(p).load(len.k_start + key, item.head, keys, dim, block);
         pack_rows(block, dim, keys, dim, v_panels);
 
         for (int64_t g = 0; g < group; ++g) {
@@ -287,11 +303,9 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
     for (int64_t i = 0; i < num_k * padded; ++i) dk[i] = dv[i] = 0;
 
     const auto pack_keys = [&](int64_t token, int64_t keys) {
-        load_block(p.dtype, p.v, (len.k_start + token) * p.v_token_stride + item.head * p.v_head_stride, p.v_token_stride, keys,
-                   dim, block);
+        values_of(p).load(len.k_start + token, item.head, keys, dim, block);
         pack_transposed(block, dim, keys, dim, vt_panels);
-        load_block(p.dtype, p.k, (len.k_start + token) * p.k_token_stride + item.head * p.k_head_stride, p.k_token_stride, keys,
-                   dim, block);
+        keys_of(p).load(len.k_start + token, item.head, keys, dim, block);
         pack_transposed(block, dim, keys, dim, kt_panels);
         pack_rows(block, dim, keys, dim, k_panels);
     };
@@ -299,9 +313,9 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
     for (int64_t g = 0; g < group && num_q > 0; ++g) {
         const int64_t head = item.head * group + g, packed_row = p.num_heads * dim;
         // Load Q, dO; delta = rowsum(dO * O).
-        load_block(p.dtype, p.q, len.q_start * p.q_token_stride + head * p.q_head_stride, p.q_token_stride, num_q, dim, q);
-        load_block(p.dtype, p.dout, len.q_start * packed_row + head * dim, packed_row, num_q, dim, dout);
-        load_block(p.dtype, p.out, len.q_start * packed_row + head * dim, packed_row, num_q, dim, out);
+        queries_of(p).load(len.q_start, head, num_q, dim, q);
+        Stored{p.dtype, p.dout, packed_row, dim}.load(len.q_start, head, num_q, dim, dout);
+        Stored{p.dtype, p.out, packed_row, dim}.load(len.q_start, head, num_q, dim, out);
         for (int64_t i = 0; i < num_q; ++i) {
             delta[i] = dot(dout + i * dim, out + i * dim, dim);
             lse[i] = static_cast<const T*>(p.lse)[(len.q_start + i) * p.num_heads + head];

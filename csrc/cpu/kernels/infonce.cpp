@@ -125,12 +125,7 @@ class Run {
         T* block = static_cast<T*>(
             scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * dim_ + panel_size<T>(dim_, kTile)) * sizeof(T)));
         T* panels = block + kTile * dim_;
-        const T* rows = static_cast<const T*>(from) + start * dim_;
-        if (size_of(p_.dtype) != sizeof(T)) {
-            load_row(p_.dtype, from, start * dim_, block, count * dim_);
-            rows = block;
-        }
-        pack_transposed(rows, dim_, count, dim_, panels);
+        pack_transposed(read(p_.dtype, from, start * dim_, count * dim_, block), dim_, count, dim_, panels);
         return panels;
     }
 
@@ -283,7 +278,7 @@ class Run {
                                                                      : index - doc_tiles_ - query_tiles_;
         const bool of_queries = index >= doc_tiles_ && index < doc_tiles_ + query_tiles_;
         const int64_t count = of_queries ? queries_in(in_group) : documents_in(in_group);
-        const T inverse = static_cast<T>(1.44269504088896340736 / p_.temperature);
+        const T inverse = static_cast<T>(kLog2E<double> / p_.temperature);
         for (int64_t r = 0; r < count_; ++r) {
             T* values = panel_ + (index * rows_ + r) * kTile;
             for (int64_t j = count; j < round_up(count, kLanes<T>); ++j) values[j] = -kInfinity<T>;

@@ -17,17 +17,6 @@ T* tile_of(int64_t count) {
     return static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(count) * sizeof(T)));
 }
 
-// Where the storage is already the arithmetic type, read and write it in place.
-template <class T>
-QEMB_INLINE bool in_place(DType dtype) {
-    return dtype == (sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64);
-}
-template <class T>
-QEMB_INLINE const T* read(DType dtype, const void* from, int64_t offset, int64_t count, T* buffer) {
-    if (in_place<T>(dtype)) return static_cast<const T*>(from) + offset;
-    load_row(dtype, from, offset, buffer, count);
-    return buffer;
-}
 template <class T>
 QEMB_INLINE T* target(DType dtype, void* to, int64_t offset, T* buffer) {
     return in_place<T>(dtype) ? static_cast<T*>(to) + offset : buffer;

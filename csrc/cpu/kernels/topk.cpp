@@ -99,12 +99,7 @@ void search_span(const TopK& p, int64_t first, int64_t begin, int64_t end, Found
     for (int64_t row = 0; row < rows; ++row) heaps[row] = Heap{found + row * p.k, 0, p.k};
     for (int64_t document = begin; document < end; document += kDocumentBlock) {
         const int64_t count = min_of(kDocumentBlock, end - document);
-        const T* rows_here = static_cast<const T*>(p.documents) + document * p.dim;
-        if (size_of(p.dtype) != sizeof(T)) {
-            load_row(p.dtype, p.documents, document * p.dim, block, count * p.dim);
-            rows_here = block;
-        }
-        pack_transposed(rows_here, p.dim, count, p.dim, panels);
+        pack_transposed(read(p.dtype, p.documents, document * p.dim, count * p.dim, block), p.dim, count, p.dim, panels);
         gemm(rows, count, p.dim, by_rows(q, p.dim), panels, scores, kDocumentBlock, false);
         for (int64_t row = 0; row < rows; ++row) {
             Heap& heap = heaps[row];

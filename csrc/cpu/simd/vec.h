@@ -280,6 +280,18 @@ inline void load_row(DType dtype, const void* from, int64_t offset, T* to, int64
     }
 }
 
+// Where the storage is already the arithmetic type, rows are read and written in place.
+template <class T>
+QEMB_INLINE bool in_place(DType dtype) {
+    return dtype == (sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64);
+}
+template <class T>
+QEMB_INLINE const T* read(DType dtype, const void* from, int64_t offset, int64_t count, T* buffer) {
+    if (in_place<T>(dtype)) return static_cast<const T*>(from) + offset;
+    load_row(dtype, from, offset, buffer, count);
+    return buffer;
+}
+
 template <class T>
 inline void store_row(DType dtype, const T* from, void* to, int64_t offset, int64_t count) {
     switch (dtype) {
