@@ -134,19 +134,27 @@ def test_stats():
     assert stats["negative"] < stats["positive"] and 0 < stats["masked"] < 1
 
 
+@pytest.mark.parametrize("margin", [0.1, -0.8])  # none and many of the strangers are over
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_stats_count_every_candidate(dtype):
+def test_stats_count_every_candidate(dtype, margin):
     """Whole tiles of strangers are masked by vectors, the others one by one; the counts must not tell them apart."""
     queries, documents, positive, owner, ids = batch(60, 1100)
     queries, documents = queries.to(dtype), documents.to(dtype)
     scores = queries @ documents.T
-    limit = scores.gather(1, positive[:, None]) + 0.1
+    limit = scores.gather(1, positive[:, None]) + margin
     candidate = torch.arange(1100)[None] != positive[:, None]
     dropped = candidate & ((scores > limit) | (ids[None] == ids[positive][:, None]))
     _, stats = ops.info_nce(
-        queries, documents, positive, owner=owner, document_ids=ids, preset="qwen3_stage2", return_stats=True
+        queries,
+        documents,
+        positive,
+        owner=owner,
+        document_ids=ids,
+        preset="qwen3_stage2",
+        margin=margin,
+        return_stats=True,
     )
-    assert stats["masked"] == pytest.approx(float(dropped.sum() / candidate.sum()), rel=1e-12)
+    assert stats["masked"] == pytest.approx(int(dropped.sum()) / int(candidate.sum()), rel=1e-12)
     assert stats["negative"] == pytest.approx(float(scores[candidate & ~dropped].double().mean()), rel=1e-4)
 
 
