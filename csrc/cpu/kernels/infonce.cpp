@@ -9,7 +9,7 @@ namespace qemb::cpu::QEMB_ISA {
 namespace {
 
 constexpr int64_t kTile = 256;                      // columns of a tile of the panel
-constexpr int64_t kColumns = 128;                   // features of a work item of the row gradients
+constexpr int64_t kColumns = 256;                   // features of a work item of the row gradients
 constexpr int64_t kPanelBytes = int64_t(96) << 20;  // aim; bounded by the rows below
 constexpr int64_t kMinRows = 96, kMaxRows = 384, kRowStep = 48;
 
@@ -30,7 +30,7 @@ class Run {
           padded_(round_up(p.dim, kLanes<T>)),
           doc_tiles_(ceil_div(p.num_documents, kTile)),
           query_tiles_(p.query_query ? ceil_div(p.num_queries, kTile) : 0) {
-        const int64_t tiles = doc_tiles_ * (p.doc_doc ? 2 : 1) + query_tiles_;
+        const int64_t tiles = num_tiles();
         const int64_t fit = kPanelBytes / max_of<int64_t>(1, tiles * kTile * static_cast<int64_t>(sizeof(T)));
         rows_ = min_of(max_of(fit / kRowStep * kRowStep, kMinRows), kMaxRows);
         rows_ = min_of(rows_, round_up(p.num_queries, kRowStep));
@@ -69,21 +69,27 @@ class Run {
         }
         for (first_ = 0; first_ < p_.num_queries; first_ += rows_) {
             count_ = min_of(rows_, p_.num_queries - first_);
-            load_anchors();
+            parallel_for(ceil_div(count_, kTileRows), [&](int64_t i) { load_anchors(i * kTileRows); });
             parallel_for(doc_tiles_ + query_tiles_,
                          [&](int64_t i) { i < doc_tiles_ ? score_documents(i) : score_queries(i - doc_tiles_); });
             find_offsets();
             parallel_for(num_tiles(), [&](int64_t tile) { exponentiate(tile); });
             finish_rows();
             if (!p_.d_queries) continue;
-            parallel_for(ceil_div(dim_, kColumns), [&](int64_t i) { row_gradients(i * kColumns); });
+            const int64_t columns = ceil_div(dim_, kColumns);
+            const int64_t rows = round_up(ceil_div(count_, ceil_div(num_threads(), columns)), kTileRows);
+            parallel_for(columns * ceil_div(count_, rows), [&](int64_t i) {
+                const int64_t row = i / columns * rows;
+                row_gradients(row, min_of(rows, count_ - row), i % columns * kColumns);
+            });
             parallel_for(doc_tiles_ + query_tiles_,
                          [&](int64_t i) { i < doc_tiles_ ? document_gradients(i) : query_gradients(i - doc_tiles_); });
         }
     }
 
   private:
-    int64_t num_tiles() const { return doc_tiles_ * (p_.doc_doc ? 2 : 1) + query_tiles_; }
+    int sides() const { return p_.doc_doc ? 2 : 1; }
+    int64_t num_tiles() const { return doc_tiles_ * sides() + query_tiles_; }
     // Tiles in order: query-document, then query-query, then document-document.
     T* tile(Group group, int64_t i) const { return panel_ + tile_index(group, i) * rows_ * kTile; }
     int64_t tile_index(Group group, int64_t i) const {
@@ -102,9 +108,10 @@ class Run {
         for (int64_t i = 0; i < rows * dim_; ++i) values[i] = 0;
     }
 
-    // The panel's queries and their positives, and the score that the margin and the softmax start from.
-    void load_anchors() {
-        for (int64_t r = 0; r < count_; ++r) {
+    // A tile of the panel's queries and their positives, and the score that the margin and the softmax start from.
+    void load_anchors(int64_t start) {
+        const int64_t count = min_of<int64_t>(kTileRows, count_ - start);
+        for (int64_t r = start; r < start + count; ++r) {
             T* query = anchor_[0] + r * dim_;
             T* document = anchor_[1] + r * dim_;
             load_row(p_.dtype, p_.queries, (first_ + r) * dim_, query, dim_);
@@ -114,8 +121,8 @@ class Run {
             positive_score_[r] = static_cast<T>(score);
             limit_[r] = static_cast<T>(score + p_.margin);
         }
-        for (int side = 0; side < (p_.doc_doc ? 2 : 1); ++side)
-            pack_left(by_rows(anchor_[side], dim_), count_, dim_, anchor_tiles_[side]);
+        for (int side = 0; side < sides(); ++side)
+            pack_left(by_rows(anchor_[side] + start * dim_, dim_), count, dim_, anchor_tiles_[side] + start * dim_);
     }
 
     Left<T> anchors(int side) const { return by_tiles(anchor_tiles_[side], dim_); }
@@ -306,45 +313,40 @@ class Run {
             positive_weight_[r] = static_cast<T>(-mean * negatives / total);
         }
         if (p_.d_queries) {
-            for (int side = 0; side < (p_.doc_doc ? 2 : 1); ++side)
-                pack_rows(anchor_[side], dim_, count_, dim_, packed_[side], weight_);
+            parallel_for(sides(), [&](int64_t side) { pack_rows(anchor_[side], dim_, count_, dim_, packed_[side], weight_); });
         }
     }
 
-    // Features [column, column + kColumns) of the gradients of the panel's queries and positives.
-    void row_gradients(int64_t column) {
+    // Rows [row, row + count), features [column, column + kColumns) of the gradients of the panel's queries and positives.
+    void row_gradients(int64_t row, int64_t count, int64_t column) {
         const int64_t width = min_of(kColumns, dim_ - column);
         T* block = static_cast<T*>(
             scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * kColumns + panel_size<T>(kTile, kColumns)) * sizeof(T)));
         T* panels = block + kTile * kColumns;
-        const auto pack = [&](const void* from, int64_t start, int64_t count) {
-            for (int64_t j = 0; j < count; ++j)
+        const auto pack = [&](const void* from, int64_t start, int64_t depth) {
+            for (int64_t j = 0; j < depth; ++j)
                 load_row(p_.dtype, from, (start + j) * dim_ + column, block + j * kColumns, width);
-            pack_rows(block, kColumns, count, width, panels);
+            pack_rows(block, kColumns, depth, width, panels);
+        };
+        const auto add = [&](const T* weights, int64_t depth, int side, bool more) {
+            gemm(count, width, depth, by_rows(weights + row * kTile, kTile), panels,
+                 row_grad_[side] + row * padded_ + column, padded_, more);
         };
         for (int64_t i = 0; i < doc_tiles_; ++i) {
             pack(p_.documents, i * kTile, documents_in(i));
-            gemm(count_, width, documents_in(i), by_rows(tile(kQueryDocument, i), kTile), panels, row_grad_[0] + column,
-                 padded_, i > 0);
-            if (p_.doc_doc)
-                gemm(count_, width, documents_in(i), by_rows(tile(kDocDoc, i), kTile), panels, row_grad_[1] + column, padded_,
-                     i > 0);
+            add(tile(kQueryDocument, i), documents_in(i), 0, i > 0);
+            if (p_.doc_doc) add(tile(kDocDoc, i), documents_in(i), 1, i > 0);
         }
         for (int64_t i = 0; i < query_tiles_; ++i) {
             pack(p_.queries, i * kTile, queries_in(i));
-            gemm(count_, width, queries_in(i), by_rows(tile(kQueryQuery, i), kTile), panels, row_grad_[0] + column, padded_,
-                 true);
+            add(tile(kQueryQuery, i), queries_in(i), 0, true);
         }
-        for (int64_t r = 0; r < count_; ++r) {
+        for (int64_t r = row; r < row + count; ++r) {
             T* dq = queries_grad() + (first_ + r) * dim_ + column;
-            T* dd = documents_grad() + p_.positive[first_ + r] * dim_ + column;
             add_scaled(dq, row_grad_[0] + r * padded_ + column, weight_[r], width);
             add_scaled(dq, anchor_[1] + r * dim_ + column, positive_weight_[r], width);
-            add_scaled(dd, anchor_[0] + r * dim_ + column, positive_weight_[r], width);
-            if (p_.doc_doc) add_scaled(dd, row_grad_[1] + r * padded_ + column, weight_[r], width);
         }
     }
-
     // grad[start + j, :] += sum_r E[r, j] * weight[r] * anchor[r]
     void column_gradients(T* grad, int64_t count, const T* weights, const T* packed) const {
         T* product = static_cast<T*>(scratch_bytes(
@@ -355,6 +357,13 @@ class Run {
         for (int64_t j = 0; j < count; ++j) add_scaled(grad + j * dim_, product + j * padded_, T(1), dim_);
     }
     void document_gradients(int64_t i) {
+        for (int64_t r = 0; r < count_; ++r) {
+            const int64_t positive = p_.positive[first_ + r];
+            if (positive / kTile != i) continue;
+            T* dd = documents_grad() + positive * dim_;
+            add_scaled(dd, anchor_[0] + r * dim_, positive_weight_[r], dim_);
+            if (p_.doc_doc) add_scaled(dd, row_grad_[1] + r * padded_, weight_[r], dim_);
+        }
         column_gradients(documents_grad() + i * kTile * dim_, documents_in(i), tile(kQueryDocument, i), packed_[0]);
         if (p_.doc_doc) column_gradients(documents_grad() + i * kTile * dim_, documents_in(i), tile(kDocDoc, i), packed_[1]);
     }
