@@ -106,16 +106,6 @@ void search_span(const TopK& p, int64_t first, int64_t begin, int64_t end, Found
             const T* s = scores + row * kDocumentBlock;
             const float ceiling = p.ceiling ? p.ceiling[first + row] : kInfinity<float>;
             for (int64_t j = 0; j < count; ++j) {
-                // Most vectors of scores hold nothing for a full heap.
-                if (heap.size == p.k && j + kLanes<T> <= count) {
-                    const auto better = load(s + j) >= static_cast<T>(heap.data[0].score);
-                    int64_t any = 0;
-                    for (int lane = 0; lane < kLanes<T>; ++lane) any |= better[lane];
-                    if (!any) {
-                        j += kLanes<T> - 1;
-                        continue;
-                    }
-                }
                 const float score = static_cast<float>(s[j]);
                 if (heap.size == p.k && !(score >= heap.data[0].score)) continue;
                 if (!(score <= ceiling) || (p.num_exclude && excluded(p, first + row, document + j))) continue;
