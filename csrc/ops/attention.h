@@ -6,6 +6,22 @@
 
 namespace qemb {
 
+// How the CUDA kernels cut a batch: made once from its lengths, reused by every layer and by both passes. Sequences of at most
+// kTile queries and keys are short: several of them share a tile, each from a row that is a multiple of kSlot, so that a sequence
+// meets the same sums whatever shares its tile. The others are cut into blocks, longest first.
+struct AttentionPlan {
+    static constexpr int kTile = 128, kSlot = 16;
+
+    const int32_t* data = nullptr;  // on the device; see below
+    int64_t tiles = 0;              // capacity: tiles of short sequences
+    int64_t blocks = 0;             // capacity: blocks of kTile queries of long sequences
+    int64_t key_blocks = 0;         // capacity: blocks of kTile keys of long sequences
+    bool single = false;            // known that no sequence has more than one query
+    // data: [4] counts of tiles, blocks, key_blocks, 0; then pairs: tiles of {first sequence, number of sequences}, blocks of
+    // {sequence, block}, key_blocks of {sequence, block}, each list padded to its capacity.
+    int64_t size() const { return 4 + 2 * (tiles + blocks + key_blocks); }
+};
+
 // Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the bottom right: query i of
 // num_q sees key j of num_k when j <= i + num_k - num_q. A query that sees no key gets zeros and lse = -inf.
 struct AttentionForward {
@@ -26,6 +42,7 @@ struct AttentionForward {
     double scale;
     bool causal;
     DType dtype;
+    AttentionPlan plan{};  // cuda
     void* stream = nullptr;
 };
 
@@ -51,6 +68,8 @@ struct AttentionBackward {
     double scale;
     bool causal;
     DType dtype;
+    AttentionPlan plan{};  // cuda
+    void* scratch = nullptr;  // cuda: attention_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 
@@ -58,5 +77,19 @@ namespace cpu {
 void attention_forward(const AttentionForward& p);
 void attention_backward(const AttentionBackward& p);
 }  // namespace cpu
+
+// The plan of a batch, on the host: the capacities, exact, without data; and the data, p.size() values.
+AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs);
+void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan, int32_t* data);
+
+namespace cuda {
+// Capacities that hold any batch of so many sequences and tokens, and the plan of one whose lengths only the device knows.
+AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k);
+void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
+               int32_t* data, void* stream);
+int64_t attention_backward_scratch(const AttentionBackward& p);
+void attention_forward(const AttentionForward& p);
+void attention_backward(const AttentionBackward& p);
+}  // namespace cuda
 
 }  // namespace qemb

@@ -32,11 +32,17 @@ struct InfoNce {
     DocMask doc_mask;
     double temperature;
     DType dtype;
+    void* scratch = nullptr;  // cuda: info_nce_scratch(p) bytes
     void* stream = nullptr;
 };
 
 namespace cpu {
 void info_nce(const InfoNce& p);
 }
+
+namespace cuda {
+int64_t info_nce_scratch(const InfoNce& p);
+void info_nce(const InfoNce& p);
+}  // namespace cuda
 
 }  // namespace qemb

@@ -35,6 +35,7 @@ struct PoolBackward {
     double eps;
     bool normalize;
     DType dtype;
+    void* scratch = nullptr;  // cuda: pool_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 
@@ -42,5 +43,11 @@ namespace cpu {
 void pool_forward(const PoolForward& p);
 void pool_backward(const PoolBackward& p);
 }  // namespace cpu
+
+namespace cuda {
+int64_t pool_backward_scratch(const PoolBackward& p);
+void pool_forward(const PoolForward& p);
+void pool_backward(const PoolBackward& p);
+}  // namespace cuda
 
 }  // namespace qemb

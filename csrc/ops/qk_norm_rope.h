@@ -35,6 +35,7 @@ struct QkNormRopeBackward {
     int64_t heads;
     int64_t head_dim;
     DType dtype;
+    void* scratch = nullptr;  // cuda: qk_norm_rope_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 
@@ -42,5 +43,11 @@ namespace cpu {
 void qk_norm_rope_forward(const QkNormRopeForward& p);
 void qk_norm_rope_backward(const QkNormRopeBackward& p);
 }  // namespace cpu
+
+namespace cuda {
+int64_t qk_norm_rope_backward_scratch(const QkNormRopeBackward& p);
+void qk_norm_rope_forward(const QkNormRopeForward& p);
+void qk_norm_rope_backward(const QkNormRopeBackward& p);
+}  // namespace cuda
 
 }  // namespace qemb

@@ -30,6 +30,7 @@ struct RmsNormBackward {
     int64_t rows;
     int64_t size;
     DType dtype;
+    void* scratch = nullptr;  // cuda: rms_norm_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 
@@ -37,5 +38,11 @@ namespace cpu {
 void rms_norm_forward(const RmsNormForward& p);
 void rms_norm_backward(const RmsNormBackward& p);
 }  // namespace cpu
+
+namespace cuda {
+int64_t rms_norm_backward_scratch(const RmsNormBackward& p);
+void rms_norm_forward(const RmsNormForward& p);
+void rms_norm_backward(const RmsNormBackward& p);
+}  // namespace cuda
 
 }  // namespace qemb

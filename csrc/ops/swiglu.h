@@ -30,4 +30,9 @@ void swiglu_forward(const SwigluForward& p);
 void swiglu_backward(const SwigluBackward& p);
 }  // namespace cpu
 
+namespace cuda {
+void swiglu_forward(const SwigluForward& p);
+void swiglu_backward(const SwigluBackward& p);
+}  // namespace cuda
+
 }  // namespace qemb

@@ -19,11 +19,17 @@ struct TopK {
     int64_t dim;
     int64_t k;
     DType dtype;
+    void* scratch = nullptr;  // cuda: top_k_scratch(p) bytes
     void* stream = nullptr;
 };
 
 namespace cpu {
 void top_k(const TopK& p);
 }
+
+namespace cuda {
+int64_t top_k_scratch(const TopK& p);
+void top_k(const TopK& p);
+}  // namespace cuda
 
 }  // namespace qemb
