@@ -7,8 +7,8 @@
 namespace qemb {
 
 // How the CUDA kernels cut a batch: made once from its lengths, reused by every layer and by both passes. Sequences of at most
-// kTile queries and keys are short: several of them share a tile, each from a row that is a multiple of kSlot, so that a sequence
-// meets the same sums whatever shares its tile. The others are cut into blocks, longest first.
+// kTile queries and keys are short: several of them share a tile, each from a row that is a multiple of kSlot, so that a
+// sequence meets the same sums whatever shares its tile. The others are cut into blocks, longest first.
 struct AttentionPlan {
     static constexpr int kTile = 128, kSlot = 16;
 
@@ -58,6 +58,7 @@ struct AttentionBackward {
     void* dv;          // [S, num_kv_heads, head_dim], contiguous, written whole
     const int32_t* cu_seqlens_q;
     const int32_t* cu_seqlens_k;
+    int64_t num_tokens;  // T
     int64_t num_seqs;
     int64_t num_heads;
     int64_t num_kv_heads;
@@ -68,7 +69,7 @@ struct AttentionBackward {
     double scale;
     bool causal;
     DType dtype;
-    AttentionPlan plan{};  // cuda
+    AttentionPlan plan{};     // cuda
     void* scratch = nullptr;  // cuda: attention_backward_scratch(p) bytes
     void* stream = nullptr;
 };
@@ -80,7 +81,8 @@ void attention_backward(const AttentionBackward& p);
 
 // The plan of a batch, on the host: the capacities, exact, without data; and the data, p.size() values.
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs);
-void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan, int32_t* data);
+void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
+               int32_t* data);
 
 namespace cuda {
 // Capacities that hold any batch of so many sequences and tokens, and the plan of one whose lengths only the device knows.

@@ -1,6 +1,7 @@
 // Attention against naive loops in double, for every instruction set of this machine.
 #include "ops/attention.h"
 
+#include "attention_truth.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "testing.h"
@@ -10,15 +11,8 @@ using namespace qemb::testing;
 
 namespace {
 
-struct Case {
-    std::vector<int32_t> cu_q, cu_k;
-    int64_t heads, kv_heads, dim;
-    bool causal;
-};
-
-struct Result {
-    std::vector<double> out, dq, dk, dv;
-};
+using Case = AttentionCase;
+using Result = AttentionResult;
 
 const std::vector<Case> kCases = {
     {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, false}, {{0, 1, 48, 97}, {0, 1, 48, 97}, 4, 2, 16, true},
@@ -26,50 +20,6 @@ const std::vector<Case> kCases = {
     {{0, 250, 251}, {0, 200, 201}, 2, 1, 40, true},    {{0, 5}, {0, 0}, 1, 1, 8, false},
     {{0, 1, 2, 3}, {0, 7, 14, 270}, 6, 2, 136, false},
 };
-
-// Straight from the definition: softmax row by row, gradients by the chain rule.
-Result naive(const Case& c, const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v,
-             const std::vector<double>& dout) {
-    Result r{std::vector<double>(q.size()), std::vector<double>(q.size()), std::vector<double>(k.size()),
-             std::vector<double>(k.size())};
-    const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
-    for (size_t s = 0; s + 1 < c.cu_q.size(); ++s) {
-        const int64_t nq = c.cu_q[s + 1] - c.cu_q[s], nk = c.cu_k[s + 1] - c.cu_k[s];
-        for (int64_t h = 0; h < c.heads; ++h) {
-            for (int64_t i = 0; i < nq; ++i) {
-                const int64_t row = ((c.cu_q[s] + i) * c.heads + h) * c.dim;
-                const int64_t seen = c.causal ? std::max<int64_t>(0, std::min(nk, i + nk - nq + 1)) : nk;
-                const auto column = [&](int64_t j) {
-                    return ((c.cu_k[s] + j) * c.kv_heads + h / (c.heads / c.kv_heads)) * c.dim;
-                };
-                std::vector<double> p(static_cast<size_t>(seen)), dp(p.size());
-                double most = -INFINITY, sum = 0, delta = 0;
-                for (int64_t j = 0; j < seen; ++j) {
-                    for (int64_t d = 0; d < c.dim; ++d) p[j] += scale * q[row + d] * k[column(j) + d];
-                    most = std::max(most, p[j]);
-                }
-                for (double& x : p) sum += (x = std::exp(x - most));
-                for (int64_t j = 0; j < seen; ++j) {
-                    p[j] /= sum;
-                    for (int64_t d = 0; d < c.dim; ++d) {
-                        r.out[row + d] += p[j] * v[column(j) + d];
-                        r.dv[column(j) + d] += p[j] * dout[row + d];
-                        dp[j] += dout[row + d] * v[column(j) + d];
-                    }
-                    delta += p[j] * dp[j];
-                }
-                for (int64_t j = 0; j < seen; ++j) {
-                    const double ds = scale * p[j] * (dp[j] - delta);
-                    for (int64_t d = 0; d < c.dim; ++d) {
-                        r.dq[row + d] += ds * k[column(j) + d];
-                        r.dk[column(j) + d] += ds * q[row + d];
-                    }
-                }
-            }
-        }
-    }
-    return r;
-}
 
 template <class T>
 Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v,
@@ -121,7 +71,11 @@ Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::ve
                              .scale = scale,
                              .causal = c.causal,
                              .dtype = dtype});
-    return {{out.begin(), out.end()}, {dq.begin(), dq.end()}, {dk.begin(), dk.end()}, {dv.begin(), dv.end()}};
+    return {{out.begin(), out.end()},
+            {dq.begin(), dq.end()},
+            {dk.begin(), dk.end()},
+            {dv.begin(), dv.end()},
+            {lse.begin(), lse.end()}};
 }
 
 template <class T>
@@ -131,7 +85,7 @@ void compare(DType dtype, double tolerance) {
         const auto k = random_values<T>(static_cast<size_t>(c.cu_k.back() * c.kv_heads * c.dim), 2);
         const auto v = random_values<T>(k.size(), 3), dout = random_values<T>(q.size(), 4);
         const auto wide = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
-        const Result truth = naive(c, wide(q), wide(k), wide(v), wide(dout));
+        const Result truth = attention_truth(c, wide(q), wide(k), wide(v), wide(dout), [](double x) { return x; });
         for (const std::string& isa : cpu::available_isas()) {
             cpu::set_isa(isa);
             const Result ours = native<T>(c, dtype, q, k, v, dout);

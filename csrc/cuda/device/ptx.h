@@ -59,9 +59,29 @@ QEMB_DEVICE float unpack(uint32_t word, int half) {
     return to_float(T{static_cast<uint16_t>(half ? word >> 16 : word)});
 }
 
+template <class T>
+QEMB_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b);
+template <>
+QEMB_DEVICE uint32_t multiply_pair<BFloat16>(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(0x80008000u));
+    return word;
+}
+template <>
+QEMB_DEVICE uint32_t multiply_pair<Float16>(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+
 QEMB_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+QEMB_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 QEMB_DEVICE uint32_t to_tf32(float x) {
@@ -81,6 +101,18 @@ QEMB_DEVICE void store16(void* to, const Vector16& v) {
 extern __shared__ __align__(1024) char qemb_shared[];
 QEMB_DEVICE char* shared_bytes() { return qemb_shared; }
 QEMB_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+QEMB_DEVICE void shared_store4(uint32_t address, uint32_t word) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+QEMB_DEVICE Vector16 shared_load16(uint32_t address) {
+    Vector16 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
 
 // 16 bytes; zeros where not valid (the address must still be one that may be formed).
 QEMB_DEVICE void cp_async16(uint32_t shared, const void* global, bool valid) {
@@ -109,20 +141,20 @@ template <class T>
 QEMB_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 QEMB_DEVICE void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 QEMB_DEVICE void mma<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 QEMB_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -136,6 +168,7 @@ template <class T>
 QEMB_DEVICE T shuffle(T x, int lane) {
     return __shfl_sync(~0u, x, lane);
 }
+QEMB_DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
 QEMB_DEVICE void sync_warp() { __syncwarp(); }
 QEMB_DEVICE void sync_block() { __syncthreads(); }
 

@@ -74,9 +74,18 @@ float unpack(uint32_t word, int half) {
     return to_float(T{static_cast<uint16_t>(half ? word >> 16 : word)});
 }
 
+template <class T>
+uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    return pack<T>(unpack<T>(a, 0) * unpack<T>(b, 0), unpack<T>(a, 1) * unpack<T>(b, 1));
+}
+
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return std::fabs(y) < 1.17549435e-38f ? 0.0f : y;  // ftz
+}
+inline float reciprocal_approx(float x) {
+    const float y = 1.0f / x;
+    return std::fabs(y) < 1.17549435e-38f ? std::copysign(0.0f, y) : y;  // ftz
 }
 inline uint32_t to_tf32(float x) {  // round to nearest, ties away
     const uint32_t word = bits::cast<uint32_t>(x);
@@ -104,6 +113,13 @@ inline Vector16 load16(const void* from) {
 inline void store16(void* to, const Vector16& v) {
     bits::check16(to, "store16");
     std::memcpy(to, &v, 16);
+}
+
+inline void shared_store4(uint32_t address, uint32_t word) {
+    std::memcpy(::emulator::Block::current()->shared(address, 4, 4, "shared_store4"), &word, 4);
+}
+inline Vector16 shared_load16(uint32_t address) {
+    return load16(::emulator::Block::current()->shared(address, 16, 16, "shared_load16"));
 }
 
 inline void cp_async16(uint32_t shared, const void* global, bool valid) {
@@ -241,6 +257,11 @@ T shuffle_xor(T x, int mask) {
 template <class T>
 T shuffle(T x, int lane) {
     return bits::exchange(x, lane, "shuffle");
+}
+inline bool any_lane(bool x) {
+    int any = x;
+    for (int mask = 16; mask > 0; mask /= 2) any |= shuffle_xor(any, mask);
+    return any != 0;
 }
 inline void sync_warp() {
     ::emulator::Block::current()->meet_warp("sync_warp", nullptr, [](void**) {});

@@ -1,0 +1,36 @@
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_dispatch.h"
+#include "cuda/attention_single.cuh"
+
+namespace qemb::cuda {
+
+int64_t attention_backward_scratch(const AttentionBackward& p) {
+    return p.plan.blocks + p.plan.key_blocks > 0 ? p.num_tokens * p.num_heads * int64_t(sizeof(float)) : 0;
+}
+
+void attention_backward(const AttentionBackward& p) {
+    constexpr const char* kOp = "varlen_attention";
+    check_layout(p);
+    const auto heads = static_cast<unsigned>(p.num_heads), kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    const auto grid = [](int64_t x, unsigned y) { return dim3(static_cast<unsigned>(x), y); };
+    visit_types(p, [&]<class T, int D>() {
+        if (p.plan.single && visit_group(p.num_heads / p.num_kv_heads, [&]<int kGroup>() {
+                launch(kOp, attention_backward_single<T, D, kGroup>, grid(p.num_seqs, kv_heads), kSingleWarps * 32,
+                       single_shared<D, kGroup>(), p.stream, p);
+            }))
+            return;
+        if (p.plan.blocks + p.plan.key_blocks > 0) {
+            const int64_t rows = p.num_tokens * p.num_heads;
+            launch(kOp, attention_backward_delta<T, D>, grid(ceil_div(rows, 2048 / D), 1), 256, 0, p.stream,
+                   static_cast<const T*>(p.out), static_cast<const T*>(p.dout), static_cast<float*>(p.scratch), rows);
+            launch(kOp, attention_backward_keys<T, D>, grid(p.plan.key_blocks, kv_heads), kBackwardWarps * 32,
+                   block_backward_shared<D>(), p.stream, p);
+            launch(kOp, attention_backward_queries<T, D>, grid(p.plan.blocks, heads), kBackwardWarps * 32,
+                   block_backward_shared<D>(), p.stream, p);
+        }
+        launch(kOp, attention_backward_tile<T, D>, grid(p.plan.tiles, kv_heads), kBackwardWarps * 32, tile_backward_shared<D>(),
+               p.stream, p);
+    });
+}
+
+}  // namespace qemb::cuda

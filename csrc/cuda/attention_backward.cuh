@@ -1,0 +1,341 @@
+// Gradients of attention. Weights are computed again from lse; delta is the sum of out * dout over a row. dK and dV of a group
+// stay in registers until all its query heads are through: nothing is added in memory, so the order is always the same.
+#pragma once
+
+#include "cuda/attention_tile.h"
+
+namespace qemb::cuda {
+
+constexpr int kBackwardWarps = kSlots;  // each owns kSlot rows of its block
+
+// What the gradients need to know of kRows queries, in shared memory.
+template <int kRows>
+struct QueryRows {
+    float lse[kRows];  // base 2; +inf where there is no query, or none that sees a key: its weights are 0
+    float delta[kRows];
+    int seen[kRows];  // keys that it may see
+
+    QEMB_DEVICE void set(int row, float natural_lse, float row_delta, int keys) {
+        lse[row] = keys > 0 ? natural_lse * kLog2E : INFINITY;
+        delta[row] = row_delta;
+        seen[row] = keys;
+    }
+};
+
+template <class T, int D>
+QEMB_DEVICE float row_delta(const T* out, const T* dout, int column) {
+    const Vector16 a = load16(out + column), b = load16(dout + column);
+    float x = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x += unpack<T>(a.word[i / 2], i % 2) * unpack<T>(b.word[i / 2], i % 2);
+#pragma unroll
+    for (int mask = D / 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+// Sixteen keys against sixteen queries: adds to dK and dV, leaves dS^T as the accumulators of two n-tiles.
+template <class T, int D, class Rows>
+QEMB_DEVICE void add_key_gradients(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&ds)[2][4], uint32_t my_k,
+                                   uint32_t my_v, uint32_t q, uint32_t dout, const Rows& rows, int first_row, int first_key,
+                                   float scale, int lane) {
+    float s[2][4] = {}, dp[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        uint32_t a[4];
+        ldmatrix_x4(a, left_address<D>(my_k, 0, k, lane));
+        multiply_rows<T, D, 1>(s, a, q, 0, k, lane);
+        ldmatrix_x4(a, left_address<D>(my_v, 0, k, lane));
+        multiply_rows<T, D, 1>(dp, a, dout, 0, k, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = first_row + j * 8 + lane % 4 * 2 + e % 2, key = first_key + lane / 4 + e / 2 * 8;
+            const bool visible = key < rows.seen[row];
+            s[j][e] = visible ? exp2_approx(s[j][e] * (scale * kLog2E) - rows.lse[row]) : 0;
+            ds[j][e] = visible ? s[j][e] * (dp[j][e] - rows.delta[row]) * scale : 0;
+        }
+    }
+    uint32_t a[4];
+    as_left<T>(s[0], s[1], a);
+    multiply_columns<T, D>(dv, a, dout, 0, lane);
+    as_left<T>(ds[0], ds[1], a);
+    multiply_columns<T, D>(dk, a, q, 0, lane);
+}
+
+template <int D>
+QEMB_DEVICE void clear(float (&x)[D / 8][4]) {
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[i][j] = 0;
+}
+
+template <int D>
+constexpr size_t tile_backward_shared() {
+    return 4 * kTile * D * 2 + kTile * kTile * 2 + sizeof(SlotMap) + sizeof(QueryRows<kTile>);
+}
+
+// One tile of short sequences and one kv head: all three gradients in one pass over memory. A warp owns a slot of keys for dK
+// and dV, then a slot of queries for dQ; dS^T goes between them through shared memory.
+template <class T, int D>
+__global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(const AttentionBackward p) {
+    if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
+    const int32_t* item = p.plan.data + 4 + 2 * blockIdx.x;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
+    constexpr int kBytes = kTile * D * 2, kThreads = kBackwardWarps * 32;
+
+    // Map the slots; load keys and values.
+    char* const memory = shared_bytes();
+    const uint32_t q_tile = shared_address(memory), do_tile = q_tile + kBytes, k_tile = do_tile + kBytes,
+                   v_tile = k_tile + kBytes;
+    const uint32_t ds_tile = v_tile + kBytes;  // [keys, queries]
+    SlotMap& map = *reinterpret_cast<SlotMap*>(memory + 4 * kBytes + kTile * kTile * 2);
+    auto& rows = *reinterpret_cast<QueryRows<kTile>*>(&map + 1);
+    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], lane);
+    sync_block();
+    load_slots<T, D, kThreads>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride, thread);
+    load_slots<T, D, kThreads>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);
+    cp_async_commit();
+
+    const SlotMap::Slot mine = map.k[warp], asked = map.q[warp];
+    const float scale = static_cast<float>(p.scale);
+    const uint32_t my_rows = warp * kSlot * D * 2;
+    float dk[D / 8][4], dv[D / 8][4];
+    clear<D>(dk);
+    clear<D>(dv);
+
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        // Load Q and dO, and what belongs to each query.
+        sync_block();  // the tiles of the head before are read
+        load_slots<T, D, kThreads>(q_tile, map.q, static_cast<const T*>(p.q) + head * p.q_head_stride, p.q_token_stride,
+                                   thread);
+        load_slots<T, D, kThreads>(do_tile, map.q, static_cast<const T*>(p.dout) + head * D, p.num_heads * D, thread);
+        cp_async_commit();
+#pragma unroll 2
+        for (int row = lane / (D / 8); row < kSlot; row += 256 / D) {
+            const bool valid = row < asked.count;
+            const int64_t at = (static_cast<int64_t>(valid ? asked.token + row : 0) * p.num_heads + head);
+            const float delta = row_delta<T, D>(static_cast<const T*>(p.out) + at * D, static_cast<const T*>(p.dout) + at * D,
+                                                lane % (D / 8) * 8);
+            const int seen = valid ? visible_keys(asked.offset + row, asked.length, asked.other_length, p.causal) : 0;
+            if (lane % (D / 8) == 0)
+                rows.set(warp * kSlot + row, static_cast<const float*>(p.lse)[at], valid ? delta : 0, seen);
+        }
+        cp_async_wait<0>();
+        sync_block();
+
+        // dK and dV of this warp's keys.
+        if (mine.count > 0) {
+            for (int start = 0; start < mine.other_length; start += kSlot) {
+                const int row = mine.other * kSlot + start;
+                float ds[2][4];
+                add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2,
+                                        do_tile + row * D * 2, rows, row, mine.offset, scale, lane);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const uint32_t at = ds_tile + swizzled<kTile>(warp * kSlot + lane / 4, row / 8 + j) + lane % 4 * 4;
+                    shared_store4(at, pack<T>(ds[j][0], ds[j][1]));
+                    shared_store4(at + 8 * kTile * 2, pack<T>(ds[j][2], ds[j][3]));
+                }
+            }
+        }
+        sync_block();
+
+        // dQ of this warp's queries.
+        if (asked.count > 0) {
+            float dq[D / 8][4];
+            clear<D>(dq);
+            for (int start = 0; start < asked.other_length; start += kSlot) {
+                const int key = asked.other * kSlot + start;
+                uint32_t a[4];
+                ldmatrix_x4_trans(a, right_address<kTile>(ds_tile, key, warp, lane));
+                multiply_columns<T, D>(dq, a, k_tile + key * D * 2, 0, lane);
+            }
+            store_rows<T, D>(static_cast<T*>(p.dq) + (static_cast<int64_t>(asked.token) * p.num_heads + head) * D,
+                             p.num_heads * D, asked.count, dq, 1, 1, q_tile + my_rows, lane);
+        }
+    }
+
+    if (mine.count == 0) return;
+    const int64_t at = (static_cast<int64_t>(mine.token) * p.num_kv_heads + kv_head) * D;
+    store_rows<T, D>(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, mine.count, dk, 1, 1, q_tile + my_rows, lane);
+    store_rows<T, D>(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, mine.count, dv, 1, 1, q_tile + my_rows, lane);
+}
+
+// delta of every query and head, for the blocks below: [T, num_heads].
+template <class T, int D>
+__global__ void __launch_bounds__(256) attention_backward_delta(const T* out, const T* dout, float* delta, int64_t rows) {
+    constexpr int kLanes = D / 8;
+    const int64_t row = blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes;
+    const int64_t at = (row < rows ? row : rows - 1) * D;
+    const float x = row_delta<T, D>(out + at, dout + at, threadIdx.x % kLanes * 8);
+    if (row < rows && threadIdx.x % kLanes == 0) delta[row] = x;
+}
+
+constexpr int kBackwardStep = 64;  // queries, or keys, that are loaded together
+
+template <int D>
+constexpr size_t block_backward_shared() {
+    return (2 * kTile + 4 * kBackwardStep) * D * 2 + 2 * sizeof(QueryRows<kBackwardStep>);
+}
+
+// dK and dV of kTile keys of a long sequence: all query heads of the group, all queries that see them.
+template <class T, int D>
+__global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(const AttentionBackward p) {
+    if (static_cast<int>(blockIdx.x) >= p.plan.data[2]) return;
+    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + blockIdx.x);
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]);
+    const int first = item[1] * kTile, count = min(kTile, span.num_k - first);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
+    constexpr int kBytes = kTile * D * 2, kStepBytes = kBackwardStep * D * 2, kThreads = kBackwardWarps * 32;
+
+    char* const memory = shared_bytes();
+    const uint32_t k_tile = shared_address(memory), v_tile = k_tile + kBytes, q_tiles = v_tile + kBytes;
+    const uint32_t do_tiles = q_tiles + 2 * kStepBytes;
+    auto* rows = reinterpret_cast<QueryRows<kBackwardStep>*>(memory + 2 * kBytes + 4 * kStepBytes);
+    const int64_t key = span.k + first;
+    load_rows<T, D, kTile, kThreads>(k_tile, static_cast<const T*>(p.k) + key * p.k_token_stride + kv_head * p.k_head_stride,
+                                     p.k_token_stride, count, thread);
+    load_rows<T, D, kTile, kThreads>(v_tile, static_cast<const T*>(p.v) + key * p.v_token_stride + kv_head * p.v_head_stride,
+                                     p.v_token_stride, count, thread);
+
+    // Steps: the blocks of queries that see any of these keys, head after head.
+    const int from = p.causal ? max(0, first - span.num_k + span.num_q) / kBackwardStep : 0;
+    const int per_head = max(0, (span.num_q + kBackwardStep - 1) / kBackwardStep - from), steps = group * per_head;
+    const auto load_step = [&](int step) {
+        if (step < steps) {
+            const int head = kv_head * group + step / per_head, start = (from + step % per_head) * kBackwardStep;
+            const int stage = step % 2;
+            const int64_t query = span.q + start;
+            load_rows<T, D, kBackwardStep, kThreads>(
+                q_tiles + stage * kStepBytes, static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride,
+                p.q_token_stride, span.num_q - start, thread);
+            load_rows<T, D, kBackwardStep, kThreads>(do_tiles + stage * kStepBytes,
+                                                     static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D,
+                                                     p.num_heads * D, span.num_q - start, thread);
+            if (thread < kBackwardStep) {
+                const bool valid = start + thread < span.num_q;
+                const int64_t at = (query + (valid ? thread : 0)) * p.num_heads + head;
+                rows[stage].set(thread, static_cast<const float*>(p.lse)[at], static_cast<const float*>(p.scratch)[at],
+                                valid ? visible_keys(start + thread, span.num_q, span.num_k, p.causal) : 0);
+            }
+        }
+        cp_async_commit();
+    };
+    load_step(0);
+
+    const uint32_t my_rows = warp * kSlot * D * 2;
+    float dk[D / 8][4], dv[D / 8][4];
+    clear<D>(dk);
+    clear<D>(dv);
+    for (int step = 0; step < steps; ++step) {
+        load_step(step + 1);
+        cp_async_wait<1>();
+        sync_block();
+        const uint32_t q_tile = q_tiles + step % 2 * kStepBytes, do_tile = do_tiles + step % 2 * kStepBytes;
+#pragma unroll 1
+        for (int row = 0; row < kBackwardStep; row += kSlot) {
+            float ds[2][4];
+            add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2, do_tile + row * D * 2,
+                                    rows[step % 2], row, first + warp * kSlot, static_cast<float>(p.scale), lane);
+        }
+        sync_block();  // before the step after the next overwrites this one
+    }
+    cp_async_wait<0>();
+    sync_block();
+
+    const int64_t at = ((key + warp * kSlot) * p.num_kv_heads + kv_head) * D;
+    store_rows<T, D>(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, count - warp * kSlot, dk, 1, 1, k_tile + my_rows, lane);
+    store_rows<T, D>(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, count - warp * kSlot, dv, 1, 1, k_tile + my_rows, lane);
+}
+
+// dQ of kTile queries of a long sequence and one head. It computes the weights a second time (7 products instead of 5); in
+// exchange no dQ is ever added in memory.
+template <class T, int D>
+__global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_queries(const AttentionBackward p) {
+    if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
+    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + blockIdx.x);
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]);
+    const int first = item[1] * kTile, count = min(kTile, span.num_q - first);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int head = blockIdx.y;
+    const int64_t kv_head = head / (p.num_heads / p.num_kv_heads), query = span.q + first;
+    constexpr int kBytes = kTile * D * 2, kStepBytes = kBackwardStep * D * 2, kThreads = kBackwardWarps * 32;
+
+    const uint32_t q_tile = shared_address(shared_bytes()), do_tile = q_tile + kBytes, k_tiles = do_tile + kBytes;
+    const uint32_t v_tiles = k_tiles + 2 * kStepBytes;
+    const T* keys = static_cast<const T*>(p.k) + span.k * p.k_token_stride + kv_head * p.k_head_stride;
+    const T* values = static_cast<const T*>(p.v) + span.k * p.v_token_stride + kv_head * p.v_head_stride;
+    const int steps = (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kBackwardStep - 1) / kBackwardStep;
+    const auto load_step = [&](int step) {
+        const int start = step * kBackwardStep, stage = step % 2 * kStepBytes;
+        if (step < steps) {
+            load_rows<T, D, kBackwardStep, kThreads>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
+                                                     span.num_k - start, thread);
+            load_rows<T, D, kBackwardStep, kThreads>(v_tiles + stage, values + start * p.v_token_stride, p.v_token_stride,
+                                                     span.num_k - start, thread);
+        }
+        cp_async_commit();
+    };
+    load_rows<T, D, kTile, kThreads>(q_tile, static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride,
+                                     p.q_token_stride, count, thread);
+    load_rows<T, D, kTile, kThreads>(do_tile, static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D, p.num_heads * D,
+                                     count, thread);
+    load_step(0);
+
+    float lse[2], delta[2];
+    int seen[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = warp * kSlot + i * 8 + lane / 4;
+        const bool valid = row < count;
+        const int64_t at = (query + (valid ? row : 0)) * p.num_heads + head;
+        seen[i] = valid ? visible_keys(first + row, span.num_q, span.num_k, p.causal) : 0;
+        lse[i] = seen[i] > 0 ? static_cast<const float*>(p.lse)[at] * kLog2E : INFINITY;
+        delta[i] = static_cast<const float*>(p.scratch)[at];
+    }
+    const float scale = static_cast<float>(p.scale);
+    const uint32_t my_rows = warp * kSlot * D * 2;
+    float dq[D / 8][4];
+    clear<D>(dq);
+    for (int step = 0; step < steps; ++step) {
+        load_step(step + 1);
+        cp_async_wait<1>();
+        sync_block();
+        const uint32_t k_tile = k_tiles + step % 2 * kStepBytes, v_tile = v_tiles + step % 2 * kStepBytes;
+        for (int start = 0; start < kBackwardStep; start += kSlot) {
+            float s[2][4] = {}, dp[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                uint32_t a[4];
+                ldmatrix_x4(a, left_address<D>(q_tile + my_rows, 0, k, lane));
+                multiply_rows<T, D, 1>(s, a, k_tile + start * D * 2, 0, k, lane);
+                ldmatrix_x4(a, left_address<D>(do_tile + my_rows, 0, k, lane));
+                multiply_rows<T, D, 1>(dp, a, v_tile + start * D * 2, 0, k, lane);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int key = step * kBackwardStep + start + j * 8 + lane % 4 * 2 + e % 2;
+                    const float weight = exp2_approx(s[j][e] * (scale * kLog2E) - lse[e / 2]);
+                    s[j][e] = key < seen[e / 2] ? weight * (dp[j][e] - delta[e / 2]) * scale : 0;
+                }
+            }
+            uint32_t a[4];
+            as_left<T>(s[0], s[1], a);
+            multiply_columns<T, D>(dq, a, k_tile + start * D * 2, 0, lane);
+        }
+        sync_block();  // before the step after the next overwrites this one
+    }
+    cp_async_wait<0>();
+    sync_block();
+    store_rows<T, D>(static_cast<T*>(p.dq) + ((query + warp * kSlot) * p.num_heads + head) * D, p.num_heads * D,
+                     count - warp * kSlot, dq, 1, 1, q_tile + my_rows, lane);
+}
+
+}  // namespace qemb::cuda

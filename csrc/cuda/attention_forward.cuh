@@ -1,0 +1,320 @@
+// softmax(scale q k^T) v: tiles of short sequences, and blocks of long ones. Scores and probabilities live in registers.
+#pragma once
+
+#include "cuda/attention_tile.h"
+
+namespace qemb::cuda {
+
+// Largest of four lanes of a row, and their sum.
+QEMB_DEVICE float quad_max(float x) {
+    x = fmaxf(x, shuffle_xor(x, 1));
+    return fmaxf(x, shuffle_xor(x, 2));
+}
+QEMB_DEVICE float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+constexpr int kTileWarps = kSlots;
+template <int D>
+constexpr int kSlotsAtOnce = D == 128 ? 2 : 4;  // of keys: what the registers hold, for two blocks on a processor
+
+template <int D>
+constexpr size_t tile_forward_shared() {
+    return 3 * kTile * D * 2 + sizeof(SlotMap);
+}
+
+// One tile and one kv head: keys and values are read once for all query heads of the group; each warp owns a slot of queries
+// and works alone once the keys are there.
+template <class T, int D>
+__global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(const AttentionForward p) {
+    if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
+    const int32_t* item = p.plan.data + 4 + 2 * blockIdx.x;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    constexpr int kAtOnce = kSlotsAtOnce<D>;
+    const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
+
+    // Map the slots; load keys and values.
+    char* const q_tile = shared_bytes();
+    const uint32_t k_tile = shared_address(q_tile + kTile * D * 2), v_tile = k_tile + kTile * D * 2;
+    SlotMap& map = *reinterpret_cast<SlotMap*>(q_tile + 3 * kTile * D * 2);
+    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], lane);
+    sync_block();
+    load_slots<T, D, kTileWarps * 32>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride,
+                                      thread);
+    load_slots<T, D, kTileWarps * 32>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride,
+                                      thread);
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_block();
+
+    const SlotMap::Slot mine = map.q[warp];
+    if (mine.count == 0) return;
+    const int num_keys = mine.other_length, row = lane / 4;
+    const int seen0 = visible_keys(mine.offset + row, mine.length, num_keys, p.causal);
+    const int seen1 = visible_keys(mine.offset + row + 8, mine.length, num_keys, p.causal);
+    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const uint32_t my_q = shared_address(q_tile) + warp * kSlot * D * 2;
+    const uint32_t my_k = k_tile + mine.other * kSlot * D * 2, my_v = v_tile + mine.other * kSlot * D * 2;
+
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        // Load Q, this warp's rows.
+        load_rows<T, D, kSlot, 32>(my_q, static_cast<const T*>(p.q) + mine.token * p.q_token_stride + head * p.q_head_stride,
+                                   p.q_token_stride, mine.count, lane);
+        cp_async_commit();
+        cp_async_wait<0>();
+        sync_warp();
+
+        float out[D / 8][4], most0 = -INFINITY, most1 = -INFINITY, sum0 = 0, sum1 = 0;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[i][j] = 0;
+
+        // Some slots of its own sequence's keys at a time, counted from that sequence's first: the sums do not depend on what
+        // else the tile holds.
+        for (int start = 0; start < num_keys; start += kAtOnce * kSlot) {
+            float s[2 * kAtOnce][4];
+#pragma unroll
+            for (int i = 0; i < 2 * kAtOnce; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) s[i][j] = 0;
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                uint32_t a[4];
+                ldmatrix_x4(a, left_address<D>(my_q, 0, k, lane));
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i)
+                    if (start + i * kSlot < num_keys)
+                        multiply_rows<T, D, 1>(&s[2 * i], a, my_k + start * D * 2, i * kSlot, k, lane);
+            }
+
+            // Online softmax in base 2.
+            float best0 = most0, best1 = most1;
+#pragma unroll
+            for (int i = 0; i < 2 * kAtOnce; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int key = start + i * 8 + lane % 4 * 2 + j;
+                    s[i][j] = key < seen0 ? s[i][j] * scale : -INFINITY;
+                    s[i][j + 2] = key < seen1 ? s[i][j + 2] * scale : -INFINITY;
+                    best0 = fmaxf(best0, s[i][j]);
+                    best1 = fmaxf(best1, s[i][j + 2]);
+                }
+            }
+            best0 = quad_max(best0);
+            best1 = quad_max(best1);
+            const float base0 = best0 == -INFINITY ? 0 : best0, base1 = best1 == -INFINITY ? 0 : best1;
+            const float factor0 = exp2_approx(most0 - base0), factor1 = exp2_approx(most1 - base1);
+            most0 = best0;
+            most1 = best1;
+            sum0 *= factor0;
+            sum1 *= factor1;
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i) {
+                out[i][0] *= factor0;
+                out[i][1] *= factor0;
+                out[i][2] *= factor1;
+                out[i][3] *= factor1;
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * kAtOnce; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    s[i][j] = exp2_approx(s[i][j] - base0);
+                    s[i][j + 2] = exp2_approx(s[i][j + 2] - base1);
+                    sum0 += s[i][j];
+                    sum1 += s[i][j + 2];
+                }
+            }
+
+            // Output.
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                uint32_t a[4];
+                as_left<T>(s[2 * i], s[2 * i + 1], a);
+                if (start + i * kSlot < num_keys) multiply_columns<T, D>(out, a, my_v + start * D * 2, i * kSlot, lane);
+            }
+        }
+
+        // Write the output and lse.
+        sum0 = quad_sum(sum0);
+        sum1 = quad_sum(sum1);
+        store_rows<T, D>(static_cast<T*>(p.out) + (static_cast<int64_t>(mine.token) * p.num_heads + head) * D, p.num_heads * D,
+                         mine.count, out, sum0 > 0 ? 1 / sum0 : 0, sum1 > 0 ? 1 / sum1 : 0, my_q, lane);
+        float* lse = static_cast<float*>(p.lse) + static_cast<int64_t>(mine.token) * p.num_heads + head;
+        if (lane % 4 == 0 && row < mine.count) lse[row * p.num_heads] = most0 * kLn2 + logf(sum0);
+        if (lane % 4 == 0 && row + 8 < mine.count) lse[(row + 8) * p.num_heads] = most1 * kLn2 + logf(sum1);
+    }
+}
+
+constexpr int kBlockWarps = 4;
+template <int D>
+constexpr int kBlockKeys = D == 128 ? 32 : 64;  // what the registers hold
+
+template <int D>
+constexpr size_t block_forward_shared() {
+    return (kTile + 4 * kBlockKeys<D>)*D * 2;
+}
+
+// One block of kTile queries of a long sequence and one head; a warp owns 32 rows. Keys and values come in blocks, the next one
+// while this one is multiplied.
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(const AttentionForward p) {
+    if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
+    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + blockIdx.x);
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]);
+    const int first = item[1] * kTile, count = min(kTile, span.num_q - first);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = lane / 4;
+    const int head = blockIdx.y;
+    const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
+    const float scale = static_cast<float>(p.scale) * kLog2E;
+
+    // Load Q and the first block of keys and values.
+    const uint32_t q_tile = shared_address(shared_bytes()), k_tiles = q_tile + kTile * D * 2,
+                   v_tiles = k_tiles + 2 * kBlockKeys<D> * D * 2;
+    const T* keys = static_cast<const T*>(p.k) + span.k * p.k_token_stride + kv_head * p.k_head_stride;
+    const T* values = static_cast<const T*>(p.v) + span.k * p.v_token_stride + kv_head * p.v_head_stride;
+    const int num_blocks =
+        (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kBlockKeys<D> - 1) / kBlockKeys<D>;
+    const auto load_block = [&](int block) {
+        const int start = block * kBlockKeys<D>, stage = block % 2 * kBlockKeys<D> * D * 2;
+        if (block < num_blocks) {
+            load_rows<T, D, kBlockKeys<D>, kBlockWarps * 32>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
+                                                             span.num_k - start, thread);
+            load_rows<T, D, kBlockKeys<D>, kBlockWarps * 32>(v_tiles + stage, values + start * p.v_token_stride,
+                                                             p.v_token_stride, span.num_k - start, thread);
+        }
+        cp_async_commit();
+    };
+    load_rows<T, D, kTile, kBlockWarps * 32>(
+        q_tile, static_cast<const T*>(p.q) + (span.q + first) * p.q_token_stride + head * p.q_head_stride, p.q_token_stride,
+        count, thread);
+    load_block(0);
+
+    float out[2][D / 8][4], most[4], sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        most[i] = -INFINITY;
+        sum[i] = 0;
+    }
+    const int seen_by_all = visible_keys(first + warp * 32, span.num_q, span.num_k, p.causal);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[m][i][j] = 0;
+
+    for (int block = 0; block < num_blocks; ++block) {
+        load_block(block + 1);
+        cp_async_wait<1>();
+        sync_block();
+        const uint32_t k_tile = k_tiles + block % 2 * kBlockKeys<D> * D * 2,
+                       v_tile = v_tiles + block % 2 * kBlockKeys<D> * D * 2;
+
+        // Scores: a block of keys in registers serves both halves of the warp's rows.
+        float s[2][kBlockKeys<D> / 8][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int i = 0; i < kBlockKeys<D> / 8; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) s[m][i][j] = 0;
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            uint32_t a[2][4];
+            ldmatrix_x4(a[0], left_address<D>(q_tile, warp * 32, k, lane));
+            ldmatrix_x4(a[1], left_address<D>(q_tile, warp * 32 + 16, k, lane));
+#pragma unroll
+            for (int j = 0; j < kBlockKeys<D> / 16; ++j) {
+                uint32_t b[4];
+                ldmatrix_x4(b, right_address<D>(k_tile, 16 * j, k, lane));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    mma<T>(s[m][2 * j], a[m], b[0], b[1]);
+                    mma<T>(s[m][2 * j + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+
+        // Online softmax in base 2. Only blocks that some row does not see whole are masked.
+        const int start = block * kBlockKeys<D>;
+        const bool edge = start + kBlockKeys<D> > seen_by_all;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int m = i / 2, half = i % 2 * 2;
+            const int seen = visible_keys(first + warp * 32 + i * 8 + row, span.num_q, span.num_k, p.causal);
+            float best = most[i];
+#pragma unroll
+            for (int n = 0; n < kBlockKeys<D> / 8; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[m][n][half + j];
+                    x = edge && start + n * 8 + lane % 4 * 2 + j >= seen ? -INFINITY : x * scale;
+                    best = fmaxf(best, x);
+                }
+            }
+            best = quad_max(best);
+            const float base = best == -INFINITY ? 0 : best, factor = exp2_approx(most[i] - base);
+            const bool rescale = any_lane(best > most[i]);  // seldom, once the first blocks are done
+            most[i] = best;
+            float total = 0;
+#pragma unroll
+            for (int n = 0; n < kBlockKeys<D> / 8; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[m][n][half + j];
+                    x = exp2_approx(x - base);
+                    total += x;
+                }
+            }
+            sum[i] = sum[i] * factor + total;
+            if (!rescale) continue;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                out[m][n][half] *= factor;
+                out[m][n][half + 1] *= factor;
+            }
+        }
+
+        // Output.
+        uint32_t a[2][kBlockKeys<D> / 16][4];
+#pragma unroll
+        for (int k = 0; k < kBlockKeys<D> / 16; ++k)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) as_left<T>(s[m][2 * k], s[m][2 * k + 1], a[m][k]);
+#pragma unroll
+        for (int k = 0; k < kBlockKeys<D> / 16; ++k) {
+#pragma unroll
+            for (int j = 0; j < D / 16; ++j) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, crossed_address<D>(v_tile, k * 16, j, lane));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    mma<T>(out[m][2 * j], a[m][k], b[0], b[1]);
+                    mma<T>(out[m][2 * j + 1], a[m][k], b[2], b[3]);
+                }
+            }
+        }
+        sync_block();  // before the block after the next overwrites this one
+    }
+    cp_async_wait<0>();
+    sync_block();
+
+    // Write the output and lse; a warp's rows of Q are its staging.
+    T* to = static_cast<T*>(p.out) + (static_cast<int64_t>(span.q + first) * p.num_heads + head) * D;
+    float* lse = static_cast<float*>(p.lse) + static_cast<int64_t>(span.q + first) * p.num_heads + head;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const int start = warp * 32 + m * 16;
+        const float sum0 = quad_sum(sum[2 * m]), sum1 = quad_sum(sum[2 * m + 1]);
+        store_rows<T, D>(to + start * p.num_heads * D, p.num_heads * D, count - start, out[m], sum0 > 0 ? 1 / sum0 : 0,
+                         sum1 > 0 ? 1 / sum1 : 0, q_tile + start * D * 2, lane);
+        if (lane % 4 == 0 && start + row < count) lse[(start + row) * p.num_heads] = most[2 * m] * kLn2 + logf(sum0);
+        if (lane % 4 == 0 && start + row + 8 < count)
+            lse[(start + row + 8) * p.num_heads] = most[2 * m + 1] * kLn2 + logf(sum1);
+    }
+}
+
+}  // namespace qemb::cuda

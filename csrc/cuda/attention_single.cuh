@@ -1,0 +1,177 @@
+// One query a sequence (the last layer under last-token pooling): keys and values are read once, by parts of warps that each
+// take every kKeysAtOnce-th key, for all query heads of the group.
+#pragma once
+
+#include "cuda/attention_tile.h"
+
+namespace qemb::cuda {
+
+constexpr int kSingleWarps = 4;
+
+// D values of a row lie over D / 8 lanes; so many keys are in work at once.
+template <int D>
+constexpr int kKeysAtOnce = kSingleWarps * 32 / (D / 8);
+template <int D, int kGroup>
+constexpr size_t single_shared() {
+    return kKeysAtOnce<D> * kGroup * (D + 2) * sizeof(float);
+}
+
+template <class T>
+QEMB_DEVICE void load8(const T* from, float (&x)[8]) {
+    const Vector16 v = load16(from);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = unpack<T>(v.word[i / 2], i % 2);
+}
+template <class T>
+QEMB_DEVICE void store8(T* to, const float (&x)[8]) {
+    Vector16 v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    store16(to, v);
+}
+// Over the lanes of one row; every lane gets it.
+template <int D>
+QEMB_DEVICE float row_dot(const float (&a)[8], const float (&b)[8]) {
+    float x = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x += a[i] * b[i];
+#pragma unroll
+    for (int mask = D / 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+template <class T, int D, int kGroup>
+__global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(const AttentionForward p) {
+    constexpr int kKeys = kKeysAtOnce<D>, kWidth = D / 8;
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, blockIdx.x);
+    if (span.num_q <= 0) return;
+    const int thread = threadIdx.x, worker = thread / kWidth, column = thread % kWidth * 8;
+    const int64_t kv_head = blockIdx.y, head = kv_head * kGroup;
+    const float scale = static_cast<float>(p.scale) * kLog2E;
+
+    float q[kGroup][8], out[kGroup][8], most[kGroup], sum[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+        load8(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column, q[g]);
+        most[g] = -INFINITY;
+        sum[g] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[g][i] = 0;
+    }
+
+    // Each worker's keys, with a softmax of its own. All lanes take every step: they shuffle together.
+    for (int start = 0; start < span.num_k; start += kKeys) {
+        const int key = start + worker;
+        const bool valid = key < span.num_k;
+        const int64_t token = span.k + (valid ? key : 0);
+        float k[8], v[8];
+        load8(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column, k);
+        load8(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column, v);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+            const float score = row_dot<D>(q[g], k) * scale;
+            if (!valid) continue;
+            const float best = fmaxf(most[g], score), base = best == -INFINITY ? 0 : best;
+            const float factor = exp2_approx(most[g] - base), weight = exp2_approx(score - base);
+            most[g] = best;
+            sum[g] = sum[g] * factor + weight;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[g][i] = out[g][i] * factor + weight * v[i];
+        }
+    }
+
+    // Join the workers, in their order.
+    float* const parts = reinterpret_cast<float*>(shared_bytes());  // [kKeys, kGroup, D + 2]
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+        float* part = parts + (worker * kGroup + g) * (D + 2);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) part[column + i] = out[g][i];
+        if (column == 0) {
+            part[D] = most[g];
+            part[D + 1] = sum[g];
+        }
+    }
+    sync_block();
+    for (int i = thread; i < kGroup * D; i += kSingleWarps * 32) {
+        const int g = i / D, d = i % D;
+        float best = -INFINITY, total = 0, x = 0;
+        for (int w = 0; w < kKeys; ++w) best = fmaxf(best, parts[(w * kGroup + g) * (D + 2) + D]);
+        const float base = best == -INFINITY ? 0 : best;
+        for (int w = 0; w < kKeys; ++w) {
+            const float* part = parts + (w * kGroup + g) * (D + 2);
+            const float factor = exp2_approx(part[D] - base);
+            total += part[D + 1] * factor;
+            x += part[d] * factor;
+        }
+        static_cast<T*>(p.out)[(span.q * p.num_heads + head + g) * D + d] = from_float<T>(total > 0 ? x / total : 0);
+        if (d == 0) static_cast<float*>(p.lse)[span.q * p.num_heads + head + g] = best * kLn2 + logf(total);
+    }
+}
+
+template <class T, int D, int kGroup>
+__global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(const AttentionBackward p) {
+    constexpr int kKeys = kKeysAtOnce<D>, kWidth = D / 8;
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, blockIdx.x);
+    const int thread = threadIdx.x, worker = thread / kWidth, column = thread % kWidth * 8;
+    const int64_t kv_head = blockIdx.y, head = kv_head * kGroup;
+    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const bool asked = span.num_q > 0;  // a sequence without a query leaves zeros to its keys
+
+    float q[kGroup][8], dout[kGroup][8], dq[kGroup][8], lse[kGroup], delta[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+        lse[g] = delta[g] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) q[g][i] = dout[g][i] = dq[g][i] = 0;
+        if (!asked) continue;
+        const int64_t row = (span.q * p.num_heads + head + g) * D + column;
+        float out[8];
+        load8(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column, q[g]);
+        load8(static_cast<const T*>(p.dout) + row, dout[g]);
+        load8(static_cast<const T*>(p.out) + row, out);
+        delta[g] = row_dot<D>(dout[g], out);
+        lse[g] = static_cast<const float*>(p.lse)[span.q * p.num_heads + head + g] * kLog2E;
+    }
+
+    for (int start = 0; start < span.num_k; start += kKeys) {
+        const int key = start + worker;
+        const bool valid = key < span.num_k;
+        const int64_t token = span.k + (valid ? key : 0);
+        float k[8], v[8], dk[8] = {}, dv[8] = {};
+        load8(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column, k);
+        load8(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column, v);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+            const float score = row_dot<D>(q[g], k) * scale, dp = row_dot<D>(dout[g], v);
+            const float weight = asked && valid ? exp2_approx(score - lse[g]) : 0;
+            const float ds = weight * (dp - delta[g]) * static_cast<float>(p.scale);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                dv[i] += weight * dout[g][i];
+                dk[i] += ds * q[g][i];
+                if (valid) dq[g][i] += ds * k[i];
+            }
+        }
+        if (valid) {
+            const int64_t row = (token * p.num_kv_heads + kv_head) * D + column;
+            store8(static_cast<T*>(p.dk) + row, dk);
+            store8(static_cast<T*>(p.dv) + row, dv);
+        }
+    }
+    if (!asked) return;
+
+    float* const parts = reinterpret_cast<float*>(shared_bytes());  // [kKeys, kGroup, D]
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) parts[(worker * kGroup + g) * D + column + i] = dq[g][i];
+    sync_block();
+    for (int i = thread; i < kGroup * D; i += kSingleWarps * 32) {
+        float x = 0;
+        for (int w = 0; w < kKeys; ++w) x += parts[w * kGroup * D + i];
+        static_cast<T*>(p.dq)[(span.q * p.num_heads + head) * D + i] = from_float<T>(x);
+    }
+}
+
+}  // namespace qemb::cuda

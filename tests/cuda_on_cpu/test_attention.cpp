@@ -1,0 +1,251 @@
+// Attention: the CUDA kernels, executed by the emulator, against the definition in double. Tolerance: twice the error of a
+// dense implementation that stores scores and weights in the same dtype.
+#include "attention_truth.h"
+#include "ops/attention.h"
+#include "tensor.h"
+
+using namespace qemb;
+using namespace qemb::testing;
+
+namespace {
+
+using Case = AttentionCase;
+
+Case self(std::vector<int32_t> lengths, int64_t heads, int64_t kv_heads, int64_t dim, bool causal) {
+    std::vector<int32_t> cu{0};
+    for (const int32_t length : lengths) cu.push_back(cu.back() + length);
+    return {cu, cu, heads, kv_heads, dim, causal};
+}
+
+// Memory of one call, and its plan on the host.
+template <class T>
+struct Call {
+    const Case& c;
+    Tensor<T> q, k, v, dout, out, dq, dk, dv;
+    emulator::DeviceMemory<float> lse;
+    emulator::DeviceMemory<int32_t> cu_q, cu_k;
+    AttentionPlan plan;
+    std::vector<int32_t> host_plan;
+
+    Call(const Case& c, const Wide& q_, const Wide& k_, const Wide& v_, const Wide& dout_)
+        : c(c),
+          q(q_),
+          k(k_),
+          v(v_),
+          dout(dout_),
+          out(q.size()),
+          dq(q.size()),
+          dk(k.size()),
+          dv(k.size()),
+          lse(q_.size() / static_cast<size_t>(c.dim)),
+          cu_q(c.cu_q),
+          cu_k(c.cu_k),
+          plan(size_plan(c.cu_q.data(), c.cu_k.data(), seqs())),
+          host_plan(static_cast<size_t>(plan.size())) {
+        fill_plan(c.cu_q.data(), c.cu_k.data(), seqs(), plan, host_plan.data());
+    }
+    int64_t seqs() const { return static_cast<int64_t>(c.cu_q.size()) - 1; }
+
+    // With the plan of the host, or with one made on the device.
+    void run(bool device_plan = false, bool single = true) {
+        AttentionPlan used = device_plan ? cuda::largest_plan(seqs(), c.cu_q.back(), c.cu_k.back()) : plan;
+        emulator::DeviceMemory<int32_t> data(static_cast<size_t>(used.size()));
+        if (device_plan)
+            cuda::fill_plan(cu_q.data(), cu_k.data(), seqs(), used, data.data(), nullptr);
+        else
+            std::copy(host_plan.begin(), host_plan.end(), data.data());
+        used.data = data.data();
+        used.single = used.single && single;
+        const int64_t q_row = c.heads * c.dim, k_row = c.kv_heads * c.dim;
+        const AttentionForward forward{.q = q.data(),
+                                       .k = k.data(),
+                                       .v = v.data(),
+                                       .out = out.data(),
+                                       .lse = lse.data(),
+                                       .cu_seqlens_q = cu_q.data(),
+                                       .cu_seqlens_k = cu_k.data(),
+                                       .num_seqs = seqs(),
+                                       .num_heads = c.heads,
+                                       .num_kv_heads = c.kv_heads,
+                                       .head_dim = c.dim,
+                                       .q_token_stride = q_row,
+                                       .q_head_stride = c.dim,
+                                       .k_token_stride = k_row,
+                                       .k_head_stride = c.dim,
+                                       .v_token_stride = k_row,
+                                       .v_head_stride = c.dim,
+                                       .scale = 1 / std::sqrt(static_cast<double>(c.dim)),
+                                       .causal = c.causal,
+                                       .dtype = dtype_of<T>,
+                                       .plan = used};
+        cuda::attention_forward(forward);
+        AttentionBackward backward{.q = q.data(),
+                                   .k = k.data(),
+                                   .v = v.data(),
+                                   .out = out.data(),
+                                   .dout = dout.data(),
+                                   .lse = lse.data(),
+                                   .dq = dq.data(),
+                                   .dk = dk.data(),
+                                   .dv = dv.data(),
+                                   .cu_seqlens_q = cu_q.data(),
+                                   .cu_seqlens_k = cu_k.data(),
+                                   .num_tokens = c.cu_q.back(),
+                                   .num_seqs = seqs(),
+                                   .num_heads = c.heads,
+                                   .num_kv_heads = c.kv_heads,
+                                   .head_dim = c.dim,
+                                   .q_token_stride = q_row,
+                                   .q_head_stride = c.dim,
+                                   .k_token_stride = k_row,
+                                   .k_head_stride = c.dim,
+                                   .v_token_stride = k_row,
+                                   .v_head_stride = c.dim,
+                                   .scale = forward.scale,
+                                   .causal = c.causal,
+                                   .dtype = dtype_of<T>,
+                                   .plan = used};
+        emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::attention_backward_scratch(backward)));
+        backward.scratch = scratch.data();
+        cuda::attention_backward(backward);
+    }
+};
+
+struct Inputs {
+    Wide q, k, v, dout;
+};
+template <class T>
+Inputs random_inputs(const Case& c) {
+    const int64_t q = c.cu_q.back() * c.heads * c.dim, k = c.cu_k.back() * c.kv_heads * c.dim;
+    return {random_wide<T>(q, 1), random_wide<T>(k, 2), random_wide<T>(k, 3), random_wide<T>(q, 4)};
+}
+
+template <class T>
+void check(const std::string& name, const Case& c, bool device_plan = false) {
+    const Inputs x = random_inputs<T>(c);
+    const AttentionResult truth = attention_truth(c, x.q, x.k, x.v, x.dout, [](double value) { return value; });
+    const AttentionResult low = attention_truth(c, x.q, x.k, x.v, x.dout, rounded<T>);
+    Call<T> call(c, x.q, x.k, x.v, x.dout);
+    call.run(device_plan);
+    check_rounded<T>(name + " out", call.out.wide(), low.out, truth.out);
+    check_rounded<T>(name + " dq", call.dq.wide(), low.dq, truth.dq);
+    check_rounded<T>(name + " dk", call.dk.wide(), low.dk, truth.dk);
+    check_rounded<T>(name + " dv", call.dv.wide(), low.dv, truth.dv);
+    for (size_t i = 0; i < truth.lse.size(); ++i) {
+        const bool right = std::isinf(truth.lse[i]) ? call.lse[i] == static_cast<float>(truth.lse[i])
+                                                    : std::abs(call.lse[i] - truth.lse[i]) < 2e-5;
+        if (!right) std::printf("  %s: lse %zu is %g, not %g\n", name.c_str(), i, call.lse[i], truth.lse[i]), ++g_failures;
+        if (!right) break;
+    }
+}
+
+std::string describe(const Case& c) {
+    std::string text = std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " x " + std::to_string(c.dim) +
+                       (c.causal ? " causal" : " full");
+    for (size_t i = 1; i < c.cu_q.size() && i < 8; ++i) text += " " + std::to_string(c.cu_q[i] - c.cu_q[i - 1]);
+    return text;
+}
+
+}  // namespace
+
+TEST(short_sequences_share_tiles) {
+    for (const Case& c :
+         {self({1, 15, 16, 17, 31, 2, 0, 40, 128, 127, 1}, 2, 1, 64, false),
+          self({1, 15, 16, 17, 31, 2, 0, 40, 128, 127, 1}, 2, 2, 64, true), self({64, 64, 100}, 4, 1, 128, true),
+          self({33, 90}, 2, 1, 128, false), self({5, 9, 3}, 8, 1, 64, false)})
+        check<BFloat16>(describe(c), c);
+    check<Float16>("float16", self({50, 70, 20}, 2, 1, 64, true));
+}
+
+TEST(long_sequences_are_cut_into_blocks) {
+    for (const Case& c : {self({129}, 2, 1, 64, false), self({200, 5, 257}, 2, 1, 64, true), self({260}, 2, 2, 128, true),
+                          self({130, 20}, 2, 1, 128, false)})
+        check<BFloat16>(describe(c), c);
+    check<Float16>("float16", self({190}, 1, 1, 128, true));
+}
+
+TEST(queries_and_keys_of_different_lengths) {
+    for (const Case& c :
+         {Case{{0, 3, 4, 20}, {0, 10, 120, 130}, 2, 1, 64, true}, Case{{0, 50, 51}, {0, 20, 21}, 2, 1, 64, true},
+          Case{{0, 5, 9}, {0, 0, 7}, 1, 1, 64, false}, Case{{0, 0, 7}, {0, 5, 9}, 1, 1, 64, false},
+          Case{{0, 200}, {0, 70}, 1, 1, 64, true}, Case{{0, 3}, {0, 300}, 2, 1, 64, true},
+          Case{{0, 0, 1}, {0, 150, 290}, 4, 2, 64, false}, Case{{0, 140, 160}, {0, 0, 30}, 1, 1, 64, true}})
+        check<BFloat16>(describe(c), c);
+}
+
+TEST(one_query_a_sequence) {
+    for (const int64_t group : {1, 2, 4, 3})
+        check<BFloat16>("group of " + std::to_string(group),
+                        Case{{0, 1, 2, 2, 3, 4}, {0, 1, 34, 50, 50, 350}, 2 * group, 2, group == 2 ? 128 : 64, group == 4});
+}
+
+TEST(thousands_of_tiny_sequences) {
+    std::vector<int32_t> lengths;
+    for (int i = 0; i < 2000; ++i) lengths.push_back(i % 3);
+    check<BFloat16>("tiny", self(lengths, 1, 1, 64, false));
+}
+
+TEST(a_plan_made_on_the_device) {
+    const Case c = self({3, 150, 0, 128, 40, 300, 1, 1, 20}, 2, 1, 64, true);
+    check<BFloat16>("device plan", c, true);
+    const AttentionPlan exact = size_plan(c.cu_q.data(), c.cu_k.data(), 9), most = cuda::largest_plan(9, 643, 643);
+    CHECK(exact.tiles <= most.tiles && exact.blocks <= most.blocks && exact.key_blocks <= most.key_blocks && !exact.single);
+    std::vector<int32_t> all(2001);
+    for (int i = 0; i <= 2000; ++i) all[static_cast<size_t>(i)] = i;
+    CHECK(size_plan(all.data(), all.data(), 2000).tiles <= cuda::largest_plan(2000, 2000, 2000).tiles);
+    CHECK(size_plan(all.data(), all.data(), 2000).single);
+}
+
+TEST(a_sequence_has_the_same_bits_alone) {
+    const Case all = self({20, 100, 7, 128, 33, 200, 64}, 2, 1, 64, true);
+    const Inputs x = random_inputs<BFloat16>(all);
+    Call<BFloat16> packed(all, x.q, x.k, x.v, x.dout);
+    packed.run();
+    for (size_t s = 0; s + 1 < all.cu_q.size(); ++s) {
+        const int64_t begin = all.cu_q[s], count = all.cu_q[s + 1] - begin, q_row = 2 * 64, k_row = 64;
+        const Case one = self({static_cast<int32_t>(count)}, 2, 1, 64, true);
+        const auto part = [&](const Wide& from, int64_t row) {
+            return Wide(from.begin() + begin * row, from.begin() + (begin + count) * row);
+        };
+        Call<BFloat16> alone(one, part(x.q, q_row), part(x.k, k_row), part(x.v, k_row), part(x.dout, q_row));
+        alone.run();
+        CHECK(alone.out.same_bits(packed.out, 0, begin * q_row, count * q_row));
+        CHECK(alone.dq.same_bits(packed.dq, 0, begin * q_row, count * q_row));
+        CHECK(alone.dk.same_bits(packed.dk, 0, begin * k_row, count * k_row));
+        CHECK(alone.dv.same_bits(packed.dv, 0, begin * k_row, count * k_row));
+    }
+}
+
+TEST(nan_stays_in_its_sequence) {
+    for (const bool causal : {false, true}) {
+        const Case c = self({20, 30, 17, 140, 40}, 2, 1, 64, causal);
+        Inputs x = random_inputs<BFloat16>(c);
+        const AttentionResult truth = attention_truth(c, x.q, x.k, x.v, x.dout, [](double value) { return value; });
+        for (const size_t s : {size_t(1), size_t(3)}) {
+            for (int64_t i = c.cu_q[s] * 128; i < c.cu_q[s + 1] * 128; ++i) x.q[i] = x.dout[i] = NAN;
+            for (int64_t i = c.cu_q[s] * 64; i < c.cu_q[s + 1] * 64; ++i) x.k[i] = x.v[i] = NAN;
+        }
+        Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
+        call.run();
+        for (const size_t s : {size_t(0), size_t(2), size_t(4)}) {
+            double worst = 0;
+            const auto compare = [&](Tensor<BFloat16>& ours, const Wide& right, int64_t row) {
+                for (int64_t i = c.cu_q[s] * row; i < c.cu_q[s + 1] * row; ++i)
+                    if (!(std::abs(cuda::to_float(ours[i]) - right[i]) <= worst))
+                        worst = std::abs(cuda::to_float(ours[i]) - right[i]);
+            };
+            compare(call.out, truth.out, 128);
+            compare(call.dq, truth.dq, 128);
+            compare(call.dk, truth.dk, 64);
+            compare(call.dv, truth.dv, 64);
+            CHECK(worst < 0.05);
+        }
+    }
+}
+
+TEST(no_bank_conflicts) { CHECK(emulator::Block::counters().bank_conflicts == 0); }
+
+int main() {
+    emulator::report_faults();
+    return run_all();
+}
