@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
-FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
+FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-cpp bench build fix check clean
+.PHONY: help demo test test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   all tests"
 	@echo "make bench  the benchmark suite"
+	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
 	@echo "make build  the native library, in place      make fix    format and lint"
 
 $(BIN)/python:
@@ -45,12 +46,23 @@ test: test-cpp
 test-cpp: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test-cpp: $(VENV)/test.stamp
 	cmake -S . -B build/native -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQEMB_PYTHON=OFF -DQEMB_TESTS=ON > build/cpp.log && cmake --build build/native >> build/cpp.log || (cat build/cpp.log; exit 1)
-	ctest --test-dir build/native --output-on-failure
+	ctest --test-dir build/native --output-on-failure -j2
+
+# Skips, and says so, where there is no GPU.
+test-cuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/cuda -rs
+
+check-cuda: $(VENV)/test.stamp
+	if command -v nvcc > /dev/null; then $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; fi
+	$(BIN)/python tests/cuda_on_cpu/check_sass.py build/native
 
 # ISA=avx2 holds us and torch to AVX2 on a wider machine.
 bench: $(VENV)/test.stamp
 	$(if $(ISA),ATEN_CPU_CAPABILITY=$(ISA) MKL_ENABLE_INSTRUCTIONS=$(shell echo $(ISA) | tr a-z A-Z) ONEDNN_MAX_CPU_ISA=$(ISA)) \
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-only --quiet $(if $(ISA),--isa $(ISA))
+
+bench-cuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks/cuda -o python_files="bench_*.py" --benchmark-disable -rs
 
 fix: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py

@@ -23,11 +23,13 @@ class CMakeBuild(build_ext):
             _tool("cmake"), "-S", str(Path(__file__).parent.resolve()), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQEMB_PYTHON=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQEMB_PYTHON=ON",
+            f"-DPYQEMB_CUDA={os.environ.get('PYQEMB_CUDA', 'auto')}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
         result = subprocess.run(configure, capture_output=True, text=True)
         if result.returncode:
             sys.exit(_explain(result.stdout + result.stderr))
+        print(*re.findall("pyqemb: .*", result.stdout), sep="\n", flush=True)  # which backends are built
         subprocess.run([_tool("cmake"), "--build", str(build), "--target", "_C"], check=True)
 
 
@@ -42,8 +44,10 @@ def _explain(output: str) -> str:
     """The one sentence that helps, or CMake's whole output."""
     flat = " ".join(output.split())
     needs = "install g++ 11 or clang 14 (or newer), or set CXX to one."
+    if needs_nvcc := re.search("pyqemb: PYQEMB_CUDA=on.*? in CUDACXX", flat):
+        return needs_nvcc.group()
     if re.search(
-        "No CMAKE_CXX_COMPILER could be found|Could not find compiler set in|not a full path to an existing", flat
+        "No CMAKE_CXX_COMPILER could be found|Could not find (the )?compiler s|not a full path to an existing", flat
     ):
         return f"pyqemb: no C++ compiler was found; {needs}"
     if re.search(

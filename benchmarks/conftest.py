@@ -22,6 +22,10 @@ _FOUND: list[bench.Comparison] = []
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=_FOLDER / "results", help="folder of the result files")
+    parser.addoption("--device", default="cuda", help="of benchmarks/cuda")
+    parser.addoption(
+        "--tiny", action="store_true", help="benchmarks/cuda in seconds: shows that it runs, measures nothing"
+    )
     parser.addoption("--isa", choices=_C.available_isas(), help="instruction set of our kernels; `make bench ISA=avx2`")
 
 

@@ -1,5 +1,10 @@
-# The native module: every function checks its arguments and writes into tensors that Python allocated.
+# The native module: every function checks its arguments and writes into tensors that Python allocated. All tensors of a call are
+# on one device; on CUDA the work goes to torch's current stream.
+from collections.abc import Sequence
+
 from torch import Tensor
+
+_Sizes = Sequence[int]  # of an attention plan: tiles, blocks, key blocks, 1 where no sequence has more than one query
 
 def attention_forward(
     q: Tensor,
@@ -11,6 +16,8 @@ def attention_forward(
     lse: Tensor,
     scale: float,
     causal: bool,
+    plan: Tensor | None,
+    sizes: _Sizes,
     /,
 ) -> None: ...
 def attention_backward(
@@ -27,8 +34,14 @@ def attention_backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    plan: Tensor | None,
+    sizes: _Sizes,
     /,
 ) -> None: ...
+def size_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, /) -> list[int]: ...
+def fill_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, sizes: _Sizes, data: Tensor, /) -> None: ...
+def largest_plan(num_seqs: int, tokens: int, tokens_k: int, /) -> list[int]: ...
+def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, of: str, /) -> None: ...
 def pool_forward(
     hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor | None, out: Tensor, eps: float, normalize: bool, /
 ) -> None: ...
@@ -50,6 +63,7 @@ def info_nce(
     owner: Tensor | None,
     document_ids: Tensor | None,
     loss: Tensor,
+    stats: Tensor,
     d_queries: Tensor | None,
     d_documents: Tensor | None,
     hard: bool,
@@ -60,7 +74,7 @@ def info_nce(
     doc_mask: int,
     temperature: float,
     /,
-) -> list[float]: ...
+) -> None: ...
 def top_k(
     queries: Tensor,
     documents: Tensor,
@@ -98,6 +112,8 @@ def qk_norm_rope_backward(
 ) -> None: ...
 def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor, /) -> None: ...
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor, /) -> None: ...
+def cuda_is_built() -> bool: ...
+def cuda_device_count() -> int: ...
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def set_isa(name: str, /) -> None: ...

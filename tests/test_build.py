@@ -33,6 +33,29 @@ def test_no_torch_library_is_linked():
     assert "torch" not in linked and "gomp" not in linked and "cuda" not in linked
 
 
+def test_the_module_imports_without_a_gpu():
+    """Whether or not it was built with CUDA: cudart is linked statically, the driver is looked for when it is needed."""
+    code = "from pyqemb import _C, ops; print(_C.cuda_is_built(), _C.cuda_device_count(), ops.cuda_is_built())"
+    result = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0 and result.stdout.split()[1] == "0", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("auto", "no nvcc was found: CPU backend alone"), ("on", "PYQEMB_CUDA=on, but nvcc was not found")],
+)
+def test_without_nvcc_the_build_says_so(tmp_path, option, says):
+    cmake = shutil.which("cmake") or pytest.skip("no cmake")
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    command = [
+        cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DQEMB_PYTHON=OFF",
+        f"-DPYQEMB_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert says in " ".join((result.stdout + result.stderr).split())
+    assert (result.returncode == 0) == (option == "auto"), result.stderr
+
+
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **env}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)

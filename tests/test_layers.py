@@ -26,7 +26,8 @@ CPP = {
     "common": set(),
     "ops": {"common"},
     "cpu": {"ops", "common"},
-    "bindings": {"ops", "common", "cpu"},
+    "cuda": {"ops", "common", "emulator"},  # the emulator in place of the CUDA runtime, in the tests
+    "bindings": {"ops", "common", "cpu", "cuda"},
 }
 
 

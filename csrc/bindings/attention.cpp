@@ -1,6 +1,7 @@
 // Checks the arguments of attention and fills its structs by name.
 #include "ops/attention.h"
 
+#include <array>
 #include <cmath>
 
 #include "bindings/tensor_view.h"
@@ -10,13 +11,25 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention";
 
+void check_copies_of_16_bytes(const Argument& x) {
+    const int64_t elements = 16 / size_of(x->dtype());
+    bool fits = reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
+    for (size_t i = 0; i + 1 < x->shape.size(); ++i) fits = fits && (x->shape[i] <= 1 || x->stride[i] % elements == 0);
+    QEMB_CHECK(fits, "[", kOp, "] ", x.name, " must start at a multiple of 16 bytes for each token and head on CUDA");
+}
+
 // What forward and backward share: q, k, v, the lengths, and everything that follows from them.
 struct Inputs {
+    Call call{kOp};
     Argument q, k, v, cu_q, cu_k;
     const int32_t *cu_seqlens_q, *cu_seqlens_k;
 
     Inputs(py::handle q_, py::handle k_, py::handle v_, py::handle cu_q_, py::handle cu_k_, double scale)
-        : q(kOp, "q", q_), k(kOp, "k", k_), v(kOp, "v", v_), cu_q(kOp, "cu_seqlens", cu_q_), cu_k(kOp, "cu_seqlens_k", cu_k_) {
+        : q(call, "q", q_),
+          k(call, "k", k_),
+          v(call, "v", v_),
+          cu_q(call, "cu_seqlens", cu_q_),
+          cu_k(call, "cu_seqlens_k", cu_k_) {
         q.rank(3, "[tokens, heads, head_dim]").floating().last_contiguous();
         k.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
         v.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
@@ -25,6 +38,10 @@ struct Inputs {
                    v->shape_text());
         const int64_t dim = q->size(2);
         QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp, "] head_dim must be a multiple of 8 up to 256, got ", dim);
+        if (call.cuda()) {
+            QEMB_CHECK(dim == 64 || dim == 128, "[", kOp, "] head_dim must be 64 or 128 on CUDA, got ", dim);
+            for (const Argument* x : {&q, &k, &v}) check_copies_of_16_bytes(*x);
+        }
         QEMB_CHECK(k->size(1) > 0 && q->size(1) > 0 && q->size(1) % k->size(1) == 0, "[", kOp,
                    "] the heads of q must be a multiple of the heads of k, got ", q->size(1), " and ", k->size(1));
         QEMB_CHECK(std::isfinite(scale), "[", kOp, "] scale must be finite, got ", scale);
@@ -35,18 +52,31 @@ struct Inputs {
     }
 };
 
-// The statistics that forward hands to backward are in the arithmetic type.
-ScalarType arithmetic(const Argument& x) {
-    return x->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+// Of a plan: tiles, blocks and key blocks, and 1 where no sequence has more than one query.
+using Sizes = std::array<int64_t, 4>;
+
+Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.single}; }
+
+AttentionPlan plan_of(const Sizes& sizes) {
+    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .single = sizes[3] != 0};
+}
+
+// The CPU needs none.
+AttentionPlan checked_plan(Call& call, py::handle data, const Sizes& sizes) {
+    if (!call.cuda()) return {};
+    AttentionPlan plan = plan_of(sizes);
+    plan.data = static_cast<const int32_t*>(
+        Argument(call, "plan", data).type(ScalarType::kInt32, "int32").shape({plan.size()}).contiguous()->data);
+    return plan;
 }
 
 void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,
-             py::handle lse, double scale, bool causal) {
-    const Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
-    const Argument o(kOp, "out", out), l(kOp, "lse", lse);
+             py::handle lse, double scale, bool causal, py::handle plan, const Sizes& sizes) {
+    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
+    const Argument o(in.call, "out", out), l(in.call, "lse", lse);
     o.shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
-    l.shape({in.q->size(0), in.q->size(1)}).type(arithmetic(in.q), "the arithmetic type").contiguous();
-    const AttentionForward p{
+    l.shape({in.q->size(0), in.q->size(1)}).type(in.q.arithmetic(), "the arithmetic type").contiguous();
+    AttentionForward p{
         .q = in.q->data,
         .k = in.k->data,
         .v = in.v->data,
@@ -67,22 +97,23 @@ void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py
         .scale = scale,
         .causal = causal,
         .dtype = in.q->dtype(),
+        .plan = checked_plan(in.call, plan, sizes),
     };
-    const py::gil_scoped_release unlocked;
-    cpu::attention_forward(p);
+    in.call.run(p, cpu::attention_forward, cuda::attention_forward);
 }
 
 void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,
-              py::handle lse, py::handle dout, py::handle dq, py::handle dk, py::handle dv, double scale, bool causal) {
-    const Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
-    const Argument o(kOp, "out", out), l(kOp, "lse", lse), d_o(kOp, "dout", dout), d_q(kOp, "dq", dq), d_k(kOp, "dk", dk),
-        d_v(kOp, "dv", dv);
+              py::handle lse, py::handle dout, py::handle dq, py::handle dk, py::handle dv, double scale, bool causal,
+              py::handle plan, const Sizes& sizes) {
+    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
+    const Argument o(in.call, "out", out), l(in.call, "lse", lse), d_o(in.call, "dout", dout), d_q(in.call, "dq", dq),
+        d_k(in.call, "dk", dk), d_v(in.call, "dv", dv);
     for (const Argument* like_q : {&o, &d_o, &d_q})
         like_q->shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
     for (const Argument* like_k : {&d_k, &d_v})
         like_k->shape({in.k->size(0), in.k->size(1), in.k->size(2)}).like(in.q).contiguous();
-    l.shape({in.q->size(0), in.q->size(1)}).type(arithmetic(in.q), "the arithmetic type").contiguous();
-    const AttentionBackward p{
+    l.shape({in.q->size(0), in.q->size(1)}).type(in.q.arithmetic(), "the arithmetic type").contiguous();
+    AttentionBackward p{
         .q = in.q->data,
         .k = in.k->data,
         .v = in.v->data,
@@ -94,6 +125,7 @@ void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, p
         .dv = d_v->data,
         .cu_seqlens_q = in.cu_seqlens_q,
         .cu_seqlens_k = in.cu_seqlens_k,
+        .num_tokens = in.q->size(0),
         .num_seqs = in.cu_q->size(0) - 1,
         .num_heads = in.q->size(1),
         .num_kv_heads = in.k->size(1),
@@ -107,9 +139,45 @@ void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, p
         .scale = scale,
         .causal = causal,
         .dtype = in.q->dtype(),
+        .plan = checked_plan(in.call, plan, sizes),
     };
-    const py::gil_scoped_release unlocked;
-    cpu::attention_backward(p);
+    in.call.run(p, cpu::attention_backward, cuda::attention_backward, cuda::attention_backward_scratch);
+}
+
+// cu_seqlens of a plan: on the host they are checked, on a GPU they are taken as they are.
+struct Lengths {
+    Call call{"attention_plan"};
+    Argument q, k;
+    const int32_t *cu_q, *cu_k;
+    int64_t num_seqs;
+
+    Lengths(py::handle q_, py::handle k_) : q(call, "cu_seqlens", q_), k(call, "cu_seqlens_k", k_) {
+        cu_q = checked_cu_seqlens(q);
+        cu_k = checked_cu_seqlens(k);
+        QEMB_CHECK(q->shape == k->shape, "[", call.op, "] cu_seqlens and cu_seqlens_k must have as many entries, got ",
+                   q->size(0), " and ", k->size(0));
+        num_seqs = q->size(0) - 1;
+    }
+};
+
+Sizes size(py::handle cu_seqlens, py::handle cu_seqlens_k) {
+    const Lengths in(cu_seqlens, cu_seqlens_k);
+    return sizes_of(size_plan(in.cu_q, in.cu_k, in.num_seqs));
+}
+
+void fill(py::handle cu_seqlens, py::handle cu_seqlens_k, const Sizes& sizes, py::handle data) {
+    Lengths in(cu_seqlens, cu_seqlens_k);
+    const AttentionPlan plan = plan_of(sizes);
+    const Argument d(in.call, "data", data);
+    d.type(ScalarType::kInt32, "int32").shape({plan.size()}).contiguous();
+    auto* const to = static_cast<int32_t*>(d->data);
+    if (!in.call.cuda()) return fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, to);
+    const cuda::DeviceGuard guard(in.call.device());
+    cuda::fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, to, in.call.stream());
+}
+
+Sizes largest(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
+    return sizes_of(cuda::largest_plan(num_seqs, tokens_q, tokens_k));
 }
 
 }  // namespace
@@ -117,6 +185,9 @@ void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, p
 void bind_attention(py::module_& m) {
     m.def("attention_forward", &forward);
     m.def("attention_backward", &backward);
+    m.def("size_plan", &size);
+    m.def("fill_plan", &fill);
+    m.def("largest_plan", &largest);
 }
 
 }  // namespace qemb

@@ -10,20 +10,22 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
+// On a GPU the values are not looked at, the host would have to wait: the kernels leave out what is out of range.
 const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of) {
     x.type(ScalarType::kInt64, "int64").shape({count}).contiguous();
     const auto* values = static_cast<const int64_t*>(x->data);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; x->device < 0 && i < count; ++i)
         QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (",
                    of, "), got ", values[i], " at ", i);
     return values;
 }
 
-std::vector<double> info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner,
-                             py::handle document_ids, py::handle loss, py::handle d_queries, py::handle d_documents, bool hard,
-                             bool in_batch, bool query_query, bool doc_doc, double margin, int doc_mask, double temperature) {
-    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), pos(kOp, "positive", positive),
-        l(kOp, "loss", loss);
+void info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner, py::handle document_ids,
+              py::handle loss, py::handle stats, py::handle d_queries, py::handle d_documents, bool hard, bool in_batch,
+              bool query_query, bool doc_doc, double margin, int doc_mask, double temperature) {
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
+        l(call, "loss", loss), totals(call, "stats", stats);
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
     QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
@@ -36,24 +38,23 @@ std::vector<double> info_nce(py::handle queries, py::handle documents, py::handl
     const int64_t* owners = nullptr;
     const int64_t* ids = nullptr;
     if (!owner.is_none())
-        owners = checked_indices(Argument(kOp, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
+        owners = checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
     if (!document_ids.is_none()) {
-        const Argument x(kOp, "document_ids", document_ids);
+        const Argument x(call, "document_ids", document_ids);
         x.type(ScalarType::kInt64, "int64").shape({num_documents}).contiguous();
         ids = static_cast<const int64_t*>(x->data);
     }
     l.shape({num_queries}).type(ScalarType::kFloat64, "float64").contiguous();
+    totals.shape({5}).type(ScalarType::kFloat64, "float64").contiguous();
     void *dq = nullptr, *dd = nullptr;
     if (!d_queries.is_none()) {
-        const ScalarType wide = q->type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
-        const Argument gq(kOp, "d_queries", d_queries), gd(kOp, "d_documents", d_documents);
-        gq.shape({num_queries, q->size(1)}).type(wide, "the arithmetic type").contiguous();
-        gd.shape({num_documents, q->size(1)}).type(wide, "the arithmetic type").contiguous();
+        const Argument gq(call, "d_queries", d_queries), gd(call, "d_documents", d_documents);
+        gq.shape({num_queries, q->size(1)}).type(q.arithmetic(), "the arithmetic type").contiguous();
+        gd.shape({num_documents, q->size(1)}).type(q.arithmetic(), "the arithmetic type").contiguous();
         dq = gq->data;
         dd = gd->data;
     }
-    std::vector<double> stats(5);
-    const InfoNce p{
+    InfoNce p{
         .queries = q->data,
         .documents = d->data,
         .positive = positives,
@@ -62,7 +63,7 @@ std::vector<double> info_nce(py::handle queries, py::handle documents, py::handl
         .loss = l->data,
         .d_queries = dq,
         .d_documents = dd,
-        .stats = stats.data(),
+        .stats = static_cast<double*>(totals->data),
         .num_queries = num_queries,
         .num_documents = num_documents,
         .dim = q->size(1),
@@ -75,9 +76,7 @@ std::vector<double> info_nce(py::handle queries, py::handle documents, py::handl
         .temperature = temperature,
         .dtype = q->dtype(),
     };
-    const py::gil_scoped_release unlocked;
-    cpu::info_nce(p);
-    return stats;
+    call.run(p, cpu::info_nce, cuda::info_nce, cuda::info_nce_scratch);
 }
 
 }  // namespace

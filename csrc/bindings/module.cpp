@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cuda/runtime.h"
 
 namespace qemb {
 namespace {
@@ -24,6 +25,12 @@ void bind_runtime(py::module_& m) {
     m.def("available_isas", &cpu::available_isas);
     m.def("current_isa", &cpu::current_isa);
     m.def("set_isa", &cpu::set_isa);
+    m.def("cuda_is_built", &cuda::is_built);
+    m.def("cuda_device_count", &cuda::device_count);
+    m.def("check_cu_seqlens", [](const char* op, const char* name, py::handle cu_seqlens, int64_t total, const char* of) {
+        Call call(op);
+        checked_cu_seqlens(Argument(call, name, cu_seqlens), total, of);
+    });
     m.def("num_threads", &cpu::num_threads);
     py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](const Block& block) {
         return py::buffer_info(static_cast<uint8_t*>(block.data), static_cast<py::ssize_t>(block.size));

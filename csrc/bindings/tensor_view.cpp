@@ -6,11 +6,16 @@ namespace {
 // torch's dtype objects are singletons: compared by identity. Never freed, they outlive the interpreter's modules.
 struct Torch {
     py::object tensor;
+    py::object empty, bytes, stream;
     std::vector<std::pair<py::object, ScalarType>> types;
 
     Torch() {
         const py::module_ torch = py::module_::import("torch");
         tensor = torch.attr("Tensor");
+        empty = torch.attr("empty");
+        bytes = torch.attr("uint8");
+        // What compiled graphs ask too; torch.cuda.current_stream(device) would first make an object, on every call.
+        stream = py::getattr(torch.attr("_C"), "_cuda_getCurrentRawStream", py::none());
         const std::pair<const char*, ScalarType> names[] = {
             {"float32", ScalarType::kFloat32}, {"float64", ScalarType::kFloat64}, {"bfloat16", ScalarType::kBFloat16},
             {"float16", ScalarType::kFloat16}, {"int32", ScalarType::kInt32},     {"int64", ScalarType::kInt64},
@@ -32,21 +37,41 @@ std::vector<int64_t> integers(const py::handle& sequence) {
 
 }  // namespace
 
-TensorView view_of(const char* op, const char* name, py::handle object) {
+void* Call::stream() const { return reinterpret_cast<void*>(torch().stream(device_).cast<uintptr_t>()); }
+
+// Freed to torch's allocator at the end of the call: it hands the memory out again in the order of the stream.
+py::object Call::memory(int64_t bytes, void** data) const {
+    if (bytes == 0) return py::none();
+    py::object block = torch().empty(bytes, py::arg("dtype") = torch().bytes, py::arg("device") = device_);
+    *data = reinterpret_cast<void*>(block.attr("data_ptr")().cast<uintptr_t>());
+    return block;
+}
+
+Argument::Argument(Call& call, const char* name, py::handle object) : op(call.op), name(name), object(object) {
     if (!py::isinstance(object, torch().tensor))
         throw py::type_error(concat("[", op, "] ", name, " must be a torch.Tensor, got ",
                                     py::str(py::type::of(object).attr("__name__")).cast<std::string>()));
-    TensorView view;
     const py::object dtype = object.attr("dtype");
     for (const auto& [known, type] : torch().types)
         if (dtype.is(known)) view.type = type;
-    view.type_name = py::str(dtype).cast<std::string>();
     view.shape = integers(object.attr("shape"));
     view.stride = integers(object.attr("stride")());
-    view.on_cpu = object.attr("is_cpu").cast<bool>();
-    if (!view.on_cpu && object.attr("is_cuda").cast<bool>()) view.device_index = object.attr("get_device")().cast<int>();
+    const auto device = [&] { return py::str(object.attr("device")).cast<std::string>(); };
+    if (!object.attr("is_cpu").cast<bool>()) {
+        QEMB_CHECK(object.attr("is_cuda").cast<bool>(), "[", op, "] ", name, " must be on the CPU or on a CUDA device, got ",
+                   device());
+        view.device = object.attr("get_device")().cast<int>();
+    }
+    if (!call.first_) call.first_ = name, call.device_ = view.device;
+    QEMB_CHECK(view.device == call.device_, "[", op, "] ", name, " must be on the device of ", call.first_, ", ",
+               call.cuda() ? concat("cuda:", call.device_) : "cpu", ", got ", device());
     view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
-    return view;
+}
+
+std::string Argument::type_name() const { return py::str(object.attr("dtype")).cast<std::string>(); }
+
+ScalarType Argument::arithmetic() const {
+    return view.type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
 }
 
 const Argument& Argument::rank(int64_t wanted, const char* layout) const {
@@ -56,25 +81,22 @@ const Argument& Argument::rank(int64_t wanted, const char* layout) const {
 
 const Argument& Argument::floating() const {
     if (view.type > ScalarType::kFloat16)
+        throw py::type_error(concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", type_name()));
+    if (view.device >= 0 && view.type == ScalarType::kFloat64)
         throw py::type_error(
-            concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", view.type_name));
-    QEMB_CHECK(view.on_cpu, "[", op, "] ", name, " must be on the CPU: this build has no kernels for another device");
+            concat("[", op, "] ", name, " must be float32, bfloat16 or float16 on CUDA: float64 is for the CPU"));
     return *this;
 }
 
 const Argument& Argument::type(ScalarType wanted, const char* wanted_name) const {
-    if (view.type != wanted)
-        throw py::type_error(concat("[", op, "] ", name, " must be ", wanted_name, ", got ", view.type_name));
-    QEMB_CHECK(view.on_cpu, "[", op, "] ", name, " must be on the CPU");
+    if (view.type != wanted) throw py::type_error(concat("[", op, "] ", name, " must be ", wanted_name, ", got ", type_name()));
     return *this;
 }
 
 const Argument& Argument::like(const Argument& other) const {
     if (view.type != other->type)
-        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other->type_name,
-                                    ", got ", view.type_name));
-    QEMB_CHECK(view.on_cpu == other->on_cpu && view.device_index == other->device_index, "[", op, "] ", name,
-               " must be on the device of ", other.name);
+        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other.type_name(),
+                                    ", got ", type_name()));
     return *this;
 }
 
@@ -105,12 +127,13 @@ const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total, con
     const int64_t count = cu_seqlens->size(0);
     QEMB_CHECK(count >= 1, "[", op, "] ", name, " must have at least one entry, got none");
     const auto* values = static_cast<const int32_t*>(cu_seqlens->data);
+    if (cu_seqlens->device >= 0) return values;
     QEMB_CHECK(values[0] == 0, "[", op, "] ", name, " must start at 0, got ", values[0]);
     for (int64_t i = 1; i < count; ++i)
         QEMB_CHECK(values[i] >= values[i - 1], "[", op, "] ", name, " must not decrease, got ", values[i - 1], " then ",
                    values[i], " at ", i);
-    QEMB_CHECK(values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ", total,
-               ", got ", values[count - 1]);
+    QEMB_CHECK(total < 0 || values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ",
+               total, ", got ", values[count - 1]);
     return values;
 }
 

@@ -10,8 +10,9 @@ constexpr const char* kOp = "top_k";
 
 void top_k(py::handle queries, py::handle documents, py::handle exclude, py::handle ceiling, py::handle scores,
            py::handle indices) {
-    const Argument q(kOp, "queries", queries), d(kOp, "documents", documents), s(kOp, "scores", scores),
-        i(kOp, "indices", indices);
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), s(call, "scores", scores),
+        i(call, "indices", indices);
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
     QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
@@ -34,19 +35,18 @@ void top_k(py::handle queries, py::handle documents, py::handle exclude, py::han
         .dtype = q->dtype(),
     };
     if (!exclude.is_none()) {
-        const Argument x(kOp, "exclude", exclude);
+        const Argument x(call, "exclude", exclude);
         x.rank(2, "[num_queries, num_excluded]").type(ScalarType::kInt64, "int64").contiguous();
         x.shape({q->size(0), x->size(1)});
         p.exclude = static_cast<const int64_t*>(x->data);
         p.num_exclude = x->size(1);
     }
     if (!ceiling.is_none()) {
-        const Argument x(kOp, "ceiling", ceiling);
+        const Argument x(call, "ceiling", ceiling);
         x.type(ScalarType::kFloat32, "float32").shape({q->size(0)}).contiguous();
         p.ceiling = static_cast<const float*>(x->data);
     }
-    const py::gil_scoped_release unlocked;
-    cpu::top_k(p);
+    call.run(p, cpu::top_k, cuda::top_k, cuda::top_k_scratch);
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ struct InfoNce {
     const int64_t* owner;         // [num_documents] or null (no document is owned)
     const int64_t* document_ids;  // [num_documents] or null (all texts differ)
     void* loss;                   // [num_queries] double
-    void* d_queries;              // [num_queries, dim] float (double for float64), of the mean loss, or null: loss only
-    void* d_documents;            // [num_documents, dim]
+    void* d_queries;              // [num_queries, dim] float (double for float64), of the mean loss
+    void* d_documents;            // [num_documents, dim], or null: loss only
     double* stats;                // [5]: sum of positive scores; sum and count of kept q-d scores; kept and dropped candidates
     int64_t num_queries;
     int64_t num_documents;
@@ -32,6 +32,7 @@ struct InfoNce {
     DocMask doc_mask;
     double temperature;
     DType dtype;
+    int64_t panel_rows = 0;   // cuda: queries of a panel, 0: as many as a bounded scratch allows
     void* scratch = nullptr;  // cuda: info_nce_scratch(p) bytes
     void* stream = nullptr;
 };

@@ -10,6 +10,7 @@ import torch
 from pyqemb import ops
 from pyqemb.data.example import Example
 from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.device import search_device
 
 _TILE = 8192  # queries searched at a time
 
@@ -79,13 +80,14 @@ def mine(
 
     ceilings = _ceilings(positive_scores, max_positive_ratio, margin, max_score)
     spared = _positives_of_each_text(examples, place)
+    pool = torch.from_numpy(vectors).to(search_device(model))
     chosen, scores = [], []
     generator = np.random.default_rng(seed)
     for start in range(0, len(examples), _TILE):
         rows = slice(start, start + _TILE)
         found, found_scores = _search(
             query_vectors[query_rows[rows]],
-            vectors,
+            pool,
             spared[rows],
             ceilings[rows],
             min(depth + skip_top, len(documents)),
@@ -154,13 +156,13 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
 
 
 def _search(
-    queries: np.ndarray, documents: np.ndarray, spared: np.ndarray, ceilings: np.ndarray, k: int
+    queries: np.ndarray, documents: torch.Tensor, spared: np.ndarray, ceilings: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    scores, indices = ops.top_k(
-        torch.from_numpy(queries), torch.from_numpy(documents), k,
-        exclude=torch.from_numpy(np.ascontiguousarray(spared)), ceiling=torch.from_numpy(np.ascontiguousarray(ceilings)),
-    )  # fmt: skip
-    return indices.numpy(), scores.numpy()
+    asked, exclude, ceiling = (
+        torch.from_numpy(np.ascontiguousarray(x)).to(documents.device) for x in (queries, spared, ceilings)
+    )
+    scores, indices = ops.top_k(asked, documents, k, exclude=exclude, ceiling=ceiling)
+    return indices.cpu().numpy(), scores.cpu().numpy()
 
 
 def _finite(what: str, vectors: np.ndarray) -> np.ndarray:

@@ -11,17 +11,31 @@ import torch
 _MAX_TOKENS = 2**31 - 1  # cu_seqlens is int32
 
 
+def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`x` on `device`; a copy to a GPU goes through pinned memory, so that the host does not wait for it."""
+    device = torch.device(device)
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type != "cpu")  # to the CPU it must be there before it is read
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A batch that knows its own layout.
 
     Sequence b holds the tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`; it may be empty. Its last token is pooled.
+    `cu_seqlens_cpu` is the same on the CPU, where lengths are known without waiting for a GPU.
     """
 
     input_ids_T: torch.Tensor  # int64 [T]
     positions_T: torch.Tensor  # int64 [T], 0, 1, ... in each sequence
     cu_seqlens: torch.Tensor  # int32 [B + 1]: 0, ..., T
     max_seqlen: int
+    cu_seqlens_cpu: torch.Tensor = None  # type: ignore[assignment]  # copied once when not given
+
+    def __post_init__(self) -> None:
+        if self.cu_seqlens_cpu is None:
+            object.__setattr__(self, "cu_seqlens_cpu", self.cu_seqlens.cpu())
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":
@@ -40,12 +54,24 @@ class PackedBatch:
         cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=cu_seqlens[1:])
         positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+        device, on_cpu = input_ids_T.device, torch.from_numpy(cu_seqlens.astype(np.int32))
         return cls(
             input_ids_T=input_ids_T,
-            positions_T=torch.from_numpy(positions).to(input_ids_T.device),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(input_ids_T.device),
+            positions_T=to_device(torch.from_numpy(positions), device),
+            cu_seqlens=to_device(on_cpu, device),
             max_seqlen=int(lengths.max(initial=0)),
+            cu_seqlens_cpu=on_cpu,
         )
+
+    @classmethod
+    def concat(cls, batches: Sequence["PackedBatch"]) -> "PackedBatch":
+        """The sequences of all of them, in order."""
+        lengths = np.concatenate([batch.lengths for batch in batches])
+        return cls._from_lengths(torch.cat([batch.input_ids_T for batch in batches]), lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids_T.device
 
     @property
     def num_sequences(self) -> int:
@@ -58,7 +84,10 @@ class PackedBatch:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 [B], on the CPU."""
-        return np.diff(self.cu_seqlens.cpu().numpy().astype(np.int64))
+        return np.diff(self._cu())
+
+    def _cu(self) -> np.ndarray:
+        return self.cu_seqlens_cpu.numpy().astype(np.int64)
 
     def split(self, max_tokens: int) -> list["PackedBatch"]:
         """Cut into contiguous chunks of whole sequences, each of at most `max_tokens` tokens.
@@ -67,7 +96,7 @@ class PackedBatch:
         """
         if max_tokens < 1:
             raise ValueError(f"[PackedBatch.split] max_tokens must be at least 1, got {max_tokens}")
-        cu = self.cu_seqlens.cpu().numpy().astype(np.int64)
+        cu = self._cu()
         if cu[-1] <= max_tokens:
             return [self]
         chunks, first = [], 0
@@ -79,12 +108,14 @@ class PackedBatch:
         return chunks
 
     def _slice(self, first: int, last: int, cu: np.ndarray) -> "PackedBatch":
-        tokens = slice(int(cu[first]), int(cu[last]))
+        tokens, start = slice(int(cu[first]), int(cu[last])), int(cu[first])
+        on_cpu = self.cu_seqlens_cpu[first : last + 1] - start
         return PackedBatch(
             input_ids_T=self.input_ids_T[tokens],
             positions_T=self.positions_T[tokens],
-            cu_seqlens=self.cu_seqlens[first : last + 1] - int(cu[first]),
+            cu_seqlens=on_cpu if self.device.type == "cpu" else self.cu_seqlens[first : last + 1] - start,
             max_seqlen=int(np.diff(cu[first : last + 1]).max(initial=0)),
+            cu_seqlens_cpu=on_cpu,
         )
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "PackedBatch":
@@ -95,30 +126,32 @@ class PackedBatch:
             raise IndexError(
                 f"[PackedBatch.select] expected indices in 0..{count - 1}, got {chosen.min()}..{chosen.max()}"
             )
-        cu = self.cu_seqlens.cpu().numpy().astype(np.int64)
+        cu = self._cu()
         lengths = np.diff(cu)[chosen]
         starts_in_result = np.cumsum(lengths) - lengths
         tokens = np.arange(lengths.sum()) + np.repeat(cu[chosen] - starts_in_result, lengths)
-        return PackedBatch._from_lengths(
-            self.input_ids_T[torch.from_numpy(tokens).to(self.input_ids_T.device)], lengths
-        )
+        return PackedBatch._from_lengths(self.input_ids_T[to_device(torch.from_numpy(tokens), self.device)], lengths)
 
     def last_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the pooled tokens are: their indices, int64 [B'], and the cu_seqlens, int32 [B + 1], of these alone.
 
         B' counts the sequences that have a token; an empty sequence stays empty in the second tensor.
         """
-        ends = self.cu_seqlens[1:].long()
-        filled = ends > self.cu_seqlens[:-1]
-        cu_last = torch.zeros_like(self.cu_seqlens)
+        ends = self.cu_seqlens_cpu[1:].long()
+        filled = ends > self.cu_seqlens_cpu[:-1]
+        cu_last = torch.zeros_like(self.cu_seqlens_cpu)
         cu_last[1:] = filled.cumsum(0)
-        return ends[filled] - 1, cu_last
+        return to_device(ends[filled] - 1, self.device), to_device(cu_last, self.device)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on another device."""
+        """The same batch on another device; `cu_seqlens_cpu` stays."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
         return PackedBatch(
-            self.input_ids_T.to(device, non_blocking=True),
-            self.positions_T.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
+            to_device(self.input_ids_T, device),
+            to_device(self.positions_T, device),
+            self.cu_seqlens_cpu if device.type == "cpu" else to_device(self.cu_seqlens_cpu, device),
             self.max_seqlen,
+            self.cu_seqlens_cpu,
         )

@@ -69,18 +69,20 @@ def rank(
     document_vectors: np.ndarray,
     k: int = _DEPTH,
     exclude: np.ndarray | None = None,
+    device: Any = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, indices) [B, min(k, M)] of the best documents by dot product; `exclude` [B, X] int64 as in ops.top_k."""
+    """(scores, indices) [B, min(k, M)] of the best documents by dot product, searched for on `device`; `exclude` as in ops.top_k."""
     import torch
 
     from pyqemb import ops
 
     queries, documents = (
-        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (query_vectors, document_vectors)
+        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
+        for x in (query_vectors, document_vectors)
     )
-    forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64))
+    forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64)).to(device)
     scores, indices = ops.top_k(queries, documents, min(k, len(documents)), exclude=forbidden)
-    return scores.numpy(), indices.numpy()
+    return scores.cpu().numpy(), indices.cpu().numpy()
 
 
 def score_rankings(
@@ -104,7 +106,7 @@ def retrieve(
     place = {document: index for index, document in enumerate(documents)}
     own = np.array([[place.get(query, -1)] for query in queries], dtype=np.int64)
     vectors = _finite("documents", model.encode_document([task.corpus[d] for d in documents], dim=dim))
-    _, indices = rank(query_vectors, vectors, exclude=own)
+    _, indices = rank(query_vectors, vectors, exclude=own, device=_search_device(model))
     return {query: [documents[i] for i in row if i >= 0] for query, row in zip(queries, indices, strict=True)}
 
 
@@ -124,7 +126,7 @@ def _measure(
         }
         return "sts", len(scores), values, {}
     assert isinstance(task, Bitext)
-    matched = _match(first, second, task)
+    matched = _match(first, second, task, _search_device(model))
     right = (matched == np.arange(len(matched))).astype(float)
     values = {
         "accuracy": bootstrap_interval(right, bootstrap, seed),
@@ -139,11 +141,17 @@ def _correlation(
     return bootstrap_statistic(lambda rows: function(x[rows], y[rows]), len(x), bootstrap, seed)
 
 
-def _match(first: np.ndarray, second: np.ndarray, task: Bitext) -> np.ndarray:
+def _match(first: np.ndarray, second: np.ndarray, task: Bitext, device: Any) -> np.ndarray:
     """The nearest second sentence of each first one; any sentence with the text of the right one is right."""
-    matched = rank(first, second, k=1)[1][:, 0]
+    matched = rank(first, second, k=1, device=device)[1][:, 0]
     same = [task.second[guess] == task.second[i] for i, guess in enumerate(matched)]
     return np.where(same, np.arange(len(matched)), matched)
+
+
+def _search_device(model: Any) -> Any:
+    from pyqemb.model.device import search_device
+
+    return search_device(model)
 
 
 def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:

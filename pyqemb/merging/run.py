@@ -16,9 +16,9 @@ from pyqemb.data.files import atomic_file
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
-from pyqemb.model.checkpoint import Tensors, read_tensors
+from pyqemb.model.checkpoint import WEIGHTS, Tensors, read_tensors
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.portable import check_digests, portable_folder, read_pooling, read_prompts
+from pyqemb.model.portable import CONTRACT, check_digests, portable_folder, read_pooling, read_prompts
 
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,
@@ -68,7 +68,8 @@ def merge(
     """Blend checkpoints of one architecture into the model folder `out`.
 
     Args:
-        checkpoints: two or more model folders. Tokenizer, prompts, names and dtypes are those of the first.
+        checkpoints: two or more model folders. Tokenizer, prompts, names and dtypes are those of the first. A bfloat16 model
+            that still lies beside the training checkpoint it was rounded from is merged in that one's float32.
         method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
         weights: one for each checkpoint, not negative; equal when None. They are scaled to sum to 1.
         base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
@@ -179,7 +180,29 @@ def _common_config(folders: Sequence[Path]) -> Qwen3Config:
 
 def _checked_tensors(folder: Path) -> Tensors:
     check_digests(folder)
-    return read_tensors(folder)
+    return _Unrounded(folder)
+
+
+class _Unrounded(Tensors):
+    """A model folder whose tensors come from the training checkpoint of its step, as far as they round to its own."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._checkpoint: Tensors | None = None
+        try:
+            step = json.loads((folder / CONTRACT).read_bytes())["provenance"]["step"]
+            checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if (checkpoint / WEIGHTS).is_file():
+            self._checkpoint = read_tensors(checkpoint)
+
+    def __getitem__(self, name: str) -> Tensor:
+        rounded = super().__getitem__(name)
+        if self._checkpoint is None or name not in self._checkpoint:
+            return rounded
+        exact = self._checkpoint[name]
+        return exact if torch.equal(exact.to(rounded.dtype), rounded) else rounded
 
 
 def _check_alike(sources: Sequence[Tensors]) -> None:

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyqemb import ops
-from pyqemb.data.batch import PackedBatch
+from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import WEIGHTS, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
+from pyqemb.model.device import pick_device
 from pyqemb.model.portable import (
     DEFAULT_PROMPTS,
     POOLINGS,
@@ -71,11 +72,14 @@ class Embedder(nn.Module):
         pooling: str | None = None,
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
+        device: torch.device | str | None = None,
     ) -> "Embedder":
         """Load a Hugging Face Qwen3 folder, or download one by its hub id (`org/name`).
 
         None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by
         1_Pooling/config.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json.
+        `device` None takes a GPU where there is one that can run the model; float32 weights become bfloat16 there unless
+        `dtype` says otherwise.
         Raises CheckpointError, naming the file, for anything missing, damaged or unsafe.
         """
         path = _local(folder)
@@ -87,7 +91,10 @@ class Embedder(nn.Module):
         embedder = cls(model, tokenizer, pooling, read_prompts(path), config.extra.get("matryoshka_dimensions"))
         check_digests(path)
         load_weights(model, path, _dtype(dtype))
-        return embedder
+        place = pick_device(device, config)
+        if place.type == "cuda" and dtype is None and embedder.dtype.itemsize > 2:
+            model.to(torch.bfloat16)
+        return embedder.to(place)
 
     @classmethod
     def from_config(
@@ -143,9 +150,10 @@ class Embedder(nn.Module):
     def forward(self, batch: PackedBatch, dim: int | None = None) -> torch.Tensor:
         """Unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
 
-        An empty sequence gives a zero row. `dim` keeps the first components and normalises them again (Matryoshka).
+        The batch may lie anywhere; the vectors are where the model is. An empty sequence gives a zero row. `dim` keeps the first components and normalises them again (Matryoshka).
         """
         self._check(batch, dim)
+        batch = batch.to(self.device)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch), batch, dim)
         # Only the last tokens leave the last layer: the rest of its work would be thrown away.
@@ -156,7 +164,7 @@ class Embedder(nn.Module):
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states [T, E] after the final norm."""
         self._check(batch, None)
-        return self.model(batch)
+        return self.model(batch.to(self.device))
 
     def encode(
         self,
@@ -237,7 +245,7 @@ class Embedder(nn.Module):
         tokens = self.tokenizer.encode_documents(texts)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         chunks = PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk)
-        sorted_BE = torch.cat([self(chunk.to(self.device), dim).float().cpu() for chunk in chunks])
+        sorted_BE = torch.cat([self(chunk, dim).float() for chunk in chunks]).cpu()
         vectors_BE = torch.empty_like(sorted_BE)
         vectors_BE[order] = sorted_BE
         return vectors_BE.numpy()
@@ -265,9 +273,9 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> torch.Tensor:
     wide_TE = _wide(hidden_TE)
-    lengths = batch.cu_seqlens.diff().long()
-    owner_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
-    sums_BE = wide_TE.new_zeros(batch.num_sequences, wide_TE.shape[1]).index_add(0, owner_T, wide_TE)
+    lengths = to_device(torch.from_numpy(batch.lengths), wide_TE.device)
+    # In the order of the tokens on a GPU too, where index_add is not.
+    sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
     return F.normalize(sums_BE[:, :dim], dim=-1, eps=1e-12)  # the direction of the sum is that of the mean
 
 

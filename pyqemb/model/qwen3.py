@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyqemb import ops
@@ -75,10 +76,10 @@ class HeadNorm(nn.Module):
 
 
 class Asking(NamedTuple):
-    """The tokens whose output is wanted from the last layer: their indices [S] and their own cu_seqlens."""
+    """The tokens whose output is wanted from the last layer: their indices [S], and their attention to all tokens."""
 
     tokens: torch.Tensor
-    cu_seqlens: torch.Tensor
+    plan: ops.AttentionPlan
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         self,
         x_TE: torch.Tensor,
         rotary: Rotary,
-        cu_seqlens: torch.Tensor,
+        plan: ops.AttentionPlan,
         asking: Asking | None,
         spread_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -124,13 +125,9 @@ class Attention(nn.Module):
         k_TKD, v_TKD = self._heads(self.k_proj(x_TE), spread_T), self._heads(self.v_proj(x_TE), spread_T)
         q_SND = self.q_norm(q_SND, rotary if asking is None else rotary.at(asking.tokens))
         k_TKD = self.k_norm(k_TKD, rotary)
-        if asking is None:
-            out_SND = ops.varlen_attention(q_SND, k_TKD, v_TKD, cu_seqlens, causal=self.causal)
-        else:
-            # One query a sequence, the last: bottom-right aligned, it sees every key under both masks.
-            out_SND = ops.varlen_attention(
-                q_SND, k_TKD, v_TKD, asking.cu_seqlens, cu_seqlens_k=cu_seqlens, causal=self.causal
-            )
+        # Asked for one query a sequence, the last: bottom-right aligned, it sees every key under both masks.
+        plan = plan if asking is None else asking.plan
+        out_SND = ops.varlen_attention(q_SND, k_TKD, v_TKD, None, causal=self.causal, plan=plan)
         return self.o_proj(out_SND.flatten(1))
 
     def _heads(self, x_TF: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -165,11 +162,11 @@ class Block(nn.Module):
         self,
         x_TE: torch.Tensor,
         rotary: Rotary,
-        cu_seqlens: torch.Tensor,
+        plan: ops.AttentionPlan,
         asking: Asking | None = None,
         spread_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, cu_seqlens, asking, spread_T)
+        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, plan, asking, spread_T)
         normed_SE, x_SE = self.post_attention_layernorm.after_adding(attended_SE, _rows(x_TE, spread_T, asking))
         return x_SE + self.mlp(normed_SE)
 
@@ -197,15 +194,23 @@ class Qwen3Model(nn.Module):
         ids_U, spread_T = _distinct(batch.input_ids_T)
         x_TE = self.embed_tokens(ids_U)  # [U, E] until the first layer has spread it
         rotary = Rotary.of(batch.positions_T, self.config, x_TE.dtype)
-        asking = Asking(*batch.last_tokens()) if last_only else None
+        plan = ops.attention_plan(batch.cu_seqlens_cpu, tokens=batch.num_tokens, device=x_TE.device)
+        asking = _last(batch) if last_only else None
         for number, block in enumerate(self.layers, start=1):
             wanted = asking if number == len(self.layers) else None
             if self.checkpointing and torch.is_grad_enabled():
-                x_TE = checkpoint(block, x_TE, rotary, batch.cu_seqlens, wanted, spread_T, use_reentrant=False)
+                x_TE = checkpoint(block, x_TE, rotary, plan, wanted, spread_T, use_reentrant=False)
             else:
-                x_TE = block(x_TE, rotary, batch.cu_seqlens, wanted, spread_T)
+                x_TE = block(x_TE, rotary, plan, wanted, spread_T)
             spread_T = None
         return x_TE if last_only else self.norm(x_TE)
+
+
+def _last(batch: PackedBatch) -> Asking:
+    tokens, _ = batch.last_tokens()
+    cu_last = F.pad((batch.cu_seqlens_cpu.diff() > 0).cumsum(0), (1, 0)).int()
+    counts = dict(tokens=len(tokens), tokens_k=batch.num_tokens)
+    return Asking(tokens, ops.attention_plan(cu_last, batch.cu_seqlens_cpu, **counts, device=tokens.device))
 
 
 def _distinct(input_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,18 +7,27 @@ B sequences or queries, M documents.
 import torch  # noqa: F401  torch first: the native code runs on the threads of the runtime that torch has loaded
 
 try:
-    from pyqemb import _C  # noqa: F401
+    from pyqemb import _C
 except ImportError as error:
     raise ImportError(
         "pyqemb's native library is missing or was built for another Python. "
         "Build it with `pip install .` (or `make build`) in the source folder; it needs a C++20 compiler."
     ) from error
 
-from pyqemb.ops.attention import varlen_attention
+from pyqemb.ops.attention import AttentionPlan, attention_plan, varlen_attention
 from pyqemb.ops.infonce import info_nce
 from pyqemb.ops.linear import linear
 from pyqemb.ops.pooling import last_token_pool
 from pyqemb.ops.small_ops import qk_norm_rope, rms_norm, swiglu
 from pyqemb.ops.topk import top_k
 
-__all__ = ["info_nce", "last_token_pool", "linear", "qk_norm_rope", "rms_norm", "swiglu", "top_k", "varlen_attention"]
+
+def cuda_is_built() -> bool:
+    """Whether the native library holds CUDA kernels."""
+    return _C.cuda_is_built()
+
+
+__all__ = [
+    "AttentionPlan", "attention_plan", "cuda_is_built", "info_nce", "last_token_pool", "linear", "qk_norm_rope", "rms_norm",
+    "swiglu", "top_k", "varlen_attention",
+]  # fmt: skip

@@ -1,34 +1,140 @@
 """Attention over packed sequences."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty_like, on_host
+from pyqemb.ops.common import at_kernels, checked, differentiable, empty_like, native, new, new_rows
+
+_OP = "varlen_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """The lengths of a batch and how the CUDA kernels cut it into work: for every layer and for both passes."""
+
+    cu_seqlens: Tensor  # int32 [B + 1], where the kernels read it
+    cu_seqlens_k: Tensor
+    tokens: int
+    tokens_k: int
+    data: Tensor | None = None  # int32, the lists of csrc/ops/attention.h; None on the CPU
+    # Room in its lists: tiles, blocks, key blocks; and 1 where no sequence has more than one query.
+    sizes: Sequence[int] = (0, 0, 0, 0)
+
+
+def attention_plan(
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    tokens: int | None = None,
+    tokens_k: int | None = None,
+    device: torch.device | str | None = None,
+) -> AttentionPlan:
+    """The plan of a batch for `varlen_attention(..., plan=...)`: made once, not once a layer.
+
+    Args:
+        cu_seqlens, cu_seqlens_k: as of varlen_attention. Best on the CPU, where the lengths are known: the plan is exact, and is
+            checked and copied without waiting. On a GPU a kernel makes it, with room for any lengths.
+        tokens, tokens_k: their last values; needed where they are on a GPU, read from them when None.
+        device: of the tensors that will attend; that of cu_seqlens when None.
+
+    Raises:
+        TypeError, ValueError: cu_seqlens that are none; tokens that are missing.
+    """
+    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu is not None and checked("attention_plan", name, cu).dim() != 1:
+            raise ValueError(f"[attention_plan] {name} must have shape [num_sequences + 1], got {list(cu.shape)}")
+    tokens_k = tokens if cu_seqlens_k is None else tokens_k
+    counts = []
+    for name, count, cu in (("tokens", tokens, cu_seqlens), ("tokens_k", tokens_k, cu_seqlens_k)):
+        cu = cu_seqlens if cu is None else cu
+        if count is None and cu.device.type != "cpu":
+            raise ValueError(
+                f"[attention_plan] {name} must be given where cu_seqlens is on a GPU: the host would have to wait"
+            )
+        counts.append(int(cu[-1]) if count is None and len(cu) else count or 0)
+    target = cu_seqlens.device if device is None else torch.device(device)
+    return _make_plan("attention_plan", cu_seqlens, cu_seqlens_k, counts[0], counts[1], target)
+
+
+def _make_plan(
+    op: str, cu_q: Tensor, cu_k: Tensor | None, tokens: int, tokens_k: int, device: torch.device
+) -> AttentionPlan:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        cu_q, cu_k = _lengths(op, cu_q, cu_k, tokens, tokens_k, device)
+        return AttentionPlan(cu_q, cu_k, tokens, tokens_k)
+    if cu_q.device.type == "cpu" and (cu_k is None or cu_k.device.type == "cpu"):
+        return _plan_on_host(
+            op, cu_q.contiguous(), None if cu_k is None else cu_k.contiguous(), tokens, tokens_k, device
+        )
+    cu_q, cu_k = _lengths(op, cu_q, cu_k, tokens, tokens_k, device)
+    data, sizes = _plan_on_device(cu_q, cu_k, tokens, tokens_k)
+    return AttentionPlan(cu_q, cu_k, tokens, tokens_k, data, sizes)
+
+
+def _lengths(
+    op: str, cu_q: Tensor, cu_k: Tensor | None, tokens: int, tokens_k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cu_q = at_kernels(op, "cu_seqlens", cu_q, tokens, "q", device)
+    return cu_q, cu_q if cu_k is None else at_kernels(op, "cu_seqlens_k", cu_k, tokens_k, "k", device)
+
+
+def _plan_on_host(
+    op: str, cu_q: Tensor, cu_k: Tensor | None, tokens: int, tokens_k: int, device: torch.device
+) -> AttentionPlan:
+    """Plan and lengths in one copy that the host does not wait for."""
+    _C.check_cu_seqlens(op, "cu_seqlens", cu_q, tokens, "q")
+    _C.check_cu_seqlens(op, "cu_seqlens_k", cu_q if cu_k is None else cu_k, tokens_k, "k")
+    lengths = [cu_q] if cu_k is None else [cu_q, cu_k]
+    sizes = _C.size_plan(lengths[0], lengths[-1])
+    parts = [_data_size(sizes), *map(len, lengths)]
+    packed = torch.empty(sum(parts), dtype=torch.int32, pin_memory=True)
+    data, *copies = packed.split(parts)
+    _C.fill_plan(lengths[0], lengths[-1], sizes, data)
+    for copy, cu in zip(copies, lengths, strict=True):
+        copy.copy_(cu)
+    data, *cu = packed.to(device, non_blocking=True).split(parts)
+    return AttentionPlan(cu[0], cu[-1], tokens, tokens_k, data, sizes)
+
+
+def _plan_on_device(cu_q: Tensor, cu_k: Tensor, tokens: int, tokens_k: int) -> tuple[Tensor, Sequence[int]]:
+    sizes = _C.largest_plan(cu_q.numel() - 1, tokens, tokens_k)
+    data = cu_q.new_empty(_data_size(sizes))
+    _C.fill_plan(cu_q, cu_k, sizes, data)
+    return data, sizes
+
+
+def _data_size(sizes: Sequence[int]) -> int:
+    return 4 + 2 * sum(sizes[:3])
 
 
 def varlen_attention(
     q_TND: Tensor,
     k_SKD: Tensor,
     v_SKD: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
     *,
     cu_seqlens_k: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v within each sequence of a packed batch, with grouped-query heads, differentiable once.
 
     Args:
-        q_TND: [T, N, D] float32, bfloat16, float16 or float64; D a multiple of 8 up to 256, contiguous; tokens and heads may
-            be strided (slices of one qkv projection).
+        q_TND: [T, N, D] float32, bfloat16, float16 or float64 (not on CUDA); D a multiple of 8 up to 256, on CUDA 64 or 128,
+            contiguous; tokens and heads may be strided (slices of one qkv projection).
         k_SKD, v_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
-        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts.
+        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. What is on a GPU already is not checked.
         cu_seqlens_k: the same for the keys, `[0, ..., S]`; None where queries and keys are the same tokens.
         causal: query i of n sees key j of m when j <= i + m - n (aligned to the bottom right). False: all keys.
         scale: 1 / sqrt(D) when None.
+        plan: `attention_plan` of these cu_seqlens, which are then taken from it (and may be None here). Without one a call on
+            CUDA makes its own: a layer's worth of host time that the layers of a model can share.
 
     Returns:
         [T, N, D], dtype of q. Arithmetic is float32 (float64 for float64). A query without keys gives zeros. The result for a
@@ -39,39 +145,75 @@ def varlen_attention(
 
     Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; grouped heads, Ainslie et al. 2023.
     """
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens
     if scale is None:  # a q that has no head dimension is refused below
         scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
-    starts = (
-        on_host("varlen_attention", name, cu)
-        for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k))
-    )
-    return _Attention.apply(q_TND, k_SKD, v_SKD, *starts, causal, float(scale))
+    q_TND, k_SKD, v_SKD = (_last_contiguous(name, x) for name, x in (("q", q_TND), ("k", k_SKD), ("v", v_SKD)))
+    tokens, tokens_k = (len(x) if x.dim() else 0 for x in (q_TND, k_SKD))
+    if plan is None:
+        if cu_seqlens is None:
+            raise TypeError(f"[{_OP}] cu_seqlens must be a torch.Tensor, got NoneType")
+        plan = _make_plan(_OP, cu_seqlens, cu_seqlens_k, tokens, tokens_k, q_TND.device)
+    elif (plan.tokens, plan.tokens_k) != (tokens, tokens_k):
+        raise ValueError(
+            f"[{_OP}] plan is for {plan.tokens} tokens of q and {plan.tokens_k} of k, got {tokens} and {tokens_k}"
+        )
+    cu = plan.cu_seqlens, plan.cu_seqlens_k
+    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, float(scale), causal)[0]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
-    ) -> Tensor:
-        q, k, v = (_last_contiguous(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        out = empty_like(q)
-        lse = torch.empty(q.shape[:-1], dtype=arithmetic(q.dtype), device=q.device)
-        _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal)
-        ctx.save_for_backward(q, k, v, cu_q, cu_k, out, lse)
-        ctx.causal, ctx.scale = causal, scale
-        return out
+@native(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? plan, SymInt[] sizes,"
+    " float scale, bool causal) -> (Tensor, Tensor)",
+    lambda q, k, v, cu_q, cu_k, plan, sizes, scale, causal: (new(q), new_rows(q)),
+)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int],
+    scale: float, causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = empty_like(q), new_rows(q)
+    work = _work(q, k, cu_q, cu_k, plan, sizes)
+    _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal, *work)
+    return out, lse
 
-    @staticmethod
-    @differentiable_once("varlen_attention")
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
-        dq, dk, dv = (empty_like(x) for x in (q, k, v))
-        _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, ctx.scale, ctx.causal)
-        return dq, dk, dv, None, None, None, None
+
+@native(
+    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? plan,"
+    " SymInt[] sizes, float scale, bool causal, Tensor out, Tensor lse, Tensor dout)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, *_: (new(q), new(k), new(v)),
+)
+def _gradient(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int],
+    scale: float, causal: bool, out: Tensor, lse: Tensor, dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (empty_like(x) for x in (q, k, v))
+    work = _work(q, k, cu_q, cu_k, plan, sizes)
+    _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, scale, causal, *work)
+    return dq, dk, dv
+
+
+def _work(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int]
+) -> tuple[Tensor | None, Sequence[int]]:
+    """The plan as the native code takes it; compiled graphs come without one."""
+    if plan is None and q.device.type == "cuda":
+        plan, sizes = _plan_on_device(cu_q, cu_k, len(q), len(k))
+    return plan, sizes
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.fixed = inputs[6:]
+
+
+def _backward(gradient: Any, ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    return *gradient(*inputs, *ctx.fixed, out, lse, dout), *(None,) * 6
+
+
+_attention = differentiable("varlen_attention", _forward, _gradient, _keep, _backward)
 
 
 def _last_contiguous(name: str, x: Any) -> Tensor:
-    checked("varlen_attention", name, x)
+    checked(_OP, name, x)
     return x.contiguous() if x.dim() and x.stride(-1) != 1 else x

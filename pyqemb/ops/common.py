@@ -1,9 +1,9 @@
-"""What the ops share: the door checks that native code cannot make, and the limits of their gradients."""
+"""What the ops share: the door checks that native code cannot make, and how a native function becomes an op of torch."""
 
 import math
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyqemb import _C
 
 _LARGE = 1 << 20  # bytes
+_LIBRARY = torch.library.Library("pyqemb", "DEF")
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -38,26 +39,91 @@ def checked(op: str, name: str, value: Any) -> Tensor:
     return value
 
 
-def on_host(op: str, name: str, cu_seqlens: Any) -> Tensor:
-    """cu_seqlens where the CPU kernels read it."""
-    return checked(op, name, cu_seqlens).contiguous().cpu()
+def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device: torch.device) -> Tensor:
+    """cu_seqlens where the kernels of `device` read it. On the way from the CPU to a GPU it is checked: from there the host would
+    have to wait for it."""
+    cu_seqlens = checked(op, name, cu_seqlens).contiguous()
+    if device.type == "cpu" or cu_seqlens.device.type != "cpu":
+        return cu_seqlens.cpu() if device.type == "cpu" else cu_seqlens
+    if torch.compiler.is_compiling():
+        return cu_seqlens.to(device)
+    _C.check_cu_seqlens(op, name, cu_seqlens, tokens, of)
+    return cu_seqlens.pin_memory().to(device, non_blocking=True)
 
 
-def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a backward in native code: refuse create_graph=True instead of returning a gradient that is silently constant.
+class Native(NamedTuple):
+    """A function that allocates its results and calls the native module, as it is and as torch.ops.pyqemb.<name>.
 
-    (torch's once_differentiable notices only incoming gradients that require grad, not saved inputs.)
+    Outside a compiled graph the ops call `raw`: torch's dispatcher would cost several times what the rest of the call does.
     """
 
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(backward)
-        def guarded(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"[{op}] is differentiable once: its gradient cannot be taken with create_graph=True"
-                )
-            return backward(ctx, *grads)
+    raw: Callable[..., Any]
+    op: Any
 
-        return guarded
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.op if torch.compiler.is_compiling() else self.raw)(*arguments)
 
-    return decorate
+
+def native(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Native]:
+    """Registers the decorated function for the CPU and for CUDA; `fake` gives its results' shapes."""
+    name = schema.split("(")[0]
+
+    def register(raw: Callable[..., Any]) -> Native:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, raw, key)
+        torch.library.register_fake(f"pyqemb::{name}", fake, lib=_LIBRARY)
+        return Native(raw, getattr(torch.ops.pyqemb, name).default)
+
+    return register
+
+
+def differentiable(
+    name: str, forward: Native, gradient: Native | None, keep: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`forward` with its gradient, which can be taken once.
+
+    `keep(ctx, inputs, output)` saves what `backward(gradient, ctx, *grads)` needs; both serve eager calls and compiled graphs.
+    """
+
+    def guarded(call: Any, ctx: Any, *grads: Any) -> Any:
+        # (torch's once_differentiable notices only incoming gradients that require grad, not saved inputs.)
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"[{name}] is differentiable once: its gradient cannot be taken with create_graph=True")
+        return backward(call, ctx, *grads)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward.raw(*inputs)
+            keep(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return guarded(gradient and gradient.raw, ctx, *grads)
+
+    torch.library.register_autograd(
+        forward.op, partial(guarded, gradient and gradient.op), setup_context=keep, lib=_LIBRARY
+    )
+    Eager.__name__ = name
+
+    def call(*inputs: Any) -> Any:
+        return forward.op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return call
+
+
+def new(x: Tensor) -> Tensor:
+    """Of the shape and dtype of x, contiguous; for fakes."""
+    return x.new_empty(x.shape)
+
+
+def new_rows(x: Tensor) -> Tensor:
+    """A number of the arithmetic type for each row of x."""
+    return x.new_empty(x.shape[:-1], dtype=arithmetic(x.dtype))
+
+
+def new_gradient(weight: Tensor, wanted: bool) -> Tensor:
+    """Where a kernel sums the gradient of a weight; without elements where nobody wants it."""
+    return weight.new_empty(weight.shape if wanted else (0,), dtype=arithmetic(weight.dtype))

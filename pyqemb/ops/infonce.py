@@ -1,15 +1,16 @@
 """The contrastive loss over huge batches: loss and gradients in one sweep, the score matrix never exists."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty
+from pyqemb.ops.common import arithmetic, checked, differentiable, empty, native
 
 _DOC_MASK = {"query_document": 0, "own": 1, "none": 2}
 
@@ -67,14 +68,14 @@ def info_nce(
             read literally; "own" is (d_i+, d_j); "none".
         matryoshka: dimensions whose prefixes, normalised again, are averaged into the loss, e.g. [1024, 256].
         return_stats: also return {"positive", "negative", "masked"}: mean score of positives, of the query-document
-            candidates kept, and the share of candidates left out.
+            candidates kept, and the share of candidates left out. On a GPU the host waits for them where they are read.
 
     Returns:
-        The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, dict). No queries: 0.
+        The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, mapping). No queries: 0.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: an unknown preset, shapes that do not fit, an index out of
-        range, a temperature that is not positive and finite, Matryoshka dimensions outside 1..E.
+        range (on a GPU it is left out, unchecked), a temperature that is not positive and finite, Matryoshka dimensions outside 1..E.
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """
@@ -85,49 +86,87 @@ def info_nce(
     checked("info_nce", "queries", queries_BE), checked("info_nce", "documents", documents_ME)
     groups = PRESETS[preset]
     bound = float(margin) if groups.margin and margin is not None else math.inf
-    fixed = (positive, owner, document_ids, groups, bound, _DOC_MASK[doc_mask], float(temperature))
+    differs = torch.is_grad_enabled() and (queries_BE.requires_grad or documents_ME.requires_grad)
+    kinds = groups.hard, groups.in_batch, groups.query_query, groups.doc_doc
+    fixed = (positive, owner, document_ids, *kinds, bound, _DOC_MASK[doc_mask], float(temperature), differs)
     if matryoshka is None:
-        loss, stats = _InfoNce.apply(queries_BE, documents_ME, *fixed)
+        loss, totals, _, _ = _info_nce(queries_BE.contiguous(), documents_ME.contiguous(), *fixed)
     else:
         dims = _checked_dims(matryoshka, queries_BE)
-        parts = [_InfoNce.apply(_prefix(queries_BE, dim), _prefix(documents_ME, dim), *fixed) for dim in dims]
-        loss, stats = torch.stack([part for part, _ in parts]).mean(), parts[dims.index(max(dims))][1]
-    return (loss, stats) if return_stats else loss
+        parts = [_info_nce(_prefix(queries_BE, dim), _prefix(documents_ME, dim), *fixed) for dim in dims]
+        loss, totals = torch.stack([part[0] for part in parts]).mean(), parts[dims.index(max(dims))][1]
+    return (loss, Stats(totals, queries_BE.shape[0])) if return_stats else loss
 
 
-class _InfoNce(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
-        groups: Groups, margin: float, doc_mask: int, temperature: float,
-    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        queries, documents = queries.contiguous(), documents.contiguous()
-        losses = torch.empty(queries.shape[:1], dtype=torch.float64)
-        d_queries = d_documents = None
-        if any(ctx.needs_input_grad[:2]):
-            d_queries, d_documents = (empty(x.shape, arithmetic(x.dtype), x.device) for x in (queries, documents))
-        totals = _C.info_nce(
-            queries, documents, positive, owner, ids, losses, d_queries, d_documents,
-            groups.hard, groups.in_batch, groups.query_query, groups.doc_doc, margin, doc_mask, temperature,
-        )  # fmt: skip
-        ctx.save_for_backward(d_queries, d_documents)
-        ctx.dtypes = queries.dtype, documents.dtype
-        count = max(len(losses), 1)
-        stats = {
-            "positive": totals[0] / count,
-            "negative": totals[1] / totals[2] if totals[2] else 0.0,
-            "masked": totals[4] / (totals[3] + totals[4]) if totals[3] + totals[4] else 0.0,
+class Stats(Mapping[str, float]):
+    """The statistics of one call, fetched from the device when they are first read."""
+
+    def __init__(self, totals: Tensor, num_queries: int):
+        self._totals, self._num_queries = totals, num_queries
+
+    @cached_property
+    def _values(self) -> dict[str, float]:
+        positive, negative, count, kept, dropped = self._totals.tolist()
+        return {
+            "positive": positive / max(self._num_queries, 1),
+            "negative": negative / count if count else 0.0,
+            "masked": dropped / (kept + dropped) if kept + dropped else 0.0,
         }
-        return (losses.sum() / count).to(arithmetic(queries.dtype)), stats
 
-    @staticmethod
-    @differentiable_once("info_nce")
-    def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grads = (
-            None if g is None else (g * d_loss).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None, None, None, None, None, None
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _new_gradients(queries: Tensor, documents: Tensor, differs: bool) -> list[Tensor]:
+    shapes = [x.shape if differs else (0,) for x in (queries, documents)]
+    return [empty(shape, arithmetic(queries.dtype), queries.device) for shape in shapes]
+
+
+@native(
+    "info_nce(Tensor queries, Tensor documents, Tensor positive, Tensor? owner, Tensor? ids, bool hard, bool in_batch,"
+    " bool query_query, bool doc_doc, float margin, int doc_mask, float temperature, bool differs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda queries, documents, *fixed: (
+        queries.new_empty((), dtype=arithmetic(queries.dtype)),
+        queries.new_empty(5, dtype=torch.float64),
+        *(x.new_empty(x.shape if fixed[-1] else (0,), dtype=arithmetic(x.dtype)) for x in (queries, documents)),
+    ),
+)
+def _forward(
+    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
+    hard: bool, in_batch: bool, query_query: bool, doc_doc: bool, margin: float, doc_mask: int, temperature: float,
+    differs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    losses, totals = (queries.new_empty(size, dtype=torch.float64) for size in (queries.shape[:1], 5))
+    d_queries, d_documents = _new_gradients(queries, documents, differs)
+    _C.info_nce(
+        queries, documents, positive, owner, ids, losses, totals,
+        d_queries if differs else None, d_documents if differs else None,
+        hard, in_batch, query_query, doc_doc, margin, doc_mask, temperature,
+    )  # fmt: skip
+    loss = (losses.sum() / max(len(losses), 1)).to(arithmetic(queries.dtype))
+    return loss, totals, d_queries, d_documents
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(_: Any, ctx: Any, d_loss: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
+    grads = (None, None) if d_loss is None else ((g * d_loss).to(ctx.dtype) for g in ctx.saved_tensors)
+    return *grads, *(None,) * 11
+
+
+_info_nce = differentiable("info_nce", _forward, None, _keep, _backward)
 
 
 def _checked_dims(matryoshka: Sequence[int], queries_BE: Tensor) -> list[int]:

@@ -27,7 +27,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
             raise ValueError(f"[linear] {name} must have two dimensions, got shape {list(value.shape)}")
     if x_TI.shape[1] != weight_OI.shape[1]:
         raise ValueError(f"[linear] x and weight must share their inputs, got {x_TI.shape[1]} and {weight_OI.shape[1]}")
-    if torch.is_autocast_enabled(x_TI.device.type):
+    if torch.is_autocast_enabled(x_TI.device.type) or torch.compiler.is_compiling():
         return F.linear(x_TI, weight_OI)
     if x_TI.dtype != weight_OI.dtype:
         raise TypeError(f"[linear] weight must have the dtype of x, {x_TI.dtype}, got {weight_OI.dtype}")

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once, on_host
+from pyqemb.ops.common import at_kernels, checked, differentiable, native, new, new_gradient
 
 
 def last_token_pool(
@@ -42,30 +41,52 @@ def last_token_pool(
     cut = hidden_TE.shape[1] if dim is None else dim
     if not isinstance(cut, int) or isinstance(cut, bool) or cut < 1:
         raise ValueError(f"[last_token_pool] dim must be a positive integer, got {dim!r}")
-    return _Pool.apply(
-        hidden_TE, norm_weight, on_host("last_token_pool", "cu_seqlens", cu_seqlens), eps, cut, normalize
-    )
+    cu_seqlens = at_kernels("last_token_pool", "cu_seqlens", cu_seqlens, len(hidden_TE), "hidden", hidden_TE.device)
+    hidden_TE = hidden_TE if hidden_TE.stride(1) == 1 else hidden_TE.contiguous()
+    return _pool(hidden_TE, norm_weight, cu_seqlens, eps, cut, normalize)
 
 
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool
-    ) -> Tensor:
-        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        out = torch.empty((max(cu.numel() - 1, 0), dim), dtype=hidden.dtype, device=hidden.device)
-        _C.pool_forward(hidden, cu, weight, out, eps, normalize)
-        ctx.save_for_backward(hidden, weight, cu)
-        ctx.eps, ctx.normalize = eps, normalize
-        return out
+def _new_vectors(hidden: Tensor, cu: Tensor, dim: int) -> Tensor:
+    return hidden.new_empty(max(cu.numel() - 1, 0), dim)
 
-    @staticmethod
-    @differentiable_once("last_token_pool")
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, cu = ctx.saved_tensors
-        dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        dweight = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            dweight = torch.empty(weight.shape, dtype=arithmetic(weight.dtype), device=weight.device)
-        _C.pool_backward(hidden, cu, weight, dout.contiguous(), dhidden, dweight, ctx.eps, ctx.normalize)
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+
+@native(
+    "last_token_pool(Tensor hidden, Tensor? weight, Tensor cu_seqlens, float eps, SymInt dim, bool normalize) -> Tensor",
+    lambda hidden, weight, cu, eps, dim, normalize: _new_vectors(hidden, cu, dim),
+)
+def _forward(hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool) -> Tensor:
+    out = _new_vectors(hidden, cu, dim)
+    _C.pool_forward(hidden, cu, weight, out, eps, normalize)
+    return out
+
+
+@native(
+    "last_token_pool_backward(Tensor hidden, Tensor? weight, Tensor cu_seqlens, Tensor dout, float eps, bool normalize,"
+    " bool wanted) -> (Tensor, Tensor)",
+    lambda hidden, weight, cu, dout, eps, normalize, wanted: (
+        new(hidden),
+        new_gradient(hidden if weight is None else weight, wanted),
+    ),
+)
+def _gradient(
+    hidden: Tensor, weight: Tensor | None, cu: Tensor, dout: Tensor, eps: float, normalize: bool, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dhidden = hidden.new_zeros(hidden.shape)
+    dweight = new_gradient(hidden if weight is None else weight, wanted)
+    _C.pool_backward(hidden, cu, weight, dout.contiguous(), dhidden, dweight if wanted else None, eps, normalize)
+    return dhidden, dweight
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.eps, ctx.normalize = inputs[3], inputs[5]
+
+
+def _backward(gradient: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, cu = ctx.saved_tensors
+    wanted = weight is not None and ctx.needs_input_grad[1]
+    dhidden, dweight = gradient(hidden, weight, cu, dout, ctx.eps, ctx.normalize, wanted)
+    return dhidden, dweight.to(weight.dtype) if wanted else None, None, None, None, None
+
+
+_pool = differentiable("last_token_pool", _forward, _gradient, _keep, _backward)

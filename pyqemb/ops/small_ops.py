@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable_once, empty_like
+from pyqemb.ops.common import checked, differentiable, empty_like, native, new, new_gradient, new_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None) -> Any:
@@ -27,11 +26,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor |
     if not checked("rms_norm", "x", x).dim():
         raise ValueError("[rms_norm] x must have shape [..., size], got []")
     if residual is None:
-        return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
+        return _rms_norm(_rows(x), weight, eps)[0].view(x.shape)
     if checked("rms_norm", "residual", residual).shape != x.shape:
         raise ValueError(f"[rms_norm] residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
-    flat = (value.reshape(-1, x.shape[-1]) for value in (x, residual))
-    normed, total = _RmsNorm.apply(*flat, weight, eps)
+    normed, _, total = _add_rms_norm(_rows(x), _rows(residual), weight, eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -53,7 +51,7 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
     Source: Qwen3 technical report (arXiv 2505.09388), section 2; rotary embedding, Su et al. 2021, equation 34.
     """
     checked("qk_norm_rope", "x", x_TND)
-    return _QkNormRope.apply(x_TND, norm_weight, cos_TH, sin_TH, eps)
+    return _qk_norm_rope(x_TND.contiguous(), norm_weight, cos_TH, sin_TH, eps)[0]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -64,70 +62,136 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, equation 6.
     """
     checked("swiglu", "gate", gate), checked("swiglu", "up", up)
-    return _Swiglu.apply(gate, up)
+    return _swiglu(gate.contiguous(), up.contiguous())
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
-        x = x.contiguous()
-        y, rstd = empty_like(x), torch.empty(x.shape[:1], dtype=arithmetic(x.dtype), device=x.device)
-        total = None if residual is None else empty_like(x)
-        _C.rms_norm_forward(x, None if residual is None else residual.contiguous(), weight, total, y, rstd, eps)
-        ctx.save_for_backward(x if total is None else total, weight, rstd)
-        ctx.set_materialize_grads(False)
-        return y, total
-
-    @staticmethod
-    @differentiable_once("rms_norm")
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        s, weight, rstd = ctx.saved_tensors
-        if dy is None:  # only the sum was used
-            return dsum, dsum, None, None
-        dx, dweight = empty_like(s), _weight_gradient(weight, ctx.needs_input_grad[2])
-        _C.rms_norm_backward(s, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dweight)
-        dresidual = dx if ctx.needs_input_grad[1] else None
-        return dx, dresidual, None if dweight is None else dweight.to(weight.dtype), None
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-class _QkNormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        y = empty_like(x)
-        rstd = torch.empty(x.shape[:2], dtype=arithmetic(x.dtype), device=x.device)
-        _C.qk_norm_rope_forward(x, weight, cos, sin, y, rstd, eps)
-        ctx.save_for_backward(x, weight, cos, sin, rstd)
-        return y
-
-    @staticmethod
-    @differentiable_once("qk_norm_rope")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin, rstd = ctx.saved_tensors
-        dx, dweight = empty_like(x), _weight_gradient(weight, ctx.needs_input_grad[1])
-        _C.qk_norm_rope_backward(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight)
-        return dx, None if dweight is None else dweight.to(weight.dtype), None, None, None
+def _rounded(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor | None:
+    return dweight.to(weight.dtype) if wanted else None
 
 
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = empty_like(gate)
-        _C.swiglu_forward(gate, up, y)
-        ctx.save_for_backward(gate, up)
-        return y
-
-    @staticmethod
-    @differentiable_once("swiglu")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        dgate, dup = empty_like(gate), empty_like(up)
-        _C.swiglu_backward(gate, up, dy.contiguous(), dgate, dup)
-        return dgate, dup
+@native(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", lambda x, weight, eps: (new(x), new_rows(x))
+)
+def _rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, rstd = empty_like(x), new_rows(x)
+    _C.rms_norm_forward(x, None, weight, None, y, rstd, eps)
+    return y, rstd
 
 
-def _weight_gradient(weight: Tensor, wanted: bool) -> Tensor | None:
-    return torch.empty(weight.shape, dtype=arithmetic(weight.dtype), device=weight.device) if wanted else None
+@native(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps: (new(x), new_rows(x), new(x)),
+)
+def _add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd, total = empty_like(x), new_rows(x), empty_like(x)
+    _C.rms_norm_forward(x, residual, weight, total, y, rstd, eps)
+    return y, rstd, total
+
+
+@native(
+    "rms_norm_backward(Tensor s, Tensor weight, Tensor rstd, Tensor dy, Tensor? dsum, bool wanted) -> (Tensor, Tensor)",
+    lambda s, weight, rstd, dy, dsum, wanted: (new(s), new_gradient(weight, wanted)),
+)
+def _rms_norm_gradient(
+    s: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = empty_like(s), new_gradient(weight, wanted)
+    dsum = None if dsum is None else dsum.contiguous()
+    _C.rms_norm_backward(s, weight, rstd, dy.contiguous(), dsum, dx, dweight if wanted else None)
+    return dx, dweight
+
+
+def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _rms_norm_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    s, weight, rstd = ctx.saved_tensors
+    dx, dweight = gradient(s, weight, rstd, dy, None, ctx.needs_input_grad[1])
+    return dx, _rounded(dweight, weight, ctx.needs_input_grad[1]), None
+
+
+def _keep_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2], inputs[2], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _add_rms_norm_backward(
+    gradient: Any, ctx: Any, dy: Tensor | None, _: Any, dsum: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dy is None:  # only the sum was used
+        return dsum, dsum, None, None
+    s, weight, rstd = ctx.saved_tensors
+    dx, dweight = gradient(s, weight, rstd, dy, dsum, ctx.needs_input_grad[2])
+    return dx, dx if ctx.needs_input_grad[1] else None, _rounded(dweight, weight, ctx.needs_input_grad[2]), None
+
+
+@native(
+    "qk_norm_rope(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, cos, sin, eps: (new(x), new_rows(x)),
+)
+def _qk_norm_rope_forward(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, rstd = empty_like(x), new_rows(x)
+    _C.qk_norm_rope_forward(x, weight, cos, sin, y, rstd, eps)
+    return y, rstd
+
+
+@native(
+    "qk_norm_rope_backward(Tensor x, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, Tensor dy, bool wanted)"
+    " -> (Tensor, Tensor)",
+    lambda x, weight, cos, sin, rstd, dy, wanted: (new(x), new_gradient(weight, wanted)),
+)
+def _qk_norm_rope_gradient(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dy: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = empty_like(x), new_gradient(weight, wanted)
+    _C.qk_norm_rope_backward(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight if wanted else None)
+    return dx, dweight
+
+
+def _keep_qk_norm_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+
+
+def _qk_norm_rope_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under checkpointing each reading computes them again
+    dx, dweight = gradient(*saved, dy, ctx.needs_input_grad[1])
+    return dx, _rounded(dweight, saved[1], ctx.needs_input_grad[1]), None, None, None
+
+
+@native("swiglu(Tensor gate, Tensor up) -> Tensor", lambda gate, up: new(gate))
+def _swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    y = empty_like(gate)
+    _C.swiglu_forward(gate, up, y)
+    return y
+
+
+@native(
+    "swiglu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tensor)", lambda gate, up, dy: (new(gate), new(up))
+)
+def _swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = empty_like(gate), empty_like(up)
+    _C.swiglu_backward(gate, up, dy.contiguous(), dgate, dup)
+    return dgate, dup
+
+
+def _keep_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(gradient: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient(*ctx.saved_tensors, dy)
+
+
+_rms_norm = differentiable("rms_norm", _rms_norm_forward, _rms_norm_gradient, _keep_rms_norm, _rms_norm_backward)
+_add_rms_norm = differentiable(
+    "rms_norm", _add_rms_norm_forward, _rms_norm_gradient, _keep_add_rms_norm, _add_rms_norm_backward
+)
+_qk_norm_rope = differentiable(
+    "qk_norm_rope", _qk_norm_rope_forward, _qk_norm_rope_gradient, _keep_qk_norm_rope, _qk_norm_rope_backward
+)
+_swiglu = differentiable("swiglu", _swiglu_forward, _swiglu_gradient, _keep_swiglu, _swiglu_backward)

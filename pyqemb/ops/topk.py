@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import checked
+from pyqemb.ops.common import checked, native
 
 
 def top_k(
@@ -38,10 +38,23 @@ def top_k(
             raise ValueError(f"[top_k] {name} must have shape [rows, dim], got {list(value.shape)}")
     if not 0 <= k <= len(documents_ME):
         raise ValueError(f"[top_k] k must be from 0 to the number of documents, {len(documents_ME)}, got {k}")
-    queries_BE, documents_ME = queries_BE.detach().contiguous(), documents_ME.detach().contiguous()
-    scores = torch.empty((len(queries_BE), k), dtype=torch.float32, device=queries_BE.device)
-    indices = torch.empty((len(queries_BE), k), dtype=torch.int64, device=queries_BE.device)
     exclude = exclude.contiguous() if isinstance(exclude, Tensor) else exclude
     ceiling = ceiling.detach().contiguous() if isinstance(ceiling, Tensor) else ceiling
-    _C.top_k(queries_BE, documents_ME, exclude, ceiling, scores, indices)
+    return _search(queries_BE.detach().contiguous(), documents_ME.detach().contiguous(), k, exclude, ceiling)
+
+
+def _new_results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    size = len(queries), k
+    return queries.new_empty(size, dtype=torch.float32), queries.new_empty(size, dtype=torch.int64)
+
+
+@native(
+    "top_k(Tensor queries, Tensor documents, SymInt k, Tensor? exclude, Tensor? ceiling) -> (Tensor, Tensor)",
+    lambda queries, documents, k, exclude, ceiling: _new_results(queries, k),
+)
+def _search(
+    queries: Tensor, documents: Tensor, k: int, exclude: Tensor | None, ceiling: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores, indices = _new_results(queries, k)
+    _C.top_k(queries, documents, exclude, ceiling, scores, indices)
     return scores, indices

@@ -44,14 +44,14 @@ def info_nce(
 ) -> Tensor:  # fmt: skip
     """Equation 1 of the Qwen3 Embedding report, with every matrix held: the mean loss."""
     B, M = len(queries), len(documents)
-    rows = torch.arange(B)
-    owner = torch.full((M,), -1) if owner is None else owner
-    ids = torch.arange(M) if document_ids is None else document_ids
+    rows, columns = (torch.arange(n, device=queries.device) for n in (B, M))
+    owner = torch.full_like(columns, -1) if owner is None else owner
+    ids = columns if document_ids is None else document_ids
     qd, qq, dd = queries @ documents.T, queries @ queries.T, documents[positive] @ documents.T
     score = qd[rows, positive]
     limit = (score.detach() + (torch.inf if margin is None else margin))[:, None]
     own = owner[None, :] == rows[:, None]
-    is_positive = torch.arange(M)[None, :] == positive[:, None]
+    is_positive = columns[None, :] == positive[:, None]
     equal = ids[None, :] == ids[positive][:, None]
     equal_query = ids[positive][None, :] == ids[positive][:, None]
     over = {"query_document": qd > limit, "own": dd > limit, "none": torch.zeros_like(qd, dtype=torch.bool)}[doc_mask]

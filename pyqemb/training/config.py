@@ -29,6 +29,7 @@ ALIASES = {
     "batch_size": "global_batch_size",
     "mrl_dims": "matryoshka",
     "gradient_checkpointing": "activation_checkpointing",
+    "dtype": "precision",
 }
 
 
@@ -96,8 +97,9 @@ class TrainSection(Section):
     epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     max_bad_steps: int = Field(10, ge=1)  # steps in a row with a loss or gradient that is not finite, before it stops
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on the CPU
-    device: str = "auto"
+    # What the model computes in; weights are kept and updated in float32. auto: bfloat16 on a GPU, float32 on the CPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"  # auto: a GPU where there is one that can run the model
     activation_checkpointing: bool = False
     log_every: int = Field(1, ge=1)
     tensorboard: bool = False

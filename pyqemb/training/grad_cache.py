@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyqemb.data.batch import PackedBatch
+from pyqemb.data.batch import PackedBatch, to_device
 
 Model = Callable[[PackedBatch], torch.Tensor]
 LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,6 +53,7 @@ class GradCache:
 
         Queries and documents share one stream, cut where the token budget says after sorting by length. Equal to the
         same loss without caching up to rounding, for any budget. A loss that is not finite adds no gradient.
+        The batches may stay on the CPU: the model fetches its chunks.
         """
         if not queries.num_sequences or not documents.num_sequences:
             raise ValueError(
@@ -71,7 +72,7 @@ class GradCache:
         return loss
 
     def _loss(self, sorted_SE: torch.Tensor, order: np.ndarray, num_queries: int) -> torch.Tensor:
-        place = torch.from_numpy(np.argsort(order)).to(sorted_SE.device)
+        place = to_device(torch.from_numpy(np.argsort(order)), sorted_SE.device)
         vectors_SE = sorted_SE.index_select(0, place)
         return self.loss_fn(vectors_SE[:num_queries], vectors_SE[num_queries:])
 
@@ -79,11 +80,12 @@ class GradCache:
 def embed_without_graph(model: Model, chunks: Sequence[PackedBatch]) -> tuple[torch.Tensor, list[RngState] | None]:
     """Vectors [S, E] of all chunks, and the random state before each of them where the model draws numbers."""
     states: list[RngState] | None = [] if _draws(model) else None
+    device = _device(model, chunks)
     vectors = []
     with torch.no_grad():
         for chunk in chunks:
             if states is not None:
-                states.append(RngState.now(chunk.input_ids_T.device))
+                states.append(RngState.now(device))
             vectors.append(model(chunk))
     return torch.cat(vectors), states
 
@@ -117,16 +119,17 @@ def embed_with_cache(
 
 def _chunks(queries: PackedBatch, documents: PackedBatch, budget: int) -> tuple[list[PackedBatch], np.ndarray]:
     """Chunks of both, longest sequences first, and which sequence stands at each place."""
-    stream = PackedBatch(
-        torch.cat((queries.input_ids_T, documents.input_ids_T)),
-        torch.cat((queries.positions_T, documents.positions_T)),
-        torch.cat((queries.cu_seqlens, documents.cu_seqlens[1:] + queries.num_tokens)),
-        max(queries.max_seqlen, documents.max_seqlen),
-    )
+    stream = PackedBatch.concat((queries, documents))
     if stream.num_tokens <= budget:
         return [stream], np.arange(stream.num_sequences)
     order = np.argsort(-stream.lengths, kind="stable")
     return stream.select(torch.from_numpy(order)).split(budget), order
+
+
+def _device(model: Any, chunks: Sequence[PackedBatch]) -> torch.device:
+    """Where the model draws its random numbers."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return chunks[0].device if parameter is None else parameter.device
 
 
 def _draws(model: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from pyqemb import ops
+from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.training.config import LossSection
 
@@ -23,13 +24,14 @@ class ContrastiveLoss:
 
     def __call__(self, queries_BE: torch.Tensor, documents_UE: torch.Tensor) -> torch.Tensor:
         batch, config = self.batch, self.config
-        documents_ME = documents_UE if batch.rows_M is None else documents_UE[batch.rows_M.to(documents_UE.device)]
+        positive, owner = (to_device(x, queries_BE.device) for x in (batch.positive, batch.owner))
+        rows_M = None if batch.rows_M is None else to_device(batch.rows_M, queries_BE.device)
         loss, self.stats = ops.info_nce(
             queries_BE,
-            documents_ME,
-            batch.positive.to(queries_BE.device),
-            owner=batch.owner.to(queries_BE.device),
-            document_ids=None if batch.rows_M is None else batch.rows_M.to(queries_BE.device),
+            documents_UE if rows_M is None else documents_UE[rows_M],
+            positive,
+            owner=owner,
+            document_ids=rows_M,
             preset=config.preset,
             temperature=config.temperature,
             margin=config.margin,

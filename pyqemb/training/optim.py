@@ -1,7 +1,7 @@
-"""AdamW over float32 weights, the learning-rate schedule, gradient clipping."""
+"""AdamW on float32 weights, also for a model that computes in bfloat16; the learning-rate schedule, gradient clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -29,15 +29,20 @@ def warmup_steps(steps: int, config: TrainSection) -> int:
 class Optimizer:
     """AdamW; norms and other vectors do not decay.
 
-    The weights that it updates are float32. For a bfloat16 model they are copies, from which the model is refreshed after
-    each step: bfloat16 itself is too coarse for small updates.
+    It takes a float32 model. With a narrower `dtype` it keeps the float32 weights for itself and the model computes with
+    rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the gradients
+    of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
     """
 
-    def __init__(self, model: nn.Module, config: TrainSection):
+    def __init__(self, model: nn.Module, config: TrainSection, dtype: torch.dtype = torch.float32):
         self.config = config
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.values())
-        self.weights = {n: p.detach().float().clone() for n, p in self.model.items()} if narrow else self.model
+        self.weights: dict[str, torch.Tensor] = dict(self.model)
+        if dtype != torch.float32:
+            self.weights = {name: p.detach() for name, p in self.model.items()}
+            model.to(dtype)
+            for name, parameter in self.model.items():
+                parameter.register_post_accumulate_grad_hook(_add_to(self.weights[name]))
         groups = [
             {"params": [p for p in self.weights.values() if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.weights.values() if p.ndim <= 1], "weight_decay": 0.0},
@@ -48,12 +53,12 @@ class Optimizer:
         )  # fmt: skip
 
     def zero_grad(self) -> None:
-        for parameter in self.model.values():
-            parameter.grad = None
+        for weight in self.weights.values():
+            weight.grad = None
 
     def clip(self) -> float:
         """Scale the gradients down to max_grad_norm; returns their norm before that."""
-        gradients = [p.grad for p in self.model.values() if p.grad is not None]
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         norm = global_norm(gradients)
         limit = self.config.max_grad_norm
         if limit is not None and math.isfinite(norm) and norm > limit:
@@ -63,15 +68,8 @@ class Optimizer:
     def step(self, rate: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = rate
-        if self.weights is not self.model:
-            for name, parameter in self.model.items():
-                self.weights[name].grad = None if parameter.grad is None else parameter.grad.float()
         self.adamw.step()
-        if self.weights is not self.model:
-            with torch.no_grad():
-                for name, parameter in self.model.items():
-                    parameter.copy_(self.weights[name])
-                    self.weights[name].grad = None
+        self._round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`."""
@@ -86,11 +84,29 @@ class Optimizer:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(weights[name])
-                self.model[name].copy_(weight)
-        for name, weight in self.weights.items():
-            kinds = [key.rpartition("/")[2] for key in state if key.rpartition("/")[0] == name]
-            if kinds:
-                self.adamw.state[weight] = {kind: state[f"{name}/{kind}"].clone() for kind in kinds}
+        self._round()
+        for key, value in state.items():
+            name, _, kind = key.rpartition("/")
+            weight = self.weights[name]
+            self.adamw.state[weight][kind] = value.to(weight.device, copy=True)  # the step count too, as `fused` has it
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Refresh the weights that the model computes with, where they are copies."""
+        pairs = [(p, self.weights[name]) for name, p in self.model.items() if p is not self.weights[name]]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [weight for _, weight in pairs])
+
+
+def _add_to(weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that moves a parameter's new gradient to that of its float32 weight."""
+
+    def move(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        weight.grad = parameter.grad.float() if weight.grad is None else weight.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return move
 
 
 def global_norm(tensors: Iterable[torch.Tensor]) -> float:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from pyqemb.data.example import Example
 from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.sets import make_loader, read_sets
-from pyqemb.training.setup import load_model, pick_device
+from pyqemb.training.setup import load_model, pick_precision
 
 _SAMPLE = 512  # examples of a set that are tokenised for the estimate
 _ACTIVATIONS = (
@@ -18,15 +20,15 @@ _ACTIVATIONS = (
 
 def plan(config: TrainConfig) -> Iterator[str]:
     """Lines to print. Reads the model and all data, so whatever is wrong with them shows here."""
-    device = pick_device(config.train.device)
-    embedder = load_model(config, device)
+    embedder = load_model(config)
+    precision = pick_precision(config.train.precision, embedder.device)
     sets = read_sets(config)
     loader = make_loader(sets, config)
     train = config.train
     steps = train.steps or math.ceil(train.epochs * loader.steps_per_epoch)
     parameters = sum(parameter.numel() for parameter in embedder.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {embedder.attention}, {embedder.pooling} pooling"
-    yield f"device     {device}, {str(embedder.dtype).removeprefix('torch.')}"
+    yield f"device     {embedder.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in sets.examples.items():
         here = _mean_tokens(embedder, examples[:_SAMPLE], train.num_negatives)
@@ -39,7 +41,7 @@ def plan(config: TrainConfig) -> Iterator[str]:
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
     yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
-    yield f"memory     about {_memory(embedder, config, parameters, tokens, size * (2 + hard)):.2f} GB"
+    yield f"memory     about {_memory(embedder, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
     example = next(iter(sets.examples.values()))[0]
     query = embedder.tokenizer.format_queries([example.query], example.instruction)[0]
     yield f"example    query {query!r} -> ids {embedder.tokenizer.encode_documents([query])[0]}"
@@ -52,10 +54,13 @@ def _mean_tokens(embedder: Embedder, examples: Sequence[Example], num_negatives:
     return sum(map(len, embedder.tokenizer.encode_documents(texts))) / max(len(examples), 1)
 
 
-def _memory(embedder: Embedder, config: TrainConfig, parameters: int, tokens: float, texts: int) -> float:
-    """Gigabytes: weights, gradients and both moments; one chunk's activations; vectors and their gradients."""
+def _memory(
+    embedder: Embedder, config: TrainConfig, precision: torch.dtype, parameters: int, tokens: float, texts: int
+) -> float:
+    """Gigabytes: float32 weights, gradients and both moments; one chunk's activations; vectors and their gradients."""
     model = embedder.config
     chunk = min(tokens, config.train.tokens_per_chunk)
     layers = 1 if config.train.activation_checkpointing else model.num_hidden_layers
-    activations = chunk * layers * (_ACTIVATIONS * model.hidden_size + 5 * model.intermediate_size) * 4
-    return (16 * parameters + activations + 8 * texts * model.hidden_size) / 1e9
+    activations = chunk * layers * (_ACTIVATIONS * model.hidden_size + 5 * model.intermediate_size) * precision.itemsize
+    narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
+    return ((16 + narrow) * parameters + activations + 8 * texts * model.hidden_size) / 1e9

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from pyqemb.data.files import atomic_file
 from pyqemb.errors import ConfigError
 
@@ -108,7 +110,9 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def memory_mb() -> float:
-    """The most memory this process has held, in MB."""
+    """The most memory this process has held, in MB: of the GPU where it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the device, the model on it, the seeds."""
+"""What a run starts from: the model on its device, its precision, the seeds."""
 
 import random
 
@@ -10,31 +10,29 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of `train.device`; "auto" is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"train.device: {name!r} was asked for, but torch finds no CUDA device")
-    return torch.device(name)
-
-
-def load_model(config: TrainConfig, device: torch.device) -> Embedder:
-    """The base model in the precision it is trained in; its Matryoshka dimensions are those of the loss."""
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+def load_model(config: TrainConfig) -> Embedder:
+    """The base model in float32 on its device; its Matryoshka dimensions are those of the loss."""
     model = config.model
     embedder = Embedder.from_pretrained(
-        model.base, attention=model.attention, pooling=model.pooling, dtype=precision, max_length=model.max_length
-    )
+        model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
+        device=config.train.device,
+    )  # fmt: skip
     size = embedder.config.hidden_size
     if config.loss.matryoshka is not None:
         if max(config.loss.matryoshka) > size:
             raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
         embedder.matryoshka = config.loss.matryoshka
     embedder.model.checkpointing = config.train.activation_checkpointing
-    return embedder.to(device).train()
+    return embedder.train()
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `train.precision` on a device."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name == "float32" and device.type == "cuda":
+        raise ConfigError("train.precision: the CUDA kernels compute attention in bfloat16, not in float32")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def seed_everything(seed: int) -> None:

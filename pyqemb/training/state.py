@@ -145,7 +145,7 @@ def random_states() -> dict[str, Any]:
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU must not open a context on every GPU
         states["cuda"] = [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
     return states
 
@@ -157,8 +157,8 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_tensor(state) for state in states["cuda"]])
+    for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_tensor(state), device)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pyqemb.training.loss import ContrastiveLoss
 from pyqemb.training.optim import Optimizer, learning_rate
 from pyqemb.training.progress import Progress
 from pyqemb.training.sets import make_loader, read_sets
-from pyqemb.training.setup import load_model, pick_device, seed_everything
+from pyqemb.training.setup import load_model, pick_precision, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import (
     Checkpoint,
@@ -84,8 +84,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         remove_leftovers(self.checkpoints)
         checkpoint = find(self.checkpoints, resume, warn=lambda text: print(text, file=sys.stderr))
-        self.device = pick_device(config.train.device)
-        self.embedder = load_model(config, self.device)
+        self.embedder = load_model(config)
         sets = read_sets(config)
         self.fingerprint = sets.fingerprint
         if len(sets.instructions) == 1:  # what the model is trained with is what encode_query should say
@@ -93,7 +92,8 @@ class Run:
         self.loader = make_loader(sets, config)
         self.tokens = TokenCache(self.embedder.tokenizer)
         self.steps = config.train.steps or math.ceil(config.train.epochs * self.loader.steps_per_epoch)
-        self.optimizer = Optimizer(self.embedder, config.train)
+        precision = pick_precision(config.train.precision, self.embedder.device)
+        self.optimizer = Optimizer(self.embedder, config.train, precision)
         self.step, self.bad_steps = 0, 0
         self.best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best evaluation
         self.metrics: list[dict[str, Any]] = []
@@ -129,7 +129,7 @@ class Run:
         loss_fn = ContrastiveLoss(batch, config.loss)
         cache = GradCache(self.embedder, loss_fn, config.train.tokens_per_chunk)
         self.optimizer.zero_grad()
-        loss = float(cache.step(batch.queries.to(self.device), batch.documents.to(self.device)))
+        loss = float(cache.step(batch.queries, batch.documents))
         norm = self.optimizer.clip()
         rate = learning_rate(self.step, self.steps, config.train)
         healthy = math.isfinite(loss) and math.isfinite(norm)
@@ -233,7 +233,8 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.platform(),
-            "device": str(self.device),
+            "device": _described(self.embedder.device),
+            "precision": str(self.embedder.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "arguments": sys.argv,
         }
@@ -241,6 +242,10 @@ class Run:
         for name, content in notes.items():
             with atomic_file(self.folder / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _described(device: torch.device) -> str:
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -76,6 +76,10 @@ def test_select_refuses_what_is_not_there(index):
         PackedBatch.pack(ROWS).select([0, index])
 
 
+def test_concat():
+    check(PackedBatch.concat([PackedBatch.pack(rows) for rows in (ROWS, [], [[1, 2]])]), [*ROWS, [1, 2]])
+
+
 def test_last_tokens():
     batch = PackedBatch.pack(ROWS)
     tokens, cu = batch.last_tokens()
@@ -96,5 +100,9 @@ def test_frozen_and_moved():
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.max_seqlen = 3
     moved = batch.to("meta")
+    assert moved.cu_seqlens_cpu is batch.cu_seqlens_cpu and moved.to("meta") is moved
+    assert moved.lengths.tolist() == [3, 0, 1, 2, 0, 4], "known without asking the device"
+    assert [chunk.lengths.tolist() for chunk in moved.split(5)] == [[3, 0, 1], [2, 0], [4]]
+    assert moved.select([5, 0]).lengths.tolist() == [4, 3] and moved.last_tokens()[0].shape == (4,)
     assert moved.input_ids_T.device == moved.positions_T.device == moved.cu_seqlens.device == torch.device("meta")
     check(batch.to("cpu"), ROWS)

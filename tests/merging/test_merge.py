@@ -69,6 +69,25 @@ def test_dtype_of_the_first_is_kept(models):
     assert {t.dtype for t in load_file(models / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_rounded_models_are_merged_from_their_float32_weights(models):
+    """As long as those are what the model was rounded from."""
+    base, a, b = (load_file(models / name / "model.safetensors") for name in ("base", "a", "b"))
+    for run, exact in (("a", a), ("b", b)):
+        model = pyqemb.Embedder.from_pretrained(models / run)
+        model.save_pretrained(models / run / "final", dtype=torch.bfloat16, provenance={"step": 3})
+        checkpoint = models / run / "checkpoints" / "step_00000003"
+        checkpoint.mkdir(parents=True)
+        stored = {f"model.{name}": tensor for name, tensor in exact.items()}
+        if run == "a":
+            stored["model.norm.weight"] = exact["norm.weight"] + 1  # of another model, it seems
+        save_file(stored, checkpoint / "model.safetensors")
+    pyqemb.merge([models / "a" / "final", models / "b" / "final"], base=models / "base", out=models / "out")
+    a["norm.weight"] = a["norm.weight"].bfloat16().float()
+    for name, tensor in load_file(models / "out" / "model.safetensors").items():
+        expected = base[name] + slerp(a[name] - base[name], b[name] - base[name], 0.5).tensor
+        assert torch.equal(tensor, expected.bfloat16()), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

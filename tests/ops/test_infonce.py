@@ -196,7 +196,12 @@ def test_every_instruction_set(isa):
 
 
 def test_no_queries():
-    assert ops.info_nce(torch.zeros(0, 8), torch.zeros(3, 8), torch.zeros(0, dtype=torch.int64)) == 0
+    documents = torch.ones(32, 512, requires_grad=True)
+    for _ in range(3):  # the second time in memory that was used
+        loss = ops.info_nce(torch.zeros(0, 512), documents, torch.zeros(0, dtype=torch.int64))
+        (gradient,) = torch.autograd.grad(loss, documents)
+        assert loss == 0 and not gradient.any()
+        torch.full_like(documents, 3.0)
 
 
 @pytest.mark.parametrize(

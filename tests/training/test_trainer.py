@@ -80,8 +80,23 @@ def test_chunks_do_not_change_the_run(workplace):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_resumed_runs_are_bit_identical(workplace):
-    pyqemb.train(config(workplace, "straight"))
+def test_bfloat16_learns_like_float32(workplace):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        rows = []
+        result = pyqemb.train(config(workplace, precision, steps=30, precision=precision), on_step=rows.append)
+        losses[precision] = torch.tensor([row["loss"] for row in rows])
+    assert losses["float32"][-1] < losses["float32"][0] / 2
+    assert (losses["bfloat16"] - losses["float32"]).abs().mean() < 0.03 * losses["float32"][0]
+    final = weights(workplace / "bfloat16")
+    exact = load_file(result.folder.parent / "checkpoints" / "step_00000030" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in exact.values())
+    assert same(final, {name.removeprefix("model."): tensor.bfloat16() for name, tensor in exact.items()})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_runs_are_bit_identical(workplace, precision):
+    pyqemb.train(config(workplace, "straight", precision=precision))
 
     class Stop(Exception):
         pass
@@ -95,8 +110,8 @@ def test_resumed_runs_are_bit_identical(workplace):
 
     for step in (4, 8, 11):  # stopped three times, each after the last checkpoint
         with pytest.raises(Stop):
-            pyqemb.train(config(workplace, "stopped"), on_step=stop_at(step), resume="auto")
-    pyqemb.train(config(workplace, "stopped"), resume="auto")
+            pyqemb.train(config(workplace, "stopped", precision=precision), on_step=stop_at(step), resume="auto")
+    pyqemb.train(config(workplace, "stopped", precision=precision), resume="auto")
     assert same(weights(workplace / "straight"), weights(workplace / "stopped"))
 
     def losses(run):

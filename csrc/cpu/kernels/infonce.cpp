@@ -63,7 +63,7 @@ class Run {
 
     void operator()() {
         for (int i = 0; i < 5; ++i) p_.stats[i] = 0;
-        if (p_.d_queries) {
+        if (p_.d_documents) {
             zero(p_.d_queries, p_.num_queries);
             zero(p_.d_documents, p_.num_documents);
         }
@@ -75,7 +75,7 @@ class Run {
             find_offsets();
             parallel_for(num_tiles(), [&](int64_t tile) { exponentiate(tile); });
             finish_rows();
-            if (!p_.d_queries) continue;
+            if (!p_.d_documents) continue;
             const int64_t columns = ceil_div(dim_, kColumns);
             const int64_t rows = round_up(ceil_div(count_, ceil_div(num_threads(), columns)), kTileRows);
             parallel_for(columns * ceil_div(count_, rows), [&](int64_t i) {
@@ -312,7 +312,7 @@ class Run {
             weight_[r] = static_cast<T>(mean / total);
             positive_weight_[r] = static_cast<T>(-mean * negatives / total);
         }
-        if (p_.d_queries) {
+        if (p_.d_documents) {
             parallel_for(sides(), [&](int64_t side) { pack_rows(anchor_[side], dim_, count_, dim_, packed_[side], weight_); });
         }
     }

@@ -1,17 +1,17 @@
-// A thread block: fibers, a hostile scheduler, rendezvous for everything that threads do together, and copies that land late.
+// A thread block: fibers, a hostile scheduler, and a meeting point for everything that threads do together.
 #pragma once
 
-#include <cmath>
-#include <cstring>
-#include <deque>
-#include <functional>
+#include <bit>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "emulator/banks.h"
+#include "emulator/copies.h"
 #include "emulator/fiber.h"
+#include "emulator/races.h"
 
 struct dim3 {
     unsigned x, y, z;
@@ -23,247 +23,373 @@ namespace emulator {
 // What a kernel did that hardware would not forgive.
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
-struct Counters {
-    uint64_t bank_conflicts = 0;  // extra passes of ldmatrix over the banks
-    uint64_t ldmatrix = 0;        // its passes without conflicts
-};
+// A primitive and the line of the kernel that calls it.
+struct Place {
+    const char* what = nullptr;
+    const char* file = "";
+    int line = 0;
 
-// Threads that wait for each other: each leaves a pointer, the last one acts for all.
-struct Rendezvous {
-    int arrived = 0;
-    uint64_t generation = 0;
-    const char* kind = nullptr;
-    std::vector<void*> slots;
-};
-
-struct Copy {
-    uint32_t shared;
-    const void* global;
-    bool valid;
+    bool operator==(const Place& other) const {
+        return line == other.line && (file == other.file || !std::strcmp(file, other.file)) &&
+               (what == other.what || !std::strcmp(what, other.what));
+    }
+    std::string text() const {
+        const char* slash = std::strrchr(file, '/');
+        return std::string(what) + " (" + (slash ? slash + 1 : file) + ":" + std::to_string(line) + ")";
+    }
 };
 
 struct Thread {
     Fiber fiber;
     dim3 index;
-    int id = 0;
+    int id = 0, lane = 0, warp = 0;
     bool done = false;
-    const char* waits_for = nullptr;
-    std::deque<std::vector<Copy>> groups;  // committed and not yet landed, oldest first
-    std::vector<Copy> open;                // not yet committed
+    Place waits_in;
+    Copies copies;
 };
+inline Thread* running = nullptr;
+
+inline std::string text(dim3 i) {
+    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
 
 class Block {
   public:
-    Block(dim3 grid, dim3 index, int threads, size_t shared_bytes, uint64_t seed, std::function<void()> body)
-        : grid(grid), index(index), size(threads), body_(std::move(body)), random_(seed) {
+    using Body = void (*)(const void* context);
+    static constexpr uint32_t kSharedBase = 1024;  // of the addresses: nobody may take them for offsets
+    static constexpr size_t kMostShared = 227 * 1024;
+
+    Block(dim3 grid, int threads, size_t shared_bytes, Body body, const void* context)
+        : grid(grid), size(threads), body_(body), context_(context), shared_size_(shared_bytes) {
         if (threads < 1 || threads > 1024 || threads % 32) fail("a block needs a multiple of 32 threads up to 1024");
-        arena_.reset(static_cast<char*>(std::aligned_alloc(1024, (shared_bytes + 1024) / 1024 * 1024)));
-        std::memset(arena_.get(), 0xff, (shared_bytes + 1024) / 1024 * 1024);  // NaN in every type
-        shared_size_ = shared_bytes;
+        if (shared_bytes > kMostShared) fail("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory");
+        while (pool().size() < static_cast<size_t>(threads)) pool().push_back(std::make_unique<Thread>());
+        warps_.resize(static_cast<size_t>(threads / 32));
+        arena_ = arena_pages().end() - (shared_bytes + 15) / 16 * 16;
     }
 
     static Block*& current() {
-        static thread_local Block* block = nullptr;
+        static Block* block = nullptr;
         return block;
     }
-    Thread& self() { return *threads_[static_cast<size_t>(running_)]; }
 
-    void run() {
-        Block* const outer = current();
-        current() = this;
-        for (int i = 0; i < size; ++i) {
-            threads_.push_back(take_thread());
-            Thread& thread = *threads_.back();
-            thread.id = i;
-            thread.index = dim3(static_cast<unsigned>(i), 0, 0);
-            thread.fiber.start(&Block::enter);
-        }
-        warps_.resize(static_cast<size_t>(size / 32));
+    void run(dim3 at, uint64_t seed) {
+        static uint32_t serial = 0;
+        index = at;
+        random_ = {seed};
+        policy_ = static_cast<Policy>(random_.below(4));
+        landing_ = static_cast<Landing>(random_.below(3));
+        last_ = random_.below(warps_.size());
         live_ = size;
+        waiting_ = 0;
+        running = nullptr;
+        error_.clear();
+        std::memset(arena_ - kFront, 0xff, static_cast<size_t>(arena_pages().end() - arena_) + kFront);  // NaN in every type
+        for (int i = 0; i < size; ++i) {
+            Thread& t = thread(i);
+            t.id = i, t.lane = i % 32, t.warp = i / 32;
+            t.index = dim3(static_cast<unsigned>(i), 0, 0);
+            t.done = false;
+            t.copies.clear();
+            t.fiber.start(&Block::enter, t.lane);
+        }
+        for (Warp& warp : warps_) warp.start(random_);
+        races().now.block = ++serial;
+        races().now.block_epoch = 0;
+        races().shared_begin = arena_;
+        races().shared_end = arena_pages().end();
+        races().found.clear();
+        current() = this;
         try {
             schedule();
-        } catch (...) {
-            current() = outer;
-            throw;  // stacks of unfinished threads are dropped with them: kernels own nothing
+            for (const char* p = arena_ - kFront; p < arena_; ++p)
+                if (*p != '\xff') fail("a write " + std::to_string(arena_ - p) + " bytes before shared memory");
+        } catch (const std::runtime_error& error) {  // stacks of unfinished threads are dropped: kernels own nothing
+            current() = nullptr;
+            std::string where = "block " + text(index);
+            if (running) where += ", thread " + std::to_string(running->id);
+            throw std::runtime_error(where + ": " + error.what());
         }
-        for (auto& thread : threads_) {
-            if (!thread->groups.empty() || !thread->open.empty()) fail("a thread ended with copies in flight");
-            spare().push_back(std::move(thread));
-        }
-        current() = outer;
+        current() = nullptr;
     }
 
-    // All `count` participants call with the same `kind`; the last one runs act(slots).
+    // All lanes of a warp call from one place; the last one runs act(their 32 arguments).
     template <class Act>
-    void meet(Rendezvous& point, int slot, int count, const char* kind, void* argument, Act act) {
-        if (point.slots.size() < 1024) point.slots.resize(1024);
-        if (point.arrived > 0 && std::strcmp(point.kind, kind) != 0)
-            fail(std::string("threads that must act together are in ") + point.kind + " and in " + kind);
-        point.kind = kind;
-        point.slots[static_cast<size_t>(slot)] = argument;
-        const uint64_t generation = point.generation;
-        if (++point.arrived >= count) {
-            act(point.slots.data());
-            leave(point);
+    void meet_warp(const Place& place, void* argument, Act act) {
+        Thread& self = *running;
+        Warp& warp = warps_[static_cast<size_t>(self.warp)];
+        arrive(warp.place, warp.arrived, place);
+        if (warp.ended) fail(place.text() + " misses lanes that have ended");
+        warp.slots[self.lane] = argument;
+        if (++warp.arrived < 32) {
+            block(self, warp, place);
             return;
         }
-        Thread& thread = self();
-        thread.waits_for = kind;
-        while (point.generation == generation) thread.fiber.yield();
-        thread.waits_for = nullptr;
+        act(warp.slots);
+        warp.arrived = 0;
+        warp.runnable = ~0u;
+        warp.accesses.count();
+        if (!self.copies.empty() && landing_ == Landing::kMixed) self.copies.drift(random_);
+        if (--warp.turns == 0) {
+            to_scheduler(self);
+            see();
+        }
     }
-    template <class Act>
-    void meet_warp(const char* kind, void* argument, Act act) {
-        Warp& warp = warps_[static_cast<size_t>(self().id / 32)];
-        if (warp.done) fail(std::string("a lane that has ended is missed in ") + kind);
-        meet(warp.point, self().id % 32, 32, kind, argument, act);
+    // Each lane receives what lane `from` holds.
+    template <class T>
+    T exchange(T x, int from, const Place& place) {
+        static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "what __shfl_sync takes");
+        struct Lane {
+            T in, out;
+            int from;
+        } self{x, x, from & 31};
+        meet_warp(place, &self, [](void** slots) {
+            for (int l = 0; l < 32; ++l) {
+                auto* to = static_cast<Lane*>(slots[l]);
+                to->out = static_cast<Lane*>(slots[to->from])->in;
+            }
+        });
+        return self.out;
     }
-    void sync() {
-        meet(barrier_, 0, live_, "sync_block", nullptr, [](void**) {});
+    void sync_warp(const Place& place) {
+        meet_warp(place, nullptr, [this](void**) { ++warps_[static_cast<size_t>(running->warp)].epoch; });
+        see();
+    }
+    // Threads that have ended are not waited for.
+    void sync(const Place& place) {
+        Thread& self = *running;
+        arrive(barrier_, waiting_, place);
+        ++waiting_;
+        if (waiting_ < live_)
+            block(self, warps_[static_cast<size_t>(self.warp)], place);
+        else
+            open_barrier();
+        see();
     }
 
-    char* shared(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
-        if (address % alignment) fail(std::string(what) + ": misaligned shared address " + std::to_string(address));
-        if (address + static_cast<uint64_t>(bytes) > shared_size_)
-            fail(std::string(what) + ": shared address " + std::to_string(address) + " is past " + std::to_string(shared_size_));
-        return arena_.get() + address;
+    void* shared(uint32_t address, uint32_t bytes, const Place& place) {
+        if (address % bytes) fail(place.text() + ": misaligned shared address " + std::to_string(address));
+        if (address < kSharedBase || address - kSharedBase + uint64_t{bytes} > shared_size_)
+            fail(place.text() + ": " + std::to_string(bytes) + " bytes at " +
+                 std::to_string(static_cast<int64_t>(address) - kSharedBase) + " of " + std::to_string(shared_size_) +
+                 " bytes of shared memory");
+        return arena_ + (address - kSharedBase);
     }
-    char* arena() { return arena_.get(); }
+    char* arena() { return arena_; }
     size_t shared_size() const { return shared_size_; }
-    bool in_arena(const void* p) const {
-        return static_cast<const char*>(p) >= arena_.get() && static_cast<const char*>(p) < arena_.get() + shared_size_;
+    bool in_arena(const void* p) const { return p >= arena_ && p < arena_pages().end(); }
+    uint32_t address_of(const void* p) const {
+        return static_cast<uint32_t>(static_cast<const char*>(p) - arena_) + kSharedBase;
     }
 
-    // A copy lands at once (and so too early for who still reads) or as late as its wait allows (too late for who does not).
-    void copy(uint32_t shared_address, const void* global, bool valid) {
-        const Copy c{shared_address, global, valid};
-        char* to = shared(shared_address, 16, 16, "cp_async16");
-        if (reinterpret_cast<uintptr_t>(global) % 16) fail("cp_async16: misaligned global address");
-        if (random_() % 2) {
-            land(c);
-        } else {
-            std::memset(to, 0xff, 16);
-            self().open.push_back(c);
-        }
+    // Called for every access of the arch layer.
+    void touch(void* p, uint32_t bytes, bool write) {
+        if (Races::on) races().access(p, bytes, write);
     }
-    void commit() {
-        self().groups.push_back(std::move(self().open));
-        self().open.clear();
-    }
-    void wait(size_t pending) {
-        auto& groups = self().groups;
-        while (groups.size() > pending) {
-            for (const Copy& c : groups.front()) land(c);
-            groups.pop_front();
+    // 16 bytes anywhere, checked and counted.
+    void* vector(void* p, bool write, const Place& place) {
+        if (reinterpret_cast<uintptr_t>(p) % 16) fail(place.text() + ": misaligned address");
+        if (in_arena(p)) {
+            shared(address_of(p), 16, place);
+            warps_[static_cast<size_t>(running->warp)].accesses.add(running->lane, place.file, place.line, address_of(p));
         }
+        touch(p, 16, write);
+        return p;
     }
 
-    const dim3 grid, index;
+    void copy(uint32_t to, const void* from, bool valid, const Place& place) {
+        void* target = shared(to, 16, place);
+        if (reinterpret_cast<uintptr_t>(from) % 16) fail(place.text() + ": misaligned global address");
+        if (Races::on) {
+            if (valid) races().access(from, 16, false);
+            races().copy_begins(target);
+        }
+        running->copies.issue(static_cast<char*>(target), valid ? from : nullptr, landing_, random_);
+    }
+    void commit() { running->copies.commit(); }
+    void wait(uint64_t pending) {
+        running->copies.wait(pending, random_, [](char* to) {
+            if (Races::on) races().copy_ends(to);
+        });
+    }
+
+    static Counters& counters() { return emulator::counters(); }
+
+    const dim3 grid;
+    dim3 index;
     const int size;
-    static Counters& counters() {
-        static Counters counters;
-        return counters;
-    }
 
   private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
+    // In turn, at random, one warp as far as it gets, or one warp later than all others.
+    enum class Policy { kInTurn, kRandom, kEager, kStraggler };
+    static constexpr size_t kFront = 256;
+
     struct Warp {
-        Rendezvous point;
-        int done = 0;
-        uint64_t stuck_at = ~uint64_t(0);
+        void* slots[32];
+        uint32_t runnable;  // lanes
+        int arrived, ended;
+        uint64_t turns;  // how often its lanes may still act together before another warp runs
+        bool downwards;
+        Place place;
+        uint32_t epoch;
+        VectorAccesses accesses;
+
+        void start(Random& random) {
+            runnable = ~0u;
+            arrived = ended = 0;
+            epoch = 0;
+            downwards = random.below(2);
+            accesses.count();
+        }
+        int after(int lane) const {
+            if (downwards) return (lane + 31 - std::countl_zero(std::rotr(runnable, lane))) % 32;
+            return (lane + 1 + std::countr_zero(std::rotr(runnable, (lane + 1) % 32))) % 32;
+        }
     };
 
-    // Threads keep their stacks from block to block.
-    static std::vector<std::unique_ptr<Thread>>& spare() {
-        static thread_local std::vector<std::unique_ptr<Thread>> threads;
+    static std::vector<std::unique_ptr<Thread>>& pool() {
+        static std::vector<std::unique_ptr<Thread>> threads;
         return threads;
     }
-    static std::unique_ptr<Thread> take_thread() {
-        if (spare().empty()) return std::make_unique<Thread>();
-        auto thread = std::move(spare().back());
-        spare().pop_back();
-        thread->done = false;
-        return thread;
+    static const Pages& arena_pages() {
+        static const Pages pages(kMostShared + kFront, "shared memory");
+        return pages;
     }
+    static Thread& thread(int id) { return *pool()[static_cast<size_t>(id)]; }
 
     static void enter() {
-        Block* block = current();
+        Block& block = *current();
         try {
-            block->body_();
+            block.see();
+            Races::in_kernel = true;
+            block.body_(block.context_);
+            Races::in_kernel = false;
+            block.end();
         } catch (const std::exception& error) {
-            block->error_ = error.what();
+            block.error_ = error.what();
         }
-        Thread& thread = block->self();
-        thread.done = true;
-        --block->live_;
-        ++block->progress_;
-        ++block->warps_[static_cast<size_t>(thread.id / 32)].done;
-        // Threads that have ended are not waited for at the block's barrier.
-        if (block->barrier_.arrived > 0 && block->barrier_.arrived >= block->live_) block->leave(block->barrier_);
-        for (;;) thread.fiber.yield();
+        Races::in_kernel = false;
+        for (;;) block.leave(*running);
     }
-    void leave(Rendezvous& point) {
-        point.arrived = 0;
-        ++point.generation;
-        ++progress_;
+    void end() {
+        Thread& self = *running;
+        Warp& warp = warps_[static_cast<size_t>(self.warp)];
+        if (Races::on) races().settle();
+        if (!self.copies.empty()) fail("the thread ended with copies in flight");
+        if (warp.arrived) fail("the thread ended while others of its warp wait in " + warp.place.text());
+        self.done = true;
+        if (++warp.ended == 32) warp.accesses.count();
+        if (--live_ > 0 && waiting_ == live_) open_barrier();
+        warp.runnable &= ~(1u << self.lane);
     }
-    void land(const Copy& c) {
-        char* to = arena_.get() + c.shared;
-        if (c.valid)
-            std::memcpy(to, c.global, 16);
-        else
-            std::memset(to, 0, 16);
+    void arrive(Place& meeting, int others, const Place& place) {
+        if (others == 0)
+            meeting = place;
+        else if (!(meeting == place))
+            fail("threads that must act together are in " + meeting.text() + " and in " + place.text());
+    }
+    void block(Thread& self, Warp& warp, const Place& place) {
+        self.waits_in = place;
+        warp.runnable &= ~(1u << self.lane);
+        if (!self.copies.empty() && landing_ == Landing::kMixed) self.copies.drift(random_);
+        leave(self);
+        see();
+    }
+    // To the next lane of the warp that can run, or to the scheduler.
+    void leave(Thread& self) {
+        const Warp& warp = warps_[static_cast<size_t>(self.warp)];
+        if (!warp.runnable || !error_.empty()) return to_scheduler(self);
+        Thread& next = thread(self.warp * 32 + warp.after(self.lane));
+        running = &next;
+        self.fiber.switch_to(next.fiber);
+    }
+    void to_scheduler(Thread& self) { self.fiber.leave(scheduler_); }
+    void open_barrier() {
+        waiting_ = 0;
+        ++races().now.block_epoch;
+        for (Warp& warp : warps_) {
+            if (warp.ended == 32) continue;
+            const auto w = static_cast<int>(&warp - warps_.data());
+            for (int lane = 0; lane < 32; ++lane)
+                if (!thread(w * 32 + lane).done) warp.runnable |= 1u << lane;
+            warp.accesses.count();
+        }
+    }
+    void see() {
+        if (!Races::on) return;
+        races().settle();
+        auto& now = races().now;
+        now.warp = static_cast<uint8_t>(running->warp);
+        now.lane = static_cast<uint8_t>(running->lane);
+        now.warp_epoch = warps_[static_cast<size_t>(running->warp)].epoch;
     }
 
-    // In turn, one warp as far as it gets, or at random: by block.
     void schedule() {
-        const auto policy = random_() % 3;
-        const size_t count = warps_.size();
-        size_t next = random_() % count;
+        const size_t count = warps_.size(), straggler = random_.below(count);
         while (live_ > 0) {
-            if (policy == 2) next = random_() % count;
-            size_t tried = 0;
-            while (tried < count && (warps_[next].done == 32 || warps_[next].stuck_at == progress_)) {
-                next = (next + 1) % count;
-                ++tried;
+            size_t chosen = count;
+            const size_t first = policy_ == Policy::kRandom   ? random_.below(count)
+                                 : policy_ == Policy::kInTurn ? last_ + 1
+                                                              : last_;
+            for (size_t i = 0; i < count; ++i) {
+                const size_t w = (first + i) % count;
+                if (!warps_[w].runnable) continue;
+                chosen = w;
+                if (policy_ != Policy::kStraggler || w != straggler) break;
             }
-            if (tried == count) deadlock();
-            Warp& warp = warps_[next];
-            const uint64_t before = progress_;
-            const int first = static_cast<int>(random_() % 32);
-            for (int i = 0; i < 32; ++i) {
-                running_ = static_cast<int>(next) * 32 + (first + i) % 32;
-                if (!self().done) self().fiber.resume();
-                if (!error_.empty()) {
-                    const std::string where = " (block " + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-                                              std::to_string(index.z) + ", thread " + std::to_string(running_) + ")";
-                    fail(error_ + where);
-                }
+            if (chosen == count) deadlock();
+            Warp& warp = warps_[chosen];
+            warp.turns = policy_ == Policy::kEager ? ~uint64_t(0) : policy_ == Policy::kInTurn ? 1 : 1 + random_.below(8);
+            last_ = chosen;
+            running = &thread(static_cast<int>(chosen) * 32 + warp.after(static_cast<int>(random_.below(32))));
+            running->fiber.enter(scheduler_);
+            if (!error_.empty()) fail(error_);
+            if (!races().found.empty()) {
+                running = nullptr;
+                fail(races().found);
             }
-            if (progress_ == before) warp.stuck_at = progress_;
-            if (policy == 0) next = (next + 1) % count;
         }
     }
     [[noreturn]] void deadlock() {
         std::string report = "deadlock:";
-        for (const auto& thread : threads_)
-            if (!thread->done && thread->id % 32 == 0)
-                report += " warp " + std::to_string(thread->id / 32) + " in " + (thread->waits_for ? thread->waits_for : "?") + ";";
+        for (int first = 0; first < size;) {
+            int last = first;
+            const Thread& t = thread(first);
+            const auto same = [&](const Thread& other) {
+                return other.done == t.done && (t.done || other.waits_in == t.waits_in);
+            };
+            while (last + 1 < size && same(thread(last + 1))) ++last;
+            report += " threads " + std::to_string(first) + "-" + std::to_string(last) +
+                      (t.done ? std::string(" have ended;") : " wait in " + t.waits_in.text() + ";");
+            first = last + 1;
+        }
+        running = nullptr;
         fail(report);
     }
 
-    std::function<void()> body_;
-    std::mt19937_64 random_;
-    std::unique_ptr<char, Free> arena_;
+    Body body_;
+    const void* context_;
     size_t shared_size_;
-    std::vector<std::unique_ptr<Thread>> threads_;
+    char* arena_;
     std::vector<Warp> warps_;
-    Rendezvous barrier_;
-    int running_ = 0, live_ = 0;
-    uint64_t progress_ = 0;
+    Random random_;
+    Policy policy_{};
+    Landing landing_{};
+    Place barrier_;
+    int waiting_ = 0, live_ = 0;
+    size_t last_ = 0;
+    void* scheduler_ = nullptr;
     std::string error_;
 };
+
+inline void Races::report(const char* what, uintptr_t at) {
+    if (!found.empty()) return;
+    const auto* p = reinterpret_cast<const char*>(at * kGrain);
+    const bool shared = p >= shared_begin && p < shared_end;
+    found = "race: " + std::string(what) + " by thread " + std::to_string(running->id) + " of block " +
+            text(Block::current()->index) +
+            (shared ? ", byte " + std::to_string(p - static_cast<const char*>(shared_begin)) + " of shared memory"
+                    : std::string(", global memory"));
+}
 
 }  // namespace emulator

@@ -3,7 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
+
+#include "emulator/pages.h"
 
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64 assembly"
@@ -39,27 +40,23 @@ class Fiber {
   public:
     static constexpr size_t kStack = 128 * 1024;
 
-    Fiber() = default;
-    Fiber(const Fiber&) = delete;
-    Fiber& operator=(const Fiber&) = delete;
-    ~Fiber() { std::free(stack_); }
-
-    // The next resume() starts `entry`, which must never return.
-    void start(void (*entry)()) {
-        if (!stack_) stack_ = static_cast<char*>(std::aligned_alloc(64, kStack));
-        auto* top = reinterpret_cast<uint64_t*>(stack_ + kStack - 64);
+    // The first switch_to() starts `entry`, which must never return. Stacks of one warp start at different places in a page:
+    // otherwise all of them would fight for the same few lines of the cache.
+    void start(void (*entry)(), int lane) {
+        auto* top = reinterpret_cast<uint64_t*>(stack_.end() - 64 - lane * 128);
         *--top = 0;
         *--top = reinterpret_cast<uint64_t>(entry);
         for (int i = 0; i < 6; ++i) *--top = 0;
         here_ = top;
     }
-    void resume() { emulator_switch(&back_, here_); }
-    void yield() { emulator_switch(&here_, back_); }
+    void switch_to(Fiber& next) { emulator_switch(&here_, next.here_); }
+    void leave(void*& to) { emulator_switch(&here_, to); }
+    void enter(void*& from) { emulator_switch(&from, here_); }
+    bool holds(const void* p) const { return p >= stack_.begin() && p < stack_.end(); }
 
   private:
-    char* stack_ = nullptr;
+    Pages stack_{kStack, "the stack of a thread"};
     void* here_ = nullptr;
-    void* back_ = nullptr;
 };
 
 }  // namespace emulator

@@ -1,15 +1,15 @@
-// Global memory whose ends are guarded by pages that nobody may touch: an access past it is a fault at once, reported as such.
+// Global memory of the emulated device, and faults that say who touched what.
 #pragma once
 
 #include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <utility>
+#include <memory>
 #include <vector>
+
+#include "emulator/block.h"
 
 namespace emulator {
 
@@ -18,42 +18,42 @@ inline void report_faults() {
     static char stack[64 * 1024];
     const stack_t alternate{stack, 0, sizeof stack};
     sigaltstack(&alternate, nullptr);
-    struct sigaction action {};
-    action.sa_flags = SA_ONSTACK;
-    action.sa_handler = [](int) {
-        constexpr char kText[] = "a kernel touched memory that is not its own\n";
-        (void)!write(2, kText, sizeof kText - 1);
+    struct sigaction action{};
+    action.sa_flags = SA_ONSTACK | SA_SIGINFO;
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+        const auto* p = static_cast<const char*>(info->si_addr);
+        if (const Block* block = Block::current(); block && running)
+            std::fprintf(stderr, "block (%u, %u, %u), thread %d: ", block->index.x, block->index.y, block->index.z,
+                         running->id);
+        for (const auto& [begin, pages] : Pages::all()) {
+            if (!pages->guards(p)) continue;
+            const bool before = p < pages->begin();
+            std::fprintf(stderr, "touched byte %ld %s %s\n", static_cast<long>(before ? pages->begin() - p : p - pages->end()),
+                         before ? "before the pages of" : "past the end of", pages->name);
+            _exit(3);
+        }
+        std::fprintf(stderr, "touched %p, which is nobody's\n", info->si_addr);
         _exit(3);
     };
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
 }
 
-// `count` elements that end where a guarded page starts (up to 16-byte alignment), NaN at first.
+// `count` elements that end where a guarded page starts (up to 16-byte alignment), NaN at first. What lies between them and the
+// guards is looked at after every launch.
 template <class T>
 class DeviceMemory {
   public:
-    explicit DeviceMemory(size_t count) : size_(count) {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-        const size_t bytes = (count * sizeof(T) + 15) / 16 * 16;
-        const size_t inner = (bytes + page - 1) / page * page;
-        length_ = inner + 2 * page;
-        void* base = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base == MAP_FAILED) throw std::bad_alloc();
-        base_ = static_cast<char*>(base);
-        mprotect(base_, page, PROT_NONE);
-        mprotect(base_ + page + inner, page, PROT_NONE);
-        std::memset(base_ + page, 0xff, inner);
-        data_ = reinterpret_cast<T*>(base_ + page + inner - bytes);
+    explicit DeviceMemory(size_t count)
+        : pages_(std::make_unique<Pages>(std::max<size_t>(1, (count * sizeof(T) + 15) / 16 * 16), "global memory")),
+          size_(count) {
+        std::memset(pages_->begin(), 0xff, static_cast<size_t>(pages_->end() - pages_->begin()));
+        char* begin = pages_->end() - (count * sizeof(T) + 15) / 16 * 16;
+        pages_->use(begin, begin + count * sizeof(T));
+        data_ = reinterpret_cast<T*>(begin);
     }
     explicit DeviceMemory(const std::vector<T>& values) : DeviceMemory(values.size()) {
         if (!values.empty()) std::memcpy(data_, values.data(), values.size() * sizeof(T));
-    }
-    DeviceMemory(DeviceMemory&& other) noexcept
-        : base_(std::exchange(other.base_, nullptr)), data_(other.data_), size_(other.size_), length_(other.length_) {}
-    DeviceMemory& operator=(DeviceMemory&&) = delete;
-    ~DeviceMemory() {
-        if (base_) munmap(base_, length_);
     }
 
     T* data() { return data_; }
@@ -63,9 +63,9 @@ class DeviceMemory {
     const T& operator[](size_t i) const { return data_[i]; }
 
   private:
-    char* base_ = nullptr;
-    T* data_ = nullptr;
-    size_t size_ = 0, length_ = 0;
+    std::unique_ptr<Pages> pages_;
+    T* data_;
+    size_t size_;
 };
 
 }  // namespace emulator

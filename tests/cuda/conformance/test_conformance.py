@@ -1,0 +1,133 @@
+"""The arch layer: the emulator against the definition, against recorded devices, and, where there is a GPU, against it.
+
+A run on a GPU writes golden/<device>.json: commit it, and the emulator is held to that device ever after.
+"""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent.parent
+GOLDEN = sorted((HERE / "golden").glob("*.json"))
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the emulator of CUDA runs on x86-64"
+)
+
+
+def parse(text: str) -> dict[str, list[str]]:
+    """name -> [kind, words...]; name.truth and name.bound -> numbers."""
+    return {name: rest.split() for name, _, rest in (line.partition(" ") for line in text.splitlines())}
+
+
+def build_and_run(command: list[str], target: Path) -> dict[str, list[str]]:
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(HERE / "conformance.cu"), "-o", str(target)], check=True)
+    return parse(subprocess.run([target], check=True, capture_output=True, text=True, timeout=300).stdout)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-Wno-unknown-pragmas",
+        f"-I{ROOT / 'tests' / 'cuda_on_cpu'}",
+        "-x",
+        "c++",
+    ]
+    return build_and_run(command, tmp_path_factory.mktemp("emulated") / "conformance")
+
+
+def floats(words: list[str]) -> torch.Tensor:
+    return (
+        torch.tensor([int(word, 16) for word in words], dtype=torch.int64).to(torch.int32).view(torch.float32).double()
+    )
+
+
+def within(actual: list[str], results: dict[str, list[str]], name: str) -> torch.Tensor:
+    ours = floats(actual)
+    truth = torch.tensor([float(x) for x in results[f"{name}.truth"]], dtype=torch.float64)
+    bound = torch.tensor([float(x) for x in results[f"{name}.bound"]], dtype=torch.float64)
+    return (ours == truth) | (ours.isnan() & truth.isnan()) | ((ours - truth).abs() <= bound)
+
+
+def differences(emulated: dict[str, list[str]], device: dict[str, list[str]]) -> list[str]:
+    """Names of the primitives in which the device is not what the emulator says."""
+    wrong = []
+    for name, (kind, *words) in emulated.items():
+        if name.endswith((".truth", ".bound")):
+            continue
+        other = device.get(name, [kind])[1:]
+        if len(words) != len(other):
+            wrong.append(f"{name}: {len(other)} words instead of {len(words)}")
+            continue
+        if kind == "approx":
+            same = within(other, emulated, name)
+        else:
+            same = torch.tensor([a == b for a, b in zip(words, other, strict=True)])
+            if kind == "float":
+                same |= floats(words).isnan() & floats(other).isnan()
+        if not same.all():
+            i = int((~same).nonzero()[0])
+            wrong.append(
+                f"{name}[{i}]: emulator {words[i]}, device {other[i]} ({int((~same).sum())} of {len(words)} differ)"
+            )
+    return wrong
+
+
+def test_emulator_is_within_the_bounds(emulated):
+    approximate = [name for name, (kind, *_) in emulated.items() if kind == "approx"]
+    assert len(approximate) >= 6
+    for name in approximate:
+        assert within(emulated[name][1:], emulated, name).all(), name
+
+
+def test_a_changed_word_is_a_difference(emulated):
+    for name, (kind, *words) in emulated.items():
+        if name.endswith((".truth", ".bound")):
+            continue
+        changed = f"{int(words[40], 16) ^ 0x40000000:08x}"
+        assert differences(emulated, {**emulated, name: [kind, *words[:40], changed, *words[41:]]}), name
+    assert not differences(emulated, emulated)
+
+
+def test_every_primitive_is_covered():
+    listed = (ROOT / "csrc" / "cuda" / "device" / "arch.h").read_text().split("#pragma once")[0]
+    names = set(re.findall(r"(\w+)(?:<[^>()]*>)?\(", listed)) - {"BFloat16"}
+    source = (HERE / "conformance.cu").read_text()
+    missing = [name for name in names if not re.search(rf"\b{name}\b", source)]
+    assert len(names) > 15 and not missing
+
+
+@pytest.mark.parametrize("path", GOLDEN or [None], ids=lambda path: path.stem if path else "none")
+def test_emulator_agrees_with_recorded_device(emulated, path):
+    if path is None:
+        pytest.skip("no device has been recorded yet: run this file on a machine with a GPU and commit golden/")
+    assert not differences(
+        emulated, {name: text.split() for name, text in json.loads(path.read_text())["results"].items()}
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_device_agrees_with_emulator(emulated, tmp_path):
+    major, minor = torch.cuda.get_device_capability()
+    device = build_and_run(["nvcc", "-std=c++20", f"-arch=sm_{major}{minor}"], tmp_path / "conformance")
+    assert not differences(emulated, device)
+    name = torch.cuda.get_device_name()
+    folder = HERE / "golden"
+    folder.mkdir(exist_ok=True)
+    results = {key: " ".join(words) for key, words in device.items() if not key.endswith((".truth", ".bound"))}
+    record = {"device": name, "capability": f"{major}.{minor}", "cuda": torch.version.cuda, "results": results}
+    (folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json").write_text(json.dumps(record, indent=1) + "\n")

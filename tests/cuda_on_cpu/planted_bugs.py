@@ -1,0 +1,170 @@
+"""Bugs planted into the CUDA kernels one at a time: each must make the kernels' own test fail on the emulator.
+
+python tests/cuda_on_cpu/planted_bugs.py [word ...]     only the bugs whose file or reason has one of the words
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+SECONDS = 120  # for one test program; the whole of it, unharmed, takes a few
+
+# test program -> the kernels that it is linked with
+PROGRAMS = {
+    "attention": ["attention_forward", "attention_backward", "attention_plan"],
+    "infonce": ["infonce"],
+    "topk": ["topk"],
+    "small_ops": ["rms_norm", "swiglu", "qk_norm_rope"],
+    "pooling": ["pooling"],
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    why: str
+    program: str
+    kernel: str  # the file that is compiled again
+    file: str  # the file that is changed, below csrc/cuda
+    old: str  # occurs there exactly once
+    new: str
+
+
+BUGS = [
+    Bug("missing wait", "attention", "attention_forward", "attention_forward.cuh", "cp_async_wait<1>();", ""),
+    Bug("missing barrier before the next load", "attention", "attention_backward", "attention_backward.cuh",
+        "sync_block();  // the tiles of the head before are read", ""),
+    Bug("wrong swizzle", "attention", "attention_forward", "attention_tile.h",
+        "((tile + swizzled<D>(lane % 16, lane / 16)) ^ (k << 5)) + row", "((tile + swizzled<D>(lane % 16, lane / 16)) ^ (k << 6)) + row"),
+    Bug("missing mask", "attention", "attention_forward", "attention_forward.cuh",
+        "key < seen0 ? s[i][j] * scale : -INFINITY", "s[i][j] * scale"),
+    Bug("wrong stride", "attention", "attention_forward", "attention_forward.cuh",
+        "lse[row * p.num_heads] =", "lse[row] ="),
+    Bug("wrong slot", "attention", "attention_forward", "attention_tile.h",
+        "i * kSlot, num_q, k_slot, num_k}", "i * kSlot, num_q, q_slot, num_k}"),
+    Bug("lengths off by one under the causal mask", "attention", "attention_forward", "attention_tile.h",
+        "i + num_k - num_q + 1", "i + num_k - num_q"),
+    Bug("missing rescale", "attention", "attention_forward", "attention_forward.cuh", "sum0 *= factor0;", ""),
+    Bug("wrong lse", "attention", "attention_forward", "attention_forward.cuh",
+        "most0 * kLn2 + logf(sum0)", "most0 + logf(sum0)"),
+    Bug("wrong transposition", "attention", "attention_backward", "attention_tile.h", "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
+    Bug("a part left out of a sum", "attention", "attention_backward", "attention_single.cuh",
+        "for (int w = 0; w < kKeys; ++w) x += parts[w * kGroup * D + i];",
+        "for (int w = 1; w < kKeys; ++w) x += parts[w * kGroup * D + i];"),
+    Bug("wait for the stage before", "infonce", "infonce", "device/tile_product.h",
+        "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    Bug("missing barrier between stages", "infonce", "infonce", "device/tile_product.h",
+        "sync_block();  // the stage is here for everyone, and everyone is done with the one that is filled next", ""),
+    Bug("forgotten zero-fill", "infonce", "infonce", "infonce.cu",
+        "if (p.d_documents) zero(", "if (false) zero("),
+    Bug("a part left out of the denominator", "infonce", "infonce", "infonce.cu",
+        "for (int i = 1; i < 8; ++i) negatives +=", "for (int i = 2; i < 8; ++i) negatives +="),
+    Bug("documents off by one", "topk", "topk", "topk.cu", "at < end && mine[i]", "at <= end && mine[i]"),
+    Bug("wrong order among equals", "topk", "topk", "topk.cu", "other_column < column)", "other_column > column)"),
+    Bug("missing warp barrier in the list", "topk", "topk", "topk.cu",
+        "        sync_warp();\n        if (moves) {", "        if (moves) {"),
+    Bug("a team left out of the weight gradient", "small_ops", "rms_norm", "rms_norm.cu",
+        "for (int team = 1; team < S::kTeams; ++team)", "for (int team = 2; team < S::kTeams; ++team)"),
+    Bug("missing barrier in a sum", "small_ops", "rms_norm", "device/reduce.h",
+        "    sync_block();\n    T total", "    T total"),
+    Bug("wrong transposition of the partial sums", "small_ops", "rms_norm", "column_sum.h",
+        "warp_sum(sums[lane][warp])", "warp_sum(sums[warp][lane])"),
+    Bug("the token before the last", "pooling", "pooling", "pooling.cu", "pooled(p, end - 1)", "pooled(p, end - 2)"),
+]  # fmt: skip
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def compile_one(source: Path, csrc: Path, target: Path) -> Path:
+    includes = [f"-I{path}" for path in (csrc, ROOT / "tests" / "cuda_on_cpu", ROOT / "tests" / "cpp")]
+    flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", *includes, "-x", "c++", "-c"]
+    result = run([COMPILER, *flags, str(source), "-o", str(target)])
+    if result.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{result.stderr[:2000]}")
+    return target
+
+
+def fails(program: Path) -> str:
+    """The first complaint of a test program, or nothing."""
+    by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([*by_line, program], stdout=subprocess.PIPE, stderr=errors, text=True)
+        clock = threading.Timer(SECONDS, process.kill)
+        clock.start()
+        failed = ""
+        with process:
+            for line in process.stdout:
+                if line.startswith("FAIL"):  # enough is known
+                    failed = line.strip()
+                    process.kill()
+                    break
+        clock.cancel()
+        errors.seek(0)
+        if failed or process.returncode == 0:
+            return failed
+        return errors.read().strip() or f"status {process.returncode}"
+
+
+class Workshop:
+    """Objects of the tree as it is, from which each bug replaces one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.csrc = ROOT / "csrc"
+
+    def build(self, source: Path) -> Path:
+        return compile_one(source, self.csrc, self.folder / f"{source.stem}.o")
+
+    def sources(self, program: str) -> list[Path]:
+        kernels = [self.csrc / "cuda" / f"{name}.cu" for name in PROGRAMS[program]]
+        return [ROOT / "tests" / "cuda_on_cpu" / f"test_{program}.cpp", *kernels]
+
+    def link(self, program: str, target: Path, replaced: dict[str, Path]) -> Path:
+        objects = [replaced.get(s.stem, self.folder / f"{s.stem}.o") for s in self.sources(program)]
+        result = run([COMPILER, *map(str, objects), "-o", str(target)])
+        if result.returncode:
+            raise RuntimeError(f"{program} does not link:\n{result.stderr[:2000]}")
+        return target
+
+    def check_sound(self, program: str) -> None:
+        complaint = fails(self.link(program, self.folder / program, {}))
+        if complaint:
+            raise RuntimeError(f"test_{program} fails without any bug: {complaint}")
+
+    def plant(self, number: int, bug: Bug) -> str:
+        """What the test says to the bug; nothing if it was not seen."""
+        text = (self.csrc / "cuda" / bug.file).read_text()
+        if text.count(bug.old) != 1:
+            raise RuntimeError(f"{bug.file}: {text.count(bug.old)} times instead of once: {bug.old}")
+        folder = self.folder / str(number)
+        shutil.copytree(self.csrc, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "bindings"))
+        (folder / "csrc" / "cuda" / bug.file).write_text(text.replace(bug.old, bug.new))
+        mutant = compile_one(folder / "csrc" / "cuda" / f"{bug.kernel}.cu", folder / "csrc", folder / f"{bug.kernel}.o")
+        complaint = fails(self.link(bug.program, folder / bug.program, {bug.kernel: mutant}))
+        print("caught" if complaint else "MISSED", f"{bug.file}: {bug.why}:", complaint.partition("\n")[0], flush=True)
+        return complaint
+
+
+def run_all(bugs: list[Bug] = BUGS, jobs: int = 2) -> dict[Bug, str]:
+    """Every bug with what its test says to it."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        workshop = Workshop(Path(folder))
+        programs = sorted({bug.program for bug in bugs})
+        list(pool.map(workshop.build, [s for program in programs for s in workshop.sources(program)]))
+        list(pool.map(workshop.check_sound, programs))
+        return dict(zip(bugs, pool.map(workshop.plant, range(len(bugs)), bugs), strict=True))
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    chosen = [bug for bug in BUGS if not words or any(word in f"{bug.file} {bug.why}" for word in words)]
+    sys.exit(not all(run_all(chosen).values()))
