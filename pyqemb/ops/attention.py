@@ -126,8 +126,8 @@ def varlen_attention(
     """softmax(scale q k^T) v within each sequence of a packed batch, with grouped-query heads, differentiable once.
 
     Args:
-        q_TND: [T, N, D] float32, bfloat16, float16 or float64 (not on CUDA); D a multiple of 8 up to 256, on CUDA 64 or 128,
-            contiguous; tokens and heads may be strided (slices of one qkv projection).
+        q_TND: [T, N, D] float32, bfloat16, float16 or float64, D a multiple of 8 up to 256; on CUDA bfloat16 or float16 and
+            D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
         k_SKD, v_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
         cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. What is on a GPU already is not checked.
         cu_seqlens_k: the same for the keys, `[0, ..., S]`; None where queries and keys are the same tokens.
