@@ -1,4 +1,5 @@
-// Kernel launches: checked, named, on the caller's stream. The one place that knows the CUDA runtime (or the emulator in its stead).
+// Kernel launches: checked, named, on the caller's stream. The one place that knows the CUDA runtime (or the emulator in its
+// stead).
 #pragma once
 
 #include <cstddef>

@@ -329,8 +329,8 @@ class Run {
             pack_rows(block, kColumns, depth, width, panels);
         };
         const auto add = [&](const T* weights, int64_t depth, int side, bool more) {
-            gemm(count, width, depth, by_rows(weights + row * kTile, kTile), panels,
-                 row_grad_[side] + row * padded_ + column, padded_, more);
+            gemm(count, width, depth, by_rows(weights + row * kTile, kTile), panels, row_grad_[side] + row * padded_ + column,
+                 padded_, more);
         };
         for (int64_t i = 0; i < doc_tiles_; ++i) {
             pack(p_.documents, i * kTile, documents_in(i));
