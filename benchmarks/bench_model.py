@@ -14,7 +14,7 @@ from pyqemb.demo.help_data import load_rows
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
-from pyqemb.testing.cases import heavy_tailed
+from pyqemb.testing.cases import heavy_tailed, texts_of
 from pyqemb.training.grad_cache import GradCache
 
 
@@ -45,16 +45,6 @@ def ours(folder):
 @pytest.fixture(scope="module")
 def theirs(folder):
     return SentenceTransformer(str(folder), device="cpu")
-
-
-def texts_of(words, tokenizer, lengths, seed=0):
-    """Stretches of real text of about these many tokens."""
-    ids = tokenizer.backend.encode(words[:400_000], add_special_tokens=False).ids
-    starts = np.random.default_rng(seed).integers(0, len(ids) - 600, len(lengths))
-    return [
-        tokenizer.backend.decode(ids[start : start + max(length - 1, 1)]).strip() or "a"
-        for start, length in zip(starts, lengths, strict=True)
-    ]
 
 
 def flops(lengths, config, layers):

@@ -1,6 +1,5 @@
 """Whole models of the 0.6B shape in bfloat16, random weights: encode, and one training step with its optimiser."""
 
-import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -14,7 +13,7 @@ from pyqemb.demo.help_data import load_rows
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
-from pyqemb.testing.cases import heavy_tailed
+from pyqemb.testing.cases import heavy_tailed, texts_of
 from pyqemb.testing.device_bench import OURS
 from pyqemb.training.config import TrainSection
 from pyqemb.training.grad_cache import GradCache
@@ -42,16 +41,6 @@ def folder(tmp_path_factory, words, sizes, device):
     embedder = Embedder.from_config(config, tokenizer, seed=0, dtype=DTYPE)
     embedder.default_instruction = None
     return embedder.save_pretrained(tmp_path_factory.mktemp("model"))
-
-
-def texts_of(words, tokenizer, lengths, seed=0):
-    """Stretches of real text of about these many tokens."""
-    ids = tokenizer.backend.encode(words[:400_000], add_special_tokens=False).ids
-    starts = np.random.default_rng(seed).integers(0, len(ids) - 600, len(lengths))
-    return [
-        tokenizer.backend.decode(ids[start : start + max(length - 1, 1)]).strip() or "a"
-        for start, length in zip(starts, lengths, strict=True)
-    ]
 
 
 def gflop(lengths, sizes):

@@ -11,7 +11,12 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention";
 
-void check_copies_of_16_bytes(const Argument& x) {
+// What the CUDA kernels want of q, k and v beyond what the CPU's do.
+void check_for_cuda(const Argument& x) {
+    QEMB_CHECK(x->dtype() == DType::kBFloat16 || x->dtype() == DType::kFloat16, "[", kOp, "] ", x.name,
+               " must be bfloat16 or float16 on CUDA, got ", x.type_name());
+    QEMB_CHECK(x->size(2) == 64 || x->size(2) == 128, "[", kOp, "] head_dim must be 64 or 128 on CUDA, got ", x->size(2));
+    QEMB_CHECK(x->size(1) <= 65535, "[", kOp, "] ", x.name, " must have at most 65535 heads on CUDA, got ", x->size(1));
     const int64_t elements = 16 / size_of(x->dtype());
     bool fits = reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
     for (size_t i = 0; i + 1 < x->shape.size(); ++i) fits = fits && (x->shape[i] <= 1 || x->stride[i] % elements == 0);
@@ -38,10 +43,8 @@ struct Inputs {
                    v->shape_text());
         const int64_t dim = q->size(2);
         QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp, "] head_dim must be a multiple of 8 up to 256, got ", dim);
-        if (call.cuda()) {
-            QEMB_CHECK(dim == 64 || dim == 128, "[", kOp, "] head_dim must be 64 or 128 on CUDA, got ", dim);
-            for (const Argument* x : {&q, &k, &v}) check_copies_of_16_bytes(*x);
-        }
+        if (call.cuda())
+            for (const Argument* x : {&q, &k, &v}) check_for_cuda(*x);
         QEMB_CHECK(k->size(1) > 0 && q->size(1) > 0 && q->size(1) % k->size(1) == 0, "[", kOp,
                    "] the heads of q must be a multiple of the heads of k, got ", q->size(1), " and ", k->size(1));
         QEMB_CHECK(std::isfinite(scale), "[", kOp, "] scale must be finite, got ", scale);

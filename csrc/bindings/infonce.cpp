@@ -10,7 +10,8 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
-// On a GPU the values are not looked at, the host would have to wait: the kernels leave out what is out of range.
+// On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a positive must
+// be in range, the kernels read and write at it.
 const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of) {
     x.type(ScalarType::kInt64, "int64").shape({count}).contiguous();
     const auto* values = static_cast<const int64_t*>(x->data);

@@ -10,7 +10,6 @@ int64_t attention_backward_scratch(const AttentionBackward& p) {
 
 void attention_backward(const AttentionBackward& p) {
     constexpr const char* kOp = "varlen_attention";
-    check_layout(p);
     const auto heads = static_cast<unsigned>(p.num_heads), kv_heads = static_cast<unsigned>(p.num_kv_heads);
     const auto grid = [](int64_t x, unsigned y) { return dim3(static_cast<unsigned>(x), y); };
     visit_types(p, [&]<class T, int D>() {

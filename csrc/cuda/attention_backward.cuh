@@ -15,23 +15,12 @@ struct QueryRows {
     float delta[kRows];
     int seen[kRows];  // keys that it may see
 
-    QEMB_DEVICE void set(int row, float natural_lse, float row_delta, int keys) {
+    QEMB_DEVICE void set(int row, float natural_lse, float its_delta, int keys) {
         lse[row] = keys > 0 ? natural_lse * kLog2E : INFINITY;
-        delta[row] = row_delta;
+        delta[row] = its_delta;
         seen[row] = keys;
     }
 };
-
-template <class T, int D>
-QEMB_DEVICE float row_delta(const T* out, const T* dout, int column) {
-    const Vector16 a = load16(out + column), b = load16(dout + column);
-    float x = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x += unpack<T>(a.word[i / 2], i % 2) * unpack<T>(b.word[i / 2], i % 2);
-#pragma unroll
-    for (int mask = D / 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-    return x;
-}
 
 // Sixteen keys against sixteen queries: adds to dK and dV, leaves dS^T as the accumulators of two n-tiles.
 template <class T, int D, class Rows>
@@ -118,8 +107,9 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
         for (int row = lane / (D / 8); row < kSlot; row += 256 / D) {
             const bool valid = row < asked.count;
             const int64_t at = (static_cast<int64_t>(valid ? asked.token + row : 0) * p.num_heads + head);
-            const float delta = row_delta<T, D>(static_cast<const T*>(p.out) + at * D, static_cast<const T*>(p.dout) + at * D,
-                                                lane % (D / 8) * 8);
+            const int64_t value = at * D + lane % (D / 8) * 8;
+            const float delta =
+                row_dot<D>(load<8>(static_cast<const T*>(p.out) + value), load<8>(static_cast<const T*>(p.dout) + value));
             const int seen = valid ? visible_keys(asked.offset + row, asked.length, asked.other_length, p.causal) : 0;
             if (lane % (D / 8) == 0)
                 rows.set(warp * kSlot + row, static_cast<const float*>(p.lse)[at], valid ? delta : 0, seen);
@@ -170,8 +160,8 @@ template <class T, int D>
 __global__ void __launch_bounds__(256) attention_backward_delta(const T* out, const T* dout, float* delta, int64_t rows) {
     constexpr int kLanes = D / 8;
     const int64_t row = blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes;
-    const int64_t at = (row < rows ? row : rows - 1) * D;
-    const float x = row_delta<T, D>(out + at, dout + at, threadIdx.x % kLanes * 8);
+    const int64_t at = (row < rows ? row : rows - 1) * D + threadIdx.x % kLanes * 8;
+    const float x = row_dot<D>(load<8>(out + at), load<8>(dout + at));
     if (row < rows && threadIdx.x % kLanes == 0) delta[row] = x;
 }
 

@@ -5,7 +5,6 @@
 namespace qemb::cuda {
 
 void attention_forward(const AttentionForward& p) {
-    check_layout(p);
     const auto heads = static_cast<unsigned>(p.num_heads), kv_heads = static_cast<unsigned>(p.num_kv_heads);
     visit_types(p, [&]<class T, int D>() {
         if (p.plan.single && visit_group(p.num_heads / p.num_kv_heads, [&]<int kGroup>() {

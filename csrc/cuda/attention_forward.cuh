@@ -5,16 +5,6 @@
 
 namespace qemb::cuda {
 
-// Largest of four lanes of a row, and their sum.
-QEMB_DEVICE float quad_max(float x) {
-    x = fmaxf(x, shuffle_xor(x, 1));
-    return fmaxf(x, shuffle_xor(x, 2));
-}
-QEMB_DEVICE float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-}
-
 constexpr int kTileWarps = kSlots;
 template <int D>
 constexpr int kSlotsAtOnce = D == 128 ? 2 : 4;  // of keys: what the registers hold, for two blocks on a processor
@@ -102,8 +92,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
                     best1 = fmaxf(best1, s[i][j + 2]);
                 }
             }
-            best0 = quad_max(best0);
-            best1 = quad_max(best1);
+            best0 = lanes_max<4>(best0);
+            best1 = lanes_max<4>(best1);
             const float base0 = best0 == -INFINITY ? 0 : best0, base1 = best1 == -INFINITY ? 0 : best1;
             const float factor0 = exp2_approx(most0 - base0), factor1 = exp2_approx(most1 - base1);
             most0 = best0;
@@ -138,8 +128,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
         }
 
         // Write the output and lse.
-        sum0 = quad_sum(sum0);
-        sum1 = quad_sum(sum1);
+        sum0 = lanes_sum<4>(sum0);
+        sum1 = lanes_sum<4>(sum1);
         store_rows<T, D>(static_cast<T*>(p.out) + (static_cast<int64_t>(mine.token) * p.num_heads + head) * D, p.num_heads * D,
                          mine.count, out, sum0 > 0 ? 1 / sum0 : 0, sum1 > 0 ? 1 / sum1 : 0, my_q, lane);
         float* lse = static_cast<float*>(p.lse) + static_cast<int64_t>(mine.token) * p.num_heads + head;
@@ -255,7 +245,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
                     best = fmaxf(best, x);
                 }
             }
-            best = quad_max(best);
+            best = lanes_max<4>(best);
             const float base = best == -INFINITY ? 0 : best, factor = exp2_approx(most[i] - base);
             const bool rescale = any_lane(best > most[i]);  // seldom, once the first blocks are done
             most[i] = best;
@@ -308,7 +298,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
         const int start = warp * 32 + m * 16;
-        const float sum0 = quad_sum(sum[2 * m]), sum1 = quad_sum(sum[2 * m + 1]);
+        const float sum0 = lanes_sum<4>(sum[2 * m]), sum1 = lanes_sum<4>(sum[2 * m + 1]);
         store_rows<T, D>(to + start * p.num_heads * D, p.num_heads * D, count - start, out[m], sum0 > 0 ? 1 / sum0 : 0,
                          sum1 > 0 ? 1 / sum1 : 0, q_tile + start * D * 2, lane);
         if (lane % 4 == 0 && start + row < count) lse[(start + row) * p.num_heads] = most[2 * m] * kLn2 + logf(sum0);

@@ -16,30 +16,6 @@ constexpr size_t single_shared() {
     return kKeysAtOnce<D> * kGroup * (D + 2) * sizeof(float);
 }
 
-template <class T>
-QEMB_DEVICE void load8(const T* from, float (&x)[8]) {
-    const Vector16 v = load16(from);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = unpack<T>(v.word[i / 2], i % 2);
-}
-template <class T>
-QEMB_DEVICE void store8(T* to, const float (&x)[8]) {
-    Vector16 v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-    store16(to, v);
-}
-// Over the lanes of one row; every lane gets it.
-template <int D>
-QEMB_DEVICE float row_dot(const float (&a)[8], const float (&b)[8]) {
-    float x = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x += a[i] * b[i];
-#pragma unroll
-    for (int mask = D / 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-    return x;
-}
-
 template <class T, int D, int kGroup>
 __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(const AttentionForward p) {
     constexpr int kKeys = kKeysAtOnce<D>, kWidth = D / 8;
@@ -49,10 +25,11 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
     const int64_t kv_head = blockIdx.y, head = kv_head * kGroup;
     const float scale = static_cast<float>(p.scale) * kLog2E;
 
-    float q[kGroup][8], out[kGroup][8], most[kGroup], sum[kGroup];
+    Packed<T, 8> q[kGroup];
+    float out[kGroup][8], most[kGroup], sum[kGroup];
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-        load8(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column, q[g]);
+        q[g] = load<8>(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column);
         most[g] = -INFINITY;
         sum[g] = 0;
 #pragma unroll
@@ -64,9 +41,8 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
         const int key = start + worker;
         const bool valid = key < span.num_k;
         const int64_t token = span.k + (valid ? key : 0);
-        float k[8], v[8];
-        load8(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column, k);
-        load8(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column, v);
+        const auto k = load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
+        const auto v = load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
             const float score = row_dot<D>(q[g], k) * scale;
@@ -118,19 +94,19 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const bool asked = span.num_q > 0;  // a sequence without a query leaves zeros to its keys
 
-    float q[kGroup][8], dout[kGroup][8], dq[kGroup][8], lse[kGroup], delta[kGroup];
+    Packed<T, 8> q[kGroup], dout[kGroup];
+    float dq[kGroup][8], lse[kGroup], delta[kGroup];
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
         lse[g] = delta[g] = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) q[g][i] = dout[g][i] = dq[g][i] = 0;
+        for (int i = 0; i < 8; ++i) dq[g][i] = 0;
+        q[g] = dout[g] = Packed<T, 8>{};
         if (!asked) continue;
         const int64_t row = (span.q * p.num_heads + head + g) * D + column;
-        float out[8];
-        load8(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column, q[g]);
-        load8(static_cast<const T*>(p.dout) + row, dout[g]);
-        load8(static_cast<const T*>(p.out) + row, out);
-        delta[g] = row_dot<D>(dout[g], out);
+        q[g] = load<8>(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column);
+        dout[g] = load<8>(static_cast<const T*>(p.dout) + row);
+        delta[g] = row_dot<D>(load<8>(static_cast<const T*>(p.out) + row), dout[g]);
         lse[g] = static_cast<const float*>(p.lse)[span.q * p.num_heads + head + g] * kLog2E;
     }
 
@@ -138,9 +114,9 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
         const int key = start + worker;
         const bool valid = key < span.num_k;
         const int64_t token = span.k + (valid ? key : 0);
-        float k[8], v[8], dk[8] = {}, dv[8] = {};
-        load8(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column, k);
-        load8(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column, v);
+        const auto k = load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
+        const auto v = load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
+        float dk[8] = {}, dv[8] = {};
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
             const float score = row_dot<D>(q[g], k) * scale, dp = row_dot<D>(dout[g], v);
@@ -155,8 +131,8 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
         }
         if (valid) {
             const int64_t row = (token * p.num_kv_heads + kv_head) * D + column;
-            store8(static_cast<T*>(p.dk) + row, dk);
-            store8(static_cast<T*>(p.dv) + row, dv);
+            store<8>(static_cast<T*>(p.dk) + row, dk);
+            store<8>(static_cast<T*>(p.dv) + row, dv);
         }
     }
     if (!asked) return;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/device/reduce.h"
+#include "cuda/device/vector.h"
 #include "ops/attention.h"
 
 namespace qemb::cuda {
@@ -100,6 +101,15 @@ QEMB_DEVICE void store_rows(T* to, int64_t stride, int count, const float (&x)[D
         if (row < count) store16(to + row * stride + chunk * 8, shared_load16(staging + swizzled<D>(row, chunk)));
     }
     sync_warp();
+}
+
+// The dot product of two rows of D values, 8 to a lane.
+template <int D, class A, class B>
+QEMB_DEVICE float row_dot(const A& a, const B& b) {
+    float x = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x += a[i] * b[i];
+    return lanes_sum<D / 8>(x);
 }
 
 // How many keys query i of num_q may see, of num_k.

@@ -53,15 +53,10 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1) row_grad
         load_factors(stage, a.factors + (first_of_side + tile) * a.rows + row0, kTile);
     });
     float* const to = a.partial + (part * a.rows + row0) * a.p.dim;
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t d = feature0 + element_column(n, i);
-                if (d < a.p.dim) to[element_row(m, i) * a.p.dim + d] = sums[m][n][i];
-            }
+    each_element(sums, [&](int row, int column, float sum) {
+        const int64_t d = feature0 + column;
+        if (d < a.p.dim) to[row * a.p.dim + d] = sum;
+    });
 }
 
 // A block for each row: adds the splits in order. The queries' sum goes to d_queries, the positives' to doc_grad.
@@ -106,15 +101,10 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     const float unit = *a.unit;
     const int64_t num_columns = of_documents ? a.p.num_documents : a.p.num_queries;
     float* const gradient = static_cast<float*>(of_documents ? a.p.d_documents : a.p.d_queries);
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t column = tile * kTile + element_row(m, i), d = feature0 + element_column(n, i);
-                if (column < num_columns && d < a.p.dim) gradient[column * a.p.dim + d] += unit * sums[m][n][i];
-            }
+    each_element(sums, [&](int row, int feature, float sum) {  // a row of the product is a column of the scores
+        const int64_t column = tile * kTile + row, d = feature0 + feature;
+        if (column < num_columns && d < a.p.dim) gradient[column * a.p.dim + d] += unit * sum;
+    });
 }
 
 // A block for each row: the first one of those that share a positive adds for all of them, in order.

@@ -114,8 +114,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Group group, int64_t row0, int64
                         score = kNone;
                     }
                 }
-            best = fmaxf(best, shuffle_xor(best, 1));
-            best = fmaxf(best, shuffle_xor(best, 2));
+            best = lanes_max<4>(best);
             if (quad_lane == 0) masks.part[0][row][warp_column] = best;
         }
     if (group == Group::kQueryDocument) kept.over[threadIdx.x] = over;
@@ -149,8 +148,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Group group, int64_t row0, int64
                 else
                     to[0] = weight[0], to[1] = weight[1];
             }
-            sum += shuffle_xor(sum, 1);
-            sum += shuffle_xor(sum, 2);
+            sum = lanes_sum<4>(sum);
             if (quad_lane == 0) {
                 masks.part[1][row][warp_column] = sum;
                 if (warp_column == 0) masks.offset[row] = offset;

@@ -25,11 +25,7 @@ struct Shape {
         : half(kHalf ? kHalf : static_cast<int>(head_dim) / 2), lane(threadIdx.x % kWidth) {}
     QEMB_DEVICE int at(int slot) const { return (slot * kWidth + lane) * kLanes; }
     QEMB_DEVICE bool inside(int slot) const { return kHalf || at(slot) < half; }
-    static QEMB_DEVICE float sum(float x) {
-#pragma unroll
-        for (int mask = kWidth / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-        return x;
-    }
+    static QEMB_DEVICE float sum(float x) { return lanes_sum<kWidth>(x); }
 };
 
 // What a lane holds of a row of two halves, zeros past its end.

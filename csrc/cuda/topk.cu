@@ -144,16 +144,10 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
             load_operand<T, Depth::kAlong>(stage, queries, row0, step * kDepth<T>);
             load_operand<T, Depth::kAlong>(stage + kOperandBytes, documents, document, step * kDepth<T>);
         });
-#pragma unroll
-        for (int m = 0; m < 4; ++m)
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = element_row(m, i);
-                    staged[row * kStagedRow + element_column(n, i)] = scores[m][n][i];
-                    if (rows.enters(row, scores[m][n][i])) rows.hit[row] = 1;
-                }
+        each_element(scores, [&](int row, int column, float score) {
+            staged[row * kStagedRow + column] = score;
+            if (rows.enters(row, score)) rows.hit[row] = 1;
+        });
         sync_block();
         for (int row = first_row; row < first_row + kRowsOfWarp && row0 + row < p.num_queries; ++row) {
             if (!rows.hit[row]) continue;

@@ -75,7 +75,7 @@ def info_nce(
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: an unknown preset, shapes that do not fit, an index out of
-        range (on a GPU it is left out, unchecked), a temperature that is not positive and finite, Matryoshka dimensions outside 1..E.
+        range (not looked at on a GPU: `positive` must be right there), a temperature that is not positive and finite, Matryoshka dimensions outside 1..E.
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -47,3 +48,13 @@ def heavy_tailed(count: int, median: float, sigma: float = 0.8, cap: int = 512, 
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(count, generator=generator) * sigma
     return [int(x) for x in (median * draws.exp()).round().clamp(1, cap)]
+
+
+def texts_of(words, tokenizer, lengths, seed=0):
+    """Stretches of real text of about these many tokens."""
+    ids = tokenizer.backend.encode(words[:400_000], add_special_tokens=False).ids
+    starts = np.random.default_rng(seed).integers(0, len(ids) - 600, len(lengths))
+    return [
+        tokenizer.backend.decode(ids[start : start + max(length - 1, 1)]).strip() or "a"
+        for start, length in zip(starts, lengths, strict=True)
+    ]

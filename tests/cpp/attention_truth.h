@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/attention.h"
+
 namespace qemb::testing {
 
 struct AttentionCase {
@@ -17,6 +19,21 @@ struct AttentionCase {
 struct AttentionResult {
     std::vector<double> out, dq, dk, dv, lse;
 };
+
+// Fills in what follows from the case, for contiguous q, k and v, in either direction's arguments.
+template <class Params>
+void set_shape(Params& p, const AttentionCase& c, DType dtype) {
+    p.num_seqs = static_cast<int64_t>(c.cu_q.size()) - 1;
+    p.num_heads = c.heads;
+    p.num_kv_heads = c.kv_heads;
+    p.head_dim = c.dim;
+    p.q_token_stride = c.heads * c.dim;
+    p.k_token_stride = p.v_token_stride = c.kv_heads * c.dim;
+    p.q_head_stride = p.k_head_stride = p.v_head_stride = c.dim;
+    p.scale = 1 / std::sqrt(static_cast<double>(c.dim));
+    p.causal = c.causal;
+    p.dtype = dtype;
+}
 
 // `round` is applied to all that a dense implementation stores: scores, weights, outputs and their gradients.
 template <class Round>

@@ -250,6 +250,11 @@ def test_opcheck():
             "head_dim must be 64 or 128 on CUDA, got 32",
         ),
         (
+            lambda x: ops.varlen_attention(*(x.float().view(4, 1, 64),) * 3, cu_seqlens((4,))),
+            ValueError,
+            "q must be bfloat16 or float16 on CUDA, got torch.float32",
+        ),
+        (
             lambda x: ops.varlen_attention(*(x.view(4, 1, 64),) * 3, cu_seqlens((5,))),
             ValueError,
             "cu_seqlens must end at the number of tokens of q, 4, got 5",

@@ -47,7 +47,7 @@ struct Call {
     int64_t seqs() const { return static_cast<int64_t>(c.cu_q.size()) - 1; }
 
     // With the plan of the host, or with one made on the device.
-    void run(bool device_plan = false, bool single = true) {
+    void run(bool device_plan = false) {
         AttentionPlan used = device_plan ? cuda::largest_plan(seqs(), c.cu_q.back(), c.cu_k.back()) : plan;
         emulator::DeviceMemory<int32_t> data(static_cast<size_t>(used.size()));
         if (device_plan)
@@ -55,29 +55,15 @@ struct Call {
         else
             std::copy(host_plan.begin(), host_plan.end(), data.data());
         used.data = data.data();
-        used.single = used.single && single;
-        const int64_t q_row = c.heads * c.dim, k_row = c.kv_heads * c.dim;
-        const AttentionForward forward{.q = q.data(),
-                                       .k = k.data(),
-                                       .v = v.data(),
-                                       .out = out.data(),
-                                       .lse = lse.data(),
-                                       .cu_seqlens_q = cu_q.data(),
-                                       .cu_seqlens_k = cu_k.data(),
-                                       .num_seqs = seqs(),
-                                       .num_heads = c.heads,
-                                       .num_kv_heads = c.kv_heads,
-                                       .head_dim = c.dim,
-                                       .q_token_stride = q_row,
-                                       .q_head_stride = c.dim,
-                                       .k_token_stride = k_row,
-                                       .k_head_stride = c.dim,
-                                       .v_token_stride = k_row,
-                                       .v_head_stride = c.dim,
-                                       .scale = 1 / std::sqrt(static_cast<double>(c.dim)),
-                                       .causal = c.causal,
-                                       .dtype = dtype_of<T>,
-                                       .plan = used};
+        AttentionForward forward{.q = q.data(),
+                                 .k = k.data(),
+                                 .v = v.data(),
+                                 .out = out.data(),
+                                 .lse = lse.data(),
+                                 .cu_seqlens_q = cu_q.data(),
+                                 .cu_seqlens_k = cu_k.data(),
+                                 .plan = used};
+        set_shape(forward, c, dtype_of<T>);
         cuda::attention_forward(forward);
         AttentionBackward backward{.q = q.data(),
                                    .k = k.data(),
@@ -91,20 +77,8 @@ struct Call {
                                    .cu_seqlens_q = cu_q.data(),
                                    .cu_seqlens_k = cu_k.data(),
                                    .num_tokens = c.cu_q.back(),
-                                   .num_seqs = seqs(),
-                                   .num_heads = c.heads,
-                                   .num_kv_heads = c.kv_heads,
-                                   .head_dim = c.dim,
-                                   .q_token_stride = q_row,
-                                   .q_head_stride = c.dim,
-                                   .k_token_stride = k_row,
-                                   .k_head_stride = c.dim,
-                                   .v_token_stride = k_row,
-                                   .v_head_stride = c.dim,
-                                   .scale = forward.scale,
-                                   .causal = c.causal,
-                                   .dtype = dtype_of<T>,
                                    .plan = used};
+        set_shape(backward, c, dtype_of<T>);
         emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::attention_backward_scratch(backward)));
         backward.scratch = scratch.data();
         cuda::attention_backward(backward);

@@ -65,6 +65,21 @@ Result truth(const Case& c, const Wide& hidden, const Wide& weight, const Wide& 
     return result;
 }
 
+// The forward call of the same shapes.
+PoolForward forward_of(const PoolBackward& p, void* out) {
+    return {.hidden = p.hidden,
+            .norm_weight = p.norm_weight,
+            .out = out,
+            .cu_seqlens = p.cu_seqlens,
+            .num_seqs = p.num_seqs,
+            .embed = p.embed,
+            .dim = p.dim,
+            .hidden_stride = p.hidden_stride,
+            .eps = p.eps,
+            .normalize = p.normalize,
+            .dtype = p.dtype};
+}
+
 // Every token but the last ones is NaN, and so is what lies between rows: nothing of it may be read.
 template <class T>
 void check_pooling(const std::string& name, const Case& c, uint32_t seed) {
@@ -79,17 +94,6 @@ void check_pooling(const std::string& name, const Case& c, uint32_t seed) {
     Tensor<T> dout(random_wide<T>(num_seqs * c.dim, seed + 2), c.offset), dhidden(Wide(tokens * c.embed), c.offset);
     Tensor<float> dweight(c.embed);
     const emulator::DeviceMemory<int32_t> cu_seqlens(cu);
-    cuda::pool_forward({.hidden = x.data(),
-                        .norm_weight = c.norm_weight ? weight.data() : nullptr,
-                        .out = out.data(),
-                        .cu_seqlens = cu_seqlens.data(),
-                        .num_seqs = num_seqs,
-                        .embed = c.embed,
-                        .dim = c.dim,
-                        .hidden_stride = stride,
-                        .eps = kEps,
-                        .normalize = c.normalize,
-                        .dtype = dtype_of<T>});
     PoolBackward p{.hidden = x.data(),
                    .norm_weight = c.norm_weight ? weight.data() : nullptr,
                    .dout = dout.data(),
@@ -103,6 +107,7 @@ void check_pooling(const std::string& name, const Case& c, uint32_t seed) {
                    .eps = kEps,
                    .normalize = c.normalize,
                    .dtype = dtype_of<T>};
+    cuda::pool_forward(forward_of(p, out.data()));
     Tensor<float> scratch(cuda::pool_backward_scratch(p) / 4);
     CHECK(p.dnorm_weight || scratch.size() == 0);
     p.scratch = scratch.data();
@@ -174,18 +179,7 @@ TEST(pooling_of_a_sequence_knows_no_other) {
             dout(random_wide<T>(num_seqs * embed, 3));
         for (int64_t i = 0; i < embed; ++i) hidden[embed + i] = {0x7fc0};
         const auto run = [&](int64_t first, int64_t count, Tensor<T>& out, Tensor<T>& dhidden) {
-            cuda::pool_forward({.hidden = hidden.data() + first * embed,
-                                .norm_weight = weight.data(),
-                                .out = out.data(),
-                                .cu_seqlens = cu_seqlens.data(),
-                                .num_seqs = count,
-                                .embed = embed,
-                                .dim = embed,
-                                .hidden_stride = embed,
-                                .eps = kEps,
-                                .normalize = true,
-                                .dtype = DType::kBFloat16});
-            cuda::pool_backward({.hidden = hidden.data() + first * embed,
+            const PoolBackward p{.hidden = hidden.data() + first * embed,
                                  .norm_weight = weight.data(),
                                  .dout = dout.data() + first * embed,
                                  .dhidden = dhidden.data(),
@@ -197,7 +191,9 @@ TEST(pooling_of_a_sequence_knows_no_other) {
                                  .hidden_stride = embed,
                                  .eps = kEps,
                                  .normalize = true,
-                                 .dtype = DType::kBFloat16});
+                                 .dtype = DType::kBFloat16};
+            cuda::pool_forward(forward_of(p, out.data()));
+            cuda::pool_backward(p);
         };
         Tensor<T> out(num_seqs * embed), dhidden(num_seqs * embed);
         run(0, num_seqs, out, dhidden);
@@ -219,19 +215,7 @@ TEST(pooling_of_rows_near_zero) {
             Tensor<float> hidden(Wide(2 * embed, tiny)), weight(Wide(embed, 2)), dout(Wide(dim, 3)), out(dim),
                 dhidden(Wide(2 * embed));
             const emulator::DeviceMemory<int32_t> cu_seqlens(std::vector<int32_t>{0, 2});
-            cuda::pool_forward({.hidden = hidden.data(),
-                                .norm_weight = norm_weight ? weight.data() : nullptr,
-                                .out = out.data(),
-                                .cu_seqlens = cu_seqlens.data(),
-                                .num_seqs = 1,
-                                .embed = embed,
-                                .dim = dim,
-                                .hidden_stride = embed,
-                                .eps = kEps,
-                                .normalize = true,
-                                .dtype = DType::kFloat32});
-            check_close("near zero", out.wide(), Wide(dim, tiny * 1e12), 1e-8);
-            cuda::pool_backward({.hidden = hidden.data(),
+            const PoolBackward p{.hidden = hidden.data(),
                                  .norm_weight = norm_weight ? weight.data() : nullptr,
                                  .dout = dout.data(),
                                  .dhidden = dhidden.data(),
@@ -243,7 +227,10 @@ TEST(pooling_of_rows_near_zero) {
                                  .hidden_stride = embed,
                                  .eps = kEps,
                                  .normalize = true,
-                                 .dtype = DType::kFloat32});
+                                 .dtype = DType::kFloat32};
+            cuda::pool_forward(forward_of(p, out.data()));
+            check_close("near zero", out.wide(), Wide(dim, tiny * 1e12), 1e-8);
+            cuda::pool_backward(p);
             Wide expected(2 * embed);
             for (int64_t i = 0; i < dim; ++i) expected[embed + i] = norm_weight ? 3 * 1e12 * 2 * 1e3 : 3 * 1e12;
             check_close("gradient near zero", dhidden.wide(), expected, 1e-6 * expected[embed]);

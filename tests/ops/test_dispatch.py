@@ -66,6 +66,13 @@ def test_a_compiled_graph_holds_every_op():
         assert torch.equal(again, grad)
 
 
+def test_search_compiles_whole():
+    queries, documents = torch.randn(3, 16), torch.randn(20, 16)
+    compiled = torch.compile(lambda q, d: ops.top_k(q, d, 2), fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(queries, documents), ops.top_k(queries, documents, 2), strict=True):
+        assert torch.equal(ours, eager)
+
+
 def test_a_plan_is_the_lengths_on_the_cpu():
     q, k, v = (x.detach() for x in attention_inputs()[:3])
     plan = ops.attention_plan(CU)

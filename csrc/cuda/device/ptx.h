@@ -7,19 +7,11 @@
 
 #include <cstdint>
 
+#include "cuda/device/types.h"
+
 #define QEMB_DEVICE __device__ __forceinline__
 
 namespace qemb::cuda {
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-struct alignas(16) Vector16 {
-    uint32_t word[4];
-};
 
 QEMB_DEVICE float to_float(float x) { return x; }
 QEMB_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -1,21 +1,28 @@
-// Sums and maxima over a warp and over a block, in an order that does not depend on timing.
+// Sums and maxima over lanes, a warp and a block, in an order that does not depend on timing.
 #pragma once
 
 #include "cuda/device/arch.h"
 
 namespace qemb::cuda {
 
+// Over kLanes neighbouring lanes, a power of two; each of them gets the result.
+template <int kLanes, class T>
+QEMB_DEVICE T lanes_sum(T x) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+template <int kLanes>
+QEMB_DEVICE float lanes_max(float x) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
 template <class T>
 QEMB_DEVICE T warp_sum(T x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-    return x;
+    return lanes_sum<32>(x);
 }
-QEMB_DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
-    return x;
-}
+QEMB_DEVICE float warp_max(float x) { return lanes_max<32>(x); }
 
 // Every thread of a block of kWarps warps gets the sum. `scratch`: kWarps values of shared memory, free again afterwards.
 template <int kWarps, class T>

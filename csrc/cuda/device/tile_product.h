@@ -178,6 +178,17 @@ QEMB_DEVICE int element_column(int n, int i) {
     return static_cast<int>(threadIdx.x / 32 % 4 * 32 + threadIdx.x % 4 * 2) + n * 8 + i % 2;
 }
 
+// body(row, column, sum) for each element of the tile that this thread holds.
+template <class Body>
+QEMB_DEVICE void each_element(Sums& sums, const Body& body) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) body(element_row(m, i), element_column(n, i), sums[m][n][i]);
+}
+
 // sums += left x right over one stage.
 template <class T, Depth kLeft, Depth kRight, bool kScaled>
 QEMB_DEVICE void multiply_stage(Sums& sums, const char* stage) {
@@ -246,12 +257,7 @@ QEMB_DEVICE void multiply(Sums& sums, int64_t steps, const Load& load) {
         if (step < steps) load(step, shared + step % kStages * kStageBytes<kScaled>);
         cp_async_commit();
     };
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+    each_element(sums, [](int, int, float& sum) { sum = 0; });
 #pragma unroll 1  // fewer registers
     for (int step = 0; step < kStages - 1; ++step) prefetch(step);
     for (int64_t step = 0; step < steps; ++step) {

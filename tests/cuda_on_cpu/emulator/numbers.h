@@ -5,17 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace qemb::cuda {
+#include "cuda/device/types.h"
 
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-struct alignas(16) Vector16 {
-    uint32_t word[4];
-};
+namespace qemb::cuda {
 
 inline uint32_t word_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float float_of(uint32_t word) { return __builtin_bit_cast(float, word); }
