@@ -21,67 +21,116 @@ const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, in
     return values;
 }
 
-void info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner, py::handle document_ids,
-              py::handle loss, py::handle stats, py::handle d_queries, py::handle d_documents, bool hard, bool in_batch,
-              bool query_query, bool doc_doc, double margin, int doc_mask, double temperature) {
-    Call call(kOp);
-    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
-        l(call, "loss", loss), totals(call, "stats", stats);
+void checked_vectors(const Argument& q, const Argument& d) {
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
     QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
                " and ", d->size(1));
+}
+
+// What the caller gave, before anything is made of it.
+void check_info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner, py::handle document_ids) {
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive);
+    checked_vectors(q, d);
+    const int64_t num_queries = q->size(0), num_documents = d->size(0);
+    QEMB_CHECK(num_queries > 0, "[", kOp, "] queries must hold at least one query, got shape ", q->shape_text());
+    checked_indices(pos, num_queries, 0, num_documents, "an index of documents: each query has a positive");
+    if (!owner.is_none())
+        checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
+    if (!document_ids.is_none())
+        Argument(call, "document_ids", document_ids).type(ScalarType::kInt64, "int64").shape({num_documents});
+}
+
+// [kNumGroups, 5]: on, mask, relative, margin, hardness
+void fill_groups(const std::vector<double>& values, Group* groups) {
+    QEMB_CHECK(values.size() == kNumGroups * 5, "[", kOp, "] groups must have ", kNumGroups * 5, " values, got ",
+               values.size());
+    for (int i = 0; i < kNumGroups; ++i) {
+        const double* v = &values[static_cast<size_t>(i) * 5];
+        QEMB_CHECK(!std::isnan(v[3]), "[", kOp, "] margin must be a number, got nan");
+        QEMB_CHECK(std::isfinite(v[4]), "[", kOp, "] hardness must be finite, got ", v[4]);
+        groups[i] = {v[0] != 0, static_cast<ScoreMask>(static_cast<int>(v[1])), v[2] != 0, v[3], v[4]};
+    }
+}
+
+void* optional_gradient(Call& call, const char* name, py::handle gradient, const Argument& of) {
+    if (gradient.is_none()) return nullptr;
+    const Argument x(call, name, gradient);
+    return x.shape({of->size(0), of->size(1)}).type(of.arithmetic(), "the arithmetic type").contiguous()->data;
+}
+
+void info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle query_text, py::handle document_text,
+              py::handle role, py::handle owner, py::handle own_starts, py::handle own_documents, py::handle loss,
+              py::handle stats, py::handle d_queries, py::handle d_documents, py::handle d_temperature,
+              py::handle log_negatives, bool given, bool pull, int64_t first_row, int64_t num_rows, int64_t first_column,
+              const std::vector<double>& groups, bool split, double focal, double temperature, double scale,
+              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights) {
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
+        l(call, "loss", loss), totals(call, "stats", stats);
+    checked_vectors(q, d);
     QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
                temperature);
-    QEMB_CHECK(!std::isnan(margin), "[", kOp, "] margin must be a number, got nan");
+    QEMB_CHECK(std::isfinite(focal) && focal >= 0, "[", kOp, "] focal must be finite and at least 0, got ", focal);
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
-    const int64_t* positives = checked_indices(pos, num_queries, 0, num_documents, "an index of documents");
-    const int64_t* owners = nullptr;
-    const int64_t* ids = nullptr;
-    if (!owner.is_none())
-        owners = checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
-    if (!document_ids.is_none()) {
-        const Argument x(call, "document_ids", document_ids);
-        x.type(ScalarType::kInt64, "int64").shape({num_documents}).contiguous();
-        ids = static_cast<const int64_t*>(x->data);
-    }
-    l.shape({num_queries}).type(ScalarType::kFloat64, "float64").contiguous();
-    totals.shape({5}).type(ScalarType::kFloat64, "float64").contiguous();
-    void *dq = nullptr, *dd = nullptr;
-    if (!d_queries.is_none()) {
-        const Argument gq(call, "d_queries", d_queries), gd(call, "d_documents", d_documents);
-        gq.shape({num_queries, q->size(1)}).type(q.arithmetic(), "the arithmetic type").contiguous();
-        gd.shape({num_documents, q->size(1)}).type(q.arithmetic(), "the arithmetic type").contiguous();
-        dq = gq->data;
-        dd = gd->data;
-    }
+    QEMB_CHECK(first_row >= 0 && num_rows >= 0 && first_row + num_rows <= num_queries, "[", kOp, "] rows must lie in 0 to ",
+               num_queries, ", got ", first_row, " to ", first_row + num_rows);
+    QEMB_CHECK(dims.size() == dim_weights.size(), "[", kOp, "] a weight for each of ", dims.size(), " dims, got ",
+               dim_weights.size());
+    const auto integers = [&](const char* name, py::handle object, int64_t count) {
+        const Argument x(call, name, object);
+        return static_cast<const int64_t*>(x.type(ScalarType::kInt64, "int64").shape({count}).contiguous()->data);
+    };
+    const auto doubles = [&](const Argument& x, std::initializer_list<int64_t> shape) {
+        return static_cast<double*>(x.shape(shape).type(ScalarType::kFloat64, "float64").contiguous()->data);
+    };
+    const Argument roles(call, "role", role);
     InfoNce p{
         .queries = q->data,
         .documents = d->data,
-        .positive = positives,
-        .owner = owners,
-        .document_ids = ids,
-        .loss = l->data,
-        .d_queries = dq,
-        .d_documents = dd,
-        .stats = static_cast<double*>(totals->data),
+        .positive = checked_indices(pos, num_queries, 0, num_documents, "an index of documents"),
+        .query_text = integers("query_text", query_text, num_queries),
+        .document_text = integers("document_text", document_text, num_documents),
+        .role = static_cast<const uint8_t*>(roles.type(ScalarType::kUInt8, "uint8").shape({num_documents}).contiguous()->data),
+        .owner = integers("owner", owner, num_documents),
+        .own_starts = integers("own_starts", own_starts, num_queries + 1),
+        .own_documents = integers("own_documents", own_documents, num_documents),
         .num_queries = num_queries,
         .num_documents = num_documents,
         .dim = q->size(1),
-        .hard = hard,
-        .in_batch = in_batch,
-        .query_query = query_query,
-        .doc_doc = doc_doc,
-        .margin = margin,
-        .doc_mask = static_cast<DocMask>(doc_mask),
+        .first_row = first_row,
+        .num_rows = num_rows,
+        .first_column = first_column,
+        .groups = {},
+        .split = split,
         .temperature = temperature,
+        .focal = focal,
+        .scale = scale,
+        .dims = dims.data(),
+        .dim_weights = dim_weights.data(),
+        .num_dims = static_cast<int64_t>(dims.size()),
+        .loss = doubles(l, {num_rows}),
+        .d_queries = optional_gradient(call, "d_queries", d_queries, q),
+        .d_documents = optional_gradient(call, "d_documents", d_documents, d),
+        .d_temperature = d_temperature.is_none() ? nullptr : doubles(Argument(call, "d_temperature", d_temperature), {1}),
+        .stats = doubles(totals, {5}),
+        .log_negatives = log_negatives.is_none()
+                             ? nullptr
+                             : doubles(Argument(call, "log_negatives", log_negatives), {num_rows, kMaxSoftmaxes}),
+        .given = given,
+        .pull = pull,
         .dtype = q->dtype(),
     };
+    fill_groups(groups, p.groups);
     call.run(p, cpu::info_nce, cuda::info_nce, cuda::info_nce_scratch);
 }
 
 }  // namespace
 
-void bind_infonce(py::module_& m) { m.def("info_nce", &info_nce); }
+void bind_infonce(py::module_& m) {
+    m.def("check_info_nce", &check_info_nce);
+    m.def("info_nce", &info_nce);
+}
 
 }  // namespace qemb

@@ -19,6 +19,7 @@ struct Torch {
         const std::pair<const char*, ScalarType> names[] = {
             {"float32", ScalarType::kFloat32}, {"float64", ScalarType::kFloat64}, {"bfloat16", ScalarType::kBFloat16},
             {"float16", ScalarType::kFloat16}, {"int32", ScalarType::kInt32},     {"int64", ScalarType::kInt64},
+            {"uint8", ScalarType::kUInt8},
         };
         for (const auto& [name, type] : names) types.emplace_back(torch.attr(name), type);
     }

@@ -18,7 +18,7 @@ namespace qemb {
 
 namespace py = pybind11;
 
-enum class ScalarType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kOther };
+enum class ScalarType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kUInt8, kOther };
 
 struct TensorView {
     void* data = nullptr;

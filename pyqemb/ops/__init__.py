@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from pyqemb.ops.attention import AttentionPlan, attention_plan, varlen_attention
+from pyqemb.ops.groups import Group
 from pyqemb.ops.infonce import info_nce
 from pyqemb.ops.linear import linear
 from pyqemb.ops.pooling import last_token_pool
@@ -28,6 +29,6 @@ def cuda_is_built() -> bool:
 
 
 __all__ = [
-    "AttentionPlan", "attention_plan", "cuda_is_built", "info_nce", "last_token_pool", "linear", "qk_norm_rope", "rms_norm",
+    "AttentionPlan", "Group", "attention_plan", "cuda_is_built", "info_nce", "last_token_pool", "linear", "qk_norm_rope", "rms_norm",
     "swiglu", "top_k", "varlen_attention",
 ]  # fmt: skip

@@ -1,37 +1,19 @@
 """The contrastive loss over huge batches: loss and gradients in one sweep, the score matrix never exists."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pyqemb import _C
 from pyqemb.ops.common import arithmetic, checked, differentiable, empty, native
+from pyqemb.ops.groups import Group, Options, prefixes
 
-_DOC_MASK = {"query_document": 0, "own": 1, "none": 2}
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Which candidates stand beside the positive in one softmax, and whether the margin masks them."""
-
-    hard: bool = True
-    in_batch: bool = True
-    query_query: bool = True
-    doc_doc: bool = True
-    margin: bool = True
-
-
-PRESETS = {
-    "qwen3": Groups(),  # Qwen3 Embedding, equation 1: all five groups
-    "qwen3_stage2": Groups(query_query=False, doc_doc=False),  # Qwen3-VL-Embedding, section 5.1: query-document only
-    "mnrl": Groups(query_query=False, doc_doc=False, margin=False),  # multiple negatives ranking loss
-    "classification": Groups(in_batch=False, query_query=False, doc_doc=False, margin=False),  # own wrong labels only
-}
+_HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
+_SOFTMAXES = 4  # of a row, at most
 
 
 def info_nce(
@@ -42,73 +24,116 @@ def info_nce(
     owner: Tensor | None = None,
     document_ids: Tensor | None = None,
     preset: str = "qwen3",
-    temperature: float = 0.02,
+    groups: Mapping[str, Group | bool | None] | None = None,
+    temperature: float | Tensor = 0.02,
     margin: float | None = 0.1,
-    doc_mask: str = "query_document",
+    doc_mask: str | None = None,
+    softmax: Literal["joint", "split"] = "joint",
+    focal: float = 0.0,
     matryoshka: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    rows: tuple[int, int] | None = None,
     return_stats: bool = False,
 ) -> Any:
     """Mean over queries of -log(exp(s_i / tau) / Z_i), s the dot product of unit vectors, differentiable once.
 
-    Z_i sums exp(score / tau) over the positive and, as the preset says: the query's own hard negatives (q_i, d), the documents
-    of others in the batch (q_i, d), the other queries (q_i, q_j), and the documents of others against the positive (d_i+, d).
-    A candidate is left out where its score exceeds s_i + margin, or where its text equals the positive's.
+    Z_i sums exp(score / tau) over the positive and the groups of candidates that are on:
+
+    | group | score | candidates |
+    | --- | --- | --- |
+    | own_hard | q_i . d_j | documents that query i owns |
+    | batch_positive, batch_hard | q_i . d_j | positives of other queries; all other documents of others |
+    | query_query | q_i . q_j | the other queries |
+    | doc_own, doc_positive, doc_hard | d_i+ . d_j | the same three kinds of documents against the positive |
+
+    A candidate is left out where its score exceeds the group's limit, or where its text equals the positive's.
 
     Args:
         queries_BE: [B, E] unit vectors, float32, bfloat16, float16 or float64. Logits are float32 (float64 for float64).
         documents_ME: [M, E] of the same dtype; positives, hard negatives, anything else.
         positive: [B] int64, the index of each query's positive among the documents. Queries may share one.
-        owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none.
+        owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none. Queries may
+            own different numbers of documents.
         document_ids: [M] int64, equal where texts are equal. In the query-query group, queries whose positives are equal
             texts leave each other out as well.
-        preset: qwen3, qwen3_stage2, mnrl or classification.
-        temperature: tau > 0.
-        margin: None switches the margin off for any preset.
-        doc_mask: which score the margin looks at in the document-document group: "query_document" is (q_i, d_j), equation 1
-            read literally; "own" is (d_i+, d_j); "none".
-        matryoshka: dimensions whose prefixes, normalised again, are averaged into the loss, e.g. [1024, 256].
+        preset: which groups are on and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or classification.
+        groups: changes to the preset by group: a Group, True (a Group as it comes), or False or None for off.
+        temperature: tau > 0; a tensor of one element gets a gradient (on a GPU the host waits for its value).
+        margin: of the groups that bring none of their own; None switches their masks off.
+        doc_mask: mask of the document-document groups that are on: "query_document", "own" or "none"; None: as the preset has it.
+        softmax: "joint", or "split": one softmax each for own_hard, the batch groups, query_query and the doc groups, with the
+            positive in each, their losses added up.
+        focal: gamma >= 0: a softmax that gives the positive P counts (1 - P) ** gamma, which the gradient sees (Lin et al.,
+            arXiv 1708.02002, equation 4).
+        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256]. On the CPU all
+            of them take one sweep, on a GPU one each.
+        matryoshka_weights: of their losses; None: their mean.
+        reduction: "mean" over the queries or "sum".
+        rows: (first, count): only these queries are anchors. The mean is still over all B, so that the parts of several
+            processes add up to the loss.
         return_stats: also return {"positive", "negative", "masked"}: mean score of positives, of the query-document
-            candidates kept, and the share of candidates left out. On a GPU the host waits for them where they are read.
+            candidates kept, and the share of candidates left out (of the largest prefix). On a GPU the host waits for them where they are read.
 
     Returns:
-        The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, mapping). No queries: 0.
+        The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, mapping).
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: an unknown preset, shapes that do not fit, an index out of
-        range (not looked at on a GPU: `positive` must be right there), a temperature that is not positive and finite, Matryoshka dimensions outside 1..E.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, shapes that do not
+        fit, an index out of range (not looked at on a GPU: `positive` must be right there), a temperature that is not positive and
+        finite, Matryoshka dimensions outside 1..E or not in order.
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"[info_nce] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if doc_mask not in _DOC_MASK:
-        raise ValueError(f"[info_nce] doc_mask must be one of {', '.join(_DOC_MASK)}, got {doc_mask!r}")
     checked("info_nce", "queries", queries_BE), checked("info_nce", "documents", documents_ME)
-    groups = PRESETS[preset]
-    bound = float(margin) if groups.margin and margin is not None else math.inf
-    differs = torch.is_grad_enabled() and (queries_BE.requires_grad or documents_ME.requires_grad)
-    kinds = groups.hard, groups.in_batch, groups.query_query, groups.doc_doc
-    fixed = (positive, owner, document_ids, *kinds, bound, _DOC_MASK[doc_mask], float(temperature), differs)
-    if matryoshka is None:
-        loss, totals, _, _ = _info_nce(queries_BE.contiguous(), documents_ME.contiguous(), *fixed)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"[info_nce] reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not torch.compiler.is_compiling():  # a compiled graph holds no values yet
+        _C.check_info_nce(queries_BE.contiguous(), documents_ME.contiguous(), positive, owner, document_ids)
+    num_queries = queries_BE.shape[0]
+    first, count = (0, num_queries) if rows is None else rows
+    tau = temperature if isinstance(temperature, Tensor) else None
+    options = Options.of(
+        preset,
+        groups,
+        margin,
+        doc_mask,
+        softmax,
+        focal,
+        float(tau.detach() if tau is not None else temperature),
+        1 / num_queries if reduction == "mean" else 1.0,
+    )
+    dims, weights = prefixes(matryoshka, matryoshka_weights, queries_BE.shape[-1])
+    wanted = torch.is_grad_enabled()
+    differs = wanted and (queries_BE.requires_grad or documents_ME.requires_grad)
+    learns = wanted and tau is not None and tau.requires_grad
+    fixed = positive, owner, document_ids, first, count, *options
+
+    def loss_of(
+        queries: Tensor, documents: Tensor, dims: Sequence[int], weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        return _info_nce(queries.contiguous(), documents.contiguous(), tau, *fixed, dims, weights, differs, learns)[:2]
+
+    if dims and queries_BE.device.type != "cpu":
+        parts = [loss_of(*(normalize(x[:, :dim], dim=-1) for x in (queries_BE, documents_ME)), (), ()) for dim in dims]
+        loss = torch.stack([part[0] * weight for part, weight in zip(parts, weights, strict=True)]).sum()
+        totals = parts[-1][1]
     else:
-        dims = _checked_dims(matryoshka, queries_BE)
-        parts = [_info_nce(_prefix(queries_BE, dim), _prefix(documents_ME, dim), *fixed) for dim in dims]
-        loss, totals = torch.stack([part[0] for part in parts]).mean(), parts[dims.index(max(dims))][1]
-    return (loss, Stats(totals, queries_BE.shape[0])) if return_stats else loss
+        loss, totals = loss_of(queries_BE, documents_ME, dims, weights)
+    return (loss, Stats(totals, count)) if return_stats else loss
 
 
 class Stats(Mapping[str, float]):
     """The statistics of one call, fetched from the device when they are first read."""
 
-    def __init__(self, totals: Tensor, num_queries: int):
-        self._totals, self._num_queries = totals, num_queries
+    def __init__(self, totals: Tensor, num_rows: int):
+        self._totals, self._num_rows = totals, num_rows
 
     @cached_property
     def _values(self) -> dict[str, float]:
         positive, negative, count, kept, dropped = self._totals.tolist()
         return {
-            "positive": positive / max(self._num_queries, 1),
+            "positive": positive / max(self._num_rows, 1),
             "negative": negative / count if count else 0.0,
             "masked": dropped / (kept + dropped) if kept + dropped else 0.0,
         }
@@ -123,59 +148,126 @@ class Stats(Mapping[str, float]):
         return len(self._values)
 
 
-def _new_gradients(queries: Tensor, documents: Tensor, differs: bool) -> list[Tensor]:
-    shapes = [x.shape if differs else (0,) for x in (queries, documents)]
-    return [empty(shape, arithmetic(queries.dtype), queries.device) for shape in shapes]
+class Block(NamedTuple):
+    """What one block of columns gives to R anchors: losses and log sums [R, 4], and gradients where they are wanted."""
+
+    losses_R: Tensor
+    log_negatives_RS: Tensor
+    d_anchors_RE: Tensor
+    d_positives_RE: Tensor
+    d_columns_CE: Tensor
+    d_others_QE: Tensor
+    d_temperature: Tensor
+
+
+def info_nce_block(
+    anchors_RE: Tensor, positives_RE: Tensor, anchor_text_R: Tensor,
+    columns_CE: Tensor, column_text_C: Tensor, column_role_C: Tensor, column_owner_C: Tensor,
+    others_QE: Tensor, other_text_Q: Tensor,
+    options: Options, log_negatives_RS: Tensor | None = None, pull: bool = True, gradients: bool = False,
+) -> Block:  # fmt: skip
+    """One block of documents and queries against R anchors, for a ring that never holds all of them.
+
+    The first round takes the log sums of each block and adds them up (torch.logaddexp); the second gives the totals back
+    and gets gradients, where `pull`, in one block only, adds what concerns the anchors and their positives alone.
+    Texts are equal where their ids are, which also keeps an anchor away from itself among the others. `column_owner_C` is the
+    anchor that owns a column, or -1.
+    """
+    rows, texts = len(anchors_RE), torch.cat([anchor_text_R, column_text_C])
+    aside = torch.full_like(anchor_text_R, -1)
+    of_others = torch.zeros_like(other_text_Q)  # their positives are elsewhere; nobody looks at them
+    absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
+    log_negatives = log_negatives_RS
+    if log_negatives is None:
+        log_negatives = texts.new_empty((rows, _SOFTMAXES), dtype=torch.float64)
+    results = _sweep(
+        torch.cat([anchors_RE, others_QE]), torch.cat([positives_RE, columns_CE]),
+        torch.cat([torch.arange(rows, device=texts.device), of_others]), torch.cat([anchor_text_R, other_text_Q]), texts,
+        torch.cat([absent, column_role_C]), torch.cat([aside, column_owner_C]), (0, rows, rows), options, (), (),
+        gradients, gradients, log_negatives, log_negatives_RS is not None, pull,
+    )  # fmt: skip
+    losses, _, d_queries, d_documents, d_temperature = results
+    split = rows if gradients else 0
+    return Block(
+        losses,
+        log_negatives,
+        d_queries[:split],
+        d_documents[:split],
+        d_documents[split:],
+        d_queries[split:],
+        d_temperature,
+    )
+
+
+def _sweep(
+    queries: Tensor, documents: Tensor, positive: Tensor, query_text: Tensor, document_text: Tensor, role: Tensor,
+    owner: Tensor, rows: tuple[int, int, int], options: Options, dims: Sequence[int], weights: Sequence[float], differs: bool,
+    learns: bool, log_negatives: Tensor | None = None, given: bool = False, pull: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Losses of the rows, totals, gradients of queries, documents and temperature (without elements where not wanted)."""
+    first, count, first_column = rows
+    losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (count, 5, 1 if learns else 0))
+    d_queries, d_documents = (
+        empty(x.shape if differs else (0,), arithmetic(x.dtype), x.device) for x in (queries, documents)
+    )
+    own_documents = torch.argsort(owner, stable=True)
+    bounds = torch.arange(len(queries) + 1, device=owner.device)
+    own_starts = torch.searchsorted(owner[own_documents], bounds)
+    _C.info_nce(
+        queries, documents, positive, query_text, document_text, role, owner, own_starts, own_documents, losses, totals,
+        d_queries if differs else None, d_documents if differs else None, d_tau if learns else None, log_negatives, given, pull,
+        first, count, first_column, options.groups, options.split, options.focal, options.temperature, options.scale, dims,
+        weights,
+    )  # fmt: skip
+    return losses, totals, d_queries, d_documents, d_tau
 
 
 @native(
-    "info_nce(Tensor queries, Tensor documents, Tensor positive, Tensor? owner, Tensor? ids, bool hard, bool in_batch,"
-    " bool query_query, bool doc_doc, float margin, int doc_mask, float temperature, bool differs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int first, int count,"
+    " float[] groups, bool split, float focal, float temperature, float scale, int[] dims, float[] weights, bool differs,"
+    " bool learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda queries, documents, *fixed: (
         queries.new_empty((), dtype=arithmetic(queries.dtype)),
         queries.new_empty(5, dtype=torch.float64),
-        *(x.new_empty(x.shape if fixed[-1] else (0,), dtype=arithmetic(x.dtype)) for x in (queries, documents)),
+        *(x.new_empty(x.shape if fixed[-2] else (0,), dtype=arithmetic(x.dtype)) for x in (queries, documents)),
+        queries.new_empty(1 if fixed[-1] else 0, dtype=torch.float64),
     ),
 )
 def _forward(
-    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
-    hard: bool, in_batch: bool, query_query: bool, doc_doc: bool, margin: float, doc_mask: int, temperature: float,
-    differs: bool,
+    queries: Tensor, documents: Tensor, tau: Tensor | None, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
+    first: int, count: int, groups: Sequence[float], split: bool, focal: float, temperature: float, scale: float,
+    dims: Sequence[int], weights: Sequence[float], differs: bool, learns: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    losses, totals = (queries.new_empty(size, dtype=torch.float64) for size in (queries.shape[:1], 5))
-    d_queries, d_documents = _new_gradients(queries, documents, differs)
-    _C.info_nce(
-        queries, documents, positive, owner, ids, losses, totals,
-        d_queries if differs else None, d_documents if differs else None,
-        hard, in_batch, query_query, doc_doc, margin, doc_mask, temperature,
+    texts = torch.arange(len(documents), device=documents.device) if ids is None else ids.contiguous()
+    role = torch.full((len(documents),), _HARD, dtype=torch.uint8, device=documents.device)
+    role[positive] = _POSITIVE
+    owner = torch.full_like(texts, -1) if owner is None else owner
+    options = Options(tuple(groups), split, focal, temperature, scale)
+    losses, totals, *gradients = _sweep(
+        queries, documents, positive, texts[positive], texts, role, owner, (first, count, 0), options, dims, weights,
+        differs, learns,
     )  # fmt: skip
-    loss = (losses.sum() / max(len(losses), 1)).to(arithmetic(queries.dtype))
-    return loss, totals, d_queries, d_documents
+    return (losses.sum() * scale).to(arithmetic(queries.dtype)), totals, *gradients
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.tau = inputs[0].dtype, None if inputs[2] is None else (inputs[2].shape, inputs[2].dtype)
 
 
 def _backward(_: Any, ctx: Any, d_loss: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
-    grads = (None, None) if d_loss is None else ((g * d_loss).to(ctx.dtype) for g in ctx.saved_tensors)
-    return *grads, *(None,) * 11
+    grads: list[Tensor | None] = [None, None, None]
+    if d_loss is not None:
+        d_queries, d_documents, d_tau = ctx.saved_tensors
+        for place, wanted in enumerate(ctx.needs_input_grad[:2]):
+            if wanted:
+                grads[place] = ((d_queries, d_documents)[place] * d_loss).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.tau
+            grads[2] = (d_tau * d_loss).to(dtype).reshape(shape)
+    return *grads, *(None,) * 14
 
 
 _info_nce = differentiable("info_nce", _forward, None, _keep, _backward)
-
-
-def _checked_dims(matryoshka: Sequence[int], queries_BE: Tensor) -> list[int]:
-    dims = [int(dim) for dim in matryoshka]
-    size = queries_BE.shape[-1]
-    if not dims or any(dim < 1 or dim > size for dim in dims):
-        raise ValueError(f"[info_nce] matryoshka must list dimensions from 1 to {size}, got {list(matryoshka)}")
-    return dims
-
-
-def _prefix(vectors: Tensor, dim: int) -> Tensor:
-    return vectors if dim == vectors.shape[-1] else torch.nn.functional.normalize(vectors[:, :dim], dim=-1)

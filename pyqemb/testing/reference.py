@@ -6,6 +6,8 @@ Run in float32 or bfloat16 the same functions give torch's own error, the yardst
 import torch
 from torch import Tensor
 
+from pyqemb.ops.groups import PRESETS
+
 
 def attention(q, k, v, cu_seqlens, cu_seqlens_k=None, causal=False, scale=None) -> Tensor:
     """[T, N, D]: softmax(scale q k^T) v, one sequence at a time; causal is aligned to the bottom right."""
@@ -39,30 +41,46 @@ def pool(hidden, cu_seqlens, norm_weight=None, eps=1e-6, dim=None, normalize=Tru
 
 
 def info_nce(
-    queries, documents, positive, owner=None, document_ids=None, temperature=0.02, margin=0.1,
-    hard=True, in_batch=True, query_query=True, doc_doc=True, doc_mask="query_document",
+    queries, documents, positive, owner=None, document_ids=None, temperature=0.02, margin=0.1, groups=None,
+    split=False, focal=0.0, rows=None,
 ) -> Tensor:  # fmt: skip
-    """Equation 1 of the Qwen3 Embedding report, with every matrix held: the mean loss."""
+    """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
+    groups = PRESETS["qwen3"] if groups is None else groups
     B, M = len(queries), len(documents)
-    rows, columns = (torch.arange(n, device=queries.device) for n in (B, M))
-    owner = torch.full_like(columns, -1) if owner is None else owner
-    ids = columns if document_ids is None else document_ids
+    query, document = (torch.arange(n, device=queries.device) for n in (B, M))
+    owner = torch.full_like(document, -1) if owner is None else owner
+    ids = document if document_ids is None else document_ids
     qd, qq, dd = queries @ documents.T, queries @ queries.T, documents[positive] @ documents.T
-    score = qd[rows, positive]
-    limit = (score.detach() + (torch.inf if margin is None else margin))[:, None]
-    own = owner[None, :] == rows[:, None]
-    is_positive = columns[None, :] == positive[:, None]
-    equal = ids[None, :] == ids[positive][:, None]
-    equal_query = ids[positive][None, :] == ids[positive][:, None]
-    over = {"query_document": qd > limit, "own": dd > limit, "none": torch.zeros_like(qd, dtype=torch.bool)}[doc_mask]
-    groups = [
-        (qd, torch.where(own, torch.tensor(hard), torch.tensor(in_batch)) & ~is_positive & ~equal & ~(qd > limit)),
-        (qq, torch.tensor(query_query) & (rows[None, :] != rows[:, None]) & ~equal_query & ~(qq > limit)),
-        (dd, torch.tensor(doc_doc) & ~own & ~is_positive & ~equal & ~over),
-    ]
-    logits = [score[:, None] / temperature]
-    logits += [(values / temperature).masked_fill(~keep, -torch.inf) for values, keep in groups]
-    return (torch.logsumexp(torch.cat(logits, dim=1), dim=1) - score / temperature).mean()
+    score = qd[query, positive]
+    own, is_positive = owner[None, :] == query[:, None], torch.isin(document, positive)[None, :]
+    there = (document[None, :] != positive[:, None]) & (ids[None, :] != ids[positive][:, None])
+    others = (query[None, :] != query[:, None]) & (ids[positive][None, :] != ids[positive][:, None])
+    kinds = {"own": own, "positive": ~own & is_positive, "hard": ~own & ~is_positive}
+    candidates = {
+        "own_hard": (qd, kinds["own"], 0), "batch_positive": (qd, kinds["positive"], 1), "batch_hard": (qd, kinds["hard"], 1),
+        "query_query": (qq, others, 2),
+        "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3), "doc_hard": (dd, kinds["hard"], 3),
+    }  # fmt: skip
+    logits = {}
+    for name, group in groups.items():
+        values, keep, softmax = candidates[name]
+        limit = margin if group.margin is None else group.margin
+        if group.mask is not None and limit is not None:
+            bound = score.detach() + limit * (score.detach().abs() if group.relative else 1)
+            keep = keep & ~((qd if group.mask == "query_document" else values).detach() > bound[:, None])
+        if name != "query_query":
+            keep = keep & there
+        logit = values / temperature + group.hardness * values.detach()
+        logits.setdefault(softmax if split else 0, []).append(logit.masked_fill(~keep, -torch.inf))
+    loss = 0
+    for parts in logits.values():
+        total = torch.logsumexp(torch.cat([(score / temperature)[:, None], *parts], dim=1), dim=1) - score / temperature
+        if focal:  # (the derivative of 0 ** focal is not for autograd)
+            some = torch.where(total > 0, total, 1)
+            total = torch.where(total > 0, (-torch.expm1(-some)) ** focal * some, 0)
+        loss = loss + total
+    first, count = (0, B) if rows is None else rows
+    return loss[first : first + count].sum() / B
 
 
 def top_k(queries, documents, k) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ SAMPLES = {
     "qk_norm_rope": lambda: (leaf(5, 2, 16), leaf(16), *angles(5, 16), 1e-6),
     "swiglu": lambda: (leaf(5, 24), leaf(5, 24)),
     "info_nce": lambda: (
-        *(leaf(5, 24), leaf(9, 24), torch.arange(5), None, None),
-        *(True, True, True, True, 0.1, 0, 0.05, True),
+        *(leaf(5, 24), leaf(9, 24), None, torch.arange(5), None, None, 0, 5),
+        *(7 * [1.0, 1.0, 0.0, 0.1, 0.0], False, 0.0, 0.05, 0.2, (), (), True, False),
     ),
     "top_k": lambda: (torch.randn(5, 24), torch.randn(9, 24), 3, None, None),
 }

@@ -1,0 +1,147 @@
+"""The named groups of InfoNCE's candidates, the presets made of them, and the options as the kernels take them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+_MASKS = {None: 0, "own": 1, "query_document": 2}
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a group of candidates takes part in the softmax.
+
+    mask: which score is held against the row's limit: "own", the candidate's; "query_document", for the document-document groups
+        that of (q_i, d_j), as equation 1 of the Qwen3 Embedding report reads literally; None: nothing is masked.
+    margin: the limit is s_i + margin, s_i the positive's score; None: the margin of the call. `relative`: s_i + margin * |s_i|.
+    hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv 2503.04812, section 3).
+    """
+
+    mask: Literal["own", "query_document"] | None = "own"
+    margin: float | None = None
+    relative: bool = False
+    hardness: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mask not in _MASKS:
+            raise ValueError(f"[info_nce] mask must be 'own', 'query_document' or None, got {self.mask!r}")
+        for name in ("margin", "hardness"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"[info_nce] {name} of a group must be finite, got {value}")
+
+
+GROUPS = ("own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard")
+_DOC_GROUPS = GROUPS[4:]
+
+
+def _preset(masked: Sequence[str] = (), by_query: Sequence[str] = (), plain: Sequence[str] = ()) -> Mapping[str, Group]:
+    kinds = ((masked, Group()), (by_query, Group(mask="query_document")), (plain, Group(mask=None)))
+    return MappingProxyType({name: group for names, group in kinds for name in names})
+
+
+_QUERY_DOCUMENT = ("own_hard", "batch_positive", "batch_hard")
+PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
+    {
+        # Qwen3 Embedding (arXiv 2506.05176), equation 1: everything, one mask
+        "qwen3": _preset(masked=(*_QUERY_DOCUMENT, "query_query"), by_query=("doc_positive", "doc_hard")),
+        # Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1, stage 2: query-document scores only
+        "qwen3_stage2": _preset(masked=_QUERY_DOCUMENT),
+        # Multiple negatives ranking loss (Henderson et al., arXiv 1705.00652)
+        "mnrl": _preset(plain=_QUERY_DOCUMENT),
+        # As ms-swift reads equation 1: documents against the positive are never masked, own hard negatives among them
+        "ms_swift": _preset(masked=(*_QUERY_DOCUMENT, "query_query"), plain=("doc_own", "doc_positive", "doc_hard")),
+        # As memeff reads it: nobody else's hard negatives, each score masked by itself
+        "memeff": _preset(masked=("own_hard", "batch_positive", "query_query", "doc_positive")),
+        # Own wrong labels only (Qwen3-VL-Embedding, section 5.1)
+        "classification": _preset(plain=("own_hard",)),
+    }
+)
+
+
+class Options(NamedTuple):
+    """What the kernels take besides tensors; `groups` holds on, mask, relative, margin, hardness of each of GROUPS."""
+
+    groups: tuple[float, ...]
+    split: bool
+    focal: float
+    temperature: float
+    scale: float  # of the loss and its gradients
+
+    @classmethod
+    def of(
+        cls, preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
+        softmax: str, focal: float, temperature: float, scale: float,
+    ) -> "Options":  # fmt: skip
+        if softmax not in ("joint", "split"):
+            raise ValueError(f"[info_nce] softmax must be 'joint' or 'split', got {softmax!r}")
+        chosen = _chosen(preset, groups or {}, doc_mask)
+        for name, group in chosen.items():
+            if temperature > 0 and group.hardness <= -1 / temperature:
+                raise ValueError(
+                    f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores rise, "
+                    f"got {group.hardness}"
+                )
+        values = (x for name in GROUPS for x in _as_numbers(chosen.get(name), margin))
+        return cls(tuple(values), softmax == "split", float(focal), temperature, scale)
+
+
+def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: str | None) -> dict[str, Group]:
+    """The groups that are on."""
+    if preset not in PRESETS:
+        raise ValueError(f"[info_nce] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    chosen = dict(PRESETS[preset])
+    if doc_mask is not None:
+        if doc_mask not in ("query_document", "own", "none"):
+            raise ValueError(f"[info_nce] doc_mask must be one of query_document, own, none, got {doc_mask!r}")
+        mask: Any = None if doc_mask == "none" else doc_mask
+        chosen.update({name: replace(chosen[name], mask=mask) for name in _DOC_GROUPS if name in chosen})
+    for name, group in changes.items():
+        if name not in GROUPS:
+            raise ValueError(f"[info_nce] groups: a group is one of {', '.join(GROUPS)}, got {name!r}")
+        if isinstance(group, Group):
+            chosen[name] = group
+        elif group is True:
+            chosen[name] = Group()
+        elif group is None or group is False:
+            chosen.pop(name, None)
+        else:
+            raise TypeError(
+                f"[info_nce] groups: {name} must be a Group, True, False or None, got {type(group).__name__}"
+            )
+    if "query_query" in chosen and chosen["query_query"].mask == "query_document":
+        raise ValueError(
+            "[info_nce] groups: query_query has no query-document score to mask by, got mask 'query_document'"
+        )
+    return chosen
+
+
+def _as_numbers(group: Group | None, margin: float | None) -> tuple[float, ...]:
+    if group is None:
+        return 0, 0, 0, 0, 0
+    limit = margin if group.margin is None else group.margin
+    mask = None if limit is None else group.mask
+    return 1, _MASKS[mask], group.relative, 0.0 if limit is None else float(limit), group.hardness
+
+
+def prefixes(
+    matryoshka: Sequence[int] | None, weights: Sequence[float] | None, size: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Dimensions, rising, and the weights of their losses."""
+    if matryoshka is None:
+        if weights is not None:
+            raise ValueError("[info_nce] matryoshka_weights need matryoshka, got None")
+        return (), ()
+    dims = [int(dim) for dim in matryoshka]
+    if not dims or any(dim < 1 or dim > size for dim in dims):
+        raise ValueError(f"[info_nce] matryoshka must list dimensions from 1 to {size}, got {list(matryoshka)}")
+    rising = sorted(set(dims))
+    if dims not in (rising, rising[::-1]):
+        raise ValueError(f"[info_nce] matryoshka must rise or fall, each dimension once, got {list(matryoshka)}")
+    shares = [1 / len(dims)] * len(dims) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(dims) or not all(math.isfinite(share) and share >= 0 for share in shares):
+        raise ValueError(f"[info_nce] matryoshka_weights must be {len(dims)} numbers of at least 0, got {weights}")
+    pairs = sorted(zip(dims, shares, strict=True))
+    return tuple(dim for dim, _ in pairs), tuple(share for _, share in pairs)
