@@ -1,4 +1,7 @@
-// What the kernels of InfoNCE share: one panel of queries against all columns, and where its parts lie in the scratch memory.
+// What the kernels of InfoNCE share: one panel of rows against all columns, and where its parts lie in the scratch memory.
+//
+// Rows of a panel are its queries (anchor 0) and their positives (anchor 1). Dense candidates lie in tiles of columns, by kind;
+// what a query owns never enters a tile: it is a short list of its own.
 #pragma once
 
 #include <algorithm>
@@ -14,37 +17,56 @@ constexpr const char* kOp = "info_nce";
 constexpr int64_t kPanelBytes = int64_t(192) << 20;  // aim for the weights of a panel
 constexpr int64_t kMaxRows = 2048;                   // amortises the sums over panels into d_documents
 constexpr int64_t kBlocks = 264;                     // aim for the row gradients: two for each multiprocessor of an H100
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// Sums over a tile of scores, as in InfoNce::stats[1..4].
+enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };  // of columns, and the order of their tiles
+
+// Sums over candidates, as in InfoNce::stats[1..4].
 struct Tally {
     double kept_score, kept_query_document, kept, dropped;
+};
+
+// A document that a row owns, as a candidate of kOwnHard ([0]) and kDocOwn ([1]).
+constexpr double kNoScore = -INFINITY;
+struct Own {
+    double score[2];  // kNoScore: no candidate
+    float weight[2];  // of the gradient
 };
 
 template <class T>
 struct Panel {
     InfoNce p;
-    Matrix<T> queries, documents;
-    Matrix<T> anchors[2];  // the panel's queries, and their positives
-    int64_t rows;          // of a full panel, a multiple of kTile
+    Matrix<T> queries, documents;  // as columns: queries from first_column on
+    Matrix<T> anchors[2];          // the panel's queries, and their positives
+    bool dense[kNumKinds];         // the kinds that hold candidates
+    bool by_query;                 // positives' candidates are masked by the query's scores, which may be needed for that alone
+    bool owns;                     // candidates among what rows own
+    int sides;                     // anchors in use
+    int num_parts = 0;             // of the row gradients, a dense kind each
+    Kind parts[kNumKinds];
+    int64_t rows;  // of a full panel, a multiple of kTile
     int64_t first = 0, count = 0, row_tiles = 0;
-    int64_t doc_tiles, query_tiles, num_tiles;  // of columns: query-document, then query-query, then document-document
-    double inverse;                             // log2(e) / temperature
+    int64_t doc_tiles, query_tiles;     // of columns that are scored
+    int64_t first_tile[kNumKinds + 1];  // of the weights, by kind; then their number
+    double scale[kNumGroups];           // a logit in log2 units is this times the score
 
-    // A tile's weights are 2^(score * inverse - offset), offset an integer of its own for each row: whatever the largest score
-    // of the whole row turns out to be, a factor that is a power of two, and so exact, brings them to it.
-    T* weights;          // [rows, num_tiles * kTile], zero where there is no candidate
-    T* factors;          // [num_tiles, rows]
-    float* tile_offset;  // [num_tiles, rows]
-    float* tile_sum;     // [num_tiles, rows]
-    Tally* tallies;      // [doc_tiles + query_tiles, row_tiles]
-    T* packed[2];        // [rows, packed_dim] anchors times row_weight / *unit
+    // A tile's weights are 2^(score * scale - offset), offset an integer of its own for each row: whatever the largest logit
+    // of the whole softmax turns out to be, a factor that is a power of two, and so exact, brings them to it.
+    T* weights;            // [rows, tiles * kTile], zero where there is no candidate
+    T* factors;            // [tiles, rows]
+    float* tile_offset;    // [tiles, rows]
+    float* tile_sum;       // [tiles, rows]
+    float* tile_moment;    // [tiles, rows] sum of weight * score
+    Tally* tallies;        // [doc_tiles + query_tiles, row_tiles], then [count] of what rows own
+    Own* own;              // [num_documents], as own_documents
+    T* packed[kNumKinds];  // [rows, packed_dim] anchors times row_weight / *unit
     int64_t packed_dim;
-    int64_t splits;          // of the columns, in the row gradients
-    float* partial;          // [sides, splits, rows, dim] E x columns
+    int64_t splits;          // of the columns of a part, in the row gradients
+    float* partial;          // [num_parts, splits, rows, dim] E x columns
     float* doc_grad;         // [rows, dim] gradient of the positives as anchors
-    float* positive_score;   // [rows]
-    float* limit;            // [rows]
-    float* row_weight;       // [rows] of the candidates
+    double* positive_score;  // [rows]
+    double* d_tau;           // [rows]
+    float* row_weight;       // [kMaxSoftmaxes, rows] of the candidates
     float* positive_weight;  // [rows] of the positive
     float* unit;
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
@@ -53,38 +75,53 @@ struct Panel {
 
     explicit Panel(const InfoNce& p)
         : p(p),
-          queries(p.queries, p.num_queries, p.dim),
+          queries(static_cast<const T*>(p.queries) + p.first_column * p.dim,
+                  std::max<int64_t>(0, p.num_queries - p.first_column), p.dim),
           documents(p.documents, p.num_documents, p.dim),
-          anchors{queries, documents},
-          doc_tiles(ceil_div(p.num_documents, kTile)),
-          query_tiles(p.query_query ? ceil_div(p.num_queries, kTile) : 0),
-          num_tiles(doc_tiles * sides() + query_tiles),
-          inverse(1.4426950408889634 / p.temperature),
+          anchors{Matrix<T>(p.queries, 0, p.dim), documents},
           packed_dim(ceil_div(p.dim, 8) * 8) {
-        const int64_t row_bytes = std::max<int64_t>(1, num_tiles) * kTile * static_cast<int64_t>(sizeof(T));
+        const Group* const g = p.groups;
+        dense[kQueryDocument] = g[kBatchPositive].on || g[kBatchHard].on;
+        dense[kQueries] = g[kQueryQuery].on;
+        dense[kDocDoc] = g[kDocPositive].on || g[kDocHard].on;
+        by_query = false;
+        for (const int group : {kDocPositive, kDocHard}) by_query |= g[group].on && g[group].mask == ScoreMask::kQueryDocument;
+        owns = g[kOwnHard].on || g[kDocOwn].on;
+        sides = dense[kDocDoc] || g[kDocOwn].on ? 2 : 1;
+        doc_tiles = dense[kQueryDocument] || dense[kDocDoc] ? ceil_div(p.num_documents, kTile) : 0;
+        query_tiles = dense[kQueries] ? ceil_div(queries.rows, kTile) : 0;
+        first_tile[0] = 0;
+        for (const Kind kind : {kQueryDocument, kQueries, kDocDoc}) {
+            first_tile[kind + 1] = first_tile[kind] + (!dense[kind] ? 0 : kind == kQueries ? query_tiles : doc_tiles);
+            if (dense[kind]) parts[num_parts++] = kind;
+        }
+        for (int group = 0; group < kNumGroups; ++group) scale[group] = kLog2E * (1 / p.temperature + g[group].hardness);
+
+        const int64_t tiles = first_tile[kNumKinds], row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
         rows = p.panel_rows ? p.panel_rows : std::clamp<int64_t>(kPanelBytes / row_bytes / kTile * kTile, kTile, kMaxRows);
-        rows = std::max<int64_t>(1, ceil_div(std::min(rows, p.num_queries), kTile)) * kTile;
-        splits = std::clamp<int64_t>(kBlocks / (rows / kTile * std::max<int64_t>(1, dim_tiles()) * sides()), 1,
-                                     std::max<int64_t>(1, doc_tiles + query_tiles));
+        rows = std::max<int64_t>(1, ceil_div(std::min(rows, p.num_rows), kTile)) * kTile;
+        splits = std::clamp<int64_t>(kBlocks / (rows / kTile * std::max<int64_t>(1, dim_tiles() * num_parts)), 1,
+                                     std::max<int64_t>(1, std::max(doc_tiles, query_tiles)));
 
         char* const start = static_cast<char*>(p.scratch);
         int64_t used = 0;
-        const auto take = [&]<class U>(U*& where, int64_t count) {
+        const auto take = [&]<class U>(U*& where, int64_t number) {
             where = start ? reinterpret_cast<U*>(start + used) : nullptr;
-            used += ceil_div(count * static_cast<int64_t>(sizeof(U)), 256) * 256;
+            used += ceil_div(number * static_cast<int64_t>(sizeof(U)), 256) * 256;
         };
-        const bool gradients = p.d_queries;
-        take(weights, gradients ? rows * num_tiles * kTile : 0);
-        take(factors, num_tiles * rows);
-        take(tile_offset, num_tiles * rows);
-        take(tile_sum, num_tiles * rows);
-        take(tallies, (doc_tiles + query_tiles) * (rows / kTile));
-        for (int side = 0; side < 2; ++side) take(packed[side], gradients && side < sides() ? rows * packed_dim : 0);
-        take(partial, gradients ? sides() * splits * rows * p.dim : 0);
-        take(doc_grad, gradients && p.doc_doc ? rows * p.dim : 0);
+        take(weights, gradients() ? rows * tiles * kTile : 0);
+        take(factors, tiles * rows);
+        take(tile_offset, tiles * rows);
+        take(tile_sum, tiles * rows);
+        take(tile_moment, tiles * rows);
+        take(tallies, (doc_tiles + query_tiles) * (rows / kTile) + rows);
+        take(own, owns ? p.num_documents : 0);
+        for (int kind = 0; kind < kNumKinds; ++kind) take(packed[kind], gradients() && dense[kind] ? rows * packed_dim : 0);
+        take(partial, gradients() ? num_parts * splits * rows * p.dim : 0);
+        take(doc_grad, gradients() && sides == 2 ? rows * p.dim : 0);
         take(positive_score, rows);
-        take(limit, rows);
-        take(row_weight, rows);
+        take(d_tau, rows);
+        take(row_weight, kMaxSoftmaxes * rows);
         take(positive_weight, rows);
         take(unit, 1);
         take(next_same, rows);
@@ -94,15 +131,45 @@ struct Panel {
 
     void start_at(int64_t row) {
         first = row;
-        count = std::min(rows, p.num_queries - row);
+        count = std::min(rows, p.num_rows - row);
         row_tiles = ceil_div(count, kTile);
-        anchors[0].data = queries.data + first * p.dim;
-        anchors[1].index = p.positive + first;
+        anchors[0].data = static_cast<const T*>(p.queries) + (p.first_row + first) * p.dim;
+        anchors[1].index = p.positive + p.first_row + first;
         anchors[0].rows = anchors[1].rows = count;
     }
     int64_t dim_tiles() const { return ceil_div(p.dim, kTile); }
     int64_t dim_steps() const { return ceil_div(p.dim, kDepth<T>); }
-    int sides() const { return p.doc_doc ? 2 : 1; }
+    bool gradients() const { return p.d_documents; }
+
+    QEMB_DEVICE int64_t query(int64_t row) const { return p.first_row + first + row; }
+    QEMB_DEVICE int64_t positive(int64_t row) const { return p.positive[query(row)]; }
+    QEMB_DEVICE int64_t num_tiles() const { return first_tile[kNumKinds]; }
+    // Which softmax a kind of columns belongs to, or what a row owns as a candidate of its anchor `side`.
+    QEMB_DEVICE int softmax_of(int kind) const { return p.split ? kind + 1 : 0; }
+    QEMB_DEVICE int softmax_of_own(int side) const { return p.split && side ? kMaxSoftmaxes - 1 : 0; }
+    QEMB_DEVICE bool is_on(int softmax) const {
+        if (!p.split) return true;
+        return softmax == 0 ? p.groups[kOwnHard].on
+                            : dense[softmax - 1] || (softmax == softmax_of_own(1) && p.groups[kDocOwn].on);
+    }
+    // Where the list of what a row owns begins and ends, among all lists.
+    QEMB_DEVICE int64_t own_begin(int64_t row) const { return owns ? p.own_starts[query(row)] : 0; }
+    QEMB_DEVICE int64_t own_end(int64_t row) const { return owns ? p.own_starts[query(row) + 1] : 0; }
+    // visit(own, side, group) for the candidates of a softmax among what a row owns, each `step`-th from `start` on.
+    template <class Visit>
+    QEMB_DEVICE void each_own(int64_t row, int softmax, int start, int step, const Visit& visit) const {
+        if (row >= count) return;
+        for (int64_t e = own_begin(row) + start; e < own_end(row); e += step)
+            for (int side = 0; side < 2; ++side)
+                if (softmax_of_own(side) == softmax && own[e].score[side] != kNoScore)
+                    visit(own[e], side, side ? kDocOwn : kOwnHard);
+    }
 };
+
+// The largest score that a group lets pass, for a positive's score of s.
+QEMB_DEVICE double limit_of(const Group& group, double s) {
+    if (group.mask == ScoreMask::kNone) return INFINITY;
+    return s + group.margin * (group.relative ? fabs(s) : 1.0);
+}
 
 }  // namespace qemb::cuda::infonce

@@ -1,13 +1,15 @@
 """What a training row is, and how rows come from JSONL, Parquet and BEIR files.
 
-Native columns are query, positive, negatives, instruction, task. The columns of sentence-transformers (anchor,
-positive, negative or negative_1 ... negative_n) are read as they are. Other columns are ignored.
+Native columns are query, positive, negatives, instruction, task, and for objectives beside the contrastive one score, scores,
+query_embedding, positive_embedding. The columns of sentence-transformers (anchor, positive, negative or negative_1 ...
+negative_n; sentence1, sentence2, score or label) are read as they are. Other columns are ignored.
 """
 
 import codecs
 import gzip
 import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,13 +27,22 @@ _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` names its source."""
+    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` names its kind or source.
+
+    score: how alike query and positive are, of graded pairs.
+    scores: a teacher's scores of the positive and the negatives, in their order.
+    query_embedding, positive_embedding: a teacher's vectors.
+    """
 
     query: str
     positive: str
     negatives: tuple[str, ...] = ()
     instruction: str | None = None
     task: str | None = None
+    score: float | None = None
+    scores: tuple[float, ...] = ()
+    query_embedding: tuple[float, ...] = ()
+    positive_embedding: tuple[float, ...] = ()
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:
@@ -139,21 +150,53 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _examples_of_row(row: dict[str, Any], where: str) -> Iterator[Example]:
-    query = _text(row, "anchor" if "query" not in row and "anchor" in row else "query", where)
-    if not isinstance(row.get("positive"), list):
-        positives = [_text(row, "positive", where)]
+    query = _text(row, _first_of(row, "query", "anchor", "sentence1"), where)
+    second = _first_of(row, "positive", "sentence2")
+    if not isinstance(row.get(second), list):
+        positives = [_text(row, second, where)]
     else:
-        positives = _texts(row, "positive", where)
+        positives = _texts(row, second, where)
         if not positives:
-            raise _bad(where, "positive", "is an empty list")
+            raise _bad(where, second, "is an empty list")
     numbered = sorted((int(match[1]), key) for key in row if (match := _NUMBERED_NEGATIVE.fullmatch(key)))
     negatives: list[str] = []
     for key in ("negatives", "negative", *(key for _, key in numbered)):
         negatives += _texts(row, key, where)
     instruction = _text(row, "instruction", where, optional=True)
     task = _text(row, "task", where, optional=True)
+    graded = _numbers(row, _first_of(row, "score", "label"), where, many=False)
+    scores, *vectors = (_numbers(row, key, where) for key in ("scores", "query_embedding", "positive_embedding"))
+    if scores and (len(positives) > 1 or len(scores) != 1 + len(negatives)):
+        raise _bad(
+            where,
+            "scores",
+            f"must hold {1 + len(negatives)} numbers, one for the positive and each negative, got {len(scores)}",
+        )
+    if any(vectors) and len(positives) > 1:
+        raise _bad(where, second, "must be one text beside a teacher's vectors")
     for positive in positives:
-        yield Example(query, positive, tuple(negatives), instruction, task)
+        yield Example(
+            query, positive, tuple(negatives), instruction, task, graded[0] if graded else None, scores, *vectors
+        )
+
+
+def _first_of(row: dict[str, Any], name: str, *others: str) -> str:
+    """The name that the row has, `name` where it has none."""
+    return next((key for key in (name, *others) if key in row), name)
+
+
+def _numbers(row: dict[str, Any], key: str, where: str, many: bool = True) -> tuple[float, ...]:
+    """A column that may be absent or null, a list of numbers or, unless `many`, one."""
+    value = row.get(key)
+    if value is None:
+        return ()
+    values = value if many else [value]
+    if not isinstance(values, list):
+        raise _bad(where, key, f"must be a list of numbers, got {_kind(value)}")
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+            raise _bad(where, key, f"must hold finite numbers, got {item!r}")
+    return tuple(float(item) for item in values)
 
 
 def _text(row: dict[str, Any], key: str, where: str, optional: bool = False) -> Any:

@@ -1,8 +1,9 @@
 """Training batches: each from one set, a pure function of (seed, step), texts tokenised once.
 
-Legend: B queries, U unique documents, M documents as the loss sees them.
+Legend: B queries, M documents as the loss sees them, S distinct texts of both, K candidates of a query.
 """
 
+import heapq
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,18 +20,31 @@ from pyqemb.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """What one step needs. `rows_M` None: every unique document stands once, M = U."""
+    """What one step needs, before anything is tokenised: the texts, each once, and how they belong together.
+
+    The places in `texts` are ids of the texts: equal where texts are.
+    """
 
     examples: list[Example]
-    queries: PackedBatch
-    documents: PackedBatch  # U unique texts
+    texts: list[str]  # S, queries with their instruction and documents
+    query_text: torch.Tensor  # int64 [B]
+    document_text: torch.Tensor  # int64 [M]
     positive: torch.Tensor  # int64 [B], index among the M documents
     owner: torch.Tensor  # int64 [M], the query that brought the document
-    rows_M: torch.Tensor | None = None  # int64 [M], unique document of each
+    candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, -1: no more
 
-    @property
-    def num_tokens(self) -> int:
-        return self.queries.num_tokens + self.documents.num_tokens
+    def shares(self, count: int) -> list[np.ndarray]:
+        """The texts for each of `count` processes, int64: about as many bytes of text each, the same for all who ask."""
+        sizes = np.array([len(text.encode()) + 1 for text in self.texts], dtype=np.int64)
+        if count == 1:
+            return [np.arange(len(sizes))]
+        loads = [(0, number) for number in range(count)]
+        shares: list[list[int]] = [[] for _ in range(count)]
+        for text in np.argsort(-sizes, kind="stable").tolist():
+            load, number = heapq.heappop(loads)
+            shares[number].append(text)
+            heapq.heappush(loads, (load + int(sizes[text]), number))
+        return [np.array(share, dtype=np.int64) for share in shares]
 
 
 class Loader:
@@ -67,13 +81,15 @@ class Loader:
 
     def batch(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0, with at most `num_negatives` negatives each."""
+        examples = self.sets[self.where(step)[0]]
+        return self._with_negatives([examples[row] for row in self.rows(step)], step)
+
+    def rows(self, step: int) -> list[int]:
+        """Which examples of its set a step takes."""
         name, number = self.where(step)
-        examples, size = self.sets[name], self.batch_sizes[name]
-        chosen = [
-            examples[self._permutation(name, place // len(examples))[place % len(examples)]]
-            for place in range(number * size, (number + 1) * size)
-        ]
-        return self._with_negatives(chosen, step)
+        count, size = len(self.sets[name]), self.batch_sizes[name]
+        places = range(number * size, (number + 1) * size)
+        return [int(self._permutation(name, place // count)[place % count]) for place in places]
 
     def where(self, step: int) -> tuple[str, int]:
         """The set of a step, and how many batches of that set came before it."""
@@ -130,39 +146,37 @@ class TokenCache:
         return PackedBatch.pack([self._ids[text] for text in texts])
 
 
-def build_batch(examples: Sequence[Example], tokens: TokenCache, own_rows: bool = False) -> TrainingBatch:
-    """Pack a batch; every text among its documents is encoded once.
+def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: bool = False) -> TrainingBatch:
+    """What belongs together in a batch.
 
     Equal documents are one candidate of the loss, owned by the first query that brought it. With `own_rows` they stay
-    candidates of their own, as a loss over own negatives only needs them (`rows_M`).
+    candidates of their own, as a loss over own negatives only needs them.
     """
-    rows_of: dict[str, int] = {}
-    positive: list[int] = []
+    texts: dict[str, int] = {}
+    rows: dict[str, int] = {}
     owner: list[int] = []
-    rows: list[int] = []
+    document_text: list[int] = []
+    candidates: list[list[int]] = []
+    queries = tokenizer.format_queries([e.query for e in examples], [e.instruction for e in examples])
+    query_text = [texts.setdefault(text, len(texts)) for text in queries]
     for query, example in enumerate(examples):
-        for number, text in enumerate((example.positive, *example.negatives)):
-            known = len(rows_of)
-            row = rows_of.setdefault(text, known)
-            if own_rows:
-                place = len(rows)
-                rows.append(row)
+        candidates.append([])
+        for text in (example.positive, *example.negatives):
+            row = len(owner) if own_rows else rows.setdefault(text, len(owner))
+            if row == len(owner):
                 owner.append(query)
-            else:
-                place = row
-                if row == known:
-                    owner.append(query)
-            if number == 0:
-                positive.append(place)
-    queries = tokens.tokenizer.format_queries([e.query for e in examples], [e.instruction for e in examples])
+                document_text.append(texts.setdefault(text, len(texts)))
+            candidates[-1].append(row)
+    width = max(map(len, candidates), default=0)
+
+    def integers(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
     return TrainingBatch(
-        examples=list(examples),
-        queries=tokens.pack(queries),
-        documents=tokens.pack(list(rows_of)),
-        positive=torch.tensor(positive, dtype=torch.int64),
-        owner=torch.tensor(owner, dtype=torch.int64),
-        rows_M=torch.tensor(rows, dtype=torch.int64) if own_rows else None,
-    )
+        list(examples), list(texts), integers(query_text), integers(document_text),
+        integers([row[0] for row in candidates]), integers(owner),
+        torch.tensor([row + [-1] * (width - len(row)) for row in candidates], dtype=torch.int64).reshape(-1, width),
+    )  # fmt: skip
 
 
 def _shares(

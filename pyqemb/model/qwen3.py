@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.config import Qwen3Config
+from pyqemb.ops.linear import linear_onto_known
 
 
 class Linear(nn.Linear):
@@ -23,6 +24,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight)
+
+    def onto(self, x: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """residual + x W^T, known to be `total`: without the product, with its gradients."""
+        return linear_onto_known(x, self.weight.to(x.dtype), residual, total)  # they differ under autocast
 
 
 class RMSNorm(nn.Module):
@@ -95,6 +100,24 @@ def _rows(x_TE: torch.Tensor, spread_T: torch.Tensor | None, asking: Asking | No
     return _take(x_TE, rows)
 
 
+class Sums(NamedTuple):
+    """The residual stream [S, E] after a layer's attention and after its MLP."""
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+
+
+class Boundaries:
+    """What a pass leaves for a second pass over the same batch: the residual stream, two tensors a layer.
+
+    Given empty, the pass fills it. Given filled, the pass takes the stream from it and leaves out the products with o_proj and
+    down_proj, whose results it would only have added to that: same bits, same gradients.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Sums] = []
+
+
 class Attention(nn.Module):
     """Grouped-query attention inside each sequence, causal or bidirectional."""
 
@@ -117,7 +140,10 @@ class Attention(nn.Module):
         asking: Asking | None,
         spread_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With `spread_T` the input is [U, E] and token t its row spread_T[t]: each distinct row is projected once."""
+        """What o_proj takes, [S, N D].
+
+        With `spread_T` the input is [U, E] and token t its row spread_T[t]: each distinct row is projected once.
+        """
         if asking is None:
             q_SND = self._heads(self.q_proj(x_TE), spread_T)
         else:
@@ -128,7 +154,7 @@ class Attention(nn.Module):
         # Asked for one query a sequence, the last: bottom-right aligned, it sees every key under both masks.
         plan = plan if asking is None else asking.plan
         out_SND = ops.varlen_attention(q_SND, k_TKD, v_TKD, None, causal=self.causal, plan=plan)
-        return self.o_proj(out_SND.flatten(1))
+        return out_SND.flatten(1)
 
     def _heads(self, x_TF: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         x_TF = _take(x_TF, rows)
@@ -145,7 +171,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x_SE), self.up_proj(x_SE)))
+        """What down_proj takes, [S, intermediate]."""
+        return ops.swiglu(self.gate_proj(x_SE), self.up_proj(x_SE))
 
 
 class Block(nn.Module):
@@ -165,10 +192,17 @@ class Block(nn.Module):
         plan: ops.AttentionPlan,
         asking: Asking | None = None,
         spread_T: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        attended_SE = self.self_attn(self.input_layernorm(x_TE), rotary, plan, asking, spread_T)
-        normed_SE, x_SE = self.post_attention_layernorm.after_adding(attended_SE, _rows(x_TE, spread_T, asking))
-        return x_SE + self.mlp(normed_SE)
+        known: Sums | None = None,
+    ) -> Sums:
+        """The residual stream after attention and after the MLP, which is the layer's output; `known` where it is."""
+        attended = self.self_attn(self.input_layernorm(x_TE), rotary, plan, asking, spread_T)
+        x_SE = _rows(x_TE, spread_T, asking)
+        if known is not None:
+            x_SE = self.self_attn.o_proj.onto(attended, x_SE, known.attention)
+            activated = self.mlp(self.post_attention_layernorm(x_SE))
+            return Sums(x_SE, self.mlp.down_proj.onto(activated, x_SE, known.mlp))
+        normed_SE, x_SE = self.post_attention_layernorm.after_adding(self.self_attn.o_proj(attended), x_SE)
+        return Sums(x_SE, x_SE + self.mlp.down_proj(self.mlp(normed_SE)))
 
 
 class Qwen3Model(nn.Module):
@@ -185,24 +219,31 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, batch: PackedBatch, *, last_only: bool = False) -> torch.Tensor:
+    def forward(
+        self, batch: PackedBatch, *, last_only: bool = False, boundaries: Boundaries | None = None
+    ) -> torch.Tensor:
         """Hidden states [T, E] after the final norm.
 
         With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to those
         rows of the full pass; the last layer then asks for nothing else. `batch.last_tokens()` tells the rows' layout.
+        `boundaries` are filled, or used when they are filled already, by a pass over this batch with this `last_only`.
         """
         ids_U, spread_T = _distinct(batch.input_ids_T)
         x_TE = self.embed_tokens(ids_U)  # [U, E] until the first layer has spread it
         rotary = Rotary.of(batch.positions_T, self.config, x_TE.dtype)
         plan = ops.attention_plan(batch.cu_seqlens_cpu, tokens=batch.num_tokens, device=x_TE.device)
         asking = _last(batch) if last_only else None
-        for number, block in enumerate(self.layers, start=1):
-            wanted = asking if number == len(self.layers) else None
+        known = list(boundaries.layers) if boundaries is not None else []
+        for number, block in enumerate(self.layers):
+            wanted = asking if number == len(self.layers) - 1 else None
+            inputs = x_TE, rotary, plan, wanted, spread_T, known[number] if known else None
             if self.checkpointing and torch.is_grad_enabled():
-                x_TE = checkpoint(block, x_TE, rotary, plan, wanted, spread_T, use_reentrant=False)
+                sums = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_TE = block(x_TE, rotary, plan, wanted, spread_T)
-            spread_T = None
+                sums = block(*inputs)
+            if boundaries is not None and not known:
+                boundaries.layers.append(Sums(*(x.detach() for x in sums)))
+            x_TE, spread_T = sums.mlp, None
         return x_TE if last_only else self.norm(x_TE)
 
 

@@ -115,7 +115,8 @@ def info_nce(
         return _info_nce(queries.contiguous(), documents.contiguous(), tau, *fixed, dims, weights, differs, learns)[:2]
 
     if dims and queries_BE.device.type != "cpu":
-        parts = [loss_of(*(normalize(x[:, :dim], dim=-1) for x in (queries_BE, documents_ME)), (), ()) for dim in dims]
+        cut = [[normalize(x[:, :dim], dim=-1) for x in (queries_BE, documents_ME)] for dim in dims]
+        parts = [loss_of(queries, documents, (), ()) for queries, documents in cut]
         loss = torch.stack([part[0] * weight for part, weight in zip(parts, weights, strict=True)]).sum()
         totals = parts[-1][1]
     else:
@@ -124,14 +125,17 @@ def info_nce(
 
 
 class Stats(Mapping[str, float]):
-    """The statistics of one call, fetched from the device when they are first read."""
+    """The statistics of one call, fetched from the device when they are first read.
+
+    `totals`: what they are made of, float64 [5]: sums over the rows that were anchors, so that those of several calls add up.
+    """
 
     def __init__(self, totals: Tensor, num_rows: int):
-        self._totals, self._num_rows = totals, num_rows
+        self.totals, self._num_rows = totals, num_rows
 
     @cached_property
     def _values(self) -> dict[str, float]:
-        positive, negative, count, kept, dropped = self._totals.tolist()
+        positive, negative, count, kept, dropped = self.totals.tolist()
         return {
             "positive": positive / max(self._num_rows, 1),
             "negative": negative / count if count else 0.0,
@@ -149,9 +153,10 @@ class Stats(Mapping[str, float]):
 
 
 class Block(NamedTuple):
-    """What one block of columns gives to R anchors: losses and log sums [R, 4], and gradients where they are wanted."""
+    """What one block of columns gives to R anchors: losses, log sums [R, 4], totals of Stats, and gradients where they are wanted."""
 
     losses_R: Tensor
+    totals: Tensor
     log_negatives_RS: Tensor
     d_anchors_RE: Tensor
     d_positives_RE: Tensor
@@ -174,6 +179,13 @@ def info_nce_block(
     anchor that owns a column, or -1.
     """
     rows, texts = len(anchors_RE), torch.cat([anchor_text_R, column_text_C])
+    if not rows:
+        dtype = arithmetic(anchors_RE.dtype)
+        d_anchors, d_positives, d_columns, d_others = (
+            torch.zeros_like(x, dtype=dtype) for x in (anchors_RE, positives_RE, columns_CE, others_QE)
+        )
+        sums, totals, d_tau = (texts.new_zeros(shape, dtype=torch.float64) for shape in ((0, _SOFTMAXES), (5,), (1,)))
+        return Block(sums[:, 0], totals, sums, d_anchors, d_positives, d_columns, d_others, d_tau)
     aside = torch.full_like(anchor_text_R, -1)
     of_others = torch.zeros_like(other_text_Q)  # their positives are elsewhere; nobody looks at them
     absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
@@ -186,10 +198,11 @@ def info_nce_block(
         torch.cat([absent, column_role_C]), torch.cat([aside, column_owner_C]), (0, rows, rows), options, (), (),
         gradients, gradients, log_negatives, log_negatives_RS is not None, pull,
     )  # fmt: skip
-    losses, _, d_queries, d_documents, d_temperature = results
+    losses, totals, d_queries, d_documents, d_temperature = results
     split = rows if gradients else 0
     return Block(
         losses,
+        totals,
         log_negatives,
         d_queries[:split],
         d_documents[:split],

@@ -34,6 +34,15 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return _Linear.apply(x_TI, weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI, weight_OI)
 
 
+def linear_onto_known(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:
+    """residual + x W^T where that sum is known from an earlier pass: `sum_TO` itself, with the gradients of the sum.
+
+    Args:
+        x_TI: [T, I]. weight_OI: [O, I] of the same dtype. residual_TO, sum_TO: [T, O] of one dtype, under autocast of another one.
+    """
+    return _LinearOntoKnown.apply(x_TI, weight_OI, residual_TO, sum_TO)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -42,12 +51,28 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return _gradients(ctx, dy, *ctx.saved_tensors)
+
+
+class _LinearOntoKnown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph
-            return dy @ weight, dy.T @ x
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, weight, out=empty(x.shape, x.dtype, x.device))
-        if ctx.needs_input_grad[1]:
-            dweight = torch.mm(dy.T, x, out=empty(weight.shape, weight.dtype, weight.device))
-        return dx, dweight
+        return *_gradients(ctx, dy.to(x.dtype), x, weight), dy, None
+
+
+def _gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and weight, where they are wanted."""
+    if torch.is_grad_enabled():  # create_graph
+        return dy @ weight, dy.T @ x
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.mm(dy, weight, out=empty(x.shape, x.dtype, x.device))
+    if ctx.needs_input_grad[1]:
+        dweight = torch.mm(dy.T, x, out=empty(weight.shape, weight.dtype, weight.device))
+    return dx, dweight

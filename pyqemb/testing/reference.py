@@ -61,7 +61,7 @@ def info_nce(
         "query_query": (qq, others, 2),
         "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3), "doc_hard": (dd, kinds["hard"], 3),
     }  # fmt: skip
-    logits = {}
+    logits: dict[int, list[Tensor]] = {}
     for name, group in groups.items():
         values, keep, softmax = candidates[name]
         limit = margin if group.margin is None else group.margin
@@ -72,7 +72,7 @@ def info_nce(
             keep = keep & there
         logit = values / temperature + group.hardness * values.detach()
         logits.setdefault(softmax if split else 0, []).append(logit.masked_fill(~keep, -torch.inf))
-    loss = 0
+    loss = queries.new_zeros(B)
     for parts in logits.values():
         total = torch.logsumexp(torch.cat([(score / temperature)[:, None], *parts], dim=1), dim=1) - score / temperature
         if focal:  # (the derivative of 0 ** focal is not for autograd)

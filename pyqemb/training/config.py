@@ -5,6 +5,7 @@ The class defaults are those of stage 2 (hard negatives, task-pure batches); `st
 
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "dtype": "precision",
 }
+
+
+Group = Literal["own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard"]
+Objective = Literal["info_nce", "classification", "cosent", "distillation"]
 
 
 class Section(BaseModel):
@@ -62,20 +67,46 @@ class DataSet(Section):
     weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
 
 
-class LossSection(Section):
-    """InfoNCE: which negatives count, and how sharply."""
+class GroupSection(Section):
+    """How a group of candidates takes part in InfoNCE: pyqemb.ops.Group."""
 
-    preset: Literal["qwen3", "qwen3_stage2", "mnrl", "classification"] = "qwen3"
+    mask: Literal["own", "query_document", False] = "own"
+    margin: float | None = None
+    relative: bool = False
+    hardness: float = 0.0
+
+
+class LossSection(Section):
+    """The objective: InfoNCE unless a set's task has another one."""
+
+    preset: Literal["qwen3", "qwen3_stage2", "mnrl", "ms_swift", "memeff", "classification"] = "qwen3"
+    groups: dict[Group, bool | GroupSection] = Field(default_factory=dict)  # changes to the preset; false: off
+    softmax: Literal["joint", "split"] = "joint"
+    focal: float = Field(0.0, ge=0)
     temperature: float = Field(0.02, gt=0)
+    learn_temperature: bool = False  # `temperature` is where it starts
     margin: float | None = 0.1  # a negative above the positive's score plus this is taken for a false one; None: off
-    matryoshka: tuple[int, ...] | None = None
+    matryoshka: tuple[int, ...] | None = None  # rising or falling
+    matryoshka_weights: tuple[float, ...] | None = None  # None: their mean
+    teacher_temperature: float = Field(1.0, gt=0)  # of the softmax over a teacher's scores
+    tasks: dict[str, Objective] = Field(default_factory=dict)  # objectives of tasks, beside pyqemb.training.loss.TASKS
 
     @field_validator("matryoshka")
     @classmethod
-    def _positive(cls, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if dims is not None and (not dims or min(dims) < 1 or len(set(dims)) < len(dims)):
-            raise ValueError("expected different dimensions of at least 1")
-        return dims and tuple(sorted(dims, reverse=True))
+    def _in_order(cls, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        rising = sorted(set(dims or ()))
+        if dims is not None and (not dims or rising[0] < 1 or list(dims) not in (rising, rising[::-1])):
+            raise ValueError("expected dimensions of at least 1 that rise or fall, each once")
+        return dims
+
+    @model_validator(mode="after")
+    def _as_many_weights(self) -> "LossSection":
+        weights = self.matryoshka_weights
+        if weights is not None and (len(weights) != len(self.matryoshka or ()) or min(weights) < 0):
+            raise ValueError(
+                f"matryoshka_weights: expected {len(self.matryoshka or ())} numbers of at least 0, one a dimension"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -101,6 +132,13 @@ class TrainSection(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # auto: a GPU where there is one that can run the model
     activation_checkpointing: bool = False
+    memory: Literal["auto"] | int | None = (
+        None  # bytes, or "12GB", that a step may take; then chunks are planned, graphs kept
+    )
+    skip_gradients: float = Field(
+        0.0, ge=0, lt=1
+    )  # share of the cached gradients' norm whose texts go without a second pass
+    documents: Literal["gather", "ring"] = "gather"  # with several processes: all vectors everywhere, or passed round
     log_every: int = Field(1, ge=1)
     tensorboard: bool = False
 
@@ -110,6 +148,17 @@ class TrainSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("expected two numbers from 0 to below 1")
         return betas
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _in_bytes(cls, size: Any) -> Any:
+        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", size) if isinstance(size, str) else None
+        if match is None:
+            if size not in (None, "auto") and not (isinstance(size, int) and size > 0):
+                raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")
+            return size
+        power = "KMGT".index(match[2][0]) + 1
+        return int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
 
     @field_validator("device")
     @classmethod

@@ -32,12 +32,21 @@ class Optimizer:
     It takes a float32 model. With a narrower `dtype` it keeps the float32 weights for itself and the model computes with
     rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the gradients
     of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
+
+    `others` are parameters beside the model's, e.g. of the loss; they stay as they are and do not decay.
     """
 
-    def __init__(self, model: nn.Module, config: TrainSection, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainSection,
+        dtype: torch.dtype = torch.float32,
+        others: dict[str, nn.Parameter] | None = None,
+    ):
         self.config = config
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = dict(self.model)
+        self.others = others or {}
         if dtype != torch.float32:
             self.weights = {name: p.detach() for name, p in self.model.items()}
             model.to(dtype)
@@ -45,20 +54,28 @@ class Optimizer:
                 parameter.register_post_accumulate_grad_hook(_add_to(self.weights[name]))
         groups = [
             {"params": [p for p in self.weights.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.weights.values() if p.ndim <= 1], "weight_decay": 0.0},
+            {
+                "params": [*(p for p in self.weights.values() if p.ndim <= 1), *self.others.values()],
+                "weight_decay": 0.0,
+            },
         ]
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True,
         )  # fmt: skip
 
+    @property
+    def holders(self) -> list[torch.Tensor]:
+        """The tensors whose .grad is to hold the gradients."""
+        return [*self.weights.values(), *self.others.values()]
+
     def zero_grad(self) -> None:
-        for weight in self.weights.values():
-            weight.grad = None
+        for holder in self.holders:
+            holder.grad = None
 
     def clip(self) -> float:
         """Scale the gradients down to max_grad_norm; returns their norm before that."""
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        gradients = [holder.grad for holder in self.holders if holder.grad is not None]
         norm = global_norm(gradients)
         limit = self.config.max_grad_norm
         if limit is not None and math.isfinite(norm) and norm > limit:
@@ -72,12 +89,13 @@ class Optimizer:
         self._round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`."""
-        return {
+        """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`; the others' values as kind `value`."""
+        moments = {
             f"{name}/{kind}": value
-            for name, weight in self.weights.items()
+            for name, weight in (self.weights | self.others).items()
             for kind, value in self.adamw.state.get(weight, {}).items()
         }
+        return moments | {f"{name}/value": parameter.detach() for name, parameter in self.others.items()}
 
     def load(self, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
         """Put back what `weights` and `state_tensors` held."""
@@ -87,7 +105,11 @@ class Optimizer:
         self._round()
         for key, value in state.items():
             name, _, kind = key.rpartition("/")
-            weight = self.weights[name]
+            weight = (self.weights | self.others)[name]
+            if kind == "value":
+                with torch.no_grad():
+                    weight.copy_(value)
+                continue
             self.adamw.state[weight][kind] = value.to(weight.device, copy=True)  # the step count too, as `fused` has it
 
     @torch.no_grad()

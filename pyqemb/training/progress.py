@@ -93,6 +93,29 @@ class Progress:
         )
 
 
+class Silence(Progress):
+    """For all processes but the first: nothing is written or said."""
+
+    def __init__(self) -> None:
+        self._times = deque([(time.perf_counter(), 0)], maxlen=_WINDOW)
+        self._tokens = 0
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def truncate_metrics(path: Path, step: int) -> None:
     """Keep the rows up to `step` (a resumed run writes the later ones again), drop a half-written last line."""
     if not path.exists():

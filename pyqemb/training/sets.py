@@ -9,14 +9,16 @@ from pyqemb.data.example import Example, read_examples
 from pyqemb.data.loader import Loader
 from pyqemb.errors import ConfigError
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.loss import check_examples, objective_of
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Examples by set name, and the weights that were asked for (none: by rows)."""
+    """Examples by set name, the weights that were asked for (none: by rows), and what each set is trained with."""
 
     examples: Mapping[str, Sequence[Example]]
     weights: Mapping[str, float]
+    objectives: Mapping[str, str]
 
     @property
     def instructions(self) -> set[str | None]:
@@ -34,9 +36,10 @@ class Sets:
 
 
 def read_sets(config: TrainConfig) -> Sets:
-    """Read all data. DataError names file, line and column of a bad row."""
+    """Read all data. DataError names file, line and column of a bad row, or what an objective misses in a set."""
     examples: dict[str, list[Example]] = {}
     weights: dict[str, float] = {}
+    objectives: dict[str, str] = {}
     for entry in config.data:
         by_task: dict[str | None, list[Example]] = {}
         for example in read_examples(entry.path):
@@ -49,10 +52,11 @@ def read_sets(config: TrainConfig) -> Sets:
             name = base if len(by_task) == 1 else f"{base}/{task}"
             if name in examples:
                 raise ConfigError(f"data: two sets are called {name!r}; give one of them another name")
-            examples[name] = rows
+            examples[name], objectives[name] = rows, objective_of(task, config.loss)
+            check_examples(name, rows, objectives[name])
             if entry.weight is not None:
                 weights[name] = entry.weight * len(rows) / total
-    return Sets(examples, weights)
+    return Sets(examples, weights, objectives)
 
 
 def make_loader(sets: Sets, config: TrainConfig) -> Loader:

@@ -10,18 +10,18 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig
 
 
-def load_model(config: TrainConfig) -> Embedder:
-    """The base model in float32 on its device; its Matryoshka dimensions are those of the loss."""
+def load_model(config: TrainConfig, device: str | None = None) -> Embedder:
+    """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss."""
     model = config.model
     embedder = Embedder.from_pretrained(
         model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
-        device=config.train.device,
+        device=device or config.train.device,
     )  # fmt: skip
     size = embedder.config.hidden_size
     if config.loss.matryoshka is not None:
         if max(config.loss.matryoshka) > size:
             raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
-        embedder.matryoshka = config.loss.matryoshka
+        embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
     embedder.model.checkpointing = config.train.activation_checkpointing
     return embedder.train()
 

@@ -5,6 +5,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import torch
 
 from pyqemb import __version__
+from pyqemb.data.batch import to_device
 from pyqemb.data.files import atomic_file
-from pyqemb.data.loader import TokenCache, build_batch
+from pyqemb.data.loader import TokenCache, TrainingBatch, build_batch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig, load_config
+from pyqemb.training.distributed import World, joined
 from pyqemb.training.grad_cache import GradCache
-from pyqemb.training.loss import ContrastiveLoss
+from pyqemb.training.loss import BatchLoss, LossParameters, stats_of
 from pyqemb.training.optim import Optimizer, learning_rate
-from pyqemb.training.progress import Progress
+from pyqemb.training.progress import Progress, Silence
+from pyqemb.training.ring import Ring
 from pyqemb.training.sets import make_loader, read_sets
 from pyqemb.training.setup import load_model, pick_precision, seed_everything
 from pyqemb.training.signals import StopRequest
@@ -58,6 +62,8 @@ def train(
 ) -> TrainResult:
     """Train a model and write it to `save.dir`/final.
 
+    Under torchrun the processes share each batch out and take the same steps as one would; the first writes and measures.
+
     Args:
         config: a TrainConfig, or a TOML or YAML file.
         evaluate: called with the Embedder every `eval.every` steps and at the end; returns numbers by name.
@@ -69,47 +75,76 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, `resume="auto"` continues bit by bit.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
-    with StopRequest() as stop, locked(Path(config.save.dir)):
-        run = Run(config, resume)
-        with Progress(run.folder, run.steps, run.step, config.train.tensorboard) as progress:
-            run.loop(progress, stop, evaluate, on_step)
-    return run.result()
+    with (
+        StopRequest() as stop,
+        joined(config.train.device) as (world, device),
+        locked(Path(config.save.dir)) if world.is_first else nullcontext(),
+    ):
+        run = Run(config, resume, world, device, stop)
+        with run.progress() as progress:
+            run.loop(progress, evaluate, on_step)
+        return run.result()
 
 
 class Run:
     """One training run: what it holds, and one step of it."""
 
-    def __init__(self, config: TrainConfig, resume: str | Path | None = None):
-        self.config, self.folder = config, Path(config.save.dir)
+    def __init__(self, config: TrainConfig, resume: str | Path | None, world: World, device: str, stop: StopRequest):
+        self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
-        remove_leftovers(self.checkpoints)
-        checkpoint = find(self.checkpoints, resume, warn=lambda text: print(text, file=sys.stderr))
-        self.embedder = load_model(config)
+        if world.is_first:
+            remove_leftovers(self.checkpoints)
+        world.of_first(None)  # the others look for checkpoints when the leftovers are gone
+        checkpoint = find(self.checkpoints, resume, warn=self.warn)
+        if (step := checkpoint and checkpoint.step) != world.of_first(step):
+            raise CheckpointError(f"{self.checkpoints}: process {world.rank} found step {step}, the first another one")
+        self.embedder = load_model(config, device)
         sets = read_sets(config)
-        self.fingerprint = sets.fingerprint
+        self.fingerprint, self.objectives = sets.fingerprint, sets.objectives
         if len(sets.instructions) == 1:  # what the model is trained with is what encode_query should say
             (self.embedder.default_instruction,) = sets.instructions
         self.loader = make_loader(sets, config)
         self.tokens = TokenCache(self.embedder.tokenizer)
         self.steps = config.train.steps or math.ceil(config.train.epochs * self.loader.steps_per_epoch)
         precision = pick_precision(config.train.precision, self.embedder.device)
-        self.optimizer = Optimizer(self.embedder, config.train, precision)
+        self.loss_parameters = LossParameters(config.loss).to(self.embedder.device)
+        others = {f"loss.{name}": p for name, p in self.loss_parameters.named_parameters()}
+        self.optimizer = Optimizer(self.embedder, config.train, precision, others)
+        self.cache = GradCache(
+            self.embedder, None, config.train.tokens_per_chunk, memory=config.train.memory, skip=config.train.skip_gradients,
+            parameters=self.optimizer.weights.values(), agree=self._agree, say=self.warn,
+        )  # fmt: skip
         self.step, self.bad_steps = 0, 0
+        self.stopping = False  # what all processes have agreed on
         self.best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best evaluation
         self.metrics: list[dict[str, Any]] = []
         seed_everything(config.train.seed)
         if checkpoint is not None:
             self._continue_from(checkpoint)
-        self._write_notes()
+        if world.is_first:
+            self._write_notes()
 
-    def loop(self, progress: Progress, stop: StopRequest, evaluate: Evaluate | None, on_step: OnStep | None) -> None:
+    def progress(self) -> Progress:
+        if not self.world.is_first:
+            return Silence()
+        return Progress(self.folder, self.steps, self.step, self.config.train.tensorboard)
+
+    def warn(self, text: str) -> None:
+        if self.world.is_first:
+            print(text, file=sys.stderr)
+
+    def loop(self, progress: Progress, evaluate: Evaluate | None, on_step: OnStep | None) -> None:
         """Step until the end; at step boundaries evaluate, save, and leave when asked to."""
         saved = self.step
-        while self.step < self.steps and stop.name is None:
+        while self.step < self.steps and not self._asked_to_stop():
             row = self.train_step(progress)
-            if on_step is not None:
+            if on_step is not None and self.world.is_first:
                 on_step(row)
-            if evaluate is not None and (self._due(self.config.eval.every) or self.step == self.steps):
+            if (
+                evaluate is not None
+                and self.world.is_first
+                and (self._due(self.config.eval.every) or self.step == self.steps)
+            ):
                 self.evaluate(evaluate, progress)
             if self._due(self.config.save.every) or self.step == self.steps:
                 self.save(progress)
@@ -118,42 +153,106 @@ class Run:
             if saved < self.step:
                 self.save(progress)
             raise Interrupted(
-                f"stopped by {stop.name} after step {self.step} of {self.steps}, saved; continue with --resume auto"
+                f"stopped by {self.stop.name or 'a signal'} after step {self.step} of {self.steps}, saved; "
+                "continue with --resume auto"
             )
-        self.embedder.save_pretrained(self.folder / "final", provenance=self.provenance())
+        if self.world.is_first:
+            self.embedder.save_pretrained(self.folder / "final", provenance=self.provenance())
+        self.world.of_first(None)
 
     def train_step(self, progress: Progress) -> dict[str, Any]:
-        """Batch -> gradients -> weights. A loss or gradient that is not finite leaves the weights as they were."""
+        """Batch -> gradients -> weights. A loss or gradient that is not finite leaves the weights as they were, everywhere."""
         config = self.config
-        batch = build_batch(self.loader.batch(self.step), self.tokens, own_rows=config.loss.preset == "classification")
-        loss_fn = ContrastiveLoss(batch, config.loss)
-        cache = GradCache(self.embedder, loss_fn, config.train.tokens_per_chunk)
+        name, number = self.loader.where(self.step)
+        objective = self.objectives[name]
+        batch = build_batch(
+            self.loader.batch(self.step), self.embedder.tokenizer, own_rows=objective == "classification"
+        )
         self.optimizer.zero_grad()
-        loss = float(cache.step(batch.queries, batch.documents))
-        norm = self.optimizer.clip()
+        loss, tokens, totals = self._gradients(batch, objective)
+        norm = self.optimizer.clip() if math.isfinite(loss) else math.nan
         rate = learning_rate(self.step, self.steps, config.train)
         healthy = math.isfinite(loss) and math.isfinite(norm)
         if healthy:
             self.optimizer.step(rate)
-        name, number = self.loader.where(self.step)
-        self.step += 1
-        row = {
-            "step": self.step,
+        report = self.cache.last
+        assert report is not None
+        row: dict[str, Any] = {
+            "step": self.step + 1,
             "loss": loss if healthy else None,
-            **(loss_fn.stats if healthy else {"skipped": True}),
+            **(
+                stats_of(totals, len(batch.positive))
+                if healthy
+                else {"skipped": True, "rows": self.loader.rows(self.step)}
+            ),
             "grad_norm": norm if healthy else None,
             "learning_rate": rate,
             "set": name,
-            "tokens": batch.num_tokens,
-            "tokens_per_second": round(progress.count(batch.num_tokens)),
+            "tokens": tokens,
+            "tokens_per_second": round(progress.count(tokens)),
+            "texts": len(batch.texts),
+            "chunks": report.chunks,  # of the first process
         }
+        if "loss.log_temperature" in self.optimizer.others:
+            row["temperature"] = float(self.optimizer.others["loss.log_temperature"].detach().exp())
+        if config.train.memory is not None:
+            row |= {
+                "kept_chunks": report.kept,
+                "predicted_bytes": report.predicted_bytes,
+                "measured_bytes": report.measured_bytes,
+            }
+        if config.train.skip_gradients:
+            row |= {
+                "skipped_texts": report.skipped_texts,
+                "skipped_tokens": report.skipped_tokens,
+                "skipped_norm": report.skipped_norm,
+            }
+        self.step += 1
         if self.step % config.train.log_every == 0 or self.step == self.steps or not healthy:
             progress.log(row)
         self.metrics.append(row)
-        self._count_bad_step(
-            healthy, f"step {self.step} (set {name!r}, batch {number}): loss {loss}, gradient norm {norm}", progress
-        )
+        what = f"step {self.step} (set {name!r}, batch {number}, rows {row.get('rows')}): loss {loss}, gradient norm {norm}"
+        self._count_bad_step(healthy, what, progress)
         return row
+
+    def _gradients(self, batch: TrainingBatch, objective: str) -> tuple[float, int, torch.Tensor]:
+        """The gradients of the batch, summed over the processes; its loss, tokens and totals of statistics."""
+        world, device = self.world, self.embedder.device
+        shares = batch.shares(world.size)
+        stream = self.tokens.pack([batch.texts[text] for text in shares[world.rank]])
+        loss_of = BatchLoss(batch, self.config.loss, objective, self.loss_parameters, world.share(len(batch.positive)))
+        query_text, document_text = (to_device(x, device) for x in (batch.query_text, batch.document_text))
+        ring = None
+        if self.config.train.documents == "ring" and objective in ("info_nce", "classification"):
+            ring = Ring(world, batch, shares, device)
+
+        def loss_of_texts(own_SE: torch.Tensor) -> torch.Tensor:
+            if ring is not None:
+                return loss_of.around(ring, own_SE)
+            vectors_SE = world.gather(own_SE, shares)
+            return loss_of(vectors_SE.index_select(0, query_text), vectors_SE.index_select(0, document_text))
+
+        self._message = lambda loss: torch.cat(
+            [
+                torch.tensor([float(loss), self.stop.name is not None, stream.num_tokens], dtype=torch.float64),
+                loss_of.totals.cpu(),
+            ]
+        )
+        self.cache.step_stream(stream, loss_of_texts)
+        loss, stopping, tokens, *totals = self._agreed.tolist()
+        self.stopping = stopping > 0
+        if math.isfinite(loss):
+            world.sum_gradients(self.optimizer.holders)
+        return loss, int(tokens), torch.tensor(totals, dtype=torch.float64)
+
+    def _agree(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of the whole batch. What else the processes tell each other in a step goes with it."""
+        self._agreed = self.world.sum(self._message(loss).to(loss.device)).cpu()
+        return self._agreed[0]
+
+    def _asked_to_stop(self) -> bool:
+        """Alone at once; among others when all have heard of it."""
+        return self.stopping if self.world.size > 1 else self.stop.name is not None
 
     def evaluate(self, evaluate: Evaluate, progress: Progress) -> None:
         """Measure the model; keep its folder as `best` when the metric has never been higher."""
@@ -174,6 +273,8 @@ class Run:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, its metrics first."""
+        if not self.world.is_first:
+            return
         progress.sync()
         state = {
             "config": self.config.model_dump(mode="json"),

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from pyqemb import _C, ops
+from pyqemb.ops.groups import PRESETS
 from pyqemb.testing import reference
 from pyqemb.testing.cases import cu_seqlens, heavy_tailed
 from pyqemb.testing.compare import assert_close_as
@@ -154,25 +155,49 @@ def test_small_ops(op, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("preset", ["qwen3", "qwen3_stage2", "mnrl", "classification"])
-def test_info_nce(preset, dtype):
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+def test_info_nce(preset, softmax, dtype):
     queries, documents = (torch.nn.functional.normalize(torch.randn(n, 40), dim=-1) for n in (37, 150))
     positive, owner = torch.arange(37), torch.arange(150) % 40 - 3
     owner[:37] = torch.arange(37)
     ids = torch.arange(150) % 120
-    groups = {
-        name: getattr(ops.infonce.PRESETS[preset], name) for name in ("hard", "in_batch", "query_query", "doc_doc")
-    }
-    margin = 0.1 if ops.infonce.PRESETS[preset].margin else None
     there = [x.to("cuda") for x in (positive, owner, ids)]
     held_to_float64(
         lambda q, d: ops.info_nce(
-            q, d, there[0], owner=there[1], document_ids=there[2], preset=preset, temperature=0.05
+            q, d, there[0], owner=there[1], document_ids=there[2], preset=preset, temperature=0.05, softmax=softmax
         ),
-        lambda q, d: reference.info_nce(q, d, positive, owner, ids, 0.05, margin, **groups),
+        lambda q, d: reference.info_nce(
+            q, d, positive, owner, ids, 0.05, groups=PRESETS[preset], split=softmax == "split"
+        ),
         [queries, documents],
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_info_nce_with_prefixes_and_a_learned_temperature(dtype):
+    queries, documents = (torch.nn.functional.normalize(torch.randn(n, 40), dim=-1) for n in (37, 150))
+    positive, there = torch.arange(37), torch.arange(37).to("cuda")
+    tau = torch.tensor(0.1, device="cuda", requires_grad=True)
+    exact = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    normalize = torch.nn.functional.normalize
+    held_to_float64(
+        lambda q, d: ops.info_nce(q, d, there, temperature=tau.detach(), matryoshka=[8, 40]),
+        lambda q, d: (
+            sum(
+                reference.info_nce(normalize(q[:, :n], dim=1), normalize(d[:, :n], dim=1), positive, temperature=0.1)
+                for n in (8, 40)
+            )
+            / 2
+        ),
+        [queries, documents],
+        dtype,
+    )
+    low = [x.to(dtype).to("cuda") for x in (queries, documents)]
+    ops.info_nce(*low, there, temperature=tau).backward()
+    reference.info_nce(*(x.double().cpu() for x in low), positive, temperature=exact).backward()
+    torch.testing.assert_close(tau.grad.double().cpu(), exact.grad, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -44,7 +44,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"query": "q", "positive": "p", "id": 3, "score": 0.5}, [Example("q", "p")]),
+        ({"query": "q", "positive": "p", "id": 3, "rank": 0.5}, [Example("q", "p")]),
+        ({"query": "q", "positive": "p", "score": 0.5}, [Example("q", "p", score=0.5)]),
+        ({"sentence1": "q", "sentence2": "p", "label": 1}, [Example("q", "p", score=1.0)]),
+        (
+            {"query": "q", "positive": "p", "negatives": ["n"], "scores": [3, -1.5]},
+            [Example("q", "p", ("n",), scores=(3.0, -1.5))],
+        ),
+        (
+            {"query": "q", "positive": "p", "query_embedding": [1, 0], "positive_embedding": [0, 1]},
+            [Example("q", "p", query_embedding=(1.0, 0.0), positive_embedding=(0.0, 1.0))],
+        ),
         (
             {"query": "q", "positive": ["a", "b"], "negatives": ["n"]},
             [Example("q", "a", ("n",)), Example("q", "b", ("n",))],
@@ -63,6 +73,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_columns(tmp_path, row, expected):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     assert list(read_examples(tmp_path / "rows.jsonl")) == expected
+    write_examples(tmp_path / "again.jsonl", expected)
+    assert list(read_examples(tmp_path / "again.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"score": "high"}, "column 'score' must hold finite numbers, got 'high'"),
+        ({"score": True}, "'score' must hold finite numbers, got True"),
+        ({"scores": 1.0}, "'scores' must be a list of numbers, got a number"),
+        ({"scores": [1.0]}, "'scores' must hold 2 numbers, one for the positive and each negative, got 1"),
+        ({"query_embedding": [1.0, float("nan")]}, "'query_embedding' must hold finite numbers, got nan"),
+        ({"positive": ["a", "b"], "query_embedding": [1.0]}, "must be one text beside a teacher's vectors"),
+    ],
+)
+def test_a_bad_number_is_named(tmp_path, column, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "q", "positive": "p", "negative": "n", **column}))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{re.escape(message)}"):
+        list(read_examples(tmp_path / "rows.jsonl"))
 
 
 GOOD = b'{"query": "q", "positive": "p"}\n'

@@ -1,5 +1,6 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,19 +40,35 @@ def test_weights():
 
 
 def test_equal_texts_are_one_document():
-    examples = [Example("q0", "d", ("x",)), Example("q1", "d", ("y", "x")), Example("q2", "e")]
-    batch = build_batch(examples, TokenCache(tiny_tokenizer()))
-    assert batch.documents.num_sequences == 4  # d, x, y, e
-    assert batch.positive.tolist() == [0, 0, 3] and batch.owner.tolist() == [0, 0, 1, 2]
-    own = build_batch(examples, TokenCache(tiny_tokenizer()), own_rows=True)
-    assert own.documents.num_sequences == 4 and own.rows_M.tolist() == [0, 1, 0, 2, 1, 3]
-    assert own.positive.tolist() == [0, 2, 5] and own.owner.tolist() == [0, 0, 1, 1, 1, 2]
+    examples = [Example("q0", "d", ("x",)), Example("q1", "d", ("y", "x")), Example("q2", "e"), Example("e", "q0")]
+    batch = build_batch(examples, tiny_tokenizer())
+    assert batch.texts == ["q0", "q1", "q2", "e", "d", "x", "y"]
+    assert batch.query_text.tolist() == [0, 1, 2, 3]
+    assert [batch.texts[i] for i in batch.document_text] == ["d", "x", "y", "e", "q0"]
+    assert batch.positive.tolist() == [0, 0, 3, 4] and batch.owner.tolist() == [0, 0, 1, 2, 3]
+    assert batch.candidates.tolist() == [[0, 1, -1], [0, 2, 1], [3, -1, -1], [4, -1, -1]]
+    own = build_batch(examples, tiny_tokenizer(), own_rows=True)
+    assert own.texts == batch.texts
+    assert [own.texts[i] for i in own.document_text] == ["d", "x", "d", "y", "x", "e", "q0"]
+    assert own.positive.tolist() == [0, 2, 5, 6] and own.owner.tolist() == [0, 0, 1, 1, 1, 2, 3]
 
 
-def test_packed_as_the_tokenizer_says():
+def test_queries_have_their_instruction():
     tokenizer = tiny_tokenizer()
-    batch = build_batch([Example("a query", "a document", instruction="Find")], TokenCache(tokenizer))
-    assert torch.equal(batch.queries.input_ids_T, torch.tensor(tokenizer.encode_queries(["a query"], "Find")[0]))
+    batch = build_batch([Example("a query", "a document", instruction="Find")], tokenizer)
+    packed = TokenCache(tokenizer).pack([batch.texts[i] for i in batch.query_text])
+    assert torch.equal(packed.input_ids_T, torch.tensor(tokenizer.encode_queries(["a query"], "Find")[0]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 50])
+def test_shares_hold_every_text_once_and_alike(count):
+    generator = np.random.default_rng(0)
+    examples = [Example("q" * int(n), "d" * int(n * 3 + i)) for i, n in enumerate(generator.integers(1, 60, 12))]
+    batch = build_batch(examples, tiny_tokenizer())
+    shares = batch.shares(count)
+    assert len(shares) == count and sorted(np.concatenate(shares).tolist()) == list(range(len(batch.texts)))
+    sizes = [sum(len(batch.texts[i]) for i in share) for share in shares]
+    assert max(sizes) - min(sizes) <= max(map(len, batch.texts)) + len(batch.texts)
 
 
 def test_bad_arguments():

@@ -8,7 +8,7 @@ import torch
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model import qwen3
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.qwen3 import Qwen3Model
+from pyqemb.model.qwen3 import Boundaries, Qwen3Model
 from pyqemb.testing.tiny import tiny_config
 
 REAL_SHAPE = Qwen3Config(  # Qwen3-Embedding-0.6B, but four layers and a small vocabulary
@@ -221,3 +221,49 @@ def test_names_are_those_of_hugging_face():
     layer |= {f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
     layer |= {f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
     assert names == {f"layers.0.{part}.weight" for part in layer} | {"embed_tokens.weight", "norm.weight"}
+
+
+@MASKS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last_only", [False, True])
+def test_boundaries_spare_products_and_change_no_bit(is_causal, dtype, last_only):
+    model = random_model(tiny_config(is_causal=is_causal), dtype, deviation=0.3)
+    batch = PackedBatch.pack([*random_ids([5, 30], 384), [], *random_ids([1], 384)])
+    boundaries, results, products = Boundaries(), [], []
+    for layer in model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.register_forward_hook(lambda *_: products.append(1))
+    with torch.no_grad():
+        first = model(batch, last_only=last_only, boundaries=boundaries)
+    assert len(boundaries.layers) == 2 and len(products) == 4
+    for known in (None, boundaries):
+        products.clear()
+        model.zero_grad()
+        rows = model(batch, last_only=last_only, boundaries=known)
+        (rows * torch.linspace(-1, 1, rows.numel(), dtype=dtype).view_as(rows)).sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert torch.equal(rows, first) and len(products) == (0 if known else 4)
+    plain, spared = results
+    assert plain.keys() == spared.keys() and len(plain) > 20
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    for name, grad in plain.items():
+        assert (grad - spared[name]).norm() <= tolerance * grad.norm(), name
+
+
+def test_boundaries_under_autocast_and_checkpointing():
+    model = random_model(tiny_config(), deviation=0.3)
+    batch, results = PackedBatch.pack(random_ids([5, 30], 384)), []
+    for use, model.checkpointing in ((False, False), (True, False), (True, True)):
+        model.zero_grad()
+        boundaries = Boundaries()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            if use:
+                with torch.no_grad():
+                    model(batch, boundaries=boundaries)
+            rows = model(batch, boundaries=boundaries if use else None)
+        rows.square().sum().backward()
+        results.append((rows.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (rows, grads), *others = results
+    for other_rows, other_grads in others:
+        assert torch.equal(rows, other_rows)
+        assert (grads - other_grads).norm() < 0.02 * grads.norm()

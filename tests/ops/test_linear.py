@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pyqemb import _C, ops
 from pyqemb.ops.common import empty
+from pyqemb.ops.linear import linear_onto_known
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -91,3 +92,21 @@ def test_no_more_is_kept_than_was_in_use_at_once():
     other = large(5 << 20)  # 20 of 24 MiB: what is kept must make room
     assert _C.kept_bytes() <= 4 << 20
     assert other.fill_(1).sum() == 5 << 20
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float64, torch.float32], ids=str)
+def test_a_known_sum_is_not_computed_again(residual_dtype, monkeypatch):
+    x, weight = torch.randn(7, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    residual, dout = torch.randn(7, 5).to(residual_dtype), torch.randn(7, 5).to(residual_dtype)
+    results = []
+    for known in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, residual)]
+        total = leaves[2] + ops.linear(*leaves[:2]).to(residual_dtype)
+        if known:
+            products, mm = [], torch.mm
+            monkeypatch.setattr(torch, "mm", lambda a, b, out, mm=mm: products.append(out.shape) or mm(a, b, out=out))
+            total = linear_onto_known(*leaves, total.detach())
+            assert not products
+        results.append([total.detach(), *torch.autograd.grad(total, leaves, dout)])
+    for computed, spared in zip(*results, strict=True):
+        assert torch.equal(computed, spared)

@@ -1,57 +1,88 @@
+"""Cached gradients against those of one big batch without caching."""
+
 import pytest
 import torch
-from torch import nn
 
 import pyqemb
-from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
+from pyqemb.testing.cached_step import Dropping, assert_close, backward, batches, gradients, loss_fn, uncached
 from pyqemb.testing.tiny import tiny_embedder
-from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.grad_cache import GradCache, Plan, embed_with_cache, embed_without_graph, loss_and_cache
+
+ALL = 10**6  # more chunks, or tokens, than there are
+PLANS = [
+    Plan(1),
+    Plan(40),
+    Plan(100),
+    Plan(250),
+    Plan(ALL),
+    Plan(60, kept=1),
+    Plan(60, kept=3),
+    Plan(60, kept=ALL),
+    Plan(60, boundaries=2),
+    Plan(60, boundaries=ALL),
+    Plan(60, kept=2, boundaries=ALL),
+    Plan(60, kept=1, boundaries=1),
+    Plan(60, checkpointing=True),
+    Plan(60, kept=1, boundaries=ALL, checkpointing=True),
+]
 
 
-def batches(queries=7, documents=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def texts(count):
-        lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
-        return PackedBatch.pack([torch.randint(0, 380, (n,), generator=generator).tolist() for n in lengths])
-
-    return texts(queries), texts(documents)
-
-
-def loss_fn(queries, documents):
-    positive = torch.arange(len(queries))
-    return ops.info_nce(queries, documents, positive, temperature=0.1)
-
-
-def gradients(model, step):
-    model.zero_grad()
-    loss = step()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert grads and all(g.abs().sum() > 0 for g in grads.values()), "a vacuous comparison"
-    return float(loss), grads
-
-
-def uncached(model, queries, documents):
-    def step():
-        loss = loss_fn(model(queries), model(documents))
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-@pytest.mark.parametrize("tokens", [1, 40, 100, 250, 10**6])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_equals_one_big_batch(tokens, dtype, tolerance):
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_equals_one_big_batch(plan, dtype, tolerance):
     model = tiny_embedder().to(dtype)
     queries, documents = batches()
     truth_loss, truth = gradients(model, uncached(model, queries, documents))
-    cache = pyqemb.GradCache(model, loss_fn, tokens_per_chunk=tokens)
+    cache = pyqemb.GradCache(model, loss_fn, plan=plan)
     loss, grads = gradients(model, lambda: cache.step(queries, documents))
     assert loss == pytest.approx(truth_loss, rel=tolerance)
-    for name, gradient in grads.items():
-        assert float((gradient - truth[name]).norm() / truth[name].norm()) < tolerance, name
+    assert_close(grads, truth, tolerance)
+    assert cache.last.kept == min(plan.kept, cache.last.chunks) or cache.last.chunks == 1
+    assert not model.model.checkpointing
+
+
+def test_the_order_of_the_texts_does_not_matter():
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    _, truth = gradients(model, uncached(model, queries, documents))
+    order = torch.randperm(7)
+    turned = torch.cat([order, torch.arange(7, 12).flip(0)])
+    cache = GradCache(model, loss_fn, plan=Plan(60, kept=1, boundaries=2))
+    _, grads = gradients(model, lambda: cache.step(queries.select(order), documents.select(turned)))
+    assert_close(grads, truth, 1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_second_forward_has_the_bits_of_the_first(pooling, is_causal):
+    """With boundary tensors too; and what is kept changes no bit of the gradient but by the order of the chunks."""
+    embedder = tiny_embedder(pooling=pooling, is_causal=is_causal)
+    seen = []
+    embedder.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    for plan in (Plan(60), Plan(60, boundaries=ALL)):
+        seen.clear()
+        GradCache(embedder, loss_fn, plan=plan).step(*batches())
+        half = len(seen) // 2
+        assert half > 2 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_equal_texts_are_encoded_once():
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    documents = PackedBatch.concat([documents.select([0, 1, 2, 3, 4, 5, 0, 2, 0]), queries.select([1, 1])])
+    _, truth = gradients(model, uncached(model, queries, documents))
+    cache = GradCache(model, loss_fn, 60)
+    _, grads = gradients(model, lambda: cache.step(queries, documents))
+    assert_close(grads, truth, 1e-12)
+    assert cache.last.sequences == 18 and cache.last.distinct == 13
+
+
+def test_copies_of_a_text_see_their_own_dropout():
+    model, (queries, _) = Dropping().train(), batches()
+    cache = GradCache(model, loss_fn, ALL)
+    cache.step(queries, queries.select([0] * 7))
+    assert cache.last.distinct == cache.last.sequences == 14
+    masks = model.seen[0][7:] == 0
+    assert not torch.equal(masks[0], masks[1])
 
 
 def test_gradients_accumulate():
@@ -63,25 +94,117 @@ def test_gradients_accumulate():
         torch.testing.assert_close(gradient, 2 * once[name])
 
 
-def test_dropout_is_replayed():
-    class Dropping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedder, self.dropout, self.seen = tiny_embedder(), nn.Dropout(0.3), []
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(60, kept=ALL)], ids=str)
+def test_the_gradient_is_scaled(plan):
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    truth_loss, truth = gradients(model, uncached(model, queries, documents))
+    cache = GradCache(model, loss_fn, plan=plan)
+    scaled = {name: 0.25 * gradient for name, gradient in truth.items()}
+    loss, grads = gradients(model, lambda: cache.step(queries, documents, scale=0.25))
+    assert loss == pytest.approx(truth_loss, rel=1e-12)  # the loss itself is not scaled
+    assert_close(grads, scaled, 1e-12)
+    loss, grads = gradients(model, lambda: backward(0.25 * cache(queries, documents)))
+    assert loss == pytest.approx(0.25 * truth_loss, rel=1e-12)
+    assert_close(grads, scaled, 1e-12)
 
-        def forward(self, batch):
-            vectors = self.dropout(self.embedder(batch))
-            self.seen.append(vectors.detach().clone())
-            return vectors
 
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2, boundaries=ALL)], ids=str)
+def test_two_forwards_before_one_backward(plan):
+    model = tiny_embedder().double()
+    first, second = batches(seed=1), batches(seed=2)
+
+    def truth():
+        return backward(sum(loss_fn(model(q), model(d)) * w for (q, d), w in ((first, 1.0), (second, -0.5))))
+
+    cache = GradCache(model, loss_fn, plan=plan)
+    truth_loss, expected = gradients(model, truth)
+    loss, grads = gradients(model, lambda: backward(cache(*first) - 0.5 * cache(*second)))
+    assert loss == pytest.approx(truth_loss, rel=1e-12)
+    assert_close(grads, expected, 1e-12)
+
+
+def test_the_loss_of_a_call_can_go_backward_twice():
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    _, truth = gradients(model, uncached(model, queries, documents))
+
+    def step():
+        loss = GradCache(model, lambda q, d: (q @ d.T).logsumexp(1).mean(), plan=Plan(60, kept=2))(queries, documents)
+        loss.backward(retain_graph=True)
+        once = {name: p.grad.clone() for name, p in model.named_parameters()}
+        loss.backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, 2 * once[name])
+        return loss.detach()
+
+    gradients(model, step)
+
+
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(60, boundaries=ALL)], ids=str)
+def test_dropout_is_replayed(plan):
     model = Dropping().train()
-    queries, documents = batches()
-    GradCache(model, loss_fn, 60).step(queries, documents)
-    half = len(model.seen) // 2
-    assert half > 2
-    first, second = model.seen[:half], model.seen[half:]
-    assert all(any(torch.equal(a, b) for b in second) for a in first), "the second pass saw other masks"
+    cache = GradCache(model, loss_fn, plan=plan)
+    before = torch.get_rng_state()
+    loss = cache.step(*batches())
+    after = torch.get_rng_state()
+    chunks = cache.last.chunks
+    first, second = model.seen[:chunks], model.seen[chunks:]
+    assert len(second) == chunks - plan.kept > 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=False)), "the second pass saw other masks"
     assert (first[0] == 0).any()
+    # The step leaves the generator as its first pass has, so that the next step draws new masks.
+    torch.set_rng_state(before)
+    again = GradCache(model, loss_fn, plan=Plan(60, kept=ALL)).step(*batches())
+    assert torch.equal(loss, again) and torch.equal(after, torch.get_rng_state())
+
+
+def test_gradients_with_dropout_are_those_of_one_graph():
+    """Kept chunks are never embedded again: with all of them kept the masks cannot differ."""
+    model, grads = Dropping(torch.float64).train(), []
+    for plan in (Plan(60, kept=ALL), Plan(60), Plan(60, kept=1, boundaries=2), Plan(60, checkpointing=True)):
+        torch.manual_seed(3)
+        grads.append(gradients(model, lambda plan=plan: GradCache(model, loss_fn, plan=plan).step(*batches()))[1])
+    for other in grads[1:]:
+        assert_close(other, grads[0], 1e-12)
+
+
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(60, boundaries=ALL)], ids=str)
+@pytest.mark.parametrize("how", ["within", "functions", "call"])
+def test_autocast_is_replayed(plan, how):
+    """Also where the second pass is called outside of it, and inside another one."""
+    model, (queries, documents) = tiny_embedder(), batches()
+    stream = PackedBatch.concat((queries, documents))
+    seen = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+
+    def pair_loss(vectors):
+        return loss_fn(vectors[:7], vectors[7:])
+
+    def whole():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = pair_loss(model(stream))
+        return backward(loss)
+
+    def cached():
+        with torch.autocast("cpu", torch.bfloat16):
+            if how == "within":
+                return GradCache(model, loss_fn, plan=plan).step(queries, documents)
+            if how == "call":
+                loss = GradCache(model, loss_fn, plan=plan)(queries, documents)
+            else:
+                record = embed_without_graph(model, [stream.select(range(9)), stream.select(range(9, 19))], plan.kept)
+                loss, cache = loss_and_cache(pair_loss, record.vectors_UE)
+        if how == "call":
+            return backward(loss)
+        with torch.autocast("cpu", torch.float16):
+            embed_with_cache(model, record, cache)
+        return loss
+
+    truth_loss, truth = gradients(model, whole)
+    seen.clear()
+    loss, grads = gradients(model, cached)
+    assert len(seen) > 1 and set(seen) == {torch.bfloat16}
+    assert loss == pytest.approx(truth_loss, rel=1e-2)
+    assert_close(grads, truth, 0.1)
 
 
 def test_frozen_parts_stay_frozen():
@@ -92,16 +215,86 @@ def test_frozen_parts_stay_frozen():
     assert model.model.norm.weight.grad is not None
 
 
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(60, boundaries=ALL), Plan(ALL)], ids=str)
+def test_all_but_the_last_layer_frozen(plan):
+    model = tiny_embedder().double().requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    _, truth = gradients(model, uncached(model, *batches()))
+    _, grads = gradients(model, lambda: GradCache(model, loss_fn, plan=plan).step(*batches()))
+    assert_close(grads, truth, 1e-12)
+    assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2, boundaries=ALL), Plan(ALL)], ids=str)
+def test_everything_frozen_gives_the_loss(plan):
+    model, (queries, documents) = tiny_embedder().requires_grad_(False), batches()
+    loss = GradCache(model, loss_fn, plan=plan).step(queries, documents)
+    assert float(loss) == pytest.approx(float(loss_fn(model(queries), model(documents))), rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_loss_may_learn_too():
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def learning(q, d):
+        return torch.nn.functional.cross_entropy(q @ d.T / temperature, torch.arange(7))
+
+    backward(learning(model(queries), model(documents)))
+    truth, temperature.grad = temperature.grad, None
+    assert truth != 0
+    cache = GradCache(model, learning, 60)
+    cache.step(queries, documents, scale=0.5)
+    torch.testing.assert_close(temperature.grad, 0.5 * truth, rtol=1e-12, atol=0)
+    backward(0.5 * cache(queries, documents))
+    torch.testing.assert_close(temperature.grad, truth, rtol=1e-12, atol=0)
+
+
+def test_a_stream_and_its_loss():
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    _, truth = gradients(model, uncached(model, queries, documents))
+    cache, shapes = GradCache(model, tokens_per_chunk=60), []
+
+    def loss_of(vectors):
+        shapes.append(vectors.shape)
+        return loss_fn(vectors[:7], vectors[7:])
+
+    _, grads = gradients(model, lambda: cache.step_stream(PackedBatch.concat((queries, documents)), loss_of))
+    assert_close(grads, truth, 1e-12)
+    # A process without texts takes part in the loss all the same.
+    loss = cache.step_stream(PackedBatch.pack([]), lambda vectors: shapes.append(vectors.shape) or vectors.sum())
+    assert shapes == [(19, 32), (0, 32)] and loss == 0
+
+
 def test_a_loss_that_is_not_finite_adds_nothing():
     model, (queries, documents) = tiny_embedder(), batches()
-    for tokens in (50, 10**6):
-        loss = GradCache(model, lambda q, d: (q.sum() + d.sum()) * torch.nan, tokens).step(queries, documents)
-        assert torch.isnan(loss) and all(p.grad is None for p in model.parameters())
+    own = torch.ones((), requires_grad=True)
+    for plan in (Plan(50), Plan(50, kept=2), Plan(ALL)):
+        loss = GradCache(model, lambda q, d: (q.sum() + d.sum()) * own * torch.nan, plan=plan).step(queries, documents)
+        assert torch.isnan(loss) and own.grad is None and all(p.grad is None for p in model.parameters())
+
+
+def test_all_processes_leave_out_a_loss_that_is_not_finite_on_one():
+    model, (queries, documents) = tiny_embedder(), batches()
+    cache = GradCache(model, loss_fn, 60, agree=lambda loss: loss + torch.inf)
+    assert torch.isfinite(cache.step(queries, documents))
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_bad_arguments():
     model, (_, documents) = tiny_embedder(), batches()
     with pytest.raises(ValueError, match="tokens_per_chunk must be at least 1"):
         GradCache(model, loss_fn, 0)
-    with pytest.raises(ValueError, match="expected queries and documents, got 0 and 12"):
-        GradCache(model, loss_fn).step(PackedBatch.pack([]), documents)
+    with pytest.raises(ValueError, match=r"skip must lie in 0\.\.1, got 1\.5"):
+        GradCache(model, loss_fn, skip=1.5)
+    with pytest.raises(ValueError, match="memory must be a number of bytes, 'auto' or None, got 'all'"):
+        GradCache(model, loss_fn, memory="all")
+    with pytest.raises(ValueError, match="memory and plan exclude each other"):
+        GradCache(model, loss_fn, memory="auto", plan=Plan(5))
+    for pair in ((PackedBatch.pack([]), documents), (documents, PackedBatch.pack([]))):
+        with pytest.raises(ValueError, match="expected queries and documents, got"):
+            GradCache(model, loss_fn).step(*pair)
+        with pytest.raises(ValueError, match="expected queries and documents, got"):
+            GradCache(model, loss_fn)(*pair)
+    with pytest.raises(ValueError, match="expected a loss_fn"):
+        GradCache(model).step(documents, documents)

@@ -166,7 +166,7 @@ def test_a_run_is_not_overwritten_or_mixed(workplace):
 def test_steps_that_are_not_finite_change_nothing(workplace, monkeypatch):
     from pyqemb.training import trainer
 
-    real = trainer.ContrastiveLoss.__call__
+    real = trainer.BatchLoss.__call__
     calls = []
 
     def sometimes_nan(self, queries, documents):
@@ -174,7 +174,7 @@ def test_steps_that_are_not_finite_change_nothing(workplace, monkeypatch):
         loss = real(self, queries, documents)
         return loss * torch.nan if len(calls) in (3, 4) else loss
 
-    monkeypatch.setattr(trainer.ContrastiveLoss, "__call__", sometimes_nan)
+    monkeypatch.setattr(trainer.BatchLoss, "__call__", sometimes_nan)
     rows = []
     pyqemb.train(config(workplace, steps=6), on_step=rows.append)
     assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]

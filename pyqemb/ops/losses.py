@@ -1,0 +1,193 @@
+"""The objectives beside InfoNCE: graded pairs, a teacher's scores, a teacher's vectors, yes or no. Plain torch, few numbers.
+
+Legend: B rows, M documents, K candidates of a row, E dimension, F the teacher's. All return a scalar, differentiable.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyqemb.ops.common import arithmetic, checked
+
+Reduction = Literal["mean", "sum"]
+
+
+def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: float = 0.05) -> Tensor:
+    """log(1 + sum of exp((c_j - c_i) / tau) over all i, j with scores_i > scores_j), c the dot product of a row's two vectors.
+
+    Args:
+        first_BE, second_BE: [B, E] unit vectors of one floating dtype. scores_B: [B], the higher the more alike.
+        temperature: tau > 0.
+
+    Returns:
+        One loss for all rows, in float32 (float64 for float64). 0 where all scores are equal.
+
+    Raises:
+        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, scores that are not finite, a bad temperature.
+
+    Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): the pairs of a level of scores are
+    its rows against all rows of lower levels, whose sum is a running one.
+    """
+    op = "cosent"
+    _matrix(op, "first", first_BE), _matrix(op, "second", second_BE, first_BE)
+    scores_B = _vector(op, "scores", scores_B, len(first_BE))
+    _positive(op, "temperature", temperature)
+    cosines = _dots(first_BE, second_BE).double() / temperature
+    order = torch.argsort(scores_B)
+    cosines, scores = cosines[order], scores_B[order]
+    below = torch.logcumsumexp(cosines, dim=0)
+    # How many rows have a lower score than each.
+    lower = torch.searchsorted(scores, scores)
+    counts = lower > 0
+    terms = below[(lower - 1)[counts]] - cosines[counts]
+    return torch.logsumexp(torch.cat([0 * cosines[:1], terms]), dim=0).to(arithmetic(first_BE.dtype))
+
+
+def distill_scores(
+    queries_BE: Tensor,
+    documents_ME: Tensor,
+    candidates_BK: Tensor,
+    teacher_BK: Tensor,
+    temperature: float = 0.05,
+    teacher_temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy from the softmax of a teacher's scores over each query's candidates to that of the student.
+
+    Args:
+        queries_BE: [B, E] unit vectors. documents_ME: [M, E].
+        candidates_BK: [B, K] int64, indices of documents; -1 where a query has fewer.
+        teacher_BK: [B, K] the teacher's scores (logits), finite where there is a candidate.
+        temperature, teacher_temperature: of the two softmaxes.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a query without candidates, an index out
+        of range, a score that is not finite, a bad temperature.
+
+    Source: Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1: one positive and k negatives.
+    """
+    op = "distill_scores"
+    _matrix(op, "queries", queries_BE), _matrix(op, "documents", documents_ME, queries_BE, rows=False)
+    checked(op, "candidates", candidates_BK), checked(op, "teacher", teacher_BK)
+    shape = candidates_BK.shape
+    if candidates_BK.dtype != torch.int64:
+        raise TypeError(f"[{op}] candidates must be int64, got {candidates_BK.dtype}")
+    if len(shape) != 2 or shape[0] != len(queries_BE) or teacher_BK.shape != shape:
+        raise ValueError(
+            f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and {list(teacher_BK.shape)}"
+        )
+    _positive(op, "temperature", temperature), _positive(op, "teacher_temperature", teacher_temperature)
+    there = candidates_BK >= 0
+    if bool((candidates_BK >= len(documents_ME)).any()) or bool((candidates_BK < -1).any()):
+        raise ValueError(f"[{op}] candidates must be from -1 to {len(documents_ME) - 1}, got {candidates_BK.aminmax()}")
+    if not bool(there.any(dim=1).all()):
+        raise ValueError(f"[{op}] candidates: query {int((~there.any(dim=1)).nonzero()[0])} has none")
+    if not bool(torch.isfinite(teacher_BK[there]).all()):
+        raise ValueError(
+            f"[{op}] teacher must hold finite scores, got {teacher_BK[there][~teacher_BK[there].isfinite()][0]}"
+        )
+    wide = arithmetic(queries_BE.dtype)
+    chosen_BKE = documents_ME[candidates_BK.clamp_min(0)].to(wide)
+    student = torch.einsum("be,bke->bk", queries_BE.to(wide), chosen_BKE) / temperature
+    student = student.masked_fill(~there, -torch.inf).log_softmax(dim=1).masked_fill(~there, 0)
+    teacher = (teacher_BK.to(wide) / teacher_temperature).masked_fill(~there, -torch.inf).softmax(dim=1)
+    return _reduced(op, -(teacher * student).sum(dim=1), reduction)
+
+
+def distill_embeddings(
+    student_BE: Tensor, teacher_BF: Tensor, projection_FE: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """1 - cosine of each row to the teacher's vector.
+
+    Args:
+        student_BE: [B, E] unit vectors. teacher_BF: [B, F], any length; a constant.
+        projection_FE: [F, E], learned: the student is brought to the teacher's size. Without it the teacher is cut to its first E
+            components (Matryoshka teachers; F must be at least E).
+
+    Raises:
+        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, teacher's vectors that are zero or not finite.
+
+    Source: jina-embeddings-v5 (arXiv 2602.15547), stage 1, with a projection; F2LLM-v2 for the prefix.
+    """
+    op = "distill_embeddings"
+    _matrix(op, "student", student_BE)
+    if checked(op, "teacher", teacher_BF).dim() != 2 or len(teacher_BF) != len(student_BE):
+        raise ValueError(f"[{op}] teacher must have shape [{len(student_BE)}, F], got {list(teacher_BF.shape)}")
+    size, teachers = student_BE.shape[1], teacher_BF.shape[1]
+    if projection_FE is None and teachers < size:
+        raise ValueError(
+            f"[{op}] teacher must have at least the student's {size} dimensions without a projection, got {teachers}"
+        )
+    if projection_FE is not None and checked(op, "projection", projection_FE).shape != (teachers, size):
+        raise ValueError(f"[{op}] projection must have shape [{teachers}, {size}], got {list(projection_FE.shape)}")
+    wide = arithmetic(student_BE.dtype)
+    student, teacher = student_BE.to(wide), teacher_BF.detach().to(wide)
+    if projection_FE is None:
+        teacher = teacher[:, :size]
+    else:
+        student = student @ projection_FE.to(wide).T
+    norms = teacher.norm(dim=1)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise ValueError(
+            f"[{op}] teacher must hold finite vectors that are not zero, got norm {norms[~(norms > 0)][:1].tolist()}"
+        )
+    return _reduced(op, 1 - F.cosine_similarity(student, teacher, dim=1), reduction)
+
+
+def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """-log p(label), p the softmax over the logits of the two answers: a reranker's loss.
+
+    Args:
+        logits_B2: [B, 2] of "yes" and "no". labels_B: [B], true or 1 where the answer is yes.
+
+    Raises:
+        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, a label that is neither 0 nor 1.
+
+    Source: Qwen3 Embedding report (arXiv 2506.05176), equation 2.
+    """
+    op = "yes_no"
+    if checked(op, "logits", logits_B2).dim() != 2 or logits_B2.shape[1] != 2 or not len(logits_B2):
+        raise ValueError(f"[{op}] logits must have shape [B, 2], got {list(logits_B2.shape)}")
+    labels = _vector(op, "labels", labels_B, len(logits_B2))
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(f"[{op}] labels must be 0 or 1, got {labels[(labels != 0) & (labels != 1)][0].item()}")
+    yes, no = logits_B2.to(arithmetic(logits_B2.dtype)).unbind(1)
+    sign = 2 * labels.to(yes.dtype) - 1
+    return _reduced(op, F.softplus(-sign * (yes - no)), reduction)
+
+
+def _reduced(op: str, losses_B: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"[{op}] reduction must be 'mean' or 'sum', got {reduction!r}")
+    return losses_B.mean() if reduction == "mean" else losses_B.sum()
+
+
+def _dots(a_BE: Tensor, b_BE: Tensor) -> Tensor:
+    wide = arithmetic(a_BE.dtype)
+    return (a_BE.to(wide) * b_BE.to(wide)).sum(dim=1)
+
+
+def _matrix(op: str, name: str, x: Any, like: Tensor | None = None, rows: bool = True) -> None:
+    """[B, E] with rows; as wide as `like`, and with as many rows unless they are another thing."""
+    checked(op, name, x)
+    if x.dim() != 2 or not len(x) or not x.is_floating_point():
+        raise ValueError(f"[{op}] {name} must be floating, of shape [B, E], got {x.dtype} of shape {list(x.shape)}")
+    if like is not None and (x.shape[1] != like.shape[1] or (rows and len(x) != len(like))):
+        wanted = [len(like) if rows else "M", like.shape[1]]
+        raise ValueError(f"[{op}] {name} must have shape {wanted}, got {list(x.shape)}")
+
+
+def _vector(op: str, name: str, x: Any, count: int) -> Tensor:
+    if checked(op, name, x).shape != (count,):
+        raise ValueError(f"[{op}] {name} must have shape [{count}], got {list(x.shape)}")
+    if not bool(torch.isfinite(x.double()).all()):
+        raise ValueError(f"[{op}] {name} must be finite, got {x[~torch.isfinite(x)][0].item()}")
+    return x
+
+
+def _positive(op: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"[{op}] {name} must be positive and finite, got {value}")

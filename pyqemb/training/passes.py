@@ -1,0 +1,204 @@
+"""The three functions of gradient caching, and what the first leaves for the third.
+
+embed_without_graph -> Record; loss_and_cache -> the gradient at the vectors; embed_with_cache hands each chunk its part of that.
+Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimension.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyqemb.data.batch import PackedBatch, to_device
+from pyqemb.model.qwen3 import Boundaries
+from pyqemb.training.chunks import cut
+
+Model = Callable[..., torch.Tensor]
+
+
+class RngState(NamedTuple):
+    """What a dropout mask depends on: the generators of the CPU and of the device."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RngState":
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+class Autocast(NamedTuple):
+    """The autocast state of a device, to be entered again elsewhere."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+    cache: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> "Autocast":
+        kind = device.type
+        return cls(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
+        )
+
+    def entered(self) -> torch.autocast:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
+
+
+@dataclass
+class Record:
+    """What the first pass leaves for the second."""
+
+    vectors_UE: torch.Tensor  # detached, in the order of the chunks
+    chunks: list[PackedBatch]
+    autocast: Autocast
+    states: list[RngState] | None = None  # before each chunk, where the model draws random numbers
+    graphs: dict[int, torch.Tensor] = field(default_factory=dict)  # vectors of the chunks that kept their graph
+    boundaries: dict[int, Boundaries] = field(default_factory=dict)  # of chunks that did not
+
+    def rows(self, number: int) -> np.ndarray:
+        """Of a chunk, in vectors_UE."""
+        ends = np.cumsum([chunk.num_sequences for chunk in self.chunks])
+        return np.arange(ends[number] - self.chunks[number].num_sequences, ends[number])
+
+
+def embed_without_graph(
+    model: Model,
+    chunks: Sequence[PackedBatch],
+    kept: int = 0,
+    boundaries: int = 0,
+    may_keep: Callable[[PackedBatch], bool] = lambda chunk: True,
+) -> Record:
+    """Embed all chunks.
+
+    Args:
+        model: PackedBatch [B] -> vectors [B, E].
+        kept: so many chunks, the last, keep their graph, as long as `may_keep` says so.
+        boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.qwen3.Boundaries).
+    """
+    device = device_of(model, chunks)
+    record = Record(torch.empty(0), list(chunks), Autocast.now(device), [] if draws(model) else None)
+    first_kept = max(len(chunks) - kept, 0)
+    vectors = []
+    for number, chunk in enumerate(chunks):
+        if record.states is not None:
+            record.states.append(RngState.now(device))
+        keep = number >= first_kept and may_keep(chunk)
+        saved = Boundaries() if not keep and number >= first_kept - boundaries else None
+        with torch.set_grad_enabled(keep):
+            vectors_BE = _embed(model, chunk, saved)
+        if vectors_BE.requires_grad:
+            record.graphs[number] = vectors_BE
+        if saved is not None:
+            record.boundaries[number] = saved
+        vectors.append(vectors_BE.detach())
+    record.vectors_UE = torch.cat(vectors)
+    return record
+
+
+def loss_and_cache(
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    vectors_UE: torch.Tensor,
+    scale: float = 1.0,
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss, detached, and `scale` times its gradient at the vectors, [U, E]; None where the agreed loss is not finite.
+
+    Parameters that the loss has of its own get their gradient here.
+    """
+    leaves_UE = vectors_UE.detach().requires_grad_()
+    loss = loss_of(leaves_UE)
+    if not torch.isfinite(agree(loss.detach())):
+        return loss.detach(), None
+    torch.autograd.backward(loss, torch.full_like(loss, scale))
+    return loss.detach(), torch.zeros_like(leaves_UE) if leaves_UE.grad is None else leaves_UE.grad
+
+
+def embed_with_cache(model: Model, record: Record, cache_UE: torch.Tensor) -> None:
+    """Let each chunk's part of the cached gradient flow back to the parameters.
+
+    First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as they were
+    the first time: under the same autocast, from the same random state. The record's graphs and boundaries are used up.
+    """
+    device = device_of(model, record.chunks)
+    after = RngState.now(device) if record.states is not None else None
+    parts = cache_UE.split([chunk.num_sequences for chunk in record.chunks])
+    kept = sorted(record.graphs, reverse=True)
+    for number in (*kept, *(number for number in range(len(parts)) if number not in kept)):
+        vectors_BE = record.graphs.pop(number, None)
+        if vectors_BE is None:
+            if record.states is not None:
+                record.states[number].restore(device)  # the same dropout masks, else the gradient is wrong
+            with torch.enable_grad(), record.autocast.entered():
+                vectors_BE = _embed(model, record.chunks[number], record.boundaries.pop(number, None))
+        if vectors_BE.requires_grad:  # not where everything is frozen
+            torch.autograd.backward(vectors_BE, parts[number])
+    if after is not None:
+        after.restore(device)
+
+
+def cut_again(record: Record, cache_UE: torch.Tensor, chosen: np.ndarray, budget: int) -> tuple[Record, torch.Tensor]:
+    """A record, and its cache, of the sequences `chosen` (rows of the cache) in new chunks, beside those that kept their graph.
+
+    Not for models that draw random numbers: these belong to the old chunks.
+    """
+    chunks, order = cut(PackedBatch.concat(record.chunks).select(torch.from_numpy(chosen)), budget)
+    rows, graphs = [chosen[order]], {}
+    for number, graph in record.graphs.items():
+        graphs[len(chunks)] = graph
+        chunks.append(record.chunks[number])
+        rows.append(record.rows(number))
+    rows_U = to_device(torch.from_numpy(np.concatenate(rows)), cache_UE.device)
+    return Record(record.vectors_UE[rows_U], chunks, record.autocast, None, graphs), cache_UE[rows_U]
+
+
+def device_of(model: Any, chunks: Sequence[PackedBatch]) -> torch.device:
+    """Where the model draws its random numbers."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return chunks[0].device if parameter is None else parameter.device
+
+
+def draws(model: Any) -> bool:
+    """Whether two passes of the model differ unless the random state is put back."""
+    if not isinstance(model, nn.Module):
+        return False
+    return any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+
+
+def takes_boundaries(model: Any) -> bool:
+    function = model.forward if isinstance(model, nn.Module) else model
+    return "boundaries" in inspect.signature(function).parameters
+
+
+@contextmanager
+def checkpointing(model: Any, on: bool) -> Iterator[None]:
+    """Activation checkpointing in the parts of a model that have it, where it is not on already."""
+    switched = [m for m in checkpointed_parts(model) if on and not m.checkpointing]
+    for part in switched:
+        part.checkpointing = True
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.checkpointing = False
+
+
+def checkpointed_parts(model: Any) -> list[Any]:
+    """The modules that have a switch `checkpointing`."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [m for m in modules if isinstance(getattr(m, "checkpointing", None), bool)]
+
+
+def _embed(model: Model, chunk: PackedBatch, boundaries: Boundaries | None) -> torch.Tensor:
+    return model(chunk) if boundaries is None else model(chunk, boundaries=boundaries)

@@ -1,0 +1,182 @@
+"""How a step spends its memory: chunk size, kept graphs, boundary tensors, checkpointing; and what that will take.
+
+The memory model is in docs/grad_cache.md. Legend: U sequences, E dimension.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pyqemb.training.probe import TokenCosts
+
+_SPARED = 1 / 3  # of a second forward pass by boundary tensors: o_proj and down_proj hold a third of a layer's weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does with its memory.
+
+    Attributes:
+        tokens_per_chunk: of one pass through the model; a longer sequence has a chunk of its own.
+        kept: so many chunks keep the graph of their first pass; more than there are: all.
+        boundaries: so many of the other chunks leave boundary tensors, which spare their second pass a third of its work.
+        checkpointing: activations are recomputed in the backward pass.
+        peak_bytes: the predicted growth of memory over the start of the step; None where nobody predicted.
+    """
+
+    tokens_per_chunk: int
+    kept: int = 0
+    boundaries: int = 0
+    checkpointing: bool = False
+    peak_bytes: int | None = None
+
+    def smaller(self, longest: int, can_checkpoint: bool) -> "Plan | None":
+        """What to try when this one did not fit: fewer graphs, no boundary tensors, smaller chunks, checkpointing, in this order."""
+        if self.kept:
+            return replace(self, kept=self.kept // 2, peak_bytes=None)
+        if self.boundaries:
+            return replace(self, boundaries=0, peak_bytes=None)
+        if self.tokens_per_chunk > longest:
+            return replace(self, tokens_per_chunk=max(self.tokens_per_chunk // 2, longest), peak_bytes=None)
+        if can_checkpoint and not self.checkpointing:
+            return replace(self, checkpointing=True, peak_bytes=None)
+        return None
+
+    def within(self, limit: "Plan | None") -> "Plan":
+        """This one, nowhere larger than `limit`."""
+        if limit is None:
+            return self
+        return replace(
+            self,
+            tokens_per_chunk=min(self.tokens_per_chunk, limit.tokens_per_chunk),
+            kept=min(self.kept, limit.kept),
+            boundaries=min(self.boundaries, limit.boundaries),
+            checkpointing=self.checkpointing or limit.checkpointing,
+        )
+
+    def line(self, chunks: int) -> str:
+        """For the log."""
+        kept = min(self.kept, chunks)
+        parts = [f"{chunks} chunks of up to {self.tokens_per_chunk} tokens", f"{kept} keep their graph"]
+        if self.boundaries:
+            parts.append(f"{min(self.boundaries, chunks - kept)} leave boundary tensors")
+        if self.checkpointing:
+            parts.append("activation checkpointing")
+        if self.peak_bytes is not None:
+            parts.append(f"predicted peak {self.peak_bytes / 2**20:,.0f} MiB over the start of the step")
+        return "gradient cache: " + ", ".join(parts)
+
+
+class Sizes(NamedTuple):
+    """What a prediction stands on besides the costs of a token, in bytes."""
+
+    vectors: int  # all vectors [U, E]
+    gradients: int  # of all parameters
+    largest: int  # of the largest of these
+    overhead: int = 0  # what earlier steps took beyond the prediction
+
+
+def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> int:
+    """The growth of memory over the start of a step, at its highest, in bytes.
+
+    Args:
+        tokens: of each chunk, in order.
+    """
+    return int(max(_phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes))) + sizes.overhead
+
+
+def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> Iterator[float]:
+    """The peak of each phase of a step."""
+    kept = min(plan.kept, len(tokens))
+    other, keeping = tokens[: len(tokens) - kept], tokens[len(tokens) - kept :]
+    saving = other[len(other) - min(plan.boundaries, len(other)) :]
+    boundaries, graphs = costs.boundary * saving.sum(), costs.graph * keeping.sum()
+    # 1. The first pass: all that is held at its end, and the chunk that runs.
+    yield sizes.vectors + boundaries + graphs + costs.forward * tokens.max(initial=0)
+    # 2. The loss: the vectors in the caller's order, their gradients, and as much again for what the loss holds.
+    yield 6 * sizes.vectors + boundaries + graphs
+    # The largest gradient, that of the token embeddings, and the next chunk's share of it are no blocks of the graph's making:
+    # what the graph has left does not serve them.
+    held = 2 * sizes.vectors + boundaries + sizes.largest * min(len(tokens), 2)
+    gradients = sizes.gradients - sizes.largest
+    # 3. Backward through the kept graphs, the last first. The first of them makes the gradients while its graph goes.
+    for number, count in enumerate(keeping[::-1]):
+        yield held + graphs + costs.backward * count + (gradients if number else 0)
+        graphs -= costs.graph * count
+        yield held + graphs + gradients
+    # 4. The others again: a chunk's graph takes the place of its boundary tensors.
+    for number, count in enumerate(other):
+        held -= costs.boundary * count if number >= len(other) - len(saving) else 0
+        yield held + (costs.graph + costs.backward) * count + (gradients if number or kept else 0)
+        yield held + gradients
+
+
+def choose(
+    budget: int,
+    largest_chunk: int,
+    longest: int,
+    cut: Callable[[int], Sequence[int] | np.ndarray],
+    costs: TokenCosts,
+    sizes: Sizes,
+    checkpointed: Callable[[], TokenCosts] | None = None,
+    may_save: bool = True,
+) -> Plan:
+    """The plan that leaves least to recompute among those that fit; the smallest where none does.
+
+    Args:
+        budget: bytes that the step may take over its start.
+        largest_chunk: tokens of a chunk that make it as fast as it gets. longest: tokens of the longest sequence.
+        cut: tokens_per_chunk -> the tokens of each chunk.
+        checkpointed: measures the costs with activation checkpointing; None where the model has none.
+        may_save: whether boundary tensors may be used.
+    """
+
+    tried = [largest_chunk]
+    while tried[-1] > longest:
+        tried.append(max(tried[-1] // 2, longest))
+    for checkpointing in (False, True):
+        if checkpointing and checkpointed is None:
+            break
+        if checkpointing and checkpointed is not None:
+            costs = checkpointed()
+        for size in tried:
+            tokens = np.asarray(cut(size))
+
+            def peak(plan: Plan, tokens: np.ndarray = tokens, costs: TokenCosts = costs) -> int:
+                return predict(plan, tokens, costs, sizes)
+
+            plan = Plan(size, checkpointing=checkpointing)
+            if peak(plan) <= budget:
+                if not checkpointing:
+                    plan = _filled(plan, tokens, lambda plan: peak(plan) <= budget, may_save and costs.boundary > 0)
+                return replace(plan, peak_bytes=peak(plan))
+    return replace(plan, peak_bytes=peak(plan))
+
+
+def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_save: bool) -> Plan:
+    """The plan with the kept graphs and boundary tensors that spare most work.
+
+    A byte spares most either in boundary tensors or in graphs, the same for all chunks: so one of the two goes first.
+    """
+    most = len(tokens)
+
+    def with_graphs(plan: Plan) -> Plan:
+        kept = bisect_left(range(1, most + 1), True, key=lambda kept: not fits(replace(plan, kept=kept)))
+        return replace(plan, kept=kept)
+
+    def with_boundaries(plan: Plan) -> Plan:
+        if not may_save:
+            return plan
+        counts = range(1, most + 1 - plan.kept)
+        return replace(plan, boundaries=bisect_left(counts, True, key=lambda n: not fits(replace(plan, boundaries=n))))
+
+    def spared(plan: Plan) -> float:
+        other = len(tokens) - plan.kept
+        saving = tokens[max(other - plan.boundaries, 0) : other]
+        return float(tokens[other:].sum() + _SPARED * saving.sum())
+
+    best = max(with_graphs(with_boundaries(plan)), with_boundaries(with_graphs(plan)), key=spared)
+    return replace(best, boundaries=min(best.boundaries, most - best.kept))

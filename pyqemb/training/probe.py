@@ -1,0 +1,106 @@
+"""What a token costs a model in memory, measured on a few tokens. Legend: U sequences, E dimension."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.model.qwen3 import Boundaries
+from pyqemb.training.passes import Model, checkpointing, takes_boundaries
+
+# Tokens of the two probes: primes, so that no activation is taken for the gradient of a weight by its size.
+_FEW, _MORE = 67, 131
+
+
+class TokenCosts(NamedTuple):
+    """Bytes for each token of a chunk."""
+
+    forward: float  # the most that a pass without graph holds at a time
+    graph: float  # what the graph keeps for the backward pass
+    backward: float  # the most that the backward pass holds besides
+    boundary: float  # boundary tensors; 0 for a model that has none
+    vector: int  # of a sequence's vector
+
+
+def measure(
+    model: Model, stream: PackedBatch, parameters: Iterable[torch.Tensor], checkpointed: bool = False
+) -> TokenCosts:
+    """Run two small chunks of the stream's tokens, forward and backward; the difference tells what a token costs.
+
+    The parameters' gradients grow: the caller puts them aside. Random numbers are drawn.
+    """
+    existing = list(parameters)
+    with checkpointing(model, checkpointed):
+        (few, _), (more, vector) = (_run(model, _sample(stream, tokens), existing) for tokens in (_FEW, _MORE))
+    forward, graph, backward, boundary = (max(b - a, 0) / (_MORE - _FEW) for a, b in zip(few, more, strict=True))
+    return TokenCosts(forward, graph, backward, boundary, vector)
+
+
+def _sample(stream: PackedBatch, tokens: int) -> PackedBatch:
+    """So many tokens of the stream in sequences of its mean length."""
+    mean = max(stream.num_tokens // max(stream.num_sequences, 1), 1)
+    ids = np.resize(stream.input_ids_T.cpu().numpy(), tokens).tolist()
+    return PackedBatch.pack([ids[first : first + mean] for first in range(0, tokens, mean)])
+
+
+def _run(model: Model, batch: PackedBatch, parameters: list[torch.Tensor]) -> tuple[list[float], int]:
+    boundaries = Boundaries() if takes_boundaries(model) else None
+    with _LiveBytes([*parameters, batch.input_ids_T, batch.positions_T, batch.cu_seqlens]) as live:
+        with torch.no_grad():
+            model(batch)
+        forward = live.restart()
+        if boundaries is not None:
+            with torch.no_grad():
+                model(batch, boundaries=boundaries)
+        boundary = live.now
+        boundaries = None
+        before = live.now
+        with torch.enable_grad():
+            vectors_BE = model(batch)
+        graph = live.now - before
+        live.restart()
+        if vectors_BE.requires_grad:
+            torch.autograd.backward(vectors_BE, torch.zeros_like(vectors_BE))
+        backward = live.restart() - before - graph
+    return [forward, graph, max(backward, 0), boundary], vectors_BE.shape[1] * vectors_BE.element_size()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that torch makes and frees. Gradients of `parameters`, known by their size, are left out."""
+
+    def __init__(self, existing: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {x.untyped_storage()._cdata for x in existing}
+        self._gradients = {x.untyped_storage().nbytes() * wide for x in existing for wide in (1, 2)}
+
+    def restart(self) -> int:
+        """The peak so far; a new one begins."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self._see(result.untyped_storage())
+        return results
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        counted = 0 if size in self._gradients else size
+        self.now += counted
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, counted)
+
+    def _forget(self, key: int, counted: int) -> None:
+        self._known.discard(key)
+        self.now -= counted

@@ -1,0 +1,149 @@
+"""InfoNCE without gathering: blocks of vectors go round the processes, each meets the anchors of all.
+
+No process ever holds more than its own vectors and one other block. The anchors of a process are the queries that it has encoded.
+Four rounds: the positives of the anchors are picked up; each row's sum over its candidates is added up; with the sums known,
+gradients are made and travel home with their block; so do those of the positives.
+Legend: R anchors of this process, n vectors of a block, E dimension.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyqemb.data.batch import to_device
+from pyqemb.data.loader import TrainingBatch
+from pyqemb.ops.infonce import Block, Options, info_nce_block
+from pyqemb.training.distributed import World
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What a block is to the batch: which documents and queries its vectors are. Indices on the device of the vectors."""
+
+    columns: Tensor  # row of the block of each document
+    column_text: Tensor
+    column_role: Tensor
+    column_owner: Tensor  # among this process's anchors, or -1
+    others: Tensor  # row of the block of each query
+    other_text: Tensor  # of its positive
+    anchors: Tensor  # of this process, whose positive is in the block,
+    positives: Tensor  # and its row of the block
+
+
+class Ring:
+    """A batch as the blocks of a ring see it."""
+
+    def __init__(self, world: World, batch: TrainingBatch, shares: Sequence[np.ndarray], device: torch.device):
+        self.world, self.sizes = world, [len(share) for share in shares]
+        query_text, document_text = batch.query_text.numpy(), batch.document_text.numpy()
+        positive, owner = batch.positive.numpy(), batch.owner.numpy()
+        positive_text = document_text[positive]
+        role = np.zeros(len(document_text), dtype=np.uint8)
+        role[positive] = 1
+        row_of = np.full(len(batch.texts), -1)
+
+        def there(values: np.ndarray) -> Tensor:
+            return to_device(torch.from_numpy(values), device)
+
+        def rows_in(share: np.ndarray) -> np.ndarray:
+            row_of[:] = -1
+            row_of[share] = np.arange(len(share))
+            return row_of
+
+        anchors = np.flatnonzero(rows_in(shares[world.rank])[query_text] >= 0)
+        anchor_of = np.full(len(query_text), -1)
+        anchor_of[anchors] = np.arange(len(anchors))
+        self.anchors = there(row_of[query_text[anchors]])  # rows of the own block
+        self.anchor_text = there(positive_text[anchors])
+        self.num_queries = len(query_text)
+        self.sides = []
+        for share in shares:
+            rows_in(share)
+            columns, others = (np.flatnonzero(row_of[texts] >= 0) for texts in (document_text, query_text))
+            here = np.flatnonzero(row_of[positive_text[anchors]] >= 0)
+            self.sides.append(
+                _Side(
+                    columns=there(row_of[document_text[columns]]),
+                    column_text=there(document_text[columns]),
+                    column_role=there(role[columns]),
+                    column_owner=there(np.where(owner[columns] >= 0, anchor_of[owner[columns]], -1)),
+                    others=there(row_of[query_text[others]]),
+                    other_text=there(positive_text[others]),
+                    anchors=there(here),
+                    positives=there(row_of[positive_text[anchors[here]]]),
+                )
+            )
+
+    def loss(self, own_SE: Tensor, options: Options, tau: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """This process's part of the loss, differentiable, and of the statistics' totals."""
+        return _RingLoss.apply(own_SE, tau, self, options)
+
+    def round(self, *own: Tensor) -> Iterator[tuple[_Side, list[Tensor]]]:
+        """Each block once, the own first: what it is, and what travels, for the receiver to change in place. At the end of the
+        iteration the own block's tensors are home again, in the list that came last."""
+        rank, size = self.world.rank, self.world.size
+        travelling = list(own)
+        for hop in range(size):
+            yield self.sides[(rank - hop) % size], travelling
+            rows = self.sizes[(rank - hop - 1) % size]
+            travelling[:] = [self.world.pass_on(tensor, rows) for tensor in travelling]
+
+
+class _RingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own_SE: Tensor, tau: Tensor | None, ring: Ring, options: Options) -> tuple[Tensor, Tensor]:
+        own_SE = own_SE.contiguous()
+        anchors_RE = own_SE[ring.anchors]
+        positives_RE = torch.empty_like(anchors_RE)
+        for side, (block,) in ring.round(own_SE):
+            positives_RE[side.anchors] = block[side.positives]
+
+        def meet(side: _Side, block: Tensor, **given: Any) -> Block:
+            return info_nce_block(
+                anchors_RE, positives_RE, ring.anchor_text, block[side.columns], side.column_text, side.column_role,
+                side.column_owner, block[side.others], side.other_text, options, **given,
+            )  # fmt: skip
+
+        log_negatives: Tensor | None = None
+        for side, (block,) in ring.round(own_SE):
+            sums = meet(side, block).log_negatives_RS
+            log_negatives = sums if log_negatives is None else torch.logaddexp(log_negatives, sums)
+
+        d_own = torch.zeros_like(own_SE, dtype=torch.promote_types(own_SE.dtype, torch.float32))
+        first: Block | None = None
+        travelling: list[Tensor] = []
+        for side, travelling in ring.round(own_SE, d_own):
+            block, d_block = travelling
+            part = meet(side, block, log_negatives_RS=log_negatives, pull=first is None, gradients=True)
+            d_block.index_add_(0, side.columns, part.d_columns_CE)
+            d_block.index_add_(0, side.others, part.d_others_QE)
+            if first is None:
+                first = part
+                continue
+            for total, more in (
+                (first.d_anchors_RE, part.d_anchors_RE), (first.d_positives_RE, part.d_positives_RE),
+                (first.d_temperature, part.d_temperature), (first.totals[1:], part.totals[1:]),
+            ):  # fmt: skip
+                total += more
+        assert first is not None
+        d_own = travelling[1]
+        for side, travelling in ring.round(d_own):
+            travelling[0].index_add_(0, side.positives, first.d_positives_RE[side.anchors])
+        d_own = travelling[0].index_add_(0, ring.anchors, first.d_anchors_RE)
+        ctx.save_for_backward(d_own, first.d_temperature)
+        ctx.dtype, ctx.tau = own_SE.dtype, None if tau is None else (tau.shape, tau.dtype)
+        ctx.mark_non_differentiable(first.totals)
+        return (first.losses_R.sum() * options.scale).to(d_own.dtype), first.totals
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_own, d_tau = ctx.saved_tensors
+        to_tau = None
+        if ctx.needs_input_grad[1]:
+            shape, dtype = ctx.tau
+            to_tau = (d_tau * grads[0]).to(dtype).reshape(shape)
+        return (d_own * grads[0]).to(ctx.dtype), to_tau, None, None

@@ -1,0 +1,185 @@
+"""Plans on invented costs; the probe against what autograd saves; predicted peaks against the process's memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from pyqemb import ops
+from pyqemb.data.batch import PackedBatch
+from pyqemb.testing.cached_step import batches
+from pyqemb.testing.cases import heavy_tailed
+from pyqemb.testing.tiny import tiny_embedder
+from pyqemb.training import probe
+from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.memory import Meter, free_bytes, is_allocation_failure, used_bytes
+from pyqemb.training.planner import Plan, Sizes, choose, predict
+from pyqemb.training.probe import TokenCosts, measure
+
+CPU = torch.device("cpu")
+COSTS = TokenCosts(forward=20, graph=100, backward=20, boundary=10, vector=4)
+CHECKPOINTED = TokenCosts(forward=20, graph=15, backward=50, boundary=10, vector=4)
+SIZES = Sizes(vectors=1000, gradients=5000, largest=2000)
+TOTAL = 10_000  # tokens
+
+
+def cut(size, total=TOTAL):
+    return np.array([size] * (total // size) + [total % size] * (total % size > 0))
+
+
+def chosen(budget, longest=100, largest=1000, **options):
+    return choose(budget, largest, longest, cut, COSTS, SIZES, lambda: CHECKPOINTED, **options)
+
+
+@pytest.mark.parametrize(
+    "budget", [10**9, 1_020_000, 800_000, 500_000, 250_000, 180_000, 140_000, 100_000, 40_000, 20_000, 1]
+)
+def test_a_plan_fits_its_budget(budget):
+    plan = chosen(budget)
+    smallest = Plan(100, checkpointing=True)
+    least = predict(smallest, cut(100), CHECKPOINTED, SIZES)
+    costs = CHECKPOINTED if plan.checkpointing else COSTS
+    assert plan.peak_bytes == predict(plan, cut(plan.tokens_per_chunk), costs, SIZES)
+    assert plan.peak_bytes <= budget or (plan == Plan(100, checkpointing=True, peak_bytes=least) and least > budget)
+
+
+def test_more_memory_spares_more_work():
+    spared = []
+    for budget in range(130_000, 1_100_000, 10_000):
+        plan = chosen(budget)
+        assert plan.tokens_per_chunk == 1000 and not plan.checkpointing
+        spared.append(plan.kept + plan.boundaries / 3)
+    assert spared == sorted(spared) and spared[0] <= 1 and spared[-1] == 10
+    assert len(set(spared)) > 8
+
+
+def test_boundary_tensors_come_before_graphs_where_they_spare_more_a_byte():
+    plan = chosen(400_000)
+    assert plan.boundaries == 10 - plan.kept > 0 and plan.kept > 0
+    dear = TokenCosts(20, 100, 20, boundary=60, vector=4)
+    plan = choose(400_000, 1000, 100, cut, dear, SIZES)
+    assert plan.kept == 3 and plan.boundaries < 2
+    assert chosen(400_000, may_save=False).boundaries == 0
+
+
+def test_smaller_chunks_before_checkpointing():
+    sizes = [chosen(budget).tokens_per_chunk for budget in (130_000, 100_000, 60_000, 30_000)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 200
+    assert not chosen(30_000).checkpointing and chosen(15_000).checkpointing
+    assert chosen(15_000, longest=100).tokens_per_chunk == 100  # never below the longest sequence
+    assert chosen(60_000, longest=700).tokens_per_chunk >= 700
+    assert not choose(15_000, 1000, 100, cut, COSTS, SIZES).checkpointing  # a model that has none
+
+
+def test_one_kept_chunk_is_almost_free():
+    for kept in (1, 2):
+        more = predict(Plan(1000, kept=kept), cut(1000), COSTS, SIZES) - predict(Plan(1000), cut(1000), COSTS, SIZES)
+        assert (more < 30_000) == (kept == 1)
+
+
+def test_smaller_plans_end_with_checkpointing():
+    plan, seen = Plan(500, kept=3, boundaries=4), []
+    while plan is not None:
+        seen.append((plan.tokens_per_chunk, plan.kept, plan.boundaries, plan.checkpointing))
+        plan = plan.smaller(200, can_checkpoint=True)
+    assert seen == [
+        (500, 3, 4, False), (500, 1, 4, False), (500, 0, 4, False), (500, 0, 0, False),
+        (250, 0, 0, False), (200, 0, 0, False), (200, 0, 0, True),
+    ]  # fmt: skip
+    assert Plan(200).smaller(200, can_checkpoint=False) is None
+
+
+def test_the_line_of_a_plan():
+    assert Plan(512, kept=9, boundaries=3, checkpointing=True, peak_bytes=3 << 20).line(4) == (
+        "gradient cache: 4 chunks of up to 512 tokens, 4 keep their graph, 0 leave boundary tensors, activation "
+        "checkpointing, predicted peak 3 MiB over the start of the step"
+    )
+    assert Plan(512, kept=1).line(4) == "gradient cache: 4 chunks of up to 512 tokens, 1 keep their graph"
+
+
+def saved_bytes(model, batch):
+    """What autograd saves, each storage once, without the parameters."""
+    sizes = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        vectors = model(batch)
+    return sum(sizes.values()), vectors
+
+
+@pytest.mark.parametrize("hidden", [32, 320])
+def test_the_probe_counts_what_autograd_saves(hidden):
+    model = tiny_embedder(hidden_size=hidden, num_hidden_layers=3)
+    queries, documents = batches(40, 40)
+    stream = PackedBatch.concat((queries, documents))
+    costs = measure(model, stream, model.parameters())
+    (few, _), (more, _) = (saved_bytes(model, probe._sample(stream, tokens)) for tokens in (67, 131))
+    assert costs.graph == pytest.approx((more - few) / (131 - 67), rel=0.02)
+    assert costs.boundary == pytest.approx(2 * 2 * hidden * 4, rel=0.2)  # the last layer asks for last tokens alone
+    assert 0.1 * costs.graph < costs.forward < 0.8 * costs.graph
+    assert 0.05 * costs.graph < costs.backward < 0.8 * costs.graph
+    assert costs.vector == 4 * hidden
+    checkpointed = measure(model, stream, model.parameters(), checkpointed=True)
+    assert checkpointed.graph < 0.3 * costs.graph < checkpointed.graph + checkpointed.backward < costs.graph
+    assert not model.model.checkpointing
+
+
+def test_the_meter_sees_what_work_takes():
+    with Meter(CPU) as meter:
+        block = torch.ones(40 << 20, dtype=torch.uint8)
+        del block
+        kept = torch.ones(10 << 20, dtype=torch.uint8)
+    assert 38 << 20 < meter.peak_bytes < 60 << 20
+    assert len(kept) and used_bytes(CPU) > 0
+    assert 100 << 20 < free_bytes(CPU) < 1 << 50
+
+
+def test_the_meter_samples_where_the_high_water_mark_cannot_be_set_back(monkeypatch):
+    monkeypatch.setattr("pyqemb.training.memory._reset_high_water", lambda: False)
+    with Meter(CPU) as meter:
+        torch.ones(20 << 20, dtype=torch.uint8)
+    assert meter.peak_bytes < 38 << 20
+    with Meter(CPU) as meter:
+        held = torch.ones(40 << 20, dtype=torch.uint8)
+    assert meter.peak_bytes > 38 << 20 and len(held)
+
+
+def test_failed_allocations_are_recognised():
+    with pytest.raises((RuntimeError, MemoryError)) as failed:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_allocation_failure(failed.value)
+    with pytest.raises((RuntimeError, MemoryError)) as failed:
+        ops.linear(torch.empty(1, 1).expand(1 << 30, 1), torch.empty(1, 1).expand(1 << 30, 1))
+    assert is_allocation_failure(failed.value)
+    assert is_allocation_failure(torch.OutOfMemoryError("CUDA out of memory")) and is_allocation_failure(MemoryError())
+    assert not is_allocation_failure(RuntimeError("shapes")) and not is_allocation_failure(ValueError("x"))
+
+
+def test_measured_peaks_are_as_predicted():
+    size = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=3, vocab_size=8000)
+    model = tiny_embedder(**size, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (
+        PackedBatch.pack([torch.randint(8000, (n,), generator=generator).tolist() for n in heavy_tailed(64, median)])
+        for median in (16, 100)
+    )
+
+    def loss_fn(q, d):
+        return ops.info_nce(q, d, torch.arange(len(q)), temperature=0.05)
+
+    plans = []
+    for budget in (220 << 20, 350 << 20, 4 << 30):
+        cache = GradCache(model, loss_fn, memory=budget)
+        for _ in range(2):  # the first also takes what the libraries keep for themselves
+            model.zero_grad()
+            cache.step(queries, documents)
+        last = cache.last
+        plans.append(last.plan)
+        assert last.measured_bytes == pytest.approx(last.predicted_bytes, rel=0.15), last
+        assert last.measured_bytes <= 1.05 * budget
+    assert len(set(plans)) == 3 and plans[2].kept >= cache.last.chunks
