@@ -115,10 +115,7 @@ class Loader:
             return examples
         keys = self._generator("negatives", step).random((len(examples), max(len(e.negatives) for e in examples)))
         return [
-            replace(
-                example,
-                negatives=tuple(example.negatives[i] for i in np.argsort(row[: len(example.negatives)])[:limit]),
-            )
+            _only(example, np.argsort(row[: len(example.negatives)])[:limit].tolist())
             if len(example.negatives) > limit
             else example
             for example, row in zip(examples, keys, strict=True)
@@ -126,6 +123,12 @@ class Loader:
 
     def _generator(self, purpose: str, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(purpose.encode()), number])
+
+
+def _only(example: Example, chosen: Sequence[int]) -> Example:
+    """The example with the chosen ones of its negatives, and the teacher's scores of what is left."""
+    scores = example.scores and (example.scores[0], *(example.scores[1 + i] for i in chosen))
+    return replace(example, negatives=tuple(example.negatives[i] for i in chosen), scores=scores)
 
 
 class TokenCache:

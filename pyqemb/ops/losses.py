@@ -32,7 +32,8 @@ def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: f
     its rows against all rows of lower levels, whose sum is a running one.
     """
     op = "cosent"
-    _matrix(op, "first", first_BE), _matrix(op, "second", second_BE, first_BE)
+    _matrix(op, "first", first_BE)
+    _matrix(op, "second", second_BE, first_BE)
     scores_B = _vector(op, "scores", scores_B, len(first_BE))
     _positive(op, "temperature", temperature)
     cosines = _dots(first_BE, second_BE).double() / temperature
@@ -70,7 +71,8 @@ def distill_scores(
     Source: Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1: one positive and k negatives.
     """
     op = "distill_scores"
-    _matrix(op, "queries", queries_BE), _matrix(op, "documents", documents_ME, queries_BE, rows=False)
+    _matrix(op, "queries", queries_BE)
+    _matrix(op, "documents", documents_ME, queries_BE, rows=False)
     checked(op, "candidates", candidates_BK), checked(op, "teacher", teacher_BK)
     shape = candidates_BK.shape
     if candidates_BK.dtype != torch.int64:
@@ -79,10 +81,14 @@ def distill_scores(
         raise ValueError(
             f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and {list(teacher_BK.shape)}"
         )
-    _positive(op, "temperature", temperature), _positive(op, "teacher_temperature", teacher_temperature)
+    _positive(op, "temperature", temperature)
+    _positive(op, "teacher_temperature", teacher_temperature)
     there = candidates_BK >= 0
-    if bool((candidates_BK >= len(documents_ME)).any()) or bool((candidates_BK < -1).any()):
-        raise ValueError(f"[{op}] candidates must be from -1 to {len(documents_ME) - 1}, got {candidates_BK.aminmax()}")
+    wrong = (candidates_BK < -1) | (candidates_BK >= len(documents_ME))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"[{op}] candidates must be from -1 to {len(documents_ME) - 1}, got {int(candidates_BK[wrong][0])}"
+        )
     if not bool(there.any(dim=1).all()):
         raise ValueError(f"[{op}] candidates: query {int((~there.any(dim=1)).nonzero()[0])} has none")
     if not bool(torch.isfinite(teacher_BK[there]).all()):

@@ -154,7 +154,7 @@ class BatchLoss:
         candidates_BK = to_device(batch.candidates[rows], device)
         if examples[0].scores:
             teacher_BK = torch.zeros(candidates_BK.shape, dtype=torch.float64)
-            for row, example in enumerate(examples):  # a query's negatives may have been drawn from more
+            for row, example in enumerate(examples):
                 teacher_BK[row, : len(example.scores)] = torch.tensor(example.scores, dtype=torch.float64)
             return share * ops.distill_scores(
                 queries_BE[rows], documents_ME, candidates_BK, to_device(teacher_BK, device), _number(self.temperature),

@@ -34,6 +34,16 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert [Loader(SETS, 4, seed=2, num_negatives=2).batch(step) for step in range(40)] != steps
 
 
+def test_scores_are_drawn_with_their_negatives():
+    examples = [
+        Example(f"q{i}", "p", tuple(f"{n}" for n in range(9)), scores=(-1.0, *map(float, range(9)))) for i in range(8)
+    ]
+    for step in range(3):
+        for example in Loader({"a": examples}, 4, num_negatives=3).batch(step):
+            assert len(set(example.negatives)) == 3
+            assert example.scores == (-1.0, *map(float, example.negatives))
+
+
 def test_weights():
     loader = Loader(SETS, 4, weights={"a": 1.0, "b": 1.0})
     assert loader.batches["a"] == pytest.approx(loader.batches["b"], abs=1)

@@ -22,6 +22,37 @@ def test_stages_differ_and_files_override(tmp_path):
     assert config.train.steps == 7 and config.loss.temperature == 0.05
 
 
+def test_losses_and_memory_from_a_file(tmp_path):
+    text = (
+        TOML
+        + """
+memory = "1.5GiB"
+skip_gradients = 0.005
+documents = "ring"
+[loss]
+preset = "ms_swift"
+softmax = "split"
+focal = 0.5
+learn_temperature = true
+matryoshka = [32, 128]
+matryoshka_weights = [0.5, 1]
+[loss.groups]
+query_query = false
+own_hard = { mask = false, hardness = 5.0 }
+batch_hard = { margin = -0.05, relative = true }
+[loss.tasks]
+"my set" = "cosent"
+"""
+    )
+    config = load_config(write(tmp_path, text))
+    assert config.train.memory == 3 * 2**29 and config.loss.matryoshka == (32, 128)
+    assert config.loss.groups["query_query"] is False and config.loss.groups["own_hard"].hardness == 5.0
+    assert config.loss.groups["batch_hard"].relative and config.loss.tasks == {"my set": "cosent"}
+    sizes = {"12GB": 12 * 10**9, "auto": "auto", 1000: 1000, "500 MB": 5 * 10**8, None: None}
+    for given, expected in sizes.items():
+        assert stage1(**MINIMAL, train={"memory": given}).train.memory == expected
+
+
 def test_yaml_numbers_without_a_point(tmp_path):
     text = "model: {base: m}\ndata:\n  - path: d\ntrain: {learning_rate: 5e-6}\n"
     assert load_config(write(tmp_path, text, "run.yaml")).train.learning_rate == 5e-6
@@ -37,6 +68,24 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ({"loss": {"temperature": float("nan")}}, "loss.temperature"),
         ({"loss": {"preset": "best"}}, "loss.preset"),
         ({"loss": {"matryoshka": []}}, "loss.matryoshka"),
+        (
+            {"loss": {"matryoshka": [64, 16, 32]}},
+            "loss.matryoshka: expected dimensions of at least 1 that rise or fall",
+        ),
+        ({"loss": {"matryoshka": [8, 8]}}, "loss.matryoshka"),
+        ({"loss": {"matryoshka": [8, 4], "matryoshka_weights": [1.0]}}, "matryoshka_weights: expected 2 numbers"),
+        ({"loss": {"groups": {"best": True}}}, "loss.groups.best"),
+        ({"loss": {"groups": {"own_hard": {"mask": "all"}}}}, "loss.groups.own_hard"),
+        ({"loss": {"softmax": "both"}}, "loss.softmax"),
+        ({"loss": {"focal": -1}}, "loss.focal: .*greater than or equal to 0, got -1"),
+        ({"loss": {"tasks": {"sts": "best"}}}, "loss.tasks.sts"),
+        (
+            {"train": {"memory": "lots"}},
+            "train.memory: expected 'auto', a number of bytes or a size like '12GB', got 'lots'",
+        ),
+        ({"train": {"memory": 0}}, "train.memory"),
+        ({"train": {"skip_gradients": 1.0}}, "train.skip_gradients"),
+        ({"train": {"documents": "all"}}, "train.documents"),
         ({"train": {"global_batch_size": 0}}, "train.global_batch_size"),
         ({"train": {"lr": 1.0, "learning_rate": 1.0}}, "give one of them"),
         ({"train": {"device": "tpu"}}, "train.device"),

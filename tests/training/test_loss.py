@@ -1,0 +1,225 @@
+"""From the task of a set to its objective, and from a batch to the loss of its vectors."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import pyqemb
+from pyqemb import ops
+from pyqemb.data.example import Example
+from pyqemb.data.loader import build_batch
+from pyqemb.errors import DataError
+from pyqemb.testing.tiny import tiny_tokenizer, write_tiny_folder
+from pyqemb.training import stage2
+from pyqemb.training.config import LossSection
+from pyqemb.training.loss import BatchLoss, LossParameters, check_examples, objective_of, stats_of
+from pyqemb.training.state import Checkpoint, checkpoints
+
+
+def examples(count=9):
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(size):
+        return tuple(torch.randn(size, generator=generator).tolist())
+
+    return [
+        Example(
+            f"q{i}", f"p{i // 2}", tuple(f"n{i * n}" for n in range(1, i % 3 + 2)), score=float(i % 4),
+            scores=numbers(i % 3 + 2), query_embedding=numbers(20), positive_embedding=numbers(20),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def vectors(batch, dim=16):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        normalize(torch.randn(len(x), dim, dtype=torch.float64, generator=generator), dim=1).requires_grad_()
+        for x in (batch.query_text, batch.document_text)
+    ]
+
+
+def test_tasks_have_objectives():
+    config = LossSection(tasks={"my set": "cosent", "sts": "info_nce"})
+    expected = {None: "info_nce", "retrieval": "info_nce", "bitext": "info_nce", "anything": "info_nce"}
+    expected |= {
+        "classification": "classification",
+        "distillation": "distillation",
+        "my set": "cosent",
+        "sts": "info_nce",
+    }
+    assert {task: objective_of(task, config) for task in expected} == expected
+    assert objective_of("sts", LossSection()) == "cosent"
+    assert objective_of("retrieval", LossSection(preset="classification")) == "classification"
+
+
+def test_what_an_objective_lacks_is_named():
+    plain = Example("q", "p")
+    for objective, message in {
+        "cosent": "set 'x': example 2 has no score",
+        "classification": "example 2 has no negatives",
+        "distillation": "example 2 has neither scores nor query_embedding",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            check_examples("x", [examples(1)[0], plain], objective)
+    mixed = [Example("q", "p", scores=(1.0,)), Example("q", "p", query_embedding=(1.0,))]
+    with pytest.raises(DataError, match="cannot share a batch"):
+        check_examples("x", mixed, "distillation")
+    check_examples("x", [plain], "info_nce")
+
+
+def direct(objective, batch, queries, documents, temperature=0.05):
+    """The loss by the op itself."""
+    rows = batch.examples
+    if objective == "cosent":
+        return ops.cosent(queries, documents[batch.positive], torch.tensor([e.score for e in rows]), temperature)
+    if objective == "distillation":
+        teacher = torch.zeros(batch.candidates.shape)
+        for row, example in enumerate(rows):
+            teacher[row, : len(example.scores)] = torch.tensor(example.scores)
+        return ops.distill_scores(queries, documents, batch.candidates, teacher, temperature)
+    if objective == "vectors":
+        query, positive = (
+            torch.tensor([getattr(e, f"{side}_embedding") for e in rows]) for side in ("query", "positive")
+        )
+        return (
+            ops.distill_embeddings(queries, query) + ops.distill_embeddings(documents[batch.positive], positive)
+        ) / 2
+    preset = "classification" if objective == "classification" else "qwen3"
+    return ops.info_nce(
+        queries, documents, batch.positive, owner=batch.owner, document_ids=batch.document_text, temperature=temperature,
+        preset=preset,
+    )  # fmt: skip
+
+
+OBJECTIVES = ["info_nce", "classification", "cosent", "distillation", "vectors"]
+
+
+def batch_of(objective):
+    rows = examples()
+    if objective == "vectors":
+        rows = [
+            Example(e.query, e.positive, query_embedding=e.query_embedding, positive_embedding=e.positive_embedding)
+            for e in rows
+        ]
+    return build_batch(rows, tiny_tokenizer(), own_rows=objective == "classification")
+
+
+@pytest.mark.parametrize("dims", [None, (4, 16)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_parts_of_processes_are_the_loss_of_the_op(objective, dims):
+    batch = batch_of(objective)
+    leaves = vectors(batch)
+    config = LossSection(temperature=0.05, matryoshka=dims, matryoshka_weights=dims and (0.5, 2.0))
+    if dims is None:
+        truth = direct(objective, batch, *leaves)
+    else:
+        cut = [[normalize(x[:, :dim], dim=1) for x in leaves] for dim in dims]
+        truth = 0.5 * direct(objective, batch, *cut[0]) + 2 * direct(objective, batch, *cut[1])
+    kind = "distillation" if objective == "vectors" else objective
+    whole = BatchLoss(batch, config, kind)
+    torch.testing.assert_close(whole(*leaves), truth, rtol=1e-9, atol=1e-12)
+    parts = [BatchLoss(batch, config, kind, rows=rows) for rows in ((0, 4), (4, 5), (9, 0))]
+    losses = [part(*leaves) for part in parts]
+    torch.testing.assert_close(sum(losses), truth, rtol=1e-9, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (sum(losses), truth)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    totals = sum(part.totals for part in parts)
+    torch.testing.assert_close(totals, whole.totals, rtol=1e-9, atol=1e-9)
+    stats = stats_of(totals, len(batch.positive))
+    last = leaves if dims is None else cut[1]
+    assert stats["positive"] == pytest.approx(float((last[0] * last[1][batch.positive]).sum(1).mean()))
+
+
+def test_the_configuration_reaches_the_op():
+    batch = batch_of("info_nce")
+    leaves = vectors(batch)
+    config = LossSection(
+        preset="ms_swift", margin=0.2, softmax="split", focal=1.0, temperature=0.1,
+        groups={"query_query": False, "own_hard": True, "doc_hard": {"mask": False, "hardness": 2.0}},
+    )  # fmt: skip
+    groups = {"query_query": False, "own_hard": True, "doc_hard": ops.Group(mask=None, hardness=2.0)}
+    truth = ops.info_nce(
+        *leaves, batch.positive, owner=batch.owner, document_ids=batch.document_text, preset="ms_swift", margin=0.2,
+        softmax="split", focal=1.0, temperature=0.1, groups=groups,
+    )  # fmt: skip
+    assert BatchLoss(batch, config)(*leaves) == truth
+
+
+def test_a_learned_temperature_gets_a_gradient():
+    batch, config = batch_of("info_nce"), LossSection(learn_temperature=True, temperature=0.1)
+    parameters = LossParameters(config)
+    BatchLoss(batch, config, parameters=parameters)(*vectors(batch)).backward()
+    assert (
+        float(parameters.log_temperature.detach().exp()) == pytest.approx(0.1) and parameters.log_temperature.grad != 0
+    )
+    assert not list(LossParameters(LossSection()).parameters())
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    write_tiny_folder(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    kinds = {
+        "sts": ["score"],
+        "classification": [],
+        "scores": ["scores"],
+        "vectors": ["query_embedding", "positive_embedding"],
+    }
+    for kind, columns in kinds.items():
+        with (tmp_path / f"{kind}.jsonl").open("w") as file:
+            for number in range(32):
+                words = [str(n) for n in torch.randint(0, 99, (5,), generator=generator).tolist()]
+                extra = {
+                    "score": number % 3, "scores": [2.0, 0.0, -1.0],
+                    "query_embedding": [float(number % 2)] * 16 + [1.0] * 16,
+                    "positive_embedding": [float(number % 2)] * 16 + [1.0] * 16,
+                }  # fmt: skip
+                second = words[: 2 + number % 3] + ["7"] * (3 - number % 3)
+                row = {"query": " ".join(words), "positive": " ".join(second), "negatives": ["1 1 1", f"{number}"]}
+                task = "distillation" if kind in ("scores", "vectors") else kind
+                file.write(json.dumps({**row, "task": task, **{key: extra[key] for key in columns}}) + "\n")
+    return tmp_path
+
+
+def run(folder, kind, loss=None, name=None, **train):
+    settings = {
+        "steps": 16,
+        "global_batch_size": 16,
+        "learning_rate": 3e-3,
+        "num_negatives": 2,
+        "tokens_per_chunk": 200,
+        "device": "cpu",
+    }
+    config = stage2(
+        model={"base": str(folder / "base")}, data=[{"path": str(folder / f"{kind}.jsonl")}],
+        loss={"temperature": 0.1, **(loss or {})}, train={**settings, **train},
+        save={"dir": str(folder / (name or f"run_{kind}")), "every": 4},
+    )  # fmt: skip
+    return pyqemb.train(config, resume="auto")
+
+
+@pytest.mark.parametrize("kind", ["sts", "classification", "scores", "vectors"])
+def test_every_task_trains(workplace, kind):
+    losses = [row["loss"] for row in run(workplace, kind).metrics]
+    assert losses[-1] < 0.95 * losses[0]  # (a teacher's scores leave a loss that nobody gets below)
+
+
+def test_a_learned_temperature_is_kept_by_checkpoints(workplace):
+    options = dict(loss={"learn_temperature": True}, schedule="constant")
+    straight = run(workplace, "classification", name="straight", **options).metrics
+    run(workplace, "classification", name="halves", **options, steps=8)
+    halves = run(workplace, "classification", name="halves", **options).metrics
+    assert straight[0]["temperature"] != straight[-1]["temperature"]
+    assert [row["temperature"] for row in halves] == [row["temperature"] for row in straight[8:]]
+    assert [row["loss"] for row in halves] == [row["loss"] for row in straight[8:]]
+    kept = Checkpoint.load(checkpoints(workplace / "straight" / "checkpoints")[-1])
+    assert "loss.log_temperature/value" in kept.optimizer and "loss.log_temperature" not in kept.weights
+
+
+def test_a_set_without_its_columns_stops_before_training(workplace):
+    with pytest.raises(DataError, match="set 'sts': example 1 has neither scores nor query_embedding"):
+        run(workplace, "sts", loss={"tasks": {"sts": "distillation"}})
+    assert not (workplace / "run_sts" / "final").exists()
