@@ -65,7 +65,7 @@ def test_cost_over_an_uncached_step(compare, words, folder):
         vectors_SE = ours(stream)
         loss = loss_fn(vectors_SE[:PAIRS], vectors_SE[PAIRS:])
         loss.backward()
-        losses["uncached"] = float(loss)
+        losses["uncached"] = float(loss.detach())
 
     def cached(**plan):
         def run():
@@ -81,7 +81,7 @@ def test_cost_over_an_uncached_step(compare, words, folder):
             features = [dict(theirs.preprocess(side)) for side in sides]
             loss = CachedMultipleNegativesRankingLoss(theirs, **setting)(features, None)
             loss.backward()
-            losses[str(setting)] = float(loss)
+            losses[str(setting)] = float(loss.detach())
 
         return run
 

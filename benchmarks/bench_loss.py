@@ -1,14 +1,18 @@
-"""info_nce against the formula written in torch and against the loss stage of sentence-transformers' cached loss; top_k."""
+"""info_nce against the formula in torch and the loss stage of sentence-transformers' cached loss, with prefixes too; top_k."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 
 from pyqemb import ops
+from pyqemb.ops.groups import PRESETS
 from pyqemb.testing import reference
 from pyqemb.testing.tiny import tiny_embedder
+
+PREFIXES = [32, 64, 128, 256, 512, 768, 1024]
 
 
 def unit(count, dim):
@@ -49,9 +53,12 @@ def their_model(tmp_path_factory):
     return SentenceTransformer(str(tiny_embedder().save_pretrained(tmp_path_factory.mktemp("model"))), device="cpu")
 
 
-def theirs(model, batch, queries, documents):
+def theirs(model, batch, queries, documents, prefixes=()):
     """Loss and gradients as one call of their gradient cache makes them, in mini-batches of `batch`."""
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=batch)
+    if prefixes:
+        # What MatryoshkaLoss does to a cached loss: one of it for each prefix.
+        loss.calculate_loss = CachedLossDecorator(loss.calculate_loss, prefixes, [1] * len(prefixes))
 
     def run():
         parts = [[part.detach().requires_grad_() for part in x.split(batch)] for x in (queries, documents)]
@@ -75,6 +82,42 @@ def test_loss_stage(compare, their_model):
             for name, size in {"default (32)": 32, "256": 256, "1024": 1024, "4096": 4096}.items()
         },
         rounds=3, gflop=6 * count * count * dim / 1e9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["mnrl", "qwen3"])
+def test_matryoshka(compare, their_model, preset):
+    """The peer "ours, no prefixes" is what seven prefixes must not exceed by more than half."""
+    count, dim, groups = 4096, PREFIXES[-1], PRESETS[preset]
+    queries, documents, positive = unit(count, dim), unit(count, dim), torch.arange(count)
+
+    def ours(prefixes):
+        return gradients(
+            lambda q, d: ops.info_nce(
+                q, d, positive, owner=positive, preset=preset, temperature=0.05, matryoshka=prefixes
+            ),
+            queries, documents,
+        )  # fmt: skip
+
+    def naive(prefix):
+        return gradients(
+            lambda *vectors: reference.info_nce(
+                *(F.normalize(x[:, :prefix], dim=1) for x in vectors), positive, positive, temperature=0.05, groups=groups
+            ),
+            queries, documents,
+        )  # fmt: skip
+
+    peers = {
+        "ours, no prefixes": lambda: ours(None),
+        "naive torch, a loss for each": lambda: [naive(prefix) for prefix in PREFIXES],
+    }
+    if preset == "mnrl":
+        peers["sentence-transformers, 1024"] = theirs(their_model, 1024, queries, documents, PREFIXES)
+    products = 3 * (1 if preset == "mnrl" else 3)
+    compare(
+        f"info_nce fwd+bwd, {preset}, seven prefixes, N = M = {count}, d = {dim}",
+        lambda: ours(PREFIXES), peers,
+        rounds=3, gflop=2 * products * count * count * dim / 1e9,
     )  # fmt: skip
 
 

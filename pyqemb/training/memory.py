@@ -3,7 +3,8 @@
 import ctypes
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -60,6 +61,44 @@ def is_allocation_failure(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class Attempt:
+    """`with Attempt() as attempt`: an allocation failure ends the block quietly and is `attempt.failed`."""
+
+    failed: BaseException | None = None
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if error is None or not is_allocation_failure(error):
+            return False
+        self.failed = error.with_traceback(None)  # its frames hold the memory that is wanted
+        return True
+
+
+@contextmanager
+def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """Gradients made inside are added at the end to those from before; an error drops them. What it yields drops them too."""
+    tensors = list(tensors)
+    before = [x.grad for x in tensors]
+
+    def drop() -> None:
+        for x in tensors:
+            x.grad = None
+
+    drop()
+    try:
+        yield drop
+    except BaseException:
+        drop()
+        raise
+    finally:
+        with torch.no_grad():
+            for x, old in zip(tensors, before, strict=True):
+                if old is not None:
+                    x.grad = old if x.grad is None else old.add_(x.grad)
 
 
 class Meter:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pyqemb.data.example import Example
+from pyqemb.data.loader import TokenCache, build_batch
 from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.sets import make_loader, read_sets
 from pyqemb.training.setup import load_model, pick_precision
@@ -41,7 +43,11 @@ def plan(config: TrainConfig) -> Iterator[str]:
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
     yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
-    yield f"memory     about {_memory(embedder, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
+    if train.memory is None:
+        yield f"memory     about {_memory(embedder, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
+    else:  # of the first batch, as training will plan it (less what one process of several gets)
+        texts = build_batch(loader.batch(0), embedder.tokenizer).texts
+        yield f"memory     {GradCache(embedder, memory=train.memory).preview(TokenCache(embedder.tokenizer).pack(texts))}"
     example = next(iter(sets.examples.values()))[0]
     query = embedder.tokenizer.format_queries([example.query], example.instruction)[0]
     yield f"example    query {query!r} -> ids {embedder.tokenizer.encode_documents([query])[0]}"

@@ -71,36 +71,45 @@ def _run(model: Model, batch: PackedBatch, parameters: list[torch.Tensor]) -> tu
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that torch makes and frees. Gradients of `parameters`, known by their size, are left out."""
+    """Counts the bytes of the storages that torch makes and frees. Gradients of `parameters`, known by their size, are left out.
+
+    Results of this library's ops and torch's own are counted apart: on the CPU they come from two allocators, and what one has left
+    does not serve the other. So the peak is the sum of two.
+    """
 
     def __init__(self, existing: list[torch.Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self._now, self._peak = [0, 0], [0, 0]
         self._known = {x.untyped_storage()._cdata for x in existing}
         self._gradients = {x.untyped_storage().nbytes() * wide for x in existing for wide in (1, 2)}
 
+    @property
+    def now(self) -> int:
+        return sum(self._now)
+
     def restart(self) -> int:
         """The peak so far; a new one begins."""
-        peak, self.peak = self.peak, self.now
+        peak, self._peak = sum(self._peak), list(self._now)
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
+        own = func is torch.ops.aten.empty.memory_format  # the ops ask for room, torch's own bring results
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
-                self._see(result.untyped_storage())
+                self._see(result.untyped_storage(), own)
         return results
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _see(self, storage: torch.UntypedStorage, own: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
         counted = 0 if size in self._gradients else size
-        self.now += counted
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, counted)
+        self._now[own] += counted
+        self._peak[own] = max(self._peak[own], self._now[own])
+        weakref.finalize(storage, self._forget, key, counted, own)
 
-    def _forget(self, key: int, counted: int) -> None:
+    def _forget(self, key: int, counted: int, own: bool) -> None:
         self._known.discard(key)
-        self.now -= counted
+        self._now[own] -= counted

@@ -46,6 +46,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(workplace, capsys):
     assert main(["train", str(workplace / "run.toml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert '"learning_rate": 2e-05' in out and "20 rows" in out and "negatives  up to 7 documents a query" in out
+    assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "train.memory=1GB"]) == 0
+    assert "chunks of up to" in (out := capsys.readouterr().out) and "predicted peak" in out
     assert not (workplace / "run").exists()
 
 

@@ -1,158 +1,19 @@
 // InfoNCE against its contract in double, and that contract's gradients against central differences.
-#include "infonce_truth.h"
-
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/simd/vec.h"
-#include "testing.h"
+#include "infonce_cases.h"
 
 using namespace qemb;
 using namespace qemb::testing;
 
 namespace {
 
-constexpr double kInf = INFINITY;
-
-std::array<Group, kNumGroups> groups_on(std::initializer_list<int> on, ScoreMask mask = ScoreMask::kOwn, double margin = 0.1) {
-    std::array<Group, kNumGroups> groups{};
-    for (const int group : on) groups[group] = {true, mask, false, margin, 0};
-    return groups;
-}
-
-std::array<Group, kNumGroups> all_groups(double margin = 0.1) {
-    auto groups = groups_on({kOwnHard, kBatchPositive, kBatchHard, kQueryQuery, kDocOwn, kDocPositive, kDocHard});
-    for (Group& group : groups) group.margin = margin;
-    for (const int group : {kDocPositive, kDocHard}) groups[group].mask = ScoreMask::kQueryDocument;
-    return groups;
-}
-
-void normalize(double* x, int64_t dim, double noise = 1, const double* towards = nullptr) {
-    double squares = 0;
-    for (int64_t i = 0; i < dim; ++i) squares += x[i] * x[i];
-    for (int64_t i = 0; i < dim; ++i) x[i] = x[i] * noise / std::sqrt(squares) + (towards ? towards[i] : 0);
-    if (towards) normalize(x, dim);
-}
-
-// Queries near their positives, hard negatives near those; shared positives, equal texts, documents of nobody and for nobody.
-InfoNceCase make_case(int64_t num_queries, int64_t num_documents, int64_t dim, uint32_t seed, double noise = 0.8) {
-    InfoNceCase c{num_queries, num_documents, dim, all_groups()};
-    std::mt19937 random(seed);
-    const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
-    c.q = random_values<double>(static_cast<size_t>(num_queries * dim), seed + 1);
-    c.d = random_values<double>(static_cast<size_t>(num_documents * dim), seed + 2);
-    c.role.assign(static_cast<size_t>(num_documents), static_cast<uint8_t>(Role::kHard));
-    for (int64_t j = 0; j < num_documents; ++j) {
-        normalize(&c.d[j * dim], dim);
-        c.owner.push_back(-1);
-        c.document_text.push_back(7'000'000'000 + (j % 11 == 10 ? below(j) : j));
-        if (j % 13 == 12) c.role[j] = static_cast<uint8_t>(Role::kAbsent);
-    }
-    for (int64_t i = 0; i < num_queries; ++i) {
-        const int64_t p = i % 7 == 6 ? below(num_documents) : i % num_documents;
-        c.positive.push_back(p);
-        c.query_text.push_back(c.document_text[p]);
-        c.owner[p] = i;
-        if (c.role[p] == static_cast<uint8_t>(Role::kHard)) c.role[p] = static_cast<uint8_t>(Role::kPositive);
-        normalize(&c.q[i * dim], dim, noise, &c.d[p * dim]);
-    }
-    for (int64_t j = 0; j < num_documents; ++j) {
-        if (c.owner[j] >= 0 || j % 4 == 3) continue;
-        c.owner[j] = below(num_queries);
-        normalize(&c.d[j * dim], dim, 1.2, &c.d[c.positive[c.owner[j]] * dim]);
-    }
-    c.scale = 1.0 / static_cast<double>(num_queries);
-    return c;
-}
-
-// The kernel on storage of type S and arithmetic T. `log_negatives`, `given`, `pull` as in the contract.
-template <class T, class S = T>
-InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, const std::vector<S>& d, Wide* given = nullptr,
-                  bool pull = true, bool gradients = true) {
-    Indices starts{0}, own;
-    for (int64_t i = 0; i < c.num_queries; ++i) {
-        for (int64_t j = 0; j < c.num_documents; ++j)
-            if (c.owner[j] == i) own.push_back(j);
-        starts.push_back(static_cast<int64_t>(own.size()));
-    }
-    InfoNceResult r{Wide(c.num_rows), {}, {}, Wide(1), Wide(5), given ? *given : Wide(c.num_rows * kMaxSoftmaxes)};
-    std::vector<T> dq(c.q.size(), T(7)), dd(c.d.size(), T(7));
-    InfoNce p{.queries = q.data(),
-              .documents = d.data(),
-              .positive = c.positive.data(),
-              .query_text = c.query_text.data(),
-              .document_text = c.document_text.data(),
-              .role = c.role.data(),
-              .owner = c.owner.data(),
-              .own_starts = starts.data(),
-              .own_documents = own.data(),
-              .num_queries = c.num_queries,
-              .num_documents = c.num_documents,
-              .dim = c.dim,
-              .first_row = c.first_row,
-              .num_rows = c.num_rows,
-              .first_column = c.first_column,
-              .groups = {},
-              .split = c.split,
-              .temperature = c.temperature,
-              .focal = c.focal,
-              .scale = c.scale,
-              .dims = c.dims.data(),
-              .dim_weights = c.dim_weights.data(),
-              .num_dims = static_cast<int64_t>(c.dims.size()),
-              .loss = r.loss.data(),
-              .d_queries = gradients ? dq.data() : nullptr,
-              .d_documents = gradients ? dd.data() : nullptr,
-              .d_temperature = r.d_temperature.data(),
-              .stats = r.stats.data(),
-              .log_negatives = c.dims.empty() ? r.log_negatives.data() : nullptr,
-              .given = given != nullptr,
-              .pull = pull,
-              .dtype = dtype};
-    std::copy(c.groups.begin(), c.groups.end(), p.groups);
-    cpu::info_nce(p);
-    if (gradients) r.dq.assign(dq.begin(), dq.end()), r.dd.assign(dd.begin(), dd.end());
-    return r;
-}
-
-template <class T>
-InfoNceResult run(const InfoNceCase& c, Wide* given = nullptr, bool pull = true, bool gradients = true) {
-    const std::vector<T> q(c.q.begin(), c.q.end()), d(c.d.begin(), c.d.end());
-    return run<T>(c, sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64, q, d, given, pull, gradients);
-}
-
-double largest(const Wide& values) {
-    double most = 1e-6;
-    for (const double value : values) most = std::isfinite(value) ? std::max(most, std::abs(value)) : most;
-    return most;
-}
-
-void check_equal(const std::string& name, const InfoNceResult& r, const InfoNceResult& truth, double tolerance) {
-    const auto check = [&](const char* part, const Wide& actual, const Wide& expected) {
-        check_close((name + " " + part).c_str(), actual, expected, tolerance * largest(expected));
-    };
-    check("loss", r.loss, truth.loss);
-    check("dq", r.dq, truth.dq);
-    check("dd", r.dd, truth.dd);
-    check("stats", r.stats, truth.stats);
-    // Terms of both signs.
-    check_close((name + " d_temperature").c_str(), r.d_temperature, truth.d_temperature, tolerance * largest(truth.dd) * 100);
-}
-
-template <class T>
-void round_to(InfoNceCase& c) {
-    for (Wide* x : {&c.q, &c.d})
-        for (double& value : *x) value = static_cast<T>(value);
-}
-
 // Every instruction set, float and double.
 void check_case(InfoNceCase c, const std::string& name, double float_tolerance = 3e-6, double double_tolerance = 1e-12) {
     round_to<float>(c);
     const InfoNceResult truth = infonce_truth(c);
-    for (const std::string& isa : cpu::available_isas()) {
-        cpu::set_isa(isa);
+    each_isa([&](const std::string& isa) {
         check_equal(isa + " float " + name, run<float>(c), truth, float_tolerance);
         check_equal(isa + " double " + name, run<double>(c), truth, double_tolerance);
-    }
+    });
 }
 
 Wide differences(const InfoNceCase& c, Wide InfoNceCase::* x) {
@@ -239,13 +100,12 @@ TEST(a_small_weight_keeps_its_gradient) {
     InfoNceCase whole = c;
     whole.dim_weights[0] = 1;
     InfoNceResult truth = infonce_truth(whole);
-    for (const std::string& isa : cpu::available_isas()) {
-        cpu::set_isa(isa);
+    each_isa([&](const std::string& isa) {
         InfoNceResult r = run<float>(c);
         for (Wide* x : {&r.loss, &r.dq, &r.dd, &r.d_temperature})
             for (double& value : *x) value *= 1e30;
         check_equal(isa, r, truth, 3e-6);
-    }
+    });
 }
 
 TEST(low_temperatures) {
@@ -285,104 +145,6 @@ TEST(nothing_left) {
     c.first_row = 5, c.num_rows = 0;
     check_case(c, "no rows");
     for (const double value : run<float>(c).dq) CHECK(value == 0);
-}
-
-TEST(rows_add_up_to_the_whole) {
-    const InfoNceCase c = make_case(50, 120, 9, 12);
-    const InfoNceResult whole = infonce_truth(c);
-    InfoNceResult sum{{}, Wide(c.q.size()), Wide(c.d.size()), Wide(1), Wide(5), {}};
-    for (const auto& [first, count] : {std::pair<int64_t, int64_t>{0, 17}, {17, 0}, {17, 33}}) {
-        InfoNceCase part = c;
-        part.first_row = first, part.num_rows = count;
-        const InfoNceResult r = run<double>(part);
-        sum.loss.insert(sum.loss.end(), r.loss.begin(), r.loss.end());
-        for (const auto& x : {&InfoNceResult::dq, &InfoNceResult::dd, &InfoNceResult::d_temperature, &InfoNceResult::stats})
-            for (size_t i = 0; i < (sum.*x).size(); ++i) (sum.*x)[i] += (r.*x)[i];
-    }
-    check_equal("rows", sum, whole, 1e-12);
-}
-
-// Documents in blocks: the first round's sums make the second round's losses and gradients.
-template <class T>
-void check_blocks(bool split, double focal, double tolerance) {
-    InfoNceCase c = make_case(40, 300, 11, 13);
-    c.split = split, c.focal = focal;
-    round_to<float>(c);
-    const InfoNceResult whole = infonce_truth(c);
-    std::vector<InfoNceCase> blocks(3, c);
-    for (int64_t j = 0; j < c.num_documents; ++j)
-        for (int64_t block = 0; block < 3; ++block)
-            if (j * 3 / c.num_documents != block) blocks[block].role[j] = static_cast<uint8_t>(Role::kAbsent);
-    for (InfoNceCase& block : blocks) block.first_column = &block == &blocks[1] ? 0 : c.num_queries;
-    Wide given(whole.log_negatives.size(), -kInf);
-    for (const InfoNceCase& block : blocks) {
-        const InfoNceResult r = run<T>(block, nullptr, true, false), truth = infonce_truth(block);
-        check_close("loss of a block", r.loss, truth.loss, tolerance);
-        for (int64_t row = 0; row < c.num_rows; ++row)
-            for (int s = 0; s < (split ? kMaxSoftmaxes : 1); ++s) {
-                const int64_t at = row * kMaxSoftmaxes + s;
-                const double x = r.log_negatives[at], y = truth.log_negatives[at];
-                CHECK(x == y || std::abs(x - y) <= 10 * tolerance);
-                const double high = std::max(given[at], x), low = std::min(given[at], x);
-                if (high > -kInf) given[at] = high + std::log1p(std::exp(low - high));
-            }
-    }
-    InfoNceResult sum{{}, Wide(c.q.size()), Wide(c.d.size()), Wide(1), Wide(5), {}};
-    for (size_t block = 0; block < blocks.size(); ++block) {
-        const InfoNceResult r = run<T>(blocks[block], &given, block == 2);
-        sum.loss = r.loss;
-        CHECK(r.log_negatives == given);
-        for (const auto& x : {&InfoNceResult::dq, &InfoNceResult::dd, &InfoNceResult::d_temperature, &InfoNceResult::stats})
-            for (size_t i = 0; i < (sum.*x).size(); ++i) (sum.*x)[i] += (r.*x)[i];
-    }
-    sum.stats[0] /= 3;
-    check_equal("blocks", sum, whole, tolerance);
-}
-TEST(blocks_add_up_to_the_whole) {
-    for (const bool split : {false, true})
-        for (const double focal : {0.0, 2.0})
-            check_blocks<double>(split, focal, 1e-12), check_blocks<float>(split, focal, 3e-6);
-}
-
-TEST(half_types) {
-    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-        const bool brain = dtype == DType::kBFloat16;
-        namespace generic = cpu::QEMB_ISA;
-        InfoNceCase c = make_case(50, 300, 20, 14);
-        std::vector<uint16_t> stored[2];
-        for (int side = 0; side < 2; ++side)
-            for (double& value : side ? c.d : c.q) {
-                const float single = static_cast<float>(value);
-                stored[side].push_back(brain ? generic::to_bf16(single) : generic::to_f16(single));
-                value = static_cast<double>(brain ? generic::from_bf16(stored[side].back())
-                                                  : generic::from_f16(stored[side].back()));
-            }
-        for (const bool prefixes : {false, true}) {
-            if (prefixes) c.dims = {4, 20}, c.dim_weights = {1, 1};
-            const InfoNceResult truth = infonce_truth(c);
-            for (const std::string& isa : cpu::available_isas()) {
-                cpu::set_isa(isa);
-                check_equal(isa + (brain ? " bfloat16" : " float16"), run<float>(c, dtype, stored[0], stored[1]), truth, 3e-6);
-            }
-        }
-    }
-}
-
-TEST(threads_change_nothing) {
-    const int before = cpu::num_threads();
-    for (const bool prefixes : {false, true}) {
-        InfoNceCase c = make_case(450, 600, 40, 15);
-        if (prefixes) c.dims = {7, 24, 40}, c.dim_weights = {1, 1, 1};
-        InfoNceResult first;
-        for (const int threads : {1, 2, 5}) {
-            cpu::set_num_threads(threads);
-            const InfoNceResult r = run<float>(c);
-            if (threads == 1) first = r;
-            CHECK(r.loss == first.loss && r.dq == first.dq && r.dd == first.dd);
-            CHECK(r.d_temperature == first.d_temperature && r.stats == first.stats);
-        }
-    }
-    cpu::set_num_threads(before);
 }
 
 int main() { return run_all(); }

@@ -10,6 +10,7 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.testing.cached_step import Dropping, assert_close, backward, batches, gradients, loss_fn, uncached
 from pyqemb.testing.cases import heavy_tailed
 from pyqemb.testing.tiny import tiny_embedder
+from pyqemb.training import budget as budgets
 from pyqemb.training import grad_cache, passes
 from pyqemb.training.chunks import distinct, pack
 from pyqemb.training.grad_cache import GradCache, Plan
@@ -35,6 +36,7 @@ def test_chunks_are_full(pairs, budget):
 def test_packing_is_best_fit_decreasing():
     parts = pack(np.array([3, 50, 7, 6, 2, 9, 4]), 10)
     assert [part.tolist() for part in parts] == [[1], [5], [2, 0], [3, 6], [4]]
+    assert [part.tolist() for part in pack(np.array([7, 6, 3, 5]), 10)] == [[0, 2], [1], [3]]
     assert [part.tolist() for part in pack(np.array([3, 7]), 10)] == [[0, 1]]
     assert [part.tolist() for part in pack(np.array([], dtype=np.int64), 10)] == [[]]
 
@@ -63,6 +65,13 @@ def test_a_kept_chunk_is_not_embedded_again():
     chunks = cache.last.chunks
     assert chunks > 3 and len(runs) == 2 * chunks - 2
     assert [graph is not None for _, graph in runs] == [False] * (chunks - 2) + [True] * chunks
+
+
+def test_a_single_chunk_is_embedded_once():
+    model, runs = tiny_embedder(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    GradCache(model, loss_fn, ALL).step(*batches())
+    assert len(runs) == 1
 
 
 def test_boundary_tensors_spare_products(monkeypatch):
@@ -96,21 +105,26 @@ class Scarce:
 ERRORS = [None, MemoryError("bad_alloc"), torch.OutOfMemoryError("CUDA out of memory")]
 
 
+FAILURES = [  # the plan, and the pass through the model that fails: of five chunks, or one
+    (Plan(60), 2),
+    (Plan(60), 7),
+    (Plan(60, kept=2, boundaries=ALL), 2),
+    (Plan(60, kept=2, boundaries=ALL), 5),
+    (Plan(60, kept=2, boundaries=ALL), 7),
+    (Plan(ALL), 1),
+]
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-@pytest.mark.parametrize("second", [False, True], ids=["first pass", "second pass"])
-@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2, boundaries=ALL), Plan(ALL)], ids=str)
+@pytest.mark.parametrize(("plan", "failing"), FAILURES, ids=str)
 @pytest.mark.parametrize("before", [False, True], ids=["no gradients before", "gradients before"])
-def test_a_failed_allocation_changes_nothing(plan, second, error, before):
+def test_a_failed_allocation_changes_nothing(plan, failing, error, before):
     model, (queries, documents) = tiny_embedder().double(), batches()
     _, truth = gradients(model, uncached(model, queries, documents))
     said = []
     cache = GradCache(model, loss_fn, plan=plan, say=said.append)
-    if plan.tokens_per_chunk == ALL and second:
-        pytest.skip("a single chunk is embedded once")
     calls = []
-    scarce = Scarce(model, times=1, when=lambda: calls.append(1) or len(calls) == (7 if second else 2), error=error)
-    if plan.tokens_per_chunk == ALL:
-        scarce.when = lambda: True
+    scarce = Scarce(model, times=1, when=lambda: calls.append(1) or len(calls) == failing, error=error)
 
     def step():
         if before:
@@ -150,9 +164,10 @@ def test_other_errors_pass_and_leave_the_gradients_as_they_were():
     model = tiny_embedder()
     GradCache(model, loss_fn, 60).step(*batches())
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    Scarce(model, times=1, when=torch.is_grad_enabled, error=RuntimeError("something else"))
+    calls = []  # the first chunk has gone backward already
+    Scarce(model, times=1, when=lambda: calls.append(1) or len(calls) == 7, error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        GradCache(model, loss_fn, 60).step(*batches(seed=1))
+        GradCache(model, loss_fn, 60).step(*batches())
     assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
 
 
@@ -226,6 +241,15 @@ def test_skipping_nothing_is_the_same_to_the_bit():
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_what_is_skipped_leaves_no_boundary_tensors():
+    plans = []
+    for skip in (0.0, 0.1):
+        cache = GradCache(tiny_embedder(), loss_fn, memory=900_000, skip=skip)
+        cache.step(*batches(40, 60))
+        plans.append(cache.last.plan)
+    assert plans[0].boundaries > plans[1].boundaries == 0
+
+
 def test_skipping_is_not_for_dropout():
     with pytest.raises(ValueError, match="skip needs a model that draws no random numbers"):
         GradCache(Dropping().train(), loss_fn, skip=0.1).step(*batches())
@@ -263,21 +287,20 @@ def test_the_plan_of_a_step_is_told_beforehand():
 
 def test_planning_leaves_gradients_and_random_numbers_alone():
     model = Dropping().train()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
+    first, *others = model.parameters()
+    for p in others:
+        p.grad = torch.ones_like(p)
     state = torch.get_rng_state()
-    cache = GradCache(model, loss_fn, memory=10**9)
-    cache._planned(PackedBatch.concat(batches()), torch.device("cpu"))
-    assert torch.equal(state, torch.get_rng_state()) and cache._costs[False].graph > 1000
-    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert GradCache(model, loss_fn, memory=10**9).planned(PackedBatch.concat(batches())).peak_bytes > 100_000
+    assert torch.equal(state, torch.get_rng_state()) and model.seen
+    assert first.grad is None and all(torch.equal(p.grad, torch.ones_like(p)) for p in others)
 
 
 def test_keeping_stops_where_memory_is_really_used(monkeypatch):
     """The guard looks at the process, not at the prediction."""
     model, (queries, documents) = tiny_embedder().double(), batches(400, 600)
     used = iter([0, *(n * 80_000_000 for n in range(1000))])
-    monkeypatch.setattr(grad_cache, "used_bytes", lambda device: next(used))
+    monkeypatch.setattr(budgets, "used_bytes", lambda device: next(used))
     cache = GradCache(model, loss_fn, memory=200_000_000)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     assert 1 <= cache.last.kept < cache.last.chunks <= cache.last.plan.kept

@@ -172,12 +172,12 @@ def test_measured_peaks_are_as_predicted():
     def loss_fn(q, d):
         return ops.info_nce(q, d, torch.arange(len(q)), temperature=0.05)
 
+    GradCache(model, loss_fn, 1024).step(queries, documents)  # also takes what the libraries keep for themselves
     plans = []
     for budget in (220 << 20, 350 << 20, 4 << 30):
         cache = GradCache(model, loss_fn, memory=budget)
-        for _ in range(2):  # the first also takes what the libraries keep for themselves
-            model.zero_grad()
-            cache.step(queries, documents)
+        model.zero_grad()
+        cache.step(queries, documents)
         last = cache.last
         plans.append(last.plan)
         assert last.measured_bytes == pytest.approx(last.predicted_bytes, rel=0.15), last

@@ -10,8 +10,11 @@ namespace infonce {
 
 template <class T>
 void zero(void* to, int64_t count) {
+    constexpr int64_t kBlock = 1 << 16;
     T* const values = static_cast<T*>(to);
-    for (int64_t i = 0; i < count; ++i) values[i] = 0;
+    parallel_for(ceil_div(count, kBlock), [&](int64_t item) {
+        for (int64_t i = item * kBlock; i < min_of((item + 1) * kBlock, count); ++i) values[i] = 0;
+    });
 }
 
 // Calls visit(row) for the rows of the panel, a few to a work item.

@@ -22,6 +22,7 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
                 !a.prefixes || j >= count ? T(1) : a.column_norm[kind == kQueries][(start + j) * a.layers + k];
     Scales<T> scales;
     fill_scales(a, tile, scales);
+    for (T& scale : scales.high) scale = 1 / scale;
     T* const along = a.column_along + tile * a.layers * kTile;
     for (int64_t i = 0; a.prefixes && i < a.layers * kTile; ++i) along[i] = 0;
     for (int64_t r = 0; r < a.count; ++r)
@@ -32,7 +33,7 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
                 const Softmax& softmax = a.softmax(r, k, s);
                 const Vec<T> weight = load(values), coefficient = weight * static_cast<T>(softmax.weight);
                 if (a.prefixes) {
-                    const Vec<T> score = (log2<T>(weight) + static_cast<T>(softmax.offset)) / load(scales.high + j);
+                    const Vec<T> score = (log2<T>(weight) + static_cast<T>(softmax.offset)) * load(scales.high + j);
                     T* const sum = along + k * kTile + j;
                     store(sum, load(sum) + (weight > T(0) ? coefficient * score : Vec<T>{}));
                 }
@@ -134,9 +135,11 @@ void column_gradients(const Panel<T>& a, Kind kind, int64_t i) {
     T* const buffer = lefts + left_size<T>(kTile + kTileRows, a.rows);
     for (int64_t k = 0; k < a.layers; ++k) {
         const Segment& segment = a.segments[k];
-        pack_left(by_columns(a.weights(tile, k), kTile), count, a.count, lefts);
-        gemm(count, segment.width, a.count, by_tiles(lefts, a.count), a.packed[a.side_of(kind)] + segment.padded * a.rows,
-             product + segment.padded, a.padded, false);
+        const bool is_narrow = segment.width <= 2 * kPanel<T>;  // packed, it would be read no more often than packing reads
+        const Left<T> coefficients = by_columns(a.weights(tile, k), kTile);
+        if (!is_narrow) pack_left(coefficients, count, a.count, lefts);
+        gemm(count, segment.width, a.count, is_narrow ? coefficients : by_tiles(lefts, a.count),
+             a.packed[a.side_of(kind)] + segment.padded * a.rows, product + segment.padded, a.padded, false);
         for (int64_t j = 0; j < count; ++j)
             add_scaled(grad + j * a.dim + segment.begin, product + j * a.padded + segment.padded, T(1), segment.width);
     }

@@ -151,9 +151,9 @@ double exact_score(const Panel<T>& a, int64_t r, int64_t k, Kind kind, int64_t c
 template <class T, class Change>
 void refine(const Panel<T>& a, int64_t r, int64_t k, int s, double negatives, Change change) {
     const double offset = a.softmax(r, k, s).offset, threshold = negatives / 64;
+    const double lowest = __builtin_log2(0.999 * threshold) + offset;
     each_tile(a, s, [&](int64_t tile, Kind kind) {
-        const double largest = static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) - offset;
-        if (__builtin_exp2(largest) < 0.999 * threshold) return;
+        if (static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) < lowest) return;
         T* values = a.weights(tile, k) + r * kTile;
         const int64_t i = tile - a.first_tile[kind];
         for (int64_t j = 0; j < a.columns_in(kind, i); ++j) {

@@ -87,11 +87,12 @@ template <class T>
 bool is_known(const Panel<T>& a, Kind kind, int64_t start, int64_t count, int64_t r) {
     const int64_t query = a.query(r), self = kind == kQueries ? query : a.positive(r), text = a.p.query_text[query];
     if (self >= start && self < start + count) return true;
+    if (kind != kQueries)
+        for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e)
+            if (a.p.own_documents[e] >= start && a.p.own_documents[e] < start + count) return true;
     const int64_t* texts = (kind == kQueries ? a.p.query_text : a.p.document_text) + start;
     int64_t found = 0;
     for (int64_t j = 0; j < count; ++j) found |= texts[j] == text;
-    if (kind != kQueries)
-        for (int64_t j = 0; j < count; ++j) found |= a.p.owner[start + j] == query;
     return found;
 }
 
@@ -146,16 +147,19 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
     const bool of_queries = kinds[0] == kQueries;
     const int64_t start = i * kTile, count = a.columns_in(kinds[0], i), stored = round_up(count, kLanes<T>);
     T* const block = static_cast<T*>(scratch_bytes(
-        Slot::kTile, static_cast<size_t>(2 * kTile * a.dim + (2 * a.rows + 1) * kTile) * sizeof(T) + 2 * sizeof(Rules<T>)));
+        Slot::kTile, static_cast<size_t>(2 * kTile * a.dim + (2 * a.rows + 2) * kTile) * sizeof(T) + 2 * sizeof(Rules<T>)));
     T* const panels = block + kTile * a.dim;
     T* const raw = panels + kTile * a.dim;     // [num_kinds, rows, kTile], of all features so far
     T* const left = raw + 2 * a.rows * kTile;  // [kTile]
-    Rules<T>* const rules = reinterpret_cast<Rules<T>*>(left + kTile);
+    T* const norms = left + kTile;             // [kTile], of the columns
+    Rules<T>* const rules = reinterpret_cast<Rules<T>*>(norms + kTile);
     const T* const columns = read(a.p.dtype, a.columns_of(kinds[0]), start * a.dim, count * a.dim, block);
     for (int part = 0; part < num_kinds; ++part) {
         fill_rules(a, kinds[part], start, count, rules[part]);
         a.tile_stats[a.first_tile[kinds[part]] + i] = {};
     }
+    bool known[kMaxRows];
+    for (int64_t r = 0; r < a.count; ++r) known[r] = is_known(a, kinds[0], start, count, r);
     for (int64_t k = 0; k < a.layers; ++k) {
         const Segment& segment = a.segments[k];
         pack_transposed(columns + segment.begin, a.dim, count, segment.width, panels);
@@ -167,16 +171,15 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
             Left<T> anchors = by_tiles(a.anchor_tiles[side], a.dim);
             anchors.data += segment.begin * kTileRows;
             gemm(a.count, count, segment.width, anchors, panels, to, kTile, k > 0);
-            if (!a.prefixes) continue;
-            for (int64_t j = 0; j < kTile; ++j)
-                left[j] = j < count ? a.column_norm[of_queries][(start + j) * a.layers + k] : T(0);
-            for (int64_t r = 0; r < a.count; ++r) {
-                const T norm = a.anchor_norm[side][r * a.layers + k];
-                for (int64_t j = 0; j < stored; ++j) scores[part][r * kTile + j] = to[r * kTile + j] * norm * left[j];
-            }
         }
+        for (int64_t j = 0; a.prefixes && j < kTile; ++j)
+            norms[j] = j < count ? a.column_norm[of_queries][(start + j) * a.layers + k] : T(0);
         for (int64_t r = 0; r < a.count; ++r) {
-            const bool known = is_known(a, kinds[0], start, count, r);
+            for (int part = 0; a.prefixes && part < num_kinds; ++part) {
+                const T norm = a.anchor_norm[a.side_of(kinds[part])][r * a.layers + k];
+                const T* const from = raw + (part * a.rows + r) * kTile;
+                for (int64_t j = 0; j < stored; ++j) scores[part][r * kTile + j] = from[j] * norm * norms[j];
+            }
             // The last kind first: its limit may be for the query's score, which masking hides.
             for (int part = num_kinds - 1; part >= 0; --part) {
                 const int64_t tile = a.first_tile[kinds[part]] + i;
@@ -185,7 +188,7 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
                 TileStats ignored{};
                 TileStats& stats = k == a.layers - 1 ? a.tile_stats[tile] : ignored;
                 const T* const on =
-                    known ? strangers(a, kinds[part], start, count, r, rules[part].on, left, stats) : rules[part].on;
+                    known[r] ? strangers(a, kinds[part], start, count, r, rules[part].on, left, stats) : rules[part].on;
                 a.tile_max[a.of_tile(tile, k) + r] =
                     mask_row(row, part > 0 ? scores[0] + r * kTile : nullptr, rules[part], on,
                              static_cast<T>(a.score[r * a.layers + k]), kinds[part] == kQueryDocument, stats);

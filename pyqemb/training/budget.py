@@ -1,0 +1,148 @@
+"""The plan of each step: from what was asked for, what a probe measured and what earlier steps have taken."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.training.chunks import pack
+from pyqemb.training.memory import free_bytes, give_back, gradients_aside, used_bytes
+from pyqemb.training.passes import Model, RngState, checkpointed_parts, device_of
+from pyqemb.training.planner import Plan, Sizes, choose, predict
+from pyqemb.training.probe import TokenCosts, measure
+
+_LARGE_CHUNK, _LARGE_CHUNK_ON_A_GPU = 4096, 16384  # tokens; larger ones are not faster
+_MARGIN = 0.9  # of what is free: the budget of "auto"
+
+
+class StepPlanner:
+    """Plans the steps of a GradCache and keeps to them.
+
+    Args:
+        given: the plan where there is no `memory`.
+        memory: bytes, or "auto"; None: `given` is taken as it is.
+        gradients: the tensors that gradients end up in. tensors: all whose .grad a backward pass touches.
+        may_save: whether boundary tensors may be used.
+        say: takes lines for the log.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        given: Plan,
+        memory: int | Literal["auto"] | None,
+        gradients: list[torch.Tensor],
+        tensors: list[torch.Tensor],
+        may_save: bool,
+        say: Callable[[str], None],
+    ):
+        self.model, self.given, self.memory, self.may_save, self.say = model, given, memory, may_save, say
+        self.gradients, self.tensors = gradients, tensors
+        self._costs: dict[bool, TokenCosts] = {}  # by checkpointing
+        self._budget, self._overhead = 0, 0  # bytes; what steps took beyond the prediction and the budget
+        self._limit: Plan | None = None  # the plan that came after an allocation had failed
+        self._said: Any = None
+
+    def plan(self, texts: PackedBatch) -> Plan:
+        """Of a step over these distinct texts."""
+        if self.memory is None:
+            return self.given.within(self._limit)
+        device, lengths = device_of(self.model, [texts]), texts.lengths
+        self._budget = self.memory if isinstance(self.memory, int) else int(_MARGIN * free_bytes(device))
+        costs, sizes = self._standing(texts)
+        return choose(
+            self._budget,
+            _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU,
+            int(lengths.max(initial=1)),
+            lambda budget: chunk_tokens(lengths, budget),
+            costs,
+            sizes,
+            (lambda: self._measured(texts, True)) if checkpointed_parts(self.model) else None,
+            self.may_save,
+        )
+
+    def predicted(self, plan: Plan, texts: PackedBatch) -> Plan:
+        """The plan with its peak, where it has none yet."""
+        if plan.peak_bytes is not None:
+            return plan
+        tokens = chunk_tokens(texts.lengths, plan.tokens_per_chunk)
+        return replace(plan, peak_bytes=predict(plan, tokens, *self._standing(texts, plan.checkpointing)))
+
+    def guard(self, texts: PackedBatch) -> Callable[[PackedBatch], bool]:
+        """Whether a chunk may still keep its graph, by what is really in use when it comes."""
+        if self.memory is None:
+            return lambda chunk: True
+        device = device_of(self.model, [texts])
+        start, costs = used_bytes(device), self._costs[False]
+
+        def may_keep(chunk: PackedBatch) -> bool:
+            needed = (costs.graph + costs.forward) * chunk.num_tokens
+            return used_bytes(device) - start + needed <= self._budget
+
+        return may_keep
+
+    def smaller(self, plan: Plan, texts: PackedBatch, failed: BaseException) -> Plan:
+        """The next plan after one that did not fit; raises what failed where there is none."""
+        gc.collect()
+        give_back(device_of(self.model, [texts]))
+        plan = replace(plan, tokens_per_chunk=min(plan.tokens_per_chunk, texts.num_tokens))
+        smaller = plan.smaller(int(texts.lengths.max(initial=1)), bool(checkpointed_parts(self.model)))
+        if smaller is None:
+            raise failed
+        if self.memory is None:
+            self._limit = smaller
+        else:
+            self._overhead += self._budget // 10
+        reason = (str(failed) or type(failed).__name__).splitlines()[0]
+        self.say(f"gradient cache: out of memory ({reason}); trying again with {smaller}")
+        return smaller
+
+    def announce(self, plan: Plan, chunks: int) -> None:
+        """Say the plan the first time, and when it has changed by more than batches differ."""
+        kept = round(10 * min(plan.kept, chunks) / max(chunks, 1))
+        what = (plan.tokens_per_chunk, kept, plan.boundaries > 0, plan.checkpointing)
+        if self.memory is not None and what != self._said:
+            self._said = what
+            self.say(plan.line(chunks))
+            if plan.peak_bytes is not None and plan.peak_bytes > self._budget:
+                self.say(f"gradient cache: nothing fits into {_mib(self._budget)}; trying the smallest plan")
+
+    def compare(self, predicted: int | None, measured: int) -> None:
+        """Plan with the difference from now on where the budget was passed."""
+        if measured > self._budget and predicted is not None:
+            self._overhead += max(measured - predicted, 0)
+            self.say(
+                f"gradient cache: the step took {_mib(measured)}, more than its {_mib(self._budget)}; "
+                f"predictions are raised by {_mib(self._overhead)}"
+            )
+
+    def _standing(self, texts: PackedBatch, checkpointed: bool = False) -> tuple[TokenCosts, Sizes]:
+        """What predictions stand on."""
+        costs = self._measured(texts, checkpointed)
+        gradients = [x.numel() * x.element_size() for x in self.gradients]
+        vectors = texts.num_sequences * costs.vector
+        return costs, Sizes(vectors, sum(gradients), max(gradients, default=0), self._overhead)
+
+    def _measured(self, texts: PackedBatch, checkpointed: bool) -> TokenCosts:
+        """The costs of a token, measured once."""
+        if checkpointed not in self._costs:
+            device = device_of(self.model, [texts])
+            random = RngState.now(device)
+            with gradients_aside(self.tensors) as drop:
+                self._costs[checkpointed] = measure(self.model, texts, self.tensors, checkpointed)
+                drop()
+            random.restore(device)
+        return self._costs[checkpointed]
+
+
+def chunk_tokens(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Of each chunk that these texts are cut into."""
+    return np.array([lengths[part].sum() for part in pack(lengths, budget)])
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
