@@ -175,8 +175,6 @@ class Run:
         healthy = math.isfinite(loss) and math.isfinite(norm)
         if healthy:
             self.optimizer.step(rate)
-        report = self.cache.last
-        assert report is not None
         row: dict[str, Any] = {
             "step": self.step + 1,
             "loss": loss if healthy else None,
@@ -191,28 +189,27 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": round(progress.count(tokens)),
             "texts": len(batch.texts),
-            "chunks": report.chunks,  # of the first process
+            **self._cache_report(),
         }
         if "loss.log_temperature" in self.optimizer.others:
             row["temperature"] = float(self.optimizer.others["loss.log_temperature"].detach().exp())
-        if config.train.memory is not None:
-            row |= {
-                "kept_chunks": report.kept,
-                "predicted_bytes": report.predicted_bytes,
-                "measured_bytes": report.measured_bytes,
-            }
-        if config.train.skip_gradients:
-            row |= {
-                "skipped_texts": report.skipped_texts,
-                "skipped_tokens": report.skipped_tokens,
-                "skipped_norm": report.skipped_norm,
-            }
         self.step += 1
         if self.step % config.train.log_every == 0 or self.step == self.steps or not healthy:
             progress.log(row)
         self.metrics.append(row)
         what = f"step {self.step} (set {name!r}, batch {number}, rows {row.get('rows')}): loss {loss}, gradient norm {norm}"
         self._count_bad_step(healthy, what, progress)
+        return row
+
+    def _cache_report(self) -> dict[str, Any]:
+        """What the gradient cache did, in this process: its chunks, its memory where that is planned, what it skipped."""
+        report, train = self.cache.last, self.config.train
+        assert report is not None
+        row: dict[str, Any] = {"chunks": report.chunks}
+        if train.memory is not None:
+            row |= {name: getattr(report, name) for name in ("kept", "predicted_bytes", "measured_bytes", "replans")}
+        if train.skip_gradients:
+            row |= {name: getattr(report, name) for name in ("skipped_texts", "skipped_tokens", "skipped_norm")}
         return row
 
     def _gradients(self, batch: TrainingBatch, objective: str) -> tuple[float, int, torch.Tensor]:

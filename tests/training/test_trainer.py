@@ -262,3 +262,12 @@ def test_full_disk_leaves_the_previous_checkpoint(workplace):
 
 def test_environment_has_no_hidden_settings(workplace):
     assert not [name for name in os.environ if name.startswith("PYQEMB_")]
+
+
+def test_memory_and_skipping_are_logged(workplace):
+    rows = pyqemb.train(config(workplace, memory="1GB", skip_gradients=0.05, steps=3)).metrics
+    truth = pyqemb.train(config(workplace, "plain", steps=3)).metrics
+    for row, plain in zip(rows, truth, strict=True):
+        assert row["predicted_bytes"] > 0 and row["replans"] == 0 and row["kept"] >= 1
+        assert 0 <= row["skipped_norm"] <= 0.05 and row["texts"] == plain["texts"]
+    assert rows[0]["loss"] == pytest.approx(truth[0]["loss"], rel=1e-4)
