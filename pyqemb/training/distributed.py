@@ -4,6 +4,7 @@ Legend: S texts of a batch, E dimension.
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class World:
             request.wait()
         return received
 
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def of_first(self, value: Value) -> Value:
         """The first process's value."""
         values: list[Any] = [value]
@@ -126,5 +132,8 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
         yield World(dist.get_rank(), dist.get_world_size()), device if on_gpu else "cpu"
         dist.barrier()  # nobody closes its connections while another still reads from them
     finally:
+        # Hazard: a thread of gloo needs the interpreter's lock to let go of the last message. If it still waits for it when Python shuts
+        # down, the process aborts.
+        time.sleep(0.05)
         if own_group:
             dist.destroy_process_group()

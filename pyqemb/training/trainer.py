@@ -94,7 +94,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         if world.is_first:
             remove_leftovers(self.checkpoints)
-        world.of_first(None)  # the others look for checkpoints when the leftovers are gone
+        world.wait()  # the others look for checkpoints when the leftovers are gone
         checkpoint = find(self.checkpoints, resume, warn=self.warn)
         if (step := checkpoint and checkpoint.step) != world.of_first(step):
             raise CheckpointError(f"{self.checkpoints}: process {world.rank} found step {step}, the first another one")
@@ -158,7 +158,7 @@ class Run:
             )
         if self.world.is_first:
             self.embedder.save_pretrained(self.folder / "final", provenance=self.provenance())
-        self.world.of_first(None)
+        self.world.wait()
 
     def train_step(self, progress: Progress) -> dict[str, Any]:
         """Batch -> gradients -> weights. A loss or gradient that is not finite leaves the weights as they were, everywhere."""
