@@ -9,32 +9,9 @@ from transformers import Qwen3Model
 
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
-from pyqemb.data.tokenizer import Tokenizer
-from pyqemb.demo.help_data import load_rows
-from pyqemb.demo.tokenizer import train_tokenizer
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.cases import heavy_tailed, texts_of
 from pyqemb.training.grad_cache import GradCache
-
-
-@pytest.fixture(scope="module")
-def words():
-    return " ".join(row["en"] for row in load_rows("train"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, words):
-    """Four layers of the 0.6B shape with random weights; the vocabulary is small, its size costs no time."""
-    tokenizer = Tokenizer(train_tokenizer([words], vocab_size=8000), 512)
-    config = Qwen3Config(
-        vocab_size=tokenizer.vocab_size, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=1024, rope_theta=1e6,
-        is_causal=True, eos_token_id=tokenizer.end_id,
-    )  # fmt: skip
-    embedder = Embedder.from_config(config, tokenizer, seed=0)
-    embedder.default_instruction = None
-    return embedder.save_pretrained(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

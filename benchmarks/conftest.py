@@ -14,6 +14,11 @@ import torch
 import transformers
 
 from pyqemb import _C, __version__
+from pyqemb.data.tokenizer import Tokenizer
+from pyqemb.demo.help_data import load_rows
+from pyqemb.demo.tokenizer import train_tokenizer
+from pyqemb.model.config import Qwen3Config
+from pyqemb.model.embedder import Embedder
 from pyqemb.testing import bench
 
 _FOLDER = Path(__file__).parent
@@ -57,6 +62,25 @@ def compare(benchmark, request):
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def words():
+    return " ".join(row["en"] for row in load_rows("train"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, words):
+    """Four layers of the 0.6B shape with random weights; the vocabulary is small, its size costs no time."""
+    tokenizer = Tokenizer(train_tokenizer([words], vocab_size=8000), 512)
+    config = Qwen3Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=1024, rope_theta=1e6,
+        is_causal=True, eos_token_id=tokenizer.end_id,
+    )  # fmt: skip
+    embedder = Embedder.from_config(config, tokenizer, seed=0)
+    embedder.default_instruction = None
+    return embedder.save_pretrained(tmp_path_factory.mktemp("model"))
 
 
 def pytest_terminal_summary(terminalreporter, config):

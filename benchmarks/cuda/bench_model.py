@@ -9,7 +9,6 @@ from transformers import Qwen3Model
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
-from pyqemb.demo.help_data import load_rows
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
@@ -21,11 +20,6 @@ from pyqemb.training.optim import Optimizer
 
 DTYPE = torch.bfloat16
 LONGEST = 512
-
-
-@pytest.fixture(scope="module")
-def words():
-    return " ".join(row["en"] for row in load_rows("train"))
 
 
 @pytest.fixture(scope="module")

@@ -124,24 +124,3 @@ def _as_numbers(group: Group | None, margin: float | None) -> tuple[float, ...]:
     limit = margin if group.margin is None else group.margin
     mask = None if limit is None else group.mask
     return 1, _MASKS[mask], group.relative, 0.0 if limit is None else float(limit), group.hardness
-
-
-def prefixes(
-    matryoshka: Sequence[int] | None, weights: Sequence[float] | None, size: int
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Dimensions, rising, and the weights of their losses."""
-    if matryoshka is None:
-        if weights is not None:
-            raise ValueError("[info_nce] matryoshka_weights need matryoshka, got None")
-        return (), ()
-    dims = [int(dim) for dim in matryoshka]
-    if not dims or any(dim < 1 or dim > size for dim in dims):
-        raise ValueError(f"[info_nce] matryoshka must list dimensions from 1 to {size}, got {list(matryoshka)}")
-    rising = sorted(set(dims))
-    if dims not in (rising, rising[::-1]):
-        raise ValueError(f"[info_nce] matryoshka must rise or fall, each dimension once, got {list(matryoshka)}")
-    shares = [1 / len(dims)] * len(dims) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(dims) or not all(math.isfinite(share) and share >= 0 for share in shares):
-        raise ValueError(f"[info_nce] matryoshka_weights must be {len(dims)} numbers of at least 0, got {weights}")
-    pairs = sorted(zip(dims, shares, strict=True))
-    return tuple(dim for dim, _ in pairs), tuple(share for _, share in pairs)

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pyqemb import _C
 from pyqemb.ops.common import arithmetic, checked, differentiable, empty, native
-from pyqemb.ops.groups import Group, Options, prefixes
+from pyqemb.ops.groups import Group, Options
+from pyqemb.ops.prefixes import over_prefixes, prefixes
 
 _HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
 _SOFTMAXES = 4  # of a row, at most
@@ -109,18 +109,18 @@ def info_nce(
     learns = wanted and tau is not None and tau.requires_grad
     fixed = positive, owner, document_ids, first, count, *options
 
-    def loss_of(
-        queries: Tensor, documents: Tensor, dims: Sequence[int], weights: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
-        return _info_nce(queries.contiguous(), documents.contiguous(), tau, *fixed, dims, weights, differs, learns)[:2]
+    totals = queries_BE.new_empty(0)
+
+    def once(queries: Tensor, documents: Tensor, dims: Sequence[int] = (), weights: Sequence[float] = ()) -> Tensor:
+        nonlocal totals
+        results = _info_nce(queries.contiguous(), documents.contiguous(), tau, *fixed, dims, weights, differs, learns)
+        loss, totals = results[:2]
+        return loss
 
     if dims and queries_BE.device.type != "cpu":
-        cut = [[normalize(x[:, :dim], dim=-1) for x in (queries_BE, documents_ME)] for dim in dims]
-        parts = [loss_of(queries, documents, (), ()) for queries, documents in cut]
-        loss = torch.stack([part[0] * weight for part, weight in zip(parts, weights, strict=True)]).sum()
-        totals = parts[-1][1]
+        loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
-        loss, totals = loss_of(queries_BE, documents_ME, dims, weights)
+        loss = once(queries_BE, documents_ME, dims, weights)
     return (loss, Stats(totals, count)) if return_stats else loss
 
 

@@ -1,22 +1,17 @@
 """Timing against peers: all in one process, interleaved, so that a busy machine slows all alike."""
 
-import ctypes
 import gc
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from pyqemb import _C
+from pyqemb.training.memory import Meter
 
 Work = Callable[[], object]
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -111,44 +106,11 @@ def _seconds(work: Work) -> float:
 
 
 def peak_bytes(work: Work) -> int:
-    """How far the resident memory of the process rises above its start while `work` runs; sampled, Linux only (0 elsewhere).
-
-    Memory that earlier work has freed but not given back is given back first, or it would hide what this work needs.
-    """
+    """How far the memory of the process rises above its start while `work` runs."""
     gc.collect()
-    _C.release_kept()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with _sampled() as peak:
+    with Meter(torch.device("cpu")) as meter:
         work()
-    return peak[1] - peak[0]
-
-
-@contextmanager
-def _sampled() -> Iterator[list[int]]:
-    start = _resident()
-    peak, done = [start, start], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[1] = max(peak[1], _resident())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        peak[1] = max(peak[1], _resident())
-        done.set()
-        watcher.join()
-
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * _PAGE
-    except OSError:
-        return 0
+    return meter.peak_bytes
 
 
 def _gemm(size: int = 1536) -> tuple[Work, float]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pyqemb import ops
 from pyqemb.data.batch import to_device
@@ -14,6 +13,7 @@ from pyqemb.data.loader import TrainingBatch
 from pyqemb.errors import DataError
 from pyqemb.ops.groups import Options
 from pyqemb.ops.infonce import Stats
+from pyqemb.ops.prefixes import over_prefixes, prefixes
 from pyqemb.training.config import GroupSection, LossSection
 from pyqemb.training.ring import Ring
 
@@ -70,10 +70,11 @@ class BatchLoss:
 
     def __call__(self, queries_BE: Tensor, documents_ME: Tensor) -> Tensor:
         """This process's part of the mean over all queries."""
-        function: Callable[[Tensor, Tensor], Tensor] = {
-            "cosent": self._over_prefixes(self._cosent), "distillation": self._over_prefixes(self._distillation),
-        }.get(self.objective, self._info_nce)  # fmt: skip
-        return function(queries_BE, documents_ME)
+        if self.objective == "cosent":
+            return self._over_prefixes(self._cosent, queries_BE, documents_ME)
+        if self.objective == "distillation":
+            return self._over_prefixes(self._distillation, queries_BE, documents_ME)
+        return self._info_nce(queries_BE, documents_ME)
 
     def around(self, ring: Ring, own_SE: Tensor) -> Tensor:
         """The same for InfoNCE without gathering: of this process's queries, given the vectors of its own texts."""
@@ -86,12 +87,7 @@ class BatchLoss:
             loss, self.totals = ring.loss(vectors_SE, options, tau if isinstance(tau, Tensor) else None)
             return loss
 
-        dims = self.config.matryoshka
-        if dims is None:
-            return once(own_SE)
-        weights = self.config.matryoshka_weights or [1 / len(dims)] * len(dims)
-        pairs = sorted(zip(dims, weights, strict=True))
-        return torch.stack([weight * once(normalize(own_SE[:, :dim], dim=1)) for dim, weight in pairs]).sum()
+        return self._over_prefixes(once, own_SE)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -122,18 +118,14 @@ class BatchLoss:
         self.totals = stats.totals
         return loss
 
-    def _over_prefixes(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The weighted sum of a loss over the Matryoshka prefixes, normalised again."""
-        dims, weights = self.config.matryoshka, self.config.matryoshka_weights
-        if dims is None:
-            return loss
-        shares = weights or [1 / len(dims)] * len(dims)
-
-        def over_prefixes(queries_BE: Tensor, documents_ME: Tensor) -> Tensor:
-            cut = [[normalize(x[:, :dim], dim=1) for x in (queries_BE, documents_ME)] for dim in dims]
-            return torch.stack([share * loss(*pair) for share, pair in zip(shares, cut, strict=True)]).sum()
-
-        return over_prefixes
+    def _over_prefixes(self, loss: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
+        """The loss, or its weighted sum over the Matryoshka prefixes."""
+        config = self.config
+        if config.matryoshka is None:
+            return loss(*vectors)
+        return over_prefixes(
+            loss, *prefixes(config.matryoshka, config.matryoshka_weights, vectors[0].shape[1]), *vectors
+        )
 
     def _cosent(self, queries_BE: Tensor, documents_ME: Tensor) -> Tensor:
         """One loss of all pairs: the first process has it, the others nothing."""

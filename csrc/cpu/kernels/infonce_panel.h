@@ -180,6 +180,12 @@ struct Panel {
                : s == 2 ? dense[kQueries]
                         : dense[kDocDoc] || g[kDocOwn].on;
     }
+    // The group of a column's candidates; past the last column, as padding, that of the last.
+    int group_of(Kind kind, int64_t column) const {
+        if (kind == kQueries) return kQueryQuery;
+        const bool is_hard = static_cast<Role>(p.role[min_of(column, p.num_documents - 1)]) == Role::kHard;
+        return (kind == kDocDoc ? kDocPositive : kBatchPositive) + is_hard;
+    }
     // A logit in log2 units is this times the score.
     double scale_of(int group) const { return kLog2E<double> * (1 / p.temperature + p.groups[group].hardness); }
     bool gradients() const { return p.d_documents; }

@@ -99,11 +99,9 @@ struct Scales {
 template <class T>
 inline void fill_scales(const Panel<T>& a, int64_t tile, Scales<T>& scales) {
     const Kind kind = a.kind_of(tile);
-    const int64_t start = (tile - a.first_tile[kind]) * kTile, count = a.num_columns(kind) - start;
+    const int64_t start = (tile - a.first_tile[kind]) * kTile;
     for (int64_t j = 0; j < kTile; ++j) {
-        const bool is_hard = kind != kQueries && j < count && static_cast<Role>(a.p.role[start + j]) == Role::kHard;
-        const double scale =
-            a.scale_of(kind == kQueries ? kQueryQuery : (kind == kDocDoc ? kDocPositive : kBatchPositive) + is_hard);
+        const double scale = a.scale_of(a.group_of(kind, start + j));
         scales.high[j] = static_cast<T>(scale);
         scales.low[j] = static_cast<T>(scale - static_cast<double>(scales.high[j]));
     }
@@ -159,9 +157,7 @@ void refine(const Panel<T>& a, int64_t r, int64_t k, int s, double negatives, Ch
         for (int64_t j = 0; j < a.columns_in(kind, i); ++j) {
             const double before = static_cast<double>(values[j]);
             if (before <= threshold) continue;
-            const bool is_hard = kind != kQueries && static_cast<Role>(a.p.role[i * kTile + j]) == Role::kHard;
-            const double scale =
-                a.scale_of(kind == kQueries ? kQueryQuery : (kind == kDocDoc ? kDocPositive : kBatchPositive) + is_hard);
+            const double scale = a.scale_of(a.group_of(kind, i * kTile + j));
             const double score = exact_score(a, r, k, kind, i * kTile + j);
             const double weight = __builtin_exp2(score * scale - offset);
             values[j] = static_cast<T>(weight);

@@ -69,12 +69,11 @@ template <class T>
 inline void fill_rules(const Panel<T>& a, Kind kind, int64_t start, int64_t count, Rules<T>& rules) {
     for (int64_t j = 0; j < kTile; ++j) {
         const bool there = j < count && (kind != kQueries || start + j >= a.p.first_column);
-        const Role role = kind == kQueries || j >= count ? Role::kHard : static_cast<Role>(a.p.role[start + j]);
-        const int index =
-            kind == kQueries ? kQueryQuery : (kind == kDocDoc ? kDocPositive : kBatchPositive) + (role == Role::kHard);
+        const bool is_absent = kind != kQueries && there && static_cast<Role>(a.p.role[start + j]) == Role::kAbsent;
+        const int index = a.group_of(kind, start + j);
         const Group& group = a.p.groups[index];
         const bool masked = group.mask != ScoreMask::kNone;
-        rules.on[j] = there && group.on && role != Role::kAbsent;
+        rules.on[j] = there && group.on && !is_absent;
         rules.add[j] = !masked ? kInfinity<T> : group.relative ? T(0) : static_cast<T>(group.margin);
         rules.relative[j] = masked && group.relative ? static_cast<T>(group.margin) : T(0);
         rules.scale[j] = static_cast<T>(a.scale_of(index));
