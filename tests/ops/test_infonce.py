@@ -283,6 +283,16 @@ def test_matryoshka_temperature_gradient():
     )
 
 
+def test_matryoshka_weights_go_with_their_dimensions():
+    queries, documents, positive, owner, _ = batch()
+    rising, falling = (
+        ops.info_nce(queries, documents, positive, owner=owner, matryoshka=dims, matryoshka_weights=weights)
+        for dims, weights in (([8, 48], [0.2, 1.5]), ([48, 8], [1.5, 0.2]))
+    )
+    swapped = ops.info_nce(queries, documents, positive, owner=owner, matryoshka=[8, 48], matryoshka_weights=[1.5, 0.2])
+    assert rising == falling != swapped
+
+
 def test_a_prefix_of_zeros_stays_finite():
     queries, documents, positive, owner, _ = batch()
     queries, documents = queries.float(), documents.float()
