@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder, or the name of a model on the hub")
+    parser.add_argument("model", help="a Qwen3 or sentence-transformers folder, or a Qwen3 model on the hub")
     parser.add_argument("examples", type=Path, help="training pairs in any form that pyqemb reads")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--corpus", type=Path, help="more documents: the positives of this file")
@@ -13,9 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-positive-ratio", type=float, default=0.95, help="of the positive's score (0.95)")
     parser.add_argument("--margin", type=float, help="below the positive's score")
     parser.add_argument("--max-score", type=float)
+    parser.add_argument("--mean-margin", type=float, help="above the mean score of the query's positives")
     parser.add_argument("--skip-top", type=int, default=0)
     parser.add_argument("--depth", type=int, default=100, help="candidates looked at (100)")
-    parser.add_argument("--sampling", choices=["top", "random"], default="top")
+    parser.add_argument("--sampling", choices=["top", "random", "softmax"], default="top")
+    parser.add_argument("--sampling-temperature", type=float, default=0.05, help="of softmax sampling (0.05)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instruction", help="for queries that bring none")
 
@@ -24,16 +26,16 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.curation import mine
     from pyqemb.data.example import read_examples, write_examples
     from pyqemb.errors import ConfigError
-    from pyqemb.model.embedder import Embedder
+    from pyqemb.model.encoder import open_encoder
 
     if args.out.resolve() in {path.resolve() for path in (args.examples, args.corpus) if path is not None}:
         raise ConfigError(f"--out: {args.out} is also an input")
     examples = list(read_examples(args.examples))
     corpus = None if args.corpus is None else [example.positive for example in read_examples(args.corpus)]
     mined = mine(
-        Embedder.from_pretrained(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
+        open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
         margin=args.margin, max_score=args.max_score, skip_top=args.skip_top, depth=args.depth, sampling=args.sampling,
-        seed=args.seed, instruction=args.instruction,
+        seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin, sampling_temperature=args.sampling_temperature,
     )  # fmt: skip
     write_examples(args.out, mined.examples)
     report = mined.report

@@ -43,9 +43,11 @@ def mine(
     max_positive_ratio: float | None = 0.95,
     margin: float | None = None,
     max_score: float | None = None,
+    mean_margin: float | None = None,
     skip_top: int = 0,
     depth: int = 100,
-    sampling: Literal["top", "random"] = "top",
+    sampling: Literal["top", "random", "softmax"] = "top",
+    sampling_temperature: float = 0.05,
     seed: int = 0,
     instruction: str | None = None,
 ) -> Mined:
@@ -59,9 +61,10 @@ def mine(
             score by the same share of its size). None: no such limit.
         margin: a negative scores at most the positive's score minus this.
         max_score: a negative scores at most this.
+        mean_margin: a negative scores at most the mean of the query's positives plus this (Qwen3-VL-Embedding, 3.3).
         skip_top: leave out so many of the best that qualify.
         depth: how many that qualify are looked at.
-        sampling: the best k of them, or k drawn by `seed`.
+        sampling: the best k of them, or k drawn by `seed`: all alike, or in proportion to exp(score / sampling_temperature).
         instruction: for examples that bring none.
 
     Raises:
@@ -70,7 +73,7 @@ def mine(
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """
     examples = list(examples)
-    _check(examples, k, max_positive_ratio, depth, skip_top, sampling)
+    _check(examples, k, max_positive_ratio, depth, skip_top, sampling, sampling_temperature)
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
@@ -78,8 +81,11 @@ def mine(
     positives = np.array([place[e.positive] for e in examples])
     positive_scores = (query_vectors[query_rows] * vectors[positives]).sum(axis=1)
 
-    ceilings = _ceilings(positive_scores, max_positive_ratio, margin, max_score)
     spared = _positives_of_each_text(examples, place)
+    ceilings = _ceilings(positive_scores, max_positive_ratio, margin, max_score)
+    if mean_margin is not None:
+        means = _mean_scores(query_vectors, query_rows, vectors, spared)
+        ceilings = np.minimum(ceilings, means + np.float32(mean_margin))
     pool = torch.from_numpy(vectors).to(search_device(model))
     chosen, scores = [], []
     generator = np.random.default_rng(seed)
@@ -94,8 +100,10 @@ def mine(
         )
         for indices, values in zip(found, found_scores, strict=True):
             valid = np.flatnonzero(indices >= 0)[skip_top:]
-            if sampling == "random" and len(valid) > k:
-                valid = np.sort(generator.choice(valid, k, replace=False))
+            if sampling != "top" and len(valid) > k:
+                # Gumbel noise on the logarithms of the weights: the k largest are a draw without replacement.
+                logits = values[valid] / sampling_temperature if sampling == "softmax" else 0.0
+                valid = np.sort(valid[np.argsort(-(logits + generator.gumbel(size=len(valid))))[:k]])
             chosen.append(indices[valid[:k]])
             scores.append(values[valid[:k]])
     mined = [
@@ -155,6 +163,16 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
     return spared
 
 
+def _mean_scores(queries: np.ndarray, rows: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """float32 [N]: the mean score of each example's query with all its positives, -1 being none."""
+    total, count = np.zeros(len(rows), dtype=np.float32), np.zeros(len(rows), dtype=np.float32)
+    for column in positives.T:
+        own = np.flatnonzero(column >= 0)
+        total[own] += (queries[rows[own]] * documents[column[own]]).sum(axis=1)
+        count[own] += 1
+    return total / count
+
+
 def _search(
     queries: np.ndarray, documents: torch.Tensor, spared: np.ndarray, ceilings: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +189,15 @@ def _finite(what: str, vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def _check(examples: Sequence[Example], k: int, ratio: float | None, depth: int, skip_top: int, sampling: str) -> None:
+def _check(
+    examples: Sequence[Example],
+    k: int,
+    ratio: float | None,
+    depth: int,
+    skip_top: int,
+    sampling: str,
+    temperature: float,
+) -> None:
     if not examples:
         raise DataError("no examples to mine negatives for")
     if k < 1:
@@ -182,5 +208,7 @@ def _check(examples: Sequence[Example], k: int, ratio: float | None, depth: int,
         raise ConfigError(f"skip_top must not be negative, got {skip_top}")
     if ratio is not None and not 0 < ratio <= 2:
         raise ConfigError(f"max_positive_ratio must be above 0 and at most 2, got {ratio}")
-    if sampling not in ("top", "random"):
-        raise ConfigError(f"sampling must be 'top' or 'random', got {sampling!r}")
+    if sampling not in ("top", "random", "softmax"):
+        raise ConfigError(f"sampling must be 'top', 'random' or 'softmax', got {sampling!r}")
+    if not temperature > 0:
+        raise ConfigError(f"sampling_temperature must be above 0, got {temperature}")

@@ -127,3 +127,25 @@ def test_command_line(tmp_path, capsys):
     assert "12 rows, 12 documents" in capsys.readouterr().out
     assert main([*arguments, "--out", str(tmp_path / "pairs.jsonl")]) == 2
     assert main([*arguments[:2], str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "x.jsonl")]) == 3
+
+
+def test_a_margin_over_the_mean_of_the_positives():
+    two = [Example("q 0", "d 10"), Example("q 0", "d 60")]  # scores 0.985 and 0.5, mean 0.742
+    pool = ["d 5", "d 40", "d 45", "d 80"]
+    assert negatives(two, corpus=pool, mean_margin=0.0) == [("d 45", "d 80")] * 2
+    assert negatives(two, corpus=pool, mean_margin=0.03) == [("d 40", "d 45")] * 2
+
+
+def test_softmax_sampling_prefers_what_scores_high():
+    examples = [Example("q 0", "d 5")]
+    drawn = [
+        negatives(examples, corpus=CORPUS, k=1, sampling="softmax", sampling_temperature=0.2, seed=seed)[0][0]
+        for seed in range(400)
+    ]
+    scores = np.cos(np.radians([20, 40, 70, 110, 180]))
+    share = np.exp(scores / 0.2) / np.exp(scores / 0.2).sum()
+    counts = [drawn.count(text) / 400 for text in CORPUS[1:]]
+    np.testing.assert_allclose(counts, share, atol=0.1)
+    assert drawn.count("d 20") > drawn.count("d 40") > drawn.count("d 70")
+    with pytest.raises(ConfigError, match="sampling_temperature"):
+        negatives(examples, corpus=CORPUS, sampling="softmax", sampling_temperature=0.0)

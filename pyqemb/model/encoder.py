@@ -1,0 +1,61 @@
+"""Whatever embeds: pyqemb's own model, or any folder that sentence-transformers loads, behind the same two methods."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.embedder import Embedder
+
+
+class SentenceTransformerEncoder:
+    """A sentence-transformers folder, read from the disk alone, safetensors only.
+
+    Its own query prompt is used where it has one; an `instruction` is not, for such models were trained with other templates.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if not list(folder.rglob("*.safetensors")):
+            raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{folder}: is not a Qwen3 folder; others need: pip install sentence-transformers"
+            ) from error
+        self.model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
+
+    def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """float32 unit vectors [len(texts), E]."""
+        return self._vectors(self.model.encode_query, texts)
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 unit vectors [len(texts), E]."""
+        return self._vectors(self.model.encode_document, texts)
+
+    def _vectors(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
+        vectors = encode(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
+    """An Embedder for a Qwen3 folder or a hub id, else what sentence-transformers makes of the folder.
+
+    Raises CheckpointError, naming the file, for a folder that neither can load.
+    """
+    folder = Path(model)
+    if not (folder / "modules.json").is_file() or _model_type(folder / "config.json") == "qwen3":
+        return Embedder.from_pretrained(model)
+    return SentenceTransformerEncoder(folder)
+
+
+def _model_type(path: Path) -> Any:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return config.get("model_type") if isinstance(config, dict) else None
