@@ -31,6 +31,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tiny", action="store_true", help="benchmarks/cuda in seconds: shows that it runs, measures nothing"
     )
+    parser.addoption("--without", action="append", default=[], help="a peer of benchmarks/cuda to leave out")
     parser.addoption("--isa", choices=_C.available_isas(), help="instruction set of our kernels; `make bench ISA=avx2`")
 
 

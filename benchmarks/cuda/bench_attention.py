@@ -1,5 +1,7 @@
 """varlen_attention, forward and backward: torch's varlen attention, its SDPA backends, FlexAttention, flash-attn if there."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,19 @@ def ours(cu, device, causal):
     return lambda q, k, v: ops.varlen_attention(q, k, v, cu, causal=causal, plan=plan)
 
 
-def torch_varlen(cu, device, causal, longest):
+def torch_varlen(cu, cu_k, device, longest, longest_k, causal=False):
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, window = cu.to(device), (-1, 0 if causal else -1)
-    return lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window, enable_gqa=True)
+    cu, cu_k, window = cu.to(device), cu_k.to(device), (-1, 0 if causal else -1)
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def run(q, k, v):
+        if grouped:
+            return varlen_attn(q, k, v, cu, cu_k, longest, longest_k, window_size=window, enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, cu, cu_k, longest, longest_k, window_size=window)
+
+    return run
 
 
 def flash_attn(cu, device, causal, longest):
@@ -116,7 +126,7 @@ def test_attention(measure, device, sizes, compiled, length, causal):
     ]
     functions = {
         OURS: lambda: ours(cu, device, causal),
-        "torch varlen_attn": lambda: torch_varlen(cu, device, causal, longest),
+        "torch varlen_attn": lambda: torch_varlen(cu, cu, device, longest, longest, causal),
         "FlexAttention": lambda: flex(lengths, device, causal, compiled),
         "flash-attn": lambda: flash_attn(cu, device, causal, longest),
     }
@@ -149,13 +159,7 @@ def test_one_query_a_sequence(measure, device, sizes, length):
         plan = ops.attention_plan(cu, cu_k, device=device)
         return lambda q, k, v: ops.varlen_attention(q, k, v, cu, cu_seqlens_k=cu_k, plan=plan)
 
-    def theirs():
-        from torch.nn.attention.varlen import varlen_attn
-
-        starts = cu.to(device), cu_k.to(device)
-        return lambda q, k, v: varlen_attn(q, k, v, *starts, 1, length, enable_gqa=True)
-
-    functions = {OURS: ours_last, "torch varlen_attn": theirs}
+    functions = {OURS: ours_last, "torch varlen_attn": lambda: torch_varlen(cu, cu_k, device, 1, length)}
     keys = 2 * count * length * sizes.kv_heads * sizes.head_dim * DTYPE.itemsize / 1e9
     measure(f"one query, {length} keys, forward", forward(functions, tensors), dtype=DTYPE, gbyte=keys)
     measure(f"one query, {length} keys, backward", backward(functions, tensors), dtype=DTYPE, gbyte=2 * keys)

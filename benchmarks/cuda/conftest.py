@@ -76,6 +76,8 @@ def measure(meter, request):
 
     def run(case, contenders, **options):
         torch.manual_seed(0)
+        left_out = request.config.getoption("--without")
+        contenders = {name: prepare for name, prepare in contenders.items() if name not in left_out}
         found = meter.measure(request.node.path.stem.removeprefix("bench_"), case, contenders, **options)
         _REPORT.found.append(found)
         _REPORT.environment = _environment(meter.device)

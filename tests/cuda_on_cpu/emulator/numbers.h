@@ -67,10 +67,9 @@ inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(
 inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
 inline float reciprocal_approx(float x) { return flushed(1.0f / flushed(x)); }
 
-inline uint32_t to_tf32(float x) {  // to nearest, ties away from zero
+inline uint32_t to_tf32(float x) {  // to nearest, ties away from zero; NaN is cut, as the H100 does it
     const uint32_t word = word_of(x);
-    if (x != x) return 0x7fffffff;
-    return (word & 0x7f800000) == 0x7f800000 ? word : (word + 0x1000) & ~0x1fffu;
+    return ((word & 0x7f800000) == 0x7f800000 ? word : word + 0x1000) & ~0x1fffu;
 }
 
 }  // namespace qemb::cuda
