@@ -47,5 +47,6 @@ PYBIND11_MODULE(_C, m) {
     qemb::bind_infonce(m);
     qemb::bind_topk(m);
     qemb::bind_small_ops(m);
+    qemb::bind_shingles(m);
     qemb::bind_runtime(m);
 }

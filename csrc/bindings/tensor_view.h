@@ -114,6 +114,7 @@ void bind_pooling(py::module_& m);
 void bind_infonce(py::module_& m);
 void bind_topk(py::module_& m);
 void bind_small_ops(py::module_& m);
+void bind_shingles(py::module_& m);
 void bind_runtime(py::module_& m);
 
 }  // namespace qemb

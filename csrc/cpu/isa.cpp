@@ -66,5 +66,7 @@ QEMB_FORWARD(qk_norm_rope_forward, QkNormRopeForward)
 QEMB_FORWARD(qk_norm_rope_backward, QkNormRopeBackward)
 QEMB_FORWARD(swiglu_forward, SwigluForward)
 QEMB_FORWARD(swiglu_backward, SwigluBackward)
+QEMB_FORWARD(shingles, Shingles)
+QEMB_FORWARD(min_hash, MinHash)
 
 }  // namespace qemb::cpu

@@ -6,6 +6,7 @@
 #include "ops/pooling.h"
 #include "ops/qk_norm_rope.h"
 #include "ops/rms_norm.h"
+#include "ops/shingles.h"
 #include "ops/swiglu.h"
 #include "ops/topk.h"
 
@@ -23,6 +24,8 @@
     void qk_norm_rope_backward(const QkNormRopeBackward& p); \
     void swiglu_forward(const SwigluForward& p); \
     void swiglu_backward(const SwigluBackward& p); \
+    void shingles(const Shingles& p); \
+    void min_hash(const MinHash& p); \
     }
 
 QEMB_DECLARE_KERNELS(generic)

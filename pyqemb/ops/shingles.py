@@ -1,0 +1,63 @@
+"""Texts as sets of word n-grams, for de-duplication and decontamination."""
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyqemb import _C
+
+
+def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the word n-grams of each text, in order, repeats included.
+
+    Words are runs of letters and digits, case and Unicode forms (NFKC) ignored; each character of a script without spaces is a word. A
+    text of fewer than n words is one n-gram; a text without words has none.
+
+    Returns:
+        hashes [total] uint64 and counts [N] int64: how many belong to each text.
+
+    Raises:
+        TypeError: not texts. ValueError: n below 1.
+    """
+    text, offsets = _joined("shingles", texts)
+    hashes = torch.empty(len(text), dtype=torch.int64)
+    counts = torch.empty(len(texts), dtype=torch.int64)
+    _C.shingles(text, offsets, hashes, counts, n)
+    starts = offsets[:-1]
+    rows = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts) + torch.arange(int(counts.sum()))
+    return hashes[rows].numpy().view(np.uint64), counts.numpy()
+
+
+def min_hash(texts: Sequence[str], num_hashes: int = 128, n: int = 5) -> np.ndarray:
+    """MinHash signatures, [N, num_hashes] uint32: the share of equal places estimates the Jaccard similarity of two texts' sets
+    of word n-grams (those of `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes).
+
+    A text without words gets all ones.
+
+    Raises:
+        TypeError: not texts. ValueError: n or num_hashes below 1.
+
+    Source: Broder, On the resemblance and containment of documents (1997).
+    """
+    if num_hashes < 1:
+        raise ValueError(f"[min_hash] num_hashes must be at least 1, got {num_hashes}")
+    text, offsets = _joined("min_hash", texts)
+    signatures = torch.empty((len(texts), num_hashes), dtype=torch.int32)
+    _C.min_hash(text, offsets, signatures, n)
+    return signatures.numpy().view(np.uint32)
+
+
+def _joined(op: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"[{op}] texts must be a list of texts")
+    parts = [
+        (text if text.isascii() else unicodedata.normalize("NFKC", text).lower()).encode("utf-8", "replace")
+        for text in texts
+    ]
+    offsets = torch.zeros(len(parts) + 1, dtype=torch.int64)
+    torch.cumsum(torch.tensor([len(part) for part in parts], dtype=torch.int64), 0, out=offsets[1:])
+    joined = bytearray().join(parts)
+    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8), offsets
