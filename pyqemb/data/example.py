@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,17 +45,17 @@ class Example:
     positive_embedding: tuple[float, ...] = ()
 
 
-def read_examples(path: str | Path) -> Iterator[Example]:
+def read_examples(path: str | Path, split: str | None = None) -> Iterator[Example]:
     """Yield the examples of a JSONL file (.jsonl, .json, also .gz or .xz), a Parquet file or a BEIR folder.
 
-    A list of positives gives one example each. Of a BEIR folder the `train` judgements are read, or the only ones
-    there. Raises DataError naming file, line and column for anything that is not such a row.
+    A list of positives gives one example each. Of a BEIR folder the judgements of `split` are read; None: those of
+    `train`, or the only ones there. Raises DataError naming file, line and column for anything that is not such a row.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
-        yield from _read_beir(path)
+        yield from _read_beir(path, split)
         return
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     empty = True
@@ -67,13 +67,18 @@ def read_examples(path: str | Path) -> Iterator[Example]:
         raise DataError(f"{path}: holds no examples")
 
 
+def to_row(example: Example) -> dict[str, Any]:
+    """The columns that the example has, as `read_examples` reads them."""
+    row = {name: getattr(example, name) for name in Example.__slots__}
+    return {name: value for name, value in row.items() if value is not None and value != ()}
+
+
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     """Write examples as JSONL (.gz and .xz compress), all or nothing. Returns how many."""
     count = 0
     with atomic_file(path) as temporary, _open_writer(temporary) as file:
         for example in examples:
-            row = {key: value for key, value in asdict(example).items() if value not in (None, ())}
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(to_row(example), ensure_ascii=False).encode() + b"\n")
             count += 1
     return count
 
@@ -222,12 +227,12 @@ def _texts(row: dict[str, Any], key: str, where: str) -> list[str]:
     return values
 
 
-def _read_beir(folder: Path) -> Iterator[Example]:
+def _read_beir(folder: Path, split: str | None) -> Iterator[Example]:
     qrels = sorted((folder / "qrels").glob("*.tsv"))
-    chosen = [path for path in qrels if path.stem == "train"] or qrels
+    chosen = [path for path in qrels if path.stem == (split or "train")] or ([] if split else qrels)
     if len(chosen) != 1:
-        found = ", ".join(path.name for path in qrels) or "none"
-        raise DataError(f"{folder}: needs qrels/train.tsv or one single qrels/*.tsv; found {found}")
+        found, wanted = ", ".join(path.name for path in qrels) or "none", f"qrels/{split or 'train'}.tsv"
+        raise DataError(f"{folder}: needs {wanted}{'' if split else ' or one single qrels/*.tsv'}; found {found}")
     corpus = {key: text for key, text in _beir_texts(folder, "corpus")}
     queries = {key: text for key, text in _beir_texts(folder, "queries")}
     empty = True
