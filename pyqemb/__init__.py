@@ -17,11 +17,13 @@ _HOME = {
     "train": "pyqemb.training",
     "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
+    "curate": "pyqemb.curation",
     "mine": "pyqemb.curation",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from pyqemb.curation import curate as curate
     from pyqemb.curation import mine as mine
     from pyqemb.data.batch import PackedBatch as PackedBatch
     from pyqemb.data.example import read_examples as read_examples

@@ -1,8 +1,11 @@
-"""Choosing training data: filters that count what they drop, hard negatives."""
+"""Choosing training data: steps that count what they drop, and hard negatives."""
 
+from pyqemb.curation.config import CurateConfig as CurateConfig
 from pyqemb.curation.filters import Filtered as Filtered
 from pyqemb.curation.filters import consistency as consistency
 from pyqemb.curation.filters import distinct as distinct
 from pyqemb.curation.filters import similarity as similarity
 from pyqemb.curation.mining import Mined as Mined
 from pyqemb.curation.mining import mine as mine
+from pyqemb.curation.pipeline import Curated as Curated
+from pyqemb.curation.pipeline import curate as curate

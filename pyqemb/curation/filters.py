@@ -1,19 +1,15 @@
-"""Which pairs to keep: each filter keeps an example or drops it for a reason that is counted."""
+"""The steps over lists in memory: what was kept, and how many were dropped for which reason."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-from pyqemb import ops
-from pyqemb.curation.mining import embed_documents, embed_queries
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.rank import Consistency
+from pyqemb.curation.similarity import Similarity
 from pyqemb.data.example import Example
 from pyqemb.errors import ConfigError
-
-_TILE = 8192
 
 
 @dataclass
@@ -36,23 +32,10 @@ def consistency(
 
     Equal texts are one document. Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
     """
-    examples = list(examples)
     if top < 1:
         raise ConfigError(f"top must be at least 1, got {top}")
-    result = Filtered()
-    if not examples:
-        return result
-    documents = list(dict.fromkeys([*(e.positive for e in examples), *(pool or ())]))
-    place = {text: index for index, text in enumerate(documents)}
-    rows, queries = embed_queries(model, examples, instruction)
-    vectors = torch.from_numpy(embed_documents(model, documents))
-    for start in range(0, len(examples), _TILE):
-        some = examples[start : start + _TILE]
-        _, found = ops.top_k(torch.from_numpy(queries[rows[start : start + _TILE]]), vectors, min(top, len(documents)))
-        own = torch.tensor([place[example.positive] for example in some])
-        for example, kept in zip(some, (found == own[:, None]).any(dim=1).tolist(), strict=True):
-            _sort(result, example, None if kept else f"its document is not among the {top} nearest")
-    return result
+    step = Consistency(model=model, top=top, instruction=instruction)
+    return _filtered(lambda ledger: step.judge(examples, ledger, pool or ()))
 
 
 def similarity(
@@ -67,40 +50,26 @@ def similarity(
 
     min_sim 0.7 is the report's (arXiv 2506.05176, section 3.3); what a score means depends on the model.
     """
-    examples = list(examples)
     if min_sim is not None and max_sim is not None and min_sim > max_sim:
         raise ConfigError(f"min_sim must not be above max_sim, got {min_sim} and {max_sim}")
-    result = Filtered()
-    if not examples:
-        return result
-    for example, score in zip(examples, pair_scores(model, examples, instruction), strict=True):
-        low, high = min_sim is not None and score < min_sim, max_sim is not None and score > max_sim
-        _sort(
-            result, example, f"similarity below {min_sim}" if low else f"similarity above {max_sim}" if high else None
-        )
-    return result
+    step = Similarity(model=model, min_sim=min_sim, max_sim=max_sim, instruction=instruction)
+    return _filtered(lambda ledger: step.run(examples, ledger))
 
 
 def distinct(examples: Iterable[Example]) -> Filtered:
-    """Keep the first of each (query, positive)."""
-    result, seen = Filtered(), set()
-    for example in examples:
-        known = (example.query, example.positive) in seen
-        seen.add((example.query, example.positive))
-        _sort(result, example, "there already" if known else None)
-    return result
+    """Keep the first of each (query, positive), told apart by every character."""
+
+    def judged(ledger: Ledger) -> Iterator[Example]:
+        seen = set()
+        for example in examples:
+            pair = example.query, example.positive
+            if ledger.judge(example, "there already" if pair in seen else None):
+                seen.add(pair)
+                yield example
+
+    return _filtered(judged)
 
 
-def pair_scores(model: Any, examples: Sequence[Example], instruction: str | None = None) -> np.ndarray:
-    """Similarity of each example's query and positive, [N]."""
-    documents = {text: row for row, text in enumerate(dict.fromkeys(example.positive for example in examples))}
-    rows, queries = embed_queries(model, examples, instruction)
-    vectors = embed_documents(model, list(documents))
-    return (queries[rows] * vectors[[documents[example.positive] for example in examples]]).sum(axis=1)
-
-
-def _sort(result: Filtered, example: Example, reason: str | None) -> None:
-    if reason is None:
-        result.kept.append(example)
-    else:
-        result.dropped[reason] += 1
+def _filtered(run: Any) -> Filtered:
+    ledger = Ledger(samples=0)
+    return Filtered(list(run(ledger)), ledger.dropped)

@@ -6,7 +6,7 @@ import pytest
 import pyqemb
 from pyqemb.cli import main
 from pyqemb.curation import consistency, distinct, similarity
-from pyqemb.curation.filters import pair_scores
+from pyqemb.curation.similarity import pair_scores
 from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder

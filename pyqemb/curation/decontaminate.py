@@ -1,0 +1,113 @@
+"""A step that drops what the evaluation would ask: training examples that share text with it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from pyqemb import ops
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.mining import embed_documents, embed_queries
+from pyqemb.curation.spool import windows
+from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.data.example import Example, read_examples
+from pyqemb.errors import DataError
+
+_SUFFIXES = ("", ".gz", ".xz")
+
+
+class Decontaminate(Step):
+    """Drop an example whose query or positive shares `ngram` words in a row with a text of the evaluation, or all of a shorter text's.
+
+    The evaluation's texts are its queries and, unless `documents` is off, the documents judged relevant to them: documents that
+    nobody is asked for may be trained on. With a `model`, an example is also dropped when its query scores above `max_similarity` against a
+    query of the evaluation, or its positive against such a document.
+
+    `folders`: retrieval (BEIR; every split but train), STS or bitext folders, or files of examples.
+    """
+
+    kind: Literal["decontaminate"] = "decontaminate"
+    folders: list[Path] = Field(min_length=1)
+    ngram: int = Field(13, ge=1)
+    documents: bool = True
+    model: Any = None
+    max_similarity: float = Field(0.95, ge=-1, le=1)
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        queries, documents = self._texts()
+        ledger.notes.update({"evaluation queries": len(queries), "evaluation documents": len(documents)})
+        known = np.unique(ops.shingles([*queries, *documents], self.ngram)[0])
+        near = None if self.model is None else self._vectors(queries, documents)
+        for window in windows(examples, WINDOW):
+            texts = [text for example in window for text in (example.query, example.positive)]
+            shared = _any_known(*ops.shingles(texts, self.ngram), known).reshape(-1, 2)
+            closest = np.full((len(window), 2), -1, dtype=np.float32) if near is None else self._closest(window, *near)
+            for example, (query, positive), scores in zip(window, shared.tolist(), closest.tolist(), strict=True):
+                reason = None
+                if query or positive:
+                    side = "query" if query else "positive"
+                    reason = f"{side} shares {self.ngram} words, or all, with the evaluation"
+                elif near is not None and max(scores) > self.max_similarity:
+                    side = "query" if scores[0] > self.max_similarity else "positive"
+                    reason = f"{side} is nearly one of the evaluation"
+                if ledger.judge(example, reason, **({} if near is None else {"nearest_similarity": max(scores)})):
+                    yield example
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        queries: dict[str, None] = {}
+        documents: dict[str, None] = {}
+        for folder in self.folders:
+            for example in evaluation_examples(folder):
+                queries[example.query] = None
+                if self.documents:
+                    documents[example.positive] = None
+        return list(queries), list(documents)
+
+    def _vectors(self, queries: list[str], documents: list[str]) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        model = encoder(self.model)
+        asked = torch.from_numpy(embed_queries(model, [Example(query, "") for query in queries], None)[1])
+        return model, asked, torch.from_numpy(embed_documents(model, documents)) if documents else None
+
+    def _closest(
+        self, window: list[Example], model: Any, queries: torch.Tensor, documents: torch.Tensor | None
+    ) -> np.ndarray:
+        """float32 [N, 2]: the best score of each query and of each positive against the evaluation's."""
+        bare = [Example(example.query, "") for example in window]  # without instructions, as the evaluation's are here
+        rows, vectors = embed_queries(model, bare, None)
+        best = [ops.top_k(torch.from_numpy(vectors), queries, 1)[0][rows, 0]]
+        if documents is None:
+            best.append(torch.full_like(best[0], -1))
+        else:
+            own = torch.from_numpy(embed_documents(model, [example.positive for example in window]))
+            best.append(ops.top_k(own, documents, 1)[0][:, 0])
+        return torch.stack(best, dim=1).numpy()
+
+
+def evaluation_examples(path: Path) -> Iterator[Example]:
+    """The pairs that an evaluation folder judges: queries with relevant documents, or both sentences."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_file():
+        yield from read_examples(path)
+        return
+    for name in ("sts.jsonl", "bitext.jsonl"):
+        for suffix in _SUFFIXES:
+            if (pairs := path / f"{name}{suffix}").is_file():
+                yield from read_examples(pairs)
+                return
+    splits = sorted(file.stem for file in (path / "qrels").glob("*.tsv"))
+    if not splits:
+        raise DataError(f"{path}: expected qrels/*.tsv (retrieval), sts.jsonl or bitext.jsonl, found none of them")
+    for split in [split for split in splits if split != "train"] or splits:
+        yield from read_examples(path, split=split)
+
+
+def _any_known(hashes: np.ndarray, counts: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """bool [N]: whether one of each text's hashes is known."""
+    if not len(known) or not len(hashes):
+        return np.zeros(len(counts), dtype=bool)
+    found = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+    return np.bincount(np.repeat(np.arange(len(counts)), counts), weights=found, minlength=len(counts)) > 0

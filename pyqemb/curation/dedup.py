@@ -1,0 +1,147 @@
+"""Steps that drop what is there already: equal texts, and nearly equal ones by MinHash."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pyqemb import ops
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.spool import Seen, Spool, text_hash, windows, work_folder
+from pyqemb.curation.steps import WINDOW, Step
+from pyqemb.data.example import Example
+
+On = Literal["pair", "query", "positive"]
+_WHOLE = 1 << 40  # words: every text is one n-gram
+
+
+class Exact(Step):
+    """Keep the first of equal texts; words alone count (`ops.shingles`), so case, spaces and punctuation do not tell texts apart.
+
+    Needs 8 bytes for each example.
+    """
+
+    kind: Literal["exact"] = "exact"
+    on: On = "pair"
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        seen = Seen()
+        for window in windows(examples, WINDOW):
+            new = seen.add(_keys(window, self.on))
+            for example, first in zip(window, new.tolist(), strict=True):
+                if ledger.judge(example, None if first else f"{self.on} there already"):
+                    yield example
+
+
+class Near(Step):
+    """Keep the first of each cluster of texts whose sets of word n-grams are alike.
+
+    Pairs are proposed by bands of MinHash signatures (LSH) and joined where the signatures agree in at least `threshold` of their
+    places, an estimate of the Jaccard similarity with an error of 0.5 / sqrt(num_hashes). Signatures lie on disk, 4 bytes times num_hashes
+    an example; memory is about 40 bytes an example.
+
+    Source: Broder (1997); bands: Leskovec et al., Mining of Massive Datasets, section 3.4.
+    """
+
+    kind: Literal["near"] = "near"
+    on: On = "pair"
+    threshold: float = Field(0.8, gt=0, le=1)
+    ngram: int = Field(5, ge=1)
+    num_hashes: int = Field(128, ge=16)
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        rows = rows_of_band(self.num_hashes, self.threshold)
+        ledger.notes.update({"bands": self.num_hashes // rows, "rows of a band": rows})
+        with work_folder(ledger.folder) as folder:
+            spool, path = Spool(folder), folder / "signatures.u32"
+            with path.open("wb") as file:
+                for window in windows(spool.fill(examples), WINDOW):
+                    file.write(ops.min_hash(_texts(window, self.on), self.num_hashes, self.ngram).tobytes())
+            if not len(spool):
+                return
+            leader = clusters(path, len(spool), self.num_hashes, rows, self.threshold)
+            for index, example in enumerate(spool):
+                if ledger.judge(example, None if leader[index] == index else f"{self.on} nearly there already"):
+                    yield example
+
+
+def rows_of_band(num_hashes: int, threshold: float) -> int:
+    """The longest bands by which two texts of exactly that similarity are still proposed with a probability of 0.95."""
+    fitting = [r for r in range(1, num_hashes + 1) if 1 - (1 - threshold**r) ** (num_hashes // r) >= 0.95]
+    return max(fitting, default=1)
+
+
+def clusters(signatures: Path, count: int, num_hashes: int, rows: int, threshold: float) -> np.ndarray:
+    """int64 [count]: the first text of each text's cluster. `signatures`: a file of uint32 [count, num_hashes]."""
+    mapped = np.memmap(signatures, dtype=np.uint32, mode="r", shape=(count, num_hashes))
+    leader = np.arange(count)
+    empty = _banded(mapped, 0, num_hashes) == _polynomial(np.full((1, num_hashes), 0xFFFFFFFF, dtype=np.uint32))
+    for start in range(0, num_hashes - rows + 1, rows):
+        keys = _banded(mapped, start, start + rows)
+        order = np.argsort(keys, kind="stable")
+        same = keys[order[1:]] == keys[order[:-1]]
+        # Each text is compared with the first of its bucket: in a bucket all are alike, or met by chance.
+        heads = np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(count), 0))
+        later = np.flatnonzero(np.concatenate([[False], same]))
+        first, second = order[heads[later]], order[later]
+        wanted = ~(empty[second] | (_find(leader, first) == _find(leader, second)))
+        first, second = first[wanted], second[wanted]
+        for part in range(0, len(first), WINDOW):
+            a, b = first[part : part + WINDOW], second[part : part + WINDOW]
+            alike = (mapped[a] == mapped[b]).mean(axis=1) >= threshold
+            for x, y in zip(a[alike].tolist(), b[alike].tolist(), strict=True):
+                _join(leader, x, y)
+    return _find(leader, np.arange(count))
+
+
+def _texts(window: list[Example], on: On) -> list[str]:
+    return [f"{e.query}\n{e.positive}" if on == "pair" else getattr(e, on) for e in window]
+
+
+def _keys(window: list[Example], on: On) -> np.ndarray:
+    """uint64 [N]: a hash of the words of each text. Texts without words are told apart by their characters."""
+    sides = ("query", "positive") if on == "pair" else (on,)
+    keys = np.zeros(len(window), dtype=np.uint64)
+    for side in sides:
+        texts = [getattr(example, side) for example in window]
+        hashes, counts = ops.shingles(texts, _WHOLE)
+        bare = np.array(
+            [text_hash(text.strip()) for text, count in zip(texts, counts, strict=True) if not count], dtype=np.uint64
+        )
+        own = np.empty(len(window), dtype=np.uint64)
+        own[counts > 0], own[counts == 0] = hashes, bare
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + own
+    return keys
+
+
+def _banded(mapped: np.ndarray, start: int, end: int) -> np.ndarray:
+    """uint64 [count]: a hash of the places start..end of each signature."""
+    keys = np.empty(len(mapped), dtype=np.uint64)
+    for first in range(0, len(mapped), 1 << 16):
+        keys[first : first + (1 << 16)] = _polynomial(mapped[first : first + (1 << 16), start:end])
+    return keys
+
+
+def _polynomial(values: np.ndarray) -> np.ndarray:
+    key = np.zeros(len(values), dtype=np.uint64)
+    for column in values.T:
+        key = (key ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def _find(leader: np.ndarray, of: np.ndarray) -> np.ndarray:
+    found = leader[of]
+    while not np.array_equal(further := leader[found], found):
+        found = further
+    return found
+
+
+def _join(leader: np.ndarray, x: int, y: int) -> None:
+    while leader[x] != x:
+        x = int(leader[x])
+    while leader[y] != y:
+        y = int(leader[y])
+    leader[max(x, y)] = min(x, y)

@@ -1,0 +1,107 @@
+"""What a step did: how many examples it kept and dropped for which reason, what it measured, and some of both to read."""
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyqemb.data.example import Example
+
+KEPT = "kept"
+Drop = Callable[[Example, str, dict[str, float]], None]
+
+
+class Histogram:
+    """Counts by outcome in bins of equal width, or, without one, in eight bins to each doubling."""
+
+    def __init__(self, width: float | None):
+        self.width = width
+        self.counts: dict[int, Counter[str]] = defaultdict(Counter)
+
+    def add(self, value: float, outcome: str) -> None:
+        place = value / self.width if self.width else 8 * math.log2(max(value, 1))
+        self.counts[math.floor(place + 1e-6)][outcome] += 1
+
+    def start_of(self, index: int) -> float:
+        return index * self.width if self.width else 2 ** (index / 8)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Bins in rising order: where each starts, and its counts by outcome."""
+        return [{"from": self.start_of(i), **self.counts[i]} for i in sorted(self.counts)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    example: Example
+    values: dict[str, float]
+
+
+@dataclass
+class Ledger:
+    """The account of one step. `folder` is for files that the step needs while it runs; `on_drop` sees every dropped example.
+
+    `samples` of each outcome are kept, drawn evenly by `seed` whatever their number (reservoir sampling).
+    """
+
+    name: str = ""
+    folder: Path | None = None
+    on_drop: Drop | None = None
+    samples: int = 20
+    seed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    drawn: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, Any] = field(default_factory=dict)  # e.g. the bounds that a quantile came to
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(f"{self.seed} {self.name}")
+
+    def keep(self, example: Example, **values: float) -> Example:
+        self._record(example, KEPT, values)
+        return example
+
+    def drop(self, example: Example, reason: str, **values: float) -> None:
+        self._record(example, reason, values)
+        if self.on_drop is not None:
+            self.on_drop(example, reason, values)
+
+    def judge(self, example: Example, reason: str | None, **values: float) -> bool:
+        """Drop for the reason, or keep where there is none. Whether it was kept."""
+        if reason is None:
+            self.keep(example, **values)
+        else:
+            self.drop(example, reason, **values)
+        return reason is None
+
+    @property
+    def kept(self) -> int:
+        return self.counts[KEPT]
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return Counter({reason: count for reason, count in self.counts.items() if reason != KEPT})
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "step": self.name,
+            "seen": self.counts.total(),
+            "kept": self.kept,
+            "dropped": dict(self.dropped.most_common()),
+            **({"notes": self.notes} if self.notes else {}),
+            "histograms": {name: histogram.rows() for name, histogram in self.histograms.items()},
+        }
+
+    def _record(self, example: Example, outcome: str, values: dict[str, float]) -> None:
+        self.counts[outcome] += 1
+        for name, value in values.items():
+            if name not in self.histograms:
+                self.histograms[name] = Histogram(0.02 if "similarity" in name or "confidence" in name else None)
+            self.histograms[name].add(value, outcome)
+        drawn = self.drawn[outcome]
+        if len(drawn) < self.samples:
+            drawn.append(Sample(example, values))
+        elif (place := self._random.randrange(self.counts[outcome])) < self.samples:
+            drawn[place] = Sample(example, values)

@@ -1,0 +1,93 @@
+"""Runs the steps over a stream of examples and writes what came of it."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pyqemb.curation.config import CurateConfig
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.report import write_report
+from pyqemb.data.example import Example, read_examples, to_row
+from pyqemb.data.files import atomic_file
+from pyqemb.errors import DataError
+
+Progress = Callable[[list[Ledger]], None]
+_EVERY = 256  # examples read between two calls of `on_progress`
+
+
+@dataclass(frozen=True)
+class Curated:
+    """`folder` holds kept.jsonl, dropped.jsonl (each row with its step and reason), report.json and report.html."""
+
+    folder: Path
+    seen: int
+    kept: int
+    ledgers: list[Ledger]
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """step -> reason -> count"""
+        return {ledger.name: dict(ledger.dropped) for ledger in self.ledgers}
+
+
+def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | None = None) -> Curated:
+    """Pass every example through the steps in their order. Examples stream: memory does not grow with their texts.
+
+    Results appear when all is done; those of an earlier run stay until then.
+
+    Raises:
+        ConfigError: a setting, or a model or package that is not there. DataError: an input that cannot be read, nothing in
+        it, or a disk that is full.
+    """
+    config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
+    out = config.out
+    for path in config.input:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
+            with dropped.open("wb") as losses, kept.open("wb") as file:
+                source, ledgers = Ledger("input"), _ledgers(config, losses)
+                examples: Iterator[Example] = _read(config.input, source, ledgers, on_progress)
+                for step, ledger in zip(config.step, ledgers, strict=True):
+                    examples = step.run(examples, ledger)
+                for example in examples:
+                    _write(file, to_row(example))
+            result = Curated(out, source.kept, ledgers[-1].kept, ledgers)
+            if on_progress is not None:
+                on_progress(ledgers)
+            write_report(out, config, ledgers)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return result
+
+
+def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
+    """One a step, under its kind, numbered where a kind comes twice."""
+    kinds = [step.kind for step in config.step]
+    ledgers = []
+    for index, kind in enumerate(kinds):
+        name = f"{kind} {kinds[:index].count(kind) + 1}" if kinds.count(kind) > 1 else kind
+
+        def on_drop(example: Example, reason: str, values: dict[str, float], name: str = name) -> None:
+            measured = {key: round(value, 4) for key, value in values.items()}
+            _write(losses, {**to_row(example), "dropped_by": name, "reason": reason, **measured})
+
+        ledgers.append(Ledger(name, config.out, on_drop, config.samples, config.seed))
+    return ledgers
+
+
+def _read(paths: list[Path], source: Ledger, ledgers: list[Ledger], on_progress: Progress | None) -> Iterator[Example]:
+    for path in paths:
+        for example in read_examples(path):
+            source.counts["kept"] += 1
+            if on_progress is not None and source.kept % _EVERY == 0:
+                on_progress(ledgers)
+            yield example
+
+
+def _write(file: IO[bytes], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")

@@ -1,0 +1,167 @@
+"""Steps that ask where a query's own positive comes among the documents of a pool."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from pyqemb import ops
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.mining import embed_documents, embed_queries
+from pyqemb.curation.spool import Spool, text_hash, windows, work_folder
+from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.data.example import Example, read_examples
+
+
+class _Ranked(Step):
+    """The pool: all positives and those of the files `pool`, equal texts once, at most `pool_size` of them (the same ones every time)."""
+
+    model: Any
+    pool: list[Path] = Field([])
+    pool_size: int = Field(1_000_000, ge=1)
+    instruction: str | None = None
+
+    def _bounds(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _reason(self, rank: int) -> str:
+        raise NotImplementedError
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        others = chain.from_iterable((example.positive for example in read_examples(path)) for path in self.pool)
+        yield from self.judge(examples, ledger, others)
+
+    def judge(self, examples: Iterable[Example], ledger: Ledger, others: Iterable[str]) -> Iterator[Example]:
+        """As `run`, with the further documents of the pool given."""
+        low, high = self._bounds()
+        for example, rank in self._ranks(examples, ledger.folder, others, high):
+            reason = None if low <= rank <= high else self._reason(rank)
+            # Beyond `high` the rank is not known.
+            if ledger.judge(example, reason, **({"rank": rank} if rank <= high else {})):
+                yield example
+
+    def _ranks(
+        self, examples: Iterable[Example], inside: Path | None, others: Iterable[str], depth: int
+    ) -> Iterator[tuple[Example, int]]:
+        """Each example with 1 + the number of documents of the pool that score above its positive, at most depth + 1.
+
+        Equal texts are one document.
+        """
+        model = encoder(self.model)
+        with work_folder(inside) as folder:
+            spool = Spool(folder)
+            own = np.array([text_hash(e.positive) for e in spool.fill(examples)], dtype=np.uint64)
+            if not len(spool):
+                return
+            further = _Texts(folder / "pool.txt", others)
+            chosen = np.unique(np.concatenate([own, further.hashes]))[: self.pool_size]  # as good as drawn
+            hashes, vectors = _embed(model, chain((e.positive for e in spool), further), chosen, folder / "vectors.f32")
+            pool = torch.from_numpy(vectors)
+            order = np.argsort(hashes)
+            for window in windows(spool, WINDOW):
+                rows, vectors = embed_queries(model, window, self.instruction)
+                queries = np.ascontiguousarray(vectors[rows])
+                positives = [example.positive for example in window]
+                texts = {text: row for row, text in enumerate(dict.fromkeys(positives))}
+                scores = (queries * embed_documents(model, list(texts))[[texts[text] for text in positives]]).sum(
+                    axis=1
+                )
+                found, _ = ops.top_k(
+                    torch.from_numpy(queries), pool, min(depth, len(pool)),
+                    exclude=torch.from_numpy(_places(positives, hashes, order)[:, None]),
+                )  # fmt: skip
+                # A hair above: the same score may come out of two sums.
+                beaten = found.numpy() > scores[:, None] + 1e-6
+                yield from zip(window, (1 + beaten.sum(axis=1)).tolist(), strict=True)
+
+
+class Consistency(_Ranked):
+    """Keep a pair when its positive is among the `top` nearest of its query in the pool.
+
+    Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
+    """
+
+    kind: Literal["consistency"] = "consistency"
+    top: int = Field(20, ge=1)
+
+    def _bounds(self) -> tuple[int, int]:
+        return 1, self.top
+
+    def _reason(self, rank: int) -> str:
+        return f"its document is not among the {self.top} nearest"
+
+
+class Rank(_Ranked):
+    """Keep a pair when the rank of its positive in the pool lies in a window: 1 is the nearest. Ranks below `min_rank` are too easy."""
+
+    kind: Literal["rank"] = "rank"
+    min_rank: int = Field(1, ge=1)
+    max_rank: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Rank":
+        if self.min_rank > self.max_rank:
+            raise ValueError(f"min_rank must not be above max_rank, got {self.min_rank} and {self.max_rank}")
+        return self
+
+    def _bounds(self) -> tuple[int, int]:
+        return self.min_rank, self.max_rank
+
+    def _reason(self, rank: int) -> str:
+        return f"rank below {self.min_rank}" if rank < self.min_rank else f"rank above {self.max_rank}"
+
+
+class _Texts:
+    """Texts on disk, one a line with line ends escaped, and their hashes."""
+
+    def __init__(self, path: Path, texts: Iterable[str]):
+        self._path, found = path, []
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for text in texts:
+                found.append(text_hash(text))
+                file.write(text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") + "\n")
+        self.hashes = np.array(found, dtype=np.uint64)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line[:-1].replace("\\r", "\r").replace("\\n", "\n").replace("\\\\", "\\")
+
+
+def _embed(model: Any, texts: Iterable[str], wanted: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes [P], vectors [P, E] mapped from the disk) of the texts whose hashes are wanted (rising), each once."""
+    there = np.zeros(len(wanted), dtype=bool)
+    hashes: list[int] = []
+    with path.open("wb") as file:
+
+        def write(batch: list[str]) -> int:
+            vectors = embed_documents(model, batch)
+            file.write(vectors.tobytes())
+            return vectors.shape[1]
+
+        batch: list[str] = []
+        dim = 0
+        for text in texts:
+            value = text_hash(text)
+            at = int(np.searchsorted(wanted, np.uint64(value)))
+            if at == len(wanted) or wanted[at] != value or there[at]:
+                continue
+            there[at] = True
+            hashes.append(value)
+            batch.append(text)
+            if len(batch) == WINDOW:
+                dim, batch = write(batch), []
+        if batch:
+            dim = write(batch)
+    return np.array(hashes, dtype=np.uint64), np.memmap(path, dtype=np.float32, mode="r+", shape=(len(hashes), dim))
+
+
+def _places(texts: Iterable[str], hashes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """int64 [N]: where each text lies in the pool, -1 for nowhere. `order` sorts `hashes`."""
+    wanted = np.array([text_hash(text) for text in texts], dtype=np.uint64)
+    at = np.searchsorted(hashes[order], wanted).clip(max=len(hashes) - 1)
+    return np.where(hashes[order[at]] == wanted, order[at], -1)

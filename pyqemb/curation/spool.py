@@ -1,0 +1,83 @@
+"""Examples put aside on disk by a step that must see all of them before it can judge one."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyqemb.data.example import Example, to_row
+
+
+class Spool:
+    """Written once by `fill`, then read as often as wanted."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / "examples.jsonl"
+        self._count = 0
+
+    def fill(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Yield each example as it is written."""
+        with self._path.open("wb") as file:
+            for example in examples:
+                file.write(json.dumps(to_row(example)).encode() + b"\n")
+                self._count += 1
+                yield example
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Example]:
+        with self._path.open("rb") as file:
+            for line in file:
+                row: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+                yield Example(**row)
+
+
+@contextmanager
+def work_folder(inside: Path | None) -> Iterator[Path]:
+    """A temporary folder, beside the results where they are known: their disk has room."""
+    with tempfile.TemporaryDirectory(dir=inside, prefix=".work-") as name:
+        yield Path(name)
+
+
+def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Lists of `size` examples, the last one shorter."""
+    window: list[Example] = []
+    for example in examples:
+        window.append(example)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text's characters."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+class Seen:
+    """A growing set of 64-bit hashes in 8 bytes each: sorted runs, merged when one is no longer than the next."""
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """bool [N]: which of them are new. Of equal ones within `hashes` the first is."""
+        distinct, first = np.unique(hashes, return_index=True)
+        known = np.zeros(len(distinct), dtype=bool)
+        for run in self._runs:
+            known |= run[np.searchsorted(run, distinct).clip(max=len(run) - 1)] == distinct
+        new = np.zeros(len(hashes), dtype=bool)
+        new[first[~known]] = True
+        self._runs.append(distinct[~known])
+        while len(self._runs) > 1 and len(self._runs[-2]) <= len(self._runs[-1]):
+            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
+        self._runs = [run for run in self._runs if len(run)]
+        return new

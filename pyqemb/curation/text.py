@@ -1,0 +1,86 @@
+"""Steps that read the text alone: length and language."""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.steps import Side, Step
+from pyqemb.data.example import Example
+from pyqemb.errors import ConfigError
+
+
+class Length(Step):
+    """Lengths in characters, without the spaces at the ends. A query that is its own positive is dropped unless allowed."""
+
+    kind: Literal["length"] = "length"
+    min_query: int = Field(1, ge=0)
+    max_query: int | None = Field(None, ge=1)
+    min_positive: int = Field(1, ge=0)
+    max_positive: int | None = Field(None, ge=1)
+    allow_identical: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Length":
+        for side in ("query", "positive"):
+            low, high = getattr(self, f"min_{side}"), getattr(self, f"max_{side}")
+            if high is not None and low > high:
+                raise ValueError(f"min_{side} must not be above max_{side}, got {low} and {high}")
+        return self
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        for example in examples:
+            query, positive = example.query.strip(), example.positive.strip()
+            reason = self._reason("query", len(query)) or self._reason("positive", len(positive))
+            if reason is None and query == positive and not self.allow_identical:
+                reason = "the positive is the query"
+            if ledger.judge(example, reason, query_length=len(query), positive_length=len(positive)):
+                yield example
+
+    def _reason(self, side: Side, length: int) -> str | None:
+        low, high = getattr(self, f"min_{side}"), getattr(self, f"max_{side}")
+        if length < low:
+            return f"{side} shorter than {low}"
+        return f"{side} longer than {high}" if high is not None and length > high else None
+
+
+class Language(Step):
+    """Keep texts in the named languages (ISO 639-1), as py3langid tells them.
+
+    Short texts carry too little to judge: one with fewer than `min_letters` letters passes, as does one whose best language is less sure
+    than `min_confidence`.
+    """
+
+    kind: Literal["language"] = "language"
+    languages: list[str] = Field(min_length=1)
+    sides: list[Side] = Field(["query", "positive"], min_length=1)
+    min_letters: int = Field(20, ge=0)
+    min_confidence: float = Field(0.8, ge=0, le=1)
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        identifier, wanted = _identifier(), set(self.languages)
+        if unknown := wanted - set(identifier.labels):
+            raise ConfigError(f"languages: {sorted(unknown)[0]!r} is no language that py3langid tells, e.g. 'en'")
+        for example in examples:
+            reason = None
+            for side in self.sides:
+                text = getattr(example, side)
+                if sum(map(str.isalpha, text)) < self.min_letters:
+                    continue
+                language, confidence = identifier.classify(text)
+                if language not in wanted and confidence >= self.min_confidence:
+                    reason = f"{side} in {language}"
+                    break
+            if ledger.judge(example, reason):
+                yield example
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ModuleNotFoundError as error:
+        raise ConfigError("the language step needs py3langid: pip install 'pyqemb[data]'") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
