@@ -1,0 +1,58 @@
+"""`pyqemb synthesize FILE.toml`: training pairs out of passages, written by a language model."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML: passages, out, [endpoint], and what is drawn for each example")
+    parser.add_argument("--out", type=Path, help="folder, in place of the file's; a job found there goes on")
+    parser.add_argument("--limit", type=int, help="passages")
+    parser.add_argument(
+        "--attempts", type=int, help="for each answer; more than before: malformed ones are asked again"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from pyqemb.synthesis.config import load_config
+    from pyqemb.synthesis.generate import Synthesis, synthesize
+
+    given = {"out": args.out, "limit": args.limit, "attempts": args.attempts}
+    config = load_config(args.config, {key: value for key, value in given.items() if value is not None})
+    total = None if config.limit is None else config.limit * config.per_passage
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(so_far: Synthesis) -> None:
+            done = so_far.examples + so_far.failed
+            usage, rate = so_far.usage, done / max(so_far.seconds, 1e-9)
+            told = f"{rate:.1f}/s, {usage.prompt_tokens + usage.completion_tokens:,} tokens, cost {usage.cost(config.endpoint):.4f}"
+            bar.update(task, completed=done, description=f"{told}, {so_far.malformed.total()} malformed")
+
+        result = synthesize(config, on_progress=show)
+    usage = result.usage
+    print(f"{result.examples} examples, {result.failed} given up, in {result.seconds:.1f} s")
+    print(f"asked {usage.asked}, from the store {usage.stored}, {usage.retries.total()} further tries")
+    print(f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost(config.endpoint):.4f}")
+    for reason, count in result.malformed.most_common():
+        print(f"  {count} malformed: {reason}")
+    print(f"written to {result.folder}/examples.jsonl")
+    return 0

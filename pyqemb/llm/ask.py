@@ -1,0 +1,124 @@
+"""Many requests at once: a limit, the store before the server, an account of tokens and cost."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pyqemb.errors import DataError
+from pyqemb.llm.request import Answer, Endpoint, Malformed, Request
+from pyqemb.llm.store import Store
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Usage:
+    """What was asked: `stored` answers cost nothing now; tokens and cost are those of this run."""
+
+    asked: int = 0
+    stored: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+
+    def cost(self, endpoint: Endpoint) -> float:
+        return (self.prompt_tokens * endpoint.price_in + self.completion_tokens * endpoint.price_out) / 1e6
+
+
+class Asker:
+    """`await asker(request)`: from the store, else from the endpoint, which is then stored. Equal requests are asked once.
+
+    Raises Malformed where one request stays without an answer, DataError when `give_up_after` in a row do, ConfigError where the
+    server refuses; what was answered is stored.
+    """
+
+    def __init__(self, endpoint: Endpoint, store: Store):
+        self.endpoint, self.store, self.usage = endpoint, store, Usage()
+        self._client: Any = None  # opened at the first request that is not stored
+        self._limit = asyncio.Semaphore(endpoint.concurrency)
+        self._under_way: dict[str, asyncio.Future[Answer]] = {}
+        self._failed_in_a_row = 0
+
+    async def __call__(self, request: Request) -> Answer:
+        key = request.key(self.endpoint)
+        known = self.store.get(key)
+        if known is not None:
+            self.usage.stored += 1
+            return known
+        if key not in self._under_way:
+            task = self._under_way[key] = asyncio.ensure_future(self._ask(key, request))
+            task.add_done_callback(lambda done: self._forget(key, done))
+        return await asyncio.shield(self._under_way[key])
+
+    def _forget(self, key: str, done: "asyncio.Future[Answer]") -> None:
+        self._under_way.pop(key, None)
+        if not done.cancelled():
+            done.exception()  # somebody has it, or nobody waits any more: no complaint from asyncio
+
+    async def close(self) -> None:
+        for task in self._under_way.values():
+            task.cancel()
+        if self._client is not None:
+            await self._client.close()
+
+    async def _ask(self, key: str, request: Request) -> Answer:
+        async with self._limit:
+            client = self._opened()
+            try:
+                answer = await client.answer(request)
+            except Malformed as error:
+                self._failed_in_a_row += error.reason.startswith("no answer")
+                if self._failed_in_a_row >= self.endpoint.give_up_after:
+                    where = self.endpoint.base_url or self.endpoint.model
+                    raise DataError(
+                        f"{where} does not answer ({error.reason}): {self._failed_in_a_row} requests in a row, each tried "
+                        f"{self.endpoint.retries + 1} times; the answers so far are in {self.store.path}"
+                    ) from error
+                raise Malformed(error.reason, error.text, key) from error
+            self._failed_in_a_row = 0
+        self.store.put(key, request.body(self.endpoint), answer)
+        self.usage.asked += 1
+        self.usage.prompt_tokens += answer.prompt_tokens
+        self.usage.completion_tokens += answer.completion_tokens
+        return answer
+
+    def _opened(self) -> Any:
+        if self._client is None:
+
+            def count(reason: str) -> None:
+                self.usage.retries[reason] += 1
+
+            if self.endpoint.backend == "transformers":
+                from pyqemb.llm.local import LocalClient
+
+                self._client = LocalClient(self.endpoint, count)
+            else:
+                from pyqemb.llm.client import ServerClient
+
+                self._client = ServerClient(self.endpoint, count)
+        return self._client
+
+
+async def run_in_order(
+    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
+) -> AsyncIterator[tuple[T, R]]:
+    """(item, its result) in the order of the items, with up to `window` under way. The first error ends it and cancels the rest."""
+    waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, asyncio.ensure_future(work(item))))
+            if len(waiting) >= window or waiting[0][1].done():
+                first, task = waiting.popleft()
+                yield first, await task
+            else:
+                await asyncio.sleep(0)
+        while waiting:
+            first, task = waiting.popleft()
+            yield first, await task
+    finally:
+        for _, task in waiting:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)

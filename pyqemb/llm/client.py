@@ -1,0 +1,134 @@
+"""A server that speaks OpenAI's protocol, through the official client: retries, structured output, what a refusal means."""
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any
+
+from pyqemb.errors import ConfigError
+from pyqemb.llm.request import Answer, Endpoint, Malformed, Request
+
+_LEVELS = ("json_schema", "json_object", "off")
+_FIRST_WAIT = 0.5  # seconds; doubled each time
+
+
+class ServerClient:
+    """Answers one request at a time; callers run many at once.
+
+    `on_retry(reason)` is called before each further try.
+    """
+
+    def __init__(self, endpoint: Endpoint, on_retry: Callable[[str], None] = lambda reason: None):
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise ConfigError("asking a server needs openai: pip install 'pyqemb[data]'") from error
+        self._openai, self.endpoint, self._on_retry = openai, endpoint, on_retry
+        self._level = _LEVELS.index("json_schema" if endpoint.structured == "auto" else endpoint.structured)
+        self._random = random.Random(0)
+        key = os.environ.get(endpoint.api_key_env)
+        if key is None and endpoint.base_url is None and "OPENAI_BASE_URL" not in os.environ:
+            raise ConfigError(f"{endpoint.api_key_env} is not set, and base_url names no server of one's own")
+        self._client = openai.AsyncOpenAI(
+            api_key=key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0
+        )
+
+    async def answer(self, request: Request) -> Answer:
+        """Raises ConfigError for what no further try would change (key, model, request), Malformed("no answer: ...") when the
+        tries are used up."""
+        for attempt in range(self.endpoint.retries + 1):
+            try:
+                return await self._once(request)
+            except _Again as again:
+                if attempt == self.endpoint.retries:
+                    raise Malformed(f"no answer: {again.reason}") from again
+                self._on_retry(again.reason)
+                wait = again.wait if again.wait is not None else _FIRST_WAIT * 2**attempt * self._random.uniform(0.5, 1)
+                await asyncio.sleep(min(wait, self.endpoint.max_wait))
+        raise AssertionError
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _once(self, request: Request) -> Answer:
+        openai, level = self._openai, self._level
+        body = request.body(self.endpoint)
+        schema, extra = body.pop("schema", None), body.pop("extra", None)
+        if schema is not None and _LEVELS[level] != "off":
+            kind = _LEVELS[level]
+            named = {"json_schema": {"name": "answer", "schema": schema, "strict": True}}
+            body["response_format"] = {"type": kind, **(named if kind == "json_schema" else {})}
+        try:
+            # The limit of the client is one of silence; a server that sends a byte now and then would never end.
+            asked = self._client.chat.completions.create(**body, extra_body=extra)
+            completion = await asyncio.wait_for(asked, self.endpoint.timeout)
+        except (openai.APITimeoutError, asyncio.TimeoutError) as error:
+            raise _Again("timeout") from error
+        except openai.APIConnectionError as error:
+            raise _Again("connection") from error
+        except openai.APIStatusError as error:
+            return await self._refused(error, request, level, "response_format" in body)
+        except (json.JSONDecodeError, openai.APIResponseValidationError, UnicodeDecodeError) as error:
+            raise _Again("broken response") from error
+        return _answer_of(completion)
+
+    async def _refused(self, error: Any, request: Request, level: int, structured: bool) -> Answer:
+        status, words = error.status_code, _words(error)
+        quota = getattr(error, "code", None) == "insufficient_quota"
+        if (status == 429 and not quota) or status >= 500 or status in (408, 409):
+            raise _Again(f"status {status}", _retry_after(error.response.headers)) from error
+        if status in (400, 413, 422):
+            if "context" in words.lower() or "too long" in words.lower() or status == 413:
+                raise Malformed("request too long") from error
+            if structured and self.endpoint.structured == "auto":
+                self._level = max(self._level, level + 1)  # the server knows no such structure: never again
+                return await self._once(request)
+        raise ConfigError(
+            f"the server at {self._client.base_url} refuses (status {status}): {words[:300]}"
+            + (f"; the key is read from {self.endpoint.api_key_env}" if status in (401, 403) else "")
+        ) from error
+
+
+class _Again(Exception):
+    """Worth another try, after `wait` seconds where the server said so."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.reason, self.wait = reason, wait
+
+
+def _answer_of(completion: Any) -> Answer:
+    try:
+        choice, usage = completion.choices[0], completion.usage
+        text = choice.message.content or ""
+    except (AttributeError, IndexError, TypeError) as error:  # the client passes on what it cannot read
+        raise _Again("broken response") from error
+    return Answer(
+        text, choice.finish_reason or "stop",
+        getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0,
+    )  # fmt: skip
+
+
+def _words(error: Any) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    inner = body.get("error", body)
+    message = inner.get("message") if isinstance(inner, dict) else inner
+    return str(message or error.message)
+
+
+def _retry_after(headers: Any) -> float | None:
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+    except (TypeError, ValueError):
+        return None

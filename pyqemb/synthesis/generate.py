@@ -1,0 +1,122 @@
+"""Runs a synthesis: passages in, examples out, every answer kept."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyqemb.data.example import Example, to_row
+from pyqemb.data.files import atomic_file
+from pyqemb.errors import DataError, Interrupted
+from pyqemb.llm import Asker, Malformed, Store, run_in_order
+from pyqemb.llm.ask import Usage
+from pyqemb.synthesis.config import SynthesisConfig
+from pyqemb.synthesis.passages import Source, read_sources
+from pyqemb.synthesis.tasks import Writer
+
+ANSWERS, EXAMPLES, MALFORMED, REPORT = "answers.sqlite", "examples.jsonl", "malformed.jsonl", "report.json"
+_AHEAD = 4  # examples begun for each request that may be under way: a slow one holds nobody up until then
+
+
+@dataclass
+class Synthesis:
+    """`folder` holds examples.jsonl, malformed.jsonl (reason, prompt, text), report.json and answers.sqlite (all that was asked)."""
+
+    folder: Path
+    examples: int = 0
+    failed: int = 0  # examples given up
+    malformed: Counter[str] = field(default_factory=Counter)  # answers, by reason
+    by_task: Counter[str] = field(default_factory=Counter)
+    usage: Usage = field(default_factory=Usage)
+    seconds: float = 0.0
+
+    def report(self, config: SynthesisConfig) -> dict[str, Any]:
+        usage = self.usage
+        return {
+            "examples": self.examples, "by task": dict(self.by_task), "given up": self.failed,
+            "malformed answers": dict(self.malformed.most_common()), "asked": usage.asked, "from the store": usage.stored,
+            "retries": dict(usage.retries), "prompt tokens": usage.prompt_tokens, "completion tokens": usage.completion_tokens,
+            "cost": round(usage.cost(config.endpoint), 6), "seconds": round(self.seconds, 1),
+            "config": config.model_dump(mode="json"),
+        }  # fmt: skip
+
+
+def synthesize(
+    config: SynthesisConfig | dict[str, Any], *, on_progress: Callable[[Synthesis], None] | None = None
+) -> Synthesis:
+    """Write `per_passage` examples for each passage; the order is that of the passages, whatever the server's.
+
+    Started again after a kill it goes through the same requests and takes from the store what was answered; with more `attempts`
+    only malformed answers are asked again.
+
+    Raises:
+        ConfigError: a setting, a refused key, model or request. DataError: passages or personas that cannot be read, a server that does
+        not answer, a full disk. Interrupted: Ctrl-C. All answers are kept.
+    """
+    config = config if isinstance(config, SynthesisConfig) else SynthesisConfig(**config)
+    try:
+        return asyncio.run(_synthesize(config, on_progress))
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; run it again to go on, the answers are in {config.out / ANSWERS}") from error
+    except OSError as error:
+        raise DataError(f"{config.out}: cannot be written: {error.strerror or error}") from error
+
+
+async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis], None] | None) -> Synthesis:
+    start = time.monotonic()
+    sources = read_sources(config)
+    first = next(sources)  # bad input is told before anything is written or asked
+    store = Store(config.out / ANSWERS)
+    ask = Asker(config.endpoint, store)
+    result = Synthesis(config.out, usage=ask.usage)
+    try:
+        with atomic_file(config.out / EXAMPLES) as kept, atomic_file(config.out / MALFORMED) as failed:
+            with (
+                kept.open("w", encoding="utf-8", errors="replace") as file,
+                failed.open("w", encoding="utf-8", errors="replace") as bad,
+            ):
+
+                def on_malformed(prompt: str, error: Malformed) -> None:
+                    result.malformed[error.reason] += 1
+                    row = {"reason": error.reason, "prompt": prompt, "key": error.key, "text": error.text}
+                    bad.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+                writer = Writer(config, ask, on_malformed)
+
+                async def write(item: tuple[Source, int]) -> Example | None:
+                    try:
+                        return await writer.write(*item)
+                    except Malformed:
+                        return None
+
+                window = max(_AHEAD * config.endpoint.concurrency, 1)
+                async for _, example in run_in_order(_items(first, sources, config.per_passage), write, window):
+                    if example is None:
+                        result.failed += 1
+                    else:
+                        result.examples += 1
+                        result.by_task[example.task or ""] += 1
+                        file.write(json.dumps(to_row(example), ensure_ascii=False) + "\n")
+                    result.seconds = time.monotonic() - start
+                    if on_progress is not None:
+                        on_progress(result)
+            with atomic_file(config.out / REPORT) as path:
+                path.write_text(
+                    json.dumps(result.report(config), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+    finally:
+        await ask.close()
+        store.close()
+    return result
+
+
+def _items(first: Source, others: Iterator[Source], each: int) -> Iterator[tuple[Source, int]]:
+    for number in range(each):
+        yield first, number
+    for source in others:
+        for number in range(each):
+            yield source, number

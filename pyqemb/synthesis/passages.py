@@ -1,0 +1,139 @@
+"""Where synthesis starts: passages, and the people who might look for them."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pyqemb.data.example import read_examples, read_lines, read_text
+from pyqemb.data.files import atomic_file
+from pyqemb.errors import DataError
+from pyqemb.synthesis.config import Personas, SynthesisConfig
+
+_WINDOW = 256  # passages embedded together
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage, its language where it is known, and the personas it is offered to."""
+
+    text: str
+    language: str | None = None
+    personas: tuple[str, ...] = ()
+
+
+def read_sources(config: SynthesisConfig) -> Iterator[Source]:
+    """The passages of a configuration, each distinct text once, with their personas. DataError where there are none."""
+    people = None if config.personas is None else People(config.personas, config.out, config.seed)
+    window: list[Source] = []
+    count = 0
+    for source in _passages(config):
+        count += 1
+        window.append(source)
+        if len(window) == _WINDOW or count == config.limit:
+            yield from window if people is None else people.offer(window)
+            window = []
+        if count == config.limit:
+            break
+    yield from window if people is None else people.offer(window)
+    if not count:
+        raise DataError(f"{config.passages}: holds no passage of at least {config.min_characters} characters")
+
+
+class People:
+    """The personas of a file, by relevance to a passage or at random."""
+
+    def __init__(self, settings: Personas, folder: Path, seed: int):
+        self._texts = list(dict.fromkeys(_read_personas(settings.file)))
+        if not self._texts:
+            raise DataError(f"{settings.file}: holds no personas")
+        self._top, self._seed = min(settings.top, len(self._texts)), seed
+        self._model = None
+        if settings.model is not None:
+            from pyqemb.model.encoder import open_encoder
+
+            self._model = open_encoder(settings.model)
+            self._vectors = self._embed(settings.model, folder)
+
+    def offer(self, sources: list[Source]) -> Iterator[Source]:
+        if not sources:
+            return
+        if self._model is None:
+            for source in sources:
+                generator = random.Random(f"{self._seed} {source.text}")
+                yield Source(source.text, source.language, tuple(generator.sample(self._texts, self._top)))
+            return
+        import torch
+
+        from pyqemb import ops
+
+        vectors = np.ascontiguousarray(self._model.encode_document([source.text for source in sources]))
+        _, found = ops.top_k(torch.from_numpy(vectors), torch.from_numpy(self._vectors), self._top)
+        for source, indices in zip(sources, found.tolist(), strict=True):
+            yield Source(source.text, source.language, tuple(self._texts[i] for i in indices))
+
+    def _embed(self, model: str, folder: Path) -> np.ndarray:
+        """Once for each file and model; kept in the output folder."""
+        assert self._model is not None
+        digest = hashlib.sha256("\0".join([model, *self._texts]).encode("utf-8", "replace")).hexdigest()[:16]
+        path = folder / f"personas-{digest}.npy"
+        if not path.exists():
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, np.ascontiguousarray(self._model.encode_document(self._texts), dtype=np.float32))
+        return np.load(path, allow_pickle=False)
+
+
+def _read_personas(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if ".jsonl" not in path.suffixes:
+        yield from (line.strip() for _, line in read_text(path) if line.strip())
+        return
+    for number, row in read_lines(path):
+        text = next((row[key] for key in ("persona", "text", "description") if isinstance(row.get(key), str)), None)
+        if text is None:
+            raise DataError(f"{path}:{number}: expected a persona under 'persona', the row has {sorted(row)}")
+        if text.strip():
+            yield text.strip()
+
+
+def _passages(config: SynthesisConfig) -> Iterator[Source]:
+    seen: set[bytes] = set()
+    for text, language in _rows(config.passages):
+        text = _cut(text.strip(), config.max_characters)
+        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+        if len(text) >= config.min_characters and digest not in seen:
+            seen.add(digest)
+            yield Source(text, language)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_dir():
+        found = sorted(path.glob("corpus.jsonl*"))
+        if not found:
+            raise DataError(f"{path}: expected corpus.jsonl")
+        path = found[0]
+    if path.suffix == ".parquet" or (".jsonl" not in path.suffixes and ".json" not in path.suffixes):
+        if path.suffix == ".parquet":
+            yield from ((example.positive, None) for example in read_examples(path))
+        else:
+            yield from ((line, None) for _, line in read_text(path))
+        return
+    for number, row in read_lines(path):
+        text = next((row[key] for key in ("text", "positive", "passage") if isinstance(row.get(key), str)), None)
+        if text is None:
+            raise DataError(f"{path}:{number}: expected a passage under 'text', the row has {sorted(row)}")
+        title, language = row.get("title"), row.get("language")
+        yield f"{title}\n{text}" if title else text, language if isinstance(language, str) else None
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    space = text.rfind(" ", longest // 2, longest)
+    return text[: space if space > 0 else longest]

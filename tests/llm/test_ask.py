@@ -1,0 +1,223 @@
+"""Asking a real server on this machine that answers well, slowly, wrongly, or not at all."""
+
+import asyncio
+import importlib.util
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.llm import Answer, Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
+
+pytest.importorskip("openai", reason="openai is not installed (pip install 'pyqemb[data]')")
+_SPEC = importlib.util.spec_from_file_location("fake_server", Path(__file__).parent / "server.py")
+sys.modules["fake_server"] = module = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(module)
+FakeServer = module.FakeServer
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*args, **options):
+        servers.append(FakeServer(*args, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def ask_all(server, tmp_path, requests, **settings):
+    """[answer or Malformed], the asker"""
+    options = {"model": "m", "base_url": server.url, "timeout": 1.0, "retries": 3, "max_wait": 0.05, **settings}
+    store = Store(tmp_path / "answers.sqlite")
+
+    async def run():
+        ask = Asker(Endpoint(**options), store)
+
+        async def one(request):
+            try:
+                return (await ask(request)).text
+            except Malformed as error:
+                return error.reason
+
+        try:
+            return [x async for _, x in run_in_order(requests, one, 100)], ask
+        finally:
+            await ask.close()
+            store.close()
+
+    return asyncio.run(run())
+
+
+def say(text, seed=0, schema=None):
+    return Request((("user", text),), seed, schema)
+
+
+def echo(messages):
+    return messages[-1]["content"].upper()
+
+
+def test_answers_come_in_order_and_are_asked_once(serve, tmp_path):
+    server = serve(echo, delay=0.01)
+    requests = [say(f"text {i % 20}") for i in range(40)]
+    answers, ask = ask_all(server, tmp_path, requests, concurrency=4)
+    assert answers == [f"TEXT {i % 20}" for i in range(40)]
+    assert len(server.seen) == ask.usage.asked == 20 and 1 < server.most <= 4
+    assert (ask.usage.prompt_tokens, ask.usage.completion_tokens) == (2000, 200)
+    again, ask = ask_all(server, tmp_path, requests)
+    assert again == answers and len(server.seen) == 20 and (ask.usage.asked, ask.usage.stored) == (0, 40)
+    # Another seed, or another temperature, is another question.
+    ask_all(server, tmp_path, [say("text 0", seed=1)])
+    ask_all(server, tmp_path, [say("text 0")], temperature=0.1)
+    assert len(server.seen) == 22
+
+
+@pytest.mark.parametrize(
+    "trouble", [429, 500, 503, "slow", "silent", "cut", "cut body", "not json", "no choices"], ids=str
+)
+def test_trouble_is_lived_through(serve, tmp_path, trouble):
+    server = serve(echo, script=[trouble, "ok", trouble, trouble])
+    answers, ask = ask_all(server, tmp_path, [say("a"), say("b")], concurrency=1)
+    assert answers == ["A", "B"]
+    assert ask.usage.retries.total() == (0 if trouble == "slow" else 3)
+
+
+def test_a_request_without_an_answer_is_counted_and_the_rest_goes_on(serve, tmp_path):
+    server = serve(echo, script=[500] * 4)
+    answers, _ = ask_all(server, tmp_path, [say("a"), say("b")], concurrency=1)
+    assert answers == ["no answer: status 500", "B"]
+    assert ask_all(server, tmp_path, [say("a")])[0] == ["A"]
+
+
+def test_a_server_that_never_answers_ends_the_job(serve, tmp_path):
+    server = serve(echo, script=["ok"] + ["silent"] * 50)
+    with pytest.raises(
+        DataError, match=r"does not answer \(no answer: timeout\): 3 requests in a row, each tried 2 times"
+    ):
+        ask_all(
+            server, tmp_path, [say(str(i)) for i in range(9)], timeout=0.1, retries=1, give_up_after=3, concurrency=1
+        )
+    assert len(Store(tmp_path / "answers.sqlite")) == 1
+
+
+def test_nobody_there(tmp_path):
+    class Nowhere:
+        url = "http://127.0.0.1:9/v1"
+
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:9.*does not answer.*connection"):
+        ask_all(Nowhere, tmp_path, [say(str(i)) for i in range(20)], give_up_after=2, retries=1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_is_told_at_once(serve, tmp_path, status, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "wrong")
+    server = serve(echo, script=[status] * 9)
+    with pytest.raises(ConfigError, match=f"refuses \\(status {status}\\): error {status}"):
+        ask_all(server, tmp_path, [say("a")], api_key_env="MY_KEY")
+    assert len(server.seen) == 1 and server.headers[0]["authorization"] == "Bearer wrong"
+
+
+def test_a_key_is_wanted_where_no_server_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    class Hosted:
+        url = None
+
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
+        ask_all(Hosted, tmp_path, [say("a")])
+
+
+@pytest.mark.parametrize(
+    ("known", "used"),
+    [
+        (["json_schema"], ["json_schema"] * 2),
+        (["json_object"], ["json_schema", "json_object", "json_object"]),
+        ([], ["json_schema", "json_object", None, None]),
+    ],
+)
+def test_structured_output_falls_back_once(serve, tmp_path, known, used):
+    server = serve(echo, structured=known)
+    schema = {"type": "object", "properties": {}}
+    assert ask_all(server, tmp_path, [say("a", schema=schema), say("b", schema=schema)], concurrency=1)[0] == ["A", "B"]
+    assert [body.get("response_format", {}).get("type") for body in server.seen] == used
+
+
+def test_a_full_disk_keeps_what_is_stored(tmp_path):
+    store = Store(tmp_path / "s" / "answers.sqlite")
+    store.put("k", {}, Answer("x"))
+    store._connection.execute(f"pragma max_page_count = {store._connection.execute('pragma page_count').fetchone()[0]}")
+    with pytest.raises(DataError, match="full; the answers stored so far are kept"):
+        store.put("l", {}, Answer("y" * 100_000))
+    assert store.get("k") == Answer("x") and [key for key, _, _ in store] == ["k"]
+
+
+def test_no_store(tmp_path):
+    (tmp_path / "s").write_text("this is not a database, and longer than a header" * 9)
+    with pytest.raises(DataError, match="s: cannot be used as a store of answers"):
+        Store(tmp_path / "s")
+
+
+class Reply(BaseModel):
+    query: str
+    level: int = 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"query": "a"}', "a"),
+        ('Sure!\n```json\n{"query": "a"}\n```\nHope it helps {x}', "a"),
+        ('<think>{"query": "no"}</think> {"query": "a"} {"query": "b"}', "a"),
+        ('{broken {"query": "two\nlines"}', "two\nlines"),
+        ("", "empty"),
+        ("   ", "empty"),
+        ("I cannot.", "no JSON"),
+        ('{"query": "a', "no JSON"),
+        ('["query"]', "no object"),
+        ('{"queri": "a"}', "query missing"),
+        ('{"query": 3}', "query wrong"),
+        ('{"query": "a", "level": "high"}', "level wrong"),
+    ],
+)
+def test_parse(text, expected):
+    try:
+        assert parse(Answer(text), Reply).query == expected
+    except Malformed as error:
+        assert error.reason == expected and error.text == text
+
+
+def test_an_answer_that_was_cut_off():
+    with pytest.raises(Malformed, match="cut off"):
+        parse(Answer('{"query": "a', finish="length"), Reply)
+
+
+def test_run_in_order_has_no_more_than_its_window_under_way():
+    under_way, most = 0, 0
+
+    async def work(item):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001 * (item % 7))
+        under_way -= 1
+        return -item
+
+    async def run():
+        return [pair async for pair in run_in_order(range(50), work, 5)]
+
+    assert asyncio.run(run()) == [(i, -i) for i in range(50)] and most == 5
+
+
+def test_a_store_that_two_jobs_share(tmp_path):
+    one, two = (Store(tmp_path / "answers.sqlite") for _ in "ab")
+    one.put("k", {"a": 1}, Answer("x"))
+    assert two.get("k") == Answer("x") and two.get("other") is None
+    two.put("l", {}, Answer("y"))
+    assert len(one) == 2 and isinstance(one._connection, sqlite3.Connection)
