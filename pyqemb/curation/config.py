@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pyqemb.curation.decontaminate import Decontaminate
 from pyqemb.curation.dedup import Exact, Near
 from pyqemb.curation.rank import Consistency, Rank
+from pyqemb.curation.relabel import Relabel
 from pyqemb.curation.similarity import Similarity
 from pyqemb.curation.text import Language, Length
 from pyqemb.errors import ConfigError
@@ -19,7 +20,7 @@ except ModuleNotFoundError:
     import tomli as tomllib  # type: ignore[no-redef]
 
 AnyStep = Annotated[
-    Length | Language | Exact | Near | Similarity | Consistency | Rank | Decontaminate,
+    Length | Language | Exact | Near | Similarity | Consistency | Rank | Decontaminate | Relabel,
     Field(discriminator="kind"),
 ]
 

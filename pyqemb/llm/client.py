@@ -79,14 +79,14 @@ class ServerClient:
     async def _refused(self, error: Any, request: Request, level: int, structured: bool) -> Answer:
         status, words = error.status_code, _words(error)
         quota = getattr(error, "code", None) == "insufficient_quota"
+        unknown = status in (400, 422) or "response_format" in words or "json_schema" in words  # some say so with a 500
+        if structured and unknown and self.endpoint.structured == "auto" and not _too_long(status, words):
+            self._level = max(self._level, level + 1)  # the server knows no such structure: never again
+            return await self._once(request)
         if (status == 429 and not quota) or status >= 500 or status in (408, 409):
             raise _Again(f"status {status}", _retry_after(error.response.headers)) from error
-        if status in (400, 413, 422):
-            if "context" in words.lower() or "too long" in words.lower() or status == 413:
-                raise Malformed("request too long") from error
-            if structured and self.endpoint.structured == "auto":
-                self._level = max(self._level, level + 1)  # the server knows no such structure: never again
-                return await self._once(request)
+        if status in (400, 413, 422) and _too_long(status, words):
+            raise Malformed("request too long") from error
         raise ConfigError(
             f"the server at {self._client.base_url} refuses (status {status}): {words[:300]}"
             + (f"; the key is read from {self.endpoint.api_key_env}" if status in (401, 403) else "")
@@ -118,6 +118,10 @@ def _words(error: Any) -> str:
     inner = body.get("error", body)
     message = inner.get("message") if isinstance(inner, dict) else inner
     return str(message or error.message)
+
+
+def _too_long(status: int, words: str) -> bool:
+    return status == 413 or "context" in words.lower() or "too long" in words.lower()
 
 
 def _retry_after(headers: Any) -> float | None:

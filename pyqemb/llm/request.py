@@ -119,4 +119,3 @@ def _first_object(text: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return None
-

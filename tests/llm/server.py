@@ -12,8 +12,11 @@ class FakeServer:
     """`script`: what to do with each request in turn ("ok" once it is used up): ok, slow, silent, cut, cut body, not json, no choices,
     prose, or a status. `reply(prompt)` makes the text. `seen` holds the bodies that got an answer or an error."""
 
-    def __init__(self, reply=lambda messages: "{}", script=(), structured=("json_schema", "json_object"), delay=0.0):
+    def __init__(
+        self, reply=lambda messages: "{}", script=(), structured=("json_schema", "json_object"), delay=0.0, unknown=400
+    ):
         self.reply, self.script, self.structured, self.delay = reply, list(script), structured, delay
+        self.unknown = unknown
         self.seen, self.headers, self.counts, self.most = [], [], Counter(), 0
         self._open, self._lock = 0, threading.Lock()
         server = self
@@ -62,7 +65,7 @@ class FakeServer:
         if isinstance(action, int):
             self.send(handler, {"error": {"message": f"error {action}"}}, action)
         elif wanted and wanted not in self.structured:
-            self.send(handler, {"error": {"message": f"unknown response_format {wanted}"}}, 400)
+            self.send(handler, {"error": {"message": f"unknown response_format {wanted}"}}, self.unknown)
         elif action == "not json":
             self.send(handler, b"<html>gateway</html>")
         elif action == "no choices":

@@ -142,8 +142,9 @@ def test_a_key_is_wanted_where_no_server_is_named(tmp_path, monkeypatch):
         ([], ["json_schema", "json_object", None, None]),
     ],
 )
-def test_structured_output_falls_back_once(serve, tmp_path, known, used):
-    server = serve(echo, structured=known)
+@pytest.mark.parametrize("status", [400, 422, 500])  # llama.cpp's Python server says 500
+def test_structured_output_falls_back_once(serve, tmp_path, known, used, status):
+    server = serve(echo, structured=known, unknown=status)
     schema = {"type": "object", "properties": {}}
     assert ask_all(server, tmp_path, [say("a", schema=schema), say("b", schema=schema)], concurrency=1)[0] == ["A", "B"]
     assert [body.get("response_format", {}).get("type") for body in server.seen] == used

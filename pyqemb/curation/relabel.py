@@ -1,0 +1,126 @@
+"""A step that asks a language model whether suspected hard negatives are negatives at all."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from importlib.resources import files
+from string import Template
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from pyqemb.curation.ledger import Ledger
+from pyqemb.curation.mining import embed_documents, embed_queries
+from pyqemb.curation.spool import windows, work_folder
+from pyqemb.curation.steps import Step, encoder
+from pyqemb.data.example import Example
+from pyqemb.llm import Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib  # type: ignore[no-redef]
+
+_WINDOW = 512  # examples judged together
+
+
+class Judgement(BaseModel):
+    relevant: bool
+
+
+class Relabel(Step):
+    """Judge the negatives that score at least `suspect` times their positive by `model`; without a model, all of them.
+
+    `action` with one that is relevant: "promote" makes it the positive of one more example, "remove" takes it out of the negatives, "drop"
+    drops the example. An answer that stays malformed leaves the negative where it is. Answers are kept in the output folder: a second run
+    asks only what is new.
+
+    Source: RLHN (arXiv 2505.16967), which found promoting better than dropping.
+    """
+
+    kind: Literal["relabel"] = "relabel"
+    endpoint: Endpoint
+    model: Any = None
+    suspect: float = 0.9
+    action: Literal["promote", "remove", "drop"] = "promote"
+    attempts: int = Field(2, ge=1)
+    instruction: str | None = None
+
+    def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        ledger.notes.update({"judged": 0, "relevant": 0, "malformed": 0})
+        loop = asyncio.new_event_loop()
+        with work_folder(ledger.folder) as temporary:
+            store = Store((ledger.folder or temporary) / "relabel.sqlite")
+            ask = Asker(self.endpoint, store)
+            try:
+                for window in windows(examples, _WINDOW):
+                    found = loop.run_until_complete(self._judge(ask, window, self._suspects(window), ledger))
+                    for example, relevant in zip(window, found, strict=True):
+                        yield from self._apply(example, relevant, ledger)
+            finally:
+                loop.run_until_complete(ask.close())
+                loop.close()
+                store.close()
+
+    def _suspects(self, window: list[Example]) -> list[list[str]]:
+        if self.model is None:
+            return [list(example.negatives) for example in window]
+        model = encoder(self.model)
+        rows, queries = embed_queries(model, window, self.instruction)
+        texts = list(dict.fromkeys(text for e in window for text in (e.positive, *e.negatives)))
+        place, vectors = {text: row for row, text in enumerate(texts)}, embed_documents(model, texts)
+        suspects = []
+        for example, row in zip(window, rows, strict=True):
+            scores = vectors[[place[text] for text in (example.positive, *example.negatives)]] @ queries[row]
+            suspects.append(
+                [text for text, x in zip(example.negatives, scores[1:], strict=True) if x >= self.suspect * scores[0]]
+            )
+        return suspects
+
+    async def _judge(
+        self, ask: Asker, window: list[Example], suspects: list[list[str]], ledger: Ledger
+    ) -> list[set[str]]:
+        found: list[set[str]] = [set() for _ in window]
+        pairs = [(row, text) for row, texts in enumerate(suspects) for text in texts]
+
+        async def one(pair: tuple[int, str]) -> bool:
+            return await self._relevant(ask, window[pair[0]], pair[1], ledger)
+
+        async for (row, text), relevant in run_in_order(pairs, one, 4 * self.endpoint.concurrency):
+            ledger.notes["judged"] += 1
+            if relevant:
+                ledger.notes["relevant"] += 1
+                found[row].add(text)
+        return found
+
+    async def _relevant(self, ask: Asker, example: Example, passage: str, ledger: Ledger) -> bool:
+        system, user = _prompt()
+        filled = user.substitute(query=example.query, positive=example.positive, passage=passage)
+        for attempt in range(self.attempts):
+            request = Request((("system", system), ("user", filled)), attempt, Judgement.model_json_schema())
+            try:
+                return parse(await ask(request), Judgement).relevant
+            except Malformed:
+                ledger.notes["malformed"] += 1
+        return False
+
+    def _apply(self, example: Example, relevant: set[str], ledger: Ledger) -> Iterator[Example]:
+        if not relevant:
+            yield ledger.keep(example)
+            return
+        if self.action == "drop":
+            ledger.drop(example, "a negative is relevant")
+            return
+        # A teacher's scores are of the negatives as they were.
+        left = replace(example, negatives=tuple(text for text in example.negatives if text not in relevant), scores=())
+        yield ledger.keep(left)
+        if self.action == "promote":
+            for text in dict.fromkeys(text for text in example.negatives if text in relevant):
+                yield ledger.keep(replace(left, positive=text, positive_embedding=()))
+
+
+@lru_cache
+def _prompt() -> tuple[str, Template]:
+    values = tomllib.loads(files("pyqemb.curation").joinpath("prompts/relabel.toml").read_text(encoding="utf-8"))
+    return values["system"], Template(values["user"].strip())
