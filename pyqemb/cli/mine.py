@@ -8,7 +8,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Qwen3 or sentence-transformers folder, or a Qwen3 model on the hub")
     parser.add_argument("examples", type=Path, help="training pairs in any form that pyqemb reads")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--corpus", type=Path, help="more documents: the positives of this file")
+    parser.add_argument(
+        "--corpus", type=Path, help="more documents: a corpus (JSONL with `text`), its folder, or examples"
+    )
     parser.add_argument("--k", type=int, default=7, help="negatives a query (7)")
     parser.add_argument("--max-positive-ratio", type=float, default=0.95, help="of the positive's score (0.95)")
     parser.add_argument("--margin", type=float, help="below the positive's score")
@@ -20,22 +22,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling-temperature", type=float, default=0.05, help="of softmax sampling (0.05)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instruction", help="for queries that bring none")
+    parser.add_argument("--by-language", action="store_true", help="negatives in the language of the positive alone")
+    parser.add_argument("--reranker", type=Path, help="a cross-encoder folder whose scores decide among the candidates")
+    parser.add_argument(
+        "--approximate", metavar="INDEX", help="search by a faiss index, e.g. HNSW32, in place of exactly"
+    )
+    parser.add_argument("--cache", type=Path, help="a folder that keeps the vectors; a killed job goes on from it")
 
 
 def run(args: argparse.Namespace) -> int:
     from pyqemb.curation import mine
+    from pyqemb.curation.corpus import read_corpus
+    from pyqemb.curation.text import language_of
     from pyqemb.data.example import read_examples, write_examples
     from pyqemb.errors import ConfigError
-    from pyqemb.model.encoder import open_encoder
+    from pyqemb.model.encoder import open_encoder, open_reranker
 
     if args.out.resolve() in {path.resolve() for path in (args.examples, args.corpus) if path is not None}:
         raise ConfigError(f"--out: {args.out} is also an input")
     examples = list(read_examples(args.examples))
-    corpus = None if args.corpus is None else [example.positive for example in read_examples(args.corpus)]
+    corpus = None if args.corpus is None else list(read_corpus(args.corpus))
     mined = mine(
         open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
         margin=args.margin, max_score=args.max_score, skip_top=args.skip_top, depth=args.depth, sampling=args.sampling,
         seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin, sampling_temperature=args.sampling_temperature,
+        pool_of=language_of if args.by_language else None, approximate=args.approximate, cache=args.cache,
+        reranker=None if args.reranker is None else open_reranker(args.reranker),
     )  # fmt: skip
     write_examples(args.out, mined.examples)
     report = mined.report

@@ -1,18 +1,22 @@
 """Hard negatives: documents that a model ranks high for a query, and that are not its positives in disguise."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from pyqemb import ops
+from pyqemb.curation.rules import Rules
+from pyqemb.curation.search import Search, approximate, exact
+from pyqemb.curation.vectors import CachedEncoder, chunks
 from pyqemb.data.example import Example
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import DataError
 from pyqemb.model.device import search_device
 
 _TILE = 8192  # queries searched at a time
+_JUDGED = 256  # with a reranker
+Reranker = Callable[[list[tuple[str, str]]], Any]  # (query, document) pairs -> scores
 
 
 @dataclass(frozen=True)
@@ -50,75 +54,188 @@ def mine(
     sampling_temperature: float = 0.05,
     seed: int = 0,
     instruction: str | None = None,
+    pool_of: Callable[[str], str] | None = None,
+    reranker: Reranker | None = None,
+    approximate: str | None = None,
+    cache: str | Path | None = None,
 ) -> Mined:
     """Give every example up to k hard negatives, in place of those it has.
 
     Args:
         model: an Embedder, or anything with its encode_query and encode_document.
         examples: queries with their positives. All positives of one query text are spared, by text.
-        corpus: further documents to choose from; the positives always belong to the pool.
+        corpus: further documents to choose from; the positives always belong to the pool. Equal texts are one document.
         max_positive_ratio: a negative scores at most this share of the positive (TopK-PercPos; below a negative positive
             score by the same share of its size). None: no such limit.
         margin: a negative scores at most the positive's score minus this.
         max_score: a negative scores at most this.
         mean_margin: a negative scores at most the mean of the query's positives plus this (Qwen3-VL-Embedding, 3.3).
         skip_top: leave out so many of the best that qualify.
-        depth: how many that qualify are looked at.
+        depth: how many that qualify, after those, are looked at.
         sampling: the best k of them, or k drawn by `seed`: all alike, or in proportion to exp(score / sampling_temperature).
         instruction: for examples that bring none.
+        pool_of: tells the pool (say, the language) of a document; a query's negatives come from the pool of its positive.
+        reranker: scores (query, document) pairs; the positive and the best skip_top + depth by the model are scored again, and
+            the rules hold for these scores.
+        approximate: a faiss index_factory string in place of exact search.
+        cache: a folder that keeps the vectors (`CachedEncoder`).
 
     Raises:
         ConfigError: an argument is out of range. DataError: no examples, or vectors that are not finite.
 
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """
+    rules = Rules(
+        k, max_positive_ratio, margin, max_score, mean_margin, skip_top, depth, sampling, sampling_temperature
+    )
     examples = list(examples)
-    _check(examples, k, max_positive_ratio, depth, skip_top, sampling, sampling_temperature)
+    if not examples:
+        raise DataError("no examples to mine negatives for")
+    if cache is not None:
+        model = CachedEncoder(model, cache)
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
     vectors = embed_documents(model, documents)
-    positives = np.array([place[e.positive] for e in examples])
-    positive_scores = (query_vectors[query_rows] * vectors[positives]).sum(axis=1)
-
     spared = _positives_of_each_text(examples, place)
-    ceilings = _ceilings(positive_scores, max_positive_ratio, margin, max_score)
-    if mean_margin is not None:
-        means = _mean_scores(query_vectors, query_rows, vectors, spared)
-        ceilings = np.minimum(ceilings, means + np.float32(mean_margin))
-    pool = torch.from_numpy(vectors).to(search_device(model))
-    chosen, scores = [], []
+    positives = np.array([place[e.positive] for e in examples])
+
+    def rescore(row: int, found: np.ndarray) -> np.ndarray:
+        assert reranker is not None
+        texts = [documents[i] for i in found]
+        return np.asarray(reranker([(examples[row].query, text) for text in texts]), dtype=np.float32)
+
+    chosen, scores = [np.empty(0, dtype=np.int64)] * len(examples), [np.empty(0, dtype=np.float32)] * len(examples)
+    positive_scores = np.empty(len(examples), dtype=np.float32)
     generator = np.random.default_rng(seed)
-    for start in range(0, len(examples), _TILE):
-        rows = slice(start, start + _TILE)
-        found, found_scores = _search(
-            query_vectors[query_rows[rows]],
-            pool,
-            spared[rows],
-            ceilings[rows],
-            min(depth + skip_top, len(documents)),
-        )
-        for indices, values in zip(found, found_scores, strict=True):
-            valid = np.flatnonzero(indices >= 0)[skip_top:]
-            if sampling != "top" and len(valid) > k:
-                # Gumbel noise on the logarithms of the weights: the k largest are a draw without replacement.
-                logits = values[valid] / sampling_temperature if sampling == "softmax" else 0.0
-                valid = np.sort(valid[np.argsort(-(logits + generator.gumbel(size=len(valid))))[:k]])
-            chosen.append(indices[valid[:k]])
-            scores.append(values[valid[:k]])
-    mined = [
-        replace(example, negatives=tuple(documents[i] for i in indices))
+    for rows, members in _pools(positives, documents, pool_of):
+        mined = search_negatives(
+            query_vectors, query_rows[rows], vectors if members is None else vectors[members], rules,
+            spared[rows] if members is None else _within(spared[rows], members),
+            positives[rows] if members is None else _within(positives[rows], members),
+            generator=generator, device=search_device(model), approximate_by=approximate,
+            rescore=None if reranker is None else _Rescoring(rescore, rows, members),
+        )  # fmt: skip
+        positive_scores[rows] = mined.positive_scores
+        for row, indices, values in zip(rows, mined.indices, mined.scores, strict=True):
+            there = indices >= 0
+            chosen[row] = indices[there] if members is None else members[indices[there]]
+            scores[row] = values[there]
+    finished = [
+        replace(example, negatives=tuple(documents[i] for i in indices), scores=())
         for example, indices in zip(examples, chosen, strict=True)
     ]
     some = [i for i, values in enumerate(scores) if len(values)]
     report = MiningReport(
-        rows=len(mined),
+        rows=len(finished),
         documents=len(documents),
         short=sum(len(values) < k for values in scores),
         positive_score=float(positive_scores[some].mean()) if some else float("nan"),
         negative_score=float(np.mean([scores[i].mean() for i in some])) if some else float("nan"),
     )
-    return Mined(mined, report)
+    return Mined(finished, report)
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """indices [N, k] int64, -1 for none; scores [N, k] float32, -inf for none; positive_scores [N]."""
+
+    indices: np.ndarray
+    scores: np.ndarray
+    positive_scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Rescoring:
+    """A reranker over documents of the whole pool, for rows and documents of a part of it."""
+
+    rescore: Callable[[int, np.ndarray], np.ndarray]
+    rows: np.ndarray
+    members: np.ndarray | None
+
+    def __call__(self, row: int, indices: np.ndarray) -> np.ndarray:
+        return self.rescore(int(self.rows[row]), indices if self.members is None else self.members[indices])
+
+
+def search_negatives(
+    query_vectors: np.ndarray,
+    query_rows: np.ndarray,
+    documents: np.ndarray,
+    rules: Rules,
+    spared: np.ndarray,
+    positives: np.ndarray,
+    *,
+    generator: np.random.Generator,
+    device: Any = "cpu",
+    approximate_by: str | None = None,
+    rescore: Callable[[int, np.ndarray], np.ndarray] | None = None,
+) -> Negatives:
+    """`mine` on vectors: query_vectors [Q, E], query_rows [N] into them, documents [M, E], all float32 (they may be mapped from the
+    disk); positives [N] and spared [N, X] (all positives of the row's query, -1 for none) are indices of documents.
+    """
+    count = len(query_rows)
+    search: Search = approximate(documents, approximate_by) if approximate_by else exact(documents, device)
+    indices = np.full((count, rules.k), -1, dtype=np.int64)
+    scores = np.full((count, rules.k), -np.inf, dtype=np.float32)
+    positive_scores = np.empty(count, dtype=np.float32)
+    wanted = min(rules.depth + rules.skip_top, len(documents))
+    for part in chunks(count, _TILE if rescore is None else _JUDGED):
+        queries = query_vectors[query_rows[part]]
+        own = (queries * documents[positives[part]]).sum(axis=1)
+        if rescore is None:
+            means = _mean_scores(queries, documents, spared[part]) if rules.mean_margin is not None else own
+            found_scores, found = search(queries, spared[part], rules.ceilings(own, means), wanted)
+        else:
+            found_scores, found = search(queries, spared[part], np.full(len(queries), np.inf, np.float32), wanted)
+            own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], spared[part], found)
+        positive_scores[part] = own
+        for row, (candidates, values) in enumerate(zip(found, found_scores, strict=True), start=part.start):
+            there = candidates >= 0
+            places = rules.choose(values[there], generator)
+            indices[row, : len(places)], scores[row, : len(places)] = candidates[there][places], values[there][places]
+    return Negatives(indices, scores, positive_scores)
+
+
+def _rescored(
+    rescore: Callable[[int, np.ndarray], np.ndarray],
+    rules: Rules,
+    start: int,
+    positives: np.ndarray,
+    spared: np.ndarray,
+    found: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scores of the positives, scores, indices) by the reranker, best first; what lies above its ceiling becomes -1."""
+    own = np.empty(len(positives), dtype=np.float32)
+    scores = np.full(found.shape, -np.inf, dtype=np.float32)
+    indices = np.full(found.shape, -1, dtype=np.int64)
+    for row, (candidates, positive, others) in enumerate(zip(found, positives, spared, strict=True)):
+        candidates, others = candidates[candidates >= 0], others[others >= 0]
+        given = rescore(start + row, np.concatenate([[positive], others, candidates]))
+        own[row], mean = given[0], given[1 : 1 + len(others)].mean()
+        values = given[1 + len(others) :]
+        order = np.argsort(-values, kind="stable")
+        order = order[values[order] <= rules.ceilings(own[row : row + 1], np.array([mean]))[0]]
+        scores[row, : len(order)], indices[row, : len(order)] = values[order], candidates[order]
+    return own, scores, indices
+
+
+def _pools(
+    positives: np.ndarray, documents: list[str], pool_of: Callable[[str], str] | None
+) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
+    """(rows of examples, their documents) of each pool; None: all documents."""
+    if pool_of is None:
+        return [(np.arange(len(positives)), None)]
+    names = np.array([pool_of(text) for text in documents])
+    return [
+        (np.flatnonzero(names[positives] == name), np.flatnonzero(names == name))
+        for name in np.unique(names[positives])
+    ]
+
+
+def _within(indices: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Places among the members (rising) of indices, -1 for those that are none."""
+    at = np.searchsorted(members, indices).clip(max=len(members) - 1)
+    return np.where(members[at] == indices, at, -1)
 
 
 def embed_queries(model: Any, examples: Sequence[Example], instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -140,17 +257,6 @@ def embed_documents(model: Any, documents: Sequence[str]) -> np.ndarray:
     return _finite("documents", model.encode_document(list(documents)))
 
 
-def _ceilings(positive: np.ndarray, ratio: float | None, margin: float | None, max_score: float | None) -> np.ndarray:
-    ceilings = np.full(len(positive), np.inf, dtype=np.float32)
-    if ratio is not None:
-        ceilings = np.minimum(ceilings, positive - (1 - ratio) * np.abs(positive))
-    if margin is not None:
-        ceilings = np.minimum(ceilings, positive - margin)
-    if max_score is not None:
-        ceilings = np.minimum(ceilings, max_score)
-    return ceilings.astype(np.float32)
-
-
 def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) -> np.ndarray:
     """int64 [N, most]: every document that is a positive of the example's query text, filled with -1."""
     by_query: dict[str, dict[int, None]] = {}
@@ -163,52 +269,17 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
     return spared
 
 
-def _mean_scores(queries: np.ndarray, rows: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """float32 [N]: the mean score of each example's query with all its positives, -1 being none."""
-    total, count = np.zeros(len(rows), dtype=np.float32), np.zeros(len(rows), dtype=np.float32)
+def _mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """float32 [N]: the mean score of each query with its positives [N, X], -1 being none."""
+    total, count = np.zeros(len(queries), dtype=np.float32), np.zeros(len(queries), dtype=np.float32)
     for column in positives.T:
         own = np.flatnonzero(column >= 0)
-        total[own] += (queries[rows[own]] * documents[column[own]]).sum(axis=1)
+        total[own] += (queries[own] * documents[column[own]]).sum(axis=1)
         count[own] += 1
     return total / count
 
 
-def _search(
-    queries: np.ndarray, documents: torch.Tensor, spared: np.ndarray, ceilings: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    asked, exclude, ceiling = (
-        torch.from_numpy(np.ascontiguousarray(x)).to(documents.device) for x in (queries, spared, ceilings)
-    )
-    scores, indices = ops.top_k(asked, documents, k, exclude=exclude, ceiling=ceiling)
-    return indices.cpu().numpy(), scores.cpu().numpy()
-
-
 def _finite(what: str, vectors: np.ndarray) -> np.ndarray:
-    if not np.isfinite(vectors).all():
+    if not all(np.isfinite(vectors[part]).all() for part in chunks(len(vectors), _TILE)):
         raise DataError(f"the model gives NaN or infinity for {what}")
     return np.ascontiguousarray(vectors, dtype=np.float32)
-
-
-def _check(
-    examples: Sequence[Example],
-    k: int,
-    ratio: float | None,
-    depth: int,
-    skip_top: int,
-    sampling: str,
-    temperature: float,
-) -> None:
-    if not examples:
-        raise DataError("no examples to mine negatives for")
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}")
-    if depth < k:
-        raise ConfigError(f"depth must be at least k, {k}, got {depth}")
-    if skip_top < 0:
-        raise ConfigError(f"skip_top must not be negative, got {skip_top}")
-    if ratio is not None and not 0 < ratio <= 2:
-        raise ConfigError(f"max_positive_ratio must be above 0 and at most 2, got {ratio}")
-    if sampling not in ("top", "random", "softmax"):
-        raise ConfigError(f"sampling must be 'top', 'random' or 'softmax', got {sampling!r}")
-    if not temperature > 0:
-        raise ConfigError(f"sampling_temperature must be above 0, got {temperature}")

@@ -77,6 +77,11 @@ class Language(Step):
                 yield example
 
 
+def language_of(text: str) -> str:
+    """The language of a text, ISO 639-1, as py3langid tells it."""
+    return _identifier().classify(text)[0]
+
+
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
     try:

@@ -1,7 +1,7 @@
 """Whatever embeds: pyqemb's own model, or any folder that sentence-transformers loads, behind the same two methods."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,19 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
     if not (folder / "modules.json").is_file() or _model_type(folder / "config.json") == "qwen3":
         return Embedder.from_pretrained(model)
     return SentenceTransformerEncoder(folder)
+
+
+def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:
+    """Scores of (query, document) pairs by a cross-encoder folder of sentence-transformers, read from the disk, safetensors only."""
+    folder = Path(folder)
+    if not list(folder.rglob("*.safetensors")):
+        raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
+    try:
+        from sentence_transformers import CrossEncoder
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{folder}: a reranker needs: pip install sentence-transformers") from error
+    model = CrossEncoder(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
+    return lambda pairs: np.asarray(model.predict(list(pairs), show_progress_bar=False), dtype=np.float32)
 
 
 def _model_type(path: Path) -> Any:

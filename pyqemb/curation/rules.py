@@ -1,0 +1,59 @@
+"""Which documents may be negatives of a query, and which of them are taken."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pyqemb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rules:
+    """See `pyqemb.mine`. ConfigError names what is out of range."""
+
+    k: int = 7
+    max_positive_ratio: float | None = 0.95
+    margin: float | None = None
+    max_score: float | None = None
+    mean_margin: float | None = None
+    skip_top: int = 0
+    depth: int = 100
+    sampling: Literal["top", "random", "softmax"] = "top"
+    sampling_temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k must be at least 1, got {self.k}")
+        if self.depth < self.k:
+            raise ConfigError(f"depth must be at least k, {self.k}, got {self.depth}")
+        if self.skip_top < 0:
+            raise ConfigError(f"skip_top must not be negative, got {self.skip_top}")
+        if self.max_positive_ratio is not None and not 0 < self.max_positive_ratio <= 2:
+            raise ConfigError(f"max_positive_ratio must be above 0 and at most 2, got {self.max_positive_ratio}")
+        if self.sampling not in ("top", "random", "softmax"):
+            raise ConfigError(f"sampling must be 'top', 'random' or 'softmax', got {self.sampling!r}")
+        if not self.sampling_temperature > 0:
+            raise ConfigError(f"sampling_temperature must be above 0, got {self.sampling_temperature}")
+
+    def ceilings(self, positive_N: np.ndarray, mean_N: np.ndarray) -> np.ndarray:
+        """float32 [N]: what a negative may score, given the positive's score and the mean of the query's positives."""
+        ceilings = np.full(len(positive_N), np.inf, dtype=np.float32)
+        if self.max_positive_ratio is not None:
+            ceilings = np.minimum(ceilings, positive_N - (1 - self.max_positive_ratio) * np.abs(positive_N))
+        if self.margin is not None:
+            ceilings = np.minimum(ceilings, positive_N - self.margin)
+        if self.max_score is not None:
+            ceilings = np.minimum(ceilings, self.max_score)
+        if self.mean_margin is not None:
+            ceilings = np.minimum(ceilings, mean_N + np.float32(self.mean_margin))
+        return ceilings.astype(np.float32)
+
+    def choose(self, scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Places of at most k of the candidates that qualify, whose scores these are, best first; the places rise."""
+        places = np.arange(len(scores))[self.skip_top : self.skip_top + self.depth]
+        if self.sampling != "top" and len(places) > self.k:
+            # Gumbel noise on the logarithms of the weights: the k largest are a draw without replacement.
+            logits = scores[places] / self.sampling_temperature if self.sampling == "softmax" else 0.0
+            places = np.sort(places[np.argsort(-(logits + generator.gumbel(size=len(places))))[: self.k]])
+        return places[: self.k]

@@ -1,0 +1,69 @@
+"""The best documents of each query: exact by ops.top_k, approximate by faiss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyqemb import ops
+from pyqemb.errors import ConfigError
+
+# (queries [B, E], spared [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where none is left
+Search = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+_MORE = (
+    4  # faiss knows neither ceilings nor spared documents: where too few are left, so many times as many are asked for
+)
+
+
+def exact(documents: np.ndarray, device: torch.device) -> Search:
+    pool = torch.from_numpy(documents).to(device)
+
+    def search(queries: np.ndarray, spared: np.ndarray, ceilings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked, exclude, ceiling = (
+            torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries, spared, ceilings)
+        )
+        scores, indices = ops.top_k(asked, pool, min(k, len(pool)), exclude=exclude, ceiling=ceiling)
+        return scores.cpu().numpy(), indices.cpu().numpy()
+
+    return search
+
+
+def approximate(documents: np.ndarray, factory: str) -> Search:
+    """By an index of faiss's index_factory, e.g. "HNSW32" or "IVF1024,Flat". Some of the best are missed; scores are the index's."""
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ConfigError("approximate search needs faiss: pip install 'pyqemb[mine]'") from error
+    try:
+        index: Any = faiss.index_factory(documents.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(f"approximate: faiss knows no index {factory!r}") from error
+    if not index.is_trained:
+        index.train(documents)
+    index.add(documents)
+
+    def search(queries: np.ndarray, spared: np.ndarray, ceilings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        short, wanted = np.arange(len(queries)), k + spared.shape[1]
+        while len(short):
+            wanted = min(wanted, len(documents))
+            values, indices = index.search(np.ascontiguousarray(queries[short]), wanted)
+            good = (indices >= 0) & (values <= ceilings[short, None])
+            for column in spared[short].T:
+                good &= indices != column[:, None]
+            order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # those that qualify first, in their order
+            good = np.take_along_axis(good, order, axis=1)
+            found[short[:, None], np.arange(order.shape[1])] = np.where(
+                good, np.take_along_axis(indices, order, axis=1), -1
+            )
+            scores[short[:, None], np.arange(order.shape[1])] = np.where(
+                good, np.take_along_axis(values, order, axis=1), -np.inf
+            )
+            if wanted == len(documents):
+                break
+            short, wanted = short[good.sum(axis=1) < k], _MORE * wanted
+        return scores, found
+
+    return search

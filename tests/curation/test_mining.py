@@ -1,0 +1,216 @@
+"""Mining against a slow truth, and what it keeps on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+import pyqemb
+from pyqemb.curation.corpus import read_corpus
+from pyqemb.curation.mining import search_negatives
+from pyqemb.curation.rules import Rules
+from pyqemb.curation.vectors import CachedEncoder, fingerprint
+from pyqemb.data.example import Example
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.testing.tiny import TEXTS, tiny_embedder
+
+
+class Circle:
+    """Texts end in an angle in degrees; the score of two is the cosine between them."""
+
+    fingerprint = "circle"
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode_query(self, texts, instruction=None):
+        self.encoded += texts
+        angles = np.radians([float(text.split()[-1]) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    encode_document = encode_query
+
+
+def slow(queries, rows, documents, rules, spared, positives):
+    """Sorting everything, one query at a time, in float64."""
+    found = []
+    for row, own, others in zip(rows, positives, spared, strict=True):
+        scores = documents.astype(np.float64) @ queries[row].astype(np.float64)
+        others = others[others >= 0]
+        ceiling = rules.ceilings(scores[[own]].astype(np.float32), np.array([scores[others].mean()], np.float32))[0]
+        order = [i for i in np.argsort(-scores, kind="stable") if i not in others and scores[i] <= ceiling]
+        found.append(order[rules.skip_top :][: rules.k])
+    return found
+
+
+RULES = [
+    Rules(k=3), Rules(k=3, max_positive_ratio=None), Rules(k=5, margin=0.2), Rules(k=2, max_score=0.1), Rules(k=4, skip_top=6, max_positive_ratio=1.1),
+    Rules(k=3, max_positive_ratio=None, mean_margin=0.05), Rules(k=30, depth=30),
+]  # fmt: skip
+
+
+@pytest.fixture
+def vectors():
+    generator = np.random.default_rng(0)
+    queries, documents = (generator.standard_normal((n, 16)).astype(np.float32) for n in (60, 300))
+    queries, documents = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents))
+    rows = generator.integers(0, 60, 100)
+    spared = np.where(generator.random((100, 3)) < 0.6, generator.integers(0, 300, (100, 3)), -1)
+    positives = generator.integers(0, 300, 100)
+    spared[:, 0] = positives
+    return queries, rows, documents, spared, positives
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("approximate", [None, "Flat"])
+def test_equals_sorting(vectors, rules, approximate):
+    if approximate:
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed (pip install 'pyqemb[mine]')")
+    queries, rows, documents, spared, positives = vectors
+    found = search_negatives(
+        queries,
+        rows,
+        documents,
+        rules,
+        spared,
+        positives,
+        generator=np.random.default_rng(0),
+        approximate_by=approximate,
+    )
+    truth = slow(queries, rows, documents, rules, spared, positives)
+    for indices, scores, wanted, row in zip(found.indices, found.scores, truth, rows, strict=True):
+        assert indices[indices >= 0].tolist() == wanted
+        np.testing.assert_allclose(scores[: len(wanted)], documents[wanted] @ queries[row], atol=1e-6)
+        assert np.isneginf(scores[len(wanted) :]).all()
+
+
+def test_a_pool_of_its_own():
+    examples = [Example("q 0", "en 5"), Example("q 0", "de 9"), Example("q 55", "de 60")]
+    corpus = ["en 20", "de 30", "fr 1", "en 40", "de 70"]
+    mined = pyqemb.mine(Circle(), examples, corpus=corpus, k=2, max_positive_ratio=None, pool_of=lambda text: text[:2])
+    assert [e.negatives for e in mined.examples] == [("en 20", "en 40"), ("de 30", "de 60"), ("de 70", "de 30")]
+
+
+def test_a_reranker_decides():
+    def reranker(pairs):
+        """Likes even angles; the positive is 40."""
+        angles = np.array([float(text.split()[-1]) for _, text in pairs])
+        return np.where(angles % 20 == 0, 1.0, 0.1) - angles / 1000
+
+    examples, corpus = (
+        [Example("q 0", "d 40"), Example("q 1", "d 40")],
+        ["d 20", "d 30", "d 50", "d 60", "d 80", "d 179"],
+    )
+    mined = pyqemb.mine(Circle(), examples, corpus=corpus, k=3, depth=5, max_positive_ratio=0.999, reranker=reranker)
+    # 20 scores above the positive (0.98 > 0.96), 179 is not among the five nearest.
+    assert [e.negatives for e in mined.examples] == [("d 60", "d 80", "d 30")] * 2
+    assert mined.report.positive_score == pytest.approx(0.96)
+
+
+def test_vectors_are_kept(tmp_path):
+    examples, corpus = [Example("q 0", "d 5"), Example("q 10", "d 20")], ["d 40", "d 70"]
+    first = pyqemb.mine(Circle(), examples, corpus=corpus, k=1, cache=tmp_path)
+    model = Circle()
+    again = pyqemb.mine(model, examples, corpus=[*corpus, "d 41", "d 40"], k=1, cache=tmp_path)
+    assert model.encoded == ["d 41"] and again.examples == first.examples
+    cached = CachedEncoder(Circle(), tmp_path)
+    assert isinstance(cached.encode_document(["d 5", "d 20", "d 40"]), np.memmap)
+    np.testing.assert_array_equal(
+        cached.encode_document(["d 70", "d 5", "d 70"]), Circle().encode_document(["d 70", "d 5", "d 70"])
+    )
+    cached.encode_query(["d 5"], instruction="other")
+    assert cached.model.encoded == ["d 5"]  # a query under another instruction is another vector
+
+
+def test_a_torn_end_is_cut_off(tmp_path):
+    CachedEncoder(Circle(), tmp_path).encode_document(["d 5", "d 20"])
+    folder = next(tmp_path.iterdir())
+    with (folder / "vectors.f32").open("ab") as file:
+        file.write(b"\xff" * 13)
+    with (folder / "keys").open("ab") as file:
+        file.write(b"\xff" * 5)
+    model = Circle()
+    texts = ["d 5", "d 30", "d 20"]
+    np.testing.assert_array_equal(
+        CachedEncoder(model, tmp_path).encode_document(texts), Circle().encode_document(texts)
+    )
+    assert model.encoded == ["d 30"]
+
+
+def test_another_dimension_is_told(tmp_path):
+    CachedEncoder(Circle(), tmp_path).encode_document(["d 5"])
+
+    class Wide(Circle):
+        def encode_document(self, texts):
+            return np.ones((len(texts), 3), np.float32)
+
+    with pytest.raises(DataError, match="holds vectors of 2 features, the model gives 3"):
+        CachedEncoder(Wide(), tmp_path).encode_document(["d 6"])
+    with pytest.raises(ConfigError, match="needs a model with weights or an attribute fingerprint, got object"):
+        CachedEncoder(object(), tmp_path)
+
+
+def test_a_fingerprint_is_of_the_weights_and_of_the_settings():
+    one, two = tiny_embedder(), tiny_embedder()
+    assert fingerprint(one) == fingerprint(two) != fingerprint(tiny_embedder(pooling="mean"))
+    two.get_parameter(next(name for name, _ in two.named_parameters())).data[0, 0] += 1e-3
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_a_real_model_with_a_cache_mines_the_same(tmp_path):
+    examples = [Example(text, other, instruction="Find") for text, other in zip(TEXTS[:4], TEXTS[4:8], strict=True)]
+    results = [
+        pyqemb.mine(tiny_embedder(), examples, k=2, cache=cache).examples for cache in (None, tmp_path, tmp_path)
+    ]
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_killed_job_embeds_no_finished_chunk_again(tmp_path):
+    program = """
+        import sys, time
+        import numpy as np
+        from pyqemb.curation import vectors
+        vectors._CHUNK = 10
+        class Slow:
+            fingerprint = "slow"
+            def encode_document(self, texts):
+                print(*texts, sep="\\n", flush=True)
+                time.sleep(0.05)
+                return np.ones((len(texts), 4), np.float32)
+        vectors.CachedEncoder(Slow(), sys.argv[1]).encode_document([str(i) for i in range(200)])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "cache")]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while (tmp_path / "log").read_text().count("\n") < 60 and job.poll() is None:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    before = (tmp_path / "log").read_text().split()
+    assert {*before, *done} == {str(i) for i in range(200)} and len(before) >= 60
+    assert len({*before} & {*done}) <= 10
+
+
+def test_corpora(tmp_path):
+    def write(name, *rows):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    path = write("b/corpus.jsonl", {"_id": "1", "title": "T", "text": "a"}, {"_id": 2, "text": "b"}, {"text": "c"})
+    assert list(read_corpus(path)) == list(read_corpus(path.parent)) == ["T a", "b", "c"]
+    assert list(read_corpus(write("e.jsonl", {"query": "q", "positive": "p"}))) == ["p"]
+    twice = write("t.jsonl", {"_id": "x", "text": "a"}, {"_id": "y", "text": "b"}, {"_id": "x", "text": "c"})
+    with pytest.raises(DataError, match=r"t.jsonl:3: id 'x' is that of line 1 too"):
+        list(read_corpus(twice))
+    with pytest.raises(DataError, match=r"m.jsonl:2: expected a document under 'text'"):
+        list(read_corpus(write("m.jsonl", {"text": "a"}, {"body": "b"})))
+    with pytest.raises(DataError, match=r"expected corpus\.jsonl"):
+        list(read_corpus(tmp_path))
