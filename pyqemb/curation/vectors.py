@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from pyqemb.data.files import atomic_file
+from pyqemb.data.keyed import Keys, keys_of
 from pyqemb.errors import ConfigError, DataError
 
 _CHUNK = 4096  # texts embedded between two writes: what a kill can cost
-_KEY = np.dtype("S16")
 
 
 class CachedEncoder:
@@ -46,13 +46,13 @@ class CachedEncoder:
         store = _Store(
             self._folder / f"{side}-{digest}", {"model": self._fingerprint, "side": side, "instruction": told}
         )
-        keys = np.array([_key(text) for text in texts], dtype=_KEY)
+        keys = keys_of(texts)
         first = np.sort(np.unique(keys, return_index=True)[1])
-        new = first[store.rows(keys[first]) < 0]
+        new = first[store.keys.rows(keys[first]) < 0]
         for start in range(0, len(new), _CHUNK):
             some = new[start : start + _CHUNK]
             store.append(keys[some], np.asarray(encode([texts[i] for i in some]), dtype=np.float32))
-        return store.read(store.rows(keys))
+        return store.read(store.keys.rows(keys))
 
 
 class _Store:
@@ -61,25 +61,14 @@ class _Store:
     def __init__(self, folder: Path, facts: dict[str, Any]):
         self._folder, self._facts = folder, facts
         self.dim: int | None = None
-        self._keys = np.empty(0, dtype=_KEY)
-        manifest = folder / "manifest.json"
-        if manifest.exists():
+        whole = 0
+        if (folder / "manifest.json").exists():
             try:
-                self.dim = int(json.loads(manifest.read_text())["dim"])
-                self._keys = np.fromfile(folder / "keys", dtype=np.uint8)
+                self.dim = int(json.loads((folder / "manifest.json").read_text())["dim"])
+                whole = (folder / "vectors.f32").stat().st_size // (4 * self.dim)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{folder}: no cache of vectors that can be read: {error}") from error
-            whole = min(len(self._keys) // 16, (folder / "vectors.f32").stat().st_size // (4 * self.dim))
-            self._keys = self._keys[: 16 * whole].view(_KEY)
-        self._order = np.argsort(self._keys, kind="stable")
-
-    def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [N]: where each key's vector lies, -1 for nowhere."""
-        if not len(self._keys):
-            return np.full(len(keys), -1)
-        ordered = self._keys[self._order]
-        at = np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)
-        return np.where(ordered[at] == keys, self._order[at], -1)
+        self.keys = Keys(folder / "keys", at_most=whole)
 
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         dim = vectors.shape[1]
@@ -87,29 +76,26 @@ class _Store:
             raise DataError(f"{self._folder}: holds vectors of {self.dim} features, the model gives {dim}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / "vectors.f32"
+            with path.open("r+b" if path.exists() else "w+b") as file:
+                file.truncate(4 * dim * self.keys.count)
+                file.seek(0, 2)
+                file.write(vectors.tobytes())
             if self.dim is None:
-                for name in ("vectors.f32", "keys"):
-                    (self._folder / name).touch()
-                with atomic_file(self._folder / "manifest.json") as path:
-                    path.write_text(json.dumps({"dim": dim, **self._facts}, indent=1) + "\n")
+                with atomic_file(self._folder / "manifest.json") as manifest:
+                    manifest.write_text(json.dumps({"dim": dim, **self._facts}, indent=1) + "\n")
                 self.dim = dim
-            for name, data, size in (("vectors.f32", vectors, 4 * dim), ("keys", keys, 16)):
-                with (self._folder / name).open("r+b") as file:
-                    file.truncate(size * len(self._keys))
-                    file.seek(0, 2)
-                    file.write(data.tobytes())
+            self.keys.append(keys)
         except OSError as error:
             raise DataError(
-                f"{self._folder}: {error.strerror or error}; the {len(self._keys)} vectors so far are kept"
+                f"{self._folder}: {error.strerror or error}; the {self.keys.count} vectors so far are kept"
             ) from error
-        self._keys = np.concatenate([self._keys, keys])
-        self._order = np.argsort(self._keys, kind="stable")
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         if not len(rows):
             return np.empty((0, self.dim or 0), dtype=np.float32)
         assert self.dim is not None
-        mapped = np.memmap(self._folder / "vectors.f32", dtype=np.float32, mode="c", shape=(len(self._keys), self.dim))
+        mapped = np.memmap(self._folder / "vectors.f32", dtype=np.float32, mode="c", shape=(self.keys.count, self.dim))
         first = int(rows[0])
         if np.array_equal(rows, np.arange(first, first + len(rows))):
             return mapped[first : first + len(rows)]
@@ -135,11 +121,6 @@ def fingerprint(model: Any) -> str:
     tokenizer = getattr(model, "tokenizer", None)
     digest.update(f"{getattr(tokenizer, 'max_length', None)}".encode())
     return digest.hexdigest()
-
-
-def _key(text: str) -> bytes:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return digest[:-1] + bytes([digest[-1] | 1])  # numpy's S16 drops zeros at the end
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

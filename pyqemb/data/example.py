@@ -46,7 +46,7 @@ class Example:
 
 
 def read_examples(path: str | Path, split: str | None = None) -> Iterator[Example]:
-    """Yield the examples of a JSONL file (.jsonl, .json, also .gz or .xz), a Parquet file or a BEIR folder.
+    """Yield the examples of a JSONL file (.jsonl, .json, also .gz or .xz), a Parquet file, or a folder: of shards, of Parquet files, or BEIR.
 
     A list of positives gives one example each. Of a BEIR folder the judgements of `split` are read; None: those of
     `train`, or the only ones there. Raises DataError naming file, line and column for anything that is not such a row.
@@ -55,7 +55,7 @@ def read_examples(path: str | Path, split: str | None = None) -> Iterator[Exampl
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
-        yield from _read_beir(path, split)
+        yield from _read_folder(path, split)
         return
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     empty = True
@@ -225,6 +225,20 @@ def _texts(row: dict[str, Any], key: str, where: str) -> list[str]:
         if not isinstance(item, str):
             raise _bad(where, key, f"must hold texts, got {_kind(item)} at index {index}")
     return values
+
+
+def _read_folder(folder: Path, split: str | None) -> Iterator[Example]:
+    from pyqemb.data.shards import is_shards, read_shards
+
+    parquet = sorted(folder.glob("*.parquet"))
+    if is_shards(folder):
+        for shards in read_shards(folder).values():
+            yield from shards
+    elif parquet and not (folder / "qrels").exists():
+        for path in parquet:
+            yield from read_examples(path)
+    else:
+        yield from _read_beir(folder, split)
 
 
 def _read_beir(folder: Path, split: str | None) -> Iterator[Example]:

@@ -1,21 +1,23 @@
-"""Training batches: each from one set, a pure function of (seed, step), texts tokenised once.
+"""Training batches: each from one set, a pure function of (seed, step).
 
 Legend: B queries, M documents as the loss sees them, S distinct texts of both, K candidates of a query.
 """
 
 import heapq
 import zlib
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from pyqemb.data.batch import PackedBatch
 from pyqemb.data.example import Example
+from pyqemb.data.mixing import shares
+from pyqemb.data.order import Order
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
+
+_LARGE = 1 << 22  # rows of a set from which on its order is computed rather than kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class Loader:
         num_negatives: int | None = None,
         alpha: float = 1.0,
         weights: Mapping[str, float] | None = None,
+        max_share: Mapping[str, float] | None = None,
     ):
         if not sets or not all(len(examples) for examples in sets.values()):
             raise ConfigError(f"expected sets that hold examples, got {[(n, len(s)) for n, s in sets.items()]}")
@@ -71,8 +74,8 @@ class Loader:
         self.sets, self.seed, self.num_negatives = dict(sets), seed, num_negatives
         self.names = list(self.sets)
         self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.sets.items()}
-        self.batches = _shares(self.sets, self.batch_sizes, alpha, weights or {})
-        self._order: dict[tuple[str, int], np.ndarray] = {}  # the newest permutations only
+        self.batches = _batches(self.sets, self.batch_sizes, alpha, weights or {}, max_share or {})
+        self._order: dict[tuple[str, int], Order | np.ndarray] = {}  # the newest ones only
         self._plan: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -88,8 +91,12 @@ class Loader:
         """Which examples of its set a step takes."""
         name, number = self.where(step)
         count, size = len(self.sets[name]), self.batch_sizes[name]
-        places = range(number * size, (number + 1) * size)
-        return [int(self._permutation(name, place // count)[place % count]) for place in places]
+        places = np.arange(number * size, (number + 1) * size)
+        rows: list[int] = []
+        for one in np.unique(places // count).tolist():  # a batch may end one pass and begin the next
+            order, inside = self._pass(name, one), places[places // count == one] % count
+            rows += (order(inside) if isinstance(order, Order) else order[inside]).tolist()
+        return rows
 
     def where(self, step: int) -> tuple[str, int]:
         """The set of a step, and how many batches of that set came before it."""
@@ -101,12 +108,13 @@ class Loader:
         name = self.names[plan[place]]
         return name, epoch * self.batches[name] + int((plan[:place] == plan[place]).sum())
 
-    def _permutation(self, name: str, number: int) -> np.ndarray:
-        """The order of one pass. A batch may end one pass and begin the next, hence two are kept."""
+    def _pass(self, name: str, number: int) -> Order | np.ndarray:
+        """The order of one pass."""
         if (name, number) not in self._order:
             for key in [key for key in self._order if key[0] == name and abs(key[1] - number) > 1]:
                 del self._order[key]
-            self._order[name, number] = self._generator("set " + name, number).permutation(len(self.sets[name]))
+            generator, count = self._generator("set " + name, number), len(self.sets[name])
+            self._order[name, number] = Order(count, generator) if count > _LARGE else generator.permutation(count)
         return self._order[name, number]
 
     def _with_negatives(self, examples: list[Example], step: int) -> list[Example]:
@@ -129,24 +137,6 @@ def _only(example: Example, chosen: Sequence[int]) -> Example:
     """The example with the chosen ones of its negatives, and the teacher's scores of what is left."""
     scores = example.scores and (example.scores[0], *(example.scores[1 + i] for i in chosen))
     return replace(example, negatives=tuple(example.negatives[i] for i in chosen), scores=scores)
-
-
-class TokenCache:
-    """Token ids of texts, each tokenised once and kept."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self._ids: dict[str, array] = {}  # an eighth of what lists of int take
-
-    def warm(self, texts: Iterable[str]) -> None:
-        """Tokenise what is not there yet, all at once: the tokenizer library then uses every core."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        for text, ids in zip(new, self.tokenizer.encode_documents(new), strict=True):
-            self._ids[text] = array("i", ids)
-
-    def pack(self, texts: Sequence[str]) -> PackedBatch:
-        self.warm(texts)
-        return PackedBatch.pack([self._ids[text] for text in texts])
 
 
 def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: bool = False) -> TrainingBatch:
@@ -182,15 +172,18 @@ def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: boo
     )  # fmt: skip
 
 
-def _shares(
-    sets: Mapping[str, Sequence[Example]], sizes: Mapping[str, int], alpha: float, weights: Mapping[str, float]
+def _batches(
+    sets: Mapping[str, Sequence[Example]],
+    sizes: Mapping[str, int],
+    alpha: float,
+    weights: Mapping[str, float],
+    max_share: Mapping[str, float],
 ) -> dict[str, int]:
-    """Batches of each set in an epoch. Left to themselves (alpha 1, no weights) they cover every example."""
+    """Batches of each set in an epoch. Left to themselves (alpha 1, no weights, no caps) they cover every example."""
     covering = {name: -(-len(examples) // sizes[name]) for name, examples in sets.items()}
-    if alpha == 1 and not weights:
+    if alpha == 1 and not weights and not max_share:
         return covering
-    mass = {name: weights.get(name, len(examples) ** alpha) for name, examples in sets.items()}
-    if set(weights) and set(weights) != set(sets):
-        raise ConfigError(f"give a weight for every set or for none; missing: {sorted(set(sets) - set(weights))}")
-    total, steps = sum(mass.values()), sum(covering.values())
-    return {name: max(1, round(steps * share / total)) for name, share in mass.items()}
+    rows = {name: len(examples) for name, examples in sets.items()}
+    found = shares(rows, alpha=alpha, weights=weights, max_share=max_share)
+    steps = sum(covering.values())
+    return {name: max(1, round(steps * share)) for name, share in found.items()}

@@ -65,6 +65,9 @@ class DataSet(Section):
     name: str | None = None  # None: the file's name
     instruction: str | None = None  # for examples that bring none
     weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
+    max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other sets
+    max_epochs: float | None = Field(None, gt=0)  # passes over it in the whole run, at most
+    in_batch_negatives: bool | None = None  # None: by task; classification has none
 
 
 class GroupSection(Section):
@@ -118,6 +121,7 @@ class TrainSection(Section):
     global_batch_size: int = Field(512, ge=1)  # queries a step
     num_negatives: int = Field(7, ge=0)  # hard negatives a query, chosen anew each time when there are more
     mixing_alpha: float = Field(1.0, ge=0)  # 1: sets in proportion to their rows, 0: all alike
+    token_cache: str | None = None  # a folder that keeps token ids for later epochs and runs; None: in memory
     tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass; memory, not results, depends on it
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

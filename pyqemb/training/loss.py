@@ -10,7 +10,8 @@ from pyqemb import ops
 from pyqemb.data.batch import to_device
 from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch
-from pyqemb.errors import DataError
+from pyqemb.data.shards import Shards, Summary
+from pyqemb.errors import ConfigError, DataError
 from pyqemb.ops.groups import Options
 from pyqemb.ops.infonce import Stats
 from pyqemb.ops.prefixes import over_prefixes, prefixes
@@ -27,8 +28,19 @@ def objective_of(task: str | None, config: LossSection) -> str:
     return "classification" if name == "info_nce" and config.preset == "classification" else name
 
 
+def with_in_batch_negatives(name: str, objective: str, wanted: bool | None) -> str:
+    """The objective of a set that asks for in-batch negatives, or for none. ConfigError where it has no negatives at all."""
+    if wanted is None:
+        return objective
+    if objective not in ("info_nce", "classification"):
+        raise ConfigError(f"data: in_batch_negatives: set {name!r} is trained by {objective}, which knows no negatives")
+    return "info_nce" if wanted else "classification"
+
+
 def check_examples(name: str, examples: Sequence[Example], objective: str) -> None:
     """DataError naming the set and what an example lacks for its objective."""
+    if isinstance(examples, Shards) and not _lacks(examples.summary, objective):
+        return
     for number, example in enumerate(examples, start=1):
         if objective == "cosent" and example.score is None:
             raise DataError(f"set {name!r}: example {number} has no score, which CoSENT compares")
@@ -38,6 +50,18 @@ def check_examples(name: str, examples: Sequence[Example], objective: str) -> No
             raise DataError(f"set {name!r}: example {number} has neither scores nor query_embedding of a teacher")
     if objective == "distillation" and len({bool(example.scores) for example in examples}) > 1:
         raise DataError(f"set {name!r}: some examples have a teacher's scores and some not; they cannot share a batch")
+
+
+def _lacks(summary: Summary, objective: str) -> bool:
+    """Whether some row lacks what the objective needs."""
+    rows = summary.rows
+    if objective == "cosent":
+        return summary.score < rows
+    if objective == "classification":
+        return summary.negatives < rows
+    return (
+        objective == "distillation" and summary.scores < rows and (summary.scores > 0 or summary.query_embedding < rows)
+    )
 
 
 class LossParameters(torch.nn.Module):

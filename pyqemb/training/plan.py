@@ -1,17 +1,18 @@
 """What a run would do, before it does it: for --dry-run."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from pyqemb.data import mixing
 from pyqemb.data.example import Example
-from pyqemb.data.loader import TokenCache, build_batch
+from pyqemb.data.loader import build_batch
+from pyqemb.data.token_cache import TokenCache
 from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.optim import warmup_steps
-from pyqemb.training.sets import make_loader, read_sets
+from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
 from pyqemb.training.setup import load_model, pick_precision
 
 _SAMPLE = 512  # examples of a set that are tokenised for the estimate
@@ -27,19 +28,18 @@ def plan(config: TrainConfig) -> Iterator[str]:
     sets = read_sets(config)
     loader = make_loader(sets, config)
     train = config.train
-    steps = train.steps or math.ceil(train.epochs * loader.steps_per_epoch)
+    steps = num_steps(config, loader)
     parameters = sum(parameter.numel() for parameter in embedder.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {embedder.attention}, {embedder.pooling} pooling"
     yield f"device     {embedder.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in sets.examples.items():
         here = _mean_tokens(embedder, examples[:_SAMPLE], train.num_negatives)
-        share = loader.batches[name] / loader.steps_per_epoch
-        tokens += here * loader.batch_sizes[name] * share
-        passes = steps * share * loader.batch_sizes[name] / len(examples)
-        yield f"set        {name}: {len(examples)} rows, {share:.0%} of the steps, {passes:.2f} epochs, {here:.0f} tokens a row"
+        tokens += here * loader.batch_sizes[name] * loader.batches[name] / loader.steps_per_epoch
+        yield f"set        {name}: {here:.0f} tokens a row"
+    yield from mixing.lines(set_shares(loader, steps))
     size = max(loader.batch_sizes.values())
-    hard = min(train.num_negatives, max((len(e.negatives) for x in sets.examples.values() for e in x), default=0))
+    hard = min(train.num_negatives, sets.most_negatives)
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
     yield f"negatives  up to {size * (1 + hard) - 1} documents a query"

@@ -1,35 +1,50 @@
 """The sets that a run trains on: read from the configured files, one set for each task."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
+from pyqemb.data import mixing
 from pyqemb.data.example import Example, read_examples
 from pyqemb.data.loader import Loader
+from pyqemb.data.shards import Shards, is_shards, read_shards, shards_of_parquet
+from pyqemb.data.token_cache import TokenCache, TokenFolder
+from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
-from pyqemb.training.config import TrainConfig
-from pyqemb.training.loss import check_examples, objective_of
+from pyqemb.training.config import DataSet, TrainConfig
+from pyqemb.training.loss import check_examples, objective_of, with_in_batch_negatives
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Examples by set name, the weights that were asked for (none: by rows), and what each set is trained with."""
+    """Examples by set name, what was asked for of each set's share (none: by rows), and what each set is trained with."""
 
     examples: Mapping[str, Sequence[Example]]
     weights: Mapping[str, float]
     objectives: Mapping[str, str]
+    max_share: Mapping[str, float] = field(default_factory=dict)
+    max_epochs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def instructions(self) -> set[str | None]:
-        return {example.instruction for examples in self.examples.values() for example in examples}
+        """Of all examples; of those in shards at least two where there are more."""
+        return {told for examples in self.examples.values() for told in _instructions(examples)}
+
+    @property
+    def most_negatives(self) -> int:
+        return max(map(_most_negatives, self.examples.values()), default=0)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of every example in order: another set, row or text gives another."""
+        """sha256 of every example in order: another set, row or text gives another. Shards bring their own."""
         digest = hashlib.sha256()
         for name, examples in self.examples.items():
             digest.update(f"{name}\0{len(examples)}\0".encode())
+            if isinstance(examples, Shards):
+                digest.update(examples.digest.encode())
+                continue
             for example in examples:
                 digest.update(repr(astuple(example)).encode())
         return digest.hexdigest()
@@ -37,31 +52,37 @@ class Sets:
 
 def read_sets(config: TrainConfig) -> Sets:
     """Read all data. DataError names file, line and column of a bad row, or what an objective misses in a set."""
-    examples: dict[str, list[Example]] = {}
-    weights: dict[str, float] = {}
+    named: dict[str, dict[str, float]] = {"weight": {}, "max_share": {}, "max_epochs": {}}
+    examples: dict[str, Sequence[Example]] = {}
     objectives: dict[str, str] = {}
     for entry in config.data:
-        by_task: dict[str | None, list[Example]] = {}
-        for example in read_examples(entry.path):
-            if example.instruction is None and entry.instruction is not None:
-                example = replace(example, instruction=entry.instruction)
-            by_task.setdefault(example.task, []).append(example)
+        by_task = _by_task(entry)
         total = sum(map(len, by_task.values()))
         for task, rows in by_task.items():
             base = entry.name or Path(entry.path).name.split(".")[0]
             name = base if len(by_task) == 1 else f"{base}/{task}"
             if name in examples:
                 raise ConfigError(f"data: two sets are called {name!r}; give one of them another name")
-            examples[name], objectives[name] = rows, objective_of(task, config.loss)
+            objective = objective_of(task, config.loss)
+            objectives[name] = with_in_batch_negatives(name, objective, entry.in_batch_negatives)
+            examples[name] = rows
             check_examples(name, rows, objectives[name])
-            if entry.weight is not None:
-                weights[name] = entry.weight * len(rows) / total
-    return Sets(examples, weights, objectives)
+            for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
+                if (value := getattr(entry, key)) is not None:
+                    named[key][name] = value * part
+    return Sets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"])
 
 
 def make_loader(sets: Sets, config: TrainConfig) -> Loader:
     """The loader that the configuration describes."""
     train = config.train
+    rows = {name: len(examples) for name, examples in sets.examples.items()}
+    sizes = {name: min(train.global_batch_size, count) for name, count in rows.items()}
+    covering = sum(-(-count // sizes[name]) for name, count in rows.items())
+    caps = dict(sets.max_share)
+    steps = train.steps or math.ceil(train.epochs * covering)
+    for name, cap in mixing.caps_of_epochs(rows, sizes, sets.max_epochs, steps).items():
+        caps[name] = min(cap, caps.get(name, 1.0))
     return Loader(
         sets.examples,
         train.global_batch_size,
@@ -69,4 +90,45 @@ def make_loader(sets: Sets, config: TrainConfig) -> Loader:
         num_negatives=train.num_negatives,
         alpha=train.mixing_alpha,
         weights=sets.weights,
+        max_share=caps,
     )
+
+
+def num_steps(config: TrainConfig, loader: Loader) -> int:
+    return config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
+
+
+def set_shares(loader: Loader, steps: int) -> list[mixing.SetShare]:
+    """What a run of so many steps gives each set."""
+    rows = {name: len(examples) for name, examples in loader.sets.items()}
+    return mixing.table(rows, loader.batches, loader.batch_sizes, steps)
+
+
+def token_cache(config: TrainConfig, tokenizer: Tokenizer, rank: int) -> TokenCache | TokenFolder:
+    """In memory, or in a folder for each process."""
+    folder = config.train.token_cache
+    return TokenCache(tokenizer) if folder is None else TokenFolder(tokenizer, Path(folder) / f"process-{rank}")
+
+
+def _by_task(entry: DataSet) -> Mapping[str | None, Sequence[Example]]:
+    path = Path(entry.path)
+    if path.is_dir() and not is_shards(path) and not (path / "qrels").exists() and any(path.glob("*.parquet")):
+        path = shards_of_parquet(path, read_examples(path))
+    if path.is_dir() and is_shards(path):
+        return {task: shards.with_instruction(entry.instruction) for task, shards in read_shards(path).items()}
+    by_task: dict[str | None, list[Example]] = {}
+    for example in read_examples(path):
+        if example.instruction is None and entry.instruction is not None:
+            example = replace(example, instruction=entry.instruction)
+        by_task.setdefault(example.task, []).append(example)
+    return by_task
+
+
+def _instructions(examples: Sequence[Example]) -> set[str | None]:
+    return examples.instructions if isinstance(examples, Shards) else {example.instruction for example in examples}
+
+
+def _most_negatives(examples: Sequence[Example]) -> int:
+    if isinstance(examples, Shards):
+        return examples.summary.most_negatives
+    return max((len(example.negatives) for example in examples), default=0)

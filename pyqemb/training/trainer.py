@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from pyqemb import __version__
+from pyqemb.data import mixing
 from pyqemb.data.batch import to_device
 from pyqemb.data.files import atomic_file
-from pyqemb.data.loader import TokenCache, TrainingBatch, build_batch
+from pyqemb.data.loader import TrainingBatch, build_batch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig, load_config
@@ -25,7 +26,7 @@ from pyqemb.training.loss import BatchLoss, LossParameters, stats_of
 from pyqemb.training.optim import Optimizer, learning_rate
 from pyqemb.training.progress import Progress, Silence
 from pyqemb.training.ring import Ring
-from pyqemb.training.sets import make_loader, read_sets
+from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares, token_cache
 from pyqemb.training.setup import load_model, pick_precision, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import (
@@ -40,7 +41,8 @@ from pyqemb.training.state import (
 Evaluate = Callable[[Embedder], dict[str, float]]
 OnStep = Callable[[dict[str, Any]], None]
 # A resumed run may change these; anything else would make it another run.
-_FREE = {"eval", "save", "train.log_every", "train.tensorboard", "train.steps", "train.epochs", "train.max_bad_steps"}
+_FREE = {"eval", "save", "train.log_every", "train.tensorboard", "train.max_bad_steps", "train.token_cache"}
+_LENGTH = {"train.steps", "train.epochs"}  # free too, unless the sets' shares depend on it
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ class Run:
         if len(sets.instructions) == 1:  # what the model is trained with is what encode_query should say
             (self.embedder.default_instruction,) = sets.instructions
         self.loader = make_loader(sets, config)
-        self.tokens = TokenCache(self.embedder.tokenizer)
-        self.steps = config.train.steps or math.ceil(config.train.epochs * self.loader.steps_per_epoch)
+        self.tokens = token_cache(config, self.embedder.tokenizer, world.rank)
+        self.steps = num_steps(config, self.loader)
+        if len(sets.examples) > 1:
+            self.warn("\n".join(mixing.lines(set_shares(self.loader, self.steps))))
         precision = pick_precision(config.train.precision, self.embedder.device)
         self.loss_parameters = LossParameters(config.loss).to(self.embedder.device)
         others = {f"loss.{name}": p for name, p in self.loss_parameters.named_parameters()}
@@ -313,7 +317,8 @@ class Run:
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        changed = _differences(state["config"], self.config.model_dump(mode="json"))
+        free = _FREE | (set() if any(entry.max_epochs for entry in self.config.data) else _LENGTH)
+        changed = _differences(state["config"], self.config.model_dump(mode="json"), free)
         if changed:
             raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
         if state["data"] != self.fingerprint:
@@ -346,11 +351,13 @@ def _described(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+def _differences(before: Any, now: Any, free: set[str], path: str = "") -> list[str]:
     """What changed between two configurations, apart from what a resumed run may change."""
-    if path in _FREE:
+    if path in free:
         return []
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = (dict(enumerate(values)) for values in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [x for key in keys for x in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        return [x for k in keys for x in _differences(before.get(k), now.get(k), free, f"{path}.{k}".lstrip("."))]
     return [] if before == now else [f"{path} was {before!r}, now {now!r}"]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pyqemb.data.example import Example
-from pyqemb.data.loader import Loader, TokenCache, build_batch
+from pyqemb.data.loader import Loader, build_batch
+from pyqemb.data.token_cache import TokenCache
 from pyqemb.errors import ConfigError
 from pyqemb.testing.tiny import tiny_tokenizer
 

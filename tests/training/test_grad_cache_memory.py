@@ -47,7 +47,7 @@ def test_packing_is_fast():
     stream = PackedBatch._from_lengths(ids, lengths)
     start = time.process_time()
     pack(lengths, 4096), distinct(stream)
-    assert time.process_time() - start < 0.3
+    assert time.process_time() - start < 10  # a fraction of a second; quadratic: minutes
 
 
 def test_distinct_sequences():

@@ -1,0 +1,82 @@
+"""How much of a run each set gets: shares by size or weight, under caps, and what they come to in epochs."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pyqemb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SetShare:
+    """One row of the table that is shown before training. `epochs`: how often each of its rows is expected to be seen."""
+
+    name: str
+    rows: int
+    share: float
+    batch_size: int
+    steps: float
+    epochs: float
+
+
+def shares(
+    rows: Mapping[str, int],
+    *,
+    alpha: float = 1.0,
+    weights: Mapping[str, float] | None = None,
+    max_share: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """The share of the steps of each set: proportional to its weight, or to rows ** alpha, but never above its cap; what the caps cut
+    off goes to the others in the same proportions (so that min(cap, level * mass) adds up to 1).
+
+    Raises ConfigError: a weight for some sets only, or caps that leave no room for all steps.
+    """
+    weights, caps = weights or {}, max_share or {}
+    if set(weights) and set(weights) != set(rows):
+        raise ConfigError(f"give a weight for every set or for none; missing: {sorted(set(rows) - set(weights))}")
+    mass = {name: float(weights.get(name, count**alpha)) for name, count in rows.items()}
+    capped: dict[str, float] = {}
+    while True:
+        free = {name: value for name, value in mass.items() if name not in capped}
+        left, total = 1 - sum(capped.values()), sum(free.values())
+        if not free:
+            if left > 1e-9:
+                raise ConfigError(
+                    f"max_share and max_epochs leave {left:.1%} of the steps to no set; take fewer steps or raise them"
+                )
+            return {name: capped[name] for name in rows}
+        over = {name: caps[name] for name, value in free.items() if name in caps and left * value / total > caps[name]}
+        if not over:
+            return {name: capped.get(name, left * mass[name] / total) for name in rows}
+        capped |= over
+
+
+def caps_of_epochs(
+    rows: Mapping[str, int], batch_sizes: Mapping[str, int], max_epochs: Mapping[str, float], steps: int
+) -> dict[str, float]:
+    """The share of `steps` at which each set has been seen `max_epochs` times."""
+    return {name: epochs * rows[name] / (batch_sizes[name] * steps) for name, epochs in max_epochs.items()}
+
+
+def table(
+    rows: Mapping[str, int], batches: Mapping[str, int], batch_sizes: Mapping[str, int], steps: int
+) -> list[SetShare]:
+    """What `steps` steps give, with `batches` of each set in a loader's epoch."""
+    total = sum(batches.values())
+    found = []
+    for name, count in rows.items():
+        share = batches[name] / total
+        found.append(
+            SetShare(name, count, share, batch_sizes[name], steps * share, steps * share * batch_sizes[name] / count)
+        )
+    return found
+
+
+def lines(found: Iterable[SetShare]) -> list[str]:
+    """The table as text, one set a line."""
+    found = list(found)
+    width = max(len("set"), *(len(row.name) for row in found))
+    head = f"{'set':{width}}  {'rows':>12}  {'share':>6}  {'batch':>6}  {'steps':>9}  {'epochs':>7}"
+    return [head] + [
+        f"{row.name:{width}}  {row.rows:>12,}  {row.share:>6.1%}  {row.batch_size:>6}  {row.steps:>9,.0f}  {row.epochs:>7.2f}"
+        for row in found
+    ]

@@ -1,0 +1,232 @@
+"""Training data larger than memory: examples in memory-mapped Arrow files, by task, with a manifest of what they hold.
+
+FOLDER/manifest.json
+FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most ROWS rows
+"""
+
+import hashlib
+import json
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+
+from pyqemb.data.example import Example
+from pyqemb.data.files import atomic_folder
+from pyqemb.errors import DataError
+
+FORMAT = "pyqemb-shards-1"
+_BATCH = 1024  # rows of a record batch: what a random access touches
+_NUMBERS = pa.list_(pa.float64())
+_SCHEMA = pa.schema(
+    [
+        ("query", pa.string()), ("positive", pa.string()), ("negatives", pa.list_(pa.string())), ("instruction", pa.string()), ("task", pa.string()),
+        ("score", pa.float64()), ("scores", _NUMBERS), ("query_embedding", _NUMBERS), ("positive_embedding", _NUMBERS),
+    ]
+)  # fmt: skip
+
+
+@dataclass
+class Summary:
+    """What checks need to know of a task's rows without reading them; counts are of the rows that have the column."""
+
+    task: str | None
+    rows: int = 0
+    digest: str = ""
+    instructions: list[str | None] = field(default_factory=list)  # at most two: more are as good as many
+    negatives: int = 0
+    most_negatives: int = 0
+    score: int = 0
+    scores: int = 0
+    query_embedding: int = 0
+    files: list[list[int]] = field(default_factory=list)  # rows of each record batch of each file
+
+
+class Shards(Sequence[Example]):
+    """The examples of one task of a folder, in the order in which they were written; read as they are asked for.
+
+    `instruction` is for those that bring none. Raises DataError where a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, number: int, summary: Summary, instruction: str | None = None):
+        self.summary, self.instruction = summary, instruction
+        self._batches: list[tuple[int, int]] = []  # (file, batch)
+        self._files = []
+        for file, batches in enumerate(summary.files):
+            path = folder / _name(number, file)
+            try:
+                self._files.append(pa.ipc.open_file(pa.memory_map(str(path))))
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{path}: no shard that can be read: {error}") from error
+            if self._files[-1].num_record_batches != len(batches):
+                raise DataError(
+                    f"{path}: holds {self._files[-1].num_record_batches} batches, its manifest says {len(batches)}"
+                )
+            self._batches += [(file, batch) for batch in range(len(batches))]
+        self._ends = list(accumulate(rows for batches in summary.files for rows in batches))
+
+    def __len__(self) -> int:
+        return self.summary.rows
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = bisect_right(self._ends, index)
+        file, batch = self._batches[at]
+        first = self._ends[at - 1] if at else 0
+        return self._example(self._files[file].get_batch(batch), index - first)
+
+    def __iter__(self) -> Iterator[Example]:
+        for file, batch in self._batches:
+            rows = self._files[file].get_batch(batch)
+            for i in range(len(rows)):
+                yield self._example(rows, i)
+
+    def with_instruction(self, instruction: str | None) -> "Shards":
+        """The same rows, where those that bring no instruction have this one."""
+        other = object.__new__(Shards)
+        other.__dict__.update({**self.__dict__, "instruction": instruction})
+        return other
+
+    @property
+    def digest(self) -> str:
+        """Of all rows in order, and of the instruction that they get."""
+        return f"{self.summary.digest} {self.instruction}" if self.instruction is not None else self.summary.digest
+
+    @property
+    def instructions(self) -> set[str | None]:
+        return {self.instruction if own is None else own for own in self.summary.instructions}
+
+    def _example(self, rows: pa.RecordBatch, i: int) -> Example:
+        values: Any = [column[i].as_py() for column in rows.columns]
+        plain: Any = [tuple(value) if isinstance(value, list) else value for value in values]
+        example = Example(*plain)
+        if example.instruction is None and self.instruction is not None:
+            return replace(example, instruction=self.instruction)
+        return example
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether a folder is one that `write_shards` made."""
+    return (folder / "manifest.json").is_file() and any(folder.glob("*.arrow"))
+
+
+def read_shards(folder: str | Path) -> dict[str | None, Shards]:
+    """The tasks of a folder and their examples."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{folder}: is of format {manifest['format']!r}, this version reads {FORMAT!r}")
+        summaries = [Summary(**values) for values in manifest["tasks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: no folder of shards: {error}") from error
+    return {summary.task: Shards(folder, number, summary) for number, summary in enumerate(summaries)}
+
+
+def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_file: int = 1_000_000) -> int:
+    """Write examples as a folder of shards, all or nothing, in constant memory. Returns how many.
+
+    Raises DataError: no examples, or a disk that is full.
+    """
+    folder = Path(folder)
+    try:
+        with atomic_folder(folder) as temporary, ExitStack() as open_files:
+            writers: dict[str | None, _Writer] = {}
+            for example in examples:
+                if example.task not in writers:
+                    writers[example.task] = _Writer(temporary, len(writers), example.task, rows_per_file, open_files)
+                writers[example.task].add(example)
+            if not writers:
+                raise DataError(f"{folder}: no examples to write")
+            summaries = [writer.finish() for writer in writers.values()]
+            manifest = {
+                "format": FORMAT,
+                "rows": sum(s.rows for s in summaries),
+                "tasks": [s.__dict__ for s in summaries],
+            }
+            (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{folder}: cannot be written: {error}") from error
+    return sum(s.rows for s in summaries)
+
+
+def shards_of_parquet(folder: Path, examples: Iterable[Example]) -> Path:
+    """A folder of shards beside a folder of Parquet files, made at its first use and whenever the files have changed."""
+    facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.parquet"))
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    target = folder / f".shards-{digest}"
+    if not is_shards(target):
+        for old in folder.glob(".shards-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        write_shards(target, examples)
+    return target
+
+
+class _Writer:
+    """The files of one task."""
+
+    def __init__(self, folder: Path, number: int, task: str | None, rows_per_file: int, files: ExitStack):
+        self._folder, self._number, self._rows_per_file, self._files = folder, number, rows_per_file, files
+        self._summary, self._hash = Summary(task), hashlib.sha256()
+        self._waiting: list[Example] = []
+        self._writer: Any = None
+
+    def add(self, example: Example) -> None:
+        summary = self._summary
+        summary.rows += 1
+        self._hash.update(repr(astuple(example)).encode("utf-8", "surrogatepass"))
+        if example.instruction not in summary.instructions and len(summary.instructions) < 2:
+            summary.instructions.append(example.instruction)
+        summary.negatives += bool(example.negatives)
+        summary.most_negatives = max(summary.most_negatives, len(example.negatives))
+        summary.score += example.score is not None
+        summary.scores += bool(example.scores)
+        summary.query_embedding += bool(example.query_embedding)
+        self._waiting.append(example)
+        if len(self._waiting) == _BATCH:
+            self._flush()
+
+    def finish(self) -> Summary:
+        self._flush()
+        self._close()
+        self._summary.digest = self._hash.hexdigest()
+        return self._summary
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        if self._writer is None:
+            path = self._folder / _name(self._number, len(self._summary.files))
+            self._writer = self._files.enter_context(pa.ipc.new_file(str(path), _SCHEMA))
+            self._summary.files.append([])
+        columns = zip(*([getattr(e, name) for name in _SCHEMA.names] for e in self._waiting), strict=True)
+        arrays = [pa.array(list(column), type=kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+        self._summary.files[-1].append(len(self._waiting))
+        self._waiting = []
+        if sum(self._summary.files[-1]) >= self._rows_per_file:
+            self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _name(task: int, file: int) -> str:
+    return f"{task:05d}-{file:05d}.arrow"
