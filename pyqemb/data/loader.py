@@ -52,7 +52,8 @@ class TrainingBatch:
 class Loader:
     """Batches of examples: `batch(step)` depends on nothing but the sets, the options and the step.
 
-    An epoch is a shuffled list with each set's share of batches; a set's batches walk through its examples in an order
+    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each set's share of
+    batches; a set's batches walk through its examples in an order
     drawn anew for every pass, so that each is used once before any comes again. A set that is smaller than the batch
     gives smaller batches.
     """
@@ -66,6 +67,7 @@ class Loader:
         alpha: float = 1.0,
         weights: Mapping[str, float] | None = None,
         max_share: Mapping[str, float] | None = None,
+        steps_per_epoch: int | None = None,
     ):
         if not sets or not all(len(examples) for examples in sets.values()):
             raise ConfigError(f"expected sets that hold examples, got {[(n, len(s)) for n, s in sets.items()]}")
@@ -74,7 +76,7 @@ class Loader:
         self.sets, self.seed, self.num_negatives = dict(sets), seed, num_negatives
         self.names = list(self.sets)
         self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.sets.items()}
-        self.batches = _batches(self.sets, self.batch_sizes, alpha, weights or {}, max_share or {})
+        self.batches = _batches(self.sets, self.batch_sizes, alpha, weights or {}, max_share or {}, steps_per_epoch)
         self._order: dict[tuple[str, int], Order | np.ndarray] = {}  # the newest ones only
         self._plan: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -178,12 +180,13 @@ def _batches(
     alpha: float,
     weights: Mapping[str, float],
     max_share: Mapping[str, float],
+    steps: int | None,
 ) -> dict[str, int]:
-    """Batches of each set in an epoch. Left to themselves (alpha 1, no weights, no caps) they cover every example."""
+    """Batches of each set in an epoch of about `steps`. Left to themselves they cover every example."""
     covering = {name: -(-len(examples) // sizes[name]) for name, examples in sets.items()}
-    if alpha == 1 and not weights and not max_share:
+    if alpha == 1 and not weights and not max_share and steps is None:
         return covering
     rows = {name: len(examples) for name, examples in sets.items()}
     found = shares(rows, alpha=alpha, weights=weights, max_share=max_share)
-    steps = sum(covering.values())
+    steps = steps or sum(covering.values())
     return {name: max(1, round(steps * share)) for name, share in found.items()}

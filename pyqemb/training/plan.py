@@ -36,7 +36,7 @@ def plan(config: TrainConfig) -> Iterator[str]:
     for name, examples in sets.examples.items():
         here = _mean_tokens(embedder, examples[:_SAMPLE], train.num_negatives)
         tokens += here * loader.batch_sizes[name] * loader.batches[name] / loader.steps_per_epoch
-        yield f"set        {name}: {here:.0f} tokens a row"
+        yield f"set        {name}: {len(examples)} rows, {here:.0f} tokens a row"
     yield from mixing.lines(set_shares(loader, steps))
     size = max(loader.batch_sizes.values())
     hard = min(train.num_negatives, sets.most_negatives)

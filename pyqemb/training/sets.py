@@ -80,6 +80,7 @@ def make_loader(sets: Sets, config: TrainConfig) -> Loader:
     sizes = {name: min(train.global_batch_size, count) for name, count in rows.items()}
     covering = sum(-(-count // sizes[name]) for name, count in rows.items())
     caps = dict(sets.max_share)
+    # A cap in epochs is one of the whole run, which then is a single epoch of the loader: shares are exact to a step.
     steps = train.steps or math.ceil(train.epochs * covering)
     for name, cap in mixing.caps_of_epochs(rows, sizes, sets.max_epochs, steps).items():
         caps[name] = min(cap, caps.get(name, 1.0))
@@ -91,11 +92,13 @@ def make_loader(sets: Sets, config: TrainConfig) -> Loader:
         alpha=train.mixing_alpha,
         weights=sets.weights,
         max_share=caps,
+        steps_per_epoch=steps if sets.max_epochs else None,
     )
 
 
 def num_steps(config: TrainConfig, loader: Loader) -> int:
-    return config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
+    whole_run = any(entry.max_epochs for entry in config.data)  # is one epoch of the loader
+    return config.train.steps or math.ceil((1 if whole_run else config.train.epochs) * loader.steps_per_epoch)
 
 
 def set_shares(loader: Loader, steps: int) -> list[mixing.SetShare]:

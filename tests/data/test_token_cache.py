@@ -1,0 +1,97 @@
+"""Tokens on disk are the tokenizer's, and it is asked once for each text."""
+
+import resource
+import signal
+
+import pytest
+import torch
+
+from pyqemb.data.keyed import Keys, keys_of
+from pyqemb.data.token_cache import TokenCache, TokenFolder
+from pyqemb.data.tokenizer import Tokenizer
+from pyqemb.errors import DataError
+from pyqemb.testing.tiny import TEXTS, tiny_tokenizer
+
+
+class Counting(Tokenizer):
+    asked: list
+
+    def encode_documents(self, texts):
+        self.asked += texts
+        return super().encode_documents(texts)
+
+
+@pytest.fixture
+def tokenizer():
+    made = Counting(tiny_tokenizer().backend, 16)
+    made.asked = []
+    return made
+
+
+def same(a, b):
+    return torch.equal(a.input_ids_T, b.input_ids_T) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+
+def test_packs_what_memory_packs_and_asks_once(tokenizer, tmp_path):
+    texts = [*TEXTS, "", "a" * 100, TEXTS[0], "é\n☃"]
+    folder = TokenFolder(tokenizer, tmp_path)
+    truth = TokenCache(tiny_tokenizer().with_max_length(16)).pack(texts)
+    assert same(folder.pack(texts), truth)
+    asked = len(tokenizer.asked)
+    assert asked == len(set(texts))
+    assert same(folder.pack(texts[::-1]), TokenCache(tokenizer).pack(texts[::-1]))
+    tokenizer.asked.clear()
+    later = TokenFolder(tokenizer, tmp_path)
+    assert same(later.pack(texts), truth) and not tokenizer.asked
+    assert same(later.pack([*texts, "new"]), TokenCache(tiny_tokenizer().with_max_length(16)).pack([*texts, "new"]))
+    assert tokenizer.asked == ["new"] and later.pack([]).num_tokens == 0
+
+
+def test_another_tokenizer_has_a_folder_of_its_own(tokenizer, tmp_path):
+    TokenFolder(tokenizer, tmp_path).pack(TEXTS)
+    longer = Counting(tiny_tokenizer().backend, 64)
+    longer.asked = []
+    assert same(TokenFolder(longer, tmp_path).pack(TEXTS), TokenCache(tiny_tokenizer().with_max_length(64)).pack(TEXTS))
+    assert longer.asked and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["ids", "ends", "keys"])
+def test_a_torn_end_is_cut_off(tokenizer, tmp_path, name):
+    folder = TokenFolder(tokenizer, tmp_path)
+    folder.pack(TEXTS[:3])
+    for file in ("ids", "ends", "keys"):  # a kill while the next text was written: what comes first is there
+        with (folder.folder / file).open("ab") as out:
+            out.write(b"\xff" * (5 if file == name else 32))
+        if file == name:
+            break
+    assert same(
+        TokenFolder(tokenizer, tmp_path).pack(TEXTS), TokenCache(tiny_tokenizer().with_max_length(16)).pack(TEXTS)
+    )
+
+
+def test_a_full_disk(tokenizer, tmp_path):
+    folder = TokenFolder(tokenizer, tmp_path)
+    folder.pack(TEXTS[:3])
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(DataError, match="the tokens so far are kept"):
+            folder.pack([f"text {i}" for i in range(100)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    tokenizer.asked.clear()
+    folder.pack(TEXTS[:3])
+    assert not tokenizer.asked
+
+
+def test_keys_are_found_wherever_they_came(tmp_path):
+    keys, texts = Keys(tmp_path / "keys"), [str(i) for i in range(3000)]
+    start = 0
+    for size in (1, 1, 5, 700, 2, 900, 1391):
+        keys.append(keys_of(texts[start : start + size]))
+        start += size
+    for found in (keys, Keys(tmp_path / "keys")):
+        assert found.rows(keys_of(texts)).tolist() == list(range(3000))
+        assert found.rows(keys_of(["x", "7", "y"])).tolist() == [-1, 7, -1]
+    assert len(keys._runs) < 8 and Keys(tmp_path / "keys", at_most=9).rows(keys_of(texts)).max() == 8
