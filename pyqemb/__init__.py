@@ -19,6 +19,7 @@ _HOME = {
     "evaluate": "pyqemb.evaluation",
     "curate": "pyqemb.curation",
     "mine": "pyqemb.curation",
+    "synthesize": "pyqemb.synthesis",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pyqemb.evaluation import evaluate as evaluate
     from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
+    from pyqemb.synthesis import synthesize as synthesize
     from pyqemb.training import train as train
     from pyqemb.training.grad_cache import GradCache as GradCache
 

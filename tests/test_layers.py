@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-JOBS = {"training", "merging", "evaluation", "curation"}
+JOBS = {"training", "merging", "evaluation", "curation", "synthesis"}
 # package -> packages of pyqemb that it may import (itself always).
 PYTHON = {
     "errors": set(),
@@ -16,10 +16,12 @@ PYTHON = {
     "model": {"errors", "data", "ops"},
     "training": {"errors", "data", "ops", "model"},
     "evaluation": {"errors", "data", "ops", "model"},
-    "curation": {"errors", "data", "ops", "model"},
+    "llm": {"errors", "data"},
+    "curation": {"errors", "data", "ops", "model", "llm"},
+    "synthesis": {"errors", "data", "ops", "model", "llm"},
     "merging": {"errors", "data", "model"},
     "demo": {"errors", "data", "ops", "model"} | JOBS,
-    "cli": {"errors", "data", "ops", "model", "demo"} | JOBS,
+    "cli": {"errors", "data", "ops", "model", "llm", "demo"} | JOBS,
     "testing": {"errors", "data", "ops", "model"} | JOBS,
 }
 CPP = {

@@ -11,11 +11,11 @@ from pyqemb.errors import PyqembError
 VERBS = {
     "demo": "the whole recipe on the data that ships with pyqemb: a model, a table and a report",
     "synthesize": "write training pairs for passages with a language model",
+    "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
+    "mine": "add hard negatives to training pairs",
     "train": "train an embedding model from a TOML or YAML file",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
-    "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
     "evaluate": "measure a model on a retrieval, STS or bitext folder",
-    "mine": "add hard negatives to training pairs",
 }
 
 
