@@ -81,6 +81,21 @@ template <class T>
 QEMB_INLINE Vec<T> splat(T value) {
     return value - Vec<T>{};
 }
+// Whether a comparison holds anywhere.
+template <class T>
+QEMB_INLINE bool any(typename VecOf<T>::bits mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#elif defined(__x86_64__)
+    return _mm_movemask_epi8(reinterpret_cast<__m128i>(mask)) != 0;
+#else
+    for (int i = 0; i < kLanes<T>; ++i)
+        if (mask[i]) return true;
+    return false;
+#endif
+}
 template <class T>
 QEMB_INLINE T sum_lanes(Vec<T> value) {
     T total = 0;
