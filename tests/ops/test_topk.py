@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyqemb import ops
+from pyqemb import _C, ops
 from pyqemb.testing import reference
 
 
@@ -69,3 +69,47 @@ def test_bad_arguments_are_named(changes, error, message):
     required = [arguments.pop(name) for name in ("queries", "documents", "k")]
     with pytest.raises(error, match=message):
         ops.top_k(*required, **arguments)
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("kind", ["nearly equal", "all lengths", "zeros", "one coordinate", "odd"])
+def test_the_screen_loses_nothing(isa, kind):
+    """Many queries meet a screen of 16-bit products first: the exact best must come through it, however close the scores are."""
+    before = _C.current_isa()
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(130, 47 if kind == "odd" else 64, generator=generator)
+    d = torch.randn(900, q.shape[1], generator=generator)
+    if kind == "nearly equal":
+        d = torch.nn.functional.normalize(d[:1] + 1e-4 * d, dim=1)
+    elif kind == "all lengths":
+        d *= 10.0 ** torch.linspace(-6, 6, 900)[:, None]
+        q *= 10.0 ** torch.linspace(-3, 3, 130)[:, None]
+    elif kind == "zeros":
+        d[:800] = 0
+        q[:40] = 0
+    elif kind == "one coordinate":
+        d, q = torch.eye(64).repeat(15, 1)[:900] * 3, torch.eye(64).repeat(3, 1)[:130]
+    _C.set_isa(isa)
+    try:
+        scores, indices = ops.top_k(q, d, 11)
+    finally:
+        _C.set_isa(before)
+    exact = q.double() @ d.double().T
+    truth = exact.sort(dim=1, descending=True).values[:, :11]
+    found = exact.gather(1, indices)
+    room = 64 * 2e-7 * q.norm(dim=1, keepdim=True).double() * d.norm(dim=1).max()
+    assert ((found - truth).abs() <= room).all() and ((scores - found).abs() <= room).all()
+    assert all(len(set(row)) == 11 for row in indices.tolist())
+
+
+def test_what_is_not_finite_passes_the_screen_by():
+    q, d = torch.randn(100, 32), torch.randn(700, 32)
+    d[5], d[6, 0], d[300] = torch.nan, torch.inf, 1e20
+    scores, indices = ops.top_k(q, d, 9)
+    truth, _ = reference.top_k(q.double(), d[[i for i in range(700) if i not in (5, 6)]].double(), 8)
+    assert not (indices == 5).any()
+    for row in range(100):
+        kept = [x for x, i in zip(scores[row].tolist(), indices[row].tolist(), strict=True) if i != 6][:8]
+        assert kept == pytest.approx(truth[row].tolist(), rel=1e-4, abs=1e-4)
+    q[3] = torch.nan
+    assert (ops.top_k(q, d, 9)[1][3] == -1).all() and (ops.top_k(q, d, 9)[1][4] >= 0).all()

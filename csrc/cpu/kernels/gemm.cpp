@@ -24,7 +24,7 @@ QEMB_INLINE void register_tile(int64_t depth, const T* a, int64_t a_row, int64_t
         for (int m = 0; m < kRows; ++m) {
             const T value = a[m * a_row + k * a_column];
 #pragma GCC unroll 4
-            for (int n = 0; n < kVectors; ++n) sums[m][n] += value * right[n];
+            for (int n = 0; n < kVectors; ++n) sums[m][n] = multiply_add<T>(sums[m][n], value, right[n]);
         }
     }
 #pragma GCC unroll 16
@@ -89,5 +89,6 @@ void gemm(int64_t M, int64_t N, int64_t K, Left<T> a, const T* panels, T* c, int
 
 template void gemm(int64_t, int64_t, int64_t, Left<float>, const float*, float*, int64_t, bool);
 template void gemm(int64_t, int64_t, int64_t, Left<double>, const double*, double*, int64_t, bool);
+template void gemm(int64_t, int64_t, int64_t, Left<int32_t>, const int32_t*, int32_t*, int64_t, bool);
 
 }  // namespace qemb::cpu::QEMB_ISA

@@ -45,6 +45,13 @@ struct VecOf<double> {
     typedef int64_t bits __attribute__((vector_size(QEMB_VECTOR_BYTES)));
 };
 
+template <>
+struct VecOf<int32_t> {
+    typedef int32_t type __attribute__((vector_size(QEMB_VECTOR_BYTES)));
+    typedef int32_t unaligned __attribute__((vector_size(QEMB_VECTOR_BYTES), aligned(4), may_alias));
+    typedef int32_t bits __attribute__((vector_size(QEMB_VECTOR_BYTES)));
+};
+
 template <class T>
 using Vec = typename VecOf<T>::type;
 template <class T>
@@ -94,6 +101,26 @@ QEMB_INLINE bool any(typename VecOf<T>::bits mask) {
     for (int i = 0; i < kLanes<T>; ++i)
         if (mask[i]) return true;
     return false;
+#endif
+}
+// sum + a * b. An int32_t stands for two int16_t, whose products are added up.
+template <class T>
+QEMB_INLINE Vec<T> multiply_add(Vec<T> sum, T a, Vec<T> b) {
+    if constexpr (sizeof(T) != sizeof(int32_t) || T(0.5) != T(0)) return sum + a * b;
+#if defined(__AVX512BW__)
+    else
+        return sum + reinterpret_cast<Vec<T>>(_mm512_madd_epi16(_mm512_set1_epi32(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    else
+        return sum + reinterpret_cast<Vec<T>>(_mm256_madd_epi16(_mm256_set1_epi32(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+    else
+        return sum + reinterpret_cast<Vec<T>>(_mm_madd_epi16(_mm_set1_epi32(a), reinterpret_cast<__m128i>(b)));
+#else
+    else {
+        for (int i = 0; i < kLanes<T>; ++i) sum[i] += int32_t(int16_t(a)) * int16_t(b[i]) + (a >> 16) * (b[i] >> 16);
+        return sum;
+    }
 #endif
 }
 template <class T>
@@ -356,10 +383,13 @@ inline void store_row(DType dtype, const T* from, void* to, int64_t offset, int6
 
 template <class T>
 QEMB_INLINE T dot(const T* a, const T* b, int64_t count) {
-    Vec<T> total{};
+    Vec<T> total[4]{};  // an addition waits for the one before
     int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) total += load(a + i) * load(b + i);
-    T result = sum_lanes<T>(total);
+    for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) total[j] += load(a + i + j * kLanes<T>) * load(b + i + j * kLanes<T>);
+    for (; i + kLanes<T> <= count; i += kLanes<T>) total[0] += load(a + i) * load(b + i);
+    T result = sum_lanes<T>((total[0] + total[1]) + (total[2] + total[3]));
     for (; i < count; ++i) result += a[i] * b[i];
     return result;
 }
