@@ -1,4 +1,7 @@
-"""Shared fixtures: a seed for every test, and the devices that this machine has."""
+"""Shared fixtures: a seed for every test, the devices that this machine has, a chat server that misbehaves on request."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,3 +17,21 @@ def device(request):
     if request.param == "cuda":
         pytest.skip("CUDA kernels are not part of this version")
     return request.param
+
+
+@pytest.fixture
+def serve():
+    """Starts servers of tests/llm/server.py: serve(reply, script=...)."""
+    pytest.importorskip("openai", reason="openai is not installed (pip install 'pyqemb[data]')")
+    spec = importlib.util.spec_from_file_location("chat_server", Path(__file__).parent / "llm" / "server.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    servers = []
+
+    def start(*args, **options):
+        servers.append(module.FakeServer(*args, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

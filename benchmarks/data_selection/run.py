@@ -129,8 +129,8 @@ def negatives(teacher: Saved, examples: list[Example]) -> dict[str, list[Example
 class Lab:
     """Trains and measures; every result is a line of the output."""
 
-    def __init__(self, out: Path, layers: int = 1, steps: int = 150):
-        self.out, self.steps, self.layers = out, steps, layers
+    def __init__(self, out: Path):
+        self.out = out
         self.done = {json.loads(line)["key"] for line in out.read_text().splitlines()} if out.exists() else set()
 
     def run(
@@ -142,7 +142,7 @@ class Lab:
             return
         start = time.time()
         with tempfile.TemporaryDirectory() as folder:
-            model = self._train(Path(folder), data, tasks, seed, facts.get("alpha", 1.0))
+            model = self._train(Path(folder), data, tasks, seed, **facts)
             scores = {task.name: self._measure(model, task) for task in tasks}
         row = {
             "key": key, "experiment": experiment, "tasks": names, "variant": variant, "seed": seed, "rows": sum(map(len, data)),
@@ -152,11 +152,14 @@ class Lab:
             file.write(json.dumps(row) + "\n")
         print(key, {name: round(score, 4) for name, score in scores.items()}, row["rows"], row["seconds"], flush=True)
 
-    def _train(self, folder: Path, data: list[list[Example]], tasks: list[Task], seed: int, alpha: float) -> Embedder:
+    def _train(
+        self, folder: Path, data: list[list[Example]], tasks: list[Task], seed: int, alpha: float = 1.0, num_negatives: int = 1,
+        steps: int = 150, **_,
+    ) -> Embedder:  # fmt: skip
         texts = [text for task in tasks for e in task.train for text in (e.query, e.positive)]
         tokenizer = Tokenizer(train_tokenizer(texts, vocab_size=8000), 64)
         config = Qwen3Config(
-            vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=self.layers,
+            vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128, rope_theta=1e4,
             is_causal=False, eos_token_id=tokenizer.end_id,
         )  # fmt: skip
@@ -170,7 +173,7 @@ class Lab:
         result = train(stage2(
             model={"base": str(folder / "base"), "max_length": 64}, data=paths, loss={"temperature": 0.05},
             train={
-                "steps": self.steps, "global_batch_size": 256, "num_negatives": 1, "learning_rate": 5e-3, "betas": (0.9, 0.95),
+                "steps": steps, "global_batch_size": 256, "num_negatives": num_negatives, "learning_rate": 5e-3, "betas": (0.9, 0.95),
                 "seed": seed, "schedule": "linear", "tokens_per_chunk": 65536, "log_every": 1000, "mixing_alpha": alpha,
             },
             save={"dir": str(folder / "run"), "every": None},
@@ -216,6 +219,8 @@ def jobs(data: Path, teacher: Saved, seeds: int, only: str | None) -> Iterator[t
         for task in (debian, code):
             for variant, examples in negatives(teacher, task.train).items():
                 prepared.append(("negatives", variant, [examples], [task], {}))
+                more = {"num_negatives": 4, "steps": 300}
+                prepared.append(("four negatives, 300 steps", variant, [examples], [task], more))
     if only in (None, "mixing"):
         tasks = [
             load(data, "debian_en", 16000),
@@ -224,7 +229,9 @@ def jobs(data: Path, teacher: Saved, seeds: int, only: str | None) -> Iterator[t
             load(data, "manpages", 4000),
         ]
         for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
-            prepared.append(("mixing", f"alpha {alpha}", [task.train for task in tasks], tasks, {"alpha": alpha}))
+            prepared.append(
+                ("mixing", f"alpha {alpha}", [task.train for task in tasks], tasks, {"alpha": alpha, "steps": 300})
+            )
     for seed in range(seeds):
         for experiment, variant, examples, tasks, facts in prepared:
             yield experiment, variant, seed, examples, tasks, facts
@@ -240,11 +247,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["filters", "negatives", "mixing"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    one, many = Lab(args.out), Lab(args.out, steps=300)
+    lab = Lab(args.out)
     for experiment, variant, seed, examples, tasks, facts in jobs(
         args.data, Saved(args.teacher, args.cache), args.seeds, args.only
     ):
-        (many if len(tasks) > 1 else one).run(experiment, variant, seed, examples, tasks, **facts)
+        lab.run(experiment, variant, seed, examples, tasks, **facts)
 
 
 if __name__ == "__main__":

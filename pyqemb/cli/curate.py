@@ -14,11 +14,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from pyqemb.curation.config import load_config
+    from pyqemb.curation.config import CurateConfig
     from pyqemb.curation.pipeline import curate
 
     given = {"input": args.input, "out": args.out}
-    config = load_config(args.config, {key: value for key, value in given.items() if value is not None})
+    config = CurateConfig.from_toml(args.config, {key: value for key, value in given.items() if value is not None})
     console = Console(stderr=True)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,

@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from pyqemb.synthesis.config import load_config
+    from pyqemb.synthesis.config import SynthesisConfig
     from pyqemb.synthesis.generate import Synthesis, synthesize
 
     given = {"out": args.out, "limit": args.limit, "attempts": args.attempts}
-    config = load_config(args.config, {key: value for key, value in given.items() if value is not None})
+    config = SynthesisConfig.from_toml(args.config, {key: value for key, value in given.items() if value is not None})
     total = None if config.limit is None else config.limit * config.per_passage
     console = Console(stderr=True)
     columns = (

@@ -3,9 +3,6 @@
 import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
-from importlib.resources import files
-from string import Template
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -16,11 +13,7 @@ from pyqemb.curation.spool import windows, work_folder
 from pyqemb.curation.steps import Step, encoder
 from pyqemb.data.example import Example
 from pyqemb.llm import Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib  # type: ignore[no-redef]
+from pyqemb.llm.prompt import prompt
 
 _WINDOW = 512  # examples judged together
 
@@ -95,10 +88,10 @@ class Relabel(Step):
         return found
 
     async def _relevant(self, ask: Asker, example: Example, passage: str, ledger: Ledger) -> bool:
-        system, user = _prompt()
-        filled = user.substitute(query=example.query, positive=example.positive, passage=passage)
+        fields = {"query": example.query, "positive": example.positive, "passage": passage}
+        messages = prompt("pyqemb.curation", "relabel", fields)
         for attempt in range(self.attempts):
-            request = Request((("system", system), ("user", filled)), attempt, Judgement.model_json_schema())
+            request = Request(messages, attempt, Judgement.model_json_schema())
             try:
                 return parse(await ask(request), Judgement).relevant
             except Malformed:
@@ -118,9 +111,3 @@ class Relabel(Step):
         if self.action == "promote":
             for text in dict.fromkeys(text for text in example.negatives if text in relevant):
                 yield ledger.keep(replace(left, positive=text, positive_embedding=()))
-
-
-@lru_cache
-def _prompt() -> tuple[str, Template]:
-    values = tomllib.loads(files("pyqemb.curation").joinpath("prompts/relabel.toml").read_text(encoding="utf-8"))
-    return values["system"], Template(values["user"].strip())

@@ -5,16 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from pyqemb.errors import ConfigError
+from pyqemb.data.settings import Settings
 from pyqemb.llm import Endpoint
 from pyqemb.synthesis.kinds import DIFFICULTIES, QUESTION_TYPES, TASKS
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib  # type: ignore[no-redef]
 
 
 def _weights(shares: dict[str, float]) -> dict[str, float]:
@@ -26,11 +21,7 @@ def _weights(shares: dict[str, float]) -> dict[str, float]:
 Shares = Annotated[dict[str, float], AfterValidator(_weights)]  # name -> weight; they need not add up to 1
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Personas(Section):
+class Personas(Settings):
     """Who asks. `file`: one description a line, or JSONL with `persona`. With a `model` the `top` most relevant to each passage are
     offered, as in the report; without one, so many drawn at random."""
 
@@ -39,16 +30,16 @@ class Personas(Section):
     top: int = Field(5, ge=1)
 
 
-class SynthesisConfig(Section):
+class SynthesisConfig(Settings):
     """`passages`: JSONL with `text` (and `title`, `language`), a BEIR corpus folder, examples (their positives), or plain text, one a line."""
 
     passages: Path
     out: Path
     endpoint: Endpoint
     personas: Personas | None = None  # None: anyone
-    tasks: Shares = {"retrieval": 1.0}
-    languages: Shares = {"English": 1.0}  # of the query, the translation, the sentences
-    lengths: Shares = {"3 to 8": 1.0, "8 to 15": 1.0, "15 to 30": 0.5}  # words
+    tasks: Shares = Field({"retrieval": 1.0})
+    languages: Shares = Field({"English": 1.0})  # of the query, the translation, the sentences
+    lengths: Shares = Field({"3 to 8": 1.0, "8 to 15": 1.0, "15 to 30": 0.5})  # words
     types: Shares = dict.fromkeys(QUESTION_TYPES, 1.0)
     difficulties: Shares = dict.fromkeys(DIFFICULTIES, 1.0)
     scores: Shares = dict.fromkeys("012345", 1.0)  # of sts pairs
@@ -76,33 +67,6 @@ class SynthesisConfig(Section):
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
         return shares
 
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError("; ".join(map(_explain, error.errors()))) from error
-
 
 def draw(shares: Mapping[str, float], generator: random.Random) -> str:
     return generator.choices(list(shares), list(shares.values()))[0]
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SynthesisConfig:
-    """Read a TOML file; `overrides` replace its top-level keys. Raises ConfigError naming the file and the key."""
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        return SynthesisConfig(**{**values, **(overrides or {})})
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "configuration"
-    if error["type"] in ("missing", "extra_forbidden"):
-        return f"{where}: {'missing' if error['type'] == 'missing' else 'unknown key'}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"

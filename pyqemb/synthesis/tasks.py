@@ -2,14 +2,12 @@
 
 import random
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
-from importlib.resources import files
-from string import Template
 from typing import Any, TypeVar
 
 from pyqemb.data.example import Example
 from pyqemb.llm import Answer, Asker, Malformed, Request, parse
-from pyqemb.synthesis.config import SynthesisConfig, draw, tomllib
+from pyqemb.llm.prompt import prompt
+from pyqemb.synthesis.config import SynthesisConfig, draw
 from pyqemb.synthesis.kinds import (
     QUESTION_TYPES,
     SCORES,
@@ -109,11 +107,10 @@ class Writer:
         return Example(reply.text, reply.label, wrong, reply.task, "classification")
 
     async def _reply(
-        self, prompt: str, kind: type[R], generator: random.Random, check: Callable[[R], str | None], **fields: Any
+        self, name: str, kind: type[R], generator: random.Random, check: Callable[[R], str | None], **fields: Any
     ) -> R:
         """The checked answer to a prompt. `check` gives a reason against it."""
-        system, user = _prompt(prompt)
-        messages = ("system", system), ("user", user.substitute({k: str(v) for k, v in fields.items()}))
+        messages = prompt("pyqemb.synthesis", name, fields)
         seed = generator.randrange(2**31)
         for attempt in range(self.config.attempts):
             request = Request(messages, seed + attempt, kind.schema_of_answer())
@@ -125,14 +122,8 @@ class Writer:
                 return reply
             except Malformed as error:
                 last = Malformed(error.reason, error.text, request.key(self._ask.endpoint))
-                self._on_malformed(prompt, last)
+                self._on_malformed(name, last)
         raise last
-
-
-@lru_cache
-def _prompt(name: str) -> tuple[str, Template]:
-    values = tomllib.loads(files("pyqemb.synthesis").joinpath(f"prompts/{name}.toml").read_text(encoding="utf-8"))
-    return values["system"], Template(values["user"].strip())
 
 
 def _offered(shares: dict[str, float], generator: random.Random) -> tuple[str, ...]:

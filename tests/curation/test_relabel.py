@@ -1,10 +1,7 @@
 """Relabelling by a server that knows what is relevant."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +9,6 @@ import pytest
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.relabel import Relabel
 from pyqemb.data.example import Example
-
-pytest.importorskip("openai", reason="openai is not installed (pip install 'pyqemb[data]')")
-_SPEC = importlib.util.spec_from_file_location("fake_server", Path(__file__).parent.parent / "llm" / "server.py")
-sys.modules["fake_server"] = module = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(module)
 
 FIRST = Example("q 0", "d 20", ("good 10", "bad 19", "bad 80"))
 SECOND = Example("q 0", "d 20", ("bad 60",))
@@ -31,14 +23,12 @@ class Circle:
 
 
 @pytest.fixture
-def server():
+def server(serve):
     def judge(messages):
         passage = re.search(r"to judge:\n(.+)", messages[-1]["content"])[1]
         return json.dumps({"relevant": passage.startswith("good")})
 
-    server = module.FakeServer(judge)
-    yield server
-    server.close()
+    return serve(judge)
 
 
 def run(server, folder, **options):

@@ -1,35 +1,13 @@
 """Asking a real server on this machine that answers well, slowly, wrongly, or not at all."""
 
 import asyncio
-import importlib.util
 import sqlite3
-import sys
-from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.llm import Answer, Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
-
-pytest.importorskip("openai", reason="openai is not installed (pip install 'pyqemb[data]')")
-_SPEC = importlib.util.spec_from_file_location("fake_server", Path(__file__).parent / "server.py")
-sys.modules["fake_server"] = module = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(module)
-FakeServer = module.FakeServer
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(*args, **options):
-        servers.append(FakeServer(*args, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def ask_all(server, tmp_path, requests, **settings):

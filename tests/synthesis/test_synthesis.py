@@ -1,6 +1,5 @@
 """Synthesis against a server on this machine that writes what it is asked for, or nearly."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +14,6 @@ from pyqemb.cli import main
 from pyqemb.data.example import read_examples
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.synthesis import SynthesisConfig, synthesize
-
-pytest.importorskip("openai", reason="openai is not installed (pip install 'pyqemb[data]')")
-_SPEC = importlib.util.spec_from_file_location("fake_server", Path(__file__).parent.parent / "llm" / "server.py")
-sys.modules["fake_server"] = module = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(module)
 
 PASSAGES = [
     f"Passage number {i} tells how the bridge of {1800 + i} was built, by whom, and why it still stands."
@@ -57,10 +50,8 @@ def write(messages):
 
 
 @pytest.fixture
-def server():
-    server = module.FakeServer(write)
-    yield server
-    server.close()
+def server(serve):
+    return serve(write)
 
 
 @pytest.fixture
