@@ -79,6 +79,10 @@ class Similarity(Step):
                 reason = f"similarity above {high:.3g}"
             if ledger.judge(example, reason, similarity=score):
                 yield example
+        if low is not None and sum(n for reason, n in ledger.dropped.items() if "below" in reason) > ledger.kept:
+            ledger.notes["hint"] = (
+                "more than half is below min_sim; what a score means depends on the model (docs/data.md)"
+            )
 
 
 def pair_scores(model: Any, examples: list[Example], instruction: str | None = None) -> np.ndarray:

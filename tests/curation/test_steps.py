@@ -74,6 +74,11 @@ def test_similarity_between_bounds():
     kept, dropped = run(Similarity(model=Circle(), min_sim=0.3, max_sim=0.99), examples)
     assert kept == examples[1:3] and dropped == {"similarity below 0.3": 1, "similarity above 0.99": 1}
     assert run(Similarity(model=Circle()), examples)[0] == examples[:2]  # 0.7
+    ledger = Ledger()
+    assert (
+        len(list(Similarity(model=Circle()).run(pairs(0, 60, 90), ledger))) == 1
+        and "depends on the model" in ledger.notes["hint"]
+    )
 
 
 def test_similarity_by_shares_of_the_data(tmp_path):
