@@ -1,5 +1,8 @@
 """Plans on invented costs; the probe against what autograd saves; predicted peaks against the process's memory."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 import torch
@@ -160,7 +163,8 @@ def test_failed_allocations_are_recognised():
     assert not is_allocation_failure(RuntimeError("shapes")) and not is_allocation_failure(ValueError("x"))
 
 
-def test_measured_peaks_are_as_predicted():
+def _steps_within(budgets):
+    """The report of a step within each budget."""
     size = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=3, vocab_size=8000)
     model = tiny_embedder(**size, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
     generator = torch.Generator().manual_seed(0)
@@ -173,13 +177,21 @@ def test_measured_peaks_are_as_predicted():
         return ops.info_nce(q, d, torch.arange(len(q)), temperature=0.05)
 
     GradCache(model, loss_fn, 1024).step(queries, documents)  # also takes what the libraries keep for themselves
-    plans = []
-    for budget in (220 << 20, 350 << 20, 4 << 30):
+    reports = []
+    for budget in budgets:
         cache = GradCache(model, loss_fn, memory=budget)
         model.zero_grad()
         cache.step(queries, documents)
-        last = cache.last
-        plans.append(last.plan)
-        assert last.measured_bytes == pytest.approx(last.predicted_bytes, rel=0.15), last
-        assert last.measured_bytes <= 1.05 * budget
-    assert len(set(plans)) == 3 and plans[2].kept >= cache.last.chunks
+        reports.append(cache.last)
+    return reports
+
+
+def test_measured_peaks_are_as_predicted():
+    budgets = (220 << 20, 350 << 20, 4 << 30)
+    # In a process of its own: holes that other tests left in the heap serve a step in part, and what they do not serve comes on top.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        reports = pool.submit(_steps_within, budgets).result()
+    for budget, report in zip(budgets, reports, strict=True):
+        assert report.measured_bytes == pytest.approx(report.predicted_bytes, rel=0.15), report
+        assert report.measured_bytes <= 1.05 * budget
+    assert len({report.plan for report in reports}) == 3 and reports[-1].plan.kept >= reports[-1].chunks
