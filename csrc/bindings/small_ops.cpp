@@ -78,20 +78,20 @@ void rms_norm_backward(py::handle s, py::handle weight, py::handle rstd, py::han
 
 constexpr const char* kRope = "qk_norm_rope";
 
-// x [tokens, heads, head_dim] with its weight, angles and the saved 1 / rms.
+// x [tokens, heads, head_dim] with its weight (None: no norm), angles and the saved 1 / rms.
 struct Heads {
     Call call{kRope};
-    Argument x, weight, cos, sin, rstd;
+    Argument x, cos, sin, rstd;
+    const void* weight = nullptr;
 
     Heads(py::handle x_, py::handle weight_, py::handle cos_, py::handle sin_, py::handle rstd_)
-        : x(call, "x", x_),
-          weight(call, "weight", weight_),
-          cos(call, "cos", cos_),
-          sin(call, "sin", sin_),
-          rstd(call, "rstd", rstd_) {
+        : x(call, "x", x_), cos(call, "cos", cos_), sin(call, "sin", sin_), rstd(call, "rstd", rstd_) {
         x.rank(3, "[tokens, heads, head_dim]").floating().contiguous();
         QEMB_CHECK(x->size(2) % 2 == 0, "[", kRope, "] head_dim must be even, got ", x->size(2));
-        weight.shape({x->size(2)}).like(x).contiguous();
+        if (!weight_.is_none()) {
+            const Argument given(call, "weight", weight_);
+            weight = given.shape({x->size(2)}).like(x).contiguous()->data;
+        }
         for (const Argument* angle : {&cos, &sin})
             angle->shape({x->size(0), x->size(2) / 2}).type(x.arithmetic(), "the arithmetic type").contiguous();
         rstd.shape({x->size(0), x->size(1)}).type(x.arithmetic(), "the arithmetic type").contiguous();
@@ -105,7 +105,7 @@ void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::h
     same(out, in.x);
     check_eps(kRope, eps);
     QkNormRopeForward p{.x = in.x->data,
-                        .weight = in.weight->data,
+                        .weight = in.weight,
                         .cos = in.cos->data,
                         .sin = in.sin->data,
                         .y = out->data,
@@ -123,8 +123,9 @@ void qk_norm_rope_backward(py::handle x, py::handle weight, py::handle cos, py::
     Heads in(x, weight, cos, sin, rstd);
     const Argument d_y(in.call, "dy", dy), d_x(in.call, "dx", dx);
     same(d_y, in.x), same(d_x, in.x);
+    QEMB_CHECK(in.weight || dweight.is_none(), "[", kRope, "] dweight needs a weight");
     QkNormRopeBackward p{.x = in.x->data,
-                         .weight = in.weight->data,
+                         .weight = in.weight,
                          .cos = in.cos->data,
                          .sin = in.sin->data,
                          .rstd = in.rstd->data,

@@ -41,6 +41,16 @@ struct Halves {
                 value[slot][h] = valid && shape.inside(slot) ? load<S::kLanes>(row + h * shape.half + shape.at(slot))
                                                              : Packed<T, S::kLanes>{};
     }
+    QEMB_DEVICE void read_or_ones(const S& shape, const T* row) {
+        if (row) return read(shape, row);
+        float ones[S::kLanes];
+#pragma unroll
+        for (int i = 0; i < S::kLanes; ++i) ones[i] = 1.0f;
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) value[slot][h] = packed<T>(ones);
+    }
 };
 
 // The cosines and sines of a token.
@@ -68,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeForwar
     const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (token >= p.tokens) return;
     Halves<S, T> weight;
-    weight.read(shape, static_cast<const T*>(p.weight));
+    weight.read_or_ones(shape, static_cast<const T*>(p.weight));
     const Angles<S> angles(shape, p.cos, p.sin, token);
 
     for (int64_t first = 0; first < p.heads; first += S::kTeams) {
@@ -85,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeForwar
             for (int h = 0; h < 2; ++h)
 #pragma unroll
                 for (int i = 0; i < kLanes; ++i) squares = fmaf(x.value[slot][h][i], x.value[slot][h][i], squares);
-        const float rstd = rsqrtf(S::sum(squares) / static_cast<float>(2 * shape.half) + static_cast<float>(p.eps));
+        const float mean = S::sum(squares) / static_cast<float>(2 * shape.half);
+        const float rstd = p.weight ? rsqrtf(mean + static_cast<float>(p.eps)) : 1.0f;
         if (valid && shape.lane == 0) static_cast<float*>(p.rstd)[row] = rstd;
 
         // Rotation
@@ -117,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
     const int warp = threadIdx.x / 32, team = threadIdx.x % 32 / S::kWidth;
     const int64_t begin = blockIdx.x * block_tokens, end = min(begin + block_tokens, p.tokens);
     Halves<S, T> weight;
-    weight.read(shape, static_cast<const T*>(p.weight));
+    weight.read_or_ones(shape, static_cast<const T*>(p.weight));
     float dweight[S::kSlots][2][kLanes] = {};
 
     for (int64_t token = begin + warp; token < end; token += kWarps) {
@@ -147,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
                         dweight[slot][h][i] = fmaf(product, rstd, dweight[slot][h][i]);
                     }
                 }
-            const float back = S::sum(along) * rstd * rstd / static_cast<float>(2 * shape.half);
+            const float mean = S::sum(along) / static_cast<float>(2 * shape.half);
+            const float back = p.weight ? mean * rstd * rstd : 0.0f;
 
             // Result
             T* dx = static_cast<T*>(p.dx) + row * p.head_dim;

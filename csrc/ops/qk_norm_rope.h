@@ -1,4 +1,5 @@
-// Per-head RMSNorm, then rotary embedding: what Qwen3 does to q and to k before attention, in one pass.
+// Per-head RMSNorm, then rotary embedding: what Qwen3 does to q and to k before attention, in one pass. Without a weight there
+// is no norm: the rotary embedding alone, as in Llama and Qwen2; rstd is then all ones.
 #pragma once
 
 #include "common/types.h"
@@ -9,7 +10,7 @@ namespace qemb {
 // sin[i].
 struct QkNormRopeForward {
     const void* x;       // [tokens, heads, head_dim], contiguous
-    const void* weight;  // [head_dim]
+    const void* weight;  // [head_dim], or null
     const void* cos;     // [tokens, head_dim / 2] in the arithmetic type
     const void* sin;     // [tokens, head_dim / 2]
     void* y;             // [tokens, heads, head_dim], contiguous

@@ -22,29 +22,36 @@ class Tokenizer:
     """A Hugging Face tokenizer that appends the end token exactly once, also when it truncates.
 
     `max_length` counts the end token; None means no truncation. `files` are neighbours of tokenizer.json (name to
-    content) that `save` hands on.
+    content) that `save` hands on. `end_token` is pooled: `<|endoftext|>` in all that descends from Qwen.
     """
 
     template = TEMPLATE
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, max_length: int | None = None, files: Mapping[str, bytes] | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        max_length: int | None = None,
+        files: Mapping[str, bytes] | None = None,
+        end_token: str = END_TOKEN,
     ):
-        end_id = backend.token_to_id(END_TOKEN)
+        end_id = backend.token_to_id(end_token)
         if end_id is None:
-            raise DataError(f"the tokenizer has no token {END_TOKEN!r}, which is the one that is pooled")
+            raise DataError(f"the tokenizer has no token {end_token!r}, which is the one that is pooled")
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length must be at least 1 (the end token), got {max_length}")
         backend.no_truncation()
         backend.no_padding()
-        self.backend, self.end_id, self.max_length = backend, end_id, max_length
+        self.backend, self.end_token, self.end_id, self.max_length = backend, end_token, end_id, max_length
         self.files = dict(files or {})
         if not self._appends_end():
             self._append_end()
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Tokenizer":
-        """Read a folder's tokenizer.json. `max_length` None: what sentence_bert_config.json says, else no limit."""
+        """Read a folder's tokenizer.json. `max_length` None: what sentence_bert_config.json says, else no limit.
+
+        The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with its eos_token.
+        """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         try:
@@ -61,13 +68,14 @@ class Tokenizer:
             max_length = _stored_max_length(folder / "sentence_bert_config.json")
         names = [name for name in (*_COPIED, "tokenizer_config.json") if (folder / name).is_file()]
         try:
-            return cls(backend, max_length, {name: (folder / name).read_bytes() for name in names})
+            files = {name: (folder / name).read_bytes() for name in names}
+            return cls(backend, max_length, files, _end_token(folder, backend))
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
 
     def with_max_length(self, max_length: int | None) -> "Tokenizer":
         """The same tokenizer with another limit."""
-        return Tokenizer(self.backend, max_length, self.files)
+        return Tokenizer(self.backend, max_length, self.files, self.end_token)
 
     @property
     def vocab_size(self) -> int:
@@ -119,8 +127,8 @@ class Tokenizer:
         # transformers 4 cannot load the class names that transformers 5 writes.
         if stored.get("tokenizer_class") in (None, "TokenizersBackend"):
             stored["tokenizer_class"] = "PreTrainedTokenizerFast"
-        stored.setdefault("eos_token", END_TOKEN)
-        stored.update(pad_token=END_TOKEN, padding_side="left")
+        stored.setdefault("eos_token", self.end_token)
+        stored.update(pad_token=self.end_token, padding_side="left")
         if self.max_length is not None:
             stored["model_max_length"] = self.max_length
         return stored
@@ -134,12 +142,28 @@ class Tokenizer:
 
     def _append_end(self) -> None:
         end = tokenizers.processors.TemplateProcessing(
-            single=f"$A {END_TOKEN}", pair=f"$A {END_TOKEN} $B {END_TOKEN}", special_tokens=[(END_TOKEN, self.end_id)]
+            single=f"$A {self.end_token}",
+            pair=f"$A {self.end_token} $B {self.end_token}",
+            special_tokens=[(self.end_token, self.end_id)],
         )
         before = self.backend.post_processor
         self.backend.post_processor = end if before is None else tokenizers.processors.Sequence([before, end])
         if not self._appends_end():
-            raise DataError(f"the tokenizer's post-processor cannot be made to append {END_TOKEN!r}")
+            raise DataError(f"the tokenizer's post-processor cannot be made to append {self.end_token!r}")
+
+
+def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:
+    contract, config, settings = (
+        _read_object(path.read_bytes(), str(path)) if (path := folder / name).is_file() else {}
+        for name in ("pyqemb.json", "config.json", "tokenizer_config.json")
+    )
+    if "end_token" in contract:
+        return str(contract["end_token"])
+    eos = settings.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if backend.token_to_id(END_TOKEN) is None and config.get("model_type", "qwen3") != "qwen3" and isinstance(eos, str):
+        return eos
+    return END_TOKEN
 
 
 def _stored_max_length(path: Path) -> int | None:

@@ -3,20 +3,41 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.rope import Rope
 
 _MAX_HEAD_DIM = 256
 _UNSAFE = "auto_map", "_attn_implementation"
 
 
+class Family(NamedTuple):
+    """What a model_type fixes, next to what its config.json says."""
+
+    architecture: str
+    qk_norm: bool = False
+    qkv_bias: bool | None = False  # None: as attention_bias says, which then holds for o_proj too
+    reads_mlp_bias: bool = False
+    sliding_switch: bool = True  # sliding_window counts only where use_sliding_window does
+
+
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, qkv_bias=None),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "llama": Family("LlamaForCausalLM", qkv_bias=None, reads_mlp_bias=True),
+    "mistral": Family("MistralForCausalLM", sliding_switch=False),
+}
+
+
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Sizes and constants of a Qwen3 decoder. `is_causal` False makes its attention bidirectional.
+    """Sizes and constants of a Qwen3 decoder, or of a neighbour (`model_type` "qwen2", "llama" or "mistral").
 
-    `extra` keeps the other keys of the config.json that it was read from, so that writing it again loses nothing.
+    `is_causal` False makes its attention bidirectional. `rope_scaling` is the scaled rotary embedding of config.json, None for the
+    plain one. `extra` keeps the other keys of the config.json that it was read from, so that writing it again loses nothing.
     """
 
     vocab_size: int
@@ -33,18 +54,24 @@ class Qwen3Config:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     eos_token_id: int | None = None
+    model_type: str = "qwen3"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {self.model_type!r}")
         for name in _COUNTS:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
-        for name in ("is_causal", "tie_word_embeddings"):
+        for name in ("is_causal", "tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -54,6 +81,27 @@ class Qwen3Config:
             )
         if self.head_dim % 8 or self.head_dim > _MAX_HEAD_DIM:
             raise ConfigError(f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {self.head_dim}")
+        _ = self.rope  # is checked as it is made
+
+    @cached_property
+    def rope(self) -> Rope:
+        scaling = dict(self.rope_scaling or {})
+        return Rope(self.rope_theta, scaling.pop("rope_type", "default"), scaling)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normed."""
+        return FAMILIES[self.model_type].qk_norm
+
+    @property
+    def qkv_bias(self) -> bool:
+        fixed = FAMILIES[self.model_type].qkv_bias
+        return self.attention_bias if fixed is None else fixed
+
+    @property
+    def output_bias(self) -> bool:
+        """Of o_proj."""
+        return self.attention_bias and FAMILIES[self.model_type].qkv_bias is None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Qwen3Config":
@@ -76,26 +124,40 @@ class Qwen3Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "Qwen3Config":
         """Read the keys of a Hugging Face config; ConfigError for anything that would change the arithmetic."""
         _refuse_unsupported(values)
-        own = {item.name for item in fields(cls)} - {"extra", "rope_theta"}
-        missing = [name for name in _COUNTS if name not in values and name != "max_position_embeddings"]
+        own = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
+        absent = {name for name in ("head_dim", "num_key_value_heads") if values.get(name) is None}
+        known = {name: values[name] for name in own - absent if name in values}
+        if not FAMILIES[values["model_type"]].reads_mlp_bias:
+            known.pop("mlp_bias", None)
+        if known["model_type"] != "qwen3":  # where these may be absent, with these meanings
+            known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+            heads = known.get("num_attention_heads")
+            if type(heads) is int and heads > 0 and type(known.get("hidden_size")) is int:
+                known.setdefault("head_dim", known["hidden_size"] // heads)
+            values = {"rope_theta": None if _rope_theta_inside(values) else 10_000.0, **values}
+            known.setdefault("tie_word_embeddings", False)
+        missing = [name for name in _COUNTS if name not in known and name != "max_position_embeddings"]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
         eos = values.get("eos_token_id")
-        known = {name: values[name] for name in own if name in values}
         # Absent means causal, as everywhere in transformers; another library's name for the same choice is honoured.
         if "is_causal" not in values and "use_bidirectional_attention" in values:
             known["is_causal"] = not values["use_bidirectional_attention"]
         known["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
         known["extra"] = {name: value for name, value in values.items() if name not in own | {*_ROPE_KEYS}}
-        return cls(rope_theta=_rope_theta(values), **known)
+        rope = Rope.from_config(values)
+        scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}
+        return cls(rope_theta=rope.theta, rope_scaling=scaling, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json, rope base under both of its names: each version of transformers reads only one."""
-        values: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        values |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
+        """The keys of config.json, the rotary embedding under both of its names: each version of transformers reads only one."""
+        family = FAMILIES[self.model_type]
+        values: dict[str, Any] = {"architectures": [family.architecture]}
+        values |= {"hidden_act": "silu", "attention_dropout": 0.0}
+        values |= {"use_sliding_window": False} if family.sliding_switch else {"sliding_window": None}
         values |= self.extra
         values |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        values["rope_parameters"] = self.rope.to_dict()
         if self.is_causal:
             values.pop("use_bidirectional_attention", None)
         else:
@@ -120,31 +182,21 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     for name in values:
         if name.startswith(_UNSAFE):
             raise ConfigError(f"{name!r} is refused: it makes loaders run code that comes with the model")
-    if values.get("model_type") != "qwen3":
-        raise ConfigError(f"model_type must be 'qwen3', got {values.get('model_type')!r}")
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {values.get('model_type')!r}")
     if values.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
-    for name in ("attention_bias", "use_sliding_window", "quantization_config"):
+    for name in ("use_sliding_window", "quantization_config", "rope_interleaved"):
         if values.get(name):
             raise ConfigError(f"{name} is not supported, got {values[name]!r}")
+    window = None if family.sliding_switch else values.get("sliding_window")
+    if window is not None and window < values.get("max_position_embeddings", window + 1):
+        raise ConfigError(f"sliding_window is not supported, got {window!r}")
     other_layers = set(values.get("layer_types") or ()) - {"full_attention"}
     if other_layers:
         raise ConfigError(f"layer_types may hold 'full_attention' only, got {sorted(map(str, other_layers))}")
 
 
-def _rope_theta(values: Mapping[str, Any]) -> Any:
-    """The rotary base, at the top level or inside rope_parameters; only the plain rotary embedding is known here."""
-    found = [] if values.get("rope_theta") is None else [values["rope_theta"]]
-    for name in ("rope_parameters", "rope_scaling"):
-        inner = values.get(name) or {}
-        if not isinstance(inner, Mapping):
-            raise ConfigError(f"{name} must be an object, got {inner!r}")
-        kind = inner.get("rope_type", inner.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"{name}: only the rope type 'default' is supported, got {kind!r}")
-        found += [inner["rope_theta"]] if "rope_theta" in inner else []
-    if not found:
-        raise ConfigError("missing rope_theta (at the top level or in rope_parameters)")
-    if any(theta != found[0] for theta in found):
-        raise ConfigError(f"rope_theta is given twice with different values: {found}")
-    return found[0]
+def _rope_theta_inside(values: Mapping[str, Any]) -> bool:
+    return any("rope_theta" in (values.get(name) or {}) for name in _ROPE_KEYS[1:])

@@ -116,9 +116,9 @@ class Embedder(nn.Module):
         model.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
         return cls(model.to(_dtype(dtype) or torch.float32), tokenizer, pooling or "last")

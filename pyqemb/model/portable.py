@@ -13,7 +13,7 @@ from typing import Any
 
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
-from pyqemb.data.tokenizer import END_TOKEN, TEMPLATE, Tokenizer
+from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
 from pyqemb.model.config import Qwen3Config
@@ -67,7 +67,7 @@ def portable_folder(
                 "pooling": pooling,
                 "attention": "causal" if config.is_causal else "bidirectional",
                 "dims": list(matryoshka or [config.hidden_size]),
-                "end_token": END_TOKEN,
+                "end_token": tokenizer.end_token,
                 "end_token_id": tokenizer.end_id,
                 "query_template": TEMPLATE,
                 "max_length": max_length,
@@ -80,7 +80,9 @@ def portable_folder(
         for name, content in files.items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(target.name, config, prompts), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _model_card(target.name, config, prompts, tokenizer.end_token), encoding="utf-8"
+        )
 
 
 def read_pooling(folder: Path) -> str:
@@ -160,7 +162,7 @@ def _prompts_json(prompts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _model_card(name: str, config: Qwen3Config, prompts: Mapping[str, str]) -> str:
+def _model_card(name: str, config: Qwen3Config, prompts: Mapping[str, str], end_token: str) -> str:
     attention = "causal" if config.is_causal else "bidirectional (needs transformers 5.3 or later)"
     return f"""---
 library_name: sentence-transformers
@@ -184,7 +186,7 @@ print(model.similarity(queries, documents))
 ```
 
 Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get("document", "")!r}`;
-`{END_TOKEN}` is appended to both by the tokenizer.
+`{end_token}` is appended to both by the tokenizer.
 """
 
 

@@ -1,4 +1,5 @@
-"""Qwen3 over packed tokens: RMSNorm, grouped heads with per-head q/k norm and rotary embedding, SwiGLU.
+"""Qwen3 over packed tokens: RMSNorm, grouped heads with per-head q/k norm and rotary embedding, SwiGLU. Its neighbours (Qwen2,
+Llama, Mistral) are the same without that norm, with biases where their config.json says so.
 
 Legend: T packed tokens, B sequences, S tokens that ask (T, or the last ones only), U distinct token ids, N query heads,
 K key heads, D head dim, E hidden. Parameter names are those of Hugging Face's Qwen3Model.
@@ -20,13 +21,16 @@ from pyqemb.ops.linear import linear_onto_known
 
 
 class Linear(nn.Linear):
-    """x W^T on the library's op."""
+    """x W^T (+ b) on the library's op."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight)
+        product = ops.linear(x, self.weight)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def onto(self, x: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """residual + x W^T, known to be `total`: without the product, with its gradients."""
+        """residual + x W^T (+ b), known to be `total`: without the product, with its gradients."""
+        if self.bias is not None:
+            residual = residual + self.bias.to(residual.dtype)
         return linear_onto_known(x, self.weight.to(x.dtype), residual, total)  # they differ under autocast
 
 
@@ -56,13 +60,10 @@ class Rotary:
 
     @classmethod
     def of(cls, positions_T: torch.Tensor, config: Qwen3Config, dtype: torch.dtype) -> "Rotary":
-        exponents = (
-            torch.arange(0, config.head_dim, 2, device=positions_T.device, dtype=torch.float32) / config.head_dim
-        )
-        angles = positions_T.float()[:, None] * (1.0 / config.rope_theta**exponents)
+        angles = positions_T.float()[:, None] * config.rope.frequencies(config.head_dim, positions_T.device)
         # bf16 and fp16 heads are turned in float32; float64 ones keep the float32 angles that the checkpoints know.
         dtype = torch.promote_types(dtype, torch.float32)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls(*((x * config.rope.scale).to(dtype) for x in (angles.cos(), angles.sin())))
 
     def at(self, tokens: torch.Tensor) -> "Rotary":
         return Rotary(self.cos[tokens], self.sin[tokens])
@@ -78,6 +79,13 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         return ops.qk_norm_rope(x_TND, self.weight.to(x_TND.dtype), rotary.cos, rotary.sin, self.eps)
+
+
+class Rotation(nn.Module):
+    """The rotary embedding alone."""
+
+    def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        return ops.rope(x_TND, rotary.cos, rotary.sin)
 
 
 class Asking(NamedTuple):
@@ -125,12 +133,13 @@ class Attention(nn.Module):
         super().__init__()
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim, self.causal = config.head_dim, config.is_causal
-        self.q_proj = Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
-        self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_norm, self.k_norm = (
+            HeadNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else Rotation() for _ in range(2)
+        )
 
     def forward(
         self,
@@ -166,9 +175,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
         """What down_proj takes, [S, intermediate]."""

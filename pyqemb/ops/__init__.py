@@ -21,7 +21,7 @@ from pyqemb.ops.linear import linear
 from pyqemb.ops.losses import cosent, distill_embeddings, distill_scores, yes_no
 from pyqemb.ops.pooling import last_token_pool
 from pyqemb.ops.shingles import min_hash, shingles
-from pyqemb.ops.small_ops import qk_norm_rope, rms_norm, swiglu
+from pyqemb.ops.small_ops import qk_norm_rope, rms_norm, rope, swiglu
 from pyqemb.ops.topk import top_k
 
 
@@ -32,5 +32,5 @@ def cuda_is_built() -> bool:
 
 __all__ = [
     "AttentionPlan", "Group", "attention_plan", "cosent", "cuda_is_built", "distill_embeddings", "distill_scores", "info_nce", "last_token_pool", "linear", "min_hash", "qk_norm_rope", "rms_norm",
-    "shingles", "swiglu", "top_k", "varlen_attention", "yes_no",
+    "rope", "shingles", "swiglu", "top_k", "varlen_attention", "yes_no",
 ]  # fmt: skip

@@ -54,6 +54,15 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
     return _qk_norm_rope(x_TND.contiguous(), norm_weight, cos_TH, sin_TH, eps)[0]
 
 
+def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """The rotary embedding alone, as in Llama and Qwen2: `qk_norm_rope` without its norm.
+
+    Source: Su et al. 2021, equation 34.
+    """
+    checked("rope", "x", x_TND)
+    return _qk_norm_rope(x_TND.contiguous(), None, cos_TH, sin_TH, 0.0)[0]
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element, differentiable once.
 
@@ -131,24 +140,26 @@ def _add_rms_norm_backward(
 
 
 @native(
-    "qk_norm_rope(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    "qk_norm_rope(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
     lambda x, weight, cos, sin, eps: (new(x), new_rows(x)),
 )
-def _qk_norm_rope_forward(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _qk_norm_rope_forward(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     y, rstd = empty_like(x), new_rows(x)
     _C.qk_norm_rope_forward(x, weight, cos, sin, y, rstd, eps)
     return y, rstd
 
 
 @native(
-    "qk_norm_rope_backward(Tensor x, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, Tensor dy, bool wanted)"
+    "qk_norm_rope_backward(Tensor x, Tensor? weight, Tensor cos, Tensor sin, Tensor rstd, Tensor dy, bool wanted)"
     " -> (Tensor, Tensor)",
-    lambda x, weight, cos, sin, rstd, dy, wanted: (new(x), new_gradient(weight, wanted)),
+    lambda x, weight, cos, sin, rstd, dy, wanted: (new(x), new_gradient(x if weight is None else weight, wanted)),
 )
 def _qk_norm_rope_gradient(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dy: Tensor, wanted: bool
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, rstd: Tensor, dy: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = empty_like(x), new_gradient(weight, wanted)
+    dx, dweight = empty_like(x), new_gradient(x if weight is None else weight, wanted)
     _C.qk_norm_rope_backward(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight if wanted else None)
     return dx, dweight
 

@@ -95,8 +95,13 @@ def rms_norm(x, weight, eps=1e-6) -> Tensor:
 
 
 def qk_norm_rope(x, weight, cos, sin, eps=1e-6) -> Tensor:
-    """RMSNorm of each head, then feature i turned with feature i + D / 2."""
-    first, second = rms_norm(x, weight, eps).chunk(2, dim=-1)
+    """RMSNorm of each head, then `rope`."""
+    return rope(rms_norm(x, weight, eps), cos, sin)
+
+
+def rope(x, cos, sin) -> Tensor:
+    """Feature i turned with feature i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

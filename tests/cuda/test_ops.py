@@ -140,6 +140,8 @@ def small_op(op, rows, width):
     weight = weight[:width]
     cos, sin = angles(rows, width)
     there = cos.to("cuda"), sin.to("cuda")
+    if op == "rope":
+        return lambda x: ops.rope(x, *there), lambda x: reference.rope(x, cos, sin), [torch.randn(rows, 3, width)]
     return (
         lambda x, w: ops.qk_norm_rope(x, w, *there),
         lambda x, w: reference.qk_norm_rope(x, w, cos, sin),
@@ -149,7 +151,7 @@ def small_op(op, rows, width):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [(70, 128), (33, 64), (3, 1024), (5, 46), (1, 8)], ids=str)
-@pytest.mark.parametrize("op", ["rms_norm", "rms_norm after adding", "swiglu", "qk_norm_rope", "pool"])
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm after adding", "swiglu", "qk_norm_rope", "rope", "pool"])
 def test_small_ops(op, size, dtype):
     held_to_float64(*small_op(op, *size), dtype)
 

@@ -122,6 +122,7 @@ struct HeadCase {
     int64_t tokens, heads, dim;
     bool weight_gradient = true;
     int64_t offset = 0;
+    bool norm = true;
 };
 
 template <class A>
@@ -131,6 +132,7 @@ void qk_norm_rope_truth(const HeadCase& c, const Wide& x, const Wide& w, const W
     const NormCase norm{c.tokens * c.heads, c.dim};
     Wide n;
     rms_norm_truth<A>(norm, x, w, n, rstd);
+    if (!c.norm) n = x, rstd.assign(rstd.size(), 1);
     y.resize(x.size());
     for (int64_t row = 0; row < norm.rows; ++row)
         for (int64_t i = 0; i < half; ++i) {
@@ -155,6 +157,7 @@ Gradients qk_norm_rope_backward_truth(const HeadCase& c, const Wide& x, const Wi
             dn[at] = a * cosine + b * sine;
             dn[at + half] = b * cosine - a * sine;
         }
+    if (!c.norm) return {.dx = dn};
     return rms_norm_backward_truth<A>({c.tokens * c.heads, c.dim}, x, w, rstd, dn, nullptr);
 }
 
@@ -170,7 +173,7 @@ void check_qk_norm_rope(const std::string& name, const HeadCase& c, uint32_t see
         y(count, c.offset);
     Tensor<float> cos(cosines, c.offset), sin(sines, c.offset), rstd(c.tokens * c.heads);
     cuda::qk_norm_rope_forward({.x = x.data(),
-                                .weight = weight.data(),
+                                .weight = c.norm ? weight.data() : nullptr,
                                 .cos = cos.data(),
                                 .sin = sin.data(),
                                 .y = y.data(),
@@ -189,7 +192,7 @@ void check_qk_norm_rope(const std::string& name, const HeadCase& c, uint32_t see
     Tensor<T> dy(random_wide<T>(count, seed + 3), c.offset), dx(count, c.offset);
     Tensor<float> dweight(c.dim), inverse(truth_rstd);
     QkNormRopeBackward p{.x = x.data(),
-                         .weight = weight.data(),
+                         .weight = c.norm ? weight.data() : nullptr,
                          .cos = cos.data(),
                          .sin = sin.data(),
                          .rstd = inverse.data(),
@@ -338,6 +341,7 @@ TEST(qk_norm_rope_of_every_number_of_heads_and_tokens) {
         check_qk_norm_rope<T>(dtype + " many tokens, any head size", {2049, 1, 8}, 6);
         check_qk_norm_rope<T>(dtype + " misaligned", {3, 2, 128, true, 1}, 7);
         check_qk_norm_rope<T>(dtype + " no weight gradient", {3, 2, 128, false}, 8);
+        for (const int64_t dim : {8, 64, 80, 128}) check_qk_norm_rope<T>(dtype + " no norm", {5, 3, dim, false, 0, false}, 9);
     });
 }
 

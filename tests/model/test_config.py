@@ -70,12 +70,18 @@ def test_the_mask_is_stored_and_read_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type must be 'qwen3', got 'llama'"),
-        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"model_type": "gemma"}, "model_type must be one of qwen3, qwen2, llama, mistral, got 'gemma'"),
+        ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types may hold 'full_attention' only"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling: only the rope type 'default'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: only the rope type 'default'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4}},
+            "rope type must be one of default, linear, llama3, yarn, got 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            "factor of rope type 'linear' must be a positive number, got None",
+        ),
         ({"rope_parameters": 3}, "rope_parameters must be an object"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),

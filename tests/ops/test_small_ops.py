@@ -30,6 +30,12 @@ def case(op, dtype, size="odd"):
         return ops.swiglu, reference.swiglu, [torch.randn(rows, width) * 4, torch.randn(rows, width)]
     head_dim = 2 * width
     cos, sin = angles(rows, head_dim, dtype)
+    if op == "rope":
+        return (
+            lambda x: ops.rope(x, cos, sin),
+            lambda x: reference.rope(x, cos, sin),
+            [torch.randn(rows, 3, head_dim)],
+        )
     return (
         lambda x, w: ops.qk_norm_rope(x, w, cos, sin),
         lambda x, w: reference.qk_norm_rope(x, w, cos, sin),
@@ -61,7 +67,7 @@ def run(function, tensors, dout, dtype):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
 
-OPS = ["rms_norm", "qk_norm_rope", "swiglu"]
+OPS = ["rms_norm", "qk_norm_rope", "rope", "swiglu"]
 CASES = [*OPS, "rms_norm after adding"]
 
 
@@ -88,6 +94,7 @@ def test_gradcheck(op):
         "rms_norm": (ops.rms_norm, (2, 5), (5,)),
         "swiglu": (ops.swiglu, (2, 5), (2, 5)),
         "qk_norm_rope": (lambda x, w: ops.qk_norm_rope(x, w, cos, sin), (3, 2, 6), (6,)),
+        "rope": (lambda x: ops.rope(x, cos, sin), (3, 2, 6)),
     }
     function, *shapes = functions[op]
     torch.autograd.gradcheck(function, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])

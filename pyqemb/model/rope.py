@@ -1,0 +1,127 @@
+"""The frequencies of the rotary embedding, as config.json scales them. Legend: H = head_dim / 2."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyqemb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """`kind` is the rope type of transformers ("default", "linear", "llama3" or "yarn"), `settings` the numbers that go with it.
+
+    Raises ConfigError: another kind, a number that is missing or not positive.
+    """
+
+    theta: float = 1_000_000.0
+    kind: str = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ConfigError(f"rope type must be one of {', '.join(_KINDS)}, got {self.kind!r}")
+        if not _positive(self.theta):
+            raise ConfigError(f"rope_theta must be a positive number, got {self.theta!r}")
+        for name in _KINDS[self.kind][1]:
+            if not _positive(self.settings.get(name)):
+                raise ConfigError(
+                    f"{name} of rope type {self.kind!r} must be a positive number, got {self.settings.get(name)!r}"
+                )
+
+    def frequencies(self, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+        """float32 [H]: radians by which each pair of features turns from one position to the next."""
+        exponents_H = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        return _KINDS[self.kind][0](self, 1.0 / self.theta**exponents_H, head_dim)
+
+    @property
+    def scale(self) -> float:
+        """Factor of cos and sin (YaRN's temperature of the attention)."""
+        if self.kind != "yarn":
+            return 1.0
+        factor, given = self.settings["factor"], self.settings.get("attention_factor")
+        if given is not None:
+            return float(given)
+        mscale, all_dims = self.settings.get("mscale"), self.settings.get("mscale_all_dim")
+        return _mscale(factor, mscale) / _mscale(factor, all_dims) if mscale and all_dims else _mscale(factor, 1.0)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "Rope":
+        """Of a config.json: the base at the top level or in rope_parameters, the scaling in that or in rope_scaling."""
+        bases = [] if values.get("rope_theta") is None else [values["rope_theta"]]
+        inner: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            given = values.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{name} must be an object, got {given!r}")
+            bases += [given["rope_theta"]] if "rope_theta" in given else []
+            inner |= given
+        if not bases:
+            raise ConfigError("missing rope_theta (at the top level or in rope_parameters)")
+        if any(base != bases[0] for base in bases):
+            raise ConfigError(f"rope_theta is given twice with different values: {bases}")
+        kind = inner.get("rope_type", inner.get("type", "default"))
+        if inner.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
+            raise ConfigError("partial_rotary_factor is not supported")
+        settings = {k: v for k, v in inner.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
+        if kind == "yarn":
+            settings.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        return cls(bases[0], kind, settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """rope_parameters of config.json."""
+        return {"rope_type": self.kind, "rope_theta": self.theta, **self.settings}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _plain(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return frequencies_H
+
+
+def _linear(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return frequencies_H / rope.settings["factor"]
+
+
+def _llama3(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Slow features are slowed by the factor, fast ones left, those between blended (Llama 3.1)."""
+    low, high = rope.settings["low_freq_factor"], rope.settings["high_freq_factor"]
+    turns_H = rope.settings["original_max_position_embeddings"] * frequencies_H / (2 * math.pi)  # in the trained window
+    fast_H = ((turns_H - low) / (high - low)).clamp(0, 1)
+    return fast_H * frequencies_H + (1 - fast_H) * frequencies_H / rope.settings["factor"]
+
+
+def _yarn(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Peng et al. 2023, arXiv 2309.00071, section 3.2."""
+    window, settings = rope.settings["original_max_position_embeddings"], rope.settings
+
+    def feature_that_turns(times: float) -> float:
+        return head_dim * math.log(window / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = (
+        feature_that_turns(settings.get("beta_fast") or 32),
+        feature_that_turns(settings.get("beta_slow") or 1),
+    )
+    if settings.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    places_H = torch.arange(len(frequencies_H), device=frequencies_H.device, dtype=torch.float32)
+    slow_H = ((places_H - first) / max(last - first, 0.001)).clamp(0, 1)
+    return slow_H * frequencies_H / settings["factor"] + (1 - slow_H) * frequencies_H
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+_KINDS: dict[str, tuple[Callable[[Rope, torch.Tensor, int], torch.Tensor], tuple[str, ...]]] = {
+    "default": (_plain, ()),
+    "linear": (_linear, ("factor",)),
+    "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": (_yarn, ("factor", "original_max_position_embeddings")),
+}
