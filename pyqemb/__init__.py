@@ -20,6 +20,7 @@ _HOME = {
     "curate": "pyqemb.curation",
     "mine": "pyqemb.curation",
     "synthesize": "pyqemb.synthesis",
+    "register_transformers": "pyqemb.interop.attention",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pyqemb.data.example import read_examples as read_examples
     from pyqemb.data.example import write_examples as write_examples
     from pyqemb.evaluation import evaluate as evaluate
+    from pyqemb.interop.attention import register_transformers as register_transformers
     from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
     from pyqemb.synthesis import synthesize as synthesize

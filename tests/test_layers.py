@@ -14,6 +14,7 @@ PYTHON = {
     "ops": set(),
     "data": {"errors"},
     "model": {"errors", "data", "ops"},
+    "interop": {"errors", "data", "ops", "model"},
     "training": {"errors", "data", "ops", "model"},
     "evaluation": {"errors", "data", "ops", "model"},
     "llm": {"errors", "data"},

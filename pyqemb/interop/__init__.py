@@ -1,0 +1,1 @@
+"""pyqemb inside other people's tools: the attention of transformers, an encoder of mteb."""
