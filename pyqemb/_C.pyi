@@ -122,7 +122,15 @@ def qk_norm_rope_forward(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, y: Tensor, rstd: Tensor, eps: float, /
 ) -> None: ...
 def qk_norm_rope_backward(
-    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, rstd: Tensor, dy: Tensor, dx: Tensor, dweight: Tensor | None, /
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    /,
 ) -> None: ...
 def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor, /) -> None: ...
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor, /) -> None: ...

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Embedder": "pyqemb.model.embedder",
+    "Reranker": "pyqemb.model.reranker",
     "PackedBatch": "pyqemb.data.batch",
     "read_examples": "pyqemb.data.example",
     "write_examples": "pyqemb.data.example",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pyqemb.interop.attention import register_transformers as register_transformers
     from pyqemb.merging import merge as merge
     from pyqemb.model.embedder import Embedder as Embedder
+    from pyqemb.model.reranker import Reranker as Reranker
     from pyqemb.synthesis import synthesize as synthesize
     from pyqemb.training import train as train
     from pyqemb.training.grad_cache import GradCache as GradCache

@@ -105,7 +105,8 @@ def mine(
         texts = [documents[i] for i in found]
         return np.asarray(reranker([(examples[row].query, text) for text in texts]), dtype=np.float32)
 
-    chosen, scores = [np.empty(0, dtype=np.int64)] * len(examples), [np.empty(0, dtype=np.float32)] * len(examples)
+    chosen = np.full((len(examples), k), -1, dtype=np.int64)
+    scores = np.full((len(examples), k), -np.inf, dtype=np.float32)
     positive_scores = np.empty(len(examples), dtype=np.float32)
     generator = np.random.default_rng(seed)
     for rows, members in _pools(positives, documents, pool_of):
@@ -116,22 +117,22 @@ def mine(
             generator=generator, device=search_device(model), approximate_by=approximate,
             rescore=None if reranker is None else _Rescoring(rescore, rows, members),
         )  # fmt: skip
-        positive_scores[rows] = mined.positive_scores
-        for row, indices, values in zip(rows, mined.indices, mined.scores, strict=True):
-            there = indices >= 0
-            chosen[row] = indices[there] if members is None else members[indices[there]]
-            scores[row] = values[there]
+        positive_scores[rows], scores[rows] = mined.positive_scores, mined.scores
+        chosen[rows] = mined.indices if members is None else np.where(mined.indices < 0, -1, members[mined.indices])
     finished = [
-        replace(example, negatives=tuple(documents[i] for i in indices), scores=())
-        for example, indices in zip(examples, chosen, strict=True)
+        replace(example, negatives=tuple(documents[i] for i in indices if i >= 0), scores=())
+        for example, indices in zip(examples, chosen.tolist(), strict=True)
     ]
-    some = [i for i, values in enumerate(scores) if len(values)]
+    there = chosen >= 0
+    counts = there.sum(axis=1)
+    some = counts > 0
+    means = np.where(there, scores, 0).sum(axis=1)[some] / counts[some]
     report = MiningReport(
         rows=len(finished),
         documents=len(documents),
-        short=sum(len(values) < k for values in scores),
-        positive_score=float(positive_scores[some].mean()) if some else float("nan"),
-        negative_score=float(np.mean([scores[i].mean() for i in some])) if some else float("nan"),
+        short=int((counts < k).sum()),
+        positive_score=float(positive_scores[some].mean()) if some.any() else float("nan"),
+        negative_score=float(means.mean()) if some.any() else float("nan"),
     )
     return Mined(finished, report)
 
@@ -189,10 +190,9 @@ def search_negatives(
             found_scores, found = search(queries, spared[part], np.full(len(queries), np.inf, np.float32), wanted)
             own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], spared[part], found)
         positive_scores[part] = own
-        for row, (candidates, values) in enumerate(zip(found, found_scores, strict=True), start=part.start):
-            there = candidates >= 0
-            places = rules.choose(values[there], generator)
-            indices[row, : len(places)], scores[row, : len(places)] = candidates[there][places], values[there][places]
+        places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
+        indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
+        scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
     return Negatives(indices, scores, positive_scores)
 
 

@@ -49,11 +49,16 @@ class Rules:
             ceilings = np.minimum(ceilings, mean_N + np.float32(self.mean_margin))
         return ceilings.astype(np.float32)
 
-    def choose(self, scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Places of at most k of the candidates that qualify, whose scores these are, best first; the places rise."""
-        places = np.arange(len(scores))[self.skip_top : self.skip_top + self.depth]
-        if self.sampling != "top" and len(places) > self.k:
+    def choose(self, scores_NC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Places [N, at most k] in the rows of candidates that qualify, whose scores these are, best first, -inf behind the last; the
+        places rise.
+        """
+        scores_NC = scores_NC[:, self.skip_top : self.skip_top + self.depth]
+        if self.sampling == "top" or scores_NC.shape[1] <= self.k:
+            places = np.broadcast_to(np.arange(scores_NC.shape[1]), scores_NC.shape)
+        else:
             # Gumbel noise on the logarithms of the weights: the k largest are a draw without replacement.
-            logits = scores[places] / self.sampling_temperature if self.sampling == "softmax" else 0.0
-            places = np.sort(places[np.argsort(-(logits + generator.gumbel(size=len(places))))[: self.k]])
-        return places[: self.k]
+            logits = scores_NC / self.sampling_temperature if self.sampling == "softmax" else np.zeros_like(scores_NC)
+            noisy = np.where(np.isfinite(scores_NC), logits + generator.gumbel(size=scores_NC.shape), -np.inf)
+            places = np.sort(np.argsort(-noisy, axis=1)[:, : self.k], axis=1)
+        return self.skip_top + places[:, : self.k]

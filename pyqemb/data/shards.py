@@ -23,6 +23,7 @@ from pyqemb.errors import DataError
 
 FORMAT = "pyqemb-shards-1"
 _BATCH = 1024  # rows of a record batch: what a random access touches
+_OPEN = 4096  # record batches whose columns are at hand
 _NUMBERS = pa.list_(pa.float64())
 _SCHEMA = pa.schema(
     [
@@ -70,6 +71,9 @@ class Shards(Sequence[Example]):
                 )
             self._batches += [(file, batch) for batch in range(len(batches))]
         self._ends = list(accumulate(rows for batches in summary.files for rows in batches))
+        self._open: dict[
+            int, list[Any]
+        ] = {}  # columns of record batches that were asked for; they lie in the mapped files
 
     def __len__(self) -> int:
         return self.summary.rows
@@ -86,15 +90,18 @@ class Shards(Sequence[Example]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         at = bisect_right(self._ends, index)
-        file, batch = self._batches[at]
         first = self._ends[at - 1] if at else 0
-        return self._example(self._files[file].get_batch(batch), index - first)
+        if at not in self._open:
+            if len(self._open) == _OPEN:
+                self._open.clear()
+            self._open[at] = self._columns(at)
+        return self._example(self._open[at], index - first)
 
     def __iter__(self) -> Iterator[Example]:
-        for file, batch in self._batches:
-            rows = self._files[file].get_batch(batch)
-            for i in range(len(rows)):
-                yield self._example(rows, i)
+        for at, (start, end) in enumerate(zip([0, *self._ends], self._ends, strict=False)):
+            columns = self._columns(at)
+            for i in range(end - start):
+                yield self._example(columns, i)
 
     def with_instruction(self, instruction: str | None) -> "Shards":
         """The same rows, where those that bring no instruction have this one."""
@@ -111,8 +118,21 @@ class Shards(Sequence[Example]):
     def instructions(self) -> set[str | None]:
         return {self.instruction if own is None else own for own in self.summary.instructions}
 
-    def _example(self, rows: pa.RecordBatch, i: int) -> Example:
-        values: Any = [column[i].as_py() for column in rows.columns]
+    def _columns(self, at: int) -> list[Any]:
+        """Of a record batch: arrays, or what every row has where a column is empty."""
+        file, batch = self._batches[at]
+        columns: list[Any] = []
+        for column in self._files[file].get_batch(batch).columns:
+            if column.null_count == len(column):
+                columns.append(None)
+            elif pa.types.is_list(column.type) and not column.null_count and not len(column.flatten()):
+                columns.append(())
+            else:
+                columns.append(column)
+        return columns
+
+    def _example(self, columns: list[Any], i: int) -> Example:
+        values: Any = [column[i].as_py() if isinstance(column, pa.Array) else column for column in columns]
         plain: Any = [tuple(value) if isinstance(value, list) else value for value in values]
         example = Example(*plain)
         if example.instruction is None and self.instruction is not None:

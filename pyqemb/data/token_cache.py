@@ -109,4 +109,6 @@ class _Growing:
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(f"{tokenizer.max_length} {tokenizer.backend.to_str()}".encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        f"{type(tokenizer).__name__} {tokenizer.max_length} {tokenizer.backend.to_str()}".encode()
+    ).hexdigest()[:24]

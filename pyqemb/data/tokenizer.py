@@ -7,11 +7,14 @@ by position (last of its sequence), never by searching for its id.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from pyqemb.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 END_TOKEN = "<|endoftext|>"
 TEMPLATE = "Instruct: {task}\nQuery:{query}"
@@ -43,11 +46,10 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.end_token, self.end_id, self.max_length = backend, end_token, end_id, max_length
         self.files = dict(files or {})
-        if not self._appends_end():
-            self._append_end()
+        self._set_end()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Tokenizer":
+    def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Self":
         """Read a folder's tokenizer.json. `max_length` None: what sentence_bert_config.json says, else no limit.
 
         The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with its eos_token.
@@ -73,9 +75,9 @@ class Tokenizer:
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
 
-    def with_max_length(self, max_length: int | None) -> "Tokenizer":
+    def with_max_length(self, max_length: int | None) -> "Self":
         """The same tokenizer with another limit."""
-        return Tokenizer(self.backend, max_length, self.files, self.end_token)
+        return type(self)(self.backend, max_length, self.files, self.end_token)
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +142,10 @@ class Tokenizer:
         without = self.backend.encode("a", add_special_tokens=False).ids
         return self.backend.encode("a", add_special_tokens=True).ids[len(without) :][-1:] == [self.end_id]
 
-    def _append_end(self) -> None:
+    def _set_end(self) -> None:
+        """Make the tokenizer append the end token, unless it does."""
+        if self._appends_end():
+            return
         end = tokenizers.processors.TemplateProcessing(
             single=f"$A {self.end_token}",
             pair=f"$A {self.end_token} $B {self.end_token}",

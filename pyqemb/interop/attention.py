@@ -27,7 +27,9 @@ class Layout:
     keys: int  # of a row; a cache may have room for more
     queries_T: Tensor | None = None  # which of the B * Q; None: all
     keys_U: Tensor | None = None  # which of the B * keys
-    ndim: int = 0  # transformers looks whether a mask is a padding mask; generation hands this one back to be made a mask of
+    ndim: int = (
+        0  # transformers looks whether a mask is a padding mask; generation hands this one back to be made a mask of
+    )
 
 
 def register_transformers() -> None:
@@ -80,7 +82,8 @@ def _layout(
     plan = ops.attention_plan(cu_q, cu_k, device=real_BS.device)
     if real_BS.all():
         return Layout(causal, plan, keys)
-    return Layout(causal, plan, keys, *(real_BS[:, at:].flatten().nonzero().flatten() for at in (first, 0)))
+    queries_T, keys_U = (real_BS[:, at:].flatten().nonzero().flatten() for at in (first, 0))
+    return Layout(causal, plan, keys, queries_T, keys_U)
 
 
 def _sequences(mask: MaskFunction, first: int, real_BS: Tensor) -> tuple[Tensor, bool]:
@@ -128,12 +131,17 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' layers: [B, Q, N, D]."""
-    for name, value in {"dropout": dropout or None, **{name: options.get(name) for name in ("softcap", "s_aux")}}.items():
+    for name, value in {
+        "dropout": dropout or None,
+        **{name: options.get(name) for name in ("softcap", "s_aux")},
+    }.items():
         if value is not None:
             raise ValueError(f"[{NAME}] {name} is not supported, got {value!r}")
     batch, _, length, dim = query_BNQD.shape
     if sliding_window is not None and sliding_window < key_BKSD.shape[2]:
-        raise ValueError(f"[{NAME}] a sliding window of {sliding_window} is shorter than the {key_BKSD.shape[2]} tokens")
+        raise ValueError(
+            f"[{NAME}] a sliding window of {sliding_window} is shorter than the {key_BKSD.shape[2]} tokens"
+        )
     if value_BKSD.shape[-1] != dim:
         raise ValueError(f"[{NAME}] expected values as wide as queries, {dim}, got {value_BKSD.shape[-1]}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -155,7 +163,9 @@ def _rows_or_packed(
 ) -> Layout:
     """Where no mask was made: one row packed by `cu_seq_lens_q` and `cu_seq_lens_k`, as for flash attention, or rows without padding."""
     if mask is not None:
-        raise ValueError(f"[{NAME}] expected a padding mask [rows, tokens] or none, got one of shape {list(mask.shape)}")
+        raise ValueError(
+            f"[{NAME}] expected a padding mask [rows, tokens] or none, got one of shape {list(mask.shape)}"
+        )
     cu_q, cu_k = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
     if cu_q is None:
         cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32) * n for n in (length, keys))

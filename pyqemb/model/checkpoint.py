@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +16,7 @@ from pyqemb.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt"
 _SHOWN = 5  # names in an error before "and n more"
@@ -24,12 +25,13 @@ _SHOWN = 5  # names in an error before "and n more"
 class Tensors(Mapping[str, torch.Tensor]):
     """A folder's tensors by name; each is read from the disk when it is asked for.
 
-    Names come without the `model.` prefix; the language-model head is left out. CheckpointError names the file that is
+    Names come without the `model.` prefix; `heads` are left out, see `head`. CheckpointError names the file that is
     missing, damaged or outside the folder.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,)):
         self.folder = Path(folder)
+        self._heads: dict[str, Path] = {}
         self._home: dict[str, tuple[Path, str]] = {}
         self._open: dict[Path, Any] = {}
         for path, promised in _weight_files(self.folder):
@@ -39,18 +41,19 @@ class Tensors(Mapping[str, torch.Tensor]):
                     f"{path}: does not hold what {INDEX} says: missing {_some(promised - stored)}, "
                     f"surplus {_some(stored - promised)}"
                 )
-            for name in sorted(stored - {"lm_head.weight"}):
+            self._heads |= dict.fromkeys(stored & {*heads}, path)
+            for name in sorted(stored - {*heads}):
                 ours = name.removeprefix("model.")
                 if ours in self._home:
                     raise CheckpointError(f"{path}: {ours} is there twice")
                 self._home[ours] = path, name
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        path, stored = self._home[name]
-        try:
-            return self._handle(path).get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+        return self._read(*self._home[name])
+
+    def head(self, name: str) -> torch.Tensor | None:
+        """One of the heads, None where the folder has none of that name."""
+        return self._read(self._heads[name], name) if name in self._heads else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -80,6 +83,12 @@ class Tensors(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{path}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
 
+    def _read(self, path: Path, stored: str) -> torch.Tensor:
+        try:
+            return self._handle(path).get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {stored} cannot be read: {error}") from error
+
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
             try:
@@ -94,12 +103,12 @@ def read_tensors(folder: str | Path) -> Tensors:
     return Tensors(folder)
 
 
-def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def load_weights(module: nn.Module, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
     """Fill `module` (it may live on the meta device) from a folder; dtype None keeps the stored one.
 
     CheckpointError, naming the tensor, for missing and surplus names, other shapes or dtypes, NaN and infinity.
     """
-    tensors = read_tensors(folder)
+    tensors = source if isinstance(source, Tensors) else read_tensors(source)
     wanted = dict(module.named_parameters())
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or surplus:

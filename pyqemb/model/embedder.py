@@ -3,11 +3,9 @@
 Legend: B sequences, T packed tokens, E hidden size.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +28,8 @@ from pyqemb.model.portable import (
     read_prompts,
 )
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
-Attention = Literal["causal", "bidirectional"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 _TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 _TEXTS_AT_ONCE = 32768  # tokenised together, so that a large corpus never lies in memory as token lists
 
@@ -82,15 +78,15 @@ class Embedder(nn.Module):
         `dtype` says otherwise.
         Raises CheckpointError, naming the file, for anything missing, damaged or unsafe.
         """
-        path = _local(folder)
-        config = _with_attention(Qwen3Config.from_folder(path), attention)
+        path = local_folder(folder)
+        config = with_attention(Qwen3Config.from_folder(path), attention)
         tokenizer = Tokenizer.from_folder(path, max_length)
         pooling = read_pooling(path) if pooling is None else pooling
         with torch.device("meta"):
             model = Qwen3Model(config)
         embedder = cls(model, tokenizer, pooling, read_prompts(path), config.extra.get("matryoshka_dimensions"))
         check_digests(path)
-        load_weights(model, path, _dtype(dtype))
+        load_weights(model, path, named_dtype(dtype))
         place = pick_device(device, config)
         if place.type == "cuda" and dtype is None and embedder.dtype.itemsize > 2:
             model.to(torch.bfloat16)
@@ -110,7 +106,7 @@ class Embedder(nn.Module):
 
         torch's global random state is neither used nor changed.
         """
-        config = _with_attention(config, attention)
+        config = with_attention(config, attention)
         with torch.device("meta"):
             model = Qwen3Model(config)
         model.to_empty(device="cpu")
@@ -121,7 +117,7 @@ class Embedder(nn.Module):
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
-        return cls(model.to(_dtype(dtype) or torch.float32), tokenizer, pooling or "last")
+        return cls(model.to(named_dtype(dtype) or torch.float32), tokenizer, pooling or "last")
 
     @property
     def attention(self) -> Attention:
@@ -225,7 +221,7 @@ class Embedder(nn.Module):
         `dtype` None keeps the parameters' own. An existing model folder is replaced when the new one is complete;
         any other non-empty folder is refused (ConfigError). `provenance` is kept in pyqemb.json.
         """
-        stored = _dtype(dtype) or self.dtype
+        stored = named_dtype(dtype) or self.dtype
         weights = {name: parameter.detach().to(stored) for name, parameter in self.model.named_parameters()}
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
@@ -282,40 +278,7 @@ def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> 
     return F.normalize(sums_BE[:, :dim], dim=-1, eps=1e-12)  # the direction of the sum is that of the mean
 
 
-def _with_attention(config: Qwen3Config, attention: str | None) -> Qwen3Config:
-    if attention not in (None, "causal", "bidirectional"):
-        raise ConfigError(f"attention must be 'causal', 'bidirectional' or None, got {attention!r}")
-    return config if attention is None else replace(config, is_causal=attention == "causal")
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and chosen not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-    return chosen
-
-
 def _prefixed(prefix: str, texts: str | Sequence[str]) -> str | Sequence[str]:
     if not prefix:
         return texts
     return prefix + texts if isinstance(texts, str) else [prefix + text for text in texts]
-
-
-def _local(folder: str | Path) -> Path:
-    """An existing folder as it is; `org/name` from the hub, weights and plain text files only."""
-    path = Path(folder)
-    if path.exists() or not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
-        if not path.is_dir():
-            raise CheckpointError(f"{folder}: no such model folder")
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"{folder}: no such folder here; to download it as a hub id: pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error

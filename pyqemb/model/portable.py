@@ -49,7 +49,7 @@ def portable_folder(
     folder is refused. `provenance` is kept in pyqemb.json.
     """
     target = Path(target)
-    _check_replaceable(target)
+    check_replaceable(target)
     with atomic_folder(target) as folder:
         yield folder
         tensors = Tensors(folder)
@@ -106,9 +106,14 @@ def read_prompts(folder: Path) -> dict[str, str]:
     return {**DEFAULT_PROMPTS, **prompts}
 
 
+def read_contract(folder: Path) -> dict[str, Any]:
+    """pyqemb.json, empty where there is none."""
+    return _read(folder / CONTRACT)
+
+
 def check_digests(folder: Path) -> None:
     """Compare the weight files with the digests that pyqemb.json recorded, if there is one."""
-    digests = _read(folder / CONTRACT).get("sha256") or {}
+    digests = read_contract(folder).get("sha256") or {}
     if not isinstance(digests, dict):
         raise CheckpointError(f"{folder / CONTRACT}: sha256 must map file names to digests")
     for name, digest in digests.items():
@@ -122,7 +127,8 @@ def check_digests(folder: Path) -> None:
             )
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """ConfigError unless `target` is new, empty or a model folder."""
     if not target.exists():
         return
     if not target.is_dir():

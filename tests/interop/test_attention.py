@@ -124,7 +124,9 @@ def test_what_it_does_not_know_is_refused():
         dropping.train()(IDS)
     assert dropping.eval()(IDS).last_hidden_state.shape == (3, 20, 64)
     _, ours = models("llama")
-    with pytest.raises(ValueError, match=r"expected a padding mask \[rows, tokens\] or none, got one of shape \[3, 1, 20, 20\]"):
+    with pytest.raises(
+        ValueError, match=r"expected a padding mask \[rows, tokens\] or none, got one of shape \[3, 1, 20, 20\]"
+    ):
         ours(IDS, attention_mask=torch.zeros(3, 1, 20, 20))
     with pytest.raises(ValueError, match="shorter than the 20 tokens"):
         from pyqemb.interop.attention import _attend

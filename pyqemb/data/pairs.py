@@ -1,0 +1,67 @@
+"""What a reranker reads: a query and a document in the fixed words of a chat that asks for yes or no.
+
+Source: Qwen3 Embedding report (arXiv 2506.05176), section 2; the exact characters are those of Qwen3-Reranker's model card.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import tokenizers
+
+from pyqemb.data.tokenizer import END_TOKEN, Tokenizer
+from pyqemb.errors import ConfigError, DataError
+
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+MAX_LENGTH = 8192  # tokens of the whole, as in the model card
+
+
+def format_pair(query: str, document: str, instruction: str | None = None) -> str:
+    """The body: what stands between PREFIX and SUFFIX. Without an instruction it is INSTRUCTION."""
+    return (
+        f"<Instruct>: {INSTRUCTION if instruction is None else instruction}\n<Query>: {query}\n<Document>: {document}"
+    )
+
+
+class PairTokenizer(Tokenizer):
+    """Bodies to token ids, prefix and suffix around each; a body that is too long is cut, never the words around it.
+
+    `max_length` counts all of it. Raises DataError where "yes" or "no" is no single token, ConfigError where no body would fit.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        max_length: int | None = None,
+        files: Mapping[str, bytes] | None = None,
+        end_token: str = END_TOKEN,
+    ):
+        limit = MAX_LENGTH if max_length is None else max_length
+        super().__init__(backend, limit, files, end_token)
+        self.yes_id, self.no_id = self._single("yes"), self._single("no")
+        self._prefix, self._suffix = (backend.encode(text, add_special_tokens=False).ids for text in (PREFIX, SUFFIX))
+        fixed = len(self._prefix) + len(self._suffix)
+        self._room = limit - fixed
+        if self._room < 1:
+            raise ConfigError(f"max_length must leave room for a pair beside {fixed} fixed tokens, got {limit}")
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of bodies (`format_pair`), with what stands around them."""
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, got one text")
+        bodies = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[*self._prefix, *body.ids[: self._room], *self._suffix] for body in bodies]
+
+    def _single(self, word: str) -> int:
+        found = self.backend.encode(word, add_special_tokens=False).ids
+        if len(found) != 1:
+            raise DataError(f"the tokenizer makes {len(found)} tokens of {word!r}; a reranker needs one")
+        return found[0]
+
+    def _set_end(self) -> None:
+        """Nothing may follow the suffix, whose last token is asked for the answer."""
+        if self._appends_end():
+            self.backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)

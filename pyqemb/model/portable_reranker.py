@@ -1,0 +1,129 @@
+"""The reranker's folder: a causal language model, or a sequence classifier, with the template as a chat template.
+
+No modules.json: sentence-transformers' CrossEncoder finds out what a folder is by its architecture, in every version, and renders pairs by
+the chat template where it knows how (from 6.0 on); older versions want the rendered text.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyqemb import __version__
+from pyqemb.data.files import atomic_folder
+from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
+from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
+from pyqemb.model.config import FAMILIES, Qwen3Config
+from pyqemb.model.portable import CONTRACT, check_replaceable, read_contract
+
+FORMATS = ("causal-lm", "seq-cls")
+SCORE = "score.weight"
+
+
+@contextmanager
+def reranker_folder(
+    target: str | Path,
+    *,
+    format: str,
+    config: Qwen3Config,
+    tokenizer: PairTokenizer,
+    tied: bool,
+    instruction: str,
+    provenance: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`."""
+    target = Path(target)
+    check_replaceable(target)
+    with atomic_folder(target) as folder:
+        yield folder
+        tensors = Tensors(folder, heads=())
+        dtype = str(widest_dtype(tensors)).removeprefix("torch.")
+        tokenizer.save(folder)
+        (folder / "chat_template.jinja").write_text(chat_template(instruction), encoding="utf-8")
+        files: dict[str, Any] = {
+            "config.json": _config_json(config, tokenizer, format, tied, dtype),
+            CONTRACT: {
+                "pyqemb_version": __version__,
+                "kind": "reranker",
+                "format": format,
+                "instruction": instruction,
+                "yes_id": tokenizer.yes_id,
+                "no_id": tokenizer.no_id,
+                "end_token": tokenizer.end_token,
+                "max_length": tokenizer.max_length,
+                "sha256": {path.name: sha256(path) for path in tensors.files},
+                "provenance": dict(provenance or {}),
+            },
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(target.name, format, instruction), encoding="utf-8")
+
+
+def read_instruction(folder: Path) -> str:
+    """What pyqemb.json says, else that of the model card."""
+    return str(read_contract(folder).get("instruction") or INSTRUCTION)
+
+
+def chat_template(instruction: str) -> str:
+    """Messages of the roles query and document, and of system for another instruction, to the text that is tokenised.
+
+    All of it is in string literals: Jinja drops a newline at a template's end, and the suffix ends with two.
+    """
+    prefix, body, suffix = json.dumps(PREFIX + "<Instruct>: "), json.dumps("\n<Document>: "), json.dumps(SUFFIX)
+    return (
+        f"{{%- set pair = namespace(system={json.dumps(instruction)}, query='', document='') -%}}\n"
+        "{%- for message in messages -%}\n"
+        "{%- if message.role == 'system' -%}{%- set pair.system = message.content -%}{%- endif -%}\n"
+        "{%- if message.role == 'query' -%}{%- set pair.query = message.content -%}{%- endif -%}\n"
+        "{%- if message.role == 'document' -%}{%- set pair.document = message.content -%}{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        f'{{{{- {prefix} + pair.system + "\\n<Query>: " + pair.query + {body} + pair.document + {suffix} -}}}}\n'
+    )
+
+
+def _config_json(config: Qwen3Config, tokenizer: PairTokenizer, format: str, tied: bool, dtype: str) -> dict[str, Any]:
+    values = config.to_dict()
+    architecture = FAMILIES[config.model_type].architecture
+    if format == "seq-cls":
+        architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
+        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        values["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.2"}
+    values |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.end_id}
+    values["tie_word_embeddings"] = tied and format == "causal-lm"
+    if values["eos_token_id"] is None:
+        values["eos_token_id"] = tokenizer.end_id
+    return values
+
+
+def _model_card(name: str, format: str, instruction: str) -> str:
+    overrides = '{"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": true}'
+    serve = f"vllm serve {name} --runner pooling" + (f" --hf-overrides '{overrides}'" if format == "causal-lm" else "")
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-ranking
+tags:
+- sentence-transformers
+- cross-encoder
+- reranker
+- pyqemb
+---
+# {name}
+
+A reranker that answers yes or no, trained with pyqemb {__version__}.
+
+```python
+from sentence_transformers import CrossEncoder  # 6.0 or later: it renders pairs by the chat template
+
+model = CrossEncoder("{name}")
+print(model.predict([("query", "document")], prompt="{instruction}"))
+```
+
+```
+{serve}
+```
+
+Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of `system` for the instruction,
+through `chat_template.jinja`. The score is sigmoid(logit of yes - logit of no) at its last token.
+"""

@@ -1,0 +1,237 @@
+"""Reranker: does a document answer a query? The packed decoder is asked for yes or no, and for nothing else.
+
+Legend: B pairs, E hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.pairs import INSTRUCTION, PairTokenizer, format_pair
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, load_weights, write_safetensors
+from pyqemb.model.config import Qwen3Config
+from pyqemb.model.device import pick_device
+from pyqemb.model.portable import check_digests
+from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder
+from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
+
+_PAIRS_AT_ONCE = 4096  # tokenised together
+_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
+
+
+class Reranker(nn.Module):
+    """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
+
+    `model` is the Qwen3Model. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
+    token embeddings. `default_instruction` is for pairs that bring none.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Model,
+        tokenizer: PairTokenizer,
+        head: torch.Tensor | None = None,
+        lm_head: torch.Tensor | None = None,
+        default_instruction: str = INSTRUCTION,
+    ):
+        super().__init__()
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+        self.model, self.config, self.default_instruction = model, config, default_instruction
+        longest = min(tokenizer.max_length or config.max_position_embeddings, config.max_position_embeddings)
+        self.tokenizer = tokenizer.with_max_length(longest)
+        self.head = None if head is None else nn.Parameter(head)
+        self._lm_head = lm_head  # the rest of an untied head, to be written again
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        attention: Attention | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Reranker":
+        """Load a folder of a causal language model (a base model too: it is then untrained as a reranker), or of a sequence classifier
+        with one label; or download one by its hub id. Arguments and errors as of Embedder.from_pretrained; `max_length` None: 8192.
+        """
+        path = local_folder(folder)
+        config = with_attention(Qwen3Config.from_folder(path), attention)
+        tokenizer = PairTokenizer.from_folder(path, max_length)
+        check_digests(path)
+        tensors = Tensors(path, heads=(LM_HEAD, SCORE))
+        head, lm_head = _read_head(tensors, config, tokenizer)
+        with torch.device("meta"):
+            model = Qwen3Model(config)
+        load_weights(model, tensors, named_dtype(dtype))
+        own = model.embed_tokens.weight.dtype
+        reranker = cls(model, tokenizer, None if head is None else head.to(own), lm_head, read_instruction(path))
+        place = pick_device(device, config)
+        if place.type == "cuda" and dtype is None and own.itemsize > 2:
+            reranker.to(torch.bfloat16)
+        return reranker.to(place)
+
+    @property
+    def attention(self) -> Attention:
+        return "causal" if self.config.is_causal else "bidirectional"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> torch.Tensor:
+        """Logits [B, 2] of yes and no after packed pairs (`tokenizer.encode_documents`), differentiable; float32, or float64.
+
+        Only the last token of each pair leaves the last layer, and of the vocabulary only two rows are multiplied.
+        """
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
+        if batch.num_sequences and not bool((batch.cu_seqlens_cpu.diff() > 0).all()):
+            raise ValueError("expected pairs of at least one token, got an empty sequence")
+        batch = batch.to(self.device)
+        hidden_BE = self.model.norm(self.model(batch, last_only=True, boundaries=boundaries))
+        wide = torch.promote_types(hidden_BE.dtype, torch.float32)
+        return hidden_BE.to(wide) @ self._rows().to(wide).T
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        instruction: str | Sequence[str | None] | None = None,
+        tokens_per_chunk: int | None = None,
+    ) -> np.ndarray:
+        """float32 [len(pairs)]: the probability of yes against no for each (query, document).
+
+        `instruction` for all, or one a pair; None takes `default_instruction`. Source: report, section 2.
+        """
+        margins = self.margins(pairs, instruction, tokens_per_chunk)
+        return (1 / (1 + np.exp(-margins.astype(np.float64)))).astype(np.float32)
+
+    def margins(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        instruction: str | Sequence[str | None] | None = None,
+        tokens_per_chunk: int | None = None,
+    ) -> np.ndarray:
+        """`score` before the sigmoid: how far the logit of yes lies above that of no."""
+        bodies = self.format(pairs, instruction)
+        margins = np.empty(len(bodies), dtype=np.float32)
+        for first in range(0, len(bodies), _PAIRS_AT_ONCE):
+            margins[first : first + _PAIRS_AT_ONCE] = self._margins(
+                bodies[first : first + _PAIRS_AT_ONCE], tokens_per_chunk
+            )
+        return margins
+
+    def rerank(
+        self, query: str, documents: Sequence[str], top_k: int | None = None, instruction: str | None = None
+    ) -> list[tuple[int, float]]:
+        """(index, score) of the documents, best first, `top_k` of them. Equal scores keep their order."""
+        scores = self.score([(query, document) for document in documents], instruction)
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [(int(i), float(scores[i])) for i in order]
+
+    def format(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None
+    ) -> list[str]:
+        """The bodies that `tokenizer.encode_documents` takes."""
+        told = [instruction] * len(pairs) if instruction is None or isinstance(instruction, str) else list(instruction)
+        if len(told) != len(pairs):
+            raise ValueError(f"expected one instruction for each of {len(pairs)} pairs, got {len(told)}")
+        for number, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise TypeError(f"expected pairs of two texts, got {pair!r} at index {number}")
+        return [
+            format_pair(query, document, self.default_instruction if own is None else own)
+            for (query, document), own in zip(pairs, told, strict=True)
+        ]
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        format: str = "causal-lm",
+    ) -> Path:
+        """Write a folder, all or nothing: a causal language model as Qwen3-Reranker's, or ("seq-cls") a classifier whose one label is
+        scored by the difference of the two rows. transformers, sentence-transformers' CrossEncoder and vLLM load both.
+
+        Raises ConfigError: another format; "causal-lm" for a model that came as a classifier. CheckpointError: NaN or infinity.
+        """
+        if format not in FORMATS:
+            raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        if format == "causal-lm" and self.head is not None and self._lm_head is None:
+            raise ConfigError(
+                "format: a reranker that was loaded as a classifier has no language-model head to write; use 'seq-cls'"
+            )
+        stored = named_dtype(dtype) or self.dtype
+        weights: dict[str, torch.Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        rows = self._rows().detach().double()
+        if format == "seq-cls":
+            weights[SCORE] = (rows[:1] - rows[1:]).float()
+        elif self.head is not None and self._lm_head is not None:
+            full = self._lm_head.double()
+            full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = rows.cpu()
+            weights[LM_HEAD] = full
+        weights = {name: tensor.detach().to(stored) for name, tensor in weights.items()}
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {stored}")
+        with reranker_folder(
+            folder, format=format, config=self.config, tokenizer=self.tokenizer, tied=self.head is None,
+            instruction=self.default_instruction, provenance=provenance,
+        ) as temporary:  # fmt: skip
+            write_safetensors(temporary / WEIGHTS, weights)
+        return Path(folder)
+
+    def _rows(self) -> torch.Tensor:
+        """[2, E] of the head: yes, no."""
+        if self.head is not None:
+            return self.head
+        ids = torch.tensor([self.tokenizer.yes_id, self.tokenizer.no_id], device=self.device)
+        return self.model.embed_tokens.weight.index_select(0, ids)
+
+    @torch.inference_mode()
+    def _margins(self, bodies: Sequence[str], tokens_per_chunk: int | None) -> np.ndarray:
+        """Sorted by length, so that a chunk's pairs are alike, and put back in order at the end."""
+        limit = tokens_per_chunk or (_TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE)
+        tokens = self.tokenizer.encode_documents(bodies)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        chunks = PackedBatch.pack([tokens[index] for index in order]).split(limit)
+        logits_B2 = torch.cat([self(chunk).float() for chunk in chunks]).cpu().numpy()
+        margins = np.empty(len(bodies), dtype=np.float32)
+        margins[order] = logits_B2[:, 0] - logits_B2[:, 1]
+        return margins
+
+
+def _read_head(
+    tensors: Tensors, config: Qwen3Config, tokenizer: PairTokenizer
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(rows of yes and no, the whole head); both None where the head is that of the embeddings."""
+    score = tensors.head(SCORE)
+    if score is not None:
+        if score.shape != (1, config.hidden_size):
+            raise CheckpointError(
+                f"{tensors.folder}: {SCORE} has shape {list(score.shape)}, expected [1, {config.hidden_size}]"
+            )
+        return torch.cat([score, torch.zeros_like(score)]), None
+    lm_head = tensors.head(LM_HEAD)
+    if config.tie_word_embeddings:
+        return None, None
+    if lm_head is None:
+        raise CheckpointError(f"{tensors.folder}: {LM_HEAD} is missing, and config.json says that it is not tied")
+    if lm_head.shape != (config.vocab_size, config.hidden_size):
+        raise CheckpointError(
+            f"{tensors.folder}: {LM_HEAD} has shape {list(lm_head.shape)}, expected [{config.vocab_size}, {config.hidden_size}]"
+        )
+    return lm_head[[tokenizer.yes_id, tokenizer.no_id]].clone(), lm_head.clone()

@@ -1,0 +1,50 @@
+"""Where a model comes from, and how it is to be read: folder or hub id, mask, dtype."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.config import Qwen3Config
+
+Attention = Literal["causal", "bidirectional"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+
+
+def local_folder(folder: str | Path) -> Path:
+    """An existing folder as it is; `org/name` from the hub, weights and plain text files only."""
+    path = Path(folder)
+    if path.exists() or not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
+        if not path.is_dir():
+            raise CheckpointError(f"{folder}: no such model folder")
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: no such folder here; to download it as a hub id: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error
+
+
+def with_attention(config: Qwen3Config, attention: str | None) -> Qwen3Config:
+    """The config with that mask; None leaves it."""
+    if attention not in (None, "causal", "bidirectional"):
+        raise ConfigError(f"attention must be 'causal', 'bidirectional' or None, got {attention!r}")
+    return config if attention is None else replace(config, is_causal=attention == "causal")
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype by name."""
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    return chosen
