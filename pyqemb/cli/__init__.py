@@ -15,7 +15,8 @@ VERBS = {
     "mine": "add hard negatives to training pairs",
     "train": "train an embedding model from a TOML or YAML file",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
-    "evaluate": "measure a model on a retrieval, STS or bitext folder",
+    "evaluate": "measure a model on a retrieval, STS or bitext folder, a reranker on examples with negatives",
+    "rerank": "score pairs of query and document with a reranker",
 }
 
 

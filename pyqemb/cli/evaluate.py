@@ -7,7 +7,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
-    parser.add_argument("folder", type=Path, help="BEIR layout, or sts.jsonl, or bitext.jsonl")
+    parser.add_argument("folder", type=Path, help="BEIR layout, or sts.jsonl, or bitext.jsonl; examples for a reranker")
     parser.add_argument("--instruction", help="for queries; the model's own when not given")
     parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
     parser.add_argument("--split", default="test", help="which qrels/SPLIT.tsv (test)")

@@ -43,15 +43,20 @@ def _dev_set(config: "TrainConfig") -> Any:
     from pyqemb.evaluation.tasks import load_task
 
     folder, split = config.eval.data, "dev"
+    if config.task == "rerank":
+        return lambda model: _values(evaluate(model, folder, bootstrap=0))
     if not (Path(folder) / "qrels" / "dev.tsv").is_file():
         split = "test"
     load_task(folder, split)  # a folder that cannot be read stops the run before it starts
 
     def measure(embedder: "Embedder") -> dict[str, float]:
-        report = evaluate(embedder, folder, split=split, bootstrap=0)
-        return {name: value["value"] for name, value in report["metrics"].items()}
+        return _values(evaluate(embedder, folder, split=split, bootstrap=0))
 
     return measure
+
+
+def _values(report: dict[str, Any]) -> dict[str, float]:
+    return {name: value["value"] for name, value in report["metrics"].items()}
 
 
 def _print_plan(config: "TrainConfig") -> None:

@@ -14,6 +14,7 @@ import torch
 from pyqemb.data.example import Example
 from pyqemb.data.mixing import shares
 from pyqemb.data.order import Order
+from pyqemb.data.pairs import format_pair
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
 
@@ -170,6 +171,32 @@ def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: boo
     return TrainingBatch(
         list(examples), list(texts), integers(query_text), integers(document_text),
         integers([row[0] for row in candidates]), integers(owner),
+        torch.tensor([row + [-1] * (width - len(row)) for row in candidates], dtype=torch.int64).reshape(-1, width),
+    )  # fmt: skip
+
+
+def build_pairs(examples: Sequence[Example], instruction: str) -> TrainingBatch:
+    """The same for a reranker: a text is a query with one of its documents, and what the loss sees for it is a candidate of its own.
+
+    `instruction` is for examples that bring none; `query_text` are the texts of the positives.
+    """
+    texts: dict[str, int] = {}
+    places: list[int] = []
+    owner: list[int] = []
+    candidates: list[list[int]] = []
+    for query, example in enumerate(examples):
+        told = instruction if example.instruction is None else example.instruction
+        candidates.append([])
+        for document in (example.positive, *example.negatives):
+            candidates[-1].append(len(owner))
+            owner.append(query)
+            text = format_pair(example.query, document, told)
+            places.append(texts.setdefault(text, len(texts)))
+    width = max(map(len, candidates), default=0)
+    positive = torch.tensor([row[0] for row in candidates], dtype=torch.int64)
+    document_text = torch.tensor(places, dtype=torch.int64)
+    return TrainingBatch(
+        list(examples), list(texts), document_text[positive], document_text, positive, torch.tensor(owner, dtype=torch.int64),
         torch.tensor([row + [-1] * (width - len(row)) for row in candidates], dtype=torch.int64).reshape(-1, width),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
+from pyqemb.evaluation.reranking import measure_reranker
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, load_task
 
 _DEPTH = 100
@@ -31,10 +32,10 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a model on a folder (see `tasks`).
+    """Measure a model on a folder (see `tasks`), a reranker on a file of examples (see `reranking`).
 
     Args:
-        model: an Embedder, anything with its encode_query and encode_document, or a model folder.
+        model: an Embedder, anything with its encode_query and encode_document, a Reranker, or a model folder.
         instruction: for queries; None takes the model's own. Queries of the folder that name theirs keep it.
         dim: use the first `dim` features, normalised again.
         split: which qrels/SPLIT.tsv of a retrieval folder.
@@ -49,11 +50,23 @@ def evaluate(
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
-    task = load_task(folder, split)
+    task = None if Path(folder).is_file() else load_task(folder, split)
     if isinstance(model, (str, Path)):
-        from pyqemb.model.embedder import Embedder
+        from pyqemb.model.encoder import open_model
 
-        model = Embedder.from_pretrained(model)
+        model = open_model(model)
+    if hasattr(model, "score"):
+        rows = measure_reranker(model, folder, instruction)
+        intervals = {key: bootstrap_interval(list(row), bootstrap, seed) for key, row in rows.items()}
+        return {
+            "task": "reranking",
+            "folder": str(folder),
+            "count": len(rows["accuracy"]),
+            "metrics": {key: value._asdict() for key, value in intervals.items()},
+            "per_query": {key: {str(i): float(v) for i, v in enumerate(row)} for key, row in rows.items()},
+        }
+    if task is None:
+        raise DataError(f"{folder}: expected a folder; a file of examples is for a reranker")
     name, count, values, per_query = _measure(model, task, instruction, dim, bootstrap, seed)
     return {
         "task": name,

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,17 @@ from pyqemb.data.files import atomic_file
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
-from pyqemb.model.checkpoint import WEIGHTS, Tensors, read_tensors
+from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, read_tensors
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.portable import CONTRACT, check_digests, portable_folder, read_pooling, read_prompts
+from pyqemb.model.portable import (
+    CONTRACT,
+    check_digests,
+    portable_folder,
+    read_contract,
+    read_pooling,
+    read_prompts,
+)
+from pyqemb.model.portable_reranker import like_reranker, reranker_name
 
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,
@@ -89,7 +97,11 @@ def merge(
         if Path(out).resolve() == folder.resolve():
             raise ConfigError(f"out: {out} is one of the checkpoints to be merged")
     config = _common_config(everything)
-    sources = [_checked_tensors(folder) for folder in everything]
+    kinds = [read_contract(folder).get("kind", "embedder") for folder in everything]
+    if len(set(kinds)) > 1:
+        raise ConfigError(f"checkpoints: cannot merge {', '.join(dict.fromkeys(kinds))} with each other")
+    heads = () if kinds[0] == "reranker" else (LM_HEAD,)
+    sources = [_checked_tensors(folder, heads) for folder in everything]
     _check_alike(sources)
 
     blend, first = METHODS[method], sources[0]
@@ -99,11 +111,15 @@ def merge(
             "method": method, "checkpoints": [str(f) for f in folders], "weights": shares, "base": None if root is None else str(root),
         }
     }  # fmt: skip
-    target = portable_folder(
-        out, config=config, tokenizer=Tokenizer.from_folder(folders[0]), pooling=read_pooling(folders[0]),
-        prompts=read_prompts(folders[0]), matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
-    )  # fmt: skip
-    with target as temporary, _weight_file(temporary / "model.safetensors", first) as file:
+    named: Callable[[str], str] = reranker_name if kinds[0] == "reranker" else str
+    if kinds[0] == "reranker":
+        target = like_reranker(folders[0], out, config, provenance)
+    else:
+        target = portable_folder(
+            out, config=config, tokenizer=Tokenizer.from_folder(folders[0]), pooling=read_pooling(folders[0]),
+            prompts=read_prompts(folders[0]), matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
+        )  # fmt: skip
+    with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
         for name in first:
             result = _blend_one(name, sources, len(folders), blend, shares)
             file.write(_bytes_of(result.tensor.to(first.dtype(name))))
@@ -178,16 +194,16 @@ def _common_config(folders: Sequence[Path]) -> Qwen3Config:
     return configs[0]
 
 
-def _checked_tensors(folder: Path) -> Tensors:
+def _checked_tensors(folder: Path, heads: Collection[str]) -> Tensors:
     check_digests(folder)
-    return _Unrounded(folder)
+    return _Unrounded(folder, heads)
 
 
 class _Unrounded(Tensors):
     """A model folder whose tensors come from the training checkpoint of its step, as far as they round to its own."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
+    def __init__(self, folder: Path, heads: Collection[str]):
+        super().__init__(folder, heads)
         self._checkpoint: Tensors | None = None
         try:
             step = json.loads((folder / CONTRACT).read_bytes())["provenance"]["step"]
@@ -221,14 +237,14 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
 
 
 @contextmanager
-def _weight_file(path: Path, tensors: Tensors) -> Iterator[BinaryIO]:
-    """A safetensors file after its head: where each tensor will stand is known before any tensor is."""
+def _weight_file(path: Path, tensors: Tensors, named: Callable[[str], str]) -> Iterator[BinaryIO]:
+    """A safetensors file after its head: where each tensor will stand is known before any tensor is. `named`: as it is called there."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in tensors:
         dtype, shape = tensors.dtype(name), tensors.shape(name)
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[named(name)] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

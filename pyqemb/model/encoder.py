@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.config import FAMILIES
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.portable import CONTRACT, read_contract
+from pyqemb.model.reranker import Reranker
 
 
 class SentenceTransformerEncoder:
@@ -48,14 +51,26 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
     Raises CheckpointError, naming the file, for a folder that neither can load.
     """
     folder = Path(model)
-    if not (folder / "modules.json").is_file() or _model_type(folder / "config.json") == "qwen3":
+    ours = (folder / CONTRACT).is_file() or not (folder / "modules.json").is_file()
+    if ours or _model_type(folder / "config.json") == "qwen3":
         return Embedder.from_pretrained(model)
     return SentenceTransformerEncoder(folder)
 
 
+def open_model(folder: str | Path) -> Embedder | Reranker:
+    """What pyqemb.json says that a folder holds; an Embedder without one."""
+    path = Path(folder)
+    reranks = path.is_dir() and read_contract(path).get("kind") == "reranker"
+    return Reranker.from_pretrained(folder) if reranks else Embedder.from_pretrained(folder)
+
+
 def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:
-    """Scores of (query, document) pairs by a cross-encoder folder of sentence-transformers, read from the disk, safetensors only."""
+    """Scores of (query, document) pairs by a Reranker folder, or a cross-encoder of sentence-transformers, read from the disk, safetensors
+    only.
+    """
     folder = Path(folder)
+    if (folder / "config.json").is_file() and _model_type(folder / "config.json") in FAMILIES:
+        return Reranker.from_pretrained(folder).score
     if not list(folder.rglob("*.safetensors")):
         raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
     try:

@@ -6,14 +6,14 @@ the chat template where it knows how (from 6.0 on); older versions want the rend
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
-from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
+from pyqemb.model.checkpoint import LM_HEAD, Tensors, sha256, widest_dtype
 from pyqemb.model.config import FAMILIES, Qwen3Config
 from pyqemb.model.portable import CONTRACT, check_replaceable, read_contract
 
@@ -59,6 +59,21 @@ def reranker_folder(
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_model_card(target.name, format, instruction), encoding="utf-8")
+
+
+def like_reranker(
+    folder: Path, target: str | Path, config: Qwen3Config, provenance: Mapping[str, Any]
+) -> AbstractContextManager[Path]:
+    """`reranker_folder` for other weights of the reranker in `folder`."""
+    return reranker_folder(
+        target, format=read_contract(folder).get("format", FORMATS[0]), config=config, tokenizer=PairTokenizer.from_folder(folder),
+        tied=config.tie_word_embeddings, instruction=read_instruction(folder), provenance=provenance,
+    )  # fmt: skip
+
+
+def reranker_name(name: str) -> str:
+    """What a tensor of the decoder, or a head, is called in a reranker's folder."""
+    return name if name in (LM_HEAD, SCORE) else f"model.{name}"
 
 
 def read_instruction(folder: Path) -> str:

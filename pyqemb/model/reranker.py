@@ -18,7 +18,7 @@ from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, load_weights, wri
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.portable import check_digests
-from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder
+from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder, reranker_name
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
@@ -30,7 +30,7 @@ class Reranker(nn.Module):
     """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
 
     `model` is the Qwen3Model. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
-    token embeddings. `default_instruction` is for pairs that bring none.
+    token embeddings. `default_instruction` None: that of the model card.
     """
 
     def __init__(
@@ -39,13 +39,14 @@ class Reranker(nn.Module):
         tokenizer: PairTokenizer,
         head: torch.Tensor | None = None,
         lm_head: torch.Tensor | None = None,
-        default_instruction: str = INSTRUCTION,
+        default_instruction: str | None = None,
     ):
         super().__init__()
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-        self.model, self.config, self.default_instruction = model, config, default_instruction
+        self.model, self.config = model, config
+        self.default_instruction = default_instruction
         longest = min(tokenizer.max_length or config.max_position_embeddings, config.max_position_embeddings)
         self.tokenizer = tokenizer.with_max_length(longest)
         self.head = None if head is None else nn.Parameter(head)
@@ -78,6 +79,15 @@ class Reranker(nn.Module):
         if place.type == "cuda" and dtype is None and own.itemsize > 2:
             reranker.to(torch.bfloat16)
         return reranker.to(place)
+
+    @property
+    def default_instruction(self) -> str:
+        """For pairs that bring none."""
+        return self._instruction
+
+    @default_instruction.setter
+    def default_instruction(self, task: str | None) -> None:
+        self._instruction = INSTRUCTION if task is None else task
 
     @property
     def attention(self) -> Attention:
@@ -175,7 +185,7 @@ class Reranker(nn.Module):
                 "format: a reranker that was loaded as a classifier has no language-model head to write; use 'seq-cls'"
             )
         stored = named_dtype(dtype) or self.dtype
-        weights: dict[str, torch.Tensor] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        weights: dict[str, torch.Tensor] = {reranker_name(name): p for name, p in self.model.named_parameters()}
         rows = self._rows().detach().double()
         if format == "seq-cls":
             weights[SCORE] = (rows[:1] - rows[1:]).float()

@@ -49,6 +49,14 @@ def tiny_tokenizer(max_length: int | None = 128) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(_tokenizer_json()), max_length)
 
 
+def answering_tokenizer() -> tokenizers.Tokenizer:
+    """The same as a causal language model has it: with the tokens yes and no, and nothing appended."""
+    backend = tokenizers.Tokenizer.from_str(_tokenizer_json())
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    backend.add_tokens(["yes", "no"])
+    return backend
+
+
 def tiny_embedder(seed: int = 0, pooling: str = "last", **changes: Any) -> Embedder:
     """An untrained Embedder on `tiny_config(**changes)`."""
     return Embedder.from_config(tiny_config(**changes), tiny_tokenizer(), seed=seed, pooling=pooling)

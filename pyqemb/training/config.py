@@ -191,6 +191,7 @@ class SaveSection(Section):
 class TrainConfig(Section):
     """A whole training run. ConfigError names the key that is unknown or wrong."""
 
+    task: Literal["embedding", "rerank"] = "embedding"  # rerank: yes or no for each pair of query and document
     stage: Literal[1, 2] = 2
     model: ModelSection
     data: tuple[DataSet, ...] = Field(min_length=1)
@@ -204,6 +205,17 @@ class TrainConfig(Section):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+
+    @model_validator(mode="after")
+    def _fits_a_reranker(self) -> "TrainConfig":
+        if self.task == "rerank":
+            for name, given in (
+                ("loss.matryoshka", self.loss.matryoshka), ("model.pooling", self.model.pooling),
+                ("train.documents", self.train.documents if self.train.documents == "ring" else None),
+            ):  # fmt: skip
+                if given is not None:
+                    raise ValueError(f"task 'rerank' has no {name}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -48,6 +48,8 @@ def check_examples(name: str, examples: Sequence[Example], objective: str) -> No
             raise DataError(f"set {name!r}: example {number} has no negatives, the only ones that classification has")
         if objective == "distillation" and not (example.scores or example.query_embedding):
             raise DataError(f"set {name!r}: example {number} has neither scores nor query_embedding of a teacher")
+    if objective == "rerank" and not any(example.negatives for example in examples):
+        raise DataError(f"set {name!r}: no example has negatives: every answer would be yes")
     if objective == "distillation" and len({bool(example.scores) for example in examples}) > 1:
         raise DataError(f"set {name!r}: some examples have a teacher's scores and some not; they cannot share a batch")
 
@@ -59,6 +61,8 @@ def _lacks(summary: Summary, objective: str) -> bool:
         return summary.score < rows
     if objective == "classification":
         return summary.negatives < rows
+    if objective == "rerank":
+        return summary.negatives == 0
     return (
         objective == "distillation" and summary.scores < rows and (summary.scores > 0 or summary.query_embedding < rows)
     )
@@ -98,6 +102,8 @@ class BatchLoss:
             return self._over_prefixes(self._cosent, queries_BE, documents_ME)
         if self.objective == "distillation":
             return self._over_prefixes(self._distillation, queries_BE, documents_ME)
+        if self.objective == "rerank":
+            return self._yes_no(documents_ME)
         return self._info_nce(queries_BE, documents_ME)
 
     def around(self, ring: Ring, own_SE: Tensor) -> Tensor:
@@ -184,6 +190,21 @@ class BatchLoss:
             for student, vectors in sides
         ]
         return share * torch.stack(losses).mean()
+
+    def _yes_no(self, logits_M2: Tensor) -> Tensor:
+        """The mean over all pairs; of this process those of its queries."""
+        batch, device = self.batch, logits_M2.device
+        first, count = self.rows
+        mine = (batch.owner >= first) & (batch.owner < first + count)
+        labels_M = torch.zeros(len(batch.owner), dtype=torch.int64)
+        labels_M[batch.positive] = 1
+        positive_B2 = logits_M2.detach()[to_device(batch.positive[first : first + count], device)].double()
+        probability = torch.sigmoid(positive_B2[:, 0] - positive_B2[:, 1]).sum()
+        self.totals = torch.stack([probability, *probability.new_zeros(4)])
+        if not bool(mine.any()):
+            return 0 * logits_M2.sum()
+        own = to_device(mine, device)
+        return ops.yes_no(logits_M2[own], to_device(labels_M, device)[own], reduction="sum") / len(labels_M)
 
     def _count(self, queries_BE: Tensor, positives_BE: Tensor) -> None:
         rows = slice(self.rows[0], sum(self.rows))

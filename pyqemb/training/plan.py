@@ -1,19 +1,22 @@
 """What a run would do, before it does it: for --dry-run."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from pyqemb.data import mixing
 from pyqemb.data.example import Example
-from pyqemb.data.loader import build_batch
+from pyqemb.data.pairs import PREFIX, SUFFIX
 from pyqemb.data.token_cache import TokenCache
+from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
-from pyqemb.training.setup import load_model, pick_precision
+from pyqemb.training.setup import batch_of, load_model, pick_precision
 
 _SAMPLE = 512  # examples of a set that are tokenised for the estimate
 _ACTIVATIONS = (
@@ -23,18 +26,19 @@ _ACTIVATIONS = (
 
 def plan(config: TrainConfig) -> Iterator[str]:
     """Lines to print. Reads the model and all data, so whatever is wrong with them shows here."""
-    embedder = load_model(config)
-    precision = pick_precision(config.train.precision, embedder.device)
+    model = load_model(config)
+    precision = pick_precision(config.train.precision, model.device)
     sets = read_sets(config)
     loader = make_loader(sets, config)
     train = config.train
     steps = num_steps(config, loader)
-    parameters = sum(parameter.numel() for parameter in embedder.parameters())
-    yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {embedder.attention}, {embedder.pooling} pooling"
-    yield f"device     {embedder.device}, {str(precision).removeprefix('torch.')}"
+    kind = f"{model.pooling} pooling" if isinstance(model, Embedder) else "yes or no"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
+    yield f"device     {model.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in sets.examples.items():
-        here = _mean_tokens(embedder, examples[:_SAMPLE], train.num_negatives)
+        here = _mean_tokens(model, examples[:_SAMPLE], train.num_negatives, sets.objectives[name])
         tokens += here * loader.batch_sizes[name] * loader.batches[name] / loader.steps_per_epoch
         yield f"set        {name}: {len(examples)} rows, {here:.0f} tokens a row"
     yield from mixing.lines(set_shares(loader, steps))
@@ -42,29 +46,38 @@ def plan(config: TrainConfig) -> Iterator[str]:
     hard = min(train.num_negatives, sets.most_negatives)
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
-    yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
+    if isinstance(model, Embedder):
+        yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
     if train.memory is None:
-        yield f"memory     about {_memory(embedder, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
+        yield f"memory     about {_memory(model.config, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
     else:  # of the first batch, as training will plan it (less what one process of several gets)
-        texts = build_batch(loader.batch(0), embedder.tokenizer).texts
-        yield f"memory     {GradCache(embedder, memory=train.memory).preview(TokenCache(embedder.tokenizer).pack(texts))}"
+        texts = batch_of(model, loader.batch(0), sets.objectives[loader.where(0)[0]]).texts
+        yield f"memory     {GradCache(model, memory=train.memory).preview(TokenCache(model.tokenizer).pack(texts))}"
     example = next(iter(sets.examples.values()))[0]
-    query = embedder.tokenizer.format_queries([example.query], example.instruction)[0]
-    yield f"example    query {query!r} -> ids {embedder.tokenizer.encode_documents([query])[0]}"
+    if isinstance(model, Reranker):
+        yield f"example    {PREFIX + batch_of(model, [example], 'rerank').texts[0] + SUFFIX!r}"
+        return
+    query = model.tokenizer.format_queries([example.query], example.instruction)[0]
+    yield f"example    query {query!r} -> ids {model.tokenizer.encode_documents([query])[0]}"
     yield f"           document {example.positive[:200]!r}"
 
 
-def _mean_tokens(embedder: Embedder, examples: Sequence[Example], num_negatives: int) -> float:
+def _mean_tokens(model: Embedder | Reranker, examples: Sequence[Example], num_negatives: int, objective: str) -> float:
     """Tokens of a row: query, positive, and the negatives that are drawn."""
-    texts = [text for e in examples for text in (e.query, e.positive, *e.negatives[:num_negatives])]
-    return sum(map(len, embedder.tokenizer.encode_documents(texts))) / max(len(examples), 1)
+    texts = [
+        text
+        for example in examples
+        for text in batch_of(
+            model, [replace(example, negatives=example.negatives[:num_negatives], scores=())], objective
+        ).texts
+    ]
+    return sum(map(len, model.tokenizer.encode_documents(texts))) / max(len(examples), 1)
 
 
 def _memory(
-    embedder: Embedder, config: TrainConfig, precision: torch.dtype, parameters: int, tokens: float, texts: int
+    model: Qwen3Config, config: TrainConfig, precision: torch.dtype, parameters: int, tokens: float, texts: int
 ) -> float:
     """Gigabytes: float32 weights, gradients and both moments; one chunk's activations; vectors and their gradients."""
-    model = embedder.config
     chunk = min(tokens, config.train.tokens_per_chunk)
     layers = 1 if config.train.activation_checkpointing else model.num_hidden_layers
     activations = chunk * layers * (_ACTIVATIONS * model.hidden_size + 5 * model.intermediate_size) * precision.itemsize

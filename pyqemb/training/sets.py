@@ -63,7 +63,7 @@ def read_sets(config: TrainConfig) -> Sets:
             name = base if len(by_task) == 1 else f"{base}/{task}"
             if name in examples:
                 raise ConfigError(f"data: two sets are called {name!r}; give one of them another name")
-            objective = objective_of(task, config.loss)
+            objective = "rerank" if config.task == "rerank" else objective_of(task, config.loss)
             objectives[name] = with_in_batch_negatives(name, objective, entry.in_batch_negatives)
             examples[name] = rows
             check_examples(name, rows, objectives[name])

@@ -1,18 +1,32 @@
 """What a run starts from: the model on its device, its precision, the seeds."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from pyqemb.data.example import Example
+from pyqemb.data.loader import TrainingBatch, build_batch, build_pairs
 from pyqemb.errors import ConfigError
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
 
 
-def load_model(config: TrainConfig, device: str | None = None) -> Embedder:
+def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Reranker:
     """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss."""
     model = config.model
+    if config.task == "rerank":
+        reranker = Reranker.from_pretrained(
+            model.base,
+            attention=model.attention,
+            dtype=torch.float32,
+            max_length=model.max_length,
+            device=device or config.train.device,
+        )
+        reranker.model.checkpointing = config.train.activation_checkpointing
+        return reranker.train()
     embedder = Embedder.from_pretrained(
         model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
         device=device or config.train.device,
@@ -24,6 +38,13 @@ def load_model(config: TrainConfig, device: str | None = None) -> Embedder:
         embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
     embedder.model.checkpointing = config.train.activation_checkpointing
     return embedder.train()
+
+
+def batch_of(model: Embedder | Reranker, examples: Sequence[Example], objective: str) -> TrainingBatch:
+    """What a step on these examples takes."""
+    if isinstance(model, Reranker):
+        return build_pairs(examples, model.default_instruction)
+    return build_batch(examples, model.tokenizer, own_rows=objective == "classification")
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

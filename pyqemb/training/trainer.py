@@ -16,9 +16,8 @@ from pyqemb import __version__
 from pyqemb.data import mixing
 from pyqemb.data.batch import to_device
 from pyqemb.data.files import atomic_file
-from pyqemb.data.loader import TrainingBatch, build_batch
+from pyqemb.data.loader import TrainingBatch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
-from pyqemb.model.embedder import Embedder
 from pyqemb.training.config import TrainConfig, load_config
 from pyqemb.training.distributed import World, joined
 from pyqemb.training.grad_cache import GradCache
@@ -27,7 +26,7 @@ from pyqemb.training.optim import Optimizer, learning_rate
 from pyqemb.training.progress import Progress, Silence
 from pyqemb.training.ring import Ring
 from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares, token_cache
-from pyqemb.training.setup import load_model, pick_precision, seed_everything
+from pyqemb.training.setup import batch_of, load_model, pick_precision, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import (
     Checkpoint,
@@ -38,7 +37,7 @@ from pyqemb.training.state import (
     restore_random_states,
 )
 
-Evaluate = Callable[[Embedder], dict[str, float]]
+Evaluate = Callable[[Any], dict[str, float]]  # of the Embedder or Reranker
 OnStep = Callable[[dict[str, Any]], None]
 # A resumed run may change these; anything else would make it another run.
 _FREE = {"eval", "save", "train.log_every", "train.tensorboard", "train.max_bad_steps", "train.token_cache"}
@@ -68,7 +67,7 @@ def train(
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
-        evaluate: called with the Embedder every `eval.every` steps and at the end; returns numbers by name.
+        evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by name.
         on_step: called after each step with its row of metrics.jsonl.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
 
@@ -100,22 +99,22 @@ class Run:
         checkpoint = find(self.checkpoints, resume, warn=self.warn)
         if (step := checkpoint and checkpoint.step) != world.of_first(step):
             raise CheckpointError(f"{self.checkpoints}: process {world.rank} found step {step}, the first another one")
-        self.embedder = load_model(config, device)
+        self.model = load_model(config, device)
         sets = read_sets(config)
         self.fingerprint, self.objectives = sets.fingerprint, sets.objectives
-        if len(sets.instructions) == 1:  # what the model is trained with is what encode_query should say
-            (self.embedder.default_instruction,) = sets.instructions
+        if len(sets.instructions) == 1:  # what the model is trained with is what it should say later
+            self.model.default_instruction = next(iter(sets.instructions))
         self.loader = make_loader(sets, config)
-        self.tokens = token_cache(config, self.embedder.tokenizer, world.rank)
+        self.tokens = token_cache(config, self.model.tokenizer, world.rank)
         self.steps = num_steps(config, self.loader)
         if len(sets.examples) > 1:
             self.warn("\n".join(mixing.lines(set_shares(self.loader, self.steps))))
-        precision = pick_precision(config.train.precision, self.embedder.device)
-        self.loss_parameters = LossParameters(config.loss).to(self.embedder.device)
+        precision = pick_precision(config.train.precision, self.model.device)
+        self.loss_parameters = LossParameters(config.loss).to(self.model.device)
         others = {f"loss.{name}": p for name, p in self.loss_parameters.named_parameters()}
-        self.optimizer = Optimizer(self.embedder, config.train, precision, others)
+        self.optimizer = Optimizer(self.model, config.train, precision, others)
         self.cache = GradCache(
-            self.embedder, None, config.train.tokens_per_chunk, memory=config.train.memory, skip=config.train.skip_gradients,
+            self.model, None, config.train.tokens_per_chunk, memory=config.train.memory, skip=config.train.skip_gradients,
             parameters=self.optimizer.weights.values(), agree=self._agree, say=self.warn,
         )  # fmt: skip
         self.step, self.bad_steps = 0, 0
@@ -161,7 +160,7 @@ class Run:
                 "continue with --resume auto"
             )
         if self.world.is_first:
-            self.embedder.save_pretrained(self.folder / "final", provenance=self.provenance())
+            self.model.save_pretrained(self.folder / "final", provenance=self.provenance())
         self.world.wait()
 
     def train_step(self, progress: Progress) -> dict[str, Any]:
@@ -169,9 +168,7 @@ class Run:
         config = self.config
         name, number = self.loader.where(self.step)
         objective = self.objectives[name]
-        batch = build_batch(
-            self.loader.batch(self.step), self.embedder.tokenizer, own_rows=objective == "classification"
-        )
+        batch = batch_of(self.model, self.loader.batch(self.step), objective)
         self.optimizer.zero_grad()
         loss, tokens, totals = self._gradients(batch, objective)
         norm = self.optimizer.clip() if math.isfinite(loss) else math.nan
@@ -218,7 +215,7 @@ class Run:
 
     def _gradients(self, batch: TrainingBatch, objective: str) -> tuple[float, int, torch.Tensor]:
         """The gradients of the batch, summed over the processes; its loss, tokens and totals of statistics."""
-        world, device = self.world, self.embedder.device
+        world, device = self.world, self.model.device
         shares = batch.shares(world.size)
         stream = self.tokens.pack([batch.texts[text] for text in shares[world.rank]])
         loss_of = BatchLoss(batch, self.config.loss, objective, self.loss_parameters, world.share(len(batch.positive)))
@@ -257,9 +254,9 @@ class Run:
 
     def evaluate(self, evaluate: Evaluate, progress: Progress) -> None:
         """Measure the model; keep its folder as `best` when the metric has never been higher."""
-        self.embedder.eval()
-        values = {name: float(value) for name, value in evaluate(self.embedder).items()}
-        self.embedder.train()
+        self.model.eval()
+        values = {name: float(value) for name, value in evaluate(self.model).items()}
+        self.model.train()
         if not values:
             return
         row = {"step": self.step, "eval": values}
@@ -270,7 +267,7 @@ class Run:
             raise ConfigError(f"eval.metric: {metric!r} is not among what was measured: {', '.join(values)}")
         if math.isfinite(values[metric]) and (self.best is None or values[metric] > self.best["value"]):
             self.best = {"metric": metric, "value": values[metric], "step": self.step}
-            self.embedder.save_pretrained(self.folder / "best", provenance=self.provenance())
+            self.model.save_pretrained(self.folder / "best", provenance=self.provenance())
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, its metrics first."""
@@ -336,8 +333,8 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.platform(),
-            "device": _described(self.embedder.device),
-            "precision": str(self.embedder.dtype).removeprefix("torch."),
+            "device": _described(self.model.device),
+            "precision": str(self.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "arguments": sys.argv,
         }

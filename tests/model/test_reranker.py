@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -12,16 +11,9 @@ from pyqemb import Reranker
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.pairs import PREFIX, SUFFIX, PairTokenizer, format_pair
 from pyqemb.errors import CheckpointError, ConfigError, DataError
-from pyqemb.testing.tiny import TEXTS, tiny_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import TEXTS, answering_tokenizer, tiny_tokenizer, write_tiny_folder
 
 PAIRS = [(query, document) for query in TEXTS[:3] for document in TEXTS[3:]]
-
-
-def answering_tokenizer() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().backend.to_str())
-    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-    backend.add_tokens(["yes", "no"])
-    return backend
 
 
 def causal_folder(folder, tied=True, seed=0, **changes):
@@ -127,7 +119,15 @@ def test_a_classifier_is_loaded_and_written_again(folder, tmp_path):
     with pytest.raises(ConfigError, match="has no language-model head to write; use 'seq-cls'"):
         again.save_pretrained(tmp_path / "causal")
     assert not (tmp_path / "causal").exists()
-    assert np.abs(Reranker.from_pretrained(again.save_pretrained(tmp_path / "twice", format="seq-cls"), device="cpu").margins(PAIRS) - margins).max() < 1e-4
+    assert (
+        np.abs(
+            Reranker.from_pretrained(again.save_pretrained(tmp_path / "twice", format="seq-cls"), device="cpu").margins(
+                PAIRS
+            )
+            - margins
+        ).max()
+        < 1e-4
+    )
 
 
 def test_the_gradient_reaches_two_rows_of_the_head(folder):
@@ -165,7 +165,7 @@ def test_what_is_refused(tmp_path):
         reranker.save_pretrained(tmp_path / "out", format="onnx")
     assert reranker.score([]).shape == (0,)
     tiny_tokenizer().backend.save(str(folder / "tokenizer.json"))
-    with pytest.raises(DataError, match="the tokenizer makes . tokens of 'yes'; a reranker needs one"):
+    with pytest.raises(DataError, match=r"the tokenizer makes . tokens of 'yes'; a reranker needs one"):
         Reranker.from_pretrained(folder)
     untied = causal_folder(tmp_path / "untied", tied=False)
     weights = load_file(untied / "model.safetensors")

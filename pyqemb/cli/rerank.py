@@ -1,0 +1,80 @@
+"""`pyqemb rerank MODEL FILE --out FILE`: how well documents answer queries."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_ROWS_AT_ONCE = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a reranker folder, or the name of one on the hub")
+    parser.add_argument("pairs", type=Path, help="JSONL rows of `query` with `document`, or with a list `documents`")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSONL to write: the rows, with `score`, or with `scores`"
+    )
+    parser.add_argument("--instruction", help="for rows that bring none; the model's own when not given")
+    parser.add_argument("--top-k", type=int, help="sort each row's documents, best first, and keep so many")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from pyqemb.data.files import atomic_file
+    from pyqemb.errors import ConfigError, DataError
+    from pyqemb.model.reranker import Reranker
+
+    if args.out.resolve() == args.pairs.resolve():
+        raise ConfigError(f"--out: {args.out} is also the input")
+    if args.top_k is not None and args.top_k < 1:
+        raise ConfigError(f"--top-k must be at least 1, got {args.top_k}")
+    model, count = Reranker.from_pretrained(args.model), 0
+    with atomic_file(args.out) as temporary:
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                for rows in _windows(args.pairs):
+                    pairs = [(row["query"], text) for row in rows for text in _documents(row)]
+                    told = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
+                    scores = iter(model.score(pairs, instruction=told).tolist())
+                    for row in rows:
+                        own = [next(scores) for _ in _documents(row)]
+                        file.write(json.dumps(_scored(row, own, args.top_k), ensure_ascii=False) + "\n")
+                    count += len(pairs)
+        except OSError as error:
+            raise DataError(f"{args.out}: cannot be written: {error.strerror or error}") from error
+    print(f"{count} pairs scored, written to {args.out}")
+    return 0
+
+
+def _windows(path: Path) -> Iterator[list[dict[str, Any]]]:
+    from pyqemb.data.example import read_lines
+    from pyqemb.errors import DataError
+
+    rows: list[dict[str, Any]] = []
+    for number, row in read_lines(path):
+        documents = row.get("documents", [row.get("document")])
+        good = isinstance(row.get("query"), str) and isinstance(documents, list)
+        if not good or not all(isinstance(text, str) for text in documents):
+            raise DataError(
+                f"{path}:{number}: expected a query with a document or documents, the row has {sorted(row)}"
+            )
+        rows.append(row)
+        if len(rows) == _ROWS_AT_ONCE:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _documents(row: dict[str, Any]) -> list[str]:
+    return row["documents"] if "documents" in row else [row["document"]]
+
+
+def _scored(row: dict[str, Any], scores: list[float], top_k: int | None) -> dict[str, Any]:
+    if "documents" not in row:
+        return {**row, "score": scores[0]}
+    if top_k is None:
+        return {**row, "scores": scores}
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+    return {**row, "documents": [row["documents"][i] for i in order], "scores": [scores[i] for i in order]}

@@ -1,0 +1,42 @@
+"""How well a reranker tells an example's positive from its negatives."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyqemb.data.example import Example, read_examples
+from pyqemb.errors import DataError
+
+METRICS = ("accuracy@1", "mrr@10", "ndcg@10", "accuracy")
+
+
+def measure_reranker(model: Any, path: str | Path, instruction: str | None = None) -> dict[str, np.ndarray]:
+    """{metric: a value for each example with negatives}: the positive's place among them, equal scores counted against it; and
+    `accuracy`, the share of pairs that are judged rightly by a score of one half.
+
+    Raises DataError: a file that cannot be read, or no example with negatives.
+    """
+    examples = [example for example in read_examples(path) if example.negatives]
+    if not examples:
+        raise DataError(f"{path}: no example has negatives to tell the positive from")
+    scores = _scores(model, examples, instruction)
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    for own in scores:
+        if not np.isfinite(own).all():
+            raise DataError("the model gives NaN or infinity for pairs")
+        place = 1 + int((own[1:] >= own[0]).sum())
+        values["accuracy@1"].append(float(place == 1))
+        values["mrr@10"].append(1 / place if place <= 10 else 0.0)
+        values["ndcg@10"].append(1 / float(np.log2(1 + place)) if place <= 10 else 0.0)
+        values["accuracy"].append((float(own[0] > 0.5) + float((own[1:] <= 0.5).sum())) / len(own))
+    return {name: np.array(each) for name, each in values.items()}
+
+
+def _scores(model: Any, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:
+    """Of each example, its positive first."""
+    pairs = [(e.query, document) for e in examples for document in (e.positive, *e.negatives)]
+    told = [e.instruction or instruction for e in examples for _ in range(1 + len(e.negatives))]
+    scores = np.asarray(model.score(pairs, instruction=told))
+    return np.split(scores, np.cumsum([1 + len(e.negatives) for e in examples])[:-1])
