@@ -25,16 +25,16 @@ _SHOWN = 5  # names in an error before "and n more"
 class Tensors(Mapping[str, torch.Tensor]):
     """A folder's tensors by name; each is read from the disk when it is asked for.
 
-    Names come without the `model.` prefix; `heads` are left out, see `head`. CheckpointError names the file that is
-    missing, damaged or outside the folder.
+    Names come without the `model.` prefix; `heads` are left out, see `head`. `file` None: the model's, one or in shards.
+    CheckpointError names the file that is missing, damaged or outside the folder.
     """
 
-    def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,)):
+    def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,), file: str | None = None):
         self.folder = Path(folder)
         self._heads: dict[str, Path] = {}
         self._home: dict[str, tuple[Path, str]] = {}
         self._open: dict[Path, Any] = {}
-        for path, promised in _weight_files(self.folder):
+        for path, promised in _weight_files(self.folder) if file is None else [(_there(self.folder / file), None)]:
             stored = set(self._handle(path).keys())
             if promised is not None and stored != promised:
                 raise CheckpointError(
@@ -156,6 +156,12 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: has no {path.name}")
+    return path
 
 
 def _finite(tensors: Tensors, name: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import WEIGHTS, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
+from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import (
     DEFAULT_PROMPTS,
     POOLINGS,
@@ -219,10 +220,10 @@ class Embedder(nn.Module):
         """Write the folder that sentence-transformers, transformers, vLLM and TEI load, all or nothing.
 
         `dtype` None keeps the parameters' own. An existing model folder is replaced when the new one is complete;
-        any other non-empty folder is refused (ConfigError). `provenance` is kept in pyqemb.json.
+        any other non-empty folder is refused (ConfigError). Adapters are folded in. `provenance` is kept in pyqemb.json.
         """
         stored = named_dtype(dtype) or self.dtype
-        weights = {name: parameter.detach().to(stored) for name, parameter in self.model.named_parameters()}
+        weights = {name: tensor.to(stored) for name, tensor in merged_parameters(self.model).items()}
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {stored}")

@@ -17,6 +17,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
+from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import check_digests
 from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder, reranker_name
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
@@ -185,7 +186,9 @@ class Reranker(nn.Module):
                 "format: a reranker that was loaded as a classifier has no language-model head to write; use 'seq-cls'"
             )
         stored = named_dtype(dtype) or self.dtype
-        weights: dict[str, torch.Tensor] = {reranker_name(name): p for name, p in self.model.named_parameters()}
+        weights: dict[str, torch.Tensor] = {
+            reranker_name(name): tensor for name, tensor in merged_parameters(self.model).items()
+        }
         rows = self._rows().detach().double()
         if format == "seq-cls":
             weights[SCORE] = (rows[:1] - rows[1:]).float()

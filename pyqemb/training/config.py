@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pyqemb.errors import ConfigError
+from pyqemb.model.lora import TARGETS
 
 try:
     import tomllib
@@ -68,6 +69,23 @@ class DataSet(Section):
     max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other sets
     max_epochs: float | None = Field(None, gt=0)  # passes over it in the whole run, at most
     in_batch_negatives: bool | None = None  # None: by task; classification has none
+
+
+class LoraSection(Section):
+    """Train low-rank adapters in place of all weights; the run also writes them, in peft's form, to save.dir/adapter."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank_stabilised: bool = False
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets or set(targets) - set(TARGETS):
+            raise ValueError(f"expected some of {', '.join(TARGETS)}")
+        return targets
 
 
 class GroupSection(Section):
@@ -195,6 +213,7 @@ class TrainConfig(Section):
     stage: Literal[1, 2] = 2
     model: ModelSection
     data: tuple[DataSet, ...] = Field(min_length=1)
+    lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     train: TrainSection = Field(default_factory=lambda: TrainSection())
     eval: EvalSection = Field(default_factory=lambda: EvalSection())
@@ -233,6 +252,7 @@ class TrainConfig(Section):
 _SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSet,
+    "lora": LoraSection,
     "loss": LossSection,
     "train": TrainSection,
     "eval": EvalSection,

@@ -35,6 +35,9 @@ def plan(config: TrainConfig) -> Iterator[str]:
     kind = f"{model.pooling} pooling" if isinstance(model, Embedder) else "yes or no"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
+    if config.lora is not None:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield f"device     {model.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in sets.examples.items():

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch, build_batch, build_pairs
 from pyqemb.errors import ConfigError
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.lora import LoraConfig, add_lora
 from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
+
+ModelT = TypeVar("ModelT", Embedder, Reranker)
 
 
 def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Reranker:
@@ -25,8 +29,7 @@ def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Rer
             max_length=model.max_length,
             device=device or config.train.device,
         )
-        reranker.model.checkpointing = config.train.activation_checkpointing
-        return reranker.train()
+        return _prepared(reranker, config)
     embedder = Embedder.from_pretrained(
         model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
         device=device or config.train.device,
@@ -36,8 +39,15 @@ def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Rer
         if max(config.loss.matryoshka) > size:
             raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
         embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
-    embedder.model.checkpointing = config.train.activation_checkpointing
-    return embedder.train()
+    return _prepared(embedder, config)
+
+
+def _prepared(model: ModelT, config: TrainConfig) -> ModelT:
+    model.model.checkpointing = config.train.activation_checkpointing
+    if config.lora is not None:
+        model.requires_grad_(False)
+        add_lora(model.model, LoraConfig(**config.lora.model_dump()), seed=config.train.seed)
+    return model.train()
 
 
 def batch_of(model: Embedder | Reranker, examples: Sequence[Example], objective: str) -> TrainingBatch:

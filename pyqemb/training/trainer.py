@@ -18,6 +18,7 @@ from pyqemb.data.batch import to_device
 from pyqemb.data.files import atomic_file
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
+from pyqemb.model.lora import save_adapter
 from pyqemb.training.config import TrainConfig, load_config
 from pyqemb.training.distributed import World, joined
 from pyqemb.training.grad_cache import GradCache
@@ -161,6 +162,9 @@ class Run:
             )
         if self.world.is_first:
             self.model.save_pretrained(self.folder / "final", provenance=self.provenance())
+            if self.config.lora is not None:
+                task = "CAUSAL_LM" if self.config.task == "rerank" else "FEATURE_EXTRACTION"
+                save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task)
         self.world.wait()
 
     def train_step(self, progress: Progress) -> dict[str, Any]:

@@ -276,3 +276,32 @@ def test_skipping_is_logged(workplace):
     rows = pyqemb.train(config(workplace, skip_gradients=0.05, tokens_per_chunk=60, steps=6)).metrics
     assert all(0 <= row["skipped_norm"] <= 0.05 and 0 <= row["skipped_tokens"] < 1 for row in rows)
     assert any(row["skipped_texts"] > 0 for row in rows)
+
+
+def test_adapters_are_trained_written_and_resumed(workplace):
+    """Only they change; the model that comes out holds them; a run that was stopped goes on bit by bit."""
+
+    def lora(run, **train):
+        settings = config(workplace, run, **train).model_dump()
+        return stage2(**{**settings, "lora": {"rank": 2, "alpha": 8.0}})
+
+    result = pyqemb.train(lora("whole"))
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+    base = load_file(workplace / "base" / "model.safetensors")
+    final, adapter = (
+        weights(workplace / "whole"),
+        load_file(workplace / "whole" / "adapter" / "adapter_model.safetensors"),
+    )
+    assert set(final) == set(base)
+    changed = {name for name in base if not torch.equal(base[name], final[name])}
+    assert changed == {name for name in base if "_proj" in name}
+    name = "layers.0.self_attn.q_proj"
+    delta = 4.0 * adapter[f"base_model.model.{name}.lora_B.weight"] @ adapter[f"base_model.model.{name}.lora_A.weight"]
+    assert (base[f"{name}.weight"] + delta - final[f"{name}.weight"]).abs().max() < 1e-6
+    pyqemb.train(lora("parts", steps=6), on_step=None)
+    with pytest.raises(ConfigError, match=r"cannot resume with another configuration: lora\.rank was 2, now 4"):
+        pyqemb.train(stage2(**{**lora("parts").model_dump(), "lora": {"rank": 4, "alpha": 8.0}}), resume="auto")
+    stopped = workplace / "whole" / "checkpoints"
+    assert all(".lora." in name for name in load_file(checkpoints(stopped)[-1] / "model.safetensors"))
+    pyqemb.train(lora("again", steps=12))
+    assert same(weights(workplace / "again"), final)

@@ -1,0 +1,265 @@
+"""Low-rank adapters on the packed decoder: x W^T + scale (x A^T) B^T. Written and read as peft's.
+
+Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scale, Kalajdzievski 2023, arXiv 2312.03732.
+Legend: R rank, I and O features in and out.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyqemb.data.files import atomic_folder
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import Tensors, write_safetensors
+from pyqemb.model.qwen3 import Linear, Lora, Qwen3Model
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Settings of peft that would change the arithmetic, and what they must be.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
+    "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "layers_to_transform": (None, []), "lora_bias": (False, None),
+    "trainable_token_indices": (None, []), "target_parameters": (None, []), "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """scale = alpha / rank, or alpha / sqrt(rank) where `rank_stabilised`. ConfigError: what is out of range."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in 0..1, got {self.dropout}")
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise ConfigError(f"lora.targets must be among {', '.join(TARGETS)}, got {list(self.targets)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def add_lora(model: Qwen3Model, config: LoraConfig, seed: int = 0) -> None:
+    """Freeze the model and give its targets new adapters, which change nothing yet (B is zero). The same for the same seed."""
+    if adapted(model):
+        raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for _, linear in _targets(model, config.targets):
+        weight = linear.weight
+        bound = 1 / math.sqrt(weight.shape[1])  # as peft and nn.Linear draw it
+        a_RI = (torch.rand(config.rank, weight.shape[1], generator=generator) * 2 - 1) * bound
+        b_OR = torch.zeros(weight.shape[0], config.rank)
+        linear.lora = Lora(a_RI.to(weight), b_OR.to(weight), config.scale, config.dropout)
+
+
+def adapted(model: nn.Module) -> dict[str, Linear]:
+    """The modules that have an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora is not None}
+
+
+def merged_parameters(model: Qwen3Model) -> dict[str, torch.Tensor]:
+    """The parameters by name as if the adapters had been folded in; detached."""
+    layers = adapted(model)
+    merged = {name: p.detach() for name, p in model.named_parameters() if ".lora." not in name}
+    for name, linear in layers.items():
+        merged[f"{name}.weight"] = _folded(linear)
+    return merged
+
+
+def merge_lora(model: Qwen3Model) -> None:
+    """Fold the adapters into the weights, which can be trained again."""
+    with torch.no_grad():
+        for linear in adapted(model).values():
+            linear.weight.copy_(_folded(linear))
+            linear.lora = None
+    model.requires_grad_(True)
+
+
+def save_adapter(
+    model: Qwen3Model, folder: str | Path, base: str | None = None, task_type: str = "FEATURE_EXTRACTION"
+) -> Path:
+    """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
+
+    `base`: what adapter_config.json calls the base model. `task_type` "CAUSAL_LM": for the same decoder under a language-model head.
+    Raises ConfigError: the model has no adapters, or ones of several ranks.
+    """
+    layers = adapted(model)
+    if not layers:
+        raise ConfigError("the model has no adapters to save")
+    loras = {name: linear.lora for name, linear in layers.items() if linear.lora is not None}
+    (rank, scale), *others = {(len(lora.A), lora.scale) for lora in loras.values()}
+    if others:
+        raise ConfigError("the adapters differ in rank or scale; peft's plain format holds one of each")
+    inner = "model." if task_type == "CAUSAL_LM" else ""
+    tensors = {
+        f"{_PREFIX}{inner}{name}.lora_{side}.weight": getattr(lora, side)
+        for name, lora in loras.items()
+        for side in "AB"
+    }
+    settings: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base, "r": rank, "lora_alpha": scale * rank,
+        "lora_dropout": next(iter(loras.values())).dropout.p, "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    }  # fmt: skip
+    return _write(folder, tensors, settings)
+
+
+def load_adapter(model: Qwen3Model, folder: str | Path) -> None:
+    """Give the model the adapters of a peft folder, plain LoRA on its projections; the model is frozen but for them.
+
+    Raises CheckpointError, naming the file: a setting that would change the arithmetic, a tensor that is missing, surplus, or of another
+    shape. ConfigError: the model has adapters already.
+    """
+    if adapted(model):
+        raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
+    adapter = read_adapter(folder)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    for name, (a_RI, b_OR) in adapter.pairs.items():
+        linear = layers.get(name)
+        if linear is None:
+            raise CheckpointError(f"{folder}: has an adapter for {name}, which the model has not")
+        wanted = (b_OR.shape[0], a_RI.shape[1])
+        if tuple(linear.weight.shape) != wanted or a_RI.shape[0] != b_OR.shape[1]:
+            raise CheckpointError(
+                f"{folder}: the adapter of {name} is for a weight of shape {list(wanted)}, the model has {list(linear.weight.shape)}"
+            )
+    model.requires_grad_(False)
+    for name, (a_RI, b_OR) in adapter.pairs.items():
+        weight = layers[name].weight
+        layers[name].lora = Lora(a_RI.to(weight), b_OR.to(weight), adapter.scale, adapter.dropout)
+
+
+def merge_adapters(
+    folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, out: str | Path, rank: int | None = None
+) -> Path:
+    """The weighted sum of adapters of one base model as one adapter.
+
+    Args:
+        weights: one for each; equal, adding up to 1, when None. They may be negative.
+        rank: of the result, the nearest in the Frobenius norm (by SVD). None: the sum of the ranks, and exact.
+
+    Raises ConfigError: fewer than two, weights that do not fit. CheckpointError as of load_adapter, or adapters of other modules.
+    """
+    if len(folders) < 2:
+        raise ConfigError(f"adapters: two or more are needed, got {len(folders)}")
+    shares = [1 / len(folders)] * len(folders) if weights is None else list(weights)
+    if len(shares) != len(folders) or not all(map(math.isfinite, shares)):
+        raise ConfigError(f"weights: one number for each of the {len(folders)} adapters is needed, got {shares}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {rank}")
+    adapters = [read_adapter(folder) for folder in folders]
+    first = adapters[0]
+    tensors: dict[str, torch.Tensor] = {}
+    for adapter in adapters[1:]:
+        shapes = [{name: (b.shape[0], a.shape[1]) for name, (a, b) in one.pairs.items()} for one in (first, adapter)]
+        if shapes[0] != shapes[1] or adapter.inner != first.inner:
+            raise CheckpointError(f"{adapter.folder}: its adapters are not for the modules of {first.folder}")
+    for name in first.pairs:
+        a_RI = torch.cat([adapter.pairs[name][0].float() for adapter in adapters])
+        b_OR = torch.cat(
+            [share * one.scale * one.pairs[name][1].float() for share, one in zip(shares, adapters, strict=True)], dim=1
+        )
+        if rank is not None:
+            a_RI, b_OR = _nearest(a_RI, b_OR, rank)
+        for side, tensor in (("A", a_RI), ("B", b_OR)):
+            tensors[f"{_PREFIX}{first.inner}{name}.lora_{side}.weight"] = tensor
+    size = len(next(iter(tensors.values())))
+    settings = {**first.settings, "r": size, "lora_alpha": size, "use_rslora": False}
+    return _write(out, tensors, settings)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A peft folder: (A, B) by module of the decoder; `inner` is what stands before its names."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+    dropout: float
+    inner: str
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read a peft folder; CheckpointError as of load_adapter."""
+    folder = Path(folder)
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_bytes())
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no LoRA adapter: {error!r}") from error
+    for name, allowed in _PLAIN.items():
+        if name in settings and settings[name] not in allowed:
+            raise CheckpointError(f"{path}: {name} {settings[name]!r} is not supported")
+    pickled = [file.name for file in folder.glob("adapter_model.bin")]
+    if pickled and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder / pickled[0]}: is a pickle, which can run code: convert it to safetensors")
+    tensors = Tensors(folder, heads=(), file=WEIGHTS)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    inner = "model." if any(name.startswith(f"{_PREFIX}model.") for name in tensors) else ""
+    for name in tensors:
+        module, _, side = name.removeprefix(_PREFIX + inner).removesuffix(".weight").rpartition(".lora_")
+        if not name.startswith(_PREFIX + inner) or side not in ("A", "B"):
+            raise CheckpointError(f"{tensors.file(name)}: {name} is no weight of a LoRA adapter")
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{tensors.file(name)}: {name} holds NaN or infinity")
+        found.setdefault(module, {})[side] = tensors[name].clone()
+    for module, sides in found.items():
+        if set(sides) != {"A", "B"} or len(sides["A"]) != rank:
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} has not the two matrices of an adapter of rank {rank}")
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    pairs = {module: (sides["A"], sides["B"]) for module, sides in found.items()}
+    return Adapter(folder, settings, pairs, scale, float(settings.get("lora_dropout") or 0.0), inner)
+
+
+def _write(folder: str | Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Path:
+    """All or nothing; ConfigError where something else lies there."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder}: is there and is no adapter; refusing to replace it")
+    with atomic_folder(folder) as temporary:
+        write_safetensors(temporary / WEIGHTS, tensors)
+        (temporary / CONFIG).write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _targets(model: Qwen3Model, names: Sequence[str]) -> list[tuple[str, Linear]]:
+    return [
+        (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and name.rpartition(".")[2] in names
+    ]
+
+
+def _folded(linear: Linear) -> torch.Tensor:
+    """W + scale B A, in float32 at least."""
+    lora = linear.lora
+    assert lora is not None
+    wide = torch.promote_types(linear.weight.dtype, torch.float32)
+    delta = lora.scale * (lora.B.detach().to(wide) @ lora.A.detach().to(wide))
+    return (linear.weight.detach().to(wide) + delta).to(linear.weight.dtype)
+
+
+def _nearest(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of that rank whose product is nearest to B A. Only matrices of the given rank are decomposed."""
+    q_OR, left_RR = torch.linalg.qr(b_OR.double())
+    q_IR, right_RR = torch.linalg.qr(a_RI.double().T)
+    u, s, v = torch.linalg.svd(left_RR @ right_RR.T)
+    root = s[:rank].sqrt()
+    return ((root[:, None] * v[:rank]) @ q_IR.T).float(), (q_OR @ (u[:, :rank] * root)).float()
