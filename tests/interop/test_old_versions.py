@@ -1,0 +1,88 @@
+"""What we write, read by sentence-transformers 5.1 with transformers 4.57, in a process that sees those alone: equal to 1e-5."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyqemb import Reranker
+from pyqemb.testing.tiny import TEXTS, answering_tokenizer, tiny_embedder, write_tiny_folder
+
+OLD = [
+    "sentence-transformers==5.1.2", "transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "requests", "urllib3",
+    "certifi", "idna", "charset-normalizer",
+]  # fmt: skip
+NEWER = ("sentence_transformers", "transformers", "huggingface_hub", "tokenizers", "datasets", "peft", "accelerate", "mteb")
+TEXTS = [text for text in TEXTS if text]
+PACKAGES = Path(__file__).parents[2] / "build" / "old-versions"  # kept from run to run
+
+EMBED = """
+import numpy, sentence_transformers, sys, transformers
+assert (sentence_transformers.__version__, transformers.__version__) == ("5.1.2", "4.57.1")
+folder, out, *texts = sys.argv[1:]
+model = sentence_transformers.SentenceTransformer(folder, device="cpu", local_files_only=True)
+numpy.savez(out, query=model.encode_query(texts), document=model.encode_document(texts))
+"""
+RERANK = """
+import numpy, sentence_transformers, sys, transformers
+folder, out, *texts = sys.argv[1:]
+model = sentence_transformers.CrossEncoder(folder, device="cpu", local_files_only=True)
+roles = [[{"role": "query", "content": texts[0]}, {"role": "document", "content": text}] for text in texts[1:]]
+rendered = model.tokenizer.apply_chat_template(roles, tokenize=False)
+features = model.tokenizer(rendered, padding=True, return_tensors="pt")
+numpy.savez(out, scores=model.model(**features).logits[:, 0].sigmoid().detach().numpy())
+"""
+
+
+@pytest.fixture(scope="session")
+def old_versions(tmp_path_factory):
+    """(script, *arguments) -> None, run where those versions are installed, beside torch and what both share."""
+    if not (PACKAGES / "sentence_transformers").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PACKAGES), *OLD]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"the old versions cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    shared = tmp_path_factory.mktemp("shared")
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not path.name.replace("-", "_").startswith(NEWER):
+            (shared / path.name).symlink_to(path)
+
+    def run(script, *arguments):
+        environment = {"PYTHONPATH": f"{PACKAGES}:{shared}", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", script, *map(str, arguments)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "qwen2"])
+def test_embedders(old_versions, tmp_path, model_type, pooling):
+    model = tiny_embedder(model_type=model_type, pooling=pooling)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = model.save_pretrained(tmp_path / "model")
+    old_versions(EMBED, folder, tmp_path / "out.npz", *TEXTS)
+    theirs = np.load(tmp_path / "out.npz")
+    assert np.abs(theirs["query"] - model.encode_query(TEXTS)).max() < 1e-5
+    assert np.abs(theirs["document"] - model.encode_document(TEXTS)).max() < 1e-5
+
+
+def test_rerankers(old_versions, tmp_path):
+    base = write_tiny_folder(tmp_path / "base", max_position_embeddings=1024, prefix=True)
+    answering_tokenizer().save(str(base / "tokenizer.json"))
+    model = Reranker.from_pretrained(base, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = model.save_pretrained(tmp_path / "model", format="seq-cls")
+    old_versions(RERANK, folder, tmp_path / "out.npz", *TEXTS)
+    scores = model.score([(TEXTS[0], text) for text in TEXTS[1:]])
+    assert np.abs(np.load(tmp_path / "out.npz")["scores"] - scores).max() < 1e-5
