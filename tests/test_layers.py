@@ -22,7 +22,7 @@ PYTHON = {
     "synthesis": {"errors", "data", "ops", "model", "llm"},
     "merging": {"errors", "data", "model"},
     "demo": {"errors", "data", "ops", "model"} | JOBS,
-    "cli": {"errors", "data", "ops", "model", "llm", "demo"} | JOBS,
+    "cli": {"errors", "data", "ops", "model", "interop", "llm", "demo"} | JOBS,
     "testing": {"errors", "data", "ops", "model"} | JOBS,
 }
 CPP = {

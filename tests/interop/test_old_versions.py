@@ -16,7 +16,16 @@ OLD = [
     "sentence-transformers==5.1.2", "transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "requests", "urllib3",
     "certifi", "idna", "charset-normalizer",
 ]  # fmt: skip
-NEWER = ("sentence_transformers", "transformers", "huggingface_hub", "tokenizers", "datasets", "peft", "accelerate", "mteb")
+NEWER = (
+    "sentence_transformers",
+    "transformers",
+    "huggingface_hub",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "mteb",
+)
 TEXTS = [text for text in TEXTS if text]
 PACKAGES = Path(__file__).parents[2] / "build" / "old-versions"  # kept from run to run
 

@@ -1,0 +1,57 @@
+"""`pyqemb export MODEL --out FOLDER`: a folder that other tools load, and whether they do."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or the name of a model on the hub")
+    parser.add_argument("--out", "-o", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--adapter", type=Path, help="a LoRA adapter (peft's) to fold into the weights")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights (bfloat16)"
+    )
+    parser.add_argument("--format", choices=["causal-lm", "seq-cls"], help="of a reranker (causal-lm)")
+    parser.add_argument(
+        "--reranker", action="store_true", help="a causal language model that pyqemb did not write is a reranker"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="load it in other libraries, compare 200 vectors, check what servers read"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyqemb.errors import ConfigError
+    from pyqemb.model.encoder import open_model
+    from pyqemb.model.lora import load_adapter
+    from pyqemb.model.reranker import Reranker
+
+    if args.out.exists() and Path(args.model).exists() and args.out.resolve() == Path(args.model).resolve():
+        raise ConfigError(f"--out: {args.out} is the model itself")
+    reranks = args.reranker or args.format is not None
+    model = Reranker.from_pretrained(args.model) if reranks else open_model(args.model)
+    if args.adapter is not None:
+        load_adapter(model.model, args.adapter)
+    provenance = {"exported_from": str(args.model), "adapter": args.adapter and str(args.adapter)}
+    if isinstance(model, Reranker):
+        if args.verify:
+            raise ConfigError("--verify: compares vectors, which a reranker has not")
+        model.save_pretrained(args.out, args.dtype, provenance, args.format or "causal-lm")
+    else:
+        model.save_pretrained(args.out, args.dtype, provenance)
+    print(f"written to {args.out}")
+    return _verified(args.out) if args.verify else 0
+
+
+def _verified(folder: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pyqemb.interop.verify import verify
+
+    checks = verify(folder)
+    table = Table("check", "outcome", "detail")
+    for check in checks:
+        table.add_row(check.name, check.outcome, check.detail)
+    Console().print(table)
+    return 3 if any(check.outcome == "failed" for check in checks) else 0

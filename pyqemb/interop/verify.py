@@ -1,0 +1,161 @@
+"""Does a model folder work elsewhere? Loaded in other libraries, its keys compared with what servers read, run once in float16."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pyqemb.errors import PyqembError
+from pyqemb.interop.texts import sample_texts
+from pyqemb.model.config import FAMILIES
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.portable import POOLINGS
+
+TOLERANCE = 1e-5  # of a float32 vector's components
+_BIDIRECTIONAL = (5, 3)  # transformers from which on is_causal in config.json counts
+
+
+@dataclass(frozen=True)
+class Check:
+    """`warned`: it works, but not everywhere; `skipped`: the library is not there."""
+
+    name: str
+    outcome: Literal["passed", "failed", "warned", "skipped"]
+    detail: str
+
+
+def verify(folder: str | Path) -> list[Check]:
+    """Check an embedding model's folder.
+
+    sentence-transformers and transformers load it and must give Embedder's vectors of 200 texts within 1e-5 (float32); vLLM and TEI must
+    find the keys that they need; float16 must not overflow.
+
+    Raises CheckpointError: Embedder itself cannot load it.
+    """
+    folder = Path(folder)
+    ours, texts = Embedder.from_pretrained(folder, dtype="float32", device="cpu"), sample_texts()
+    documents, queries = ours.encode_document(texts), ours.encode_query(texts)
+    checks: dict[str, Callable[[], Check | str]] = {
+        "sentence-transformers": lambda: _sentence_transformers(folder, texts, documents, queries),
+        "transformers": lambda: _transformers(folder, ours, texts, documents),
+        "vLLM's keys": lambda: _missing(_vllm(folder)),
+        "TEI's keys": lambda: _missing(_tei(folder)),
+        "float16": lambda: _half(folder, texts, documents),
+    }
+    return [_run(name, check) for name, check in checks.items()]
+
+
+def _run(name: str, check: Callable[[], Check | str]) -> Check:
+    try:
+        found = check()
+    except ModuleNotFoundError as error:
+        return Check(name, "skipped", f"not installed: {error.name}")
+    except Exception as error:  # whatever another library throws is what its users would see
+        return Check(name, "failed", f"{type(error).__name__}: {error}")
+    return found if isinstance(found, Check) else Check(name, "passed", found)
+
+
+def _compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
+    worst = max(float(np.abs(theirs - ours).max()) for theirs, ours in pairs)
+    count = sum(len(ours) for _, ours in pairs)
+    outcome: Any = "passed" if worst <= TOLERANCE else "failed"
+    return Check(name, outcome, f"{count} vectors differ by {worst:.1e} at most")
+
+
+def _sentence_transformers(folder: Path, texts: list[str], documents: np.ndarray, queries: np.ndarray) -> Check:
+    from sentence_transformers import SentenceTransformer, __version__
+
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
+    pairs = [(model.encode_document(texts), documents), (model.encode_query(texts), queries)]
+    return _compared(f"sentence-transformers {__version__}", pairs)
+
+
+def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.ndarray) -> Check:
+    from transformers import AutoModel, AutoTokenizer, __version__
+
+    name = f"transformers {__version__}"
+    if ours.attention == "bidirectional" and tuple(int(part) for part in __version__.split(".")[:2]) < _BIDIRECTIONAL:
+        return Check(name, "warned", "bidirectional attention needs 5.3 or later")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    prefix, rows = ours.prompts.get("document", ""), []
+    for text in texts:
+        ids = tokenizer(prefix + text, truncation=True, max_length=ours.tokenizer.max_length, return_tensors="pt")
+        with torch.inference_mode():
+            hidden_TE = model(**ids).last_hidden_state[0]
+        pooled = hidden_TE.mean(0) if ours.pooling == "mean" else hidden_TE[-1]
+        rows.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return _compared(name, [(np.stack(rows), documents)])
+
+
+def _half(folder: Path, texts: list[str], documents: np.ndarray) -> Check:
+    """Qwen3-Embedding-8B is known to overflow in float16, which some servers insist on."""
+    try:
+        model = Embedder.from_pretrained(folder, dtype="float16", device="cpu")
+    except PyqembError as error:
+        return Check("float16", "warned", str(error))
+    vectors = model.encode_document(texts)
+    bad = int((~np.isfinite(vectors).all(axis=1)).sum())
+    if bad:
+        return Check("float16", "warned", f"{bad} of {len(texts)} texts overflow: serve it in bfloat16 or float32")
+    cosine = float((vectors * documents).sum(axis=1).min())
+    return Check("float16", "passed" if cosine > 0.99 else "warned", f"cosine to float32 at least {cosine:.4f}")
+
+
+def _vllm(folder: Path) -> Iterator[str]:
+    config = _json(folder, "config.json")
+    if config.get("architectures") not in [[family.architecture] for family in FAMILIES.values()]:
+        yield f"config.json: architectures {config.get('architectures')}"
+    types = [module.get("type") for module in _json(folder, "modules.json")]
+    if types != [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]:
+        yield f"modules.json: {types}"
+    if not {"max_seq_length", "do_lower_case"} <= _json(folder, "sentence_bert_config.json").keys():
+        yield "sentence_bert_config.json: max_seq_length and do_lower_case"
+    if "matryoshka_dimensions" in config and not config.get("is_matryoshka"):
+        yield "config.json: is_matryoshka"
+    yield from _pooling(folder)
+
+
+def _tei(folder: Path) -> Iterator[str]:
+    config = _json(folder, "config.json")
+    for name in (
+        "hidden_size",
+        "eos_token_id",
+        "head_dim",
+        "rope_theta",
+        "max_position_embeddings",
+        "num_key_value_heads",
+    ):
+        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
+            yield f"config.json: {name} {config.get(name)!r}"
+    if not isinstance(_json(folder, "sentence_bert_config.json").get("max_seq_length"), int):
+        yield "sentence_bert_config.json: max_seq_length"
+    if not isinstance(_json(folder, "config_sentence_transformers.json").get("prompts", {}), dict):
+        yield "config_sentence_transformers.json: prompts"
+    yield from _pooling(folder)
+
+
+def _pooling(folder: Path) -> Iterator[str]:
+    pooling = _json(folder, "1_Pooling/config.json")
+    for name in ("pooling_mode_cls_token", "pooling_mode_mean_tokens"):
+        if not isinstance(pooling.get(name), bool):
+            yield f"1_Pooling/config.json: {name}"
+    if not any(
+        pooling.get(f"pooling_mode_{mode}{'s' if mode == 'mean_token' else ''}") for mode in ("lasttoken", "mean_token")
+    ):
+        yield f"1_Pooling/config.json: one of {', '.join(POOLINGS)}"
+
+
+def _missing(problems: Iterator[str]) -> str:
+    found = list(problems)
+    if found:
+        raise ValueError("; ".join(found))
+    return "all there"
+
+
+def _json(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))

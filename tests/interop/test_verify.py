@@ -1,0 +1,110 @@
+"""A folder that works passes; each way to spoil one is found."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyqemb import Embedder
+from pyqemb.cli import main
+from pyqemb.interop.texts import sample_texts
+from pyqemb.interop.verify import verify
+from pyqemb.model.lora import LoraConfig, add_lora, save_adapter
+from pyqemb.testing.tiny import tiny_embedder
+
+pytest.importorskip("sentence_transformers")
+
+
+def loud(**changes):
+    model = tiny_embedder(**changes)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def outcomes(folder):
+    return {check.name.split(" ")[0]: (check.outcome, check.detail) for check in verify(folder)}
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in {**values, **changes}.items() if value is not None}))
+
+
+def test_texts_are_many_and_differ():
+    texts = sample_texts()
+    assert len(texts) == 200 and len(set(texts)) > 100 and max(map(len, texts)) > 500
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_causal": False}, {"pooling": "mean"}, {"model_type": "llama"}], ids=str)
+def test_what_we_write_passes(tmp_path, changes):
+    found = outcomes(loud(**changes).save_pretrained(tmp_path / "model"))
+    assert {outcome for outcome, _ in found.values()} == {"passed"} and len(found) == 5, found
+
+
+def test_what_is_spoilt_is_found(tmp_path):
+    folder = loud().save_pretrained(tmp_path / "model")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=None)
+    edit(folder / "sentence_bert_config.json", do_lower_case=None)
+    edit(folder / "config.json", eos_token_id=None, head_dim=16)
+    found = outcomes(folder)
+    assert found["vLLM's"] == (
+        "failed",
+        "ValueError: sentence_bert_config.json: max_seq_length and do_lower_case; 1_Pooling/config.json: pooling_mode_cls_token",
+    )
+    assert found["TEI's"][0] == "failed" and "config.json: eos_token_id None" in found["TEI's"][1]
+    folder = loud().save_pretrained(tmp_path / "other")
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit(folder / "config_sentence_transformers.json", prompts={"query": "other: ", "document": "d: "})
+    assert {outcomes(folder)[name][0] for name in ("sentence-transformers", "transformers")} == {
+        "passed"
+    }  # all read the same files
+
+
+def test_vectors_that_differ_fail(tmp_path, monkeypatch):
+    folder = loud().save_pretrained(tmp_path / "model")
+    real = Embedder.encode_document
+    monkeypatch.setattr(Embedder, "encode_document", lambda self, texts: real(self, texts) + 2e-5)
+    found = outcomes(folder)
+    assert found["sentence-transformers"][0] == found["transformers"][0] == "failed"
+    assert "differ by 2.0e-05 at most" in found["transformers"][1]
+
+
+def test_overflow_in_half_precision_warns(tmp_path):
+    folder = loud().save_pretrained(tmp_path / "model")
+    (folder / "pyqemb.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "up_proj" in name or "down_proj" in name:
+            weights[name] = weights[name] * 300
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome, detail = outcomes(folder)["float16"]
+    assert outcome == "warned" and "overflow" in detail
+
+
+def test_export(tmp_path, capsys):
+    base = loud().save_pretrained(tmp_path / "base")
+    adapted = Embedder.from_pretrained(base)
+    add_lora(adapted.model, LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_()
+    adapter = save_adapter(adapted.model, tmp_path / "adapter")
+    out = tmp_path / "out"
+    arguments = ["export", str(base), "--out", str(out), "--adapter", str(adapter), "--dtype", "float32", "--verify"]
+    assert main(arguments) == 0
+    assert "passed" in (shown := capsys.readouterr().out) and "failed" not in shown
+    texts = sample_texts(20)
+    assert abs(Embedder.from_pretrained(out).encode(texts) - adapted.encode(texts)).max() < 1e-5
+    assert json.loads((out / "pyqemb.json").read_text())["provenance"]["adapter"] == str(adapter)
+    assert main(["export", str(base), "--out", str(base)]) == 2
+    assert "is the model itself" in capsys.readouterr().err
+    assert main(["export", str(base), "--out", str(tmp_path / "half")]) == 0
+    assert load_file(tmp_path / "half" / "model.safetensors")["norm.weight"].dtype == torch.bfloat16
