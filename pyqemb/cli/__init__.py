@@ -16,6 +16,7 @@ VERBS = {
     "train": "train an embedding model from a TOML or YAML file",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
     "evaluate": "measure a model on a retrieval, STS or bitext folder, a reranker on examples with negatives",
+    "encode": "write the vectors of a file of texts",
     "export": "write a model as a folder that other tools load, and check that they do",
     "rerank": "score pairs of query and document with a reranker",
 }

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +18,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import WEIGHTS, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
+from pyqemb.model.encoding import Encoding
 from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import (
     DEFAULT_PROMPTS,
@@ -31,11 +31,8 @@ from pyqemb.model.portable import (
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
-_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
-_TEXTS_AT_ONCE = 32768  # tokenised together, so that a large corpus never lies in memory as token lists
 
-
-class Embedder(nn.Module):
+class Embedder(Encoding, nn.Module):
     """A text embedding model.
 
     `model` is the Qwen3Model; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
@@ -166,51 +163,6 @@ class Embedder(nn.Module):
         self._check(batch, None)
         return self.model(batch.to(self.device))
 
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        instruction: str | Sequence[str | None] | None = None,
-        dim: int | None = None,
-        tokens_per_chunk: int | None = None,
-    ) -> np.ndarray:
-        """float32 unit vectors [len(texts), dim or E] in the order of the texts; [dim] for a single text.
-
-        With an `instruction` (one, or one a text) the texts are queries, without it they are taken as they are.
-        `tokens_per_chunk`: tokens of one forward pass; None: 4096 on the CPU, 16384 elsewhere.
-        """
-        if isinstance(texts, str):
-            return self.encode([texts], instruction, dim, tokens_per_chunk)[0]
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"expected texts, got {type(text).__name__} at index {index}")
-        texts = self.tokenizer.format_queries(texts, instruction)
-        self._check_dim(dim)
-        if tokens_per_chunk is None:
-            tokens_per_chunk = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
-        vectors = np.zeros((len(texts), dim or self.config.hidden_size), dtype=np.float32)
-        for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            window = vectors[first : first + _TEXTS_AT_ONCE]
-            window[:] = self._encode(texts[first : first + _TEXTS_AT_ONCE], dim, tokens_per_chunk)
-        return vectors
-
-    def encode_query(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> np.ndarray:
-        """`encode` for queries: with the prompt stored in the checkpoint unless an instruction is given."""
-        if instruction is not None:
-            return self.encode(texts, instruction, **options)
-        return self.encode(_prefixed(self.prompts.get("query", ""), texts), **options)
-
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
-        """`encode` for documents: raw texts, after the checkpoint's document prompt where it has one."""
-        return self.encode(_prefixed(self.prompts.get("document", ""), texts), **options)
-
-    @staticmethod
-    def similarity(a: Any, b: Any) -> Any:
-        """Dot products [len(a), len(b)] of two sets of vectors; numpy for numpy, torch for torch."""
-        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-            a, b = torch.as_tensor(a), torch.as_tensor(b)
-            return torch.atleast_2d(a) @ torch.atleast_2d(b).T
-        return np.atleast_2d(a) @ np.atleast_2d(b).T
-
     def save_pretrained(
         self,
         folder: str | Path,
@@ -239,17 +191,6 @@ class Embedder(nn.Module):
             write_safetensors(temporary / WEIGHTS, weights)
         return Path(folder)
 
-    @torch.inference_mode()
-    def _encode(self, texts: Sequence[str], dim: int | None, tokens_per_chunk: int) -> np.ndarray:
-        """Sorted by length, so that a chunk's sequences are alike, and put back in order at the end."""
-        tokens = self.tokenizer.encode_documents(texts)
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-        chunks = PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk)
-        sorted_BE = torch.cat([self(chunk, dim).float() for chunk in chunks]).cpu()
-        vectors_BE = torch.empty_like(sorted_BE)
-        vectors_BE[order] = sorted_BE
-        return vectors_BE.numpy()
-
     def _check(self, batch: PackedBatch, dim: int | None) -> None:
         if not isinstance(batch, PackedBatch):
             raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
@@ -260,10 +201,6 @@ class Embedder(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise IndexError(f"input_ids_T must lie in 0..{self.config.vocab_size - 1} (vocab_size), got {wrong}")
-
-    def _check_dim(self, dim: int | None) -> None:
-        if dim is not None and not (isinstance(dim, int) and 1 <= dim <= self.config.hidden_size):
-            raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -277,9 +214,3 @@ def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> 
     # In the order of the tokens on a GPU too, where index_add is not.
     sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
     return F.normalize(sums_BE[:, :dim], dim=-1, eps=1e-12)  # the direction of the sum is that of the mean
-
-
-def _prefixed(prefix: str, texts: str | Sequence[str]) -> str | Sequence[str]:
-    if not prefix:
-        return texts
-    return prefix + texts if isinstance(texts, str) else [prefix + text for text in texts]

@@ -32,7 +32,7 @@ def test_encode_keeps_the_order_at_any_chunk_size(model):
 
 def test_large_inputs_go_in_windows(model, monkeypatch):
     whole = model.encode(TEXTS)
-    monkeypatch.setattr("pyqemb.model.embedder._TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr("pyqemb.model.encoding._TEXTS_AT_ONCE", 3)
     assert np.abs(model.encode(TEXTS) - whole).max() < 1e-6
 
 

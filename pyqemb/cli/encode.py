@@ -1,0 +1,58 @@
+"""`pyqemb encode MODEL FILE --out FILE`: the vectors of a file of texts."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, or the name of a model on the hub")
+    parser.add_argument("texts", type=Path, help=".jsonl or .parquet with a column of texts, or lines of text")
+    parser.add_argument("--out", "-o", type=Path, required=True, help=".npy, .safetensors or .parquet")
+    parser.add_argument(
+        "--side", choices=["document", "query", "raw"], default="document", help="whose prompt (document)"
+    )
+    parser.add_argument("--instruction", help="for queries, in place of the model's own; implies --side query")
+    parser.add_argument("--field", default="text", help="the column (text)")
+    parser.add_argument("--dim", type=int, help="the first DIM features (Matryoshka)")
+    parser.add_argument("--precision", choices=["float32", "int8", "uint8", "binary", "ubinary"], default="float32")
+    parser.add_argument("--max-length", type=int, help="tokens of a text; the model's own when not given")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="what the model computes in")
+    parser.add_argument("--device", action="append", help="repeat for a process each, e.g. cuda:0 and cuda:1")
+    parser.add_argument("--processes", type=int, help="so many processes on the CPU")
+    parser.add_argument("--rows-per-part", type=int, default=8192, help="what a kill can cost (8192)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from pyqemb.encoding import encode_file
+    from pyqemb.errors import ConfigError
+
+    if args.device and args.processes:
+        raise ConfigError("--device and --processes exclude each other")
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes must be at least 1, got {args.processes}")
+    devices = args.device or (["cpu"] * args.processes if args.processes else ["auto"])
+    # Of the file's bytes: its rows are not counted beforehand. (Of compressed columns a guess.)
+    total = args.texts.stat().st_size if args.texts.is_file() else None
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[rows]:,} texts, {task.fields[rate]:,.0f}/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=total, rows=0, rate=0.0)
+
+        def show(rows: int, size: int) -> None:
+            elapsed = bar.tasks[0].elapsed or 1e-9
+            bar.update(task, completed=size, rows=rows, rate=rows / elapsed)
+
+        done = encode_file(
+            args.model, args.texts, args.out, side="query" if args.instruction else args.side, instruction=args.instruction,
+            field=args.field, dim=args.dim, precision=args.precision, max_length=args.max_length, dtype=args.dtype,
+            devices=devices, rows_per_part=args.rows_per_part, on_progress=show,
+        )  # fmt: skip
+    resumed = f" ({done.resumed} of them from an earlier run)" if done.resumed else ""
+    print(f"{done.rows} texts{resumed}, vectors of {done.dim} features, written to {done.out}")
+    return 0

@@ -1,0 +1,178 @@
+"""A file of texts to a file of vectors: in parts that are each finished or not, by one process or several, resumable.
+
+OUT.parts/manifest.json     what the parts are made of; another job refuses to go on from them
+OUT.parts/00000000.npy      the vectors of part 0, float32; .ids beside it where the rows have ids
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pyqemb.data.files import atomic_file
+from pyqemb.encoding.inputs import Row, parts, read_texts
+from pyqemb.encoding.outputs import Part, ids_path, writer_of
+from pyqemb.encoding.workers import Settings, Workers, save_array
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
+
+Progress = Callable[[int, int], None]  # rows and bytes of text that are done
+
+
+@dataclass(frozen=True)
+class Encoded:
+    out: Path
+    rows: int
+    dim: int
+    resumed: int  # rows that an earlier run had finished
+
+
+def encode_file(
+    model: str | Path,
+    path: str | Path,
+    out: str | Path,
+    *,
+    side: Literal["query", "document", "raw"] = "document",
+    instruction: str | None = None,
+    field: str = "text",
+    dim: int | None = None,
+    precision: str = "float32",
+    max_length: int | None = None,
+    dtype: str | None = None,
+    devices: Sequence[str] = ("auto",),
+    rows_per_part: int = 8192,
+    on_progress: Progress | None = None,
+) -> Encoded:
+    """Encode the texts of a file, in its order. A killed job goes on from its last finished part.
+
+    Args:
+        model: a model folder or hub id.
+        path: .jsonl or .parquet with a column `field`, or lines of text (see `inputs`).
+        out: .npy, .safetensors ("embeddings") or .parquet ("id", "embedding"); ids of the first two go to OUT.ids.
+        side: which of the model's prompts stands before a text; "raw": none. `instruction`: in place of the query's.
+        precision: float32, int8, uint8, binary or ubinary; the ranges of int8 and uint8 are those of all vectors of the file.
+        devices: a process each, e.g. ("cuda:0", "cuda:1"), or ("cpu", "cpu"); a single one works in this process.
+
+    Raises:
+        ConfigError: an argument out of range, parts of another job beside `out`. DataError: the input cannot be read, a full disk.
+        Finished parts are kept.
+    """
+    path, out = Path(path), Path(out)
+    write = writer_of(out)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if side not in ("query", "document", "raw"):
+        raise ConfigError(f"side must be query, document or raw, got {side!r}")
+    if instruction is not None and side != "query":
+        raise ConfigError("instruction: is for side 'query'")
+    if rows_per_part < 1 or not devices:
+        raise ConfigError(f"rows_per_part and devices must be at least one, got {rows_per_part} and {list(devices)}")
+    settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
+    folder = out.with_name(out.name + ".parts")
+    try:
+        count, rows, resumed = _fill(folder, settings, path, field, devices, on_progress)
+        if not rows:
+            raise DataError(f"{path}: holds no texts")
+        size = _assemble(folder, count, rows, out, precision, write)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}; finished parts are kept") from error
+    return Encoded(out, rows, size, resumed)
+
+
+def _fill(
+    folder: Path, settings: Settings, path: Path, field: str, devices: Sequence[str], on_progress: Progress | None
+) -> tuple[int, int, int]:
+    """Make the parts that are missing: (parts, rows, rows that were there)."""
+    _claim(folder, settings, path, field)
+    rows = done = resumed = size = 0
+    count = 0
+    running: dict[Future[None], list[Row]] = {}
+    workers = Workers(settings, devices)
+
+    def finish(some: set[Future[None]]) -> None:
+        nonlocal done, size
+        for future in some:
+            own = running.pop(future)
+            future.result()
+            done, size = done + len(own), size + sum(len(row.text.encode("utf-8", "replace")) for row in own)
+            if on_progress is not None:
+                on_progress(done, size)
+
+    with workers:
+        for count, part in enumerate(parts(read_texts(path, field), settings.rows_per_part), start=1):
+            rows += len(part)
+            target = folder / f"{count - 1:08}.npy"
+            if target.exists() and len(np.load(target, mmap_mode="r")) == len(part):
+                done, resumed = done + len(part), resumed + len(part)
+                continue
+            while len(running) >= 2 * len(devices):
+                finish(wait(running, return_when=FIRST_COMPLETED).done)
+            running[workers.submit(target, part)] = part
+        while running:
+            finish(wait(running, return_when=FIRST_COMPLETED).done)
+    return count, rows, resumed
+
+
+def _claim(folder: Path, settings: Settings, path: Path, field: str) -> None:
+    """Begin, or go on with, the parts of this job. ConfigError where those of another lie there."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    stat = path.stat()
+    facts = {**asdict(settings), "weights": _digest(settings.model), "input": str(path.resolve()), "field": field}
+    facts |= {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        changed = [name for name in facts if before.get(name) != facts[name]]
+        if changed and any(folder.glob("*.npy")):
+            raise ConfigError(
+                f"{folder}: holds parts of another job ({changed[0]} was {before.get(changed[0])!r}, now {facts[changed[0]]!r}); "
+                "remove it to begin anew"
+            )
+        if not changed:
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(manifest) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(model: str) -> str:
+    """Of a folder's weight files by name, size and time; the name itself for a hub id."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([model, facts]).encode()).hexdigest()[:16]
+
+
+def _assemble(folder: Path, count: int, rows: int, out: Path, precision: str, write: Any) -> int:
+    """The parts in order as one file; the features of a vector."""
+
+    def vectors() -> Iterator[np.ndarray]:
+        return (np.load(folder / f"{number:08}.npy", mmap_mode="r") for number in range(count))
+
+    ranges = None
+    if precision in ("int8", "uint8"):
+        found = np.stack([value_ranges(part) for part in vectors()])
+        ranges = np.stack([found[:, 0].min(axis=0), found[:, 1].max(axis=0)])
+    sample = quantize(np.asarray(next(vectors())[:1]), precision, ranges)
+
+    def ids(number: int) -> list[str]:
+        path = folder / f"{number:08}.ids"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    stream = (Part(quantize(np.asarray(part), precision, ranges), ids(i)) for i, part in enumerate(vectors()))
+    with atomic_file(out) as temporary:
+        write(temporary, stream, rows, sample.shape[1], sample.dtype)
+    if out.suffix != ".parquet" and ids(0):
+        with atomic_file(ids_path(out)) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for number in range(count):
+                file.writelines(f"{key}\n" for key in ids(number))
+    if ranges is not None:
+        save_array(out.with_name(out.name + ".ranges.npy"), ranges)
+    return sample.shape[1]

@@ -1,0 +1,84 @@
+"""One file out of the parts of a job: .npy, .safetensors or .parquet, written part after part."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pyqemb.errors import ConfigError
+
+_STORED = {"float32": "F32", "int8": "I8", "uint8": "U8"}
+
+
+class Part(NamedTuple):
+    """Vectors of some rows, in order; `ids` is empty where the rows have none."""
+
+    vectors: np.ndarray
+    ids: list[str]
+
+
+def writer_of(path: Path) -> Callable[[Path, Iterable[Part], int, int, np.dtype], None]:
+    """(path, parts, rows, features, dtype) -> the file. ConfigError for another ending."""
+    writers = {".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
+    if path.suffix not in writers:
+        raise ConfigError(f"{path}: expected a name that ends with {', '.join(writers)}")
+    return writers[path.suffix]
+
+
+def ids_path(path: Path) -> Path:
+    """Where the ids of an .npy or .safetensors file stand, a line each."""
+    return path.with_name(path.name + ".ids")
+
+
+def _npy(path: Path, parts: Iterable[Part], rows: int, features: int, dtype: np.dtype) -> None:
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, features)}
+        )
+        for part in parts:
+            file.write(part.vectors.tobytes())
+
+
+def _safetensors(path: Path, parts: Iterable[Part], rows: int, features: int, dtype: np.dtype) -> None:
+    entry = {
+        "dtype": _STORED[dtype.name],
+        "shape": [rows, features],
+        "data_offsets": [0, rows * features * dtype.itemsize],
+    }
+    header = json.dumps({"__metadata__": {"format": "np"}, "embeddings": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for part in parts:
+            file.write(part.vectors.tobytes())
+
+
+def _parquet(path: Path, parts: Iterable[Part], rows: int, features: int, dtype: np.dtype) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.list_(pa.from_numpy_dtype(dtype), features)
+    with_ids, parts = _peek(iter(parts))
+    schema = pa.schema([*([("id", pa.string())] if with_ids else []), ("embedding", kind)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for part in parts:
+            flat = pa.array(part.vectors.reshape(-1))
+            columns = [pa.array(part.ids, pa.string())] if with_ids else []
+            writer.write_table(
+                pa.Table.from_arrays([*columns, pa.FixedSizeListArray.from_arrays(flat, features)], schema=schema)
+            )
+
+
+def _peek(parts: Iterator[Part]) -> tuple[bool, Iterator[Part]]:
+    """Whether the first part has ids, and all parts."""
+    first = next(parts, None)
+    if first is None:
+        return False, iter(())
+
+    def all_parts() -> Iterator[Part]:
+        yield first
+        yield from parts
+
+    return bool(first.ids), all_parts()

@@ -1,0 +1,108 @@
+"""Who makes the parts of a job: this process, or one for each device."""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pyqemb.data.files import atomic_file
+from pyqemb.encoding.inputs import Row
+from pyqemb.errors import DataError
+from pyqemb.model.embedder import Embedder
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the vectors depend on."""
+
+    model: str
+    side: Literal["query", "document", "raw"] = "document"
+    instruction: str | None = None
+    dim: int | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    rows_per_part: int = 8192
+
+
+class Workers:
+    """A process for each device, or this one."""
+
+    def __init__(self, settings: Settings, devices: Sequence[str]):
+        self.settings, self.devices = settings, devices
+        self.pool: ProcessPoolExecutor | None = None
+        self.model: Embedder | None = None
+
+    def __enter__(self) -> "Workers":
+        if len(self.devices) > 1:
+            context = get_context("spawn")
+            queue = context.Queue()
+            for device in self.devices:
+                queue.put(device)
+            self.pool = ProcessPoolExecutor(
+                len(self.devices), context, _start, (self.settings, queue, len(self.devices))
+            )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, target: Path, part: list[Row]) -> "Future[None]":
+        if self.pool is not None:
+            return self.pool.submit(_encode_part, target, part)
+        if self.model is None:
+            self.model = _open(self.settings, self.devices[0])
+        future: Future[None] = Future()
+        try:
+            _write_part(self.model, self.settings, target, part)
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+_here: dict[str, Any] = {}  # of a worker process: its model and settings
+
+
+def _start(settings: Settings, queue: Any, processes: int) -> None:
+    device = queue.get()
+    if device == "cpu":
+        torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+    _here.update(model=_open(settings, device), settings=settings)
+
+
+def _encode_part(target: Path, part: list[Row]) -> None:
+    _write_part(_here["model"], _here["settings"], target, part)
+
+
+def _open(settings: Settings, device: str) -> Embedder:
+    return Embedder.from_pretrained(settings.model, max_length=settings.max_length, dtype=settings.dtype, device=device)
+
+
+def _write_part(model: Embedder, settings: Settings, target: Path, part: list[Row]) -> None:
+    texts = [row.text for row in part]
+    if settings.side == "query":
+        vectors = model.encode_query(texts, settings.instruction, dim=settings.dim)
+    elif settings.side == "document":
+        vectors = model.encode_document(texts, dim=settings.dim)
+    else:
+        vectors = model.encode(texts, dim=settings.dim)
+    if not np.isfinite(vectors).all():
+        raise DataError(f"the model gives NaN or infinity for a text of part {target.stem}")
+    if part[0].id is not None:
+        with atomic_file(target.with_suffix(".ids")) as temporary:
+            temporary.write_text("".join(f"{json.dumps(row.id)}\n" for row in part), encoding="utf-8")
+    save_array(target, vectors)  # last: a part that is there is whole
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """An .npy file, all or nothing."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)

@@ -1,0 +1,168 @@
+"""Files in, files out: every form, several processes, kills, other jobs' parts, full disks."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from pyqemb.cli import main
+from pyqemb.encoding import encode_file
+from pyqemb.encoding.inputs import read_texts
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.quantize import quantize
+from pyqemb.testing.tiny import TEXTS, tiny_embedder
+
+ROWS = [f"{text.strip()} {i}".replace("\n", " ") for i in range(4) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    embedder = tiny_embedder()
+    embedder.prompts["document"] = "d: "
+    return embedder.save_pretrained(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(ROWS)))
+    return path
+
+
+def test_every_input(tmp_path, jsonl):
+    wanted = [(f"d{i}", text) for i, text in enumerate(ROWS)]
+    assert [tuple(row) for row in read_texts(jsonl)] == wanted
+    with gzip.open(tmp_path / "texts.jsonl.gz", "wt") as file:
+        file.write(jsonl.read_text())
+    assert [tuple(row) for row in read_texts(tmp_path / "texts.jsonl.gz")] == wanted
+    table = pa.table({"id": list(range(3)), "body": ["a", "b", "c"], "title": ["T", None, ""]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert [tuple(row) for row in read_texts(tmp_path / "t.parquet", "body")] == [("0", "T a"), ("1", "b"), ("2", "c")]
+    (tmp_path / "lines.txt").write_bytes("eins\r\n\nzwei \u2028 drei\nvier".encode())
+    assert [row.text for row in read_texts(tmp_path / "lines.txt")] == ["eins", "", "zwei \u2028 drei", "vier"]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "ubinary"])
+def test_every_output(model, jsonl, tmp_path, suffix, precision):
+    out, seen = tmp_path / f"out{suffix}", []
+    done = encode_file(
+        model, jsonl, out, dim=20, precision=precision, rows_per_part=7, on_progress=lambda *x: seen.append(x)
+    )
+    exact = Embedder.from_pretrained(model).encode_document(ROWS, dim=20)
+    if suffix == ".parquet":
+        table = pq.read_table(out)
+        found = np.stack(table["embedding"].to_pylist()).astype(table["embedding"].type.value_type.to_pandas_dtype())
+        ids = table["id"].to_pylist()
+    else:
+        found = np.load(out) if suffix == ".npy" else load_file(out)["embeddings"]
+        ids = (tmp_path / f"{out.name}.ids").read_text().split()
+    assert ids == [f"d{i}" for i in range(len(ROWS))]
+    assert (done.rows, done.dim, done.resumed) == (len(ROWS), found.shape[1], 0) and seen[-1][0] == len(ROWS)
+    if precision == "float32":
+        assert np.abs(found - exact).max() < 1e-6
+    else:
+        wanted = quantize(exact, precision)
+        assert found.dtype == wanted.dtype and (found.astype(int) - wanted.astype(int) != 0).mean() < 0.01
+    assert (tmp_path / f"{out.name}.ranges.npy").exists() == (precision == "int8")
+    assert not (tmp_path / f"{out.name}.parts").exists()
+
+
+def test_sides(model, jsonl, tmp_path):
+    embedder = Embedder.from_pretrained(model)
+    cases = {
+        "document": embedder.encode_document(ROWS), "raw": embedder.encode(ROWS), "query": embedder.encode_query(ROWS),
+    }  # fmt: skip
+    for side, wanted in cases.items():
+        encode_file(model, jsonl, tmp_path / "x.npy", side=side)
+        assert np.abs(np.load(tmp_path / "x.npy") - wanted).max() < 1e-6
+    encode_file(model, jsonl, tmp_path / "x.npy", side="query", instruction="Find")
+    assert np.abs(np.load(tmp_path / "x.npy") - embedder.encode(ROWS, "Find")).max() < 1e-6
+
+
+def test_processes(model, jsonl, tmp_path):
+    done = encode_file(model, jsonl, tmp_path / "x.npy", devices=("cpu", "cpu"), rows_per_part=6)
+    assert done.rows == len(ROWS)
+    assert np.abs(np.load(tmp_path / "x.npy") - Embedder.from_pretrained(model).encode_document(ROWS)).max() < 1e-6
+
+
+def test_a_killed_job_goes_on(model, jsonl, tmp_path):
+    out = tmp_path / "x.npy"
+    slow = (
+        "import sys, time, pyqemb.encoding.workers as w; real = w.save_array\n"
+        "def slow(path, array): real(path, array); time.sleep(0.5)\n"
+        "w.save_array = slow\n"
+        "from pyqemb.encoding import encode_file; encode_file(*sys.argv[1:], rows_per_part=5)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(model), str(jsonl), str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    third = tmp_path / "x.npy.parts" / "00000002.npy"
+    end = time.monotonic() + 60
+    while not third.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    done = encode_file(model, jsonl, out, rows_per_part=5)
+    assert done.resumed >= 15 and done.rows == len(ROWS)
+    assert np.abs(np.load(out) - Embedder.from_pretrained(model).encode_document(ROWS)).max() < 1e-6
+
+
+def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
+    out = tmp_path / "x.npy"
+    monkeypatch.setattr(
+        "pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(DataError, match=r"x\.npy: cannot be written: No space left on device; finished parts are kept"):
+        encode_file(model, jsonl, out)
+    monkeypatch.undo()
+    with pytest.raises(
+        ConfigError, match="holds parts of another job \\(dim was None, now 8\\); remove it to begin anew"
+    ):
+        encode_file(model, jsonl, out, dim=8)
+    assert encode_file(model, jsonl, out).resumed == len(ROWS)
+
+
+def test_what_is_refused(model, jsonl, tmp_path):
+    out = tmp_path / "x.npy"
+    for options, message in (
+        ({"precision": "int4"}, "precision must be one of"),
+        ({"side": "both"}, "side must be query, document or raw"),
+        ({"instruction": "Find"}, "instruction: is for side 'query'"),
+        ({"rows_per_part": 0}, "must be at least one"),
+        ({"dim": 99}, "dim must lie in 1..32"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            encode_file(model, jsonl, out, **options)
+    with pytest.raises(ConfigError, match=r"x\.csv: expected a name that ends with \.npy, \.safetensors, \.parquet"):
+        encode_file(model, jsonl, tmp_path / "x.csv")
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        encode_file(model, tmp_path / "none.jsonl", tmp_path / "y.npy")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="holds no texts"):
+        encode_file(model, tmp_path / "empty.txt", tmp_path / "z.npy")
+    jsonl.write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match=r"texts\.jsonl:1: expected a text under 'text'"):
+        encode_file(model, jsonl, tmp_path / "w.npy")
+
+
+def test_command_line(model, jsonl, tmp_path, capsys):
+    out = tmp_path / "v.safetensors"
+    assert main(["encode", str(model), str(jsonl), "--out", str(out), "--instruction", "Find", "--dim", "8"]) == 0
+    assert f"{len(ROWS)} texts, vectors of 8 features" in capsys.readouterr().out
+    assert (
+        np.abs(load_file(out)["embeddings"] - Embedder.from_pretrained(model).encode(ROWS, "Find", dim=8)).max() < 1e-6
+    )
+    assert main(["encode", str(model), str(jsonl), "--out", str(out), "--processes", "0"]) == 2
