@@ -7,7 +7,12 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
-    parser.add_argument("folder", type=Path, help="BEIR layout, or sts.jsonl, or bitext.jsonl; examples for a reranker")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="BEIR layout, or sts.jsonl, or bitext.jsonl; examples for a reranker"
+    )
+    parser.add_argument(
+        "--suite", help="in place of a folder: mteb:NAME of a benchmark or of tasks, separated by commas"
+    )
     parser.add_argument("--instruction", help="for queries; the model's own when not given")
     parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
     parser.add_argument("--split", default="test", help="which qrels/SPLIT.tsv (test)")
@@ -20,8 +25,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pyqemb.data.files import atomic_file
+    from pyqemb.errors import ConfigError
     from pyqemb.evaluation import evaluate
 
+    if (args.folder is None) == (args.suite is None):
+        raise ConfigError("expected a folder or --suite, one of them")
+    if args.suite is not None:
+        return _suite(args)
     report = evaluate(
         args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split, bootstrap=args.bootstrap
     )
@@ -34,4 +44,28 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         with atomic_file(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _suite(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pyqemb.data.files import atomic_file
+    from pyqemb.errors import ConfigError
+    from pyqemb.model.encoder import open_model
+
+    kind, _, name = args.suite.partition(":")
+    if kind != "mteb" or not name:
+        raise ConfigError(f"--suite: expected mteb:NAME, got {args.suite!r}")
+    from pyqemb.interop.mteb import run_suite
+
+    scores = run_suite(open_model(args.model), name, f"pyqemb/{Path(args.model).name}")
+    table = Table("task", "main score", title=args.suite)
+    for task, score in scores.items():
+        table.add_row(task, f"{score:.4f}")
+    Console().print(table)
+    if args.json is not None:
+        with atomic_file(args.json) as temporary:
+            temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -1,0 +1,122 @@
+"""Embedder and Reranker as mteb sees models: an instruction for each task, Qwen's template, nothing before documents."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pyqemb import __version__
+from pyqemb.data.tokenizer import TEMPLATE
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.reranker import Reranker
+
+try:
+    import mteb
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ScoringFunction
+    from mteb.types import PromptType
+except ModuleNotFoundError as error:
+    raise ConfigError("mteb is not installed: pip install 'pyqemb[eval]'") from error
+
+
+class MtebEncoder(AbsEncoder):
+    """`mteb.evaluate(MtebEncoder(model), tasks)`.
+
+    `instructions` by task name, task type or "query"; without one a task's own prompt in mteb is taken. Documents get the model's document
+    prompt, both sides of symmetric tasks the instruction, as in the evaluation of Qwen3 Embedding.
+    """
+
+    def __init__(
+        self,
+        model: Embedder,
+        name: str = "pyqemb/model",
+        instructions: Mapping[str, str] | None = None,
+        dim: int | None = None,
+    ):
+        self.model, self.dim, self.prompts_dict = model, dim, dict(instructions or {})
+        self.mteb_model_meta = _meta(name, model, dim or model.config.hidden_size)
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
+    ) -> np.ndarray:
+        """float32 [texts, dim] of mteb's batches."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        if prompt_type == PromptType.document:
+            return self.model.encode_document(texts, dim=self.dim)
+        told = self.get_instruction(task_metadata, prompt_type)
+        if isinstance(told, Mapping):
+            told = next(iter(told.values()))
+        prompt = TEMPLATE.format(task=told, query="") if told else None
+        return self.model.encode(texts, dim=self.dim, prompt=prompt)
+
+
+class MtebReranker:
+    """`mteb.evaluate(MtebReranker(model), reranking_tasks)`; `instructions` by task name."""
+
+    def __init__(self, model: Reranker, name: str = "pyqemb/reranker", instructions: Mapping[str, str] | None = None):
+        self.model, self.instructions = model, dict(instructions or {})
+        self.mteb_model_meta = _meta(name, model, None)
+
+    def predict(
+        self,
+        inputs1: Any,
+        inputs2: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """float32 scores of mteb's pairs."""
+        sides = [[row for batch in inputs for row in _rows(batch)] for inputs in (inputs1, inputs2)]
+        prompt = task_metadata.prompt
+        told = self.instructions.get(task_metadata.name) or (
+            prompt.get("query") if isinstance(prompt, Mapping) else prompt
+        )
+        pairs = [(query["text"], document["text"]) for query, document in zip(*sides, strict=True)]
+        return self.model.score(pairs, instruction=[query.get("instruction") or told for query in sides[0]])
+
+
+def run_suite(
+    model: Embedder | Reranker, suite: str, name: str = "pyqemb/model", tasks: Sequence[Any] | None = None
+) -> dict[str, float]:
+    """{task: main score} of an mteb benchmark ("MTEB(eng, v2)") or of tasks by name, separated by commas. The data come from mteb's hub.
+
+    Raises ConfigError: mteb knows no such benchmark or task. DataError: its data cannot be had.
+    """
+    if tasks is None:
+        tasks = _tasks(suite)
+    wrapped: Any = MtebReranker(model, name) if isinstance(model, Reranker) else MtebEncoder(model, name)
+    try:
+        results = mteb.evaluate(wrapped, tasks, cache=None, show_progress_bar=False)
+    except (OSError, ConnectionError) as error:
+        raise DataError(f"{suite}: its data cannot be had: {error}") from error
+    return {result.task_name: float(result.get_score()) for result in results.task_results}
+
+
+def _tasks(suite: str) -> Sequence[Any]:
+    try:
+        return mteb.get_benchmark(suite).tasks
+    except KeyError:
+        pass
+    try:
+        return mteb.get_tasks(tasks=[name.strip() for name in suite.split(",")])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"mteb knows no benchmark or tasks {suite!r}: {error}") from error
+
+
+def _meta(name: str, model: Embedder | Reranker, dim: int | None) -> Any:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = dict(
+        name=name, revision=__version__, n_parameters=parameters, embed_dim=dim, max_tokens=model.tokenizer.max_length,
+        similarity_fn_name=ScoringFunction.COSINE if dim else None, framework=["PyTorch"], open_weights=True, use_instructions=True,
+    )  # fmt: skip
+    return ModelMeta.create_empty(facts)
+
+
+def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A batch of columns as rows."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
