@@ -1,0 +1,67 @@
+"""Is this Qwen3-Embedding what its model card says? `python -m pyqemb.interop.released FOLDER`
+
+The card of the 0.6B model gives four similarities; the larger models have others, close to them.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pyqemb.errors import PyqembError
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.portable import DEFAULT_INSTRUCTION
+
+QUERIES = ("What is the capital of China?", "Explain gravity")
+DOCUMENTS = (
+    "The capital of China is Beijing.",
+    "Gravity is a force that attracts two bodies towards each other. It gives weight to physical objects and is responsible for the movement of "
+    "planets around the sun.",
+)
+EXPECTED = np.array([[0.7646, 0.1414], [0.1355, 0.6000]])
+TOLERANCE = 0.005
+
+
+def similarities(model: Embedder) -> np.ndarray:
+    """float32 [2, 2]: of each query with each document."""
+    return model.similarity(model.encode(QUERIES, DEFAULT_INSTRUCTION), model.encode(DOCUMENTS))
+
+
+def check(folder: str | Path, device: str | None = None) -> list[tuple[str, str, float, float, bool]]:
+    """(query, document, expected, found, whether they agree within TOLERANCE) of each pair. CheckpointError: no such model."""
+    found = similarities(Embedder.from_pretrained(folder, device=device))
+    return [
+        (
+            query,
+            document,
+            float(EXPECTED[i, j]),
+            float(found[i, j]),
+            abs(float(found[i, j] - EXPECTED[i, j])) <= TOLERANCE,
+        )
+        for i, query in enumerate(QUERIES)
+        for j, document in enumerate(DOCUMENTS)
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """0: all agree, 1: they do not, 2: no folder was given, 3: it cannot be loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if len(arguments) != 1:
+        print("usage: python -m pyqemb.interop.released FOLDER", file=sys.stderr)
+        return 2
+    try:
+        rows = check(arguments[0])
+    except PyqembError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    table = Table("query", "document", "model card", "found", f"within {TOLERANCE}", title=arguments[0])
+    for query, document, expected, found, good in rows:
+        table.add_row(query, document[:40], f"{expected:.4f}", f"{found:.4f}", "yes" if good else "NO")
+    Console().print(table)
+    return 0 if all(row[-1] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
