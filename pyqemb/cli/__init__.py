@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from pyqemb import __version__
 from pyqemb.errors import PyqembError
 
 VERBS = {
+    "init": "write a commented run.toml to begin with",
+    "doctor": "what this installation is, and whether its kernels work",
     "demo": "the whole recipe on the data that ships with pyqemb: a model, a table and a report",
     "synthesize": "write training pairs for passages with a language model",
     "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
@@ -19,27 +21,29 @@ VERBS = {
     "encode": "write the vectors of a file of texts",
     "export": "write a model as a folder that other tools load, and check that they do",
     "rerank": "score pairs of query and document with a reranker",
+    "completion": "make the shell complete verbs and options",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns 0 done, 2 bad configuration or arguments, 3 bad data, 75 interrupted and resumable."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="pyqemb", description="Train, merge and measure text embedding models.")
-    parser.add_argument("--version", action="version", version=f"pyqemb {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    run = None
-    for verb, help_line in VERBS.items():
-        child = verbs.add_parser(verb, help=help_line, description=help_line)
-        if verb == chosen:
-            module = import_module(f"pyqemb.cli.{verb}")
-            module.add_arguments(child)
-            run = module.run
-    namespace = parser.parse_args(arguments)
-    assert run is not None
+    namespace = whole_parser([chosen]).parse_args(arguments)
     try:
-        return run(namespace)
+        return import_module(f"pyqemb.cli.{namespace.verb}").run(namespace)
     except PyqembError as error:
         print(f"pyqemb {namespace.verb}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """The parser; the options are only those of the verbs `of`, whose modules are imported for it."""
+    parser = argparse.ArgumentParser(prog="pyqemb", description="Train, merge and measure text embedding models.")
+    parser.add_argument("--version", action="version", version=f"pyqemb {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, help_line in VERBS.items():
+        child = verbs.add_parser(verb, help=help_line, description=help_line)
+        if verb in of:
+            import_module(f"pyqemb.cli.{verb}").add_arguments(child)
+    return parser

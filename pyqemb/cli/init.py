@@ -1,0 +1,31 @@
+"""`pyqemb init FOLDER`: a commented run.toml to begin with."""
+
+import argparse
+from pathlib import Path
+
+_TEMPLATE = Path(__file__).parent / "run.toml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="where run.toml goes (here)")
+    parser.add_argument(
+        "--model", default="Qwen/Qwen3-0.6B-Base", help="the base model: a folder or a hub id (Qwen/Qwen3-0.6B-Base)"
+    )
+    parser.add_argument("--task", choices=["embedding", "rerank"], default="embedding")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from pyqemb.data.files import atomic_file
+    from pyqemb.errors import ConfigError
+
+    path = args.folder / "run.toml"
+    if path.exists():
+        raise ConfigError(f"{path}: is there already")
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    text = text.replace('"@MODEL@"', json.dumps(args.model)).replace("@TASK@", args.task)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"written to {path}; next: pyqemb train {path} --dry-run")
+    return 0
