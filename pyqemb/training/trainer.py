@@ -120,6 +120,7 @@ class Run:
         )  # fmt: skip
         self.step, self.bad_steps = 0, 0
         self.stopping = False  # what all processes have agreed on
+        self.results: dict[str, float] = {}  # of the last evaluation, for the model card
         self.best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best evaluation
         self.metrics: list[dict[str, Any]] = []
         seed_everything(config.train.seed)
@@ -260,6 +261,7 @@ class Run:
         """Measure the model; keep its folder as `best` when the metric has never been higher."""
         self.model.eval()
         values = {name: float(value) for name, value in evaluate(self.model).items()}
+        self.results = {name: value for name, value in values.items() if math.isfinite(value)}
         self.model.train()
         if not values:
             return
@@ -296,6 +298,7 @@ class Run:
             "stage": self.config.stage,
             "step": self.step,
             "data": self.fingerprint,
+            "results": self.results,
         }
 
     def result(self) -> TrainResult:

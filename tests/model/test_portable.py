@@ -220,3 +220,20 @@ def test_a_tokenizer_that_appends_already_is_left_alone(tmp_path):
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a").ids[-1] == 0
     Tokenizer.from_folder(tmp_path).save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_text() == first
+
+
+def test_the_card_tells_where_a_model_comes_from_and_what_it_does(tmp_path):
+    import yaml
+
+    provenance = {"base": "Qwen/Qwen3-0.6B-Base", "step": 7, "data": "0" * 64, "results": {"ndcg@10": 0.51234}}
+    model = tiny_embedder(is_causal=False)
+    model.matryoshka = (32, 16)
+    card = (model.save_pretrained(tmp_path / "model", provenance=provenance) / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "Qwen/Qwen3-0.6B-Base" and "pyqemb" in head["tags"]
+    for part in ("is_causal: false", "- step: `7`", "| ndcg@10 | 0.5123 |", "(or 32, 16)"):
+        assert part in card
+    plain = (
+        tiny_embedder().save_pretrained(tmp_path / "plain", provenance={"base": "/work/base"}) / "README.md"
+    ).read_text()
+    assert "base_model" not in plain.split("---")[1] and "is_causal" not in plain and "## Results" not in plain
