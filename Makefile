@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
+.PHONY: help docs demo test test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   all tests"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
+	@echo "make docs   the site, in build/site"
 	@echo "make build  the native library, in place      make fix    format and lint"
 
 $(BIN)/python:
@@ -36,6 +37,9 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 	@touch $@
 
 build: $(VENV)/build.stamp
+
+docs: $(VENV)/test.stamp
+	$(BIN)/python -m mkdocs build
 
 demo: build
 	$(BIN)/pyqemb demo

@@ -1,0 +1,121 @@
+"""The pages that tell how to do something: every block runs, in order, on a tiny model under the name of a real one; the site builds."""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyqemb.cli import main
+from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.training import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs" / "tutorials").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")])
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NEEDS = {"mteb.md": "mteb", "export.md": "sentence_transformers", "transformers.md": "transformers"}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """What the pages take to be there: a base model, pairs, a corpus, a development set."""
+    base = write_tiny_folder(
+        tmp_path / "Qwen" / "Qwen3-0.6B-Base", prefix=True, max_position_embeddings=2048, num_hidden_layers=1
+    )
+    answering_tokenizer().save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text(
+        '{"pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    weights = load_file(base / "model.safetensors")  # louder, so that texts differ
+    noisy = {
+        name: w + 0.2 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0)) for name, w in weights.items()
+    }
+    noisy["lm_head.weight"] = noisy["model.embed_tokens.weight"].clone()
+    save_file(noisy, base / "model.safetensors", metadata={"format": "pt"})
+    draw = random.Random(0)
+    words = ["print", "page", "open", "dialog", "file", "menu", "colour", "line", "text", "table"]
+    rows = [
+        {"query": " ".join(draw.sample(words, 3)), "positive": f"{' '.join(draw.sample(words, 5))} {i}"}
+        for i in range(40)
+    ]
+
+    def lines(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+
+    lines(tmp_path / "pairs.jsonl", rows)
+    lines(tmp_path / "corpus.jsonl", [{"_id": str(i), "text": row["positive"]} for i, row in enumerate(rows)])
+    lines(
+        tmp_path / "dev" / "corpus.jsonl",
+        [{"_id": str(i), "text": f"other {row['positive'][::-1]}"} for i, row in enumerate(rows)],
+    )
+    lines(tmp_path / "dev" / "queries.jsonl", [{"_id": "q", "text": "how do I zip?"}])
+    (tmp_path / "dev" / "qrels").mkdir()
+    (tmp_path / "dev" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\t3\t1\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_line(line):
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return
+    assert words[0] == "pyqemb", f"do not know how to run {line!r}"
+    assert main(words[1:]) == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page, workplace):
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
+    names: dict = {}
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert blocks
+    for language, title, code in blocks:
+        if language == "python":
+            exec(compile(code, f"{page.name}", "exec"), names)
+        elif language == "console":
+            for line in filter(None, map(str.strip, code.splitlines())):
+                run_line(line)
+        elif language == "toml":
+            Path(title).write_text(code)
+            if "[model]" in code:
+                load_config(title)
+        else:
+            assert language == "json" and all(isinstance(json.loads(line), dict) for line in code.splitlines())
+
+
+def test_no_block_is_passed_over():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(BLOCK.findall(text)), page
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs"), pytest.importorskip("material"), pytest.importorskip("mkdocstrings")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+        "--config-file",
+        str(ROOT / "mkdocs.yml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in ("index.html", "tutorials/reranker/index.html", "reference/ops/index.html"):
+        assert (tmp_path / "site" / page).is_file()
+    assert "varlen_attention" in (tmp_path / "site" / "reference" / "ops" / "index.html").read_text()
