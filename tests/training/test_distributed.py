@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pyqemb
-from pyqemb.testing.tiny import write_tiny_folder
+from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.config import TrainConfig
 
@@ -29,12 +29,14 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def config(folder, run, loss=None, data="pairs.jsonl", save=None, **train) -> TrainConfig:
+def config(
+    folder, run, loss=None, data="pairs.jsonl", save=None, base="base", task="embedding", lora=None, **train
+) -> TrainConfig:
     defaults = {
         "steps": 4, "global_batch_size": 12, "learning_rate": 1e-4, "epsilon": 1e-4, "num_negatives": 2, "tokens_per_chunk": 60, "device": "cpu",
     }  # fmt: skip
     return stage2(
-        model={"base": str(folder / "base")}, data=[{"path": str(folder / data)}], loss=loss or {},
+        task=task, lora=lora, model={"base": str(folder / base)}, data=[{"path": str(folder / data)}], loss=loss or {},
         train={**defaults, **train}, save={"dir": str(folder / run), "every": 2, **(save or {})},
     )  # fmt: skip
 
@@ -150,7 +152,17 @@ def test_other_losses_and_batches(workplace):
         for name, options in OBJECTIVES.items()
         for documents in ("gather", "ring")
     ]
-    run(3, workplace, *runs)
+    base = write_tiny_folder(workplace / "answering", max_position_embeddings=1024, prefix=True)
+    answering_tokenizer().save(str(base / "tokenizer.json"))
+    others = {
+        "rerank": dict(task="rerank", base="answering", tokens_per_chunk=2000),
+        "lora": dict(lora={"rank": 2}),
+        "lora_rerank": dict(task="rerank", base="answering", lora={"rank": 2}, tokens_per_chunk=2000),
+    }
+    run(3, workplace, *runs, *(config(workplace, f"{name}_3", **options) for name, options in others.items()))
+    for name, options in others.items():
+        pyqemb.train(config(workplace, f"{name}_alone", **options))
+        assert_same(weights(workplace, f"{name}_3"), weights(workplace, f"{name}_alone"))
     for name, options in OBJECTIVES.items():
         pyqemb.train(config(workplace, f"{name}_alone", **options))
         for documents in ("gather", "ring"):

@@ -305,3 +305,24 @@ def test_adapters_are_trained_written_and_resumed(workplace):
     assert all(".lora." in name for name in load_file(checkpoints(stopped)[-1] / "model.safetensors"))
     pyqemb.train(lora("again", steps=12))
     assert same(weights(workplace / "again"), final)
+
+
+@pytest.mark.parametrize(
+    "train", [{"precision": "bfloat16"}, {"memory": "auto"}, {"activation_checkpointing": True}], ids=str
+)
+def test_adapters_with(workplace, train):
+    settings = config(workplace, "with", **train).model_dump()
+    settings["lora"] = {"rank": 2, "alpha": 8.0, "dropout": 0.0}
+    result = pyqemb.train(stage2(**settings))
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+    adapter = load_file(workplace / "with" / "adapter" / "adapter_model.safetensors")
+    assert all(float(tensor.float().abs().max()) > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_dropout_in_adapters_repeats_itself(workplace):
+    runs = {}
+    for name in ("one", "again"):
+        settings = config(workplace, name, steps=3).model_dump()
+        settings["lora"] = {"rank": 2, "alpha": 8.0, "dropout": 0.3}
+        runs[name] = [row["loss"] for row in pyqemb.train(stage2(**settings)).metrics]
+    assert runs["one"] == runs["again"]
