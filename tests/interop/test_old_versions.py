@@ -27,7 +27,8 @@ NEWER = (
     "mteb",
 )
 TEXTS = [text for text in TEXTS if text]
-PACKAGES = Path(__file__).parents[2] / "build" / "old-versions"  # kept from run to run
+ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "build" / "old-versions"  # kept from run to run
 
 EMBED = """
 import numpy, sentence_transformers, sys, transformers
@@ -61,7 +62,7 @@ def old_versions(tmp_path_factory):
             (shared / path.name).symlink_to(path)
 
     def run(script, *arguments):
-        environment = {"PYTHONPATH": f"{PACKAGES}:{shared}", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+        environment = {"PYTHONPATH": f"{PACKAGES}:{shared}:{ROOT}", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
             [sys.executable, "-S", "-c", script, *map(str, arguments)], env=environment, capture_output=True, text=True
         )
@@ -95,3 +96,33 @@ def test_rerankers(old_versions, tmp_path):
     old_versions(RERANK, folder, tmp_path / "out.npz", *TEXTS)
     scores = model.score([(TEXTS[0], text) for text in TEXTS[1:]])
     assert np.abs(np.load(tmp_path / "out.npz")["scores"] - scores).max() < 1e-5
+
+
+ATTEND = """
+import sys, torch, transformers, pyqemb
+assert transformers.__version__ == "4.57.1"
+pyqemb.register_transformers()
+ids = torch.arange(1, 61).view(3, 20)
+padding = torch.arange(20) >= torch.tensor([[0], [13], [19]])
+for name in ("llama", "qwen3", "qwen2", "mistral"):
+    answers, hidden = [], []
+    for implementation in ("eager", "pyqemb"):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(
+            name, vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=128, sliding_window=None, pad_token_id=0,
+        )
+        config._attn_implementation = implementation
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        out = model.model(ids, attention_mask=padding.long()).last_hidden_state * padding[..., None]
+        out.square().sum().backward()
+        hidden.append((out.detach(), model.model.layers[0].self_attn.k_proj.weight.grad))
+        answers.append(model.generate(ids, attention_mask=padding.long(), max_new_tokens=6, do_sample=False))
+    for a, b in zip(*hidden):
+        assert (a - b).abs().max() < 1e-4 * max(1, float(a.abs().max())), name
+    assert torch.equal(*answers), name
+"""
+
+
+def test_attention(old_versions):
+    old_versions(ATTEND)
