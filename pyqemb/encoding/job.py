@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from pyqemb.data.files import atomic_file
 from pyqemb.encoding.inputs import Row, parts, read_texts
 from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.workers import Settings, Workers, save_array
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import ConfigError, DataError, PyqembError
 from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
 
 Progress = Callable[[int, int], None]  # rows and bytes of text that are done
@@ -83,6 +84,8 @@ def encode_file(
         shutil.rmtree(folder)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}; finished parts are kept") from error
+    except BrokenProcessPool as error:
+        raise PyqembError("a process died, perhaps for want of memory; finished parts are kept") from error
     return Encoded(out, rows, size, resumed)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pyqemb.data.files import atomic_file
 from pyqemb.encoding.inputs import Row
-from pyqemb.errors import DataError
+from pyqemb.errors import DataError, PyqembError
 from pyqemb.model.embedder import Embedder
 
 
@@ -59,12 +59,9 @@ class Workers:
             return self.pool.submit(_encode_part, target, part)
         if self.model is None:
             self.model = _open(self.settings, self.devices[0])
+        _write_part(self.model, self.settings, target, part)
         future: Future[None] = Future()
-        try:
-            _write_part(self.model, self.settings, target, part)
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
+        future.set_result(None)
         return future
 
 
@@ -75,10 +72,16 @@ def _start(settings: Settings, queue: Any, processes: int) -> None:
     device = queue.get()
     if device == "cpu":
         torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
-    _here.update(model=_open(settings, device), settings=settings)
+    _here["settings"] = settings
+    try:
+        _here["model"] = _open(settings, device)
+    except PyqembError as error:  # an error in here would only be seen as a broken pool
+        _here["error"] = error
 
 
 def _encode_part(target: Path, part: list[Row]) -> None:
+    if "error" in _here:
+        raise _here["error"]
     _write_part(_here["model"], _here["settings"], target, part)
 
 

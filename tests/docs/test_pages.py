@@ -12,9 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pyqemb import Reranker
 from pyqemb.cli import main
+from pyqemb.curation.config import CurateConfig
+from pyqemb.synthesis.config import SynthesisConfig
 from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
-from pyqemb.training import load_config
+from pyqemb.training import TrainConfig, load_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs" / "tutorials").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")])
@@ -92,6 +100,29 @@ def test_every_block_runs(page, workplace):
                 load_config(title)
         else:
             assert language == "json" and all(isinstance(json.loads(line), dict) for line in code.splitlines())
+
+
+def test_blocks_of_the_other_pages(workplace):
+    """Configurations are read by what reads them; Python runs."""
+    Reranker.from_pretrained("Qwen/Qwen3-0.6B-Base").save_pretrained("my-reranker")
+    kinds = {"[[step]]": CurateConfig, "[endpoint]": SynthesisConfig}
+    seen = set()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for language, _, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+            seen.add((page.name, language))
+            if language == "python":
+                exec(compile(code, page.name, "exec"), {})
+            elif language == "toml":
+                reader = next((kind for sign, kind in kinds.items() if sign in code), None)
+                reader(**tomllib.loads(code)) if reader else TrainConfig(**tomllib.loads(code))
+            else:
+                raise AssertionError(f"{page.name}: a block of {language}, which nothing runs")
+    assert seen >= {
+        ("reranking.md", "python"),
+        ("reranking.md", "toml"),
+        ("curation.md", "toml"),
+        ("synthesis.md", "toml"),
+    }
 
 
 def test_no_block_is_passed_over():

@@ -96,6 +96,35 @@ def test_processes(model, jsonl, tmp_path):
     assert np.abs(np.load(tmp_path / "x.npy") - Embedder.from_pretrained(model).encode_document(ROWS)).max() < 1e-6
 
 
+def test_what_a_process_cannot_load_is_said(jsonl, tmp_path):
+    with pytest.raises(DataError, match="none: no such model folder"):
+        encode_file(tmp_path / "none", jsonl, tmp_path / "x.npy", devices=("cpu", "cpu"))
+
+
+def test_a_process_that_dies_is_said(model, jsonl, tmp_path):
+    script = (
+        "import os, signal, sys, pyqemb.encoding.workers as w\n"
+        "def killed(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "w._encode_part = killed\n"
+        "from pyqemb.encoding import encode_file\n"
+        "from pyqemb.errors import PyqembError\n"
+        "if __name__ == '__main__':\n"
+        "    try: encode_file(*sys.argv[1:], devices=('cpu', 'cpu'))\n"
+        "    except PyqembError as error: print(error)\n"
+    )
+    path = tmp_path / "job.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path), str(model), str(jsonl), str(tmp_path / "x.npy")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("a process died, perhaps for want of memory; finished parts are kept"), done.stderr[
+        -1000:
+    ]
+
+
 def test_a_killed_job_goes_on(model, jsonl, tmp_path):
     out = tmp_path / "x.npy"
     slow = (
