@@ -23,6 +23,7 @@ COSTS = TokenCosts(forward=20, graph=100, backward=20, boundary=10, vector=4)
 CHECKPOINTED = TokenCosts(forward=20, graph=15, backward=50, boundary=10, vector=4)
 SIZES = Sizes(vectors=1000, gradients=5000, largest=2000)
 TOTAL = 10_000  # tokens
+LIBRARIES = 30 << 20  # bytes that they keep for themselves, which nobody predicts (docs/grad_cache.md)
 
 
 def cut(size, total=TOTAL):
@@ -169,7 +170,7 @@ def _steps_within(budgets):
     model = tiny_embedder(**size, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
     generator = torch.Generator().manual_seed(0)
     queries, documents = (
-        PackedBatch.pack([torch.randint(8000, (n,), generator=generator).tolist() for n in heavy_tailed(64, median)])
+        PackedBatch.pack([torch.randint(8000, (n,), generator=generator).tolist() for n in heavy_tailed(160, median)])
         for median in (16, 100)
     )
 
@@ -187,11 +188,11 @@ def _steps_within(budgets):
 
 
 def test_measured_peaks_are_as_predicted():
-    budgets = (220 << 20, 350 << 20, 4 << 30)
+    budgets = (300 << 20, 600 << 20, 6 << 30)
     # In a process of its own: holes that other tests left in the heap serve a step in part, and what they do not serve comes on top.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         reports = pool.submit(_steps_within, budgets).result()
     for budget, report in zip(budgets, reports, strict=True):
         assert report.measured_bytes == pytest.approx(report.predicted_bytes, rel=0.15), report
-        assert report.measured_bytes <= 1.05 * budget
+        assert report.measured_bytes <= budget + LIBRARIES
     assert len({report.plan for report in reports}) == 3 and reports[-1].plan.kept >= reports[-1].chunks
