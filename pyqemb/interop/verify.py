@@ -45,10 +45,11 @@ def verify(folder: str | Path) -> list[Check]:
         "TEI's keys": lambda: _missing(_tei(folder)),
         "float16": lambda: _half(folder, texts, documents),
     }
-    return [_run(name, check) for name, check in checks.items()]
+    return [run_check(name, check) for name, check in checks.items()]
 
 
-def _run(name: str, check: Callable[[], Check | str]) -> Check:
+def run_check(name: str, check: Callable[[], Check | str]) -> Check:
+    """What a check found; whatever it threw is a failure, a library that is not there is skipped."""
     try:
         found = check()
     except ModuleNotFoundError as error:
@@ -58,11 +59,12 @@ def _run(name: str, check: Callable[[], Check | str]) -> Check:
     return found if isinstance(found, Check) else Check(name, "passed", found)
 
 
-def _compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
+def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
+    """Theirs beside ours."""
     worst = max(float(np.abs(theirs - ours).max()) for theirs, ours in pairs)
     count = sum(len(ours) for _, ours in pairs)
     outcome: Any = "passed" if worst <= TOLERANCE else "failed"
-    return Check(name, outcome, f"{count} vectors differ by {worst:.1e} at most")
+    return Check(name, outcome, f"{count} results differ by {worst:.1e} at most")
 
 
 def _sentence_transformers(folder: Path, texts: list[str], documents: np.ndarray, queries: np.ndarray) -> Check:
@@ -70,7 +72,7 @@ def _sentence_transformers(folder: Path, texts: list[str], documents: np.ndarray
 
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
     pairs = [(model.encode_document(texts), documents), (model.encode_query(texts), queries)]
-    return _compared(f"sentence-transformers {__version__}", pairs)
+    return compared(f"sentence-transformers {__version__}", pairs)
 
 
 def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.ndarray) -> Check:
@@ -88,7 +90,7 @@ def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.
             hidden_TE = model(**ids).last_hidden_state[0]
         pooled = hidden_TE.mean(0) if ours.pooling == "mean" else hidden_TE[-1]
         rows.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
-    return _compared(name, [(np.stack(rows), documents)])
+    return compared(name, [(np.stack(rows), documents)])
 
 
 def _half(folder: Path, texts: list[str], documents: np.ndarray) -> Check:

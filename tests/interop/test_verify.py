@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyqemb import Embedder
+from pyqemb import Embedder, Reranker
 from pyqemb.cli import main
 from pyqemb.interop.texts import sample_texts
 from pyqemb.interop.verify import verify
+from pyqemb.interop.verify_reranker import verify_reranker
 from pyqemb.model.lora import LoraConfig, add_lora, save_adapter
-from pyqemb.testing.tiny import tiny_embedder
+from pyqemb.testing.tiny import answering_tokenizer, tiny_embedder, write_tiny_folder
 
 pytest.importorskip("sentence_transformers")
 
@@ -73,7 +74,7 @@ def test_vectors_that_differ_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(Embedder, "encode_document", lambda self, texts: real(self, texts) + 2e-5)
     found = outcomes(folder)
     assert found["sentence-transformers"][0] == found["transformers"][0] == "failed"
-    assert "differ by 2.0e-05 at most" in found["transformers"][1]
+    assert "results differ by 2.0e-05 at most" in found["transformers"][1]
 
 
 def test_overflow_in_half_precision_warns(tmp_path):
@@ -108,3 +109,23 @@ def test_export(tmp_path, capsys):
     assert "is the model itself" in capsys.readouterr().err
     assert main(["export", str(base), "--out", str(tmp_path / "half")]) == 0
     assert load_file(tmp_path / "half" / "model.safetensors")["norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["causal-lm", "seq-cls"])
+def test_rerankers(tmp_path, capsys, format):
+    base = write_tiny_folder(tmp_path / "base", max_position_embeddings=4096, prefix=True)
+    answering_tokenizer().save(str(base / "tokenizer.json"))
+    model = Reranker.from_pretrained(base, device="cpu", max_length=4096)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    folder = model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["export", str(folder), "--out", str(out), "--format", format, "--dtype", "float32", "--verify"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("passed") == 3
+    template = out / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<Document>", "<document>"))
+    found = {check.name.split(" ")[0]: check.outcome for check in verify_reranker(out)}
+    assert found == {"sentence-transformers": "failed", "transformers": "passed", "float16": "passed"}

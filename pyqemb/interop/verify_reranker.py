@@ -1,0 +1,69 @@
+"""`verify` for a reranker's folder: the scores of other libraries beside ours, and float16."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyqemb.data.pairs import PREFIX, SUFFIX
+from pyqemb.interop.texts import sample_texts
+from pyqemb.interop.verify import Check, compared, run_check
+from pyqemb.model.reranker import Reranker
+
+
+def verify_reranker(folder: str | Path) -> list[Check]:
+    """sentence-transformers' CrossEncoder and transformers must give Reranker's scores of 50 pairs within 1e-5; float16 must not overflow.
+
+    Raises CheckpointError: Reranker itself cannot load it.
+    """
+    folder, texts = Path(folder), sample_texts(100)
+    ours = Reranker.from_pretrained(folder, dtype="float32", device="cpu")
+    pairs = list(zip(texts[:50], texts[50:], strict=True))
+    scores = ours.score(pairs)
+    return [
+        run_check("sentence-transformers", lambda: _cross_encoder(folder, pairs, scores)),
+        run_check("transformers", lambda: _transformers(folder, ours, pairs, scores)),
+        run_check("float16", lambda: _half(folder, pairs, scores)),
+    ]
+
+
+def _cross_encoder(folder: Path, pairs: list[tuple[str, str]], scores: np.ndarray) -> Check:
+    from sentence_transformers import CrossEncoder, __version__
+
+    name = f"sentence-transformers {__version__}"
+    if int(__version__.split(".")[0]) < 6:
+        return Check(
+            name, "warned", "renders pairs by the chat template from 6.0 on; before, the text has to be rendered first"
+        )
+    model = CrossEncoder(str(folder), local_files_only=True, device="cpu", model_kwargs={"dtype": torch.float32})
+    return compared(name, [(model.predict(pairs, show_progress_bar=False), scores)])
+
+
+def _transformers(folder: Path, ours: Reranker, pairs: list[tuple[str, str]], scores: np.ndarray) -> Check:
+    import transformers as theirs
+
+    classifies = theirs.AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
+    kind = theirs.AutoModelForSequenceClassification if classifies else theirs.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = theirs.AutoTokenizer.from_pretrained(folder)
+    found = []
+    for body in ours.format(pairs):
+        ids = tokenizer(PREFIX + body + SUFFIX, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**ids).logits
+        yes_no = (
+            [logits[0, -1, i] for i in (ours.tokenizer.yes_id, ours.tokenizer.no_id)]
+            if not classifies
+            else [logits[0, 0], 0]
+        )
+        found.append(float(torch.sigmoid(yes_no[0] - yes_no[1])))
+    return compared(f"transformers {theirs.__version__}", [(np.array(found), scores)])
+
+
+def _half(folder: Path, pairs: list[tuple[str, str]], scores: np.ndarray) -> Check:
+    found = Reranker.from_pretrained(folder, dtype="float16", device="cpu").score(pairs)
+    bad = int((~np.isfinite(found)).sum())
+    if bad:
+        return Check("float16", "warned", f"{bad} of {len(pairs)} pairs overflow: serve it in bfloat16 or float32")
+    worst = float(np.abs(found - scores).max())
+    return Check("float16", "passed" if worst < 0.01 else "warned", f"scores differ by {worst:.4f} at most")
