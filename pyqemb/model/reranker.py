@@ -193,8 +193,8 @@ class Reranker(nn.Module):
         if format == "seq-cls":
             weights[SCORE] = (rows[:1] - rows[1:]).float()
         elif self.head is not None and self._lm_head is not None:
-            full = self._lm_head.double()
-            full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = rows.cpu()
+            full = self._lm_head.to(stored, copy=True)
+            full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = rows.to(stored).cpu()
             weights[LM_HEAD] = full
         weights = {name: tensor.detach().to(stored) for name, tensor in weights.items()}
         for name, tensor in weights.items():
