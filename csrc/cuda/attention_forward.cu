@@ -1,6 +1,8 @@
+#include "cuda/architecture.h"
 #include "cuda/attention_dispatch.h"
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_single.cuh"
+#include "cuda/sm90/attention.h"
 
 namespace qemb::cuda {
 
@@ -13,8 +15,9 @@ void attention_forward(const AttentionForward& p) {
                        p.stream, p);
             }))
             return;
-        launch("varlen_attention", attention_forward_block<T, D>, dim3(static_cast<unsigned>(p.plan.blocks), heads),
-               kBlockWarps * 32, block_forward_shared<D>(), p.stream, p);
+        if (!hopper_takes(p, sm90::attention_forward))
+            launch("varlen_attention", attention_forward_block<T, D>, dim3(static_cast<unsigned>(p.plan.blocks), heads),
+                   kBlockWarps * 32, block_forward_shared<D>(), p.stream, p);
         launch("varlen_attention", attention_forward_tile<T, D>, dim3(static_cast<unsigned>(p.plan.tiles), kv_heads),
                kTileWarps * 32, tile_forward_shared<D>(), p.stream, p);
     });

@@ -33,6 +33,17 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
 inline void zero(const char* op, void* to, size_t bytes, void* stream) {
     check(op, cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    check("pyqemb", cudaGetDevice(&device));
+    check("pyqemb", cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+inline int compute_capability() {
+    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 #endif
 
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }

@@ -6,6 +6,12 @@ namespace qemb::cuda {
 bool is_built();
 int device_count();  // 0 where there is no device or no driver
 
+// Kernels for newer architectures than this are left alone. Tests and benchmarks lower it to 80, to compare.
+inline int& newest_kernels() {
+    static int newest = 90;
+    return newest;
+}
+
 // The calling thread works on `device` until the end of the scope.
 class DeviceGuard {
   public:

@@ -32,6 +32,8 @@ struct AttentionForward {
     void* lse;                    // [T, num_heads] natural log, float (double for float64)
     const int32_t* cu_seqlens_q;  // [num_seqs + 1], on the host for the CPU
     const int32_t* cu_seqlens_k;  // [num_seqs + 1]
+    int64_t num_tokens;           // T
+    int64_t num_keys;             // S
     int64_t num_seqs;
     int64_t num_heads;
     int64_t num_kv_heads;
@@ -59,6 +61,7 @@ struct AttentionBackward {
     const int32_t* cu_seqlens_q;
     const int32_t* cu_seqlens_k;
     int64_t num_tokens;  // T
+    int64_t num_keys;    // S
     int64_t num_seqs;
     int64_t num_heads;
     int64_t num_kv_heads;

@@ -23,6 +23,8 @@ struct AttentionResult {
 // Fills in what follows from the case, for contiguous q, k and v, in either direction's arguments.
 template <class Params>
 void set_shape(Params& p, const AttentionCase& c, DType dtype) {
+    p.num_tokens = c.cu_q.back();
+    p.num_keys = c.cu_k.back();
     p.num_seqs = static_cast<int64_t>(c.cu_q.size()) - 1;
     p.num_heads = c.heads;
     p.num_kv_heads = c.kv_heads;

@@ -76,7 +76,6 @@ struct Call {
                                    .dv = dv.data(),
                                    .cu_seqlens_q = cu_q.data(),
                                    .cu_seqlens_k = cu_k.data(),
-                                   .num_tokens = c.cu_q.back(),
                                    .plan = used};
         set_shape(backward, c, dtype_of<T>);
         emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::attention_backward_scratch(backward)));

@@ -11,7 +11,7 @@ namespace emulator {
 struct Counters {
     uint64_t ldmatrix = 0, bank_conflicts = 0;   // 8 x 8 matrices that ldmatrix read, and passes beyond one for each
     uint64_t vectors = 0, vector_conflicts = 0;  // quarter-warps of load16 and store16, and passes beyond one for each
-    uint64_t mma = 0;                            // products of a warp
+    uint64_t mma = 0, wgmma = 0;                 // products of a warp, of a warpgroup
 };
 inline Counters& counters() {
     static Counters counters;

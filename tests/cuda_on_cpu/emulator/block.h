@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "emulator/asynchronous.h"
 #include "emulator/banks.h"
-#include "emulator/copies.h"
 #include "emulator/fiber.h"
 #include "emulator/races.h"
 
@@ -46,6 +46,7 @@ struct Thread {
     bool done = false;
     Place waits_in;
     Copies copies;
+    Stores stores;
 };
 inline Thread* running = nullptr;
 
@@ -65,6 +66,7 @@ class Block {
         if (shared_bytes > kMostShared) fail("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory");
         while (pool().size() < static_cast<size_t>(threads)) pool().push_back(std::make_unique<Thread>());
         warps_.resize(static_cast<size_t>(threads / 32));
+        groups_.resize(static_cast<size_t>((threads + 127) / 128));
         arena_ = arena_pages().end() - (shared_bytes + 15) / 16 * 16;
     }
 
@@ -91,9 +93,15 @@ class Block {
             t.index = dim3(static_cast<unsigned>(i), 0, 0);
             t.done = false;
             t.copies.clear();
+            t.stores.clear();
             t.fiber.start(&Block::enter, t.lane);
         }
         for (Warp& warp : warps_) warp.start(random_);
+        for (Group& group : groups_) group.arrived = 0, group.products.clear();
+        named_ = {};
+        sleepers_.clear();
+        engine_.clear();
+        proxies_.start(shared_size_, size);
         races().now.block = ++serial;
         races().now.block_epoch = 0;
         races().shared_begin = arena_;
@@ -134,6 +142,52 @@ class Block {
             to_scheduler(self);
             see();
         }
+    }
+    // All threads of a warpgroup, likewise; act(their 128 arguments, the products of the warpgroup).
+    template <class Act>
+    void meet_group(const Place& place, void* argument, Act act) {
+        Thread& self = *running;
+        Group& group = groups_[static_cast<size_t>(self.id / 128)];
+        arrive(group.place, group.arrived, place);
+        const size_t first = static_cast<size_t>(self.id / 128 * 4);
+        if (first + 4 > warps_.size()) fail(place.text() + " needs a warpgroup of 128 threads");
+        for (size_t w = first; w < first + 4; ++w)
+            if (warps_[w].ended) fail(place.text() + " misses threads that have ended");
+        group.slots[self.id % 128] = argument;
+        if (++group.arrived < 128) return block(self, warps_[static_cast<size_t>(self.warp)], place);
+        act(group.slots, group.products);
+        group.arrived = 0;
+        for (size_t w = first; w < first + 4; ++w) warps_[w].runnable = ~0u;
+        if (--warps_[static_cast<size_t>(self.warp)].turns == 0) to_scheduler(self);
+        see();
+    }
+    // Until somebody wakes whoever sleeps under this key: an address of shared memory, or the number of a barrier.
+    void sleep(uint32_t key, const Place& place) {
+        Thread& self = *running;
+        sleepers_.push_back({key, &self});
+        block(self, warps_[static_cast<size_t>(self.warp)], place);
+    }
+    void wake(uint32_t key) {
+        std::erase_if(sleepers_, [&](const Sleeper& sleeper) {
+            if (sleeper.key != key) return false;
+            warps_[static_cast<size_t>(sleeper.thread->warp)].runnable |= 1u << sleeper.thread->lane;
+            return true;
+        });
+    }
+    // A barrier of some of the threads.
+    void arrive_named(uint32_t id, int threads, bool waits, const Place& place) {
+        if (id < 1 || id > 15) fail(place.text() + ": barriers have numbers from 1 to 15, not " + std::to_string(id));
+        if (threads % 32 || threads < 32 || threads > size) fail(place.text() + ": not whole warps of the block");
+        Named& barrier = named_[id];
+        if (barrier.arrived > 0 && barrier.threads != threads) fail(place.text() + ": others expect another number of threads");
+        barrier.threads = threads;
+        const uint64_t turn = barrier.turn;
+        if (++barrier.arrived == threads) {
+            barrier.arrived = 0;
+            ++barrier.turn;
+            wake(id);
+        }
+        while (waits && barrier.turn == turn) sleep(id, place);
     }
     // Each lane receives what lane `from` holds.
     template <class T>
@@ -185,7 +239,21 @@ class Block {
     // Called for every access of the arch layer.
     void touch(void* p, uint32_t bytes, bool write) {
         if (Races::on) races().access(p, bytes, write);
+        if (write && in_arena(p)) proxies_.write(static_cast<size_t>(static_cast<char*>(p) - arena_), bytes, running->id);
     }
+    // 16 bytes, or fewer, that the copy engine or the tensor cores touch.
+    char* touch_async(uint32_t address, uint32_t bytes, const Place& place) {
+        auto* p = static_cast<char*>(shared(address, bytes, place));
+        const int writer = proxies_.unseen(static_cast<size_t>(p - arena_), bytes);
+        if (writer >= 0)
+            fail(place.text() + " at byte " + std::to_string(p - arena_) + " of shared memory: no fence_async after the write by thread " +
+                 std::to_string(writer));
+        return p;
+    }
+    void fence_async() { proxies_.fence(running->id); }
+    void submit(Work work) { engine_.submit(std::move(work), landing_); }
+    Landing landing() const { return landing_; }
+    Random& random() { return random_; }
     // 16 bytes anywhere, checked and counted.
     void* vector(void* p, bool write, const Place& place) {
         if (reinterpret_cast<uintptr_t>(p) % 16) fail(place.text() + ": misaligned address");
@@ -204,6 +272,7 @@ class Block {
             if (valid) races().access(from, 16, false);
             races().copy_begins(target);
         }
+        proxies_.write(static_cast<size_t>(static_cast<char*>(target) - arena_), 16, running->id);
         running->copies.issue(static_cast<char*>(target), valid ? from : nullptr, landing_, random_);
     }
     void commit() { running->copies.commit(); }
@@ -247,6 +316,21 @@ class Block {
         }
     };
 
+    struct Group {
+        void* slots[128];
+        int arrived = 0;
+        Place place;
+        Products products;
+    };
+    struct Named {
+        int arrived = 0, threads = 0;
+        uint64_t turn = 0;
+    };
+    struct Sleeper {
+        uint32_t key;
+        Thread* thread;
+    };
+
     static std::vector<std::unique_ptr<Thread>>& pool() {
         static std::vector<std::unique_ptr<Thread>> threads;
         return threads;
@@ -275,7 +359,9 @@ class Block {
         Thread& self = *running;
         Warp& warp = warps_[static_cast<size_t>(self.warp)];
         if (Races::on) races().settle();
-        if (!self.copies.empty()) fail("the thread ended with copies in flight");
+        if (!self.copies.empty() || !self.stores.empty()) fail("the thread ended with copies in flight");
+        if (self.id % 128 == 0 && !groups_[static_cast<size_t>(self.id / 128)].products.empty())
+            fail("the warpgroup ended with products in flight");
         if (warp.arrived) fail("the thread ended while others of its warp wait in " + warp.place.text());
         self.done = true;
         if (++warp.ended == 32) warp.accesses.count();
@@ -327,6 +413,7 @@ class Block {
     void schedule() {
         const size_t count = warps_.size(), straggler = random_.below(count);
         while (live_ > 0) {
+            drift();
             size_t chosen = count;
             const size_t first = policy_ == Policy::kRandom   ? random_.below(count)
                                  : policy_ == Policy::kInTurn ? last_ + 1
@@ -336,6 +423,10 @@ class Block {
                 if (!warps_[w].runnable) continue;
                 chosen = w;
                 if (policy_ != Policy::kStraggler || w != straggler) break;
+            }
+            if (chosen == count && !engine_.empty()) {
+                engine_.land_one(random_);
+                continue;
             }
             if (chosen == count) deadlock();
             Warp& warp = warps_[chosen];
@@ -349,6 +440,17 @@ class Block {
                 fail(races().found);
             }
         }
+        running = nullptr;
+        if (!engine_.empty()) fail("the block ended with copies in flight");
+    }
+    // Time passes.
+    void drift() {
+        if (landing_ != Landing::kMixed) return;
+        if (!engine_.empty() && random_.below(3) == 0) engine_.land_one(random_);
+        Products& products = groups_[random_.below(groups_.size())].products;
+        if (!products.groups.empty() && random_.below(3) == 0) products.run_oldest();
+        Stores& stores = thread(static_cast<int>(random_.below(static_cast<uint64_t>(size)))).stores;
+        if (!stores.empty() && random_.below(3) == 0) stores.land_one();
     }
     [[noreturn]] void deadlock() {
         std::string report = "deadlock:";
@@ -372,6 +474,11 @@ class Block {
     size_t shared_size_;
     char* arena_;
     std::vector<Warp> warps_;
+    std::vector<Group> groups_;
+    std::array<Named, 16> named_;
+    std::vector<Sleeper> sleepers_;
+    Engine engine_;
+    Proxies proxies_;
     Random random_;
     Policy policy_{};
     Landing landing_{};

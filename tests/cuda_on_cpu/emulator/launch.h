@@ -13,6 +13,7 @@ namespace emulator {
 struct Options {
     uint64_t seed = 1;
     size_t shared_limit = Block::kMostShared;  // of an H100
+    int compute_capability = 90, multiprocessors = 3;
 };
 inline Options& options() {
     static Options options;
@@ -56,6 +57,9 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
     ::emulator::launch(
         op, grid, threads, shared, [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
+
+inline int compute_capability() { return ::emulator::options().compute_capability; }
+inline int multiprocessors() { return ::emulator::options().multiprocessors; }
 
 inline void zero(const char*, void* to, size_t bytes, void*) {
     if (bytes) std::memset(to, 0, bytes);

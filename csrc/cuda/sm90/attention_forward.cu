@@ -1,0 +1,240 @@
+// Attention forward of long sequences on Hopper. A block stays on its multiprocessor and takes tile after tile (128 queries, one
+// head); one thread keeps the copy engine ahead; two warpgroups of 64 queries each take turns at the tensor cores, so that one
+// computes its softmax while the other multiplies, and within a warpgroup the scores of the next keys and the output of these are in
+// flight together (the schedule of FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
+#include "cuda/sm90/attention.h"
+
+#include "cuda/attention_dispatch.h"
+#include "cuda/sm90/attention_tile.h"
+
+namespace qemb::cuda::sm90 {
+namespace {
+
+constexpr int kKeys = 128;  // of a step
+
+template <int D>
+struct Layout {
+    static constexpr int kQ = 0, kK = kQ + kTileBytes<kTile, D>, kV = kK + 2 * kTileBytes<kKeys, D>,
+                         kStaging = kV + 2 * kTileBytes<kKeys, D>, kBarriers = kStaging + kTileBytes<kTile, D>,
+                         kBytes = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes;
+};
+
+// A tile: 128 queries of a sequence, one head, and the steps of keys that some of them see.
+struct Tile {
+    Span span;
+    int first, count, head, kv_head, steps;
+
+    QEMB_DEVICE Tile(const AttentionForward& p, int tile)
+        : Tile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)), tile % static_cast<int>(p.num_heads)) {}
+
+  private:
+    QEMB_DEVICE Tile(const AttentionForward& p, const int32_t* item, int head)
+        : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
+          first(item[1] * kTile),
+          count(min(kTile, span.num_q - first)),
+          head(head),
+          kv_head(head / static_cast<int>(p.num_heads / p.num_kv_heads)),
+          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kKeys - 1) / kKeys) {}
+};
+
+// Keys from the last step to the first: the masks of the sequence's end and of causality come first, and then no more.
+template <int D>
+QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v, uint32_t shared,
+                         Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
+    using L = Layout<D>;
+    for (int at = blockIdx.x; at < p.plan.data[1] * static_cast<int>(p.num_heads); at += gridDim.x) {
+        const Tile tile(p, at);
+        if (tile.steps == 0) continue;
+        q_ring.wait_empty();
+        mbarrier_expect(q_ring.full(), kTileBytes<kTile, D>);
+        load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
+        q_ring.next();
+        for (int step = tile.steps; step-- > 0;) {
+            const int key = tile.span.k + step * kKeys;
+            k_ring.wait_empty();
+            mbarrier_expect(k_ring.full(), kTileBytes<kKeys, D>);
+            load_tile<kKeys, D>(shared + L::kK + k_ring.stage * kTileBytes<kKeys, D>, k, k_ring.full(), tile.kv_head, key);
+            k_ring.next();
+            v_ring.wait_empty();
+            mbarrier_expect(v_ring.full(), kTileBytes<kKeys, D>);
+            load_tile<kKeys, D>(shared + L::kV + v_ring.stage * kTileBytes<kKeys, D>, v, v_ring.full(), tile.kv_head, key);
+            v_ring.next();
+        }
+    }
+}
+
+// Online softmax of this thread's parts of two rows, in base 2: scores become weights. -> what earlier sums are multiplied by
+struct Softmax {
+    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the unscaled scores; of this thread's weights
+
+    // Row i sees keys [0, seen[i]) of those from `key` on; only then is it masked.
+    QEMB_DEVICE void update(float (&s)[kKeys / 2], float scale, bool masked, const int (&seen)[2], float (&factor)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float best = most[i];
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[4 * n + 2 * i + j];
+                    if (masked && n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j >= seen[i]) x = -INFINITY;
+                    best = fmaxf(best, x);
+                }
+            best = lanes_max<4>(best);
+            const float base = best == -INFINITY ? 0 : best * scale;
+            factor[i] = exp2_approx(most[i] * scale - base);
+            most[i] = best;
+            float total = 0;
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[4 * n + 2 * i + j];
+                    x = exp2_approx(fmaf(x, scale, -base));
+                    total += x;
+                }
+            sum[i] = sum[i] * factor[i] + total;
+        }
+    }
+};
+
+template <class T, int D>
+QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
+    using L = Layout<D>;
+    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const bool signals = threadIdx.x % 128 == 0;
+    const int my_first = group * 64 + warp * 16;  // rows of a tile
+    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const uint32_t my_q = shared + L::kQ + group * 64 * 128, staging = shared + L::kStaging + my_first * D * 2;
+    const auto take_turn = [&] { barrier_sync(kTurnBarrier + group, kConsumers); };
+    const auto pass_turn = [&] { barrier_arrive(kTurnBarrier + (group ^ 1), kConsumers); };
+    if (group == 1) pass_turn();  // the other begins
+
+    for (int at = blockIdx.x; at < p.plan.data[1] * static_cast<int>(p.num_heads); at += gridDim.x) {
+        const Tile tile(p, at);
+        const int row = tile.first + my_first + lane / 4;
+        const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
+        const int sees[2] = {visible_keys(row, tile.span.num_q, tile.span.num_k, p.causal),
+                             visible_keys(row + 8, tile.span.num_q, tile.span.num_k, p.causal)};
+        float out[D / 2], s[kKeys / 2], factor[2];
+        uint32_t weights[kKeys / 16][4];
+        Softmax softmax;
+        const auto k_tile = [&] { return shared + L::kK + k_ring.stage * kTileBytes<kKeys, D>; };
+        const auto v_tile = [&] { return shared + L::kV + v_ring.stage * kTileBytes<kKeys, D>; };
+        const auto update = [&](int step) {
+            const int key = step * kKeys, seen[2] = {sees[0] - key, sees[1] - key};
+            softmax.update(s, scale, key + kKeys > all_see, seen, factor);
+        };
+
+        int step = tile.steps - 1;
+        if (step >= 0) {
+            // The last keys
+            q_ring.wait_full();
+            k_ring.wait_full();
+            take_turn();
+            wgmma_fence();
+            multiply_rows<T, D, kTile, kKeys>(s, my_q, k_tile());
+            wgmma_commit();
+            pass_turn();
+            wgmma_wait<0>();
+            k_ring.release(signals);
+            update(step);
+            as_left<T, kKeys>(s, weights);
+            v_ring.wait_full();
+            if (tile.span.num_k < tile.steps * kKeys) {
+                clear_rows<kKeys, D>(v_tile(), tile.span.num_k - step * kKeys);
+                barrier_sync(kTailBarrier, kConsumers);
+            }
+
+            // The scores of these keys beside the output of those before
+            bool add = false;
+            while (--step >= 0) {
+                k_ring.wait_full();
+                take_turn();
+                wgmma_fence();
+                multiply_rows<T, D, kTile, kKeys>(s, my_q, k_tile());
+                wgmma_commit();
+                v_ring.wait_full();
+                multiply_columns<T, D, kKeys>(out, weights, v_tile(), add);
+                wgmma_commit();
+                pass_turn();
+                wgmma_wait<1>();
+                k_ring.release(signals);
+                update(step);
+                wgmma_wait<0>();
+                v_ring.release(signals);
+                as_left<T, kKeys>(s, weights);
+#pragma unroll
+                for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
+                add = true;
+            }
+            q_ring.release(signals);
+            v_ring.wait_full();
+            wgmma_fence();
+            multiply_columns<T, D, kKeys>(out, weights, v_tile(), add);
+            wgmma_commit();
+            wgmma_wait<0>();
+            v_ring.release(signals);
+        } else {
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) out[i] = 0;
+        }
+
+        // Write the output and lse
+        const float sum[2] = {lanes_sum<4>(softmax.sum[0]), lanes_sum<4>(softmax.sum[1])};
+        const int64_t token = tile.span.q + tile.first + my_first;
+        store_rows<T, D>(static_cast<T*>(p.out) + (token * p.num_heads + tile.head) * D, p.num_heads * D, tile.count - my_first,
+                         reinterpret_cast<const float (&)[D / 8][4]>(out), sum[0] > 0 ? 1 / sum[0] : 0, sum[1] > 0 ? 1 / sum[1] : 0,
+                         staging, lane);
+        float* lse = static_cast<float*>(p.lse) + (token + lane / 4) * p.num_heads + tile.head;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (lane % 4 == 0 && row + 8 * i < tile.first + tile.count)
+                lse[8 * i * p.num_heads] = softmax.most[i] * (scale * kLn2) + logf(sum[i]);
+    }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_forward(const AttentionForward p, const QEMB_GRID_CONSTANT TensorMap q, const QEMB_GRID_CONSTANT TensorMap k,
+                      const QEMB_GRID_CONSTANT TensorMap v) {
+    using L = Layout<D>;
+    const uint32_t shared = shared_address(shared_bytes());
+    const Ring<1> q_ring{shared + L::kBarriers};
+    const Ring<2> k_ring{q_ring.barriers + Ring<1>::kBytes}, v_ring{k_ring.barriers + Ring<2>::kBytes};
+    if (threadIdx.x == 0) {
+        q_ring.init(2);
+        k_ring.init(2);
+        v_ring.init(2);
+        fence_mbarrier_init();
+    }
+    sync_block();
+    if (is_producer()) {
+        registers_decrease<kProducerRegisters>();
+        if (threadIdx.x == kConsumers) produce<D>(p, q, k, v, shared, q_ring, k_ring, v_ring);
+    } else {
+        registers_increase<kConsumerRegisters>();
+        consume<T, D>(p, shared, q_ring, k_ring, v_ring);
+    }
+}
+
+}  // namespace
+
+bool attention_forward(const AttentionForward& p) {
+    if (!(p.scale > 0)) return false;  // maxima are taken before scores are scaled
+    bool taken = false;
+    visit_types(p, [&]<class T, int D>() {
+        const int64_t tokens = p.num_tokens, keys = p.num_keys;
+        TensorMap q, k, v;
+        if (!make_token_map<T, D, kTile>(q, p.q, tokens, p.num_heads, p.q_token_stride, p.q_head_stride) ||
+            !make_token_map<T, D, kKeys>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) ||
+            !make_token_map<T, D, kKeys>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride))
+            return;
+        const auto blocks = static_cast<unsigned>(min(int64_t(multiprocessors()), p.plan.blocks * p.num_heads));
+        launch("varlen_attention", attention_forward<T, D>, dim3(blocks), kThreads, Layout<D>::kBytes, p.stream, p, q, k, v);
+        taken = true;
+    });
+    return taken;
+}
+
+}  // namespace qemb::cuda::sm90

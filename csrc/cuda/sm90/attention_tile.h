@@ -1,0 +1,86 @@
+// What the attention kernels of Hopper share. A tile of D columns lies in shared memory as D / 64 panels of rows of 128 bytes,
+// swizzled: as the copy engine leaves it and wgmma reads it, along its rows or across them.
+#pragma once
+
+#include "cuda/attention_tile.h"
+#include "cuda/sm90/ring.h"
+#include "cuda/tensor_map.h"
+
+namespace qemb::cuda::sm90 {
+
+constexpr uint32_t kTurnBarrier = 1;  // and the next: of the two consumer warpgroups
+constexpr uint32_t kTailBarrier = 3;
+
+template <int kRows>
+constexpr int kPanelBytes = kRows * 128;
+template <int kRows, int D>
+constexpr int kTileBytes = kRows * D * 2;
+
+// A [tokens, heads, D] tensor, kRows tokens of one head at a time.
+template <class T, int D, int kRows>
+bool make_token_map(TensorMap& map, const void* base, int64_t tokens, int64_t heads, int64_t token_stride, int64_t head_stride) {
+    const auto bytes = [](int64_t elements) { return elements * int64_t(sizeof(T)); };
+    return make_tensor_map<T>(map, {.base = base,
+                                    .rank = 3,
+                                    .size = {D, heads, tokens},
+                                    .byte_stride = {0, bytes(heads > 1 ? head_stride : D), bytes(tokens > 1 ? token_stride : heads * D)},
+                                    .box = {64, 1, kRows},
+                                    .swizzled = true});
+}
+
+// By one thread. Rows past the sequence are a neighbour's, rows past the last one zeros.
+template <int kRows, int D>
+QEMB_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t barrier, int head, int token) {
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel)
+        tma_load(tile + panel * kPanelBytes<kRows>, map, barrier, {panel * 64, head, token});
+}
+
+// Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN. A barrier must
+// follow.
+template <int kRows, int D>
+QEMB_DEVICE void clear_rows(uint32_t tile, int count) {
+    for (int i = threadIdx.x; i < (kRows - count) * (D / 8); i += kConsumers) {
+        const int row = count + i / (D / 8), chunk = i % (D / 8);
+        const uint32_t at = tile + chunk / 8 * kPanelBytes<kRows> + row * 128 + ((chunk % 8 ^ row % 8) << 4);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) shared_store4(at + 4 * word, 0);
+    }
+    fence_async();
+}
+
+// The k-th 16 columns of a tile, as bytes from its start.
+template <int kRows>
+QEMB_DEVICE int column_step(int k) {
+    return k / 4 * kPanelBytes<kRows> + k % 4 * 32;
+}
+// A matrix `bytes` further on.
+QEMB_DEVICE uint64_t moved(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes >> 4); }
+
+// d = a b^T over D: 64 rows of a tile of kRowsA, all kRowsB rows of another.
+template <class T, int D, int kRowsA, int kRowsB>
+QEMB_DEVICE void multiply_rows(float (&d)[kRowsB / 2], uint32_t a, uint32_t b) {
+    const uint64_t left = matrix(a), right = matrix(b);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+        wgmma<T, kRowsB>(d, moved(left, column_step<kRowsA>(k)), moved(right, column_step<kRowsB>(k)), k > 0);
+}
+
+// d (+)= a b: a in registers, 64 x kRows, as accumulators would leave it; b a tile of kRows rows.
+template <class T, int D, int kRows>
+QEMB_DEVICE void multiply_columns(float (&d)[D / 2], const uint32_t (&a)[kRows / 16][4], uint32_t b, bool add) {
+    const uint64_t right = matrix(b, kPanelBytes<kRows>);
+#pragma unroll
+    for (int k = 0; k < kRows / 16; ++k) wgmma<T, D, Major::kMN>(d, a[k], moved(right, k * 2048), add || k > 0);
+}
+
+// Accumulators as the left operand of the next product.
+template <class T, int kColumns>
+QEMB_DEVICE void as_left(const float (&x)[kColumns / 2], uint32_t (&a)[kColumns / 16][4]) {
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[k][i] = pack<T>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+}
+
+}  // namespace qemb::cuda::sm90

@@ -1,0 +1,48 @@
+// Stages of shared memory between a thread that has the copy engine fill them and warpgroups that multiply them.
+#pragma once
+
+#include "cuda/device/hopper.h"
+
+namespace qemb::cuda::sm90 {
+
+// The last of three warpgroups loads; the first two multiply, 64 rows of a tile each.
+constexpr int kConsumers = 256, kThreads = 384;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+QEMB_DEVICE bool is_producer() { return threadIdx.x >= kConsumers; }
+
+// Where one side of the ring is: both walk through the stages in the same order.
+template <int kStages>
+struct Ring {
+    static constexpr int kBytes = 2 * kStages * 8;  // of barriers: a full one for each stage, then an empty one
+
+    uint32_t barriers;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    // By one thread, before fence_mbarrier_init() and a barrier of the block. `readers`: arrivals that free a stage.
+    QEMB_DEVICE void init(int readers) const {
+#pragma unroll
+        for (int i = 0; i < kStages; ++i) {
+            mbarrier_init(barriers + 8 * i, 1);
+            mbarrier_init(barriers + 8 * (kStages + i), readers);
+        }
+    }
+    QEMB_DEVICE uint32_t full() const { return barriers + 8 * stage; }
+    QEMB_DEVICE uint32_t empty() const { return full() + 8 * kStages; }
+    QEMB_DEVICE void wait_full() const { mbarrier_wait(full(), parity); }
+    QEMB_DEVICE void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
+    // The stage is free, and on to the next.
+    QEMB_DEVICE void release(bool arrives) {
+        if (arrives) mbarrier_arrive(empty());
+        next();
+    }
+    QEMB_DEVICE void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace qemb::cuda::sm90

@@ -1,0 +1,129 @@
+// csrc/cuda/device/hopper.h on the emulator: the same names as ptx_sm90.h, by our reading of the PTX manual.
+#pragma once
+
+#include "emulator/arch.h"
+#include "emulator/wgmma.h"
+
+#define EMULATOR_LINE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATOR_ENTER(name) \
+    const ::emulator::Inside inside; \
+    ::emulator::Block& block = *::emulator::Block::current(); \
+    const ::emulator::Place place{name, file, line}; \
+    (void)block, (void)place
+#define QEMB_GRID_CONSTANT
+
+namespace qemb::cuda {
+
+inline void mbarrier_init(uint32_t barrier, uint32_t arrivals, EMULATOR_LINE) {
+    EMULATOR_ENTER("mbarrier_init");
+    ::emulator::mbarrier_init(barrier, arrivals, place);
+}
+inline void mbarrier_arrive(uint32_t barrier, EMULATOR_LINE) {
+    EMULATOR_ENTER("mbarrier_arrive");
+    ::emulator::mbarrier_arrive(barrier, 0, place);
+}
+inline void mbarrier_expect(uint32_t barrier, int bytes, EMULATOR_LINE) {
+    EMULATOR_ENTER("mbarrier_expect");
+    ::emulator::mbarrier_arrive(barrier, bytes, place);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity, EMULATOR_LINE) {
+    EMULATOR_ENTER("mbarrier_wait");
+    ::emulator::mbarrier_wait(barrier, parity, place);
+}
+inline void barrier_sync(uint32_t id, int threads, EMULATOR_LINE) {
+    EMULATOR_ENTER("barrier_sync");
+    block.arrive_named(id, threads, true, place);
+}
+inline void barrier_arrive(uint32_t id, int threads, EMULATOR_LINE) {
+    EMULATOR_ENTER("barrier_arrive");
+    block.arrive_named(id, threads, false, place);
+}
+
+inline void fence_async() {
+    const ::emulator::Inside inside;
+    ::emulator::Block::current()->fence_async();
+}
+inline void fence_mbarrier_init() { fence_async(); }
+
+// By their number of coordinates, from the contiguous dimension on.
+template <int kRank>
+void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, const int (&at)[kRank], EMULATOR_LINE) {
+    EMULATOR_ENTER("tma_load");
+    int coordinates[4] = {};
+    std::copy(at, at + kRank, coordinates);
+    ::emulator::tensor_load(map, kRank, shared, barrier, coordinates, place);
+}
+template <int kRank>
+void tma_store(const TensorMap& map, uint32_t shared, const int (&at)[kRank], EMULATOR_LINE) {
+    EMULATOR_ENTER("tma_store");
+    int coordinates[4] = {};
+    std::copy(at, at + kRank, coordinates);
+    ::emulator::tensor_store(map, kRank, shared, coordinates, false, place);
+}
+template <int kRank>
+void tma_add(const TensorMap& map, uint32_t shared, const int (&at)[kRank], EMULATOR_LINE) {
+    EMULATOR_ENTER("tma_add");
+    int coordinates[4] = {};
+    std::copy(at, at + kRank, coordinates);
+    ::emulator::tensor_store(map, kRank, shared, coordinates, true, place);
+}
+inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, EMULATOR_LINE) {
+    EMULATOR_ENTER("bulk_load");
+    ::emulator::bulk_load(shared, global, bytes, barrier, place);
+}
+inline void bulk_commit() { ::emulator::running->stores.commit(); }
+template <int kPending>
+void bulk_wait_read() {
+    const ::emulator::Inside inside;
+    ::emulator::running->stores.wait(kPending);
+}
+
+enum class Major { kK, kMN };
+inline void wgmma_fence(EMULATOR_LINE) {
+    EMULATOR_ENTER("wgmma_fence");
+    block.meet_group(place, nullptr, [](void**, ::emulator::Products& products) { products.fenced = true; });
+}
+inline void wgmma_commit(EMULATOR_LINE) {
+    EMULATOR_ENTER("wgmma_commit");
+    block.meet_group(place, nullptr, [&](void**, ::emulator::Products& products) {
+        products.commit();
+        if (block.landing() == ::emulator::Landing::kEarly)
+            while (!products.groups.empty()) products.run_oldest();
+    });
+}
+template <int kPending>
+void wgmma_wait(EMULATOR_LINE) {
+    EMULATOR_ENTER("wgmma_wait");
+    block.meet_group(place, nullptr, [](void**, ::emulator::Products& products) {
+        while (products.groups.size() > kPending) products.run_oldest();
+        products.fenced = false;
+    });
+}
+template <class T, int kN, Major kA = Major::kK, Major kB = Major::kK>
+void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate, EMULATOR_LINE) {
+    EMULATOR_ENTER("wgmma");
+    ::emulator::wgmma<T, kN>({d, nullptr, a, b, accumulate}, kA == Major::kK, kB == Major::kK, place);
+}
+template <class T, int kN, Major kB = Major::kK>
+void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, EMULATOR_LINE) {
+    EMULATOR_ENTER("wgmma");
+    ::emulator::wgmma<T, kN>({d, a, 0, b, accumulate}, true, kB == Major::kK, place);
+}
+
+template <int kRegisters>
+void registers_increase(EMULATOR_LINE) {
+    static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+    EMULATOR_ENTER("registers_increase");
+    block.meet_group(place, nullptr, [](void**, ::emulator::Products&) {});
+}
+template <int kRegisters>
+void registers_decrease(EMULATOR_LINE) {
+    static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+    EMULATOR_ENTER("registers_decrease");
+    block.meet_group(place, nullptr, [](void**, ::emulator::Products&) {});
+}
+
+}  // namespace qemb::cuda
+
+#undef EMULATOR_ENTER
+#undef EMULATOR_LINE

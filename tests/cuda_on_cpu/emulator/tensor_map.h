@@ -1,0 +1,122 @@
+// The copy engine: boxes of tensors of up to four dimensions between global and shared memory, the latter in rows of 128 bytes
+// whose eight chunks are permuted (chunk c of row r at c ^ r % 8, r counted from address 0) where the map says so.
+#pragma once
+
+#include "emulator/mbarrier.h"
+#include "emulator/numbers.h"
+
+namespace emulator {
+
+inline uint32_t swizzle128(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+}  // namespace emulator
+
+namespace qemb::cuda {
+
+// By our reading of cuTensorMapEncodeTiled. Dimension 0 is contiguous; strides in bytes; a box beyond the tensor holds zeros.
+struct alignas(64) TensorMap {
+    char* base;
+    int64_t size[4], stride[4];
+    int32_t box[4];
+    int32_t rank, element;
+    bool swizzled, is_float;
+};
+
+}  // namespace qemb::cuda
+
+namespace emulator {
+
+using qemb::cuda::TensorMap;
+
+// visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends within them.
+template <class Visit>
+void each_chunk(const TensorMap& map, uint32_t shared, const int (&at)[4], Visit visit) {
+    const int row_bytes = map.box[0] * map.element;
+    for (int i3 = 0, row = 0; i3 < map.box[3]; ++i3)
+        for (int i2 = 0; i2 < map.box[2]; ++i2)
+            for (int i1 = 0; i1 < map.box[1]; ++i1, ++row) {
+                const int64_t i[4] = {at[0], at[1] + int64_t(i1), at[2] + int64_t(i2), at[3] + int64_t(i3)};
+                bool inside = true;
+                char* from = map.base;
+                for (int d = 1; d < 4; ++d) {
+                    inside = inside && i[d] >= 0 && i[d] < map.size[d];
+                    from += i[d] * map.stride[d];
+                }
+                for (int byte = 0; byte < row_bytes; byte += 16) {
+                    uint32_t to = shared + static_cast<uint32_t>(row * row_bytes + byte);
+                    if (map.swizzled) to = swizzle128(to);
+                    const int64_t first = i[0] * map.element + byte, end = map.size[0] * map.element;
+                    visit(inside ? from + first : nullptr, to, std::max<int64_t>(0, -first),
+                          std::min<int64_t>(16, end - first));
+                }
+            }
+}
+
+inline int box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element; }
+
+inline void check_copy(const TensorMap& map, int rank, uint32_t shared, const Place& place) {
+    if (map.rank != rank) fail(place.text() + ": the map has " + std::to_string(map.rank) + " dimensions");
+    if (shared % (map.swizzled ? 1024 : 128)) fail(place.text() + ": misaligned shared address " + std::to_string(shared));
+}
+
+inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_t barrier, const int (&at)[4],
+                        const Place& place) {
+    Block& block = *Block::current();
+    check_copy(map, rank, shared, place);
+    each_chunk(map, shared, at, [&](char*, uint32_t to, int64_t, int64_t) {
+        std::memset(block.touch_async(to, 16, place), 0xff, 16);  // who reads early must not get what was there
+    });
+    mbarrier_at(barrier, place);
+    block.submit([=, x = at[0], y = at[1], z = at[2], w = at[3]] {
+        const int there[4] = {x, y, z, w};
+        each_chunk(map, shared, there, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
+            char* target = Block::current()->touch_async(to, 16, place);
+            std::memset(target, 0, 16);
+            if (from && begin < end) std::memcpy(target + begin, from + begin, static_cast<size_t>(end - begin));
+        });
+        mbarrier_complete(barrier, box_bytes(map), place);
+    });
+}
+
+// Writes, or adds floats. What lies beyond the tensor is left alone.
+inline void tensor_store(const TensorMap& map, int rank, uint32_t shared, const int (&at)[4], bool add, const Place& place) {
+    check_copy(map, rank, shared, place);
+    if (add && !map.is_float) fail(place.text() + ": only floats are added");
+    const auto work = [=, x = at[0], y = at[1], z = at[2], w = at[3]] {
+        const int there[4] = {x, y, z, w};
+        each_chunk(map, shared, there, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
+            const char* source = Block::current()->touch_async(from, 16, place);
+            if (!to) return;
+            for (int64_t i = begin; i < end; i += map.element) {
+                if (add) {
+                    float sum, more;
+                    std::memcpy(&sum, to + i, 4);
+                    std::memcpy(&more, source + i, 4);
+                    sum += more;
+                    std::memcpy(to + i, &sum, 4);
+                } else {
+                    std::memcpy(to + i, source + i, static_cast<size_t>(map.element));
+                }
+            }
+        });
+    };
+    if (Block::current()->landing() == Landing::kEarly) work();
+    running->stores.submit(Block::current()->landing() == Landing::kEarly ? Work([] {}) : Work(work));
+}
+
+// A run of bytes without a map.
+inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, const Place& place) {
+    Block& block = *Block::current();
+    if (bytes <= 0 || bytes % 16 || shared % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+        fail(place.text() + ": not whole, aligned vectors of 16 bytes");
+    for (int i = 0; i < bytes; i += 16) std::memset(block.touch_async(shared + static_cast<uint32_t>(i), 16, place), 0xff, 16);
+    mbarrier_at(barrier, place);
+    block.submit([=] {
+        for (int i = 0; i < bytes; i += 16)
+            std::memcpy(Block::current()->touch_async(shared + static_cast<uint32_t>(i), 16, place),
+                        static_cast<const char*>(global) + i, 16);
+        mbarrier_complete(barrier, bytes, place);
+    });
+}
+
+}  // namespace emulator
