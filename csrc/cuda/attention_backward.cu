@@ -1,11 +1,15 @@
+#include "cuda/architecture.h"
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_dispatch.h"
 #include "cuda/attention_single.cuh"
+#include "cuda/sm90/attention.h"
 
 namespace qemb::cuda {
 
 int64_t attention_backward_scratch(const AttentionBackward& p) {
-    return p.plan.blocks + p.plan.key_blocks > 0 ? p.num_tokens * p.num_heads * int64_t(sizeof(float)) : 0;
+    if (p.plan.blocks + p.plan.key_blocks == 0) return 0;
+    const int64_t bytes = p.num_tokens * p.num_heads * static_cast<int64_t>(sizeof(float));
+    return kSm90IsBuilt ? std::max(bytes, sm90::attention_backward_scratch(p)) : bytes;
 }
 
 void attention_backward(const AttentionBackward& p) {
@@ -18,7 +22,7 @@ void attention_backward(const AttentionBackward& p) {
                        single_shared<D, kGroup>(), p.stream, p);
             }))
             return;
-        if (p.plan.blocks + p.plan.key_blocks > 0) {
+        if (p.plan.blocks + p.plan.key_blocks > 0 && !hopper_takes(p, sm90::attention_backward)) {
             const int64_t rows = p.num_tokens * p.num_heads;
             launch(kOp, attention_backward_delta<T, D>, grid(ceil_div(rows, 2048 / D), 1), 256, 0, p.stream,
                    static_cast<const T*>(p.out), static_cast<const T*>(p.dout), static_cast<float*>(p.scratch), rows);

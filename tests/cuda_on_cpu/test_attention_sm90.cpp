@@ -1,0 +1,81 @@
+// Attention of long sequences on Hopper: what its schedule could get wrong, and which calls it takes.
+#include "attention_call.h"
+
+using namespace qemb;
+using namespace qemb::testing;
+
+namespace {
+
+template <class T>
+void check_same_bits(Call<T>& a, Call<T>& b) {
+    CHECK(a.out.same_bits(b.out) && a.dq.same_bits(b.dq) && a.dk.same_bits(b.dk) && a.dv.same_bits(b.dv));
+}
+
+}  // namespace
+
+TEST(every_schedule_gives_the_same_bits) {
+    const Case c = self({300, 7, 140, 513}, 4, 2, 64, true);
+    const Inputs x = random_inputs<BFloat16>(c);
+    Call<BFloat16> first(c, x.q, x.k, x.v, x.dout);
+    first.run();
+    for (uint64_t seed = 100; seed < 112; ++seed) {
+        emulator::options().seed = seed * 1000;
+        Call<BFloat16> again(c, x.q, x.k, x.v, x.dout);
+        again.run();
+        check_same_bits(first, again);
+    }
+}
+
+TEST(blocks_take_many_tiles) {
+    for (const int multiprocessors : {1, 2, 5}) {
+        emulator::options().multiprocessors = multiprocessors;
+        check<BFloat16>("on " + std::to_string(multiprocessors), self({260, 129, 200}, 2, 1, 128, multiprocessors == 2));
+    }
+    emulator::options().multiprocessors = 3;
+}
+
+TEST(lengths_around_the_steps) {
+    for (const bool causal : {false, true})
+        for (const int32_t length : {129, 191, 192, 193, 255, 256, 257, 384}) {
+            const Case c = self({length}, 2, 1, 64, causal);
+            check<BFloat16>(describe(c), c);
+        }
+}
+
+TEST(groups_and_dtypes) {
+    for (const int64_t group : {1, 3, 8}) {
+        const Case c = self({150, 260}, group, 1, group == 3 ? 128 : 64, group == 8);
+        check<Float16>("float16 " + describe(c), c);
+        check<BFloat16>(describe(c), c);
+    }
+}
+
+TEST(queries_that_see_nothing_and_keys_that_nobody_asks) {
+    for (const Case& c : {Case{{0, 300}, {0, 70}, 1, 1, 64, true}, Case{{0, 5}, {0, 300}, 2, 1, 64, true},
+                          Case{{0, 0, 9}, {0, 200, 209}, 2, 2, 64, false}, Case{{0, 200, 209}, {0, 0, 9}, 2, 1, 64, true},
+                          Case{{0, 140, 400}, {0, 300, 310}, 2, 1, 128, true}})
+        check<BFloat16>(describe(c), c);
+}
+
+TEST(its_own_instructions_are_used_where_they_fit) {
+    const Case c = self({200}, 2, 1, 64, false);
+    const Inputs x = random_inputs<BFloat16>(c);
+    Call<BFloat16> hopper(c, x.q, x.k, x.v, x.dout), other(c, x.q, x.k, x.v, x.dout);
+    emulator::counters() = {};
+    hopper.run();
+    CHECK(emulator::counters().wgmma > 0 && emulator::counters().mma == 0);
+    emulator::counters() = {};
+    other.scale = -0.1;
+    other.run();
+    CHECK(emulator::counters().wgmma > 0 && emulator::counters().mma > 0);  // forward alone cannot
+    cuda::newest_kernels() = 80;
+    emulator::counters() = {};
+    other.run();
+    cuda::newest_kernels() = 90;
+    CHECK(emulator::counters().wgmma == 0 && emulator::counters().mma > 0);
+}
+
+int main() {
+    emulator::report_faults();
+    return run_all();
+}
