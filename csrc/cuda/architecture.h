@@ -13,9 +13,9 @@ constexpr bool kSm90IsBuilt = false;
 constexpr bool kSm90IsBuilt = true;
 #endif
 
-template <class Params>
-bool hopper_takes(const Params& p, bool (*kernels)(const Params&)) {
-    return kSm90IsBuilt && newest_kernels() >= 90 && compute_capability() == 90 && kernels(p);
+inline bool on_hopper() {
+    if constexpr (!kSm90IsBuilt) return false;
+    return newest_kernels() >= 90 && compute_capability() == 90;
 }
 
 }  // namespace qemb::cuda

@@ -22,7 +22,7 @@ void attention_backward(const AttentionBackward& p) {
                        single_shared<D, kGroup>(), p.stream, p);
             }))
             return;
-        if (p.plan.blocks + p.plan.key_blocks > 0 && !hopper_takes(p, sm90::attention_backward)) {
+        if (p.plan.blocks + p.plan.key_blocks > 0 && !(on_hopper() && sm90::attention_backward(p))) {
             const int64_t rows = p.num_tokens * p.num_heads;
             launch(kOp, attention_backward_delta<T, D>, grid(ceil_div(rows, 2048 / D), 1), 256, 0, p.stream,
                    static_cast<const T*>(p.out), static_cast<const T*>(p.dout), static_cast<float*>(p.scratch), rows);

@@ -15,7 +15,7 @@ void attention_forward(const AttentionForward& p) {
                        p.stream, p);
             }))
             return;
-        if (!hopper_takes(p, sm90::attention_forward))
+        if (!on_hopper() || !sm90::attention_forward(p))
             launch("varlen_attention", attention_forward_block<T, D>, dim3(static_cast<unsigned>(p.plan.blocks), heads),
                    kBlockWarps * 32, block_forward_shared<D>(), p.stream, p);
         launch("varlen_attention", attention_forward_tile<T, D>, dim3(static_cast<unsigned>(p.plan.tiles), kv_heads),

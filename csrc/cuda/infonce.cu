@@ -3,17 +3,20 @@
 // matrix. What queries own never enters a panel: warps score it, one by one.
 #include "ops/infonce.h"
 
+#include "cuda/architecture.h"
 #include "cuda/device/vector.h"
 #include "cuda/infonce_gradients.h"
 #include "cuda/infonce_rows.h"
 #include "cuda/infonce_scores.h"
+#include "cuda/sm90/infonce.h"
 
 namespace qemb::cuda {
 namespace infonce {
 
 template <class T>
 void run(const InfoNce& p) {
-    Panel<T> a(p);
+    const bool hopper = on_hopper() && sm90::takes<T>(p);
+    Panel<T> a(p, hopper);
     const auto zero_out = [&](void* to, int64_t bytes) {
         if (to) zero(kOp, to, static_cast<size_t>(bytes), p.stream);
     };
@@ -29,16 +32,27 @@ void run(const InfoNce& p) {
         a.start_at(row);
         const int64_t padded = a.row_tiles * kTile, dims = a.dim_tiles(), dim_steps = a.dim_steps();
         start(start_rows<T>, ceil_div(a.count, 4), 128, 0);
-        start(score<T>, a.row_tiles * a.doc_tiles, kTileThreads, kScoreBytes, true, a.documents, dim_steps);
-        start(score<T>, a.row_tiles * a.query_tiles, kTileThreads, kScoreBytes, false, a.queries, dim_steps);
+        if (hopper) {
+            sm90::scores(a);
+        } else {
+            start(score<T>, a.row_tiles * a.doc_tiles, kTileThreads, kScoreBytes, true, a.documents, dim_steps);
+            start(score<T>, a.row_tiles * a.query_tiles, kTileThreads, kScoreBytes, false, a.queries, dim_steps);
+        }
         start(finish_rows<T>, padded / 32, kRowThreads * 32, kRowThreads * 32 * int(sizeof(double)));
         start(finish_panel<T>, 1, 1024, 256);
         if (!a.gradients()) continue;
         start(pack_anchors<T>, a.num_parts * padded, 128, 0, padded);
-        start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>, dims);
+        if (hopper)
+            sm90::row_gradients(a);
+        else
+            start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>, dims);
         start(finish_row_gradients<T>, a.sides * a.count, 128, 0);
-        start(column_gradients<T>, a.doc_tiles * dims, kTileThreads, kProductBytes<true>, true, dims);
-        start(column_gradients<T>, a.query_tiles * dims, kTileThreads, kProductBytes<true>, false, dims);
+        if (hopper) {
+            sm90::column_gradients(a);
+        } else {
+            start(column_gradients<T>, a.doc_tiles * dims, kTileThreads, kProductBytes<true>, true, dims);
+            start(column_gradients<T>, a.query_tiles * dims, kTileThreads, kProductBytes<true>, false, dims);
+        }
         start(own_gradients<T>, a.owns ? a.count : 0, 128, 0);
         start(positive_gradients<T>, a.count, 128, 0);
     }
@@ -48,7 +62,7 @@ void run(const InfoNce& p) {
 
 int64_t info_nce_scratch(const InfoNce& p) {
     int64_t bytes = 0;
-    visit_dtype(p.dtype, [&]<class T>() { bytes = infonce::Panel<T>(p).scratch_bytes; });
+    visit_dtype(p.dtype, [&]<class T>() { bytes = infonce::Panel<T>(p, on_hopper() && sm90::takes<T>(p)).scratch_bytes; });
     return bytes;
 }
 

@@ -14,9 +14,13 @@
 namespace qemb::cuda::infonce {
 
 constexpr const char* kOp = "info_nce";
-constexpr int64_t kPanelBytes = int64_t(192) << 20;  // aim for the weights of a panel
-constexpr int64_t kMaxRows = 2048;                   // amortises the sums over panels into d_documents
-constexpr int64_t kBlocks = 264;                     // aim for the row gradients: two for each multiprocessor of an H100
+// Aims of a panel: bytes of its weights, rows (they amortise the sums over panels into d_documents), and blocks of the row gradients
+// with so many columns each: two for each multiprocessor of an H100, or, of Hopper's kernels, one.
+struct PanelSize {
+    int64_t bytes, rows, blocks, columns;
+};
+constexpr PanelSize kPanel = {int64_t(192) << 20, 2048, 264, kTile};
+constexpr PanelSize kHopperPanel = {int64_t(448) << 20, 4096, 132, 2 * kTile};
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };  // of columns, and the order of their tiles
@@ -71,9 +75,13 @@ struct Panel {
     float* unit;
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
+    // Hopper's kernels alone
+    bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
+    int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
+    T* positives;                 // [rows, dim] those of the panel
     int64_t scratch_bytes;
 
-    explicit Panel(const InfoNce& p)
+    Panel(const InfoNce& p, bool hopper)
         : p(p),
           queries(static_cast<const T*>(p.queries) + p.first_column * p.dim,
                   std::max<int64_t>(0, p.num_queries - p.first_column), p.dim),
@@ -95,13 +103,21 @@ struct Panel {
             first_tile[kind + 1] = first_tile[kind] + (!dense[kind] ? 0 : kind == kQueries ? query_tiles : doc_tiles);
             if (dense[kind]) parts[num_parts++] = kind;
         }
+        const auto same = [&](InfoNceGroup first, InfoNceGroup second) {
+            const Group &x = g[first], &y = g[second];
+            return x.on == y.on && x.mask == y.mask && x.relative == y.relative && x.margin == y.margin && x.hardness == y.hardness;
+        };
+        same_groups[kQueryDocument] = same(kBatchPositive, kBatchHard);
+        same_groups[kQueries] = true;
+        same_groups[kDocDoc] = same(kDocPositive, kDocHard);
         for (int group = 0; group < kNumGroups; ++group) scale[group] = kLog2E * (1 / p.temperature + g[group].hardness);
 
         const int64_t tiles = first_tile[kNumKinds], row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
-        rows = p.panel_rows ? p.panel_rows : std::clamp<int64_t>(kPanelBytes / row_bytes / kTile * kTile, kTile, kMaxRows);
+        const PanelSize& aim = hopper ? kHopperPanel : kPanel;
+        rows = p.panel_rows ? p.panel_rows : std::clamp<int64_t>(aim.bytes / row_bytes / kTile * kTile, kTile, aim.rows);
         rows = std::max<int64_t>(1, ceil_div(std::min(rows, p.num_rows), kTile)) * kTile;
-        splits = std::clamp<int64_t>(kBlocks / (rows / kTile * std::max<int64_t>(1, dim_tiles() * num_parts)), 1,
-                                     std::max<int64_t>(1, std::max(doc_tiles, query_tiles)));
+        const int64_t blocks = rows / kTile * std::max<int64_t>(1, ceil_div(p.dim, aim.columns) * num_parts);
+        splits = std::clamp<int64_t>(aim.blocks / blocks, 1, std::max<int64_t>(1, std::max(doc_tiles, query_tiles)));
 
         char* const start = static_cast<char*>(p.scratch);
         int64_t used = 0;
@@ -126,6 +142,8 @@ struct Panel {
         take(unit, 1);
         take(next_same, rows);
         take(is_first_same, rows);
+        take(plain, hopper ? (doc_tiles + query_tiles) * (rows / kTile) : 0);
+        take(positives, hopper && sides == 2 ? rows * p.dim : 0);
         scratch_bytes = used;
     }
 

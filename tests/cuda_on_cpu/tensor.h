@@ -83,4 +83,15 @@ void for_each_dtype(Body body) {
     body.template operator()<Float16>(std::string("float16"));
 }
 
+// All tests with the kernels of each architecture. -> the process's status
+inline int run_all_on(std::initializer_list<int> capabilities) {
+    int failed = 0;
+    for (const int capability : capabilities) {
+        emulator::options().compute_capability = capability;
+        std::printf("sm_%d\n", capability);
+        failed |= run_all();
+    }
+    return failed;
+}
+
 }  // namespace qemb::testing

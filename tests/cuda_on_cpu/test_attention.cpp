@@ -104,10 +104,5 @@ TEST(no_bank_conflicts) { CHECK(emulator::Block::counters().bank_conflicts == 0)
 
 int main() {
     emulator::report_faults();
-    int failed = 0;
-    for (const int capability : {80, 90}) {  // an A100's, an H100's
-        emulator::options().compute_capability = capability;
-        failed |= run_all();
-    }
-    return failed;
+    return run_all_on({80, 90});  // an A100's kernels, an H100's
 }
