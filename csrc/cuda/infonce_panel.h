@@ -76,6 +76,7 @@ struct Panel {
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Hopper's kernels alone
+    float scale_high[kNumGroups], scale_low[kNumGroups];  // the scale in two floats
     bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
     int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
     T* positives;                 // [rows, dim] those of the panel
@@ -110,7 +111,11 @@ struct Panel {
         same_groups[kQueryDocument] = same(kBatchPositive, kBatchHard);
         same_groups[kQueries] = true;
         same_groups[kDocDoc] = same(kDocPositive, kDocHard);
-        for (int group = 0; group < kNumGroups; ++group) scale[group] = kLog2E * (1 / p.temperature + g[group].hardness);
+        for (int group = 0; group < kNumGroups; ++group) {
+            scale[group] = kLog2E * (1 / p.temperature + g[group].hardness);
+            scale_high[group] = static_cast<float>(scale[group]);
+            scale_low[group] = static_cast<float>(scale[group] - static_cast<double>(scale_high[group]));
+        }
 
         const int64_t tiles = first_tile[kNumKinds], row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
         const PanelSize& aim = hopper ? kHopperPanel : kPanel;

@@ -58,54 +58,44 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     if (threadIdx.x == 0) a.plain[tile * a.row_tiles + row0 / kTile] = found[0] & found[1] & found[2] & found[3];
 }
 
+// What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their positives, or by both.
+struct Sweep {
+    int column_tiles, row_tiles, units, dim_steps;
+    bool of_documents, by_queries, by_positives;
+
+    template <class T>
+    Sweep(const Panel<T>& a, bool of_documents)
+        : column_tiles(static_cast<int>(of_documents ? a.doc_tiles : a.query_tiles)),
+          row_tiles(static_cast<int>(a.row_tiles)),
+          units((column_tiles + 1) / 2 * row_tiles),
+          dim_steps(static_cast<int>(ceil_div(a.p.dim, kStepDepth))),
+          of_documents(of_documents),
+          by_queries(!of_documents || a.dense[kQueryDocument] || a.by_query),
+          by_positives(of_documents && a.dense[kDocDoc]) {}
+
+    QEMB_DEVICE int row0(int unit) const { return unit % row_tiles * kTile; }
+    QEMB_DEVICE int first_tile(int unit) const { return unit / row_tiles * 2; }
+};
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    score_tiles(const Panel<T> a, bool of_documents, int64_t dim_steps, const QEMB_GRID_CONSTANT TensorMap queries,
-                const QEMB_GRID_CONSTANT TensorMap positives, const QEMB_GRID_CONSTANT TensorMap columns,
-                const QEMB_GRID_CONSTANT TensorMap weights) {
-    const int64_t column_tiles = of_documents ? a.doc_tiles : a.query_tiles, units = (column_tiles + 1) / 2 * a.row_tiles;
-    const bool first_pass = !of_documents || a.dense[kQueryDocument] || a.by_query, second_pass = of_documents && a.dense[kDocDoc];
-    const uint32_t stages = shared_address(shared_bytes());
-    StageRing ring{stages + kScoreBarriers};
-    if (threadIdx.x == 0) {
-        ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
-        for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-            const int row0 = static_cast<int>(unit % a.row_tiles) * kTile, column0 = static_cast<int>(unit / a.row_tiles) * kColumns;
-            for (int pass = 0; pass < 2; ++pass) {
-                if (!(pass ? second_pass : first_pass)) continue;
-                fill_stages<false>(ring, stages, dim_steps, 0, [&](int64_t step, uint32_t stage, uint32_t barrier) {
-                    const int feature = static_cast<int>(step) * kStepDepth;
-                    tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
-                    tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
-                });
-            }
-        }
-        return;
-    }
-    registers_increase<kConsumerRegisters>();
+QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing ring, uint32_t stages, const TensorMap& weights) {
     ScoreMemory& memory = *reinterpret_cast<ScoreMemory*>(shared_bytes() + kScoreMemory);
     const bool signals = threadIdx.x % 128 == 0;
     if (threadIdx.x % 32 < 2) memory.tally[threadIdx.x % 32][threadIdx.x / 32] = {};
     uint32_t turn = 0;  // of the staging
-    for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        const int64_t row0 = unit % a.row_tiles * kTile, first_tile = unit / a.row_tiles * 2;
-        const int halves = static_cast<int>(min(column_tiles - first_tile, int64_t(2)));
+    for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
+        const int row0 = sweep.row0(unit), first_tile = sweep.first_tile(unit), halves = min(sweep.column_tiles - first_tile, 2);
+#pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
-            if (!(pass ? second_pass : first_pass)) continue;
-            Sums sums;
-            multiply<T>(sums, ring, stages, dim_steps);
-            const Kind kind = !of_documents ? kQueries : pass ? kDocDoc : kQueryDocument;
+            if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
+            HalfSums low, high;
+            multiply<T>(low, high, ring, stages, sweep.dim_steps);
+            const Kind kind = !sweep.of_documents ? kQueries : pass ? kDocDoc : kQueryDocument;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (half == halves) break;
+                if (half >= halves) continue;
                 if (signals) bulk_wait_read<1>();  // of the copy before the last, from here
-                finish_half(a, kind, row0, first_tile + half, sums, half, memory, stages + kStaging + turn * kStagedBytes, weights);
+                finish_half(a, kind, row0, first_tile + half, half ? high : low, half, memory, stages + kStaging + turn * kStagedBytes, weights);
                 if (a.dense[kind] && a.p.d_documents) turn ^= 1;
             }
         }
@@ -121,9 +111,41 @@ __global__ void __launch_bounds__(kThreads, 1)
             tally = {};
         }
         const int64_t tile = first_tile + threadIdx.x;
-        a.tallies[(of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + row0 / kTile] = total;
+        a.tallies[(sweep.of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + row0 / kTile] = total;
     }
     if (signals) bulk_wait_read<0>();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    score_tiles(const Panel<T> a, const Sweep sweep, const QEMB_GRID_CONSTANT TensorMap queries,
+                const QEMB_GRID_CONSTANT TensorMap positives, const QEMB_GRID_CONSTANT TensorMap columns,
+                const QEMB_GRID_CONSTANT TensorMap weights) {
+    const uint32_t stages = shared_address(shared_bytes());
+    StageRing ring{stages + kScoreBarriers};
+    if (threadIdx.x == 0) {
+        ring.init(2);
+        fence_mbarrier_init();
+    }
+    sync_block();
+    if (is_producer()) {
+        registers_decrease<kProducerRegisters>();
+        if (threadIdx.x > kConsumers) return;
+        for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
+            const int row0 = sweep.row0(unit), column0 = sweep.first_tile(unit) * kTile;
+            for (int pass = 0; pass < 2; ++pass) {
+                if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
+                fill_stages<false>(ring, stages, sweep.dim_steps, 0, [&](int64_t step, uint32_t stage, uint32_t barrier) {
+                    const int feature = static_cast<int>(step) * kStepDepth;
+                    tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
+                    tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
+                });
+            }
+        }
+    } else {
+        registers_increase<kConsumerRegisters>();
+        consume_scores(a, sweep, ring, stages, weights);
+    }
 }
 
 constexpr int kProductBarriers = kStages * kStageBytes<true>, kProductBytes90 = kProductBarriers + StageRing::kBytes;
@@ -282,24 +304,24 @@ void scores(const Panel<T>& a) {
     start(mark_plain_tiles<T>, a, (a.doc_tiles + a.query_tiles) * a.row_tiles, kTile, kTile * 8 + 16);
     const TensorMap queries = map_of<T>(a.anchors[0].data, a.count, a.p.dim, kTile), weights = weights_map(a, 64);
     const TensorMap positives = a.dense[kDocDoc] ? map_of<T>(a.positives, a.count, a.p.dim, kTile) : queries;
-    const auto sweep = [&](bool of_documents, const Matrix<T>& columns, int64_t tiles) {
-        start(score_tiles<T>, a, min(int64_t(multiprocessors()), (tiles + 1) / 2 * a.row_tiles), kThreads, kScoreBytes90, of_documents,
-              ceil_div(a.p.dim, int64_t{kStepDepth}), queries, positives, map_of<T>(columns.data, columns.rows, a.p.dim, kColumns), weights);
-    };
-    sweep(true, a.documents, a.doc_tiles);
-    sweep(false, a.queries, a.query_tiles);
+    for (const bool of_documents : {true, false}) {
+        const Sweep sweep(a, of_documents);
+        const Matrix<T>& columns = of_documents ? a.documents : a.queries;
+        start(score_tiles<T>, a, min(multiprocessors(), sweep.units), kThreads, kScoreBytes90, sweep, queries, positives,
+              map_of<T>(columns.data, columns.rows, a.p.dim, kColumns), weights);
+    }
 }
 
 template <class T>
 void row_gradients(const Panel<T>& a) {
-    const int64_t dim_tiles = ceil_div(a.p.dim, int64_t{kColumns});
+    const int64_t dim_tiles = ceil_div(a.p.dim, kColumns);
     start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, dim_tiles, weights_map(a, kTile),
           map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth), map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
 }
 
 template <class T>
 void column_gradients(const Panel<T>& a) {
-    const int64_t dim_tiles = ceil_div(a.p.dim, int64_t{kColumns});
+    const int64_t dim_tiles = ceil_div(a.p.dim, kColumns);
     const auto packed = [&](Kind kind) {
         return a.dense[kind] ? map_of<T>(a.packed[kind], a.row_tiles * kTile, a.packed_dim, kStepDepth) : TensorMap{};
     };

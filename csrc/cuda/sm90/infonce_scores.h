@@ -19,53 +19,78 @@ struct ScoreMemory {
     Tally tally[2][kConsumers / 32];
 };
 
-// A thread's 2 x 32 scores of a tile, and what its columns are.
+// A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j.
 struct Part {
-    Sums& sums;
-    int half;
-    uint32_t on = 0, second = 0;  // of column (n, j): bit 2 n + j
+    HalfSums& sums;
+    uint32_t second = 0;                       // columns of the second group
+    uint32_t candidates[2] = {}, masked[2] = {};  // by row; masked: by other things than the score's own limit
 
-    QEMB_DEVICE float& operator()(int i, int n, int j) const { return sums[64 * half + 4 * n + 2 * i + j]; }
-    static QEMB_DEVICE int bit(int n, int j) { return 2 * n + j; }
+    QEMB_DEVICE float& operator()(int i, int n, int j) const { return sums[4 * n + 2 * i + j]; }
+    static QEMB_DEVICE uint32_t bit(int n, int j) { return 1u << (2 * n + j); }
 };
 
-// Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all columns.
-template <class T, bool kPlain>
-QEMB_DEVICE void mask_scores(const Panel<T>& a, Kind kind, int rows, const Part& part, const ScoreMemory& memory, const float (&high)[2],
-                             uint64_t over, Tally& tally, float (&best)[2]) {
-    const Masks& masks = memory.masks;
-    float kept_score = 0;
-    int num_kept = 0, num_dropped = 0;
+// Who is a candidate, and who has the positive's text.
+QEMB_DEVICE void look_up(const Masks& masks, int rows, Part& part) {
+    int self[2];
+    int64_t text[2];
+    uint32_t is_row[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + 8 * i, self = masks.self[row];
-        const float limit[2] = {masks.limit[0][row], masks.limit[1][row]};
-        const int64_t text = masks.row_text[row];
-        const auto over_here = static_cast<uint32_t>(over >> 32 * i);
+        const int row = first_row() + 8 * i;
+        self[i] = masks.self[row];
+        text[i] = masks.row_text[row];
+        is_row[i] = row < rows;
+    }
+#pragma unroll 2
+    for (int at = 0; at < kTile / 4; ++at) {
+        const int column = pair_column(at / 2) + at % 2, owner = masks.owner[column];
+        const uint32_t group = masks.group[column], on = group & kOn;
+        const int64_t column_text = masks.column_text[column];
+        part.second |= (group / kSecond & 1) << at;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t other = column != self[i] && owner != first_row() + 8 * i;
+            part.candidates[i] |= (on & is_row[i] & other) << at;
+            part.masked[i] |= static_cast<uint32_t>(column_text == text[i]) << at;
+        }
+    }
+}
+
+// Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all columns.
+template <bool kPlain>
+QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, const float (&high)[2], Tally& tally, float (&best)[2]) {
+    float kept_score = 0;
+    int num_kept = 0, num_dropped = 0;
+    float limit[2][2];  // by row and group
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        for (int group = 0; group < 2; ++group) limit[i][group] = masks.limit[group][first_row() + 8 * i];
         best[i] = kNone;
+    }
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n)
+    for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int column = pair_column(n) + j;
-                const uint32_t bit = 1u << Part::bit(n, j);
-                const bool is_second = !kPlain && (part.second & bit);
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t bit = Part::bit(n, j);
+            const bool is_second = !kPlain && (part.second & bit);
+            const float high_here = is_second ? high[1] : high[0];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
                 float& score = part(i, n, j);
-                const bool candidate =
-                    row < rows && (kPlain || ((part.on & bit) && column != self && masks.owner[column] != row));
-                const bool masked = (over_here & bit) || score > (is_second ? limit[1] : limit[0]) ||
-                                    (!kPlain && masks.column_text[column] == text);
+                const bool candidate = kPlain || (part.candidates[i] & bit);
+                const bool masked = (part.masked[i] & bit) || score > (is_second ? limit[i][1] : limit[i][0]);
                 num_dropped += candidate && masked;
                 if (candidate && !masked) {
                     ++num_kept;
                     kept_score += score;
-                    best[i] = fmaxf(best[i], score * (is_second ? high[1] : high[0]));
+                    best[i] = fmaxf(best[i], score * high_here);
                 } else {
                     score = kNone;
                 }
             }
-        best[i] = lanes_max<4>(best[i]);
-    }
+        }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) best[i] = lanes_max<4>(best[i]);
     const double score = warp_sum(static_cast<double>(kept_score));
     num_kept = warp_sum(num_kept);
     num_dropped = warp_sum(num_dropped);
@@ -78,27 +103,21 @@ QEMB_DEVICE void mask_scores(const Panel<T>& a, Kind kind, int rows, const Part&
 // One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the copy
 // engine, whose last copy from there has been waited for by the thread that signals.
 template <class T>
-QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int64_t row0, int64_t column_tile, Sums& sums, int half, ScoreMemory& memory,
+QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_tile, HalfSums& sums, int half, ScoreMemory& memory,
                              uint32_t staging, const TensorMap& weights) {
-    const int rows = static_cast<int>(min(a.count - row0, int64_t(kTile))), group = threadIdx.x / 128;
-    const bool by_query = a.by_query;
+    const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;
     barrier_sync(kMasksBarrier, kConsumers);  // nobody reads the masks of the tile before
-    load_masks(a, kind, row0, column_tile * kTile, masks);
+    load_masks(a, kind, row0, int64_t{column_tile} * kTile, masks);
     barrier_sync(kMasksBarrier, kConsumers);
 
-    Part part{sums, half};
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const uint32_t what = masks.group[pair_column(n) + j];
-            part.on |= (what & kOn) << Part::bit(n, j);
-            part.second |= (what / kSecond & 1) << Part::bit(n, j);
-        }
+    const int64_t tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
+    const bool plain = rows == kTile && (a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind);
+    Part part{sums};
+    if (!plain) look_up(masks, rows, part);
     uint64_t& over = memory.over[half][threadIdx.x];
-    if (kind == kQueryDocument && by_query) {  // what masks p . d later
-        uint64_t bits = 0;
+    if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
+        uint32_t bits[2] = {};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = first_row() + 8 * i;
@@ -107,56 +126,63 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int64_t row0, int64_t
             for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const bool is_second = part.second >> Part::bit(n, j) & 1;
-                    bits |= static_cast<uint64_t>(part(i, n, j) > (is_second ? limit[1] : limit[0])) << (32 * i + Part::bit(n, j));
+                    const uint32_t bit = Part::bit(n, j);
+                    if (part(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
                 }
         }
-        over = bits;
+        over = bits[0] | static_cast<uint64_t>(bits[1]) << 32;
+    } else if (kind == kDocDoc && a.by_query) {
+        part.masked[0] |= static_cast<uint32_t>(over);
+        part.masked[1] |= static_cast<uint32_t>(over >> 32);
     }
-    const double scale[2] = {a.scale[first_group(kind)], a.scale[first_group(kind) + (kind != kQueries)]};  // of a logit, log2
-    const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
-    const uint64_t over_before = kind == kDocDoc && by_query ? over : 0;
-    const int64_t tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
-    const bool plain = a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind;
+    const int first_here = first_group(kind), second_here = first_here + (kind != kQueries);
+    const float high[2] = {a.scale_high[first_here], a.scale_high[second_here]};
     Tally& tally = memory.tally[half][threadIdx.x / 32];
     float best[2];
     if (plain)
-        mask_scores<T, true>(a, kind, rows, part, memory, high, over_before, tally, best);
+        mask_scores<true>(kind, part, masks, high, tally, best);
     else
-        mask_scores<T, false>(a, kind, rows, part, memory, high, over_before, tally, best);
+        mask_scores<false>(kind, part, masks, high, tally, best);
     if (!a.dense[kind]) return;
 
     // Weights. A scale in two floats: the rounding of one would count as often as the exponent is large.
-    const float low[2] = {static_cast<float>(scale[0] - static_cast<double>(high[0])),
-                          static_cast<float>(scale[1] - static_cast<double>(high[1]))};
+    const float low[2] = {a.scale_low[first_here], a.scale_low[second_here]};
+    float offset[2], shift[2], sum[2] = {}, moment[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        offset[i] = best[i] > kNone ? ceilf(best[i]) : -INFINITY;
+        shift[i] = best[i] > kNone ? -offset[i] : 0.0f;
+    }
+    const uint32_t at_row = staging + first_row() * 128 + threadIdx.x % 4 * 4, key = first_row() % 8;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) {
+        float weight[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {  // both rows of a column: what is chosen by column is not kept
+            const bool is_second = part.second & Part::bit(n, j);
+            const float high_here = is_second ? high[1] : high[0], low_here = is_second ? low[1] : low[0];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float score = part(i, n, j);
+                weight[i][j] = exp2_approx(fmaf(score, low_here, fmaf(score, high_here, shift[i])));
+                sum[i] += weight[i][j];
+                moment[i] = fmaf(weight[i][j], score, moment[i]);
+            }
+        }
+        const uint32_t to = at_row + n / 8 * (kStagedBytes / 2) + ((n % 8 ^ key) << 4);
+        shared_store4(to, pack<T>(weight[0][0], weight[0][1]));
+        shared_store4(to + 8 * 128, pack<T>(weight[1][0], weight[1][1]));
+    }
     const int64_t tile = a.first_tile[kind] + column_tile;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int row = first_row() + 8 * i;
-        const float offset = best[i] > kNone ? ceilf(best[i]) : -INFINITY, shift = best[i] > kNone ? -offset : 0.0f;
-        float sum = 0, moment = 0;
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-            float weight[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const float score = part(i, n, j);
-                const bool is_second = part.second >> Part::bit(n, j) & 1;
-                weight[j] = exp2_approx(fmaf(score, is_second ? low[1] : low[0], fmaf(score, is_second ? high[1] : high[0], shift)));
-                sum += weight[j];
-                moment = fmaf(weight[j], score, moment);
-            }
-            const uint32_t panel = staging + n / 8 * (kStagedBytes / 2);
-            shared_store4(panel + row * 128 + ((n % 8 ^ row % 8) << 4) + threadIdx.x % 4 * 4, pack<T>(weight[0], weight[1]));
-        }
-        sum = lanes_sum<4>(sum);
-        moment = lanes_sum<4>(moment);
-        if (threadIdx.x % 4 == 0) {
-            const int64_t at = tile * a.rows + row0 + row;
-            a.tile_offset[at] = offset;
-            a.tile_sum[at] = sum;
-            a.tile_moment[at] = moment;
-        }
+        sum[i] = lanes_sum<4>(sum[i]);
+        moment[i] = lanes_sum<4>(moment[i]);
+        if (threadIdx.x % 4 > 0) continue;
+        const int64_t at = tile * a.rows + row0 + first_row() + 8 * i;
+        a.tile_offset[at] = offset[i];
+        a.tile_sum[at] = sum[i];
+        a.tile_moment[at] = moment[i];
     }
 
     // Write the tile, each warpgroup its 64 rows
@@ -167,7 +193,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int64_t row0, int64_t
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel)
         tma_store(weights, staging + panel * (kStagedBytes / 2) + group * 64 * 128,
-                  {static_cast<int>(tile * kTile) + panel * 64, static_cast<int>(row0) + group * 64});
+                  {static_cast<int>(tile) * kTile + panel * 64, row0 + group * 64});
     bulk_commit();
 }
 

@@ -16,6 +16,7 @@ template <bool kScaled>
 constexpr int kStageBytes = kLoadedBytes + (kScaled ? kFactors : 0);
 
 using Sums = float[kColumns / 2];
+using HalfSums = float[kTile / 2];  // of 128 columns
 using StageRing = Ring<kStages>;
 
 // A row-major matrix by boxes of 64 columns, one swizzled row of 128 bytes each.
@@ -36,8 +37,8 @@ QEMB_DEVICE int pair_column(int n) { return n * 8 + static_cast<int>(threadIdx.x
 
 // One thread keeps the stages full: load(step, stage, barrier) starts copies of kLoadedBytes + `more`.
 template <bool kScaled, class Load>
-QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int64_t steps, int more, const Load& load) {
-    for (int64_t step = 0; step < steps; ++step) {
+QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int steps, int more, const Load& load) {
+    for (int step = 0; step < steps; ++step) {
         ring.wait_empty();
         mbarrier_expect(ring.full(), kLoadedBytes + more);
         load(step, stages + ring.stage * kStageBytes<kScaled>, ring.full());
@@ -45,18 +46,22 @@ QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int64_t steps, in
     }
 }
 
-// sums = left right^T: both along their depth. A thread of each warpgroup frees a stage.
+// low, high = left right^T, the first and the last 128 columns: both operands along their depth. A thread of each warpgroup frees a
+// stage.
 template <class T>
-QEMB_DEVICE void multiply(Sums& sums, StageRing& ring, uint32_t stages, int64_t steps) {
+QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps) {
     const bool signals = threadIdx.x % 128 == 0;
     StageRing before = ring;
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
         const uint32_t stage = stages + ring.stage * kStageBytes<false>;
         const uint64_t left = matrix(stage + threadIdx.x / 128 * 64 * 128), right = matrix(stage + kLeftBytes);
         ring.wait_full();
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStepDepth / 16; ++k) wgmma<T, kColumns>(sums, left + 2 * k, right + 2 * k, step > 0 || k > 0);
+        for (int k = 0; k < kStepDepth / 16; ++k) {
+            wgmma<T, kTile>(low, left + 2 * k, right + 2 * k, step > 0 || k > 0);
+            wgmma<T, kTile>(high, left + 2 * k, right + 2 * k + (kTile * 128 >> 4), step > 0 || k > 0);
+        }
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0) before.release(signals);
@@ -100,11 +105,11 @@ QEMB_DEVICE void load_scaled_left(uint32_t (&words)[kStepDepth / 16][4], const c
 
 // sums = (left, scaled) right: the right operand across its depth, in four panels of 64 columns. Each warp frees a stage.
 template <class T, Depth kLayout>
-QEMB_DEVICE void multiply_scaled(Sums& sums, StageRing& ring, const char* memory, uint32_t stages, int64_t steps) {
+QEMB_DEVICE void multiply_scaled(Sums& sums, StageRing& ring, const char* memory, uint32_t stages, int steps) {
     const bool signals = threadIdx.x % 32 == 0;
     StageRing before = ring;
     uint32_t words[2][kStepDepth / 16][4];  // one is loaded while the other is multiplied
-    const auto take_step = [&](int64_t step, uint32_t (&left)[kStepDepth / 16][4]) {
+    const auto take_step = [&](int step, uint32_t (&left)[kStepDepth / 16][4]) {
         const int offset = ring.stage * kStageBytes<true>;
         const uint64_t right = matrix(stages + offset + kLeftBytes, kStepDepth * 128);
         ring.wait_full();
@@ -119,9 +124,9 @@ QEMB_DEVICE void multiply_scaled(Sums& sums, StageRing& ring, const char* memory
         before = ring;
         ring.next();
     };
-    for (int64_t step = 0; step < steps; step += 2) {
+    for (int step = 0; step < steps; step += 2) {
         take_step(step, words[0]);
-        if (step + 1 < steps) take_step(step + 1, words[1]);
+        take_step(step + 1, words[1]);
     }
     wgmma_wait<0>();
     if (steps > 0) before.release(signals);

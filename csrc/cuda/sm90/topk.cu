@@ -16,7 +16,7 @@ constexpr int kStaged = kStages * kStageBytes<false>, kRows = kStaged + kTile * 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    search_spans(const TopK p, const List lists, int64_t query_tiles, int64_t span, int64_t dim_steps,
+    search_spans(const TopK p, const List lists, int64_t query_tiles, int64_t span, int dim_steps,
                  const QEMB_GRID_CONSTANT TensorMap queries, const QEMB_GRID_CONSTANT TensorMap documents) {
     const int64_t row0 = blockIdx.x % query_tiles * kTile, part = blockIdx.x / query_tiles;
     const int64_t first = part * span, end = min(first + span, p.num_documents);
@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     mine.clear(rows);
     barrier_sync(kScoresBarrier, kConsumers);
     for (int64_t document = first; document < end; document += kColumns) {
-        Sums scores;
-        multiply<T>(scores, ring, stages, dim_steps);
+        HalfSums low, high;
+        multiply<T>(low, high, ring, stages, dim_steps);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (document + half * kTile >= end) break;
+            if (document + half * kTile >= end) continue;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int row = first_row() + 8 * i;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const float score = scores[64 * half + 4 * n + 2 * i + j];
+                        const float score = (half ? high : low)[4 * n + 2 * i + j];
                         staged[row * kStagedRow + pair_column(n) + j] = score;
                         hit |= rows.enters(row, score);
                     }
@@ -82,7 +82,7 @@ bool search(const TopK& p, const topk::Cut& cut, const topk::List& lists) {
                 !make_matrix_map<T>(documents, p.documents, p.num_documents, p.dim, kColumns))
                 return;
             launch(kOp, search_spans<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kThreads, kBytes, p.stream, p, lists,
-                   cut.query_tiles, cut.span, ceil_div(p.dim, int64_t{kStepDepth}), queries, documents);
+                   cut.query_tiles, cut.span, static_cast<int>(ceil_div(p.dim, kStepDepth)), queries, documents);
             taken = true;
         }
     });
