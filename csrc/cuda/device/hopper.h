@@ -11,7 +11,8 @@
 //   products             wgmma_fence() before the first of a row of products; wgmma<T, N, major of a, major of b>(d, a, b, add) with
 //                        operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b, add): 64 x N, depth 16, by
 //                        128 threads; wgmma_commit(), wgmma_wait<groups that may still run>()
-//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups
+//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups; opaque(x): x, but what follows from it is
+//                        not computed ahead of here, where it would occupy registers
 #pragma once
 
 #include "cuda/device/arch.h"

@@ -177,6 +177,10 @@ QEMB_DEVICE void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b_ma
         QEMB_WGMMA_WORDS("256", "f16", 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134");
 }
 
+QEMB_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 template <int kRegisters>
 QEMB_DEVICE void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -15,7 +15,7 @@ constexpr int kStagedBytes = kTile * kTile * 2;
 
 struct ScoreMemory {
     Masks masks;
-    uint64_t over[2][kConsumers];  // by half of the columns: which of a thread's query-document scores exceed the limit, a bit each
+    uint32_t over[2][2][kConsumers];  // by half and row: which of a thread's query-document scores exceed the limit, as in Part
     Tally tally[2][kConsumers / 32];
 };
 
@@ -41,7 +41,7 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part& part) {
         text[i] = masks.row_text[row];
         is_row[i] = row < rows;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int at = 0; at < kTile / 4; ++at) {
         const int column = pair_column(at / 2) + at % 2, owner = masks.owner[column];
         const uint32_t group = masks.group[column], on = group & kOn;
@@ -105,6 +105,7 @@ QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, co
 template <class T>
 QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_tile, HalfSums& sums, int half, ScoreMemory& memory,
                              uint32_t staging, const TensorMap& weights) {
+    row0 = opaque(row0);
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;
     barrier_sync(kMasksBarrier, kConsumers);  // nobody reads the masks of the tile before
@@ -115,7 +116,6 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
     const bool plain = rows == kTile && (a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind);
     Part part{sums};
     if (!plain) look_up(masks, rows, part);
-    uint64_t& over = memory.over[half][threadIdx.x];
     if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
         uint32_t bits[2] = {};
 #pragma unroll
@@ -130,10 +130,9 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
                     if (part(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
                 }
         }
-        over = bits[0] | static_cast<uint64_t>(bits[1]) << 32;
+        for (int i = 0; i < 2; ++i) memory.over[half][i][threadIdx.x] = bits[i];
     } else if (kind == kDocDoc && a.by_query) {
-        part.masked[0] |= static_cast<uint32_t>(over);
-        part.masked[1] |= static_cast<uint32_t>(over >> 32);
+        for (int i = 0; i < 2; ++i) part.masked[i] |= memory.over[half][i][threadIdx.x];
     }
     const int first_here = first_group(kind), second_here = first_here + (kind != kQueries);
     const float high[2] = {a.scale_high[first_here], a.scale_high[second_here]};

@@ -110,6 +110,7 @@ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumula
     ::emulator::wgmma<T, kN>({d, a, 0, b, accumulate}, true, kB == Major::kK, place);
 }
 
+inline int opaque(int x) { return x; }
 template <int kRegisters>
 void registers_increase(EMULATOR_LINE) {
     static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
