@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-_Sizes = Sequence[int]  # of an attention plan: tiles, blocks, key blocks, 1 where no sequence has more than one query
+_Sizes = Sequence[int]  # of an attention plan: tiles, blocks, key blocks, 1 where no sequence has several queries, longest short one
 
 def attention_forward(
     q: Tensor,

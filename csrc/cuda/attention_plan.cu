@@ -1,7 +1,7 @@
 // The work plan of a batch: the same serial walk on the host and, where only the device knows the lengths, by one thread there.
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/architecture.h"
 #include "ops/attention.h"
 
 #ifdef __CUDACC__
@@ -52,7 +52,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
         if (q > 1) counts.single = false;
         if (q <= 0 && k <= 0) continue;
-        if (q > kTile || k > kTile) {
+        if (q > plan.most_short || k > plan.most_short) {
             const int bucket = bucket_of(q, k);
             buckets[bucket] += parts(q, kTile);
             buckets[kBuckets + bucket] += parts(k, kTile);
@@ -82,7 +82,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     }
     for (int64_t s = 0; s < num_seqs; ++s) {
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
-        if (q <= kTile && k <= kTile) continue;
+        if (q <= plan.most_short && k <= plan.most_short) continue;
         const int bucket = bucket_of(q, k);
         for (int32_t b = parts(q, kTile); b-- > 0;) {  // a causal mask leaves most to the last queries
             int32_t* item = blocks + 2 * buckets[bucket]++;
@@ -104,10 +104,24 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
 
 }  // namespace
 
+namespace cuda {
+namespace {
+
+// Hopper's block kernels are ahead of the tiles from here on.
+int32_t most_short() { return on_hopper() ? kTile / 2 : kTile; }
+
+}  // namespace
+}  // namespace cuda
+
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs) {
     int32_t buckets[2 * kBuckets];
-    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, nullptr, buckets);
-    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.single};
+    AttentionPlan plan{.most_short = cuda::most_short()};
+    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, nullptr, buckets);
+    plan.tiles = counts.tiles;
+    plan.blocks = counts.blocks;
+    plan.key_blocks = counts.key_blocks;
+    plan.single = counts.single;
+    return plan;
 }
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
@@ -129,8 +143,8 @@ __global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const int64_t slots = (tokens_q + tokens_k) / kSlot + 2 * num_seqs;
-    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / kTile);
-    AttentionPlan plan;
+    AttentionPlan plan{.most_short = most_short()};
+    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / plan.most_short);
     // Two neighbouring tiles hold more than kSlots slots of one kind, or one of them as many sequences as it may.
     plan.tiles = least(num_seqs, 2 * slots / kSlots + num_seqs / kMaxPerTile + 2);
     plan.blocks = tokens_q / kTile + long_seqs;

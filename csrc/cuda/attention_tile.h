@@ -139,14 +139,14 @@ struct SlotMap {
     Slot q[kSlots], k[kSlots];
 
     // By the first warp; a barrier of the block must follow.
-    QEMB_DEVICE void fill(const int32_t* cu_q, const int32_t* cu_k, int first, int count, int lane) {
+    QEMB_DEVICE void fill(const int32_t* cu_q, const int32_t* cu_k, int first, int count, int most_short, int lane) {
         if (lane < kSlots) q[lane].count = k[lane].count = 0;
         sync_warp();
         int num_q = 0, num_k = 0;
         if (lane < count) {
             num_q = cu_q[first + lane + 1] - cu_q[first + lane];
             num_k = cu_k[first + lane + 1] - cu_k[first + lane];
-            if (num_q > kTile || num_k > kTile) num_q = num_k = 0;  // a long one between them, cut elsewhere
+            if (num_q > most_short || num_k > most_short) num_q = num_k = 0;  // a long one between them, cut elsewhere
         }
         const int q_slots = (num_q + kSlot - 1) / kSlot, k_slots = (num_k + kSlot - 1) / kSlot;
         int q_slot = q_slots, k_slot = k_slots;  // running sums

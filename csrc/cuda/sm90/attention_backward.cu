@@ -1,6 +1,7 @@
-// Attention backward of long sequences on Hopper, in two passes that recompute the weights: one owns 128 keys and sums dK and dV of
-// all query heads of its group in registers, one owns 128 queries and sums dQ. Nothing is added in memory, so the bits are always
-// the same, and in exchange two products of seven are done twice.
+// Attention backward on Hopper, in two passes: one owns 128 keys and sums dK and dV of all query heads of its group in registers; a
+// sequence that is one block of keys and queries has its dQ there too, and is done. For the others the second pass owns 128 queries and
+// sums dQ, with weights computed again: nothing is ever added in memory, so the bits are always the same, and in exchange two products
+// of seven are done twice. Blocks stay on their multiprocessor and take tile after tile.
 #include "cuda/attention_dispatch.h"
 #include "cuda/sm90/attention.h"
 #include "cuda/sm90/attention_tile.h"
@@ -10,7 +11,10 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention";
 constexpr int kQueryStep = 64, kKeyStep = 128;  // rows that the other pass walks by
-constexpr uint32_t kEndBarrier = 4;
+constexpr uint32_t kEndBarrier = 4, kSharedDsBarrier = 5;
+
+// Is the sequence one block of each? Then the first pass does it all.
+QEMB_DEVICE bool is_whole(const Span& span) { return span.num_k > 0 && span.num_k <= kTile && span.num_q <= kTile; }
 
 int64_t padded(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
 
@@ -35,7 +39,8 @@ struct KeysLayout {
     static constexpr int kStages = 4;
     static constexpr int kQ = 0, kDout = kTileBytes<kQueryStep, D>, kLse = 2 * kTileBytes<kQueryStep, D>, kDelta = kLse + kQueryStep * 4;
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
-    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kRing = 2 * kTileBytes<kTile, D>, kBarriers = kRing + kStages * kStageBytes,
+    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>, kRing = kDs + kTile * kQueryStep * 2,
+                         kBarriers = kRing + kStages * kStageBytes,
                          kBytes = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes;
 };
 
@@ -44,118 +49,175 @@ struct KeyTile {
     Span span;
     int first, count, kv_head, group, from, per_head, steps;
 
-    QEMB_DEVICE explicit KeyTile(const AttentionBackward& p)
-        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + blockIdx.x)) {}
+    QEMB_DEVICE KeyTile(const AttentionBackward& p, int tile)
+        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + tile / static_cast<int>(p.num_kv_heads)),
+                  tile % static_cast<int>(p.num_kv_heads)) {}
+    QEMB_DEVICE static int number(const AttentionBackward& p) { return p.plan.data[2] * static_cast<int>(p.num_kv_heads); }
     QEMB_DEVICE int head(int step) const { return kv_head * group + step / per_head; }
     QEMB_DEVICE int query(int step) const { return (from + step % per_head) * kQueryStep; }
 
   private:
-    QEMB_DEVICE KeyTile(const AttentionBackward& p, const int32_t* item)
+    QEMB_DEVICE KeyTile(const AttentionBackward& p, const int32_t* item, int kv_head)
         : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
           first(item[1] * kTile),
           count(min(kTile, span.num_k - first)),
-          kv_head(blockIdx.y),
+          kv_head(kv_head),
           group(static_cast<int>(p.num_heads / p.num_kv_heads)),
-          from(p.causal ? max(0, first - span.num_k + span.num_q) / kQueryStep : 0),
+          from(p.causal && !is_whole(span) ? max(0, first - span.num_k + span.num_q) / kQueryStep : 0),
           per_head(max(0, (span.num_q + kQueryStep - 1) / kQueryStep - from)),
           steps(group * per_head) {}
 };
 
 template <int D>
-QEMB_DEVICE void produce_queries(const KeyTile& tile, const TensorMap& q, const TensorMap& dout, const TensorMap& rows,
-                                 int num_heads, uint32_t shared, Ring<KeysLayout<D>::kStages> ring) {
+QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
+                                 const TensorMap& dout, const TensorMap& rows, uint32_t shared, Ring<1> keys,
+                                 Ring<KeysLayout<D>::kStages> ring) {
     using L = KeysLayout<D>;
-    for (int step = 0; step < tile.steps; ++step) {
-        const int head = tile.head(step), token = tile.span.q + tile.query(step);
-        const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
-        ring.wait_empty();
-        mbarrier_expect(ring.full(), L::kLoaded);
-        load_tile<kQueryStep, D>(stage + L::kQ, q, ring.full(), head, token);
-        load_tile<kQueryStep, D>(stage + L::kDout, dout, ring.full(), head, token);
-        tma_load(stage + L::kLse, rows, ring.full(), {token, head});
-        tma_load(stage + L::kDelta, rows, ring.full(), {token, num_heads + head});
-        ring.next();
+    for (int at = blockIdx.x; at < KeyTile::number(p); at += gridDim.x) {
+        const KeyTile tile(p, at);
+        keys.wait_empty();
+        mbarrier_expect(keys.full(), 2 * kTileBytes<kTile, D>);
+        load_tile<kTile, D>(shared + L::kK, k, keys.full(), tile.kv_head, tile.span.k + tile.first);
+        load_tile<kTile, D>(shared + L::kV, v, keys.full(), tile.kv_head, tile.span.k + tile.first);
+        keys.next();
+        for (int step = 0; step < tile.steps; ++step) {
+            const int head = tile.head(step), token = tile.span.q + tile.query(step);
+            const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
+            ring.wait_empty();
+            mbarrier_expect(ring.full(), L::kLoaded);
+            load_tile<kQueryStep, D>(stage + L::kQ, q, ring.full(), head, token);
+            load_tile<kQueryStep, D>(stage + L::kDout, dout, ring.full(), head, token);
+            tma_load(stage + L::kLse, rows, ring.full(), {token, head});
+            tma_load(stage + L::kDelta, rows, ring.full(), {token, static_cast<int>(p.num_heads) + head});
+            ring.next();
+        }
     }
 }
 
+// dQ of a step's queries, where all keys are here: dS^T goes through shared memory, and each warpgroup takes 64 columns.
 template <class T, int D>
-QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const KeyTile& tile, uint32_t shared, Ring<1> keys,
-                                   Ring<KeysLayout<D>::kStages> ring) {
+QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared, int64_t query,
+                                int head, int count) {
+    using L = KeysLayout<D>;
+    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const uint32_t tile = shared + L::kDs, row = group * 64 + warp * 16 + lane / 4;
+    barrier_sync(kSharedDsBarrier, kConsumers);  // the step before is stored
+#pragma unroll
+    for (int k = 0; k < kQueryStep / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            shared_store4(tile + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4, ds[k][i]);
+    fence_async();
+    barrier_sync(kSharedDsBarrier, kConsumers);
+    float dq[32];
+    if (group < D / 64) {
+        const uint64_t left = matrix(tile), right = matrix(shared + L::kK + group * kPanelBytes<kTile>);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kTile / 16; ++k)
+            wgmma<T, 64, Major::kMN, Major::kMN>(dq, moved(left, k * 2048), moved(right, k * 2048), k > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    barrier_sync(kSharedDsBarrier, kConsumers);  // it is read: it is the staging
+    if (group >= D / 64) return;
+    const float factor = static_cast<float>(p.scale);
+    store_rows<T, 64>(static_cast<T*>(p.dq) + ((query + warp * 16) * p.num_heads + head) * D + group * 64, p.num_heads * D,
+                      count - warp * 16, reinterpret_cast<const float (&)[8][4]>(dq), factor, factor, tile + (group * 64 + warp * 16) * 128,
+                      lane);
+}
+
+template <class T, int D>
+QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, Ring<1> keys, Ring<KeysLayout<D>::kStages> ring) {
     using L = KeysLayout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool signals = threadIdx.x % 128 == 0;
-    const int my_first = group * 64 + warp * 16, key = tile.first + my_first + lane / 4;
+    const int my_first = group * 64 + warp * 16;
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_k = shared + L::kK + group * 64 * 128, my_v = shared + L::kV + group * 64 * 128;
-    float dk[D / 2], dv[D / 2], s[kQueryStep / 2], dp[kQueryStep / 2];
-    uint32_t weights[kQueryStep / 16][4], ds[kQueryStep / 16][4];
+    for (int at = blockIdx.x; at < KeyTile::number(p); at += gridDim.x) {
+        const KeyTile tile(p, at);
+        const int key = tile.first + my_first + lane / 4;
+        const bool whole = is_whole(tile.span);
+        float dk[D / 2], dv[D / 2], s[kQueryStep / 2], dp[kQueryStep / 2];
+        uint32_t weights[kQueryStep / 16][4], ds[kQueryStep / 16][4];
 
-    keys.wait_full();
-    Ring<L::kStages> before = ring;  // the stage of the step before
-    for (int step = 0; step < tile.steps; ++step) {
-        const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
-        const int first_query = tile.query(step), left = tile.span.num_q - first_query;
-        ring.wait_full();
-        if (left < kQueryStep) {
-            clear_rows<kQueryStep, D>(stage + L::kQ, left);
-            clear_rows<kQueryStep, D>(stage + L::kDout, left);
-            barrier_sync(kTailBarrier, kConsumers);
+        keys.wait_full();
+        if (whole && tile.count < kTile) clear_rows<kTile, D>(shared + L::kK, tile.count);  // finish_queries waits for all
+        Ring<L::kStages> before = ring;  // the stage of the step before
+        for (int step = 0; step < tile.steps; ++step) {
+            const int offset = L::kRing + ring.stage * L::kStageBytes;
+            const uint32_t stage = shared + offset;
+            const int first_query = tile.query(step), left = tile.span.num_q - first_query;
+            ring.wait_full();
+            if (left < kQueryStep) {
+                clear_rows<kQueryStep, D>(stage + L::kQ, left);
+                clear_rows<kQueryStep, D>(stage + L::kDout, left);
+                barrier_sync(kTailBarrier, kConsumers);
+            }
+            wgmma_fence();
+            multiply_rows<T, D, kTile, kQueryStep>(s, my_k, stage + L::kQ);
+            wgmma_commit();
+            wgmma_wait<1>();  // the gradients of the step before
+            if (step > 0) before.release(signals);
+            wgmma_fence();
+            multiply_rows<T, D, kTile, kQueryStep>(dp, my_v, stage + L::kDout);
+            wgmma_commit();
+            wgmma_wait<1>();
+
+            // Weights, queries along the columns
+            const auto* lse = reinterpret_cast<const float*>(shared_bytes() + offset + L::kLse);
+            const auto* delta = reinterpret_cast<const float*>(shared_bytes() + offset + L::kDelta);
+            const int seen = tile.span.num_k - tile.span.num_q + 1;  // by query 0 under a causal mask
+            const bool masked = left < kQueryStep || tile.count < kTile ||
+                                (p.causal && first_query + seen < tile.first + group * 64 + 64);
+#pragma unroll
+            for (int n = 0; n < kQueryStep / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = n * 8 + lane % 4 * 2 + i % 2, row = key + i / 2 * 8;
+                    const bool visible = !masked || (column < left && row < tile.span.num_k &&
+                                                     (!p.causal || row < first_query + column + seen));
+                    s[4 * n + i] = visible ? exp2_approx(fmaf(s[4 * n + i], scale, -lse[column])) : 0;
+                }
+            as_left<T, kQueryStep>(s, weights);
+            wgmma_fence();
+            multiply_columns<T, D, kQueryStep>(dv, weights, stage + L::kDout, step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+#pragma unroll
+            for (int n = 0; n < kQueryStep / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = n * 8 + lane % 4 * 2 + i % 2;
+                    const float weight = s[4 * n + i];  // 0 beside a NaN of a neighbour stays 0
+                    dp[4 * n + i] = weight > 0 ? weight * (dp[4 * n + i] - delta[column]) : weight;
+                }
+            as_left<T, kQueryStep>(dp, ds);
+            wgmma_fence();
+            multiply_columns<T, D, kQueryStep>(dk, ds, stage + L::kQ, step > 0);
+            wgmma_commit();
+            if (whole) finish_queries<T, D>(p, ds, shared, tile.span.q + first_query, tile.head(step), left);
+            before = ring;
+            ring.next();
         }
-        wgmma_fence();
-        multiply_rows<T, D, kTile, kQueryStep>(s, my_k, stage + L::kQ);
-        wgmma_commit();
-        wgmma_wait<1>();  // the gradients of the step before
-        if (step > 0) before.release(signals);
-        wgmma_fence();
-        multiply_rows<T, D, kTile, kQueryStep>(dp, my_v, stage + L::kDout);
-        wgmma_commit();
-        wgmma_wait<1>();
-
-        // Weights, queries along the columns
-        const auto* lse = reinterpret_cast<const float*>(shared_bytes() + (stage - shared) + L::kLse);
-        const auto* delta = reinterpret_cast<const float*>(shared_bytes() + (stage - shared) + L::kDelta);
-        const int seen = tile.span.num_k - tile.span.num_q + 1;  // by query 0 under a causal mask
-        const bool masked = left < kQueryStep || (p.causal && first_query + seen < tile.first + group * 64 + 64);
+        wgmma_wait<0>();
+        if (tile.steps > 0) {
+            before.release(signals);
+        } else {
 #pragma unroll
-        for (int n = 0; n < kQueryStep / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = n * 8 + lane % 4 * 2 + i % 2, query = first_query + column;
-                const bool visible = !masked || (column < left && (!p.causal || key + i / 2 * 8 < query + seen));
-                s[4 * n + i] = visible ? exp2_approx(fmaf(s[4 * n + i], scale, -lse[column])) : 0;
-            }
-        as_left<T, kQueryStep>(s, weights);
-        wgmma_fence();
-        multiply_columns<T, D, kQueryStep>(dv, weights, stage + L::kDout, step > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-#pragma unroll
-        for (int n = 0; n < kQueryStep / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = n * 8 + lane % 4 * 2 + i % 2;
-                const float weight = s[4 * n + i];  // 0 beside a NaN of a neighbour stays 0
-                dp[4 * n + i] = weight > 0 ? weight * (dp[4 * n + i] - delta[column]) : weight;
-            }
-        as_left<T, kQueryStep>(dp, ds);
-        wgmma_fence();
-        multiply_columns<T, D, kQueryStep>(dk, ds, stage + L::kQ, step > 0);
-        wgmma_commit();
-        before = ring;
-        ring.next();
+            for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
+        }
+        barrier_sync(kEndBarrier, kConsumers);  // nobody reads K and V any more: they are the staging
+        const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
+        const float factor = static_cast<float>(p.scale);
+        store_rows<T, D>(static_cast<T*>(p.dk) + to, p.num_kv_heads * D, tile.count - my_first,
+                         reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor, shared + L::kK + my_first * D * 2, lane);
+        store_rows<T, D>(static_cast<T*>(p.dv) + to, p.num_kv_heads * D, tile.count - my_first,
+                         reinterpret_cast<const float (&)[D / 8][4]>(dv), 1, 1, shared + L::kV + my_first * D * 2, lane);
+        fence_async();  // before the copy engine writes there
+        keys.release(lane == 0);
     }
-    wgmma_wait<0>();
-    if (tile.steps == 0) {
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
-    }
-    barrier_sync(kEndBarrier, kConsumers);  // nobody reads K and V any more: they are the staging
-    const int64_t at = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
-    const float factor = static_cast<float>(p.scale);
-    store_rows<T, D>(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, tile.count - my_first,
-                     reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor, shared + L::kK + my_first * D * 2, lane);
-    store_rows<T, D>(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, tile.count - my_first,
-                     reinterpret_cast<const float (&)[D / 8][4]>(dv), 1, 1, shared + L::kV + my_first * D * 2, lane);
 }
 
 template <class T, int D>
@@ -164,27 +226,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                   const QEMB_GRID_CONSTANT TensorMap v, const QEMB_GRID_CONSTANT TensorMap dout,
                   const QEMB_GRID_CONSTANT TensorMap rows) {
     using L = KeysLayout<D>;
-    if (static_cast<int>(blockIdx.x) >= p.plan.data[2]) return;
-    const KeyTile tile(p);
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> keys{shared + L::kBarriers};
     const Ring<L::kStages> ring{keys.barriers + Ring<1>::kBytes};
     if (threadIdx.x == 0) {
-        keys.init(1);
+        keys.init(kConsumers / 32);
         ring.init(2);
         fence_mbarrier_init();
     }
     sync_block();
     if (is_producer()) {
         registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
-        mbarrier_expect(keys.full(), 2 * kTileBytes<kTile, D>);
-        load_tile<kTile, D>(shared + L::kK, k, keys.full(), tile.kv_head, tile.span.k + tile.first);
-        load_tile<kTile, D>(shared + L::kV, v, keys.full(), tile.kv_head, tile.span.k + tile.first);
-        produce_queries<D>(tile, q, dout, rows, static_cast<int>(p.num_heads), shared, ring);
+        if (threadIdx.x == kConsumers) produce_queries<D>(p, q, k, v, dout, rows, shared, keys, ring);
     } else {
         registers_increase<kConsumerRegisters>();
-        sum_key_gradients<T, D>(p, tile, shared, keys, ring);
+        sum_key_gradients<T, D>(p, shared, keys, ring);
     }
 }
 
@@ -196,71 +252,124 @@ struct QueriesLayout {
                          kBytes = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes;
 };
 
-template <class T, int D>
-QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, const Span& span, int first, int count, int steps,
-                                     int64_t row_tokens, uint32_t shared, Ring<1> queries, Ring<2> ring) {
+// 128 queries of a sequence, one head, and the steps of keys that some of them see.
+struct QueryTile {
+    Span span;
+    int first, count, head, kv_head, steps;
+
+    QEMB_DEVICE QueryTile(const AttentionBackward& p, int tile)
+        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)), tile % static_cast<int>(p.num_heads)) {}
+    QEMB_DEVICE static int number(const AttentionBackward& p) { return p.plan.data[1] * static_cast<int>(p.num_heads); }
+
+  private:
+    QEMB_DEVICE QueryTile(const AttentionBackward& p, const int32_t* item, int head)
+        : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
+          first(item[1] * kTile),
+          count(min(kTile, span.num_q - first)),
+          head(head),
+          kv_head(head / static_cast<int>(p.num_heads / p.num_kv_heads)),
+          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kKeyStep - 1) / kKeyStep) {}
+};
+
+template <int D>
+QEMB_DEVICE void produce_keys(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
+                              const TensorMap& dout, uint32_t shared, Ring<1> queries, Ring<2> ring) {
     using L = QueriesLayout<D>;
-    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, head = blockIdx.y;
+    for (int at = blockIdx.x; at < QueryTile::number(p); at += gridDim.x) {
+        const QueryTile tile(p, at);
+        if (is_whole(tile.span)) continue;
+        queries.wait_empty();
+        mbarrier_expect(queries.full(), 2 * kTileBytes<kTile, D>);
+        load_tile<kTile, D>(shared + L::kQ, q, queries.full(), tile.head, tile.span.q + tile.first);
+        load_tile<kTile, D>(shared + L::kDout, dout, queries.full(), tile.head, tile.span.q + tile.first);
+        queries.next();
+        for (int step = 0; step < tile.steps; ++step) {
+            const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
+            const int key = tile.span.k + step * kKeyStep;
+            ring.wait_empty();
+            mbarrier_expect(ring.full(), L::kStageBytes);
+            load_tile<kKeyStep, D>(stage, k, ring.full(), tile.kv_head, key);
+            load_tile<kKeyStep, D>(stage + kTileBytes<kKeyStep, D>, v, ring.full(), tile.kv_head, key);
+            ring.next();
+        }
+    }
+}
+
+template <class T, int D>
+QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tokens, uint32_t shared, Ring<1> queries, Ring<2> ring) {
+    using L = QueriesLayout<D>;
+    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool signals = threadIdx.x % 128 == 0;
-    const int my_first = group * 64 + warp * 16, all_see = visible_keys(first + group * 64, span.num_q, span.num_k, p.causal);
+    const int my_first = group * 64 + warp * 16;
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_q = shared + L::kQ + group * 64 * 128, my_dout = shared + L::kDout + group * 64 * 128;
-    float dq[D / 2], s[kKeyStep / 2], dp[kKeyStep / 2], lse[2], delta[2];
-    uint32_t ds[kKeyStep / 16][4];
-    int sees[2];
+    for (int at = blockIdx.x; at < QueryTile::number(p); at += gridDim.x) {
+        const QueryTile tile(p, at);
+        if (is_whole(tile.span)) continue;
+        const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
+        float dq[D / 2], s[kKeyStep / 2], dp[kKeyStep / 2], lse[2], delta[2];
+        uint32_t ds[kKeyStep / 16][4];
+        int sees[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int row = my_first + lane / 4 + 8 * i;
-        const float* from = static_cast<const float*>(p.scratch) + head * row_tokens + span.q + first + min(row, count - 1);
-        sees[i] = visible_keys(first + row, span.num_q, span.num_k, p.causal);
-        lse[i] = from[0];
-        delta[i] = from[p.num_heads * row_tokens];
-    }
+        for (int i = 0; i < 2; ++i) {
+            const int row = my_first + lane / 4 + 8 * i;
+            const float* from = static_cast<const float*>(p.scratch) + tile.head * row_tokens + tile.span.q + tile.first +
+                                min(row, tile.count - 1);
+            sees[i] = visible_keys(tile.first + row, tile.span.num_q, tile.span.num_k, p.causal);
+            lse[i] = from[0];
+            delta[i] = from[p.num_heads * row_tokens];
+        }
 
-    queries.wait_full();
-    Ring<2> before = ring;
-    for (int step = 0; step < steps; ++step) {
-        const uint32_t k_tile = shared + L::kRing + ring.stage * L::kStageBytes, v_tile = k_tile + kTileBytes<kKeyStep, D>;
-        const int left = span.num_k - step * kKeyStep;
-        ring.wait_full();
-        if (left < kKeyStep) {
-            clear_rows<kKeyStep, D>(k_tile, left);
-            barrier_sync(kTailBarrier, kConsumers);
-        }
-        wgmma_fence();
-        multiply_rows<T, D, kTile, kKeyStep>(s, my_q, k_tile);
-        wgmma_commit();
-        wgmma_wait<1>();  // the gradient of the step before
-        if (step > 0) before.release(signals);
-        wgmma_fence();
-        multiply_rows<T, D, kTile, kKeyStep>(dp, my_dout, v_tile);
-        wgmma_commit();
-        wgmma_wait<1>();
+        queries.wait_full();
+        Ring<2> before = ring;
+        for (int step = 0; step < tile.steps; ++step) {
+            const uint32_t k_tile = shared + L::kRing + ring.stage * L::kStageBytes, v_tile = k_tile + kTileBytes<kKeyStep, D>;
+            const int left = tile.span.num_k - step * kKeyStep;
+            ring.wait_full();
+            if (left < kKeyStep) {
+                clear_rows<kKeyStep, D>(k_tile, left);
+                barrier_sync(kTailBarrier, kConsumers);
+            }
+            wgmma_fence();
+            multiply_rows<T, D, kTile, kKeyStep>(s, my_q, k_tile);
+            wgmma_commit();
+            wgmma_wait<1>();  // the gradient of the step before
+            if (step > 0) before.release(signals);
+            wgmma_fence();
+            multiply_rows<T, D, kTile, kKeyStep>(dp, my_dout, v_tile);
+            wgmma_commit();
+            wgmma_wait<1>();
 #pragma unroll
-        for (int i = 0; i < kKeyStep / 2; ++i) s[i] = exp2_approx(fmaf(s[i], scale, -lse[i / 2 % 2]));
+            for (int i = 0; i < kKeyStep / 2; ++i) s[i] = exp2_approx(fmaf(s[i], scale, -lse[i / 2 % 2]));
+            wgmma_wait<0>();
+            const bool masked = (step + 1) * kKeyStep > all_see;
+#pragma unroll
+            for (int i = 0; i < kKeyStep / 2; ++i) {
+                const int key = step * kKeyStep + i / 4 * 8 + lane % 4 * 2 + i % 2;
+                dp[i] = masked && key >= sees[i / 2 % 2] ? 0 : s[i] * (dp[i] - delta[i / 2 % 2]);
+            }
+            as_left<T, kKeyStep>(dp, ds);
+            wgmma_fence();
+            multiply_columns<T, D, kKeyStep>(dq, ds, k_tile, step > 0);
+            wgmma_commit();
+            before = ring;
+            ring.next();
+        }
         wgmma_wait<0>();
-        const bool masked = (step + 1) * kKeyStep > all_see;
+        if (tile.steps > 0) {
+            before.release(signals);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kKeyStep / 2; ++i) {
-            const int key = step * kKeyStep + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            dp[i] = masked && key >= sees[i / 2 % 2] ? 0 : s[i] * (dp[i] - delta[i / 2 % 2]);
+            for (int i = 0; i < D / 2; ++i) dq[i] = 0;
         }
-        as_left<T, kKeyStep>(dp, ds);
-        wgmma_fence();
-        multiply_columns<T, D, kKeyStep>(dq, ds, k_tile, step > 0);
-        wgmma_commit();
-        before = ring;
-        ring.next();
+        barrier_sync(kEndBarrier, kConsumers);  // nobody reads Q any more: it is the staging
+        const float factor = static_cast<float>(p.scale);
+        const int64_t token = tile.span.q + tile.first + my_first;
+        store_rows<T, D>(static_cast<T*>(p.dq) + (token * p.num_heads + tile.head) * D, p.num_heads * D, tile.count - my_first,
+                         reinterpret_cast<const float (&)[D / 8][4]>(dq), factor, factor, shared + L::kQ + my_first * D * 2, lane);
+        fence_async();  // before the copy engine writes there
+        queries.release(lane == 0);
     }
-    wgmma_wait<0>();
-    if (steps == 0) {
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-    }
-    barrier_sync(kEndBarrier, kConsumers);  // nobody reads Q any more: it is the staging
-    const float factor = static_cast<float>(p.scale);
-    store_rows<T, D>(static_cast<T*>(p.dq) + ((span.q + first + my_first) * p.num_heads + head) * D, p.num_heads * D, count - my_first,
-                     reinterpret_cast<const float (&)[D / 8][4]>(dq), factor, factor, shared + L::kQ + my_first * D * 2, lane);
 }
 
 template <class T, int D>
@@ -269,38 +378,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const QEMB_GRID_CONSTANT TensorMap k, const QEMB_GRID_CONSTANT TensorMap v,
                     const QEMB_GRID_CONSTANT TensorMap dout) {
     using L = QueriesLayout<D>;
-    if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
-    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + blockIdx.x);
-    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]);
-    const int first = item[1] * kTile, count = min(kTile, span.num_q - first), head = blockIdx.y;
-    const int steps = (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kKeyStep - 1) / kKeyStep;
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> queries{shared + L::kBarriers};
-    Ring<2> ring{queries.barriers + Ring<1>::kBytes};
+    const Ring<2> ring{queries.barriers + Ring<1>::kBytes};
     if (threadIdx.x == 0) {
-        queries.init(1);
+        queries.init(kConsumers / 32);
         ring.init(2);
         fence_mbarrier_init();
     }
     sync_block();
     if (is_producer()) {
         registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
-        const int kv_head = head / static_cast<int>(p.num_heads / p.num_kv_heads);
-        mbarrier_expect(queries.full(), 2 * kTileBytes<kTile, D>);
-        load_tile<kTile, D>(shared + L::kQ, q, queries.full(), head, span.q + first);
-        load_tile<kTile, D>(shared + L::kDout, dout, queries.full(), head, span.q + first);
-        for (int step = 0; step < steps; ++step) {
-            const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
-            ring.wait_empty();
-            mbarrier_expect(ring.full(), L::kStageBytes);
-            load_tile<kKeyStep, D>(stage, k, ring.full(), kv_head, span.k + step * kKeyStep);
-            load_tile<kKeyStep, D>(stage + kTileBytes<kKeyStep, D>, v, ring.full(), kv_head, span.k + step * kKeyStep);
-            ring.next();
-        }
+        if (threadIdx.x == kConsumers) produce_keys<D>(p, q, k, v, dout, shared, queries, ring);
     } else {
         registers_increase<kConsumerRegisters>();
-        sum_query_gradients<T, D>(p, span, first, count, steps, row_tokens, shared, queries, ring);
+        sum_query_gradients<T, D>(p, row_tokens, shared, queries, ring);
     }
 }
 
@@ -331,10 +423,11 @@ bool attention_backward(const AttentionBackward& p) {
                                           .swizzled = false});
         if (!fits) return;
         launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens * heads, 2048 / D))), 256, 0, p.stream, p, row_tokens);
-        launch(kOp, key_gradients<T, D>, dim3(static_cast<unsigned>(p.plan.key_blocks), static_cast<unsigned>(p.num_kv_heads)),
-               kThreads, KeysLayout<D>::kBytes, p.stream, p, q_steps, k, v, dout_steps, rows);
-        launch(kOp, query_gradients<T, D>, dim3(static_cast<unsigned>(p.plan.blocks), static_cast<unsigned>(heads)), kThreads,
-               QueriesLayout<D>::kBytes, p.stream, p, row_tokens, q_tiles, k, v, dout_tiles);
+        const auto blocks = [](int64_t tiles) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), tiles))); };
+        launch(kOp, key_gradients<T, D>, blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes, p.stream, p,
+               q_steps, k, v, dout_steps, rows);
+        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * heads), kThreads, QueriesLayout<D>::kBytes, p.stream, p, row_tokens,
+               q_tiles, k, v, dout_tiles);
         taken = true;
     });
     return taken;
