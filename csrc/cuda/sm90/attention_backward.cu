@@ -108,6 +108,7 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)
         for (int i = 0; i < 4; ++i)
             shared_store4(tile + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4, ds[k][i]);
     fence_async();
+    wgmma_wait<0>();  // dK and dV, whose operands occupy registers
     barrier_sync(kSharedDsBarrier, kConsumers);
     float dq[32];
     if (group < D / 64) {
@@ -141,6 +142,8 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
         const bool whole = is_whole(tile.span);
         float dk[D / 2], dv[D / 2], s[kQueryStep / 2], dp[kQueryStep / 2];
         uint32_t weights[kQueryStep / 16][4], ds[kQueryStep / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
         keys.wait_full();
         if (whole && tile.count < kTile) clear_rows<kTile, D>(shared + L::kK, tile.count);  // finish_queries waits for all
@@ -182,9 +185,9 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
                 }
             as_left<T, kQueryStep>(s, weights);
             wgmma_fence();
-            multiply_columns<T, D, kQueryStep>(dv, weights, stage + L::kDout, step > 0);
+            multiply_columns<T, D, kQueryStep>(dv, weights, stage + L::kDout);
             wgmma_commit();
-            wgmma_wait<1>();
+            wgmma_wait<0>();  // dV as well: with its operand in registers ptxas would let the products run one by one
 #pragma unroll
             for (int n = 0; n < kQueryStep / 8; ++n)
 #pragma unroll
@@ -195,19 +198,14 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
                 }
             as_left<T, kQueryStep>(dp, ds);
             wgmma_fence();
-            multiply_columns<T, D, kQueryStep>(dk, ds, stage + L::kQ, step > 0);
+            multiply_columns<T, D, kQueryStep>(dk, ds, stage + L::kQ);
             wgmma_commit();
             if (whole) finish_queries<T, D>(p, ds, shared, tile.span.q + first_query, tile.head(step), left);
             before = ring;
             ring.next();
         }
         wgmma_wait<0>();
-        if (tile.steps > 0) {
-            before.release(signals);
-        } else {
-#pragma unroll
-            for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
-        }
+        if (tile.steps > 0) before.release(signals);
         barrier_sync(kEndBarrier, kConsumers);  // nobody reads K and V any more: they are the staging
         const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
         const float factor = static_cast<float>(p.scale);
@@ -311,6 +309,8 @@ QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tok
         uint32_t ds[kKeyStep / 16][4];
         int sees[2];
 #pragma unroll
+        for (int i = 0; i < D / 2; ++i) dq[i] = 0;
+#pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = my_first + lane / 4 + 8 * i;
             const float* from = static_cast<const float*>(p.scratch) + tile.head * row_tokens + tile.span.q + tile.first +
@@ -350,18 +350,13 @@ QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tok
             }
             as_left<T, kKeyStep>(dp, ds);
             wgmma_fence();
-            multiply_columns<T, D, kKeyStep>(dq, ds, k_tile, step > 0);
+            multiply_columns<T, D, kKeyStep>(dq, ds, k_tile);
             wgmma_commit();
             before = ring;
             ring.next();
         }
         wgmma_wait<0>();
-        if (tile.steps > 0) {
-            before.release(signals);
-        } else {
-#pragma unroll
-            for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-        }
+        if (tile.steps > 0) before.release(signals);
         barrier_sync(kEndBarrier, kConsumers);  // nobody reads Q any more: it is the staging
         const float factor = static_cast<float>(p.scale);
         const int64_t token = tile.span.q + tile.first + my_first;

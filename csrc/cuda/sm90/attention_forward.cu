@@ -126,6 +126,8 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             softmax.update(s, scale, key + kKeys > all_see, seen, factor);
         };
 
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) out[i] = 0;
         int step = tile.steps - 1;
         if (step >= 0) {
             // The last keys
@@ -147,7 +149,6 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             }
 
             // The scores of these keys beside the output of those before
-            bool add = false;
             while (--step >= 0) {
                 k_ring.wait_full();
                 take_turn();
@@ -155,7 +156,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
                 multiply_rows<T, D, kTile, kKeys>(s, my_q, k_tile());
                 wgmma_commit();
                 v_ring.wait_full();
-                multiply_columns<T, D, kKeys>(out, weights, v_tile(), add);
+                multiply_columns<T, D, kKeys>(out, weights, v_tile());
                 wgmma_commit();
                 pass_turn();
                 wgmma_wait<1>();
@@ -166,18 +167,14 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
                 as_left<T, kKeys>(s, weights);
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
-                add = true;
             }
             q_ring.release(signals);
             v_ring.wait_full();
             wgmma_fence();
-            multiply_columns<T, D, kKeys>(out, weights, v_tile(), add);
+            multiply_columns<T, D, kKeys>(out, weights, v_tile());
             wgmma_commit();
             wgmma_wait<0>();
             v_ring.release(signals);
-        } else {
-#pragma unroll
-            for (int i = 0; i < D / 2; ++i) out[i] = 0;
         }
 
         // Write the output and lse

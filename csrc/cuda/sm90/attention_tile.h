@@ -66,12 +66,12 @@ QEMB_DEVICE void multiply_rows(float (&d)[kRowsB / 2], uint32_t a, uint32_t b) {
         wgmma<T, kRowsB>(d, moved(left, column_step<kRowsA>(k)), moved(right, column_step<kRowsB>(k)), k > 0);
 }
 
-// d (+)= a b: a in registers, 64 x kRows, as accumulators would leave it; b a tile of kRows rows.
+// d += a b: a in registers, 64 x kRows, as accumulators would leave it; b a tile of kRows rows.
 template <class T, int D, int kRows>
-QEMB_DEVICE void multiply_columns(float (&d)[D / 2], const uint32_t (&a)[kRows / 16][4], uint32_t b, bool add) {
+QEMB_DEVICE void multiply_columns(float (&d)[D / 2], const uint32_t (&a)[kRows / 16][4], uint32_t b) {
     const uint64_t right = matrix(b, kPanelBytes<kRows>);
 #pragma unroll
-    for (int k = 0; k < kRows / 16; ++k) wgmma<T, D, Major::kMN>(d, a[k], moved(right, k * 2048), add || k > 0);
+    for (int k = 0; k < kRows / 16; ++k) wgmma<T, D, Major::kMN>(d, a[k], moved(right, k * 2048), true);
 }
 
 // Accumulators as the left operand of the next product.
