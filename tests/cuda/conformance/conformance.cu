@@ -1,47 +1,15 @@
 // Every primitive of csrc/cuda/device/arch.h on fixed inputs, its results printed as words: built by nvcc they are the
-// device's, built by g++ the emulator's. A line is "name kind words...", kind being
-//   bits      compared exactly
-//   float     floats, compared exactly, except that all NaN are equal
-//   approx    floats; lines "name.truth doubles..." and "name.bound doubles..." say what is right and how far off each may be
-#include <cinttypes>
-#include <cmath>
-#include <cstdio>
-#include <random>
-#include <vector>
+// device's, built by g++ the emulator's.
+#include "conformance.h"
 
 #include "cuda/device/reduce.h"
-#include "cuda/launch.h"
-
-#ifndef __CUDACC__
-#include "emulator/memory.h"
-#endif
 
 using namespace qemb::cuda;
+using namespace qemb::cuda::conformance;
 
 namespace {
 
-using Words = std::vector<uint32_t>;
-constexpr int kThreads = 128, kShared = 16 * 1024;
-
-#ifdef __CUDACC__
-class Memory {
-  public:
-    explicit Memory(size_t count) { check("conformance", cudaMallocManaged(&data_, count * sizeof(uint32_t) + 16)); }
-    ~Memory() { cudaFree(data_); }
-    Memory(const Memory&) = delete;
-    uint32_t* data() { return data_; }
-
-  private:
-    uint32_t* data_ = nullptr;
-};
-void finish() { check("conformance", cudaDeviceSynchronize()); }
-#else
-using Memory = emulator::DeviceMemory<uint32_t>;
-void finish() {}
-#endif
-
-float as_float(uint32_t word) { return __builtin_bit_cast(float, word); }
-uint32_t as_word(float x) { return __builtin_bit_cast(uint32_t, x); }
+constexpr int kShared = 16 * 1024;
 
 QEMB_DEVICE float float_at(const uint32_t* in, int i) { return __builtin_bit_cast(float, in[i]); }
 QEMB_DEVICE uint32_t word(float x) { return __builtin_bit_cast(uint32_t, x); }
@@ -185,25 +153,6 @@ __global__ void reductions(const uint32_t* in, uint32_t* out) {
     out[2 * kThreads + t] = word(block_sum<kThreads / 32>(x, reinterpret_cast<float*>(shared_bytes())));
 }
 
-// Inputs. Not the distributions of the standard library: those differ from library to library.
-struct Source {
-    std::mt19937 engine{20240607};
-
-    uint32_t bits() { return static_cast<uint32_t>(engine()); }
-    float uniform(float low, float high) { return low + (high - low) * static_cast<float>(bits() >> 8) * 0x1p-24f; }
-    template <class Make>
-    Words words(int count, Make make) {
-        Words all(static_cast<size_t>(count));
-        for (uint32_t& x : all) x = make();
-        return all;
-    }
-    Words plain(int count) {
-        return words(count, [&] { return bits(); });
-    }
-    Words floats(int count, float low, float high) {
-        return words(count, [&] { return as_word(uniform(low, high)); });
-    }
-};
 const Words kSpecial = {0x00000000, 0x80000000, 0x00000001, 0x807fffff, 0x00800000, 0x7f7fffff, 0x7f800000,
                         0xff800000, 0x7fc00000, 0x7f800001, 0x3f800000, 0x3f808000, 0x3f818000, 0x3f801000,
                         0x3f803000, 0x477fefff, 0x477ff000, 0x33000000, 0x33000001, 0x33800000, 0x387fe000,
@@ -214,25 +163,10 @@ Words with_special(Words words) {
     return words;
 }
 
-void print(const char* name, const char* kind, Memory& out, int count) {
-    std::printf("%s %s", name, kind);
-    for (int i = 0; i < count; ++i) std::printf(" %08" PRIx32, out.data()[i]);
-    std::printf("\n");
-}
-void print(const char* name, const char* what, const std::vector<double>& values) {
-    std::printf("%s.%s", name, what);
-    for (const double x : values) std::printf(" %.17g", x);
-    std::printf("\n");
-}
-
 template <class... Extra>
 void run(const char* name, const char* kind, void (*kernel)(const uint32_t*, uint32_t*, Extra...), const Words& in, int count,
          Extra... extra) {
-    Memory from(in.size()), to(static_cast<size_t>(count));
-    std::copy(in.begin(), in.end(), from.data());
-    launch(name, kernel, dim3(1), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()), to.data(), extra...);
-    finish();
-    print(name, kind, to, count);
+    conformance::run(name, kind, kShared, kernel, in, count, extra...);
 }
 template <class Op>
 void run_each(const char* name, const char* kind, const Words& in) {
