@@ -174,6 +174,10 @@ class Block {
             return true;
         });
     }
+    // Where time may pass: until all others have gone as far as they can.
+    void linger(const Place& place) {
+        if (landing_ == Landing::kLate || (landing_ == Landing::kMixed && random_.below(2))) sleep(kIdle, place);
+    }
     // A barrier of some of the threads.
     void arrive_named(uint32_t id, int threads, bool waits, const Place& place) {
         if (id < 1 || id > 15) fail(place.text() + ": barriers have numbers from 1 to 15, not " + std::to_string(id));
@@ -292,6 +296,7 @@ class Block {
     // In turn, at random, one warp as far as it gets, or one warp later than all others.
     enum class Policy { kInTurn, kRandom, kEager, kStraggler };
     static constexpr size_t kFront = 256;
+    static constexpr uint32_t kIdle = 16;  // the key of those that linger: no barrier's, no address
 
     struct Warp {
         void* slots[32];
@@ -424,11 +429,16 @@ class Block {
                 chosen = w;
                 if (policy_ != Policy::kStraggler || w != straggler) break;
             }
-            if (chosen == count && !engine_.empty()) {
-                engine_.land_one(random_);
+            if (chosen == count) {
+                const bool lingering = std::any_of(sleepers_.begin(), sleepers_.end(), [](const Sleeper& s) { return s.key == kIdle; });
+                if (!engine_.empty() && (!lingering || random_.below(2)))
+                    engine_.land_one(random_);
+                else if (lingering)
+                    wake(kIdle);
+                else
+                    deadlock();
                 continue;
             }
-            if (chosen == count) deadlock();
             Warp& warp = warps_[chosen];
             warp.turns = policy_ == Policy::kEager ? ~uint64_t(0) : policy_ == Policy::kInTurn ? 1 : 1 + random_.below(8);
             last_ = chosen;

@@ -94,6 +94,7 @@ inline void wgmma_commit(EMULATOR_LINE) {
 template <int kPending>
 void wgmma_wait(EMULATOR_LINE) {
     EMULATOR_ENTER("wgmma_wait");
+    block.linger(place);
     block.meet_group(place, nullptr, [](void**, ::emulator::Products& products) {
         while (products.groups.size() > kPending) products.run_oldest();
         products.fenced = false;
@@ -115,13 +116,13 @@ template <int kRegisters>
 void registers_increase(EMULATOR_LINE) {
     static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
     EMULATOR_ENTER("registers_increase");
-    block.meet_group(place, nullptr, [](void**, ::emulator::Products&) {});
+    block.meet_warp(place, nullptr, [](void**) {});
 }
 template <int kRegisters>
 void registers_decrease(EMULATOR_LINE) {
     static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
     EMULATOR_ENTER("registers_decrease");
-    block.meet_group(place, nullptr, [](void**, ::emulator::Products&) {});
+    block.meet_warp(place, nullptr, [](void**) {});
 }
 
 }  // namespace qemb::cuda
