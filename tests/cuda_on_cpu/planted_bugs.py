@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 SECONDS = 120  # for one test program; the whole of it, unharmed, takes a few
 
+ATTENTION = ["attention_forward", "attention_backward", "attention_plan", "sm90/attention_forward", "sm90/attention_backward"]
 # test program -> the kernels that it is linked with
 PROGRAMS = {
-    "attention": ["attention_forward", "attention_backward", "attention_plan"],
-    "infonce": ["infonce"],
-    "topk": ["topk"],
+    "attention": ATTENTION,
+    "attention_sm90": ATTENTION,
+    "infonce": ["infonce", "sm90/infonce"],
+    "topk": ["topk", "sm90/topk"],
     "small_ops": ["rms_norm", "swiglu", "qk_norm_rope"],
     "pooling": ["pooling"],
 }
@@ -85,6 +87,44 @@ BUGS = [
     Bug("wrong transposition of the partial sums", "small_ops", "rms_norm", "column_sum.h",
         "warp_sum(sums[lane][warp])", "warp_sum(sums[warp][lane])"),
     Bug("the token before the last", "pooling", "pooling", "pooling.cu", "pooled(p, end - 1)", "pooled(p, end - 2)"),
+    # Hopper
+    Bug("wrong phase", "topk", "sm90/topk", "sm90/ring.h", "mbarrier_wait(empty(), parity ^ 1)", "mbarrier_wait(empty(), parity)"),
+    Bug("wrong arrival count", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu", "k_ring.init(2);", "k_ring.init(1);"),
+    Bug("values freed while they are multiplied", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
+        "wgmma_wait<0>();\n                v_ring.release(signals);", "v_ring.release(signals);\n                wgmma_wait<0>();"),
+    Bug("values used before they are there", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
+        "            q_ring.release(signals);\n            v_ring.wait_full();", "            q_ring.release(signals);"),
+    Bug("a turn that is not passed on", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
+        "                pass_turn();\n                wgmma_wait<1>();", "                wgmma_wait<1>();"),
+    Bug("a neighbour's values multiplied by zero", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
+        "clear_rows<kKeys, D>(v_tile(), tile.span.num_k - step * kKeys);", ""),
+    Bug("cleared rows without a fence", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h",
+        "    fence_async();\n}", "}"),
+    Bug("missing rescale", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu", "out[i] *= factor[i / 2 % 2];", "out[i] *= 1;"),
+    Bug("wrong step of a descriptor", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h", "k % 4 * 32;", "k % 4 * 16;"),
+    Bug("wrong leading dimension", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h",
+        "matrix(b, kPanelBytes<kRows>)", "matrix(b)"),
+    Bug("dS stored without a fence", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
+        "    fence_async();\n    wgmma_wait<0>();  // dK and dV", "    wgmma_wait<0>();  // dK and dV"),
+    Bug("dS overwritten while it is read", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
+        "    barrier_sync(kSharedDsBarrier, kConsumers);  // it is read: it is the staging\n", ""),
+    Bug("gradients in flight when their stage is freed", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
+        "            wgmma_wait<1>();  // the gradients of the step before\n", ""),
+    Bug("staging that the copy engine overwrites without a fence", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
+        "        fence_async();  // before the copy engine writes there\n        keys.release", "        keys.release"),
+    Bug("a causal mask off by one", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
+        "row < first_query + column + seen", "row <= first_query + column + seen"),
+    Bug("the factor of another row", "infonce", "sm90/infonce", "sm90/tile_product.h", "doubled(mine[8], mine[8])", "doubled(mine[0], mine[0])"),
+    Bug("staging written while it is stored", "infonce", "sm90/infonce", "sm90/infonce.cu",
+        "if (signals) bulk_wait_read<1>();", ""),
+    Bug("a tile called plain where rows meet their own", "infonce", "sm90/infonce", "sm90/infonce.cu",
+        "(owner < 0 || owner >= rows)", "true"),
+    Bug("bytes that nobody waits for", "infonce", "sm90/infonce", "sm90/infonce.cu",
+        "fill_stages<true>(ring, stages, steps, kFactorBytes,", "fill_stages<true>(ring, stages, steps, 0,"),
+    Bug("the positives of another panel", "infonce", "sm90/infonce", "sm90/infonce.cu",
+        "from = a.positive(row);", "from = a.positive(row ^ 1);"),
+    Bug("scores overwritten while they are looked through", "topk", "sm90/topk", "sm90/topk.cu",
+        "end, rows);\n            barrier_sync(kScoresBarrier, kConsumers);", "end, rows);"),
 ]  # fmt: skip
 
 
@@ -101,11 +141,12 @@ def compile_one(source: Path, csrc: Path, target: Path) -> Path:
     return target
 
 
-def fails(program: Path) -> str:
-    """The first complaint of a test program, or nothing."""
+def fails(program: Path, only: str = "") -> str:
+    """The first complaint of a test program, or nothing. `only`: the kernels of one architecture, 80 or 90."""
     by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([*by_line, program], stdout=subprocess.PIPE, stderr=errors, text=True)
+        environment = {**os.environ, "QEMB_SM": only} if only else None
+        process = subprocess.Popen([*by_line, program], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         clock = threading.Timer(SECONDS, process.kill)
         clock.start()
         failed = ""
@@ -129,15 +170,18 @@ class Workshop:
         self.folder = folder
         self.csrc = ROOT / "csrc"
 
+    def object(self, source: Path) -> Path:
+        return self.folder / str(source.relative_to(ROOT).with_suffix(".o")).replace("/", "_")
+
     def build(self, source: Path) -> Path:
-        return compile_one(source, self.csrc, self.folder / f"{source.stem}.o")
+        return compile_one(source, self.csrc, self.object(source))
 
     def sources(self, program: str) -> list[Path]:
         kernels = [self.csrc / "cuda" / f"{name}.cu" for name in PROGRAMS[program]]
         return [ROOT / "tests" / "cuda_on_cpu" / f"test_{program}.cpp", *kernels]
 
-    def link(self, program: str, target: Path, replaced: dict[str, Path]) -> Path:
-        objects = [replaced.get(s.stem, self.folder / f"{s.stem}.o") for s in self.sources(program)]
+    def link(self, program: str, target: Path, replaced: dict[Path, Path]) -> Path:
+        objects = [replaced.get(source, self.object(source)) for source in self.sources(program)]
         result = run([COMPILER, *map(str, objects), "-o", str(target)])
         if result.returncode:
             raise RuntimeError(f"{program} does not link:\n{result.stderr[:2000]}")
@@ -156,8 +200,10 @@ class Workshop:
         folder = self.folder / str(number)
         shutil.copytree(self.csrc, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "bindings"))
         (folder / "csrc" / "cuda" / bug.file).write_text(text.replace(bug.old, bug.new))
-        mutant = compile_one(folder / "csrc" / "cuda" / f"{bug.kernel}.cu", folder / "csrc", folder / f"{bug.kernel}.o")
-        complaint = fails(self.link(bug.program, folder / bug.program, {bug.kernel: mutant}))
+        source = Path("csrc") / "cuda" / f"{bug.kernel}.cu"
+        mutant = compile_one(folder / source, folder / "csrc", folder / "mutant.o")
+        only = "90" if bug.kernel.startswith("sm90") else "80"
+        complaint = fails(self.link(bug.program, folder / bug.program, {ROOT / source: mutant}), only)
         print("caught" if complaint else "MISSED", f"{bug.file}: {bug.why}:", complaint.partition("\n")[0], flush=True)
         return complaint
 
@@ -167,7 +213,7 @@ def run_all(bugs: list[Bug] = BUGS, jobs: int = 2) -> dict[Bug, str]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         workshop = Workshop(Path(folder))
         programs = sorted({bug.program for bug in bugs})
-        list(pool.map(workshop.build, [s for program in programs for s in workshop.sources(program)]))
+        list(pool.map(workshop.build, dict.fromkeys(s for program in programs for s in workshop.sources(program))))
         list(pool.map(workshop.check_sound, programs))
         return dict(zip(bugs, pool.map(workshop.plant, range(len(bugs)), bugs), strict=True))
 

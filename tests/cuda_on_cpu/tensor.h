@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
@@ -83,10 +84,12 @@ void for_each_dtype(Body body) {
     body.template operator()<Float16>(std::string("float16"));
 }
 
-// All tests with the kernels of each architecture. -> the process's status
+// All tests with the kernels of each architecture, or of the one that QEMB_SM names. -> the process's status
 inline int run_all_on(std::initializer_list<int> capabilities) {
+    const char* const only = std::getenv("QEMB_SM");
     int failed = 0;
     for (const int capability : capabilities) {
+        if (only && std::atoi(only) != capability) continue;
         emulator::options().compute_capability = capability;
         std::printf("sm_%d\n", capability);
         failed |= run_all();

@@ -293,8 +293,7 @@ void compare(const std::string& label, const Case& c, const Result& ours, const 
 }
 
 template <class T>
-Batch check(const std::string& name, const Case& c, uint32_t seed = 1) {
-    const Batch b = make_batch<T>(c, seed);
+void check_batch(const std::string& name, const Case& c, const Batch& b, uint32_t seed) {
     emulator::options().seed = seed;
     const Result truth = dense<double, double>(c, b), low = dense<float, T>(c, b), ours = run<T>(c, b);
     const std::string label = name + " " + std::to_string(c.queries) + " x " + std::to_string(c.documents) + " x " +
@@ -304,6 +303,12 @@ Batch check(const std::string& name, const Case& c, uint32_t seed = 1) {
     check_close((label + " sums").c_str(), Wide{ours.stats[0], ours.stats[1]}, Wide{truth.stats[0], truth.stats[1]},
                 1e-6 * (1 + truth.stats[2] + static_cast<double>(c.queries)));
     for (int i = 2; i < 5; ++i) CHECK(ours.stats[i] == truth.stats[i]);
+}
+
+template <class T>
+Batch check(const std::string& name, const Case& c, uint32_t seed = 1) {
+    const Batch b = make_batch<T>(c, seed);
+    check_batch<T>(name, c, b, seed);
     return b;
 }
 
@@ -385,6 +390,24 @@ TEST(ragged_sizes) {
         if (c.dim < 65 || c.queries < 128) check<float>("float32", c, ++seed);
     }
     check<Float16>("float16", {129, 257, 129}, 5);
+}
+
+// Whole tiles of rows, and columns of which some meet none of them: Hopper's kernels look such up once.
+TEST(tiles_of_which_limits_alone_decide) {
+    Case c{.queries = 256, .documents = 640, .dim = 16};
+    for (const Groups& groups : {qwen3(-0.3, ScoreMask::kQueryDocument), only({kBatchPositive, kBatchHard, kDocHard})}) {
+        c.groups = groups;
+        Batch b = make_batch<BFloat16>(c, 9);
+        for (int64_t i = 0; i < c.queries; ++i) b.positive[i] = i;  // 256 positives, 128 of nobody, 128 of the first rows, 128 of any
+        for (int64_t j = 0; j < c.documents; ++j) {
+            b.owner[j] = j < 256 ? j : j < 384 ? -1 : j < 512 ? j - 384 : j % 256;
+            b.role[j] = static_cast<uint8_t>(j < 256 ? Role::kPositive : Role::kHard);
+            b.document_text[j] = j == 300 ? b.document_text[5] : j + 1000;
+        }
+        for (int64_t i = 0; i < c.queries; ++i) b.query_text[i] = b.document_text[i];
+        list_owned(b, c.queries);
+        check_batch<BFloat16>("plain tiles", c, b, 9);
+    }
 }
 
 TEST(rows_that_are_not_aligned) {
