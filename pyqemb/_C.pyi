@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-_Sizes = Sequence[int]  # of an attention plan: tiles, blocks, key blocks, 1 where no sequence has several queries, longest short one
+_Sizes = Sequence[
+    int
+]  # of an attention plan: tiles, blocks, key blocks, 1 where no sequence has several queries, longest short one
 
 def attention_forward(
     q: Tensor,

@@ -14,8 +14,8 @@
 namespace qemb::cuda::infonce {
 
 constexpr const char* kOp = "info_nce";
-// Aims of a panel: bytes of its weights, rows (they amortise the sums over panels into d_documents), and blocks of the row gradients
-// with so many columns each: two for each multiprocessor of an H100, or, of Hopper's kernels, one.
+// Aims of a panel: bytes of its weights, rows (they amortise the sums over panels into d_documents), and blocks of the row
+// gradients with so many columns each: two for each multiprocessor of an H100, or, of Hopper's kernels, one.
 struct PanelSize {
     int64_t bytes, rows, blocks, columns;
 };
@@ -77,9 +77,9 @@ struct Panel {
     int* is_first_same;  // [rows]
     // Hopper's kernels alone
     float scale_high[kNumGroups], scale_low[kNumGroups];  // the scale in two floats
-    bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
-    int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
-    T* positives;                 // [rows, dim] those of the panel
+    bool same_groups[kNumKinds];                          // the two groups of a kind's columns differ in name only
+    int* plain;    // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
+    T* positives;  // [rows, dim] those of the panel
     int64_t scratch_bytes;
 
     Panel(const InfoNce& p, bool hopper)
@@ -106,7 +106,8 @@ struct Panel {
         }
         const auto same = [&](InfoNceGroup first, InfoNceGroup second) {
             const Group &x = g[first], &y = g[second];
-            return x.on == y.on && x.mask == y.mask && x.relative == y.relative && x.margin == y.margin && x.hardness == y.hardness;
+            return x.on == y.on && x.mask == y.mask && x.relative == y.relative && x.margin == y.margin &&
+                   x.hardness == y.hardness;
         };
         same_groups[kQueryDocument] = same(kBatchPositive, kBatchHard);
         same_groups[kQueries] = true;

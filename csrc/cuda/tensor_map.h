@@ -6,15 +6,15 @@
 
 namespace qemb::cuda {
 
-// Up to four dimensions, the contiguous one first. A box of it is copied at a time; what lies beyond the tensor is zero in shared
-// memory and is not written in global memory.
+// Up to four dimensions, the contiguous one first. A box of it is copied at a time; what lies beyond the tensor is zero in
+// shared memory and is not written in global memory.
 struct TensorShape {
     const void* base;
     int rank;
-    int64_t size[4];        // elements
+    int64_t size[4];         // elements
     int64_t byte_stride[4];  // of dimensions 1 and up
-    int box[4];             // elements
-    bool swizzled;          // rows of 128 bytes, their chunks permuted: what wgmma reads without bank conflicts
+    int box[4];              // elements
+    bool swizzled;           // rows of 128 bytes, their chunks permuted: what wgmma reads without bank conflicts
 
     // The engine's own limits, so that a tensor that it would refuse goes another way.
     bool fits(int element_bytes) const {
@@ -36,7 +36,8 @@ inline auto tensor_map_encoder() {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
 #else
         const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
@@ -57,7 +58,7 @@ bool make_tensor_map(TensorMap& map, const TensorShape& shape) {
         box[d] = static_cast<cuuint32_t>(shape.box[d]);
         if (d > 0) stride[d - 1] = static_cast<cuuint64_t>(shape.byte_stride[d]);
     }
-    const auto type = sizeof(T) == 4                 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+    const auto type = sizeof(T) == 4                ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                       : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), size, stride, box, step,
@@ -68,7 +69,13 @@ bool make_tensor_map(TensorMap& map, const TensorShape& shape) {
 template <class T>
 bool make_tensor_map(TensorMap& map, const TensorShape& shape) {
     if (!shape.fits(sizeof(T))) return false;
-    map = {const_cast<char*>(static_cast<const char*>(shape.base)), {1, 1, 1, 1}, {}, {1, 1, 1, 1}, shape.rank, sizeof(T), shape.swizzled,
+    map = {const_cast<char*>(static_cast<const char*>(shape.base)),
+           {1, 1, 1, 1},
+           {},
+           {1, 1, 1, 1},
+           shape.rank,
+           sizeof(T),
+           shape.swizzled,
            sizeof(T) == 4};
     for (int d = 0; d < shape.rank; ++d) {
         map.size[d] = shape.size[d];

@@ -88,8 +88,8 @@ void run(const TopK& p) {
     const List result{p.scores, p.indices};
     const List lists = cut.spans > 1 ? List{reinterpret_cast<float*>(indices + cut.list_values(p)), indices} : result;
     if (!on_hopper() || !sm90::search(p, cut, lists))
-        launch(kOp, search<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kTileThreads, kSearchBytes, p.stream, p,
-               queries, documents, lists, cut.query_tiles, cut.span, ceil_div(p.dim, kDepth<T>));
+        launch(kOp, search<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kTileThreads, kSearchBytes, p.stream,
+               p, queries, documents, lists, cut.query_tiles, cut.span, ceil_div(p.dim, kDepth<T>));
     if (cut.spans > 1)
         launch(kOp, merge, dim3(static_cast<unsigned>(ceil_div(p.num_queries, 4))), 128, 0, p.stream, p, lists, cut.spans);
 }

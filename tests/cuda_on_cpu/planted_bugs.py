@@ -17,7 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 SECONDS = 120  # for one test program; the whole of it, unharmed, takes a few
 
-ATTENTION = ["attention_forward", "attention_backward", "attention_plan", "sm90/attention_forward", "sm90/attention_backward"]
+ATTENTION = [
+    "attention_forward",
+    "attention_backward",
+    "attention_plan",
+    "sm90/attention_forward",
+    "sm90/attention_backward",
+]
 # test program -> the kernels that it is linked with
 PROGRAMS = {
     "attention": ATTENTION,
@@ -146,7 +152,9 @@ def fails(program: Path, only: str = "") -> str:
     by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
     with tempfile.TemporaryFile("w+") as errors:
         environment = {**os.environ, "QEMB_SM": only} if only else None
-        process = subprocess.Popen([*by_line, program], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = subprocess.Popen(
+            [*by_line, program], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
         clock = threading.Timer(SECONDS, process.kill)
         clock.start()
         failed = ""

@@ -1,4 +1,5 @@
-// What the emulator promises of Hopper's units: a right kernel passes under every schedule, and each way to misuse them is seen.
+// What the emulator promises of Hopper's units: a right kernel passes under every schedule, and each way to misuse them is
+// seen.
 #include "cuda/launch.h"
 #include "cuda/tensor_map.h"
 #include "emulator/memory.h"
@@ -15,32 +16,33 @@ constexpr int kTileBytes = kRows * 128, kStages = 2;
 
 enum Bug {
     kNone,
-    kNoEmptyWait,        // the producer overwrites what is still multiplied
-    kWrongPhase,         // the consumer waits for a phase that has long ended
-    kWrongArrivals,      // the barrier expects an arrival that never comes
-    kTooManyArrivals,    // every thread frees the stage
-    kEarlyRelease,       // the stage is freed before the products that read it are done
-    kNoWait,             // sums are read while products are in flight
-    kNoProductFence,     // products without a fence of the registers
-    kWrongDescriptor,    // the next 16 of depth begin elsewhere
-    kWrongBytes,         // fewer bytes are expected than are copied
-    kNoInitFence,        // barriers that the copy engine does not know of
-    kNoBarrierAfterInit, // or the other threads
-    kNoStoreFence,       // what was written is stored without a fence
-    kNoStoreBarrier,     // or before the others have written
-    kNoStoreWait,        // or the kernel ends while it is stored
-    kChangedOperand,     // registers of an operand change in flight
-    kChangedSums,        // registers of the sums change in flight
+    kNoEmptyWait,         // the producer overwrites what is still multiplied
+    kWrongPhase,          // the consumer waits for a phase that has long ended
+    kWrongArrivals,       // the barrier expects an arrival that never comes
+    kTooManyArrivals,     // every thread frees the stage
+    kEarlyRelease,        // the stage is freed before the products that read it are done
+    kNoWait,              // sums are read while products are in flight
+    kNoProductFence,      // products without a fence of the registers
+    kWrongDescriptor,     // the next 16 of depth begin elsewhere
+    kWrongBytes,          // fewer bytes are expected than are copied
+    kNoInitFence,         // barriers that the copy engine does not know of
+    kNoBarrierAfterInit,  // or the other threads
+    kNoStoreFence,        // what was written is stored without a fence
+    kNoStoreBarrier,      // or before the others have written
+    kNoStoreWait,         // or the kernel ends while it is stored
+    kChangedOperand,      // registers of an operand change in flight
+    kChangedSums,         // registers of the sums change in flight
     kNumBugs,
 };
-const char* const kBugNames[] = {"none", "no empty wait", "wrong phase", "wrong arrivals", "too many arrivals", "early release", "no wait",
-                                 "no product fence", "wrong descriptor", "wrong bytes", "no init fence", "no barrier after init",
-                                 "no store fence", "no store barrier", "no store wait", "changed operand", "changed sums"};
+const char* const kBugNames[] = {
+    "none",           "no empty wait",    "wrong phase",      "wrong arrivals",  "too many arrivals", "early release",
+    "no wait",        "no product fence", "wrong descriptor", "wrong bytes",     "no init fence",     "no barrier after init",
+    "no store fence", "no store barrier", "no store wait",    "changed operand", "changed sums"};
 
-// c = a b^T, 64 x 64 of float: tiles come by the copy engine through two stages, half of the depth of a through registers; c goes out
-// by the copy engine.
-__global__ void product(const QEMB_GRID_CONSTANT TensorMap a, const QEMB_GRID_CONSTANT TensorMap b, const QEMB_GRID_CONSTANT TensorMap c,
-                        Bug bug) {
+// c = a b^T, 64 x 64 of float: tiles come by the copy engine through two stages, half of the depth of a through registers; c
+// goes out by the copy engine.
+__global__ void product(const QEMB_GRID_CONSTANT TensorMap a, const QEMB_GRID_CONSTANT TensorMap b,
+                        const QEMB_GRID_CONSTANT TensorMap c, Bug bug) {
     const uint32_t start = shared_address(shared_bytes()), barriers = start + 2 * kStages * kTileBytes, out = barriers + 1024;
     const auto full = [&](int step) { return barriers + 8 * (step % kStages); };
     const auto empty = [&](int step) { return barriers + 8 * (kStages + step % kStages); };
@@ -126,8 +128,8 @@ int caught(Bug bug, std::string& says) {
         DeviceMemory<float> c(kRows * kRows);
         emulator::options().seed = seed;
         try {
-            launch("test", product, dim3(1), kThreads, kShared, nullptr, map_of(a, kDepth, 64), map_of(b, kDepth, 64), map_of(c, kRows, 32),
-                   bug);
+            launch("test", product, dim3(1), kThreads, kShared, nullptr, map_of(a, kDepth, 64), map_of(b, kDepth, 64),
+                   map_of(c, kRows, 32), bug);
         } catch (const std::runtime_error& error) {
             says = error.what();
             ++count;
@@ -151,7 +153,8 @@ TEST(a_right_kernel_passes_and_every_misuse_is_seen) {
         std::string says;
         const int count = caught(static_cast<Bug>(bug), says);
         // Some schedules are kind to these.
-        constexpr Bug kSometimes[] = {kNoEmptyWait, kEarlyRelease, kNoWait, kNoBarrierAfterInit, kNoStoreBarrier, kChangedOperand, kChangedSums};
+        constexpr Bug kSometimes[] = {kNoEmptyWait,    kEarlyRelease,   kNoWait,     kNoBarrierAfterInit,
+                                      kNoStoreBarrier, kChangedOperand, kChangedSums};
         const bool sure = std::find(std::begin(kSometimes), std::end(kSometimes), bug) == std::end(kSometimes);
         const bool right = bug == kNone ? count == 0 : sure ? count == kSeeds : count > kSeeds / 4;
         if (!right) std::printf("  %s: seen in %d of %d runs (%s)\n", kBugNames[bug], count, kSeeds, says.c_str());
@@ -177,7 +180,18 @@ void check_says(const std::string& message, const std::string& part) {
     std::printf("  expected \"%s\" in \"%s\"\n", part.c_str(), message.c_str());
 }
 
-enum Misuse { kUnmade, kMisaligned, kNamedCount, kNamedId, kHalfGroup, kOverlap, kSwizzle, kLeftInFlight, kDescriptorWithin, kDisagree };
+enum Misuse {
+    kUnmade,
+    kMisaligned,
+    kNamedCount,
+    kNamedId,
+    kHalfGroup,
+    kOverlap,
+    kSwizzle,
+    kLeftInFlight,
+    kDescriptorWithin,
+    kDisagree
+};
 __global__ void misuse(Misuse which) {
     const uint32_t start = shared_address(shared_bytes());
     const int t = static_cast<int>(threadIdx.x);
@@ -191,7 +205,10 @@ __global__ void misuse(Misuse which) {
     if (which < kOverlap || t >= 128) return;
     wgmma_fence();
     const uint64_t a = matrix(start) + (which == kDescriptorWithin ? 8 : 0);
-    wgmma<BFloat16, 128>(sums, a, which == kSwizzle ? a & ~(uint64_t{3} << 62) : which == kDisagree ? matrix(start + 1024 * (t % 2)) : a,
+    wgmma<BFloat16, 128>(sums, a,
+                         which == kSwizzle    ? a & ~(uint64_t{3} << 62)
+                         : which == kDisagree ? matrix(start + 1024 * (t % 2))
+                                              : a,
                          false);
     if (which == kOverlap) wgmma<BFloat16, 64>(reinterpret_cast<float (&)[32]>(sums[8]), a, a, false);
     wgmma_commit();
@@ -231,7 +248,8 @@ TEST(tensors_that_the_engine_refuses) {
     const DeviceMemory<BFloat16> memory(4096);
     TensorMap map;
     const auto fits = [&](auto change) {
-        TensorShape shape{.base = memory.data(), .rank = 2, .size = {64, 32}, .byte_stride = {0, 128}, .box = {64, 16}, .swizzled = true};
+        TensorShape shape{
+            .base = memory.data(), .rank = 2, .size = {64, 32}, .byte_stride = {0, 128}, .box = {64, 16}, .swizzled = true};
         change(shape);
         return make_tensor_map<BFloat16>(map, shape);
     };

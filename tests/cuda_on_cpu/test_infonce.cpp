@@ -398,7 +398,8 @@ TEST(tiles_of_which_limits_alone_decide) {
     for (const Groups& groups : {qwen3(-0.3, ScoreMask::kQueryDocument), only({kBatchPositive, kBatchHard, kDocHard})}) {
         c.groups = groups;
         Batch b = make_batch<BFloat16>(c, 9);
-        for (int64_t i = 0; i < c.queries; ++i) b.positive[i] = i;  // 256 positives, 128 of nobody, 128 of the first rows, 128 of any
+        for (int64_t i = 0; i < c.queries; ++i)
+            b.positive[i] = i;  // 256 positives, 128 of nobody, 128 of the first rows, 128 of any
         for (int64_t j = 0; j < c.documents; ++j) {
             b.owner[j] = j < 256 ? j : j < 384 ? -1 : j < 512 ? j - 384 : j % 256;
             b.role[j] = static_cast<uint8_t>(j < 256 ? Role::kPositive : Role::kHard);

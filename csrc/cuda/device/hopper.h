@@ -5,13 +5,16 @@
 //                        mbarrier_wait(barrier, parity): until the phase of that parity has ended (0 is the first)
 //   of some threads      barrier_sync(id, threads), barrier_arrive(id, threads): id from 1 to 15; the latter does not wait
 //   copy engine          TensorMap, a QEMB_GRID_CONSTANT parameter of the kernel (cuda/tensor_map.h makes it); one thread calls
-//                        tma_load(shared, map, barrier, {x, ...}); tma_store(map, shared, {x, ...}), tma_add(map, shared, {x, ...});
-//                        bulk_load(shared, global, bytes, barrier); bulk_commit(), bulk_wait_read<groups that may still read>()
+//                        tma_load(shared, map, barrier, {x, ...}); tma_store(map, shared, {x, ...}), tma_add(map, shared, {x,
+//                        ...}); bulk_load(shared, global, bytes, barrier); bulk_commit(), bulk_wait_read<groups that may still
+//                        read>()
 //   proxies              fence_async(): what this thread has written to shared memory may be read by copies and wgmma
-//   products             wgmma_fence() before the first of a row of products; wgmma<T, N, major of a, major of b>(d, a, b, add) with
-//                        operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b, add): 64 x N, depth 16, by
-//                        128 threads; wgmma_commit(), wgmma_wait<groups that may still run>()
-//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups; opaque(x): x, but what follows from it is
+//   products             wgmma_fence() before the first of a row of products; wgmma<T, N, major of a, major of b>(d, a, b, add)
+//   with
+//                        operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b, add): 64 x N, depth
+//                        16, by 128 threads; wgmma_commit(), wgmma_wait<groups that may still run>()
+//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups; opaque(x): x, but what follows
+//   from it is
 //                        not computed ahead of here, where it would occupy registers
 #pragma once
 

@@ -1,7 +1,7 @@
-// Attention backward on Hopper, in two passes: one owns 128 keys and sums dK and dV of all query heads of its group in registers; a
-// sequence that is one block of keys and queries has its dQ there too, and is done. For the others the second pass owns 128 queries and
-// sums dQ, with weights computed again: nothing is ever added in memory, so the bits are always the same, and in exchange two products
-// of seven are done twice. Blocks stay on their multiprocessor and take tile after tile.
+// Attention backward on Hopper, in two passes: one owns 128 keys and sums dK and dV of all query heads of its group in
+// registers; a sequence that is one block of keys and queries has its dQ there too, and is done. For the others the second pass
+// owns 128 queries and sums dQ, with weights computed again: nothing is ever added in memory, so the bits are always the same,
+// and in exchange two products of seven are done twice. Blocks stay on their multiprocessor and take tile after tile.
 #include "cuda/attention_dispatch.h"
 #include "cuda/sm90/attention.h"
 #include "cuda/sm90/attention_tile.h"
@@ -18,8 +18,8 @@ QEMB_DEVICE bool is_whole(const Span& span) { return span.num_k > 0 && span.num_
 
 int64_t padded(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
 
-// What the passes know of each query: [2, num_heads, padded tokens] its lse in base 2 (+inf where it sees no key: all its weights
-// are zero), and delta, the sum of out * dout.
+// What the passes know of each query: [2, num_heads, padded tokens] its lse in base 2 (+inf where it sees no key: all its
+// weights are zero), and delta, the sum of out * dout.
 template <class T, int D>
 __global__ void __launch_bounds__(256) prepare(const AttentionBackward p, int64_t row_tokens) {
     constexpr int kLanes = D / 8;
@@ -37,10 +37,11 @@ __global__ void __launch_bounds__(256) prepare(const AttentionBackward p, int64_
 template <int D>
 struct KeysLayout {
     static constexpr int kStages = 4;
-    static constexpr int kQ = 0, kDout = kTileBytes<kQueryStep, D>, kLse = 2 * kTileBytes<kQueryStep, D>, kDelta = kLse + kQueryStep * 4;
+    static constexpr int kQ = 0, kDout = kTileBytes<kQueryStep, D>, kLse = 2 * kTileBytes<kQueryStep, D>,
+                         kDelta = kLse + kQueryStep * 4;
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
-    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>, kRing = kDs + kTile * kQueryStep * 2,
-                         kBarriers = kRing + kStages * kStageBytes,
+    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>,
+                         kRing = kDs + kTile * kQueryStep * 2, kBarriers = kRing + kStages * kStageBytes,
                          kBytes = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes;
 };
 
@@ -96,8 +97,8 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
 
 // dQ of a step's queries, where all keys are here: dS^T goes through shared memory, and each warpgroup takes 64 columns.
 template <class T, int D>
-QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared, int64_t query,
-                                int head, int count) {
+QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared,
+                                int64_t query, int head, int count) {
     using L = KeysLayout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const uint32_t tile = shared + L::kDs, row = group * 64 + warp * 16 + lane / 4;
@@ -111,25 +112,25 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)
     wgmma_wait<0>();  // dK and dV, whose operands occupy registers
     barrier_sync(kSharedDsBarrier, kConsumers);
     float dq[32];
-    if (group < D / 64) {
-        const uint64_t left = matrix(tile), right = matrix(shared + L::kK + group * kPanelBytes<kTile>);
-        wgmma_fence();
+    // Of one panel both compute the same, and one stores no rows: where warpgroups part, ptxas lets products run one by one.
+    const int panel = min(group, D / 64 - 1);
+    const uint64_t left = matrix(tile), right = matrix(shared + L::kK + panel * kPanelBytes<kTile>);
+    wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kTile / 16; ++k)
-            wgmma<T, 64, Major::kMN, Major::kMN>(dq, moved(left, k * 2048), moved(right, k * 2048), k > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-    }
+    for (int k = 0; k < kTile / 16; ++k)
+        wgmma<T, 64, Major::kMN, Major::kMN>(dq, moved(left, k * 2048), moved(right, k * 2048), k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
     barrier_sync(kSharedDsBarrier, kConsumers);  // it is read: it is the staging
-    if (group >= D / 64) return;
     const float factor = static_cast<float>(p.scale);
     store_rows<T, 64>(static_cast<T*>(p.dq) + ((query + warp * 16) * p.num_heads + head) * D + group * 64, p.num_heads * D,
-                      count - warp * 16, reinterpret_cast<const float (&)[8][4]>(dq), factor, factor, tile + (group * 64 + warp * 16) * 128,
-                      lane);
+                      group < D / 64 ? count - warp * 16 : 0, reinterpret_cast<const float (&)[8][4]>(dq), factor, factor,
+                      tile + (group * 64 + warp * 16) * 128, lane);
 }
 
 template <class T, int D>
-QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, Ring<1> keys, Ring<KeysLayout<D>::kStages> ring) {
+QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, Ring<1> keys,
+                                   Ring<KeysLayout<D>::kStages> ring) {
     using L = KeysLayout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool signals = threadIdx.x % 128 == 0;
@@ -147,7 +148,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
 
         keys.wait_full();
         if (whole && tile.count < kTile) clear_rows<kTile, D>(shared + L::kK, tile.count);  // finish_queries waits for all
-        Ring<L::kStages> before = ring;  // the stage of the step before
+        Ring<L::kStages> before = ring;                                                     // the stage of the step before
         for (int step = 0; step < tile.steps; ++step) {
             const int offset = L::kRing + ring.stage * L::kStageBytes;
             const uint32_t stage = shared + offset;
@@ -172,15 +173,15 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
             const auto* lse = reinterpret_cast<const float*>(shared_bytes() + offset + L::kLse);
             const auto* delta = reinterpret_cast<const float*>(shared_bytes() + offset + L::kDelta);
             const int seen = tile.span.num_k - tile.span.num_q + 1;  // by query 0 under a causal mask
-            const bool masked = left < kQueryStep || tile.count < kTile ||
-                                (p.causal && first_query + seen < tile.first + group * 64 + 64);
+            const bool masked =
+                left < kQueryStep || tile.count < kTile || (p.causal && first_query + seen < tile.first + group * 64 + 64);
 #pragma unroll
             for (int n = 0; n < kQueryStep / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = n * 8 + lane % 4 * 2 + i % 2, row = key + i / 2 * 8;
-                    const bool visible = !masked || (column < left && row < tile.span.num_k &&
-                                                     (!p.causal || row < first_query + column + seen));
+                    const bool visible =
+                        !masked || (column < left && row < tile.span.num_k && (!p.causal || row < first_query + column + seen));
                     s[4 * n + i] = visible ? exp2_approx(fmaf(s[4 * n + i], scale, -lse[column])) : 0;
                 }
             as_left<T, kQueryStep>(s, weights);
@@ -210,7 +211,8 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
         const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
         const float factor = static_cast<float>(p.scale);
         store_rows<T, D>(static_cast<T*>(p.dk) + to, p.num_kv_heads * D, tile.count - my_first,
-                         reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor, shared + L::kK + my_first * D * 2, lane);
+                         reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor, shared + L::kK + my_first * D * 2,
+                         lane);
         store_rows<T, D>(static_cast<T*>(p.dv) + to, p.num_kv_heads * D, tile.count - my_first,
                          reinterpret_cast<const float (&)[D / 8][4]>(dv), 1, 1, shared + L::kV + my_first * D * 2, lane);
         fence_async();  // before the copy engine writes there
@@ -256,7 +258,8 @@ struct QueryTile {
     int first, count, head, kv_head, steps;
 
     QEMB_DEVICE QueryTile(const AttentionBackward& p, int tile)
-        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)), tile % static_cast<int>(p.num_heads)) {}
+        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)),
+                    tile % static_cast<int>(p.num_heads)) {}
     QEMB_DEVICE static int number(const AttentionBackward& p) { return p.plan.data[1] * static_cast<int>(p.num_heads); }
 
   private:
@@ -294,7 +297,8 @@ QEMB_DEVICE void produce_keys(const AttentionBackward& p, const TensorMap& q, co
 }
 
 template <class T, int D>
-QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tokens, uint32_t shared, Ring<1> queries, Ring<2> ring) {
+QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tokens, uint32_t shared, Ring<1> queries,
+                                     Ring<2> ring) {
     using L = QueriesLayout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool signals = threadIdx.x % 128 == 0;
@@ -361,7 +365,8 @@ QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tok
         const float factor = static_cast<float>(p.scale);
         const int64_t token = tile.span.q + tile.first + my_first;
         store_rows<T, D>(static_cast<T*>(p.dq) + (token * p.num_heads + tile.head) * D, p.num_heads * D, tile.count - my_first,
-                         reinterpret_cast<const float (&)[D / 8][4]>(dq), factor, factor, shared + L::kQ + my_first * D * 2, lane);
+                         reinterpret_cast<const float (&)[D / 8][4]>(dq), factor, factor, shared + L::kQ + my_first * D * 2,
+                         lane);
         fence_async();  // before the copy engine writes there
         queries.release(lane == 0);
     }
@@ -403,26 +408,26 @@ bool attention_backward(const AttentionBackward& p) {
     visit_types(p, [&]<class T, int D>() {
         const int64_t tokens = p.num_tokens, keys = p.num_keys, heads = p.num_heads, row_tokens = padded(tokens);
         TensorMap q_steps, q_tiles, k, v, dout_steps, dout_tiles, rows;
-        const bool fits =
-            make_token_map<T, D, kQueryStep>(q_steps, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
-            make_token_map<T, D, kTile>(q_tiles, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
-            make_token_map<T, D, kTile>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) &&
-            make_token_map<T, D, kTile>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride) &&
-            make_token_map<T, D, kQueryStep>(dout_steps, p.dout, tokens, heads, heads * D, D) &&
-            make_token_map<T, D, kTile>(dout_tiles, p.dout, tokens, heads, heads * D, D) &&
-            make_tensor_map<float>(rows, {.base = p.scratch,
-                                          .rank = 2,
-                                          .size = {row_tokens, 2 * heads},
-                                          .byte_stride = {0, row_tokens * 4},
-                                          .box = {kQueryStep, 1},
-                                          .swizzled = false});
+        const bool fits = make_token_map<T, D, kQueryStep>(q_steps, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
+                          make_token_map<T, D, kTile>(q_tiles, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
+                          make_token_map<T, D, kTile>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) &&
+                          make_token_map<T, D, kTile>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride) &&
+                          make_token_map<T, D, kQueryStep>(dout_steps, p.dout, tokens, heads, heads * D, D) &&
+                          make_token_map<T, D, kTile>(dout_tiles, p.dout, tokens, heads, heads * D, D) &&
+                          make_tensor_map<float>(rows, {.base = p.scratch,
+                                                        .rank = 2,
+                                                        .size = {row_tokens, 2 * heads},
+                                                        .byte_stride = {0, row_tokens * 4},
+                                                        .box = {kQueryStep, 1},
+                                                        .swizzled = false});
         if (!fits) return;
-        launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens * heads, 2048 / D))), 256, 0, p.stream, p, row_tokens);
+        launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens * heads, 2048 / D))), 256, 0, p.stream, p,
+               row_tokens);
         const auto blocks = [](int64_t tiles) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), tiles))); };
-        launch(kOp, key_gradients<T, D>, blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes, p.stream, p,
-               q_steps, k, v, dout_steps, rows);
-        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * heads), kThreads, QueriesLayout<D>::kBytes, p.stream, p, row_tokens,
-               q_tiles, k, v, dout_tiles);
+        launch(kOp, key_gradients<T, D>, blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes, p.stream,
+               p, q_steps, k, v, dout_steps, rows);
+        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * heads), kThreads, QueriesLayout<D>::kBytes, p.stream, p,
+               row_tokens, q_tiles, k, v, dout_tiles);
         taken = true;
     });
     return taken;

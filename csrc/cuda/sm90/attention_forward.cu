@@ -1,7 +1,7 @@
-// Attention forward of long sequences on Hopper. A block stays on its multiprocessor and takes tile after tile (128 queries, one
-// head); one thread keeps the copy engine ahead; two warpgroups of 64 queries each take turns at the tensor cores, so that one
-// computes its softmax while the other multiplies, and within a warpgroup the scores of the next keys and the output of these are in
-// flight together (the schedule of FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
+// Attention forward of long sequences on Hopper. A block stays on its multiprocessor and takes tile after tile (128 queries,
+// one head); one thread keeps the copy engine ahead; two warpgroups of 64 queries each take turns at the tensor cores, so that
+// one computes its softmax while the other multiplies, and within a warpgroup the scores of the next keys and the output of
+// these are in flight together (the schedule of FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
 #include "cuda/sm90/attention.h"
 
 #include "cuda/attention_dispatch.h"
@@ -25,7 +25,8 @@ struct Tile {
     int first, count, head, kv_head, steps;
 
     QEMB_DEVICE Tile(const AttentionForward& p, int tile)
-        : Tile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)), tile % static_cast<int>(p.num_heads)) {}
+        : Tile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)),
+               tile % static_cast<int>(p.num_heads)) {}
 
   private:
     QEMB_DEVICE Tile(const AttentionForward& p, const int32_t* item, int head)
@@ -181,8 +182,8 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
         const float sum[2] = {lanes_sum<4>(softmax.sum[0]), lanes_sum<4>(softmax.sum[1])};
         const int64_t token = tile.span.q + tile.first + my_first;
         store_rows<T, D>(static_cast<T*>(p.out) + (token * p.num_heads + tile.head) * D, p.num_heads * D, tile.count - my_first,
-                         reinterpret_cast<const float (&)[D / 8][4]>(out), sum[0] > 0 ? 1 / sum[0] : 0, sum[1] > 0 ? 1 / sum[1] : 0,
-                         staging, lane);
+                         reinterpret_cast<const float (&)[D / 8][4]>(out), sum[0] > 0 ? 1 / sum[0] : 0,
+                         sum[1] > 0 ? 1 / sum[1] : 0, staging, lane);
         float* lse = static_cast<float*>(p.lse) + (token + lane / 4) * p.num_heads + tile.head;
 #pragma unroll
         for (int i = 0; i < 2; ++i)

@@ -18,14 +18,16 @@ constexpr int kTileBytes = kRows * D * 2;
 
 // A [tokens, heads, D] tensor, kRows tokens of one head at a time.
 template <class T, int D, int kRows>
-bool make_token_map(TensorMap& map, const void* base, int64_t tokens, int64_t heads, int64_t token_stride, int64_t head_stride) {
+bool make_token_map(TensorMap& map, const void* base, int64_t tokens, int64_t heads, int64_t token_stride,
+                    int64_t head_stride) {
     const auto bytes = [](int64_t elements) { return elements * int64_t(sizeof(T)); };
-    return make_tensor_map<T>(map, {.base = base,
-                                    .rank = 3,
-                                    .size = {D, heads, tokens},
-                                    .byte_stride = {0, bytes(heads > 1 ? head_stride : D), bytes(tokens > 1 ? token_stride : heads * D)},
-                                    .box = {64, 1, kRows},
-                                    .swizzled = true});
+    return make_tensor_map<T>(
+        map, {.base = base,
+              .rank = 3,
+              .size = {D, heads, tokens},
+              .byte_stride = {0, bytes(heads > 1 ? head_stride : D), bytes(tokens > 1 ? token_stride : heads * D)},
+              .box = {64, 1, kRows},
+              .swizzled = true});
 }
 
 // By one thread. Rows past the sequence are a neighbour's, rows past the last one zeros.
@@ -36,8 +38,8 @@ QEMB_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t barrier
         tma_load(tile + panel * kPanelBytes<kRows>, map, barrier, {panel * 64, head, token});
 }
 
-// Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN. A barrier must
-// follow.
+// Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN. A
+// barrier must follow.
 template <int kRows, int D>
 QEMB_DEVICE void clear_rows(uint32_t tile, int count) {
     for (int i = threadIdx.x; i < (kRows - count) * (D / 8); i += kConsumers) {

@@ -1,5 +1,5 @@
-// InfoNCE on Hopper: the three products of a panel by wgmma. Blocks of the scores stay on their multiprocessor and take tile after tile,
-// so that the copy engine fetches the next while this one is masked and weighted.
+// InfoNCE on Hopper: the three products of a panel by wgmma. Blocks of the scores stay on their multiprocessor and take tile
+// after tile, so that the copy engine fetches the next while this one is masked and weighted.
 #include "cuda/sm90/infonce.h"
 
 #include "cuda/sm90/infonce_scores.h"
@@ -20,8 +20,8 @@ __global__ void gather_positives(const Panel<T> a) {
     for (int64_t d = threadIdx.x; d < a.p.dim; d += 128) a.positives[row * a.p.dim + d] = a.documents.data[from * a.p.dim + d];
 }
 
-// A block of 128 threads for each tile: of which kinds of columns do limits alone decide, by bits? Not where a row meets its own positive
-// or documents or a text of its own, nor where columns belong to none of the groups, or to groups that differ.
+// A block of 128 threads for each tile: of which kinds of columns do limits alone decide, by bits? Not where a row meets its
+// own positive or documents or a text of its own, nor where columns belong to none of the groups, or to groups that differ.
 template <class T>
 __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     auto* const texts = reinterpret_cast<int64_t*>(shared_bytes());
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     if (threadIdx.x == 0) a.plain[tile * a.row_tiles + row0 / kTile] = found[0] & found[1] & found[2] & found[3];
 }
 
-// What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their positives, or by both.
+// What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their positives,
+// or by both.
 struct Sweep {
     int column_tiles, row_tiles, units, dim_steps;
     bool of_documents, by_queries, by_positives;
@@ -78,13 +79,15 @@ struct Sweep {
 };
 
 template <class T>
-QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing ring, uint32_t stages, const TensorMap& weights) {
+QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing ring, uint32_t stages,
+                                const TensorMap& weights) {
     ScoreMemory& memory = *reinterpret_cast<ScoreMemory*>(shared_bytes() + kScoreMemory);
     const bool signals = threadIdx.x % 128 == 0;
     if (threadIdx.x % 32 < 2) memory.tally[threadIdx.x % 32][threadIdx.x / 32] = {};
     uint32_t turn = 0;  // of the staging
     for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
-        const int row0 = sweep.row0(unit), first_tile = sweep.first_tile(unit), halves = min(sweep.column_tiles - first_tile, 2);
+        const int row0 = sweep.row0(unit), first_tile = sweep.first_tile(unit),
+                  halves = min(sweep.column_tiles - first_tile, 2);
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
@@ -95,7 +98,8 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
             for (int half = 0; half < 2; ++half) {
                 if (half >= halves) continue;
                 if (signals) bulk_wait_read<1>();  // of the copy before the last, from here
-                finish_half(a, kind, row0, first_tile + half, half ? high : low, half, memory, stages + kStaging + turn * kStagedBytes, weights);
+                finish_half(a, kind, row0, first_tile + half, half ? high : low, half, memory,
+                            stages + kStaging + turn * kStagedBytes, weights);
                 if (a.dense[kind] && a.p.d_documents) turn ^= 1;
             }
         }
@@ -153,8 +157,8 @@ constexpr int kProductBarriers = kStages * kStageBytes<true>, kProductBytes90 = 
 // 128 anchors, 256 features, one of the splits of a part's columns: sum_j E[r, j] * column_j.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    sum_rows(const Panel<T> a, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights, const QEMB_GRID_CONSTANT TensorMap queries,
-             const QEMB_GRID_CONSTANT TensorMap documents) {
+    sum_rows(const Panel<T> a, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
+             const QEMB_GRID_CONSTANT TensorMap queries, const QEMB_GRID_CONSTANT TensorMap documents) {
     constexpr int kSteps = kTile / kStepDepth;  // of a tile of columns
     const int64_t row0 = blockIdx.x / dim_tiles % a.row_tiles * kTile;
     const int feature0 = static_cast<int>(blockIdx.x % dim_tiles) * kColumns;
@@ -203,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
 }
 
-// 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives. The copy engine
-// adds them to the gradient: an element of it has one owner, so the order is always the same.
+// 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives. The
+// copy engine adds them to the gradient: an element of it has one owner, so the order is always the same.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_columns(const Panel<T> a, bool of_documents, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
@@ -225,19 +229,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         registers_decrease<kProducerRegisters>();
         if (threadIdx.x > kConsumers) return;
         constexpr int kFactorBytes = kStepDepth * sizeof(T);
-        fill_stages<true>(ring, stages, both ? 2 * steps : steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
-            const bool is_first = step < steps;
-            const int64_t row = (is_first ? step : step - steps) * kStepDepth, at = a.first_tile[is_first ? first : kDocDoc] + tile;
+        fill_stages<true>(
+            ring, stages, both ? 2 * steps : steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
+                const bool is_first = step < steps;
+                const int64_t row = (is_first ? step : step - steps) * kStepDepth,
+                              at = a.first_tile[is_first ? first : kDocDoc] + tile;
 #pragma unroll
-            for (int panel = 0; panel < kTile / 64; ++panel)
-                tma_load(stage + panel * kStepDepth * 128, weights, barrier,
-                         {static_cast<int>(at) * kTile + panel * 64, static_cast<int>(row)});
+                for (int panel = 0; panel < kTile / 64; ++panel)
+                    tma_load(stage + panel * kStepDepth * 128, weights, barrier,
+                             {static_cast<int>(at) * kTile + panel * 64, static_cast<int>(row)});
 #pragma unroll
-            for (int panel = 0; panel < kColumns / 64; ++panel)
-                tma_load(stage + kLeftBytes + panel * kStepDepth * 128, is_first ? first_packed : second_packed, barrier,
-                         {feature0 + panel * 64, static_cast<int>(row)});
-            bulk_load(stage + kLoadedBytes, a.factors + at * a.rows + row, kFactorBytes, barrier);
-        });
+                for (int panel = 0; panel < kColumns / 64; ++panel)
+                    tma_load(stage + kLeftBytes + panel * kStepDepth * 128, is_first ? first_packed : second_packed, barrier,
+                             {feature0 + panel * 64, static_cast<int>(row)});
+                bulk_load(stage + kLoadedBytes, a.factors + at * a.rows + row, kFactorBytes, barrier);
+            });
         return;
     }
     registers_increase<kConsumerRegisters>();
@@ -257,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int j = 0; j < 2; ++j) {
                 const int at_row = row + 8 * i, word = n % 4 * 8 + threadIdx.x % 4 * 2 + j;
                 shared_store4(staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
-                              __builtin_bit_cast(uint32_t, unit * sums[4 * n + 2 * i + j]));
+                              __builtin_bit_cast(uint32_t, unit* sums[4 * n + 2 * i + j]));
             }
     fence_async();
     barrier_sync(kGroupBarrier + group, 128);
@@ -270,7 +276,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, class... Parameters, class... Arguments>
-void start(void (*kernel)(Parameters...), const Panel<T>& a, int64_t blocks, int threads, int shared, const Arguments&... arguments) {
+void start(void (*kernel)(Parameters...), const Panel<T>& a, int64_t blocks, int threads, int shared,
+           const Arguments&... arguments) {
     launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared), a.p.stream, a, arguments...);
 }
 
@@ -295,7 +302,8 @@ bool takes(const InfoNce& p) {
     TensorMap map;
     return make_matrix_map<T>(map, p.queries, p.num_queries, p.dim, kTile) &&
            make_matrix_map<T>(map, p.documents, p.num_documents, p.dim, kTile) &&
-           (!p.d_documents || (reinterpret_cast<uintptr_t>(p.d_documents) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_queries) % 16 == 0));
+           (!p.d_documents ||
+            (reinterpret_cast<uintptr_t>(p.d_documents) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_queries) % 16 == 0));
 }
 
 template <class T>
@@ -315,8 +323,9 @@ void scores(const Panel<T>& a) {
 template <class T>
 void row_gradients(const Panel<T>& a) {
     const int64_t dim_tiles = ceil_div(a.p.dim, kColumns);
-    start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, dim_tiles, weights_map(a, kTile),
-          map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth), map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
+    start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, dim_tiles,
+          weights_map(a, kTile), map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth),
+          map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
 }
 
 template <class T>
@@ -336,8 +345,8 @@ void column_gradients(const Panel<T>& a) {
                                                .swizzled = true}))
             throw std::runtime_error("[info_nce] the driver refuses a tensor map");
         const Kind first = !of_documents ? kQueries : a.dense[kQueryDocument] ? kQueryDocument : kDocDoc;
-        start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, of_documents, dim_tiles, weights_map(a, kStepDepth),
-              packed(first), packed(kDocDoc), gradient);
+        start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, of_documents, dim_tiles,
+              weights_map(a, kStepDepth), packed(first), packed(kDocDoc), gradient);
     };
     const int64_t doc_tiles = a.dense[kQueryDocument] || a.dense[kDocDoc] ? a.doc_tiles : 0;
     sum(true, doc_tiles, a.documents.rows, a.p.d_documents);

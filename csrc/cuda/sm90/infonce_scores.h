@@ -1,5 +1,5 @@
-// What happens to the scores of a tile while they are in registers: masks, weights and their sums, for 128 columns at a time. A row's
-// scores lie in four neighbouring lanes, so that nothing is shared between warps but the tile's description.
+// What happens to the scores of a tile while they are in registers: masks, weights and their sums, for 128 columns at a time. A
+// row's scores lie in four neighbouring lanes, so that nothing is shared between warps but the tile's description.
 #pragma once
 
 #include "cuda/device/reduce.h"
@@ -22,7 +22,7 @@ struct ScoreMemory {
 // A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j.
 struct Part {
     HalfSums& sums;
-    uint32_t second = 0;                       // columns of the second group
+    uint32_t second = 0;                          // columns of the second group
     uint32_t candidates[2] = {}, masked[2] = {};  // by row; masked: by other things than the score's own limit
 
     QEMB_DEVICE float& operator()(int i, int n, int j) const { return sums[4 * n + 2 * i + j]; }
@@ -58,7 +58,8 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part& part) {
 
 // Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all columns.
 template <bool kPlain>
-QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, const float (&high)[2], Tally& tally, float (&best)[2]) {
+QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, const float (&high)[2], Tally& tally,
+                             float (&best)[2]) {
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
     float limit[2][2];  // by row and group
@@ -100,11 +101,11 @@ QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, co
     tally.dropped += num_dropped;
 }
 
-// One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the copy
-// engine, whose last copy from there has been waited for by the thread that signals.
+// One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the
+// copy engine, whose last copy from there has been waited for by the thread that signals.
 template <class T>
-QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_tile, HalfSums& sums, int half, ScoreMemory& memory,
-                             uint32_t staging, const TensorMap& weights) {
+QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_tile, HalfSums& sums, int half,
+                             ScoreMemory& memory, uint32_t staging, const TensorMap& weights) {
     row0 = opaque(row0);
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;

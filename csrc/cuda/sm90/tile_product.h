@@ -1,6 +1,6 @@
-// A 128 x 256 tile of a matrix product on Hopper: two warpgroups of 64 rows, stages of 64 of depth filled by the copy engine. The
-// left operand lies along its depth in shared memory, or goes through registers, where each row, or each step of the depth, is
-// multiplied by a factor. A block takes tile after tile; its producer is ahead of it by the stages.
+// A 128 x 256 tile of a matrix product on Hopper: two warpgroups of 64 rows, stages of 64 of depth filled by the copy engine.
+// The left operand lies along its depth in shared memory, or goes through registers, where each row, or each step of the depth,
+// is multiplied by a factor. A block takes tile after tile; its producer is ahead of it by the stages.
 #pragma once
 
 #include "cuda/device/tile_product.h"
@@ -30,8 +30,8 @@ bool make_matrix_map(TensorMap& map, const void* data, int64_t rows, int64_t col
                                     .swizzled = true});
 }
 
-// A thread's part of a tile: rows first_row() and 8 below, columns pair_column(n) and its right neighbour, n < 32; the sum of row i
-// and column (n, j) is sums[4 n + 2 i + j].
+// A thread's part of a tile: rows first_row() and 8 below, columns pair_column(n) and its right neighbour, n < 32; the sum of
+// row i and column (n, j) is sums[4 n + 2 i + j].
 QEMB_DEVICE int first_row() { return static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4); }
 QEMB_DEVICE int pair_column(int n) { return n * 8 + static_cast<int>(threadIdx.x) % 4 * 2; }
 
@@ -46,8 +46,8 @@ QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int steps, int mo
     }
 }
 
-// low, high = left right^T, the first and the last 128 columns: both operands along their depth. A thread of each warpgroup frees a
-// stage.
+// low, high = left right^T, the first and the last 128 columns: both operands along their depth. A thread of each warpgroup
+// frees a stage.
 template <class T>
 QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps) {
     const bool signals = threadIdx.x % 128 == 0;
@@ -72,8 +72,8 @@ QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32
     before.release(signals);
 }
 
-// This thread's fragments of a stage's left operand, times the factors behind the stage. Along: rows of weights, a factor for each
-// row. Across: rows of depth, a factor for each of them; the operand is then two panels of 64 columns.
+// This thread's fragments of a stage's left operand, times the factors behind the stage. Along: rows of weights, a factor for
+// each row. Across: rows of depth, a factor for each of them; the operand is then two panels of 64 columns.
 template <class T, Depth kLayout>
 QEMB_DEVICE void load_scaled_left(uint32_t (&words)[kStepDepth / 16][4], const char* memory, uint32_t stage) {
     const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16;
@@ -98,7 +98,8 @@ QEMB_DEVICE void load_scaled_left(uint32_t (&words)[kStepDepth / 16][4], const c
             ldmatrix_x4_trans(words[k], panel + row * 128 + (chunk ^ row % 8) * 16);
             const T* const mine = factors + 16 * k + lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) words[k][i] = multiply_pair<T>(words[k][i], doubled(mine[i / 2 * 8], mine[i / 2 * 8 + 1]));
+            for (int i = 0; i < 4; ++i)
+                words[k][i] = multiply_pair<T>(words[k][i], doubled(mine[i / 2 * 8], mine[i / 2 * 8 + 1]));
         }
     }
 }

@@ -72,12 +72,13 @@ inline void print(const char* name, const char* what, const std::vector<double>&
 }
 
 template <class... Parameters, class... Extra>
-void run(const char* name, const char* kind, int shared, void (*kernel)(const uint32_t*, uint32_t*, Parameters...), const Words& in, int count,
-         const Extra&... extra) {
+void run(const char* name, const char* kind, int shared, void (*kernel)(const uint32_t*, uint32_t*, Parameters...),
+         const Words& in, int count, const Extra&... extra) {
     Memory from(in.size()), to(static_cast<size_t>(count));
     std::copy(in.begin(), in.end(), from.data());
     std::fill(to.data(), to.data() + count, 0xffffffffu);
-    launch(name, kernel, dim3(1), kThreads, static_cast<size_t>(shared), nullptr, static_cast<const uint32_t*>(from.data()), to.data(), extra...);
+    launch(name, kernel, dim3(1), kThreads, static_cast<size_t>(shared), nullptr, static_cast<const uint32_t*>(from.data()),
+           to.data(), extra...);
     finish();
     print(name, kind, to, count);
 }

@@ -71,7 +71,8 @@ __global__ void loads(const uint32_t*, uint32_t* out, const QEMB_GRID_CONSTANT T
             tma_load(base(), map, barrier, at);
         }
         mbarrier_wait(barrier, static_cast<uint32_t>(round));
-        for (int i = t; i < bytes / 4; i += kThreads) out[round * bytes / 4 + i] = reinterpret_cast<const uint32_t*>(shared_bytes())[i];
+        for (int i = t; i < bytes / 4; i += kThreads)
+            out[round * bytes / 4 + i] = reinterpret_cast<const uint32_t*>(shared_bytes())[i];
         sync_block();
     }
 }
@@ -92,7 +93,8 @@ template <int kRank, bool kAdds>
 __global__ void stores(const uint32_t* in, uint32_t* out, const QEMB_GRID_CONSTANT TensorMap map, int words, int step) {
     (void)out;
     const int t = static_cast<int>(threadIdx.x);
-    for (int i = t; i < words; i += kThreads) shared_store4(base() + 4 * i, kAdds ? word(static_cast<float>(in[i] % 1000)) : in[i]);
+    for (int i = t; i < words; i += kThreads)
+        shared_store4(base() + 4 * i, kAdds ? word(static_cast<float>(in[i] % 1000)) : in[i]);
     fence_async();
     sync_block();
     if (t > 0) return;
@@ -108,8 +110,8 @@ __global__ void stores(const uint32_t* in, uint32_t* out, const QEMB_GRID_CONSTA
     }
 }
 
-// d = a b (+ d), a: 64 x 32, b: 32 x kN, both in 16-bit words at `in`, rows of M or N and 32 of K; then d, 64 x kN floats. In shared memory
-// the operands begin 32 bytes into their rows, or 16 rows down.
+// d = a b (+ d), a: 64 x 32, b: 32 x kN, both in 16-bit words at `in`, rows of M or N and 32 of K; then d, 64 x kN floats. In
+// shared memory the operands begin 32 bytes into their rows, or 16 rows down.
 constexpr int kDepth = 32, kA = 0, kB = 8192, kPanel = 64 * 128;
 template <class T, int kN, Major kMajorA, Major kMajorB, bool kWords>
 __global__ void products(const uint32_t* in, uint32_t* out) {
@@ -173,13 +175,15 @@ void run_product(const char* name, Source& source) {
     const auto value = [&](int i) {
         const uint32_t bits = in[static_cast<size_t>(i / 2)] >> 16 * (i % 2) & 0xffff;
         if (std::is_same_v<T, BFloat16>) return static_cast<double>(as_float(bits << 16));
-        return std::ldexp(static_cast<double>((bits & 1023) | 1024), static_cast<int>(bits >> 10 & 31) - 25) * (bits >> 15 ? -1 : 1);
+        return std::ldexp(static_cast<double>((bits & 1023) | 1024), static_cast<int>(bits >> 10 & 31) - 25) *
+               (bits >> 15 ? -1 : 1);
     };
     std::vector<double> truth, bound;
     for (int row = 0; row < 64; ++row)
         for (int column = 0; column < kN; ++column) {
             const bool adds = kWords || kN != 64;
-            const double before = static_cast<double>(as_float(in[static_cast<size_t>((64 + kN) * kDepth / 2 + row * kN + column)]));
+            const double before =
+                static_cast<double>(as_float(in[static_cast<size_t>((64 + kN) * kDepth / 2 + row * kN + column)]));
             double sum = adds ? before : 0, size = std::abs(sum);
             for (int k = 0; k < kDepth; ++k) {
                 const double product = value(row * kDepth + k) * value((64 + column) * kDepth + k);
@@ -219,13 +223,14 @@ template <class T, int kRank, bool kAdds>
 void run_stores(const char* name, Source& source, const int (&size)[4], const int (&box)[4], bool swizzled) {
     constexpr int kCount = 4096;
     Memory memory(kCount);
-    for (int i = 0; i < kCount; ++i) memory.data()[i] = kAdds ? as_word(static_cast<float>(source.bits() % 1000)) : source.bits();
+    for (int i = 0; i < kCount; ++i)
+        memory.data()[i] = kAdds ? as_word(static_cast<float>(source.bits() % 1000)) : source.bits();
     const TensorMap map = make_map<T>(memory, kRank, size, box, swizzled);
     const Words in = source.plain(box[0] * box[1] * box[2] * box[3] * static_cast<int>(sizeof(T)) / 4);
     Memory from(in.size()), none(1);
     std::copy(in.begin(), in.end(), from.data());
-    launch(name, stores<kRank, kAdds>, dim3(1), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()), none.data(), map,
-           static_cast<int>(in.size()), box[0] / 2);
+    launch(name, stores<kRank, kAdds>, dim3(1), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()),
+           none.data(), map, static_cast<int>(in.size()), box[0] / 2);
     finish();
     print(name, "bits", memory, kCount);
 }

@@ -81,8 +81,8 @@ struct Products {
     }
 };
 
-// Ordinary writes reach the copy engine and the tensor cores only through a fence of the thread that wrote. A cell is 4 bytes of
-// shared memory and holds its writer, and how many fences that writer had passed.
+// Ordinary writes reach the copy engine and the tensor cores only through a fence of the thread that wrote. A cell is 4 bytes
+// of shared memory and holds its writer, and how many fences that writer had passed.
 class Proxies {
   public:
     void start(size_t bytes, int threads) {

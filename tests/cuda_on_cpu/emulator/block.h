@@ -250,8 +250,8 @@ class Block {
         auto* p = static_cast<char*>(shared(address, bytes, place));
         const int writer = proxies_.unseen(static_cast<size_t>(p - arena_), bytes);
         if (writer >= 0)
-            fail(place.text() + " at byte " + std::to_string(p - arena_) + " of shared memory: no fence_async after the write by thread " +
-                 std::to_string(writer));
+            fail(place.text() + " at byte " + std::to_string(p - arena_) +
+                 " of shared memory: no fence_async after the write by thread " + std::to_string(writer));
         return p;
     }
     void fence_async() { proxies_.fence(running->id); }
@@ -430,7 +430,8 @@ class Block {
                 if (policy_ != Policy::kStraggler || w != straggler) break;
             }
             if (chosen == count) {
-                const bool lingering = std::any_of(sleepers_.begin(), sleepers_.end(), [](const Sleeper& s) { return s.key == kIdle; });
+                const bool lingering =
+                    std::any_of(sleepers_.begin(), sleepers_.end(), [](const Sleeper& s) { return s.key == kIdle; });
                 if (!engine_.empty() && (!lingering || random_.below(2)))
                     engine_.land_one(random_);
                 else if (lingering)

@@ -28,7 +28,8 @@ namespace emulator {
 
 using qemb::cuda::TensorMap;
 
-// visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends within them.
+// visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends within
+// them.
 template <class Visit>
 void each_chunk(const TensorMap& map, uint32_t shared, const int (&at)[4], Visit visit) {
     const int row_bytes = map.box[0] * map.element;

@@ -1,7 +1,7 @@
 // wgmma: products of a warpgroup that run after they are issued, read shared memory only then, and own their registers until a
-// wait. Operands in shared memory are described by the manual's canonical layouts, of which the one with 128-byte swizzle is known
-// here: K along rows of 128 bytes (8 rows an atom, atoms `stride` apart), or M or N along them (64 wide, 8 of K an atom; atoms
-// `stride` apart along K, `leading` apart along M or N).
+// wait. Operands in shared memory are described by the manual's canonical layouts, of which the one with 128-byte swizzle is
+// known here: K along rows of 128 bytes (8 rows an atom, atoms `stride` apart), or M or N along them (64 wide, 8 of K an atom;
+// atoms `stride` apart along K, `leading` apart along M or N).
 #pragma once
 
 #include <memory>
