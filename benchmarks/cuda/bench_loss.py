@@ -71,6 +71,33 @@ def test_info_nce(measure, device, sizes, compiled, preset, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("preset", ["qwen3_stage2", "memeff"])
+def test_info_nce_of_many(measure, device, sizes, preset):
+    """Where the score matrix no longer fits; and seven prefixes in one call against none."""
+    rows, dim = sizes.many_rows, sizes.hidden
+    vectors = [
+        F.normalize(torch.randn(rows, dim, device=device), dim=1).to(torch.bfloat16).requires_grad_() for _ in range(2)
+    ]
+    positive, everything = torch.arange(rows, device=device), preset == "memeff"
+
+    def ours(matryoshka=None):
+        return lambda q, d: ops.info_nce(
+            q, d, positive, owner=positive, preset=preset, temperature=TAU, matryoshka=matryoshka
+        )
+
+    prefixes = [dim // divisor for divisor in (32, 16, 8, 4, 2)] + [3 * dim // 4, dim]
+    contenders = {OURS: ours, "memeff": lambda: memeff(everything)}
+    if not everything:
+        contenders["Inf-CL"] = inf_cl
+    products = 3 * (3 if everything else 1)
+    for name, losses in {"": contenders, ", seven prefixes": {OURS: lambda: ours(prefixes)}}.items():
+        measure(
+            f"info_nce, {preset}, {rows} x {dim} bfloat16{name}",
+            {who: with_gradients(loss, vectors) for who, loss in losses.items()},
+            dtype=torch.bfloat16, gflop=2 * products * rows * rows * dim / 1e9, rounds=5, host_calls=2,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_top_k(measure, meter, device, sizes, dtype):
     (count, corpus), k, block = sizes.search, min(100, sizes.search[1]), 1 << 17

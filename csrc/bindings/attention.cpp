@@ -55,17 +55,13 @@ struct Inputs {
     }
 };
 
-// Of a plan: tiles, blocks and key blocks, 1 where no sequence has more than one query, and the longest short sequence.
-using Sizes = std::array<int64_t, 5>;
+// Of a plan: tiles, blocks and key blocks, and 1 where no sequence has more than one query.
+using Sizes = std::array<int64_t, 4>;
 
-Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.single, plan.most_short}; }
+Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.single}; }
 
 AttentionPlan plan_of(const Sizes& sizes) {
-    return {.tiles = sizes[0],
-            .blocks = sizes[1],
-            .key_blocks = sizes[2],
-            .single = sizes[3] != 0,
-            .most_short = static_cast<int32_t>(sizes[4])};
+    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .single = sizes[3] != 0};
 }
 
 // The CPU needs none.

@@ -1,4 +1,6 @@
 // pyqemb._C: numbers in, numbers out. Every function writes into tensors that Python allocated.
+#include <utility>
+
 #include "bindings/tensor_view.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
@@ -27,6 +29,7 @@ void bind_runtime(py::module_& m) {
     m.def("set_isa", &cpu::set_isa);
     m.def("cuda_is_built", &cuda::is_built);
     m.def("cuda_device_count", &cuda::device_count);
+    m.def("set_newest_kernels", [](int capability) { return std::exchange(cuda::newest_kernels(), capability); });
     m.def("check_cu_seqlens", [](const char* op, const char* name, py::handle cu_seqlens, int64_t total, const char* of) {
         Call call(op);
         checked_cu_seqlens(Argument(call, name, cu_seqlens), total, of);

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
     const uint32_t ds_tile = v_tile + kBytes;  // [keys, queries]
     SlotMap& map = *reinterpret_cast<SlotMap*>(memory + 4 * kBytes + kTile * kTile * 2);
     auto& rows = *reinterpret_cast<QueryRows<kTile>*>(&map + 1);
-    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.most_short, lane);
+    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
     load_slots<T, D, kThreads>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride, thread);
     load_slots<T, D, kThreads>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);

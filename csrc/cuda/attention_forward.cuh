@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
     char* const q_tile = shared_bytes();
     const uint32_t k_tile = shared_address(q_tile + kTile * D * 2), v_tile = k_tile + kTile * D * 2;
     SlotMap& map = *reinterpret_cast<SlotMap*>(q_tile + 3 * kTile * D * 2);
-    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.most_short, lane);
+    if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
     load_slots<T, D, kTileWarps * 32>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride,
                                       thread);

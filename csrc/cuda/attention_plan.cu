@@ -26,7 +26,7 @@ QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (le
 
 // Where `data` is null, only counts. `buckets`: 2 * kBuckets values of working memory.
 QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, const AttentionPlan& plan,
-                                    int32_t* data, int32_t* buckets) {
+                                    int32_t most_short, int32_t* data, int32_t* buckets) {
     int32_t* const tiles = data + 4;
     int32_t* const blocks = tiles + 2 * plan.tiles;
     int32_t* const key_blocks = blocks + 2 * plan.blocks;
@@ -52,7 +52,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
         if (q > 1) counts.single = false;
         if (q <= 0 && k <= 0) continue;
-        if (q > plan.most_short || k > plan.most_short) {
+        if (q > most_short || k > most_short) {
             const int bucket = bucket_of(q, k);
             buckets[bucket] += parts(q, kTile);
             buckets[kBuckets + bucket] += parts(k, kTile);
@@ -82,7 +82,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     }
     for (int64_t s = 0; s < num_seqs; ++s) {
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
-        if (q <= plan.most_short && k <= plan.most_short) continue;
+        if (q <= most_short && k <= most_short) continue;
         const int bucket = bucket_of(q, k);
         for (int32_t b = parts(q, kTile); b-- > 0;) {  // a causal mask leaves most to the last queries
             int32_t* item = blocks + 2 * buckets[bucket]++;
@@ -98,44 +98,33 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     data[0] = static_cast<int32_t>(counts.tiles);
     data[1] = static_cast<int32_t>(counts.blocks);
     data[2] = static_cast<int32_t>(counts.key_blocks);
-    data[3] = 0;
+    data[3] = most_short;
     return counts;
 }
 
-}  // namespace
-
-namespace cuda {
-namespace {
-
-// Hopper's block kernels are ahead of the tiles from here on.
-int32_t most_short() { return on_hopper() ? kTile / 2 : kTile; }
+// On Hopper the kernels for blocks are ahead of the tiles from here on.
+int32_t most_short() { return cuda::on_hopper() ? kTile / 2 : kTile; }
 
 }  // namespace
-}  // namespace cuda
 
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs) {
     int32_t buckets[2 * kBuckets];
-    AttentionPlan plan{.most_short = cuda::most_short()};
-    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, nullptr, buckets);
-    plan.tiles = counts.tiles;
-    plan.blocks = counts.blocks;
-    plan.key_blocks = counts.key_blocks;
-    plan.single = counts.single;
-    return plan;
+    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, most_short(), nullptr, buckets);
+    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.single};
 }
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data) {
     int32_t buckets[2 * kBuckets];
-    walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, data, buckets);
+    walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, most_short(), data, buckets);
 }
 
 namespace cuda {
 namespace {
 
 __global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, AttentionPlan plan,
-                                 int32_t* data) {
-    if (threadIdx.x == 0) walk(cu_q, cu_k, num_seqs, plan, data, reinterpret_cast<int32_t*>(shared_bytes()));
+                                 int32_t most_short, int32_t* data) {
+    if (threadIdx.x == 0) walk(cu_q, cu_k, num_seqs, plan, most_short, data, reinterpret_cast<int32_t*>(shared_bytes()));
 }
 
 }  // namespace
@@ -143,8 +132,8 @@ __global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const int64_t slots = (tokens_q + tokens_k) / kSlot + 2 * num_seqs;
-    AttentionPlan plan{.most_short = most_short()};
-    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / plan.most_short);
+    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / most_short());
+    AttentionPlan plan;
     // Two neighbouring tiles hold more than kSlots slots of one kind, or one of them as many sequences as it may.
     plan.tiles = least(num_seqs, 2 * slots / kSlots + num_seqs / kMaxPerTile + 2);
     plan.blocks = tokens_q / kTile + long_seqs;
@@ -155,7 +144,7 @@ AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k)
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream) {
     launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, cu_seqlens_q, cu_seqlens_k,
-           num_seqs, plan, data);
+           num_seqs, plan, most_short(), data);
 }
 
 }  // namespace cuda

@@ -20,7 +20,7 @@ struct PanelSize {
     int64_t bytes, rows, blocks, columns;
 };
 constexpr PanelSize kPanel = {int64_t(192) << 20, 2048, 264, kTile};
-constexpr PanelSize kHopperPanel = {int64_t(448) << 20, 4096, 132, 2 * kTile};
+constexpr PanelSize kHopperPanel = {int64_t(512) << 20, 4096, 132, 2 * kTile};
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };  // of columns, and the order of their tiles

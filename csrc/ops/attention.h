@@ -7,8 +7,9 @@
 namespace qemb {
 
 // How the CUDA kernels cut a batch: made once from its lengths, reused by every layer and by both passes. Sequences of at most
-// `most_short` queries and keys are short: several of them share a tile, each from a row that is a multiple of kSlot, so that a
-// sequence meets the same sums whatever shares its tile. The others are cut into blocks, longest first.
+// kTile queries and keys (or fewer, where the device has better kernels for blocks) are short: several of them share a tile,
+// each from a row that is a multiple of kSlot, so that a sequence meets the same sums whatever shares its tile. The others are
+// cut into blocks, longest first.
 struct AttentionPlan {
     static constexpr int kTile = 128, kSlot = 16;
 
@@ -17,9 +18,9 @@ struct AttentionPlan {
     int64_t blocks = 0;             // capacity: blocks of kTile queries of long sequences
     int64_t key_blocks = 0;         // capacity: blocks of kTile keys of long sequences
     bool single = false;            // known that no sequence has more than one query
-    int32_t most_short = kTile;     // at most kTile
-    // data: [4] counts of tiles, blocks, key_blocks, 0; then pairs: tiles of {first sequence, number of sequences}, blocks of
-    // {sequence, block}, key_blocks of {sequence, block}, each list padded to its capacity.
+    // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs: tiles of
+    // {first sequence, number of sequences}, blocks of {sequence, block}, key_blocks of {sequence, block}, each list padded to
+    // its capacity.
     int64_t size() const { return 4 + 2 * (tiles + blocks + key_blocks); }
 };
 

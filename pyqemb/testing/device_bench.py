@@ -4,7 +4,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyqemb import _C
+
 Work = Callable[[], Any]
 Function = Callable[..., Any]
 _COLD_BYTES = 256 << 20  # more than any L2 cache
 _AHEAD_CYCLES = 2_000_000  # about a millisecond, in which the host issues the work that is then timed
 OURS = "pyqemb"
+
+
+@contextmanager
+def newest_kernels(capability: int) -> Iterator[None]:
+    """Kernels for architectures newer than this (80, 90) are left alone: Hopper's against those that run everywhere."""
+    before = _C.set_newest_kernels(capability)
+    try:
+        yield
+    finally:
+        _C.set_newest_kernels(before)
+
+
+def on_older_kernels(prepare: Callable[[], Work], capability: int = 80) -> Callable[[], Work]:
+    """A contender that works with the kernels of an older architecture."""
+
+    def prepare_there() -> Work:
+        with newest_kernels(capability):
+            work = prepare()
+
+        def work_there() -> Any:
+            with newest_kernels(capability):
+                return work()
+
+        return work_there
+
+    return prepare_there
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pyqemb.ops.groups import PRESETS
 from pyqemb.testing import reference
 from pyqemb.testing.cases import cu_seqlens, heavy_tailed
 from pyqemb.testing.compare import assert_close_as
+from pyqemb.testing.device_bench import newest_kernels
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
@@ -24,8 +25,18 @@ LENGTHS = {
     "empty": (0, 5, 0, 0, 9, 0),
     "long": (300, 1, 257),
     "tiny": (1, 2, 3, 1, 7) * 20,
+    "many blocks": (65, 513, 128, 1000, 64, 192),
 }
 KEY_LENGTHS = {"one query each": ((1, 1, 0, 1), (9, 300, 4, 1)), "unequal": ((3, 50, 7, 20, 3), (10, 140, 7, 4, 0))}
+
+
+@pytest.fixture(params=[90, 80], ids=["newest", "sm_80"], autouse=True)
+def kernels(request):
+    """Every test with Hopper's own kernels, where there is one, and with those that run everywhere."""
+    if request.param == 90 and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU is no Hopper: it has one set of kernels")
+    with newest_kernels(request.param):
+        yield
 
 
 def run(function, tensors, dout, dtype, device="cpu"):
