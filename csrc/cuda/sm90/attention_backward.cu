@@ -42,11 +42,13 @@ struct KeysLayout {
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
     static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>,
                          kRing = kDs + kTile * kQueryStep * 2, kBarriers = kRing + kStages * kStageBytes,
-                         kBytes = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes;
+                         kMessage = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes, kBytes = kMessage + kMessageBytes;
 };
 
 // 128 keys of a sequence and a kv head, and the steps of queries that see some of them, head after head.
 struct KeyTile {
+    static constexpr int kEnd = -1;
+
     Span span;
     int first, count, kv_head, group, from, per_head, steps;
 
@@ -69,18 +71,21 @@ struct KeyTile {
           steps(group * per_head) {}
 };
 
+template <class Tile, class Layout>
+QEMB_DEVICE Tile& message() {
+    return *reinterpret_cast<Tile*>(shared_bytes() + Layout::kMessage);
+}
+
 template <int D>
 QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
                                  const TensorMap& dout, const TensorMap& rows, uint32_t shared, Ring<1> keys,
                                  Ring<KeysLayout<D>::kStages> ring) {
     using L = KeysLayout<D>;
-    for (int at = blockIdx.x; at < KeyTile::number(p); at += gridDim.x) {
-        const KeyTile tile(p, at);
-        keys.wait_empty();
+    const auto any = [](const KeyTile&) { return true; };
+    announce_tiles(p, message<KeyTile, L>(), keys, any, [&](const KeyTile& tile) {
         mbarrier_expect(keys.full(), 2 * kTileBytes<kTile, D>);
         load_tile<kTile, D>(shared + L::kK, k, keys.full(), tile.kv_head, tile.span.k + tile.first);
         load_tile<kTile, D>(shared + L::kV, v, keys.full(), tile.kv_head, tile.span.k + tile.first);
-        keys.next();
         for (int step = 0; step < tile.steps; ++step) {
             const int head = tile.head(step), token = tile.span.q + tile.query(step);
             const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
@@ -92,7 +97,7 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
             tma_load(stage + L::kDelta, rows, ring.full(), {token, static_cast<int>(p.num_heads) + head});
             ring.next();
         }
-    }
+    });
 }
 
 // dQ of a step's queries, where all keys are here: dS^T goes through shared memory, and each warpgroup takes 64 columns.
@@ -137,8 +142,10 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
     const int my_first = group * 64 + warp * 16;
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_k = shared + L::kK + group * 64 * 128, my_v = shared + L::kV + group * 64 * 128;
-    for (int at = blockIdx.x; at < KeyTile::number(p); at += gridDim.x) {
-        const KeyTile tile(p, at);
+    while (true) {
+        keys.wait_full();
+        const KeyTile tile = message<KeyTile, L>();
+        if (tile.steps == KeyTile::kEnd) return;
         const int key = tile.first + my_first + lane / 4;
         const bool whole = is_whole(tile.span);
         float dk[D / 2], dv[D / 2], s[kQueryStep / 2], dp[kQueryStep / 2];
@@ -146,7 +153,6 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
-        keys.wait_full();
         if (whole && tile.count < kTile) clear_rows<kTile, D>(shared + L::kK, tile.count);  // finish_queries waits for all
         Ring<L::kStages> before = ring;                                                     // the stage of the step before
         for (int step = 0; step < tile.steps; ++step) {
@@ -249,41 +255,18 @@ struct QueriesLayout {
     static constexpr int kQ = 0, kDout = kTileBytes<kTile, D>, kRing = 2 * kTileBytes<kTile, D>;
     static constexpr int kStageBytes = 2 * kTileBytes<kKeyStep, D>;  // keys, then values
     static constexpr int kStages = 2, kBarriers = kRing + kStages * kStageBytes,
-                         kBytes = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes;
-};
-
-// 128 queries of a sequence, one head, and the steps of keys that some of them see.
-struct QueryTile {
-    Span span;
-    int first, count, head, kv_head, steps;
-
-    QEMB_DEVICE QueryTile(const AttentionBackward& p, int tile)
-        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)),
-                    tile % static_cast<int>(p.num_heads)) {}
-    QEMB_DEVICE static int number(const AttentionBackward& p) { return p.plan.data[1] * static_cast<int>(p.num_heads); }
-
-  private:
-    QEMB_DEVICE QueryTile(const AttentionBackward& p, const int32_t* item, int head)
-        : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
-          first(item[1] * kTile),
-          count(min(kTile, span.num_q - first)),
-          head(head),
-          kv_head(head / static_cast<int>(p.num_heads / p.num_kv_heads)),
-          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kKeyStep - 1) / kKeyStep) {}
+                         kMessage = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes, kBytes = kMessage + kMessageBytes;
 };
 
 template <int D>
 QEMB_DEVICE void produce_keys(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
                               const TensorMap& dout, uint32_t shared, Ring<1> queries, Ring<2> ring) {
     using L = QueriesLayout<D>;
-    for (int at = blockIdx.x; at < QueryTile::number(p); at += gridDim.x) {
-        const QueryTile tile(p, at);
-        if (is_whole(tile.span)) continue;
-        queries.wait_empty();
+    const auto is_left = [](const QueryTile& tile) { return !is_whole(tile.span); };
+    announce_tiles(p, message<QueryTile, L>(), queries, is_left, [&](const QueryTile& tile) {
         mbarrier_expect(queries.full(), 2 * kTileBytes<kTile, D>);
         load_tile<kTile, D>(shared + L::kQ, q, queries.full(), tile.head, tile.span.q + tile.first);
         load_tile<kTile, D>(shared + L::kDout, dout, queries.full(), tile.head, tile.span.q + tile.first);
-        queries.next();
         for (int step = 0; step < tile.steps; ++step) {
             const uint32_t stage = shared + L::kRing + ring.stage * L::kStageBytes;
             const int key = tile.span.k + step * kKeyStep;
@@ -293,7 +276,7 @@ QEMB_DEVICE void produce_keys(const AttentionBackward& p, const TensorMap& q, co
             load_tile<kKeyStep, D>(stage + kTileBytes<kKeyStep, D>, v, ring.full(), tile.kv_head, key);
             ring.next();
         }
-    }
+    });
 }
 
 template <class T, int D>
@@ -305,9 +288,10 @@ QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tok
     const int my_first = group * 64 + warp * 16;
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_q = shared + L::kQ + group * 64 * 128, my_dout = shared + L::kDout + group * 64 * 128;
-    for (int at = blockIdx.x; at < QueryTile::number(p); at += gridDim.x) {
-        const QueryTile tile(p, at);
-        if (is_whole(tile.span)) continue;
+    while (true) {
+        queries.wait_full();
+        const QueryTile tile = message<QueryTile, L>();
+        if (tile.steps == QueryTile::kEnd) return;
         const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
         float dq[D / 2], s[kKeyStep / 2], dp[kKeyStep / 2], lse[2], delta[2];
         uint32_t ds[kKeyStep / 16][4];
@@ -324,7 +308,6 @@ QEMB_DEVICE void sum_query_gradients(const AttentionBackward& p, int64_t row_tok
             delta[i] = from[p.num_heads * row_tokens];
         }
 
-        queries.wait_full();
         Ring<2> before = ring;
         for (int step = 0; step < tile.steps; ++step) {
             const uint32_t k_tile = shared + L::kRing + ring.stage * L::kStageBytes, v_tile = k_tile + kTileBytes<kKeyStep, D>;

@@ -16,40 +16,23 @@ template <int D>
 struct Layout {
     static constexpr int kQ = 0, kK = kQ + kTileBytes<kTile, D>, kV = kK + 2 * kTileBytes<kKeys, D>,
                          kStaging = kV + 2 * kTileBytes<kKeys, D>, kBarriers = kStaging + kTileBytes<kTile, D>,
-                         kBytes = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes;
+                         kMessage = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes, kBytes = kMessage + kMessageBytes;
 };
 
-// A tile: 128 queries of a sequence, one head, and the steps of keys that some of them see.
-struct Tile {
-    Span span;
-    int first, count, head, kv_head, steps;
-
-    QEMB_DEVICE Tile(const AttentionForward& p, int tile)
-        : Tile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)),
-               tile % static_cast<int>(p.num_heads)) {}
-
-  private:
-    QEMB_DEVICE Tile(const AttentionForward& p, const int32_t* item, int head)
-        : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
-          first(item[1] * kTile),
-          count(min(kTile, span.num_q - first)),
-          head(head),
-          kv_head(head / static_cast<int>(p.num_heads / p.num_kv_heads)),
-          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kKeys - 1) / kKeys) {}
-};
+template <int D>
+QEMB_DEVICE QueryTile& message() {
+    return *reinterpret_cast<QueryTile*>(shared_bytes() + Layout<D>::kMessage);
+}
 
 // Keys from the last step to the first: the masks of the sequence's end and of causality come first, and then no more.
 template <int D>
 QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v, uint32_t shared,
                          Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
-    for (int at = blockIdx.x; at < p.plan.data[1] * static_cast<int>(p.num_heads); at += gridDim.x) {
-        const Tile tile(p, at);
-        if (tile.steps == 0) continue;
-        q_ring.wait_empty();
-        mbarrier_expect(q_ring.full(), kTileBytes<kTile, D>);
-        load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
-        q_ring.next();
+    const auto any = [](const QueryTile&) { return true; };
+    announce_tiles(p, message<D>(), q_ring, any, [&](const QueryTile& tile) {
+        mbarrier_expect(q_ring.full(), tile.steps > 0 ? kTileBytes<kTile, D> : 0);
+        if (tile.steps > 0) load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
         for (int step = tile.steps; step-- > 0;) {
             const int key = tile.span.k + step * kKeys;
             k_ring.wait_empty();
@@ -61,7 +44,7 @@ QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const Te
             load_tile<kKeys, D>(shared + L::kV + v_ring.stage * kTileBytes<kKeys, D>, v, v_ring.full(), tile.kv_head, key);
             v_ring.next();
         }
-    }
+    });
 }
 
 // Online softmax of this thread's parts of two rows, in base 2: scores become weights. -> what earlier sums are multiplied by
@@ -111,8 +94,10 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
     const auto pass_turn = [&] { barrier_arrive(kTurnBarrier + (group ^ 1), kConsumers); };
     if (group == 1) pass_turn();  // the other begins
 
-    for (int at = blockIdx.x; at < p.plan.data[1] * static_cast<int>(p.num_heads); at += gridDim.x) {
-        const Tile tile(p, at);
+    while (true) {
+        q_ring.wait_full();
+        const QueryTile tile = message<D>();
+        if (tile.steps == QueryTile::kEnd) return;
         const int row = tile.first + my_first + lane / 4;
         const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
         const int sees[2] = {visible_keys(row, tile.span.num_q, tile.span.num_k, p.causal),
@@ -132,7 +117,6 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
         int step = tile.steps - 1;
         if (step >= 0) {
             // The last keys
-            q_ring.wait_full();
             k_ring.wait_full();
             take_turn();
             wgmma_fence();
@@ -169,13 +153,16 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
             }
-            q_ring.release(signals);
+            q_ring.release(lane == 0);
             v_ring.wait_full();
             wgmma_fence();
             multiply_columns<T, D, kKeys>(out, weights, v_tile());
             wgmma_commit();
             wgmma_wait<0>();
             v_ring.release(signals);
+        } else {
+            sync_warp();  // all of it has read the message
+            q_ring.release(lane == 0);
         }
 
         // Write the output and lse
@@ -201,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Ring<1> q_ring{shared + L::kBarriers};
     const Ring<2> k_ring{q_ring.barriers + Ring<1>::kBytes}, v_ring{k_ring.barriers + Ring<2>::kBytes};
     if (threadIdx.x == 0) {
-        q_ring.init(2);
+        q_ring.init(kConsumers / 32);
         k_ring.init(2);
         v_ring.init(2);
         fence_mbarrier_init();
