@@ -162,6 +162,19 @@ TEST(a_right_kernel_passes_and_every_misuse_is_seen) {
     }
 }
 
+// Whether or not the schedule shows it.
+TEST(races_are_found) {
+    const bool before = emulator::Races::on;
+    emulator::Races::on = true;
+    for (const Bug bug : {kNone, kEarlyRelease, kNoStoreBarrier}) {
+        std::string says;
+        const int count = caught(bug, says);
+        CHECK(count == (bug == kNone ? 0 : kSeeds));
+        CHECK(bug == kNone || says.find("race: ") != std::string::npos);
+    }
+    emulator::Races::on = before;
+}
+
 // A sentence for each.
 template <class... Parameters, class... Arguments>
 std::string failure(void (*kernel)(Parameters...), Arguments... arguments) {

@@ -153,8 +153,11 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
-        if (whole && tile.count < kTile) clear_rows<kTile, D>(shared + L::kK, tile.count);  // finish_queries waits for all
-        Ring<L::kStages> before = ring;                                                     // the stage of the step before
+        if (whole && tile.count < kTile) {  // dQ sums over them
+            clear_rows<kTile, D>(shared + L::kK, tile.count);
+            barrier_sync(kTailBarrier, kConsumers);
+        }
+        Ring<L::kStages> before = ring;  // the stage of the step before
         for (int step = 0; step < tile.steps; ++step) {
             const int offset = L::kRing + ring.stage * L::kStageBytes;
             const uint32_t stage = shared + offset;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "emulator/copies.h"
+#include "emulator/races.h"
 
 namespace emulator {
 
@@ -64,15 +65,17 @@ class Stores {
 
 struct Accumulators;
 
-// Products of one warpgroup: committed groups run in order, the newest as late as a wait allows.
+// Products of one warpgroup: committed groups run in order, the newest as late as a wait allows. They run only when all four
+// warps have come so far, so that who has waited for them knows what all had done.
 struct Products {
     std::vector<Work> open;
     std::deque<std::vector<Work>> groups;
     std::vector<std::shared_ptr<Accumulators>> sums;  // in flight
+    std::deque<Clock> commits;                        // not waited for
     bool fenced = false;
 
     bool empty() const { return open.empty() && groups.empty(); }
-    void clear() { open.clear(), groups.clear(), sums.clear(), fenced = false; }
+    void clear() { open.clear(), groups.clear(), sums.clear(), commits.clear(), fenced = false; }
     void commit() { groups.push_back(std::exchange(open, {})); }
     void run_oldest() {
         const std::vector<Work> group = std::move(groups.front());

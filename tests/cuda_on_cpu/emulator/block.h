@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "emulator/asynchronous.h"
@@ -102,11 +103,10 @@ class Block {
         sleepers_.clear();
         engine_.clear();
         proxies_.start(shared_size_, size);
-        races().now.block = ++serial;
-        races().now.block_epoch = 0;
+        races().start_block(++serial);
+        memory_clocks_.clear();
         races().shared_begin = arena_;
         races().shared_end = arena_pages().end();
-        races().found.clear();
         current() = this;
         try {
             schedule();
@@ -185,13 +185,39 @@ class Block {
         Named& barrier = named_[id];
         if (barrier.arrived > 0 && barrier.threads != threads) fail(place.text() + ": others expect another number of threads");
         barrier.threads = threads;
+        barrier.warps |= 1u << running->warp;
+        if (Races::on) join(barrier.arrivals, races().release(running->warp));
         const uint64_t turn = barrier.turn;
         if (++barrier.arrived == threads) {
+            for (size_t w = 0; w < warps_.size(); ++w) warps_[w].epoch += barrier.warps >> w & 1;
+            barrier.opened = std::exchange(barrier.arrivals, {});
             barrier.arrived = 0;
+            barrier.warps = 0;
             ++barrier.turn;
             wake(id);
         }
         while (waits && barrier.turn == turn) sleep(id, place);
+        if (waits && Races::on) races().acquire(running->warp, barrier.opened);
+        see();
+    }
+    // What threads and copies that arrive at an mbarrier have done, is known to those who have waited for its phase.
+    void release_to(uint32_t address, const Clock& clock) { join(memory_clocks_[address].arrivals, clock); }
+    void open(uint32_t address) { memory_clocks_[address].opened = memory_clocks_[address].arrivals; }
+    void acquire_from(uint32_t address) { races().acquire(running->warp, memory_clocks_[address].opened); }
+    void group_commits(Products& products) {
+        if (!Races::on) return;
+        Clock all{};
+        for (int w = running->warp / 4 * 4; w < running->warp / 4 * 4 + 4; ++w) join(all, races().release(w));
+        products.commits.push_back(all);
+    }
+    void group_waited(Products& products, size_t pending) {
+        for (; products.commits.size() > pending; products.commits.pop_front())
+            for (int w = running->warp / 4 * 4; w < running->warp / 4 * 4 + 4; ++w)
+                races().acquire(w, products.commits.front());
+    }
+    // The first warp of a warpgroup stands for it where the tensor cores read.
+    void touch_for_group(void* p, uint32_t bytes, int group) {
+        if (Races::on) races().access_for(group * 4, p, bytes, false, warps_[static_cast<size_t>(group) * 4].epoch);
     }
     // Each lane receives what lane `from` holds.
     template <class T>
@@ -329,7 +355,12 @@ class Block {
     };
     struct Named {
         int arrived = 0, threads = 0;
+        uint32_t warps = 0;
         uint64_t turn = 0;
+        Clock arrivals{}, opened{};
+    };
+    struct Phases {
+        Clock arrivals{}, opened{};
     };
     struct Sleeper {
         uint32_t key;
@@ -397,10 +428,14 @@ class Block {
     void to_scheduler(Thread& self) { self.fiber.leave(scheduler_); }
     void open_barrier() {
         waiting_ = 0;
-        ++races().now.block_epoch;
+        Clock all{};
+        for (size_t w = 0; Races::on && w < warps_.size(); ++w)
+            if (warps_[w].ended < 32) join(all, races().release(static_cast<int>(w)));
         for (Warp& warp : warps_) {
             if (warp.ended == 32) continue;
             const auto w = static_cast<int>(&warp - warps_.data());
+            if (Races::on) races().acquire(w, all);
+            ++warp.epoch;
             for (int lane = 0; lane < 32; ++lane)
                 if (!thread(w * 32 + lane).done) warp.runnable |= 1u << lane;
             warp.accesses.count();
@@ -487,6 +522,7 @@ class Block {
     std::vector<Warp> warps_;
     std::vector<Group> groups_;
     std::array<Named, 16> named_;
+    std::unordered_map<uint32_t, Phases> memory_clocks_;
     std::vector<Sleeper> sleepers_;
     Engine engine_;
     Proxies proxies_;

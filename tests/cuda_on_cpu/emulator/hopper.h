@@ -87,6 +87,7 @@ inline void wgmma_commit(EMULATOR_LINE) {
     EMULATOR_ENTER("wgmma_commit");
     block.meet_group(place, nullptr, [&](void**, ::emulator::Products& products) {
         products.commit();
+        block.group_commits(products);
         if (block.landing() == ::emulator::Landing::kEarly)
             while (!products.groups.empty()) products.run_oldest();
     });
@@ -95,8 +96,9 @@ template <int kPending>
 void wgmma_wait(EMULATOR_LINE) {
     EMULATOR_ENTER("wgmma_wait");
     block.linger(place);
-    block.meet_group(place, nullptr, [](void**, ::emulator::Products& products) {
+    block.meet_group(place, nullptr, [&](void**, ::emulator::Products& products) {
         while (products.groups.size() > kPending) products.run_oldest();
+        block.group_waited(products, kPending);
         products.fenced = false;
     });
 }

@@ -31,6 +31,7 @@ inline void mbarrier_settle(uint32_t address, MBarrier& barrier) {
     if (barrier.pending > 0 || barrier.bytes != 0) return;
     barrier.phase ^= 1;
     barrier.pending = barrier.expected;
+    if (Races::on) Block::current()->open(address);
     Block::current()->wake(address);
 }
 
@@ -38,14 +39,16 @@ inline void mbarrier_settle(uint32_t address, MBarrier& barrier) {
 inline void mbarrier_arrive(uint32_t address, int bytes, const Place& place) {
     MBarrier& barrier = mbarrier_at(address, place);
     if (barrier.pending == 0) fail(place.text() + ": more arrivals than the phase has");
+    if (Races::on) Block::current()->release_to(address, races().release(running->warp));
     barrier.bytes += bytes;
     --barrier.pending;
     mbarrier_settle(address, barrier);
 }
 
-// A copy that has landed says so.
-inline void mbarrier_complete(uint32_t address, int bytes, const Place& place) {
+// A copy that has landed says so. `issued`: what its thread knew, the copy among it.
+inline void mbarrier_complete(uint32_t address, int bytes, const Clock& issued, const Place& place) {
     Block::current()->touch_async(address, 8, place);
+    if (Races::on) Block::current()->release_to(address, issued);
     MBarrier& barrier = mbarrier_at(address, place);
     barrier.bytes -= bytes;
     mbarrier_settle(address, barrier);
@@ -53,6 +56,7 @@ inline void mbarrier_complete(uint32_t address, int bytes, const Place& place) {
 
 inline void mbarrier_wait(uint32_t address, uint32_t parity, const Place& place) {
     while (mbarrier_at(address, place).phase == (parity & 1)) Block::current()->sleep(address, place);
+    if (Races::on) Block::current()->acquire_from(address);
 }
 
 }  // namespace emulator

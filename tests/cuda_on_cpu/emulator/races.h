@@ -1,9 +1,12 @@
 // Two threads touch the same bytes, one of them writes, and nothing orders them: found whether or not this schedule shows it.
 // The arch layer reports its accesses; compiled with -fsanitize=thread, and linked without it, every access of a kernel arrives
-// here through the hooks below, in shared and in global memory. Ordered is what sync_block, sync_warp and the wait of a copy
-// order; nothing orders two blocks of a launch.
+// here through the hooks below, in shared and in global memory. Lanes of a warp are ordered by barriers, warps by what one of
+// them releases and the other acquires (barriers of the block or of some threads, mbarriers, copies that complete on them);
+// nothing orders two blocks of a launch.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -12,12 +15,18 @@
 
 namespace emulator {
 
+// Of each warp of the block, how many of its releases are known.
+using Clock = std::array<uint32_t, 32>;
+inline void join(Clock& into, const Clock& other) {
+    for (size_t w = 0; w < into.size(); ++w) into[w] = std::max(into[w], other[w]);
+}
+
 class Races {
   public:
     // Who is running, and since which barriers.
     struct Now {
         uint32_t launch = 0, block = 0;  // serial numbers
-        uint32_t block_epoch = 0, warp_epoch = 0;
+        uint32_t clock = 0, warp_epoch = 0;
         uint8_t warp = 0, lane = 0;
     };
 
@@ -27,8 +36,30 @@ class Races {
     const void *shared_begin = nullptr, *shared_end = nullptr;
     std::string found;  // the first race
 
+    void start_block(uint32_t serial) {
+        now.block = serial;
+        for (size_t w = 0; w < clocks_.size(); ++w) clocks_[w] = {}, clocks_[w][w] = 1;
+        found.clear();
+    }
+    // What a warp knows, for whoever acquires it; what the warp does from here on is not part of it.
+    Clock release(int warp) {
+        Clock& clock = clocks_[static_cast<size_t>(warp)];
+        const Clock released = clock;
+        ++clock[static_cast<size_t>(warp)];
+        return released;
+    }
+    void acquire(int warp, const Clock& released) { join(clocks_[static_cast<size_t>(warp)], released); }
+
+    // By a unit of the hardware that works for a warp.
+    void access_for(int warp, const void* p, size_t bytes, bool write, uint32_t warp_epoch) {
+        const Now before = now;
+        now.warp = static_cast<uint8_t>(warp), now.lane = kUnit, now.warp_epoch = warp_epoch;
+        access(p, bytes, write);
+        now = before;
+    }
     void access(const void* p, size_t bytes, bool write) {
         settle();
+        now.clock = clocks_[now.warp][now.warp];
         const bool shared = p >= shared_begin && p < shared_end;  // which every block has for itself
         const uintptr_t first = reinterpret_cast<uintptr_t>(p) / kGrain,
                         last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / kGrain;
@@ -41,11 +72,11 @@ class Races {
                 else
                     report("a read after a write", at);
             }
-            if (write && clashes(cell.read, shared)) report("a write after a read", at);
+            if (write && (clashes(cell.read, shared) || unseen_reader(cell))) report("a write after a read", at);
             if (write)
-                cell.written = {now, true};
+                cell.written = {now, true}, cell.readers.reset();
             else
-                join(cell.read, shared);
+                note_read(cell, shared);
         }
     }
     // Two writes of the same value harm nobody; what the second one wrote is known when the next thing happens.
@@ -66,7 +97,7 @@ class Races {
 
   private:
     static constexpr uintptr_t kGrain = 2, kCells = 2048;  // bytes; cells of a page of the shadow
-    static constexpr uint8_t kSeveral = 255;
+    static constexpr uint8_t kSeveral = 255, kUnit = 254;  // lanes; a unit that works for the whole warp
     struct Suspect {
         uintptr_t at;
         uint16_t value;
@@ -78,28 +109,41 @@ class Races {
     };
     struct Cell {
         Access written, read;
-        uint32_t copied_by = 0;  // block
+        std::unique_ptr<Clock> readers;  // of several warps, when each last read
+        uint32_t copied_by = 0;          // block
     };
 
     bool clashes(const Access& before, bool shared) const {
         if (!before.happened || before.by.launch != now.launch) return false;
         if (before.by.block != now.block) return !shared;
-        if (before.by.block_epoch != now.block_epoch) return false;
-        if (before.by.warp != now.warp) return true;
-        return before.by.lane != now.lane && before.by.warp_epoch == now.warp_epoch;
+        if (before.by.warp == now.warp)
+            return before.by.lane != now.lane && before.by.lane != kUnit && now.lane != kUnit &&
+                   before.by.warp_epoch == now.warp_epoch;
+        return !knows(before.by);
     }
-    // Earlier reads that this one makes superfluous are forgotten, the others joined with it.
-    void join(Access& read, bool shared) {
+    bool knows(const Now& other) const { return clocks_[now.warp][other.warp] >= other.clock; }
+    bool unseen_reader(const Cell& cell) const {
+        if (!cell.readers || cell.read.by.launch != now.launch || cell.read.by.block != now.block) return false;
+        for (size_t w = 0; w < cell.readers->size(); ++w)
+            if (w != now.warp && (*cell.readers)[w] > clocks_[now.warp][w]) return true;
+        return false;
+    }
+    // Earlier reads that this one makes superfluous are forgotten, the others kept with it.
+    void note_read(Cell& cell, bool shared) {
         Access joined{now, true};
+        const Access& read = cell.read;
+        const bool here = read.happened && read.by.launch == now.launch && read.by.block == now.block;
         if (read.happened && read.by.launch == now.launch && read.by.block != now.block) {
             if (!shared) joined.by.block = 0;  // no block has this number: clashes with everyone's write
-        } else if (read.happened && read.by.launch == now.launch && read.by.block_epoch == now.block_epoch) {
-            if (read.by.warp != now.warp)
-                joined.by.warp = kSeveral;
-            else if (read.by.warp_epoch == now.warp_epoch && read.by.lane != now.lane)
-                joined.by.lane = kSeveral;
+        } else if (here && read.by.warp == now.warp) {
+            if (read.by.warp_epoch == now.warp_epoch && read.by.lane != now.lane) joined.by.lane = kSeveral;
+        } else if (here && !knows(read.by)) {
+            if (!cell.readers) cell.readers = std::make_unique<Clock>(Clock{});
+            (*cell.readers)[read.by.warp] = read.by.clock;
         }
-        read = joined;
+        if (cell.readers && !here) cell.readers.reset();
+        if (cell.readers) (*cell.readers)[now.warp] = now.clock;
+        cell.read = joined;
     }
     void for_copy(const void* to, uint32_t block) {
         for (uintptr_t i = 0; i < 16 / kGrain; ++i) at_grain(reinterpret_cast<uintptr_t>(to) / kGrain + i).copied_by = block;
@@ -115,6 +159,7 @@ class Races {
     }
     void report(const char* what, uintptr_t at);  // block.h
 
+    std::array<Clock, 32> clocks_{};
     std::vector<Suspect> suspects_;
     std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow_;
     uintptr_t last_page_ = ~uintptr_t(0);

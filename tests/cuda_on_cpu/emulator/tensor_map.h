@@ -60,14 +60,23 @@ inline void check_copy(const TensorMap& map, int rank, uint32_t shared, const Pl
     if (shared % (map.swizzled ? 1024 : 128)) fail(place.text() + ": misaligned shared address " + std::to_string(shared));
 }
 
+// Where a copy will land: who reads there early must not get what was there.
+inline void forget(uint32_t to, uint32_t bytes, const Place& place) {
+    char* const target = Block::current()->touch_async(to, bytes, place);
+    if (Races::on) races().access(target, bytes, true);
+    std::memset(target, 0xff, bytes);
+}
+
 inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_t barrier, const int (&at)[4],
                         const Place& place) {
     Block& block = *Block::current();
     check_copy(map, rank, shared, place);
-    each_chunk(map, shared, at, [&](char*, uint32_t to, int64_t, int64_t) {
-        std::memset(block.touch_async(to, 16, place), 0xff, 16);  // who reads early must not get what was there
+    each_chunk(map, shared, at, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
+        if (Races::on && from && begin < end) races().access(from + begin, static_cast<size_t>(end - begin), false);
+        forget(to, 16, place);
     });
     mbarrier_at(barrier, place);
+    const Clock issued = Races::on ? races().release(running->warp) : Clock{};
     block.submit([=, x = at[0], y = at[1], z = at[2], w = at[3]] {
         const int there[4] = {x, y, z, w};
         each_chunk(map, shared, there, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
@@ -75,7 +84,7 @@ inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_
             std::memset(target, 0, 16);
             if (from && begin < end) std::memcpy(target + begin, from + begin, static_cast<size_t>(end - begin));
         });
-        mbarrier_complete(barrier, box_bytes(map), place);
+        mbarrier_complete(barrier, box_bytes(map), issued, place);
     });
 }
 
@@ -83,8 +92,17 @@ inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_
 inline void tensor_store(const TensorMap& map, int rank, uint32_t shared, const int (&at)[4], bool add, const Place& place) {
     check_copy(map, rank, shared, place);
     if (add && !map.is_float) fail(place.text() + ": only floats are added");
-    const auto work = [=, x = at[0], y = at[1], z = at[2], w = at[3]] {
+    const auto visit_races = [=](bool issues, const int (&there)[4]) {  // it may read until its wait
+        if (!Races::on) return;
+        each_chunk(map, shared, there, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
+            races().access(Block::current()->touch_async(from, 16, place), 16, false);
+            if (issues && to && begin < end) races().access(to + begin, static_cast<size_t>(end - begin), true);
+        });
+    };
+    visit_races(true, at);
+    const auto work = [=, issuer = running, x = at[0], y = at[1], z = at[2], w = at[3]] {
         const int there[4] = {x, y, z, w};
+        if (running == issuer) visit_races(false, there);
         each_chunk(map, shared, there, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
             const char* source = Block::current()->touch_async(from, 16, place);
             if (!to) return;
@@ -110,13 +128,15 @@ inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t b
     Block& block = *Block::current();
     if (bytes <= 0 || bytes % 16 || shared % 16 || reinterpret_cast<uintptr_t>(global) % 16)
         fail(place.text() + ": not whole, aligned vectors of 16 bytes");
-    for (int i = 0; i < bytes; i += 16) std::memset(block.touch_async(shared + static_cast<uint32_t>(i), 16, place), 0xff, 16);
+    if (Races::on) races().access(global, static_cast<size_t>(bytes), false);
+    for (int i = 0; i < bytes; i += 16) forget(shared + static_cast<uint32_t>(i), 16, place);
     mbarrier_at(barrier, place);
+    const Clock issued = Races::on ? races().release(running->warp) : Clock{};
     block.submit([=] {
         for (int i = 0; i < bytes; i += 16)
             std::memcpy(Block::current()->touch_async(shared + static_cast<uint32_t>(i), 16, place),
                         static_cast<const char*>(global) + i, 16);
-        mbarrier_complete(barrier, bytes, place);
+        mbarrier_complete(barrier, bytes, issued, place);
     });
 }
 

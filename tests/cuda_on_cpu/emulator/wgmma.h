@@ -14,12 +14,14 @@ namespace emulator {
 struct WgmmaOperand {
     uint32_t start, leading, stride;
     bool k_major;
+    int group;  // of warps
 
-    WgmmaOperand(uint64_t descriptor, bool k_major, const Place& place)
+    WgmmaOperand(uint64_t descriptor, bool k_major, int group, const Place& place)
         : start(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
           leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
           stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4),
-          k_major(k_major) {
+          k_major(k_major),
+          group(group) {
         if (descriptor >> 62 != 1) fail(place.text() + ": the descriptor has another swizzle than 128 bytes");
         if (start >> 7 & 7) fail(place.text() + ": the descriptor starts within a swizzled atom");
     }
@@ -28,7 +30,9 @@ struct WgmmaOperand {
         const auto at = k_major ? static_cast<uint32_t>(mn / 8) * stride + static_cast<uint32_t>(mn % 8 * 128 + k * 2)
                                 : static_cast<uint32_t>(mn / 64) * leading + static_cast<uint32_t>(k / 8) * stride +
                                       static_cast<uint32_t>(k % 8 * 128 + mn % 64 * 2);
-        return reinterpret_cast<const uint16_t*>(Block::current()->touch_async(swizzle128(start + at), 16, place));
+        char* const chunk = Block::current()->touch_async(swizzle128(start + at), 16, place);
+        Block::current()->touch_for_group(chunk, 16, group);
+        return reinterpret_cast<const uint16_t*>(chunk);
     }
     // to[k][mn] of 16 x kWidth elements.
     template <class T, int kWidth>
@@ -118,9 +122,10 @@ void wgmma(WgmmaThread self, bool a_k_major, bool b_k_major, const Place& place)
                 thread(t).accumulate != self.accumulate)
                 fail(place.text() + ": the threads of the warpgroup disagree");
         counters().wgmma += 1;
-        products.open.push_back([=, &in_flight, accumulate = self.accumulate, a = self.a_descriptor, b = self.b_descriptor] {
+        products.open.push_back([=, &in_flight, group = running->id / 128, accumulate = self.accumulate, a = self.a_descriptor,
+                                 b = self.b_descriptor] {
             alignas(32) static float right[16][kN], left_columns[16][64];
-            WgmmaOperand(b, b_k_major, place).read<T>(right, place);
+            WgmmaOperand(b, b_k_major, group, place).read<T>(right, place);
             if (left) {
                 for (int t = 0; t < 128; ++t)
                     for (int i = 0; i < 4; ++i) {
@@ -131,7 +136,7 @@ void wgmma(WgmmaThread self, bool a_k_major, bool b_k_major, const Place& place)
                         left_columns[k + 1][row] = qemb::cuda::unpack<T>(left->words[t][i], 1);
                     }
             } else {
-                WgmmaOperand(a, a_k_major, place).read<T>(left_columns, place);
+                WgmmaOperand(a, a_k_major, group, place).read<T>(left_columns, place);
             }
             if (!accumulate) std::fill(sums->values.begin(), sums->values.end(), 0.0f);
             for (int row = 0; row < 64; ++row)
