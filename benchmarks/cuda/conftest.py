@@ -80,7 +80,11 @@ def measure(meter, request):
         torch.manual_seed(0)
         family = request.node.path.stem.removeprefix("bench_")
         if family in HOPPER and meter.on_gpu and torch.cuda.get_device_capability(meter.device) == (9, 0):
-            contenders = {OURS: contenders[OURS], f"{OURS}, sm_80 kernels": on_older_kernels(contenders[OURS]), **contenders}
+            contenders = {
+                OURS: contenders[OURS],
+                f"{OURS}, sm_80 kernels": on_older_kernels(contenders[OURS]),
+                **contenders,
+            }
         left_out = request.config.getoption("--without")
         contenders = {name: prepare for name, prepare in contenders.items() if name not in left_out}
         found = meter.measure(family, case, contenders, **options)
