@@ -52,10 +52,11 @@ struct KeyTile {
     Span span;
     int first, count, kv_head, group, from, per_head, steps;
 
-    QEMB_DEVICE KeyTile(const AttentionBackward& p, int tile)
-        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + tile / static_cast<int>(p.num_kv_heads)),
-                  tile % static_cast<int>(p.num_kv_heads)) {}
-    QEMB_DEVICE static int number(const AttentionBackward& p) { return p.plan.data[2] * static_cast<int>(p.num_kv_heads); }
+    QEMB_DEVICE KeyTile(const AttentionBackward& p, int unit, int)
+        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + unit / static_cast<int>(p.num_kv_heads)),
+                  unit % static_cast<int>(p.num_kv_heads)) {}
+    QEMB_DEVICE static int units(const AttentionBackward& p) { return p.plan.data[2] * static_cast<int>(p.num_kv_heads); }
+    QEMB_DEVICE static int parts(const AttentionBackward&) { return 1; }
     QEMB_DEVICE int head(int step) const { return kv_head * group + step / per_head; }
     QEMB_DEVICE int query(int step) const { return (from + step % per_head) * kQueryStep; }
 
@@ -412,8 +413,8 @@ bool attention_backward(const AttentionBackward& p) {
         const auto blocks = [](int64_t tiles) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), tiles))); };
         launch(kOp, key_gradients<T, D>, blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes, p.stream,
                p, q_steps, k, v, dout_steps, rows);
-        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * heads), kThreads, QueriesLayout<D>::kBytes, p.stream, p,
-               row_tokens, q_tiles, k, v, dout_tiles);
+        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * p.num_kv_heads), kThreads, QueriesLayout<D>::kBytes, p.stream,
+               p, row_tokens, q_tiles, k, v, dout_tiles);
         taken = true;
     });
     return taken;

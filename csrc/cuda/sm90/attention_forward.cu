@@ -33,7 +33,7 @@ QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const Te
     announce_tiles(p, message<D>(), q_ring, any, [&](const QueryTile& tile) {
         mbarrier_expect(q_ring.full(), tile.steps > 0 ? kTileBytes<kTile, D> : 0);
         if (tile.steps > 0) load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
-        for (int step = tile.steps; step-- > 0;) {
+        for (int step = tile.is_kept ? 0 : tile.steps; step-- > 0;) {
             const int key = tile.span.k + step * kKeys;
             k_ring.wait_empty();
             mbarrier_expect(k_ring.full(), kTileBytes<kKeys, D>);
@@ -124,11 +124,11 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             wgmma_commit();
             pass_turn();
             wgmma_wait<0>();
-            k_ring.release(signals);
+            if (!tile.keeps) k_ring.release(signals);
             update(step);
             as_left<T, kKeys>(s, weights);
             v_ring.wait_full();
-            if (tile.span.num_k < tile.steps * kKeys) {
+            if (tile.span.num_k < tile.steps * kKeys && !tile.is_kept) {
                 clear_rows<kKeys, D>(v_tile(), tile.span.num_k - step * kKeys);
                 barrier_sync(kTailBarrier, kConsumers);
             }
@@ -159,7 +159,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             multiply_columns<T, D, kKeys>(out, weights, v_tile());
             wgmma_commit();
             wgmma_wait<0>();
-            v_ring.release(signals);
+            if (!tile.keeps) v_ring.release(signals);
         } else {
             sync_warp();  // all of it has read the message
             q_ring.release(lane == 0);
@@ -215,7 +215,7 @@ bool attention_forward(const AttentionForward& p) {
             !make_token_map<T, D, kKeys>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) ||
             !make_token_map<T, D, kKeys>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride))
             return;
-        const auto blocks = static_cast<unsigned>(min(int64_t(multiprocessors()), p.plan.blocks * p.num_heads));
+        const auto blocks = static_cast<unsigned>(min(int64_t(multiprocessors()), p.plan.blocks * p.num_kv_heads));
         launch("varlen_attention", attention_forward<T, D>, dim3(blocks), kThreads, Layout<D>::kBytes, p.stream, p, q, k, v);
         taken = true;
     });

@@ -85,31 +85,39 @@ QEMB_DEVICE void as_left(const float (&x)[kColumns / 2], uint32_t (&a)[kColumns 
         for (int i = 0; i < 4; ++i) a[k][i] = pack<T>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// 128 queries of a sequence, one head, and the steps of 128 keys that some of them see.
+// 128 queries of a sequence, one head, and the steps of 128 keys that some of them see. The heads of a group follow each other
+// in one block, which keeps keys and values between them where there is one step.
 struct QueryTile {
     static constexpr int kEnd = -1;  // as `steps`: no tile, and none will follow
 
     Span span;
     int first, count, head, kv_head, steps;
+    bool is_kept, keeps;  // the keys: from the head before, for the next one
 
     template <class Params>
-    QEMB_DEVICE QueryTile(const Params& p, int tile)
-        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + tile / static_cast<int>(p.num_heads)),
-                    tile % static_cast<int>(p.num_heads)) {}
+    QEMB_DEVICE QueryTile(const Params& p, int unit, int part)
+        : QueryTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + unit / static_cast<int>(p.num_kv_heads)),
+                    unit % static_cast<int>(p.num_kv_heads), part) {}
     template <class Params>
-    QEMB_DEVICE static int number(const Params& p) {
-        return p.plan.data[1] * static_cast<int>(p.num_heads);
+    QEMB_DEVICE static int units(const Params& p) {
+        return p.plan.data[1] * static_cast<int>(p.num_kv_heads);
+    }
+    template <class Params>
+    QEMB_DEVICE static int parts(const Params& p) {
+        return static_cast<int>(p.num_heads / p.num_kv_heads);
     }
 
   private:
     template <class Params>
-    QEMB_DEVICE QueryTile(const Params& p, const int32_t* item, int head)
+    QEMB_DEVICE QueryTile(const Params& p, const int32_t* item, int kv_head, int part)
         : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
           first(item[1] * kTile),
           count(min(kTile, span.num_q - first)),
-          head(head),
-          kv_head(head / static_cast<int>(p.num_heads / p.num_kv_heads)),
-          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kTile - 1) / kTile) {}
+          head(kv_head * parts(p) + part),
+          kv_head(kv_head),
+          steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kTile - 1) / kTile),
+          is_kept(steps == 1 && part > 0),
+          keeps(steps == 1 && part + 1 < parts(p)) {}
 };
 
 // The producer alone reads the plan, ahead of everyone. For each tile of this block that wanted(tile) lets pass: take(tile),
@@ -118,14 +126,15 @@ struct QueryTile {
 constexpr int kMessageBytes = 64;
 template <class Tile, class Params, class Wanted, class Take>
 QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Wanted& wanted, const Take& take) {
-    for (int at = blockIdx.x, end = Tile::number(p); at < end; at += gridDim.x) {
-        const Tile tile(p, at);
-        if (!wanted(tile)) continue;
-        ring.wait_empty();
-        message = tile;
-        take(tile);
-        ring.next();
-    }
+    for (int unit = blockIdx.x, end = Tile::units(p); unit < end; unit += gridDim.x)
+        for (int part = 0; part < Tile::parts(p); ++part) {
+            const Tile tile(p, unit, part);
+            if (!wanted(tile)) continue;
+            ring.wait_empty();
+            message = tile;
+            take(tile);
+            ring.next();
+        }
     ring.wait_empty();
     message.steps = Tile::kEnd;
     mbarrier_arrive(ring.full());
