@@ -19,15 +19,25 @@ QEMB_DEVICE bool is_whole(const Span& span) { return span.num_k > 0 && span.num_
 int64_t padded(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
 
 // What the passes know of each query: [2, num_heads, padded tokens] its lse in base 2 (+inf where it sees no key: all its
-// weights are zero), and delta, the sum of out * dout.
+// weights are zero), and delta, the sum of out * dout, where the first pass does not find it itself.
 template <class T, int D>
 __global__ void __launch_bounds__(256) prepare(const AttentionBackward p, int64_t row_tokens) {
     constexpr int kLanes = D / 8;
-    const int64_t rows = p.num_tokens * p.num_heads, row = blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes;
-    const int64_t at = (row < rows ? row : rows - 1) * D + threadIdx.x % kLanes * 8;
-    const float delta = row_dot<D>(load<8>(static_cast<const T*>(p.out) + at), load<8>(static_cast<const T*>(p.dout) + at));
-    if (row >= rows || threadIdx.x % kLanes > 0) return;
+    const int64_t rows = p.num_tokens * p.num_heads;
+    const int64_t row = min(blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes, rows - 1);  // the last one several times
     const int64_t token = row / p.num_heads, head = row % p.num_heads;
+    int64_t low = 0, high = p.num_seqs;  // cu_seqlens_q[low] <= token < cu_seqlens_q[high]
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (p.cu_seqlens_q[middle] <= token ? low : high) = middle;
+    }
+    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, low);
+    float delta = 0;
+    if (any_lane(span.num_q > kTile || span.num_k > kTile)) {
+        const int64_t at = row * D + threadIdx.x % kLanes * 8;
+        delta = row_dot<D>(load<8>(static_cast<const T*>(p.out) + at), load<8>(static_cast<const T*>(p.dout) + at));
+    }
+    if (threadIdx.x % kLanes > 0) return;
     const float lse = static_cast<const float*>(p.lse)[row];
     float* const to = static_cast<float*>(p.scratch) + head * row_tokens + token;
     to[0] = lse == -INFINITY ? INFINITY : lse * kLog2E;
@@ -41,7 +51,8 @@ struct KeysLayout {
                          kDelta = kLse + kQueryStep * 4;
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
     static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>,
-                         kRing = kDs + kTile * kQueryStep * 2, kBarriers = kRing + kStages * kStageBytes,
+                         kParts = kDs + kTile * kQueryStep * 2, kRing = kParts + kConsumers / 32 * kQueryStep * 4,
+                         kBarriers = kRing + kStages * kStageBytes,
                          kMessage = kBarriers + Ring<1>::kBytes + Ring<kStages>::kBytes, kBytes = kMessage + kMessageBytes;
 };
 
@@ -101,6 +112,34 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
     });
 }
 
+// delta of a step's queries, where all keys are here: the sum of weight * dP over them, so that out need not be read. Eight
+// warps have 16 keys each.
+template <int D>
+QEMB_DEVICE void sum_delta(const float (&weights)[kQueryStep / 2], const float (&dp)[kQueryStep / 2], float* delta) {
+    float* const parts = reinterpret_cast<float*>(shared_bytes() + KeysLayout<D>::kParts);  // [warps, queries]
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kQueryStep / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float part = 0;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float weight = weights[4 * n + 2 * i + j];  // 0 beside a NaN of a neighbour stays 0
+                part += weight > 0 ? weight * dp[4 * n + 2 * i + j] : weight;
+            }
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) part += shuffle_xor(part, mask);
+            if (lane < 4) parts[warp * kQueryStep + n * 8 + lane * 2 + j] = part;
+        }
+    barrier_sync(kSharedDsBarrier, kConsumers);
+    const int column = threadIdx.x / 4, first = threadIdx.x % 4 * 2;  // warps
+    const float sum = lanes_sum<4>(parts[first * kQueryStep + column] + parts[(first + 1) * kQueryStep + column]);
+    if (lane % 4 == 0) delta[column] = sum;
+    fence_async();  // the copy engine writes there next
+    barrier_sync(kSharedDsBarrier, kConsumers);
+}
+
 // dQ of a step's queries, where all keys are here: dS^T goes through shared memory, and each warpgroup takes 64 columns.
 template <class T, int D>
 QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared,
@@ -108,7 +147,6 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const uint32_t (&ds)
     using L = KeysLayout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const uint32_t tile = shared + L::kDs, row = group * 64 + warp * 16 + lane / 4;
-    barrier_sync(kSharedDsBarrier, kConsumers);  // the step before is stored
 #pragma unroll
     for (int k = 0; k < kQueryStep / 16; ++k)
 #pragma unroll
@@ -181,7 +219,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
 
             // Weights, queries along the columns
             const auto* lse = reinterpret_cast<const float*>(shared_bytes() + offset + L::kLse);
-            const auto* delta = reinterpret_cast<const float*>(shared_bytes() + offset + L::kDelta);
+            auto* delta = reinterpret_cast<float*>(shared_bytes() + offset + L::kDelta);
             const int seen = tile.span.num_k - tile.span.num_q + 1;  // by query 0 under a causal mask
             const bool masked =
                 left < kQueryStep || tile.count < kTile || (p.causal && first_query + seen < tile.first + group * 64 + 64);
@@ -199,6 +237,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
             multiply_columns<T, D, kQueryStep>(dv, weights, stage + L::kDout);
             wgmma_commit();
             wgmma_wait<0>();  // dV as well: with its operand in registers ptxas would let the products run one by one
+            if (whole) sum_delta<D>(s, dp, delta);
 #pragma unroll
             for (int n = 0; n < kQueryStep / 8; ++n)
 #pragma unroll
