@@ -98,6 +98,10 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
         q_ring.wait_full();
         const QueryTile tile = message<D>();
         if (tile.steps == QueryTile::kEnd) return;
+        if (tile.is_kept) {  // the same stages again
+            k_ring.rewind(tile.steps);
+            v_ring.rewind(tile.steps);
+        }
         const int row = tile.first + my_first + lane / 4;
         const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
         const int sees[2] = {visible_keys(row, tile.span.num_q, tile.span.num_k, p.causal),
@@ -124,7 +128,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             wgmma_commit();
             pass_turn();
             wgmma_wait<0>();
-            if (!tile.keeps) k_ring.release(signals);
+            k_ring.release(signals && !tile.keeps);
             update(step);
             as_left<T, kKeys>(s, weights);
             v_ring.wait_full();
@@ -145,10 +149,10 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
                 wgmma_commit();
                 pass_turn();
                 wgmma_wait<1>();
-                k_ring.release(signals);
+                k_ring.release(signals && !tile.keeps);
                 update(step);
                 wgmma_wait<0>();
-                v_ring.release(signals);
+                v_ring.release(signals && !tile.keeps);
                 as_left<T, kKeys>(s, weights);
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
@@ -159,7 +163,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             multiply_columns<T, D, kKeys>(out, weights, v_tile());
             wgmma_commit();
             wgmma_wait<0>();
-            if (!tile.keeps) v_ring.release(signals);
+            v_ring.release(signals && !tile.keeps);
         } else {
             sync_warp();  // all of it has read the message
             q_ring.release(lane == 0);

@@ -116,8 +116,8 @@ struct QueryTile {
           head(kv_head * parts(p) + part),
           kv_head(kv_head),
           steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kTile - 1) / kTile),
-          is_kept(steps == 1 && part > 0),
-          keeps(steps == 1 && part + 1 < parts(p)) {}
+          is_kept(steps <= 2 && part > 0),
+          keeps(steps <= 2 && part + 1 < parts(p)) {}
 };
 
 // The producer alone reads the plan, ahead of everyone. For each tile of this block that wanted(tile) lets pass: take(tile),

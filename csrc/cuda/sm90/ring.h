@@ -37,6 +37,13 @@ struct Ring {
         if (arrives) mbarrier_arrive(empty());
         next();
     }
+    // To read so many stages again, which were not released.
+    QEMB_DEVICE void rewind(int steps) {
+        stage -= steps;
+        const bool wraps = stage < 0;
+        stage += wraps ? kStages : 0;
+        parity ^= wraps;
+    }
     QEMB_DEVICE void next() {
         if (++stage == kStages) {
             stage = 0;
