@@ -278,19 +278,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> keys{shared + L::kBarriers};
     const Ring<L::kStages> ring{keys.barriers + Ring<1>::kBytes};
-    if (threadIdx.x == 0) {
-        keys.init(kConsumers / 32);
-        ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x == kConsumers) produce_queries<D>(p, q, k, v, dout, rows, shared, keys, ring);
-    } else {
-        registers_increase<kConsumerRegisters>();
-        sum_key_gradients<T, D>(p, shared, keys, ring);
-    }
+    by_role(
+        [&] {
+            keys.init(kConsumers / 32);
+            ring.init(2);
+        },
+        [&] { produce_queries<D>(p, q, k, v, dout, rows, shared, keys, ring); },
+        [&] { sum_key_gradients<T, D>(p, shared, keys, ring); });
 }
 
 template <int D>
@@ -407,19 +401,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> queries{shared + L::kBarriers};
     const Ring<2> ring{queries.barriers + Ring<1>::kBytes};
-    if (threadIdx.x == 0) {
-        queries.init(kConsumers / 32);
-        ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x == kConsumers) produce_keys<D>(p, q, k, v, dout, shared, queries, ring);
-    } else {
-        registers_increase<kConsumerRegisters>();
-        sum_query_gradients<T, D>(p, row_tokens, shared, queries, ring);
-    }
+    by_role(
+        [&] {
+            queries.init(kConsumers / 32);
+            ring.init(2);
+        },
+        [&] { produce_keys<D>(p, q, k, v, dout, shared, queries, ring); },
+        [&] { sum_query_gradients<T, D>(p, row_tokens, shared, queries, ring); });
 }
 
 }  // namespace

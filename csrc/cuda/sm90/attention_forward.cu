@@ -191,20 +191,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> q_ring{shared + L::kBarriers};
     const Ring<2> k_ring{q_ring.barriers + Ring<1>::kBytes}, v_ring{k_ring.barriers + Ring<2>::kBytes};
-    if (threadIdx.x == 0) {
-        q_ring.init(kConsumers / 32);
-        k_ring.init(2);
-        v_ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x == kConsumers) produce<D>(p, q, k, v, shared, q_ring, k_ring, v_ring);
-    } else {
-        registers_increase<kConsumerRegisters>();
-        consume<T, D>(p, shared, q_ring, k_ring, v_ring);
-    }
+    by_role(
+        [&] {
+            q_ring.init(kConsumers / 32);
+            k_ring.init(2);
+            v_ring.init(2);
+        },
+        [&] { produce<D>(p, q, k, v, shared, q_ring, k_ring, v_ring); },
+        [&] { consume<T, D>(p, shared, q_ring, k_ring, v_ring); });
 }
 
 }  // namespace

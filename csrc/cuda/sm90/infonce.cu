@@ -127,14 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const QEMB_GRID_CONSTANT TensorMap weights) {
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kScoreBarriers};
-    if (threadIdx.x == 0) {
-        ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
+    const auto produce = [&] {
         for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
             const int row0 = sweep.row0(unit), column0 = sweep.first_tile(unit) * kTile;
             for (int pass = 0; pass < 2; ++pass) {
@@ -146,10 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 });
             }
         }
-    } else {
-        registers_increase<kConsumerRegisters>();
-        consume_scores(a, sweep, ring, stages, weights);
-    }
+    };
+    by_role([&] { ring.init(2); }, produce, [&] { consume_scores(a, sweep, ring, stages, weights); });
 }
 
 constexpr int kProductBarriers = kStages * kStageBytes<true>, kProductBytes90 = kProductBarriers + StageRing::kBytes;
@@ -169,14 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t steps = max(int64_t(0), min(tiles_of_split, tiles - first_tile)) * kSteps;
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kProductBarriers};
-    if (threadIdx.x == 0) {
-        ring.init(kConsumers / 32);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
+    const auto produce = [&] {
         constexpr int kFactorBytes = kTile * sizeof(T);
         fill_stages<true>(ring, stages, steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
             const int64_t tile = first_tile + step / kSteps;
@@ -188,23 +172,24 @@ __global__ void __launch_bounds__(kThreads, 1)
                          {feature0 + panel * 64, column});
             bulk_load(stage + kLoadedBytes, a.factors + (first_of_kind + tile) * a.rows + row0, kFactorBytes, barrier);
         });
-        return;
-    }
-    registers_increase<kConsumerRegisters>();
-    Sums sums;
-    multiply_scaled<T, Depth::kAlong>(sums, ring, shared_bytes(), stages, steps);
-    float* const to = a.partial + (split * a.rows + row0) * a.p.dim;
+    };
+    const auto consume = [&] {
+        Sums sums;
+        multiply_scaled<T, Depth::kAlong>(sums, ring, shared_bytes(), stages, steps);
+        float* const to = a.partial + (split * a.rows + row0) * a.p.dim;
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
+        for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int64_t d = feature0 + pair_column(n);
-            float* const pair = to + (first_row() + 8 * i) * a.p.dim + d;
-            if (d < a.p.dim) {
-                pair[0] = steps > 0 ? sums[4 * n + 2 * i] : 0.0f;
-                pair[1] = steps > 0 ? sums[4 * n + 2 * i + 1] : 0.0f;
+            for (int i = 0; i < 2; ++i) {
+                const int64_t d = feature0 + pair_column(n);
+                float* const pair = to + (first_row() + 8 * i) * a.p.dim + d;
+                if (d < a.p.dim) {
+                    pair[0] = steps > 0 ? sums[4 * n + 2 * i] : 0.0f;
+                    pair[1] = steps > 0 ? sums[4 * n + 2 * i + 1] : 0.0f;
+                }
             }
-        }
+    };
+    by_role([&] { ring.init(kConsumers / 32); }, produce, consume);
 }
 
 // 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives. The
@@ -220,14 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool both = first == kQueryDocument && a.dense[kDocDoc];
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kProductBarriers};
-    if (threadIdx.x == 0) {
-        ring.init(kConsumers / 32);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
+    const auto produce = [&] {
         constexpr int kFactorBytes = kStepDepth * sizeof(T);
         fill_stages<true>(
             ring, stages, both ? 2 * steps : steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
@@ -244,35 +222,36 @@ __global__ void __launch_bounds__(kThreads, 1)
                              {feature0 + panel * 64, static_cast<int>(row)});
                 bulk_load(stage + kLoadedBytes, a.factors + at * a.rows + row, kFactorBytes, barrier);
             });
-        return;
-    }
-    registers_increase<kConsumerRegisters>();
-    Sums sums;
-    multiply_scaled<T, Depth::kAcross>(sums, ring, shared_bytes(), stages, both ? 2 * steps : steps);
+    };
+    const auto consume = [&] {
+        Sums sums;
+        multiply_scaled<T, Depth::kAcross>(sums, ring, shared_bytes(), stages, both ? 2 * steps : steps);
 
-    // The stages are free: boxes of 32 features and this warpgroup's 64 columns
-    const float unit = *a.unit;
-    const int group = threadIdx.x / 128, row = first_row() % 64;
-    const uint32_t staging = stages + group * (kColumns / 32) * 64 * 128;
-    barrier_sync(kMasksBarrier, kConsumers);
+        // The stages are free: boxes of 32 features and this warpgroup's 64 columns
+        const float unit = *a.unit;
+        const int group = threadIdx.x / 128, row = first_row() % 64;
+        const uint32_t staging = stages + group * (kColumns / 32) * 64 * 128;
+        barrier_sync(kMasksBarrier, kConsumers);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
+        for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int at_row = row + 8 * i, word = n % 4 * 8 + threadIdx.x % 4 * 2 + j;
-                shared_store4(staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
-                              __builtin_bit_cast(uint32_t, unit* sums[4 * n + 2 * i + j]));
-            }
-    fence_async();
-    barrier_sync(kGroupBarrier + group, 128);
-    if (threadIdx.x % 128 > 0) return;
+                for (int j = 0; j < 2; ++j) {
+                    const int at_row = row + 8 * i, word = n % 4 * 8 + threadIdx.x % 4 * 2 + j;
+                    shared_store4(staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
+                                  __builtin_bit_cast(uint32_t, unit* sums[4 * n + 2 * i + j]));
+                }
+        fence_async();
+        barrier_sync(kGroupBarrier + group, 128);
+        if (threadIdx.x % 128 > 0) return;
 #pragma unroll
-    for (int box = 0; box < kColumns / 32; ++box)
-        tma_add(gradient, staging + box * 64 * 128, {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
-    bulk_commit();
-    bulk_wait_read<0>();
+        for (int box = 0; box < kColumns / 32; ++box)
+            tma_add(gradient, staging + box * 64 * 128, {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
+        bulk_commit();
+        bulk_wait_read<0>();
+    };
+    by_role([&] { ring.init(kConsumers / 32); }, produce, consume);
 }
 
 template <class T, class... Parameters, class... Arguments>

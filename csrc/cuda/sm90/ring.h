@@ -9,7 +9,23 @@ namespace qemb::cuda::sm90 {
 constexpr int kConsumers = 256, kThreads = 384;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-QEMB_DEVICE bool is_producer() { return threadIdx.x >= kConsumers; }
+// A kernel's life: one thread makes the barriers, then one thread produces while the others consume. One if with two branches
+// is what ptxas wants to see for registers to move between warpgroups.
+template <class Init, class Produce, class Consume>
+QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume) {
+    if (threadIdx.x == 0) {
+        init();
+        fence_mbarrier_init();
+    }
+    sync_block();
+    if (threadIdx.x >= kConsumers) {
+        registers_decrease<kProducerRegisters>();
+        if (threadIdx.x == kConsumers) produce();
+    } else {
+        registers_increase<kConsumerRegisters>();
+        consume();
+    }
+}
 
 // Where one side of the ring is: both walk through the stages in the same order.
 template <int kStages>
@@ -20,7 +36,7 @@ struct Ring {
     int stage = 0;
     uint32_t parity = 0;
 
-    // By one thread, before fence_mbarrier_init() and a barrier of the block. `readers`: arrivals that free a stage.
+    // By the init of by_role. `readers`: arrivals that free a stage.
     QEMB_DEVICE void init(int readers) const {
 #pragma unroll
         for (int i = 0; i < kStages; ++i) {

@@ -22,53 +22,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t first = part * span, end = min(first + span, p.num_documents);
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kBarriers};
-    if (threadIdx.x == 0) {
-        ring.init(2);
-        fence_mbarrier_init();
-    }
-    sync_block();
-    if (is_producer()) {
-        registers_decrease<kProducerRegisters>();
-        if (threadIdx.x > kConsumers) return;
+    const auto produce = [&] {
         for (int64_t document = first; document < end; document += kColumns)
             fill_stages<false>(ring, stages, dim_steps, 0, [&](int64_t step, uint32_t stage, uint32_t barrier) {
                 const int feature = static_cast<int>(step) * kStepDepth;
                 tma_load(stage, queries, barrier, {feature, static_cast<int>(row0)});
                 tma_load(stage + kLeftBytes, documents, barrier, {feature, static_cast<int>(document)});
             });
-        return;
-    }
-    registers_increase<kConsumerRegisters>();
-    Rows& rows = *reinterpret_cast<Rows*>(shared_bytes() + kRows);
-    float* const staged = reinterpret_cast<float*>(shared_bytes() + kStaged);
-    const Lists mine{p, lists, row0, part};
-    mine.clear(rows);
-    barrier_sync(kScoresBarrier, kConsumers);
-    for (int64_t document = first; document < end; document += kColumns) {
-        HalfSums low, high;
-        multiply<T>(low, high, ring, stages, dim_steps);
+    };
+    const auto consume = [&] {
+        Rows& rows = *reinterpret_cast<Rows*>(shared_bytes() + kRows);
+        float* const staged = reinterpret_cast<float*>(shared_bytes() + kStaged);
+        const Lists mine{p, lists, row0, part};
+        mine.clear(rows);
+        barrier_sync(kScoresBarrier, kConsumers);
+        for (int64_t document = first; document < end; document += kColumns) {
+            HalfSums low, high;
+            multiply<T>(low, high, ring, stages, dim_steps);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (document + half * kTile >= end) continue;
+            for (int half = 0; half < 2; ++half) {
+                if (document + half * kTile >= end) continue;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int row = first_row() + 8 * i;
-                bool hit = false;
+                for (int i = 0; i < 2; ++i) {
+                    const int row = first_row() + 8 * i;
+                    bool hit = false;
 #pragma unroll
-                for (int n = 0; n < kTile / 8; ++n)
+                    for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const float score = (half ? high : low)[4 * n + 2 * i + j];
-                        staged[row * kStagedRow + pair_column(n) + j] = score;
-                        hit |= rows.enters(row, score);
-                    }
-                if (hit) rows.hit[row] = 1;
+                        for (int j = 0; j < 2; ++j) {
+                            const float score = (half ? high : low)[4 * n + 2 * i + j];
+                            staged[row * kStagedRow + pair_column(n) + j] = score;
+                            hit |= rows.enters(row, score);
+                        }
+                    if (hit) rows.hit[row] = 1;
+                }
+                barrier_sync(kScoresBarrier, kConsumers);
+                mine.enter(staged, document + half * kTile, end, rows);
+                barrier_sync(kScoresBarrier, kConsumers);
             }
-            barrier_sync(kScoresBarrier, kConsumers);
-            mine.enter(staged, document + half * kTile, end, rows);
-            barrier_sync(kScoresBarrier, kConsumers);
         }
-    }
+    };
+    by_role([&] { ring.init(2); }, produce, consume);
 }
 
 }  // namespace
