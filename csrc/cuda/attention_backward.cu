@@ -8,8 +8,8 @@ namespace qemb::cuda {
 
 int64_t attention_backward_scratch(const AttentionBackward& p) {
     if (p.plan.blocks + p.plan.key_blocks == 0) return 0;
-    const int64_t bytes = p.num_tokens * p.num_heads * static_cast<int64_t>(sizeof(float));
-    return kSm90IsBuilt ? std::max(bytes, sm90::attention_backward_scratch(p)) : bytes;
+    if (on_hopper()) return sm90::attention_backward_scratch(p);  // the more of the two
+    return p.num_tokens * p.num_heads * static_cast<int64_t>(sizeof(float));
 }
 
 void attention_backward(const AttentionBackward& p) {

@@ -53,6 +53,8 @@ struct Panel {
     int64_t doc_tiles, query_tiles;     // of columns that are scored
     int64_t first_tile[kNumKinds + 1];  // of the weights, by kind; then their number
     double scale[kNumGroups];           // a logit in log2 units is this times the score
+    // The same in two floats: the rounding of one would count as often as the exponent is large.
+    float scale_high[kNumGroups], scale_low[kNumGroups];
 
     // A tile's weights are 2^(score * scale - offset), offset an integer of its own for each row: whatever the largest logit
     // of the whole softmax turns out to be, a factor that is a power of two, and so exact, brings them to it.
@@ -76,10 +78,9 @@ struct Panel {
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Hopper's kernels alone
-    float scale_high[kNumGroups], scale_low[kNumGroups];  // the scale in two floats
-    bool same_groups[kNumKinds];                          // the two groups of a kind's columns differ in name only
-    int* plain;    // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
-    T* positives;  // [rows, dim] those of the panel
+    bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
+    int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
+    T* positives;                 // [rows, dim] those of the panel
     int64_t scratch_bytes;
 
     Panel(const InfoNce& p, bool hopper)

@@ -67,15 +67,26 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int64_t row0, int64_t 
     }
 }
 
-QEMB_DEVICE void count_tile(Kind kind, float kept_score, int num_kept, int num_dropped, Kept& kept) {
+// To the tally of this warp.
+QEMB_DEVICE void count_tile(Kind kind, float kept_score, int num_kept, int num_dropped, Tally& tally) {
     const double score = warp_sum(static_cast<double>(kept_score));
     num_kept = warp_sum(num_kept);
     num_dropped = warp_sum(num_dropped);
     if (threadIdx.x % 32 != 0) return;
-    Tally& tally = kept.tally[threadIdx.x / 32];
     if (kind == kQueryDocument) tally.kept_score = score, tally.kept_query_document = num_kept;
     tally.kept += num_kept;
     tally.dropped += num_dropped;
+}
+
+QEMB_DEVICE Tally sum_of(const Tally* warps) {
+    Tally total = warps[0];
+    for (int warp = 1; warp < kTileThreads / 32; ++warp) {
+        total.kept_score += warps[warp].kept_score;
+        total.kept_query_document += warps[warp].kept_query_document;
+        total.kept += warps[warp].kept;
+        total.dropped += warps[warp].dropped;
+    }
+    return total;
 }
 
 // Masks; then, where the kind is dense, the weights of the tile.
@@ -111,8 +122,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
     }
 
     // Masks, and the largest logit of each row
-    const double scale[2] = {a.scale[first_group(kind)], a.scale[first_group(kind) + (kind != kQueries)]};  // of a logit, log2
-    const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
+    const int groups_of_kind[2] = {first_group(kind), first_group(kind) + (kind != kQueries)};
+    const float high[2] = {a.scale_high[groups_of_kind[0]], a.scale_high[groups_of_kind[1]]};
     const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[threadIdx.x] : 0;
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
@@ -148,13 +159,12 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
             best = lanes_max<4>(best);
             if (quad_lane == 0) masks.part[0][row][warp_column] = best;
         }
-    count_tile(kind, kept_score, num_kept, num_dropped, kept);
+    count_tile(kind, kept_score, num_kept, num_dropped, kept.tally[threadIdx.x / 32]);
     sync_block();
     if (!a.dense[kind]) return;
 
-    // Weights. A scale in two floats: the rounding of one would count as often as the exponent is large.
-    const float low[2] = {static_cast<float>(scale[0] - static_cast<double>(high[0])),
-                          static_cast<float>(scale[1] - static_cast<double>(high[1]))};
+    // Weights
+    const float low[2] = {a.scale_low[groups_of_kind[0]], a.scale_low[groups_of_kind[1]]};
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -236,14 +246,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
         finish_tile(a, kDocDoc, row0, column_tile, scores);
     }
     if (threadIdx.x > 0) return;
-    Tally total = kept.tally[0];
-    for (int warp = 1; warp < kTileThreads / 32; ++warp) {
-        total.kept_score += kept.tally[warp].kept_score;
-        total.kept_query_document += kept.tally[warp].kept_query_document;
-        total.kept += kept.tally[warp].kept;
-        total.dropped += kept.tally[warp].dropped;
-    }
-    a.tallies[(of_documents ? column_tile : a.doc_tiles + column_tile) * a.row_tiles + row0 / kTile] = total;
+    a.tallies[(of_documents ? column_tile : a.doc_tiles + column_tile) * a.row_tiles + row0 / kTile] = sum_of(kept.tally);
 }
 
 }  // namespace qemb::cuda::infonce

@@ -83,11 +83,6 @@ struct KeyTile {
           steps(group * per_head) {}
 };
 
-template <class Tile, class Layout>
-QEMB_DEVICE Tile& message() {
-    return *reinterpret_cast<Tile*>(shared_bytes() + Layout::kMessage);
-}
-
 template <int D>
 QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
                                  const TensorMap& dout, const TensorMap& rows, uint32_t shared, Ring<1> keys,
@@ -112,6 +107,9 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
     });
 }
 
+// weight * x, but a weight of 0 stays 0 beside a neighbour's NaN.
+QEMB_DEVICE float weighted(float weight, float x) { return weight > 0 ? weight * x : weight; }
+
 // delta of a step's queries, where all keys are here: the sum of weight * dP over them, so that out need not be read. Eight
 // warps have 16 keys each.
 template <int D>
@@ -125,8 +123,7 @@ QEMB_DEVICE void sum_delta(const float (&weights)[kQueryStep / 2], const float (
             float part = 0;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float weight = weights[4 * n + 2 * i + j];  // 0 beside a NaN of a neighbour stays 0
-                part += weight > 0 ? weight * dp[4 * n + 2 * i + j] : weight;
+                part += weighted(weights[4 * n + 2 * i + j], dp[4 * n + 2 * i + j]);
             }
 #pragma unroll
             for (int mask = 4; mask < 32; mask *= 2) part += shuffle_xor(part, mask);
@@ -243,8 +240,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, uint32_t shared, 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = n * 8 + lane % 4 * 2 + i % 2;
-                    const float weight = s[4 * n + i];  // 0 beside a NaN of a neighbour stays 0
-                    dp[4 * n + i] = weight > 0 ? weight * (dp[4 * n + i] - delta[column]) : weight;
+                    dp[4 * n + i] = weighted(s[4 * n + i], dp[4 * n + i] - delta[column]);
                 }
             as_left<T, kQueryStep>(dp, ds);
             wgmma_fence();
@@ -437,11 +433,10 @@ bool attention_backward(const AttentionBackward& p) {
         if (!fits) return;
         launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens * heads, 2048 / D))), 256, 0, p.stream, p,
                row_tokens);
-        const auto blocks = [](int64_t tiles) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), tiles))); };
-        launch(kOp, key_gradients<T, D>, blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes, p.stream,
-               p, q_steps, k, v, dout_steps, rows);
-        launch(kOp, query_gradients<T, D>, blocks(p.plan.blocks * p.num_kv_heads), kThreads, QueriesLayout<D>::kBytes, p.stream,
-               p, row_tokens, q_tiles, k, v, dout_tiles);
+        launch(kOp, key_gradients<T, D>, resident_blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, KeysLayout<D>::kBytes,
+               p.stream, p, q_steps, k, v, dout_steps, rows);
+        launch(kOp, query_gradients<T, D>, resident_blocks(p.plan.blocks * p.num_kv_heads), kThreads, QueriesLayout<D>::kBytes,
+               p.stream, p, row_tokens, q_tiles, k, v, dout_tiles);
         taken = true;
     });
     return taken;

@@ -19,18 +19,13 @@ struct Layout {
                          kMessage = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes, kBytes = kMessage + kMessageBytes;
 };
 
-template <int D>
-QEMB_DEVICE QueryTile& message() {
-    return *reinterpret_cast<QueryTile*>(shared_bytes() + Layout<D>::kMessage);
-}
-
 // Keys from the last step to the first: the masks of the sequence's end and of causality come first, and then no more.
 template <int D>
 QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v, uint32_t shared,
                          Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
     const auto any = [](const QueryTile&) { return true; };
-    announce_tiles(p, message<D>(), q_ring, any, [&](const QueryTile& tile) {
+    announce_tiles(p, message<QueryTile, L>(), q_ring, any, [&](const QueryTile& tile) {
         mbarrier_expect(q_ring.full(), tile.steps > 0 ? kTileBytes<kTile, D> : 0);
         if (tile.steps > 0) load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
         for (int step = tile.is_kept ? 0 : tile.steps; step-- > 0;) {
@@ -86,7 +81,6 @@ template <class T, int D>
 QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const bool signals = threadIdx.x % 128 == 0;
     const int my_first = group * 64 + warp * 16;  // rows of a tile
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_q = shared + L::kQ + group * 64 * 128, staging = shared + L::kStaging + my_first * D * 2;
@@ -96,12 +90,13 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
 
     while (true) {
         q_ring.wait_full();
-        const QueryTile tile = message<D>();
+        const QueryTile tile = message<QueryTile, L>();
         if (tile.steps == QueryTile::kEnd) return;
         if (tile.is_kept) {  // the same stages again
             k_ring.rewind(tile.steps);
             v_ring.rewind(tile.steps);
         }
+        const bool frees = threadIdx.x % 128 == 0 && !tile.keeps;  // for both of its rings
         const int row = tile.first + my_first + lane / 4;
         const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
         const int sees[2] = {visible_keys(row, tile.span.num_q, tile.span.num_k, p.causal),
@@ -128,7 +123,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             wgmma_commit();
             pass_turn();
             wgmma_wait<0>();
-            k_ring.release(signals && !tile.keeps);
+            k_ring.release(frees);
             update(step);
             as_left<T, kKeys>(s, weights);
             v_ring.wait_full();
@@ -149,10 +144,10 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
                 wgmma_commit();
                 pass_turn();
                 wgmma_wait<1>();
-                k_ring.release(signals && !tile.keeps);
+                k_ring.release(frees);
                 update(step);
                 wgmma_wait<0>();
-                v_ring.release(signals && !tile.keeps);
+                v_ring.release(frees);
                 as_left<T, kKeys>(s, weights);
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
@@ -163,7 +158,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             multiply_columns<T, D, kKeys>(out, weights, v_tile());
             wgmma_commit();
             wgmma_wait<0>();
-            v_ring.release(signals && !tile.keeps);
+            v_ring.release(frees);
         } else {
             sync_warp();  // all of it has read the message
             q_ring.release(lane == 0);
@@ -213,8 +208,8 @@ bool attention_forward(const AttentionForward& p) {
             !make_token_map<T, D, kKeys>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) ||
             !make_token_map<T, D, kKeys>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride))
             return;
-        const auto blocks = static_cast<unsigned>(min(int64_t(multiprocessors()), p.plan.blocks * p.num_kv_heads));
-        launch("varlen_attention", attention_forward<T, D>, dim3(blocks), kThreads, Layout<D>::kBytes, p.stream, p, q, k, v);
+        launch("varlen_attention", attention_forward<T, D>, resident_blocks(p.plan.blocks * p.num_kv_heads), kThreads,
+               Layout<D>::kBytes, p.stream, p, q, k, v);
         taken = true;
     });
     return taken;

@@ -124,6 +124,11 @@ struct QueryTile {
 // which must expect something of the ring, after the tile's description is in shared memory for whoever waits for that; then
 // the end.
 constexpr int kMessageBytes = 64;
+template <class Tile, class Layout>
+QEMB_DEVICE Tile& message() {
+    static_assert(sizeof(Tile) <= kMessageBytes);
+    return *reinterpret_cast<Tile*>(shared_bytes() + Layout::kMessage);
+}
 template <class Tile, class Params, class Wanted, class Take>
 QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Wanted& wanted, const Take& take) {
     for (int unit = blockIdx.x, end = Tile::units(p); unit < end; unit += gridDim.x)

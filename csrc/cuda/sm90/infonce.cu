@@ -105,17 +105,10 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
         }
         barrier_sync(kMasksBarrier, kConsumers);
         if (static_cast<int>(threadIdx.x) >= halves) continue;
-        Tally total = {};
-        for (int warp = 0; warp < kConsumers / 32; ++warp) {
-            Tally& tally = memory.tally[threadIdx.x][warp];
-            total.kept_score += tally.kept_score;
-            total.kept_query_document += tally.kept_query_document;
-            total.kept += tally.kept;
-            total.dropped += tally.dropped;
-            tally = {};
-        }
         const int64_t tile = first_tile + threadIdx.x;
-        a.tallies[(sweep.of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + row0 / kTile] = total;
+        a.tallies[(sweep.of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + row0 / kTile] =
+            sum_of(memory.tally[threadIdx.x]);
+        for (int warp = 0; warp < kConsumers / 32; ++warp) memory.tally[threadIdx.x][warp] = {};
     }
     if (signals) bulk_wait_read<0>();
 }
@@ -192,16 +185,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     by_role([&] { ring.init(kConsumers / 32); }, produce, consume);
 }
 
-// 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives. The
-// copy engine adds them to the gradient: an element of it has one owner, so the order is always the same.
+// 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives; `first`
+// is the first of the kinds. The copy engine adds them to the gradient: an element of it has one owner, so the order is always
+// the same.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    sum_columns(const Panel<T> a, bool of_documents, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
+    sum_columns(const Panel<T> a, Kind first, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
                 const QEMB_GRID_CONSTANT TensorMap first_packed, const QEMB_GRID_CONSTANT TensorMap second_packed,
                 const QEMB_GRID_CONSTANT TensorMap gradient) {
     const int64_t tile = blockIdx.x / dim_tiles, steps = a.row_tiles * (kTile / kStepDepth);
     const int feature0 = static_cast<int>(blockIdx.x % dim_tiles) * kColumns;
-    const Kind first = !of_documents ? kQueries : a.dense[kQueryDocument] ? kQueryDocument : kDocDoc;
     const bool both = first == kQueryDocument && a.dense[kDocDoc];
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kProductBarriers};
@@ -294,7 +287,7 @@ void scores(const Panel<T>& a) {
     for (const bool of_documents : {true, false}) {
         const Sweep sweep(a, of_documents);
         const Matrix<T>& columns = of_documents ? a.documents : a.queries;
-        start(score_tiles<T>, a, min(multiprocessors(), sweep.units), kThreads, kScoreBytes90, sweep, queries, positives,
+        start(score_tiles<T>, a, resident_blocks(sweep.units).x, kThreads, kScoreBytes90, sweep, queries, positives,
               map_of<T>(columns.data, columns.rows, a.p.dim, kColumns), weights);
     }
 }
@@ -313,7 +306,7 @@ void column_gradients(const Panel<T>& a) {
     const auto packed = [&](Kind kind) {
         return a.dense[kind] ? map_of<T>(a.packed[kind], a.row_tiles * kTile, a.packed_dim, kStepDepth) : TensorMap{};
     };
-    const auto sum = [&](bool of_documents, int64_t tiles, int64_t rows, void* to) {
+    const auto sum = [&](Kind first, int64_t tiles, int64_t rows, void* to) {
         if (tiles == 0) return;
         TensorMap gradient;
         if (!make_tensor_map<float>(gradient, {.base = to,
@@ -323,13 +316,11 @@ void column_gradients(const Panel<T>& a) {
                                                .box = {32, 64},
                                                .swizzled = true}))
             throw std::runtime_error("[info_nce] the driver refuses a tensor map");
-        const Kind first = !of_documents ? kQueries : a.dense[kQueryDocument] ? kQueryDocument : kDocDoc;
-        start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, of_documents, dim_tiles,
-              weights_map(a, kStepDepth), packed(first), packed(kDocDoc), gradient);
+        start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, first, dim_tiles, weights_map(a, kStepDepth),
+              packed(first), packed(kDocDoc), gradient);
     };
-    const int64_t doc_tiles = a.dense[kQueryDocument] || a.dense[kDocDoc] ? a.doc_tiles : 0;
-    sum(true, doc_tiles, a.documents.rows, a.p.d_documents);
-    sum(false, a.query_tiles, a.queries.rows, static_cast<float*>(a.p.d_queries) + a.p.first_column * a.p.dim);
+    sum(a.dense[kQueryDocument] ? kQueryDocument : kDocDoc, a.doc_tiles, a.documents.rows, a.p.d_documents);
+    sum(kQueries, a.query_tiles, a.queries.rows, static_cast<float*>(a.p.d_queries) + a.p.first_column * a.p.dim);
 }
 
 template bool takes<BFloat16>(const InfoNce&);

@@ -92,13 +92,7 @@ QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, co
         }
 #pragma unroll
     for (int i = 0; i < 2; ++i) best[i] = lanes_max<4>(best[i]);
-    const double score = warp_sum(static_cast<double>(kept_score));
-    num_kept = warp_sum(num_kept);
-    num_dropped = warp_sum(num_dropped);
-    if (threadIdx.x % 32 != 0) return;
-    if (kind == kQueryDocument) tally.kept_score = score, tally.kept_query_document = num_kept;
-    tally.kept += num_kept;
-    tally.dropped += num_dropped;
+    count_tile(kind, kept_score, num_kept, num_dropped, tally);
 }
 
 // One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the
@@ -145,7 +139,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
         mask_scores<false>(kind, part, masks, high, tally, best);
     if (!a.dense[kind]) return;
 
-    // Weights. A scale in two floats: the rounding of one would count as often as the exponent is large.
+    // Weights
     const float low[2] = {a.scale_low[first_here], a.scale_low[second_here]};
     float offset[2], shift[2], sum[2] = {}, moment[2] = {};
 #pragma unroll

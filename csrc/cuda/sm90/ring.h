@@ -2,12 +2,16 @@
 #pragma once
 
 #include "cuda/device/hopper.h"
+#include "cuda/launch.h"
 
 namespace qemb::cuda::sm90 {
 
 // The last of three warpgroups loads; the first two multiply, 64 rows of a tile each.
 constexpr int kConsumers = 256, kThreads = 384;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+// Of a kernel whose blocks stay on their multiprocessor and take one unit of work after another.
+inline dim3 resident_blocks(int64_t units) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), units))); }
 
 // A kernel's life: one thread makes the barriers, then one thread produces while the others consume. One if with two branches
 // is what ptxas wants to see for registers to move between warpgroups.
