@@ -195,13 +195,8 @@ void run_product(const char* name, const Words& in) {
     const auto value = [](uint32_t bits, int half) {
         if constexpr (sizeof(T) == 4)
             return static_cast<double>(as_float(bits & ~0x1fffu));
-        else if constexpr (std::is_same_v<T, BFloat16>)
-            return static_cast<double>(as_float((half ? bits >> 16 : bits & 0xffff) << 16));
-        else {
-            const uint32_t h = half ? bits >> 16 : bits & 0xffff;  // normal numbers only
-            return std::ldexp(static_cast<double>((h & 1023) | 1024), static_cast<int>((h >> 10) & 31) - 25) *
-                   (h >> 15 ? -1 : 1);
-        }
+        else
+            return element_of<T>(bits, half);
     };
     std::vector<double> truth, bound;
     for (int tile = 0; tile < kTiles; ++tile) {

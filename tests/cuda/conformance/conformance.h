@@ -60,6 +60,15 @@ struct Source {
         return words(count, [&] { return as_word(uniform(low, high)); });
     }
 };
+// One of the two elements of a word; of float16 normal numbers alone.
+template <class T>
+double element_of(uint32_t word, int half) {
+    const uint32_t bits = half ? word >> 16 : word & 0xffff;
+    if (std::is_same_v<T, BFloat16>) return static_cast<double>(as_float(bits << 16));
+    return std::ldexp(static_cast<double>((bits & 1023) | 1024), static_cast<int>(bits >> 10 & 31) - 25) *
+           (bits >> 15 ? -1 : 1);
+}
+
 inline void print(const char* name, const char* kind, Memory& out, int count) {
     std::printf("%s %s", name, kind);
     for (int i = 0; i < count; ++i) std::printf(" %08" PRIx32, out.data()[i]);

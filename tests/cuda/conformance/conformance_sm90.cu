@@ -172,12 +172,7 @@ void run_product(const char* name, Source& source) {
     }
     for (int i = 0; i < 64 * kN; ++i) in.push_back(as_word(source.uniform(-8, 8)));
     run(name, "approx", kShared, products<T, kN, kMajorA, kMajorB, kWords>, in, 64 * kN);
-    const auto value = [&](int i) {
-        const uint32_t bits = in[static_cast<size_t>(i / 2)] >> 16 * (i % 2) & 0xffff;
-        if (std::is_same_v<T, BFloat16>) return static_cast<double>(as_float(bits << 16));
-        return std::ldexp(static_cast<double>((bits & 1023) | 1024), static_cast<int>(bits >> 10 & 31) - 25) *
-               (bits >> 15 ? -1 : 1);
-    };
+    const auto value = [&](int i) { return element_of<T>(in[static_cast<size_t>(i / 2)], i % 2); };
     std::vector<double> truth, bound;
     for (int row = 0; row < 64; ++row)
         for (int column = 0; column < kN; ++column) {

@@ -9,6 +9,7 @@
 #include "emulator/block.h"
 #include "emulator/matrices.h"
 #include "emulator/numbers.h"
+#include "emulator/primitive.h"
 
 #define __global__
 #define __device__
@@ -19,15 +20,6 @@
 #define blockIdx (::emulator::Block::current()->index)
 #define blockDim (dim3(static_cast<unsigned>(::emulator::Block::current()->size)))
 #define gridDim (::emulator::Block::current()->grid)
-
-// A last argument that kernels leave out: the line that calls.
-#define EMULATOR_LINE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-// The emulator's own accesses are not the kernel's; then the block, and where the kernel is.
-#define EMULATOR_ENTER(name) \
-    const ::emulator::Inside inside; \
-    ::emulator::Block& block = *::emulator::Block::current(); \
-    const ::emulator::Place place{name, file, line}; \
-    (void)block, (void)place
 
 using std::max;
 using std::min;
@@ -124,6 +116,3 @@ inline void sync_block(EMULATOR_LINE) {
 }
 
 }  // namespace qemb::cuda
-
-#undef EMULATOR_ENTER
-#undef EMULATOR_LINE

@@ -4,12 +4,6 @@
 #include "emulator/arch.h"
 #include "emulator/wgmma.h"
 
-#define EMULATOR_LINE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define EMULATOR_ENTER(name) \
-    const ::emulator::Inside inside; \
-    ::emulator::Block& block = *::emulator::Block::current(); \
-    const ::emulator::Place place{name, file, line}; \
-    (void)block, (void)place
 #define QEMB_GRID_CONSTANT
 
 namespace qemb::cuda {
@@ -49,23 +43,17 @@ inline void fence_mbarrier_init() { fence_async(); }
 template <int kRank>
 void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, const int (&at)[kRank], EMULATOR_LINE) {
     EMULATOR_ENTER("tma_load");
-    int coordinates[4] = {};
-    std::copy(at, at + kRank, coordinates);
-    ::emulator::tensor_load(map, kRank, shared, barrier, coordinates, place);
+    ::emulator::tensor_load(map, at, shared, barrier, place);
 }
 template <int kRank>
 void tma_store(const TensorMap& map, uint32_t shared, const int (&at)[kRank], EMULATOR_LINE) {
     EMULATOR_ENTER("tma_store");
-    int coordinates[4] = {};
-    std::copy(at, at + kRank, coordinates);
-    ::emulator::tensor_store(map, kRank, shared, coordinates, false, place);
+    ::emulator::tensor_store(map, at, shared, false, place);
 }
 template <int kRank>
 void tma_add(const TensorMap& map, uint32_t shared, const int (&at)[kRank], EMULATOR_LINE) {
     EMULATOR_ENTER("tma_add");
-    int coordinates[4] = {};
-    std::copy(at, at + kRank, coordinates);
-    ::emulator::tensor_store(map, kRank, shared, coordinates, true, place);
+    ::emulator::tensor_store(map, at, shared, true, place);
 }
 inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, EMULATOR_LINE) {
     EMULATOR_ENTER("bulk_load");
@@ -128,6 +116,3 @@ void registers_decrease(EMULATOR_LINE) {
 }
 
 }  // namespace qemb::cuda
-
-#undef EMULATOR_ENTER
-#undef EMULATOR_LINE

@@ -28,10 +28,22 @@ namespace emulator {
 
 using qemb::cuda::TensorMap;
 
+// Where a box begins: as many coordinates as the map has dimensions, from the contiguous one on.
+struct Corner {
+    int at[4] = {};
+    int rank;
+
+    template <int kRank>
+    Corner(const int (&coordinates)[kRank]) : rank(kRank) {
+        std::copy(coordinates, coordinates + kRank, at);
+    }
+};
+
 // visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends within
 // them.
 template <class Visit>
-void each_chunk(const TensorMap& map, uint32_t shared, const int (&at)[4], Visit visit) {
+void each_chunk(const TensorMap& map, uint32_t shared, const Corner& corner, Visit visit) {
+    const int (&at)[4] = corner.at;
     const int row_bytes = map.box[0] * map.element;
     for (int i3 = 0, row = 0; i3 < map.box[3]; ++i3)
         for (int i2 = 0; i2 < map.box[2]; ++i2)
@@ -55,8 +67,8 @@ void each_chunk(const TensorMap& map, uint32_t shared, const int (&at)[4], Visit
 
 inline int box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element; }
 
-inline void check_copy(const TensorMap& map, int rank, uint32_t shared, const Place& place) {
-    if (map.rank != rank) fail(place.text() + ": the map has " + std::to_string(map.rank) + " dimensions");
+inline void check_copy(const TensorMap& map, const Corner& corner, uint32_t shared, const Place& place) {
+    if (map.rank != corner.rank) fail(place.text() + ": the map has " + std::to_string(map.rank) + " dimensions");
     if (shared % (map.swizzled ? 1024 : 128)) fail(place.text() + ": misaligned shared address " + std::to_string(shared));
 }
 
@@ -67,19 +79,17 @@ inline void forget(uint32_t to, uint32_t bytes, const Place& place) {
     std::memset(target, 0xff, bytes);
 }
 
-inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_t barrier, const int (&at)[4],
-                        const Place& place) {
+inline void tensor_load(const TensorMap& map, const Corner& corner, uint32_t shared, uint32_t barrier, const Place& place) {
     Block& block = *Block::current();
-    check_copy(map, rank, shared, place);
-    each_chunk(map, shared, at, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
+    check_copy(map, corner, shared, place);
+    each_chunk(map, shared, corner, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
         if (Races::on && from && begin < end) races().access(from + begin, static_cast<size_t>(end - begin), false);
         forget(to, 16, place);
     });
     mbarrier_at(barrier, place);
     const Clock issued = Races::on ? races().release(running->warp) : Clock{};
-    block.submit([=, x = at[0], y = at[1], z = at[2], w = at[3]] {
-        const int there[4] = {x, y, z, w};
-        each_chunk(map, shared, there, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
+    block.submit([=] {
+        each_chunk(map, shared, corner, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
             char* target = Block::current()->touch_async(to, 16, place);
             std::memset(target, 0, 16);
             if (from && begin < end) std::memcpy(target + begin, from + begin, static_cast<size_t>(end - begin));
@@ -89,21 +99,20 @@ inline void tensor_load(const TensorMap& map, int rank, uint32_t shared, uint32_
 }
 
 // Writes, or adds floats. What lies beyond the tensor is left alone.
-inline void tensor_store(const TensorMap& map, int rank, uint32_t shared, const int (&at)[4], bool add, const Place& place) {
-    check_copy(map, rank, shared, place);
+inline void tensor_store(const TensorMap& map, const Corner& corner, uint32_t shared, bool add, const Place& place) {
+    check_copy(map, corner, shared, place);
     if (add && !map.is_float) fail(place.text() + ": only floats are added");
-    const auto visit_races = [=](bool issues, const int (&there)[4]) {  // it may read until its wait
+    const auto visit_races = [=](bool issues) {  // it may read until its wait
         if (!Races::on) return;
-        each_chunk(map, shared, there, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
+        each_chunk(map, shared, corner, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
             races().access(Block::current()->touch_async(from, 16, place), 16, false);
             if (issues && to && begin < end) races().access(to + begin, static_cast<size_t>(end - begin), true);
         });
     };
-    visit_races(true, at);
-    const auto work = [=, issuer = running, x = at[0], y = at[1], z = at[2], w = at[3]] {
-        const int there[4] = {x, y, z, w};
-        if (running == issuer) visit_races(false, there);
-        each_chunk(map, shared, there, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
+    visit_races(true);
+    const auto work = [=, issuer = running] {
+        if (running == issuer) visit_races(false);
+        each_chunk(map, shared, corner, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
             const char* source = Block::current()->touch_async(from, 16, place);
             if (!to) return;
             for (int64_t i = begin; i < end; i += map.element) {
@@ -119,8 +128,9 @@ inline void tensor_store(const TensorMap& map, int rank, uint32_t shared, const 
             }
         });
     };
-    if (Block::current()->landing() == Landing::kEarly) work();
-    running->stores.submit(Block::current()->landing() == Landing::kEarly ? Work([] {}) : Work(work));
+    const bool lands = Block::current()->landing() == Landing::kEarly;
+    if (lands) work();
+    running->stores.submit(lands ? Work([] {}) : Work(work));
 }
 
 // A run of bytes without a map.
