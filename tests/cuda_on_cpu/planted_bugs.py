@@ -97,8 +97,8 @@ BUGS = [
     Bug("wrong phase", "topk", "sm90/topk", "sm90/ring.h", "mbarrier_wait(empty(), parity ^ 1)", "mbarrier_wait(empty(), parity)"),
     Bug("wrong arrival count", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu", "k_ring.init(2);", "k_ring.init(1);"),
     Bug("values freed while they are multiplied", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
-        "wgmma_wait<0>();\n                v_ring.release(signals && !tile.keeps);",
-        "v_ring.release(signals && !tile.keeps);\n                wgmma_wait<0>();"),
+        "wgmma_wait<0>();\n                v_ring.release(frees);",
+        "v_ring.release(frees);\n                wgmma_wait<0>();"),
     Bug("values used before they are there", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
         "            q_ring.release(lane == 0);\n            v_ring.wait_full();", "            q_ring.release(lane == 0);"),
     Bug("a turn that is not passed on", "attention_sm90", "sm90/attention_forward", "sm90/attention_forward.cu",
@@ -131,7 +131,7 @@ BUGS = [
     Bug("the positives of another panel", "infonce", "sm90/infonce", "sm90/infonce.cu",
         "from = a.positive(row);", "from = a.positive(row ^ 1);"),
     Bug("scores overwritten while they are looked through", "topk", "sm90/topk", "sm90/topk.cu",
-        "end, rows);\n            barrier_sync(kScoresBarrier, kConsumers);", "end, rows);"),
+        "end, rows);\n                barrier_sync(kScoresBarrier, kConsumers);", "end, rows);"),
 ]  # fmt: skip
 
 
