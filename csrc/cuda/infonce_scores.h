@@ -78,7 +78,7 @@ QEMB_DEVICE void count_tile(Kind kind, float kept_score, int num_kept, int num_d
     tally.dropped += num_dropped;
 }
 
-QEMB_DEVICE Tally sum_of(const Tally* warps) {
+QEMB_DEVICE Tally sum_of(const Tally (&warps)[kTileThreads / 32]) {
     Tally total = warps[0];
     for (int warp = 1; warp < kTileThreads / 32; ++warp) {
         total.kept_score += warps[warp].kept_score;
@@ -122,8 +122,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
     }
 
     // Masks, and the largest logit of each row
-    const int groups_of_kind[2] = {first_group(kind), first_group(kind) + (kind != kQueries)};
-    const float high[2] = {a.scale_high[groups_of_kind[0]], a.scale_high[groups_of_kind[1]]};
+    const double scale[2] = {a.scale[first_group(kind)], a.scale[first_group(kind) + (kind != kQueries)]};  // of a logit, log2
+    const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
     const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[threadIdx.x] : 0;
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
@@ -163,8 +163,9 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
     sync_block();
     if (!a.dense[kind]) return;
 
-    // Weights
-    const float low[2] = {a.scale_low[groups_of_kind[0]], a.scale_low[groups_of_kind[1]]};
+    // Weights. scale_low of the panel would be the same, but spills two registers here.
+    const float low[2] = {static_cast<float>(scale[0] - static_cast<double>(high[0])),
+                          static_cast<float>(scale[1] - static_cast<double>(high[1]))};
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
