@@ -30,6 +30,9 @@ std::vector<T> random_values(size_t count, uint32_t seed) {
     return values;
 }
 
+// A NaN is worse than anything, and stays so.
+inline bool is_worse(double error, double worst) { return !std::isnan(worst) && !(error <= worst); }
+
 // The worst element, named, when two arrays differ by more than `tolerance`.
 template <class A, class B>
 void check_close(const char* name, const std::vector<A>& actual, const std::vector<B>& truth, double tolerance) {
@@ -37,7 +40,7 @@ void check_close(const char* name, const std::vector<A>& actual, const std::vect
     size_t at = 0;
     for (size_t i = 0; i < truth.size(); ++i) {
         const double error = std::abs(static_cast<double>(actual[i]) - static_cast<double>(truth[i]));
-        if (!(error <= worst)) worst = error, at = i;
+        if (is_worse(error, worst)) worst = error, at = i;
     }
     if (!(worst <= tolerance)) {
         ++g_failures;

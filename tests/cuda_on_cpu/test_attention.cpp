@@ -87,9 +87,10 @@ TEST(nan_stays_in_its_sequence) {
         for (const size_t s : {size_t(0), size_t(2), size_t(4)}) {
             double worst = 0;
             const auto compare = [&](Tensor<BFloat16>& ours, const Wide& right, int64_t row) {
-                for (int64_t i = c.cu_q[s] * row; i < c.cu_q[s + 1] * row; ++i)
-                    if (!(std::abs(cuda::to_float(ours[i]) - right[i]) <= worst))
-                        worst = std::abs(cuda::to_float(ours[i]) - right[i]);
+                for (int64_t i = c.cu_q[s] * row; i < c.cu_q[s + 1] * row; ++i) {
+                    const double error = std::abs(cuda::to_float(ours[i]) - right[i]);
+                    if (testing::is_worse(error, worst)) worst = error;
+                }
             };
             compare(call.out, truth.out, 128);
             compare(call.dq, truth.dq, 128);
