@@ -19,7 +19,7 @@ constexpr int kBuckets = 64;     // of length, for longest first
 
 struct Counts {
     int64_t tiles, blocks, key_blocks;
-    bool single;
+    bool single, few_keys;
 };
 
 QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (length + size - 1) / size; }
@@ -30,7 +30,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     int32_t* const tiles = data + 4;
     int32_t* const blocks = tiles + 2 * plan.tiles;
     int32_t* const key_blocks = blocks + 2 * plan.blocks;
-    Counts counts{0, 0, 0, true};
+    Counts counts{0, 0, 0, true, true};
     for (int i = 0; i < 2 * kBuckets; ++i) buckets[i] = 0;
 
     int64_t first = -1;  // of the open tile
@@ -51,6 +51,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     for (int64_t s = 0; s < num_seqs; ++s) {
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
         if (q > 1) counts.single = false;
+        if (k > kTile) counts.few_keys = false;
         if (q <= 0 && k <= 0) continue;
         if (q > most_short || k > most_short) {
             const int bucket = bucket_of(q, k);
@@ -110,7 +111,7 @@ int32_t most_short() { return cuda::on_hopper() ? kTile / 2 : kTile; }
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs) {
     int32_t buckets[2 * kBuckets];
     const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, most_short(), nullptr, buckets);
-    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.single};
+    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.single, counts.few_keys};
 }
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,

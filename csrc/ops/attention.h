@@ -18,6 +18,7 @@ struct AttentionPlan {
     int64_t blocks = 0;             // capacity: blocks of kTile queries of long sequences
     int64_t key_blocks = 0;         // capacity: blocks of kTile keys of long sequences
     bool single = false;            // known that no sequence has more than one query
+    bool few_keys = false;          // known that none has more than kTile keys
     // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs: tiles of
     // {first sequence, number of sequences}, blocks of {sequence, block}, key_blocks of {sequence, block}, each list padded to
     // its capacity.

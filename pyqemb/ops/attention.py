@@ -23,7 +23,7 @@ class AttentionPlan:
     tokens_k: int
     data: Tensor | None = None  # int32, the lists of csrc/ops/attention.h; None on the CPU
     # Room in its lists: tiles, blocks, key blocks; and 1 where no sequence has more than one query.
-    sizes: Sequence[int] = (0, 0, 0, 0)
+    sizes: Sequence[int] = (0, 0, 0, 0, 0)
 
 
 def attention_plan(

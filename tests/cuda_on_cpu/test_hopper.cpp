@@ -257,6 +257,65 @@ TEST(copies_are_watched) {
     check_says(failure(dropped_copy, map, true), "ended with copies in flight");
 }
 
+enum ChainBug { kRightChain, kOutOfTurn, kEarlyPublication, kLaterBlocks };
+constexpr int kLinks = 40, kWidth = 64;
+float link(int n, int i) { return static_cast<float>((n * 37 + i * 11) % 101) / 7; }
+
+// sum[i] = link(0, i) + link(1, i) + ...: blocks add them one after another, which the last bits show.
+__global__ void chain(float* sum, int* ticket, int* added, ChainBug bug) {
+    if (threadIdx.x > 0) return;
+    const uint32_t start = shared_address(shared_bytes());
+    for (int n = next_ticket(ticket); n < kLinks; n = next_ticket(ticket)) {
+        if (bug == kLaterBlocks) n = kLinks - 1 - n;
+        for (int i = 0; i < kWidth; ++i)
+            shared_store4(start + static_cast<uint32_t>(4 * i), __builtin_bit_cast(uint32_t, link(n, i)));
+        fence_async();
+        if (n == 0) {
+            bulk_store(sum, start, 4 * kWidth);
+        } else {
+            if (bug != kOutOfTurn) wait_for(added, n);
+            bulk_add(sum, start, 4 * kWidth);
+        }
+        bulk_commit();
+        bulk_wait_read<0>();
+        if (bug != kEarlyPublication) bulk_wait<0>();
+        publish(added, n + 1);
+    }
+}
+int broken_chains(ChainBug bug, std::string& says) {
+    std::vector<float> truth(kWidth);
+    for (int n = 0; n < kLinks; ++n)
+        for (int i = 0; i < kWidth; ++i) truth[static_cast<size_t>(i)] += link(n, i);
+    int count = 0;
+    for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+        DeviceMemory<float> sum(kWidth);
+        DeviceMemory<int> numbers(std::vector<int>{0, 0});
+        emulator::options().seed = seed;
+        try {
+            launch("test", chain, dim3(5), 32, 1024, nullptr, sum.data(), &numbers[0], &numbers[1], bug);
+            count += !std::equal(truth.begin(), truth.end(), sum.data());
+        } catch (const std::runtime_error& error) {
+            says = error.what();
+            ++count;
+        }
+    }
+    return count;
+}
+TEST(blocks_wait_for_each_other) {
+    std::string says;
+    CHECK(broken_chains(kRightChain, says) == 0);
+    CHECK(broken_chains(kOutOfTurn, says) > kSeeds / 4);
+    CHECK(broken_chains(kEarlyPublication, says) > kSeeds / 4);
+    CHECK(broken_chains(kLaterBlocks, says) == kSeeds);
+    check_says(says, "deadlock: threads 0-0 wait in wait_for (test_hopper.cpp:");
+    const bool before = emulator::Races::on;
+    emulator::Races::on = true;
+    CHECK(broken_chains(kRightChain, says) == 0);
+    CHECK(broken_chains(kOutOfTurn, says) > kSeeds / 2);
+    check_says(says, "race: two writes");
+    emulator::Races::on = before;
+}
+
 TEST(tensors_that_the_engine_refuses) {
     const DeviceMemory<BFloat16> memory(4096);
     TensorMap map;

@@ -6,16 +6,17 @@
 //   of some threads      barrier_sync(id, threads), barrier_arrive(id, threads): id from 1 to 15; the latter does not wait
 //   copy engine          TensorMap, a QEMB_GRID_CONSTANT parameter of the kernel (cuda/tensor_map.h makes it); one thread calls
 //                        tma_load(shared, map, barrier, {x, ...}); tma_store(map, shared, {x, ...}), tma_add(map, shared, {x,
-//                        ...}); bulk_load(shared, global, bytes, barrier); bulk_commit(), bulk_wait_read<groups that may still
-//                        read>()
+//                        ...}). Runs of bytes: bulk_load(shared, global, bytes, barrier), bulk_store(global, shared, bytes),
+//                        bulk_add(global floats, shared, bytes). bulk_commit() closes a group of stores; bulk_wait_read<n>():
+//                        all but n groups have read, bulk_wait<n>(): and written
+//   other blocks         next_ticket(counter): 0, 1, ... each once; publish(flag, value): after all that this thread has done
+//                        and waited for; wait_for(flag, value): until at least that is published, by a block that is running
 //   proxies              fence_async(): what this thread has written to shared memory may be read by copies and wgmma
-//   products             wgmma_fence() before the first of a row of products; wgmma<T, N, major of a, major of b>(d, a, b, add)
-//   with
-//                        operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b, add): 64 x N, depth
-//                        16, by 128 threads; wgmma_commit(), wgmma_wait<groups that may still run>()
+//   products             wgmma_fence() before the first of a row of products; wgmma<T, N, major of a, major of b>(d, a, b,
+//                        add) with operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b, add):
+//                        64 x N, depth 16, by 128 threads; wgmma_commit(), wgmma_wait<groups that may still run>()
 //   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups; opaque(x): x, but what follows
-//   from it is
-//                        not computed ahead of here, where it would occupy registers
+//                        from it is not computed ahead of here, where it would occupy registers
 #pragma once
 
 #include "cuda/device/arch.h"

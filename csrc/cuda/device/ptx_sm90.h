@@ -104,10 +104,35 @@ QEMB_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint3
                  "l"(global), "r"(bytes), "r"(barrier)
                  : "memory");
 }
+QEMB_DEVICE void bulk_store(void* global, uint32_t shared, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
+                 : "memory");
+}
+QEMB_DEVICE void bulk_add(float* global, uint32_t shared, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+                 "r"(bytes)
+                 : "memory");
+}
 QEMB_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPending>
 QEMB_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+QEMB_DEVICE void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+QEMB_DEVICE int next_ticket(int* counter) { return atomicAdd(counter, 1); }
+QEMB_DEVICE void publish(int* flag, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+QEMB_DEVICE void wait_for(const int* flag, int value) {
+    int seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+    } while (seen < value);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 enum class Major { kK, kMN };

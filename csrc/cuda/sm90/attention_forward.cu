@@ -24,8 +24,13 @@ template <int D>
 QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v, uint32_t shared,
                          Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
-    const auto any = [](const QueryTile&) { return true; };
-    announce_tiles(p, message<QueryTile, L>(), q_ring, any, [&](const QueryTile& tile) {
+    int unit = blockIdx.x;
+    const auto in_turn = [&] {
+        const int mine = unit;
+        unit += gridDim.x;
+        return mine;
+    };
+    announce_tiles(p, message<QueryTile, L>(), q_ring, in_turn, [&](const QueryTile& tile) {
         mbarrier_expect(q_ring.full(), tile.steps > 0 ? kTileBytes<kTile, D> : 0);
         if (tile.steps > 0) load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
         for (int step = tile.is_kept ? 0 : tile.steps; step-- > 0;) {

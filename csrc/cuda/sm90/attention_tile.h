@@ -120,7 +120,7 @@ struct QueryTile {
           keeps(steps <= 2 && part + 1 < parts(p)) {}
 };
 
-// The producer alone reads the plan, ahead of everyone. For each tile of this block that wanted(tile) lets pass: take(tile),
+// The producer alone reads the plan, ahead of everyone. For each tile of the units that next() gives this block: take(tile),
 // which must expect something of the ring, after the tile's description is in shared memory for whoever waits for that; then
 // the end.
 constexpr int kMessageBytes = 64;
@@ -129,12 +129,11 @@ QEMB_DEVICE Tile& message() {
     static_assert(sizeof(Tile) <= kMessageBytes);
     return *reinterpret_cast<Tile*>(shared_bytes() + Layout::kMessage);
 }
-template <class Tile, class Params, class Wanted, class Take>
-QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Wanted& wanted, const Take& take) {
-    for (int unit = blockIdx.x, end = Tile::units(p); unit < end; unit += gridDim.x)
+template <class Tile, class Params, class Next, class Take>
+QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Next& next, const Take& take) {
+    for (int unit = next(), end = Tile::units(p); unit < end; unit = next())
         for (int part = 0; part < Tile::parts(p); ++part) {
             const Tile tile(p, unit, part);
-            if (!wanted(tile)) continue;
             ring.wait_empty();
             message = tile;
             take(tile);

@@ -13,10 +13,10 @@ constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 // Of a kernel whose blocks stay on their multiprocessor and take one unit of work after another.
 inline dim3 resident_blocks(int64_t units) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), units))); }
 
-// A kernel's life: one thread makes the barriers, then one thread produces while the others consume. One if with two branches
-// is what ptxas wants to see for registers to move between warpgroups.
-template <class Init, class Produce, class Consume>
-QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume) {
+// A kernel's life: one thread makes the barriers, then one thread produces while the others consume, and perhaps one delivers
+// what they have made. One if with two branches is what ptxas wants to see for registers to move between warpgroups.
+template <class Init, class Produce, class Consume, class Deliver>
+QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume, const Deliver& deliver) {
     if (threadIdx.x == 0) {
         init();
         fence_mbarrier_init();
@@ -25,10 +25,15 @@ QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume
     if (threadIdx.x >= kConsumers) {
         registers_decrease<kProducerRegisters>();
         if (threadIdx.x == kConsumers) produce();
+        if (threadIdx.x == kConsumers + 32) deliver();
     } else {
         registers_increase<kConsumerRegisters>();
         consume();
     }
+}
+template <class Init, class Produce, class Consume>
+QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume) {
+    by_role(init, produce, consume, [] {});
 }
 
 // Where one side of the ring is: both walk through the stages in the same order.
@@ -40,11 +45,11 @@ struct Ring {
     int stage = 0;
     uint32_t parity = 0;
 
-    // By the init of by_role. `readers`: arrivals that free a stage.
-    QEMB_DEVICE void init(int readers) const {
+    // By the init of by_role. `readers`: arrivals that free a stage; `writers`: that fill it.
+    QEMB_DEVICE void init(int readers, int writers = 1) const {
 #pragma unroll
         for (int i = 0; i < kStages; ++i) {
-            mbarrier_init(barriers + 8 * i, 1);
+            mbarrier_init(barriers + 8 * i, writers);
             mbarrier_init(barriers + 8 * (kStages + i), readers);
         }
     }

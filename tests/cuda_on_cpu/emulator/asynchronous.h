@@ -2,6 +2,7 @@
 // warpgroups; and which bytes the units that do it may not see yet.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -38,26 +39,47 @@ class Engine {
     std::vector<Work> flying_;
 };
 
-// Copies out of shared memory, of one thread, in groups.
+// Copies out of shared memory, of one thread, in groups: first they read, then they write, each as late as a wait allows.
 class Stores {
   public:
-    bool empty() const { return flying_.empty(); }
-    void clear() { flying_.clear(), open_group_ = 0; }
-    void submit(Work work) { flying_.push_back({std::move(work), open_group_}); }
-    void commit() { ++open_group_; }
-    void wait(uint64_t pending) {
-        while (!flying_.empty() && flying_.front().group + pending < open_group_) land_one();
+    bool are_waited_for() const {
+        return std::all_of(begin(flying_), end(flying_), [](auto& store) { return store.is_free; });
     }
-    void land_one() {
-        const Work work = std::move(flying_.front().work);
-        flying_.pop_front();
-        work();
+    void clear() { flying_.clear(), open_group_ = 0; }
+    void submit(Work read, Work write) { flying_.push_back({std::move(read), std::move(write), open_group_}); }
+    void commit() { ++open_group_; }
+    // Until their sources may be overwritten.
+    void wait_read(uint64_t pending) {
+        for (Store& store : flying_)
+            if (store.group + pending < open_group_) store.do_read(), store.is_free = true;
+    }
+    void wait(uint64_t pending) {
+        for (; !flying_.empty() && flying_.front().group + pending < open_group_; flying_.pop_front()) flying_.front().land();
+    }
+    // The oldest that has not; false where all have.
+    bool land_one() {
+        for (Store& store : flying_)
+            if (store.write) return store.land(), true;
+        return false;
+    }
+    void land_all() {
+        while (land_one()) {
+        }
     }
 
   private:
     struct Store {
-        Work work;
+        Work read, write;
         uint64_t group;
+        bool is_free = false;
+
+        void do_read() {
+            if (read) std::exchange(read, nullptr)();
+        }
+        void land() {
+            do_read();
+            if (write) std::exchange(write, nullptr)();
+        }
     };
     std::deque<Store> flying_;
     uint64_t open_group_ = 0;

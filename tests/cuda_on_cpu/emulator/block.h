@@ -60,24 +60,32 @@ class Block {
     using Body = void (*)(const void* context);
     static constexpr uint32_t kSharedBase = 1024;  // of the addresses: nobody may take them for offsets
     static constexpr size_t kMostShared = 227 * 1024;
+    // Keys of those that linger, and of those that wait for another block: no barrier's, no address.
+    static constexpr uint32_t kIdle = 16, kElsewhere = 17;
 
-    Block(dim3 grid, int threads, size_t shared_bytes, Body body, const void* context)
-        : grid(grid), size(threads), body_(body), context_(context), shared_size_(shared_bytes) {
+    // Blocks with other places live at the same time.
+    Block(dim3 grid, int threads, size_t shared_bytes, Body body, const void* context, size_t place = 0)
+        : grid(grid), size(threads), body_(body), context_(context), shared_size_(shared_bytes), place_(place) {
         if (threads < 1 || threads > 1024 || threads % 32) fail("a block needs a multiple of 32 threads up to 1024");
         if (shared_bytes > kMostShared) fail("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory");
         while (pool().size() < static_cast<size_t>(threads)) pool().push_back(std::make_unique<Thread>());
+        all().push_back(this);
         warps_.resize(static_cast<size_t>(threads / 32));
         groups_.resize(static_cast<size_t>((threads + 127) / 128));
         arena_ = arena_pages().end() - (shared_bytes + 15) / 16 * 16;
     }
+
+    ~Block() { std::erase(all(), this); }
+    Block(const Block&) = delete;
 
     static Block*& current() {
         static Block* block = nullptr;
         return block;
     }
 
-    void run(dim3 at, uint64_t seed) {
-        static uint32_t serial = 0;
+    enum class State { kGoesOn, kWaitsForOthers, kHasEnded };
+
+    void start(dim3 at, uint64_t seed) {
         index = at;
         random_ = {seed};
         policy_ = static_cast<Policy>(random_.below(4));
@@ -103,22 +111,24 @@ class Block {
         sleepers_.clear();
         engine_.clear();
         proxies_.start(shared_size_, size);
-        races().start_block(++serial);
+        view_ = races().start_block(arena_, arena_pages().end());
         memory_clocks_.clear();
-        races().shared_begin = arena_;
-        races().shared_end = arena_pages().end();
+        straggler_ = random_.below(warps_.size());
+    }
+    // One decision of the scheduler. `alone`: all other blocks wait for this one.
+    State advance(bool alone) {
         current() = this;
+        races().take_turn(&view_);
         try {
-            schedule();
-            for (const char* p = arena_ - kFront; p < arena_; ++p)
-                if (*p != '\xff') fail("a write " + std::to_string(arena_ - p) + " bytes before shared memory");
+            const State state = step(alone);
+            current() = nullptr;
+            return state;
         } catch (const std::runtime_error& error) {  // stacks of unfinished threads are dropped: kernels own nothing
             current() = nullptr;
             std::string where = "block " + text(index);
             if (running) where += ", thread " + std::to_string(running->id);
             throw std::runtime_error(where + ": " + error.what());
         }
-        current() = nullptr;
     }
 
     // All lanes of a warp call from one place; the last one runs act(their 32 arguments).
@@ -173,6 +183,10 @@ class Block {
             warps_[static_cast<size_t>(sleeper.thread->warp)].runnable |= 1u << sleeper.thread->lane;
             return true;
         });
+    }
+    // What the threads of all blocks wait for that sleep under kElsewhere, may have happened.
+    static void wake_others() {
+        for (Block* block : all()) block->wake(kElsewhere);
     }
     // Where time may pass: until all others have gone as far as they can.
     void linger(const Place& place) {
@@ -322,7 +336,6 @@ class Block {
     // In turn, at random, one warp as far as it gets, or one warp later than all others.
     enum class Policy { kInTurn, kRandom, kEager, kStraggler };
     static constexpr size_t kFront = 256;
-    static constexpr uint32_t kIdle = 16;  // the key of those that linger: no barrier's, no address
 
     struct Warp {
         void* slots[32];
@@ -367,15 +380,23 @@ class Block {
         Thread* thread;
     };
 
-    static std::vector<std::unique_ptr<Thread>>& pool() {
-        static std::vector<std::unique_ptr<Thread>> threads;
-        return threads;
+    static std::vector<Block*>& all() {
+        static std::vector<Block*> blocks;
+        return blocks;
     }
-    static const Pages& arena_pages() {
-        static const Pages pages(kMostShared + kFront, "shared memory");
-        return pages;
+    // What a place in the machine has, one block after another.
+    struct Multiprocessor {
+        std::vector<std::unique_ptr<Thread>> threads;
+        const Pages arena{kMostShared + kFront, "shared memory"};
+    };
+    Multiprocessor& multiprocessor() const {
+        static std::vector<std::unique_ptr<Multiprocessor>> places;
+        while (places.size() <= place_) places.push_back(std::make_unique<Multiprocessor>());
+        return *places[place_];
     }
-    static Thread& thread(int id) { return *pool()[static_cast<size_t>(id)]; }
+    std::vector<std::unique_ptr<Thread>>& pool() const { return multiprocessor().threads; }
+    const Pages& arena_pages() const { return multiprocessor().arena; }
+    Thread& thread(int id) const { return *pool()[static_cast<size_t>(id)]; }
 
     static void enter() {
         Block& block = *current();
@@ -395,7 +416,7 @@ class Block {
         Thread& self = *running;
         Warp& warp = warps_[static_cast<size_t>(self.warp)];
         if (Races::on) races().settle();
-        if (!self.copies.empty() || !self.stores.empty()) fail("the thread ended with copies in flight");
+        if (!self.copies.empty() || !self.stores.are_waited_for()) fail("the thread ended with copies in flight");
         if (self.id % 128 == 0 && !groups_[static_cast<size_t>(self.id / 128)].products.empty())
             fail("the warpgroup ended with products in flight");
         if (warp.arrived) fail("the thread ended while others of its warp wait in " + warp.place.text());
@@ -444,59 +465,58 @@ class Block {
     void see() {
         if (!Races::on) return;
         races().settle();
-        auto& now = races().now;
+        auto& now = races().now();
         now.warp = static_cast<uint8_t>(running->warp);
         now.lane = static_cast<uint8_t>(running->lane);
         now.warp_epoch = warps_[static_cast<size_t>(running->warp)].epoch;
     }
 
-    void schedule() {
-        const size_t count = warps_.size(), straggler = random_.below(count);
-        while (live_ > 0) {
-            drift();
-            size_t chosen = count;
-            const size_t first = policy_ == Policy::kRandom   ? random_.below(count)
-                                 : policy_ == Policy::kInTurn ? last_ + 1
-                                                              : last_;
-            for (size_t i = 0; i < count; ++i) {
-                const size_t w = (first + i) % count;
-                if (!warps_[w].runnable) continue;
-                chosen = w;
-                if (policy_ != Policy::kStraggler || w != straggler) break;
-            }
-            if (chosen == count) {
-                const bool lingering =
-                    std::any_of(sleepers_.begin(), sleepers_.end(), [](const Sleeper& s) { return s.key == kIdle; });
-                if (!engine_.empty() && (!lingering || random_.below(2)))
-                    engine_.land_one(random_);
-                else if (lingering)
-                    wake(kIdle);
-                else
-                    deadlock();
-                continue;
-            }
-            Warp& warp = warps_[chosen];
-            warp.turns = policy_ == Policy::kEager ? ~uint64_t(0) : policy_ == Policy::kInTurn ? 1 : 1 + random_.below(8);
-            last_ = chosen;
-            running = &thread(static_cast<int>(chosen) * 32 + warp.after(static_cast<int>(random_.below(32))));
-            running->fiber.enter(scheduler_);
-            if (!error_.empty()) fail(error_);
-            if (!races().found.empty()) {
-                running = nullptr;
-                fail(races().found);
-            }
+    State step(bool alone) {
+        const size_t count = warps_.size();
+        if (live_ == 0) {
+            running = nullptr;
+            if (!engine_.empty()) fail("the block ended with copies in flight");
+            for (int i = 0; i < size; ++i) thread(i).stores.land_all();
+            for (const char* p = arena_ - kFront; p < arena_; ++p)
+                if (*p != '\xff') fail("a write " + std::to_string(arena_ - p) + " bytes before shared memory");
+            return State::kHasEnded;
         }
-        running = nullptr;
-        if (!engine_.empty()) fail("the block ended with copies in flight");
+        drift();
+        size_t chosen = count;
+        const size_t first = policy_ == Policy::kRandom ? random_.below(count) : policy_ == Policy::kInTurn ? last_ + 1 : last_;
+        for (size_t i = 0; i < count; ++i) {
+            const size_t w = (first + i) % count;
+            if (!warps_[w].runnable) continue;
+            chosen = w;
+            if (policy_ != Policy::kStraggler || w != straggler_) break;
+        }
+        if (chosen == count) {
+            running = nullptr;
+            const bool lingering = sleeps_under(kIdle);
+            if (!engine_.empty() && (!lingering || random_.below(2)))
+                engine_.land_one(random_);
+            else if (lingering)
+                wake(kIdle);
+            else if (sleeps_under(kElsewhere) && !alone)
+                return State::kWaitsForOthers;
+            else
+                deadlock();
+            return State::kGoesOn;
+        }
+        Warp& warp = warps_[chosen];
+        warp.turns = policy_ == Policy::kEager ? ~uint64_t(0) : policy_ == Policy::kInTurn ? 1 : 1 + random_.below(8);
+        last_ = chosen;
+        running = &thread(static_cast<int>(chosen) * 32 + warp.after(static_cast<int>(random_.below(32))));
+        running->fiber.enter(scheduler_);
+        if (!error_.empty()) fail(error_);
+        if (!races().found.empty()) {
+            running = nullptr;
+            fail(races().found);
+        }
+        return State::kGoesOn;
     }
-    // Time passes.
-    void drift() {
-        if (landing_ != Landing::kMixed) return;
-        if (!engine_.empty() && random_.below(3) == 0) engine_.land_one(random_);
-        Products& products = groups_[random_.below(groups_.size())].products;
-        if (!products.groups.empty() && random_.below(3) == 0) products.run_oldest();
-        Stores& stores = thread(static_cast<int>(random_.below(static_cast<uint64_t>(size)))).stores;
-        if (!stores.empty() && random_.below(3) == 0) stores.land_one();
+    bool sleeps_under(uint32_t key) const {
+        return std::any_of(sleepers_.begin(), sleepers_.end(), [&](const Sleeper& s) { return s.key == key; });
     }
     [[noreturn]] void deadlock() {
         std::string report = "deadlock:";
@@ -514,11 +534,19 @@ class Block {
         running = nullptr;
         fail(report);
     }
-
+    // Time passes.
+    void drift() {
+        if (landing_ != Landing::kMixed) return;
+        if (!engine_.empty() && random_.below(3) == 0) engine_.land_one(random_);
+        Products& products = groups_[random_.below(groups_.size())].products;
+        if (!products.groups.empty() && random_.below(3) == 0) products.run_oldest();
+        if (random_.below(3) == 0) thread(static_cast<int>(random_.below(static_cast<uint64_t>(size)))).stores.land_one();
+    }
     Body body_;
     const void* context_;
-    size_t shared_size_;
+    size_t shared_size_, place_;
     char* arena_;
+    Races::View view_;
     std::vector<Warp> warps_;
     std::vector<Group> groups_;
     std::array<Named, 16> named_;
@@ -531,7 +559,7 @@ class Block {
     Landing landing_{};
     Place barrier_;
     int waiting_ = 0, live_ = 0;
-    size_t last_ = 0;
+    size_t last_ = 0, straggler_ = 0;
     void* scheduler_ = nullptr;
     std::string error_;
 };
@@ -539,10 +567,10 @@ class Block {
 inline void Races::report(const char* what, uintptr_t at) {
     if (!found.empty()) return;
     const auto* p = reinterpret_cast<const char*>(at * kGrain);
-    const bool shared = p >= shared_begin && p < shared_end;
+    const bool shared = p >= view_->shared_begin && p < view_->shared_end;
     found = "race: " + std::string(what) + " by thread " + std::to_string(running->id) + " of block " +
             text(Block::current()->index) +
-            (shared ? ", byte " + std::to_string(p - static_cast<const char*>(shared_begin)) + " of shared memory"
+            (shared ? ", byte " + std::to_string(p - static_cast<const char*>(view_->shared_begin)) + " of shared memory"
                     : std::string(", global memory"));
 }
 

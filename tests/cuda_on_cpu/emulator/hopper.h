@@ -59,11 +59,43 @@ inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t b
     EMULATOR_ENTER("bulk_load");
     ::emulator::bulk_load(shared, global, bytes, barrier, place);
 }
+inline void bulk_store(void* global, uint32_t shared, int bytes, EMULATOR_LINE) {
+    EMULATOR_ENTER("bulk_store");
+    ::emulator::bulk_store(global, shared, bytes, false, place);
+}
+inline void bulk_add(float* global, uint32_t shared, int bytes, EMULATOR_LINE) {
+    EMULATOR_ENTER("bulk_add");
+    ::emulator::bulk_store(global, shared, bytes, true, place);
+}
 inline void bulk_commit() { ::emulator::running->stores.commit(); }
 template <int kPending>
-void bulk_wait_read() {
-    const ::emulator::Inside inside;
+void bulk_wait_read(EMULATOR_LINE) {
+    EMULATOR_ENTER("bulk_wait_read");
+    block.linger(place);
+    ::emulator::running->stores.wait_read(kPending);
+}
+template <int kPending>
+void bulk_wait(EMULATOR_LINE) {
+    EMULATOR_ENTER("bulk_wait");
+    block.linger(place);
     ::emulator::running->stores.wait(kPending);
+}
+
+inline int next_ticket(int* counter, EMULATOR_LINE) {
+    EMULATOR_ENTER("next_ticket");
+    block.linger(place);
+    return (*counter)++;
+}
+inline void publish(int* flag, int value, EMULATOR_LINE) {
+    EMULATOR_ENTER("publish");
+    if (::emulator::Races::on) ::emulator::races().publish(flag);
+    *flag = value;
+    block.wake_others();
+}
+inline void wait_for(const int* flag, int value, EMULATOR_LINE) {
+    EMULATOR_ENTER("wait_for");
+    while (*flag < value) block.sleep(::emulator::Block::kElsewhere, place);
+    if (::emulator::Races::on) ::emulator::races().acquire_flag(flag);
 }
 
 enum class Major { kK, kMN };

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h on the emulator: blocks one after another, in an order of the seed.
+// csrc/cuda/launch.h on the emulator: a block on each multiprocessor, in an order of the seed.
 #pragma once
 
 #include <numeric>
@@ -21,7 +21,6 @@ inline Options& options() {
 }
 
 inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block::Body body, const void* context) {
-    static uint32_t serial = 0;
     if (shared > options().shared_limit)
         throw std::runtime_error("[" + std::string(op) + "] " + "too much shared memory: " + std::to_string(shared));
     if (grid.x >> 31 || grid.y > 65535 || grid.z > 65535)
@@ -30,13 +29,36 @@ inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block:
     std::iota(order.begin(), order.end(), 0);
     Random random{++options().seed * 0x2545f4914f6cdd1du};
     for (size_t i = order.size(); i-- > 1;) std::swap(order[i], order[random.below(i + 1)]);
-    races().now.launch = ++serial;
+    races().start_launch();
     try {
-        Block block(grid, threads, shared, body, context);
-        for (const uint64_t i : order)
-            block.run(dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                           static_cast<unsigned>(i / grid.x / grid.y)),
-                      random());
+        std::vector<std::unique_ptr<Block>> blocks;
+        size_t next = 0;
+        const auto start = [&](Block& block) {
+            const uint64_t i = order[next++];
+            block.start(dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                             static_cast<unsigned>(i / grid.x / grid.y)),
+                        random());
+        };
+        for (int i = 0; i < options().multiprocessors && next < order.size(); ++i) {
+            blocks.push_back(std::make_unique<Block>(grid, threads, shared, body, context, blocks.size()));
+            start(*blocks.back());
+        }
+        const uint64_t longest_turn = random.below(2) ? 2 : 100;
+        for (size_t at = 0, waiting = 0; !blocks.empty();) {
+            auto state = Block::State::kGoesOn;
+            for (uint64_t steps = 1 + random.below(longest_turn); steps > 0 && state == Block::State::kGoesOn; --steps) {
+                state = blocks[at]->advance(waiting + 1 >= blocks.size());
+                waiting = state == Block::State::kWaitsForOthers ? waiting + 1 : 0;
+            }
+            if (state == Block::State::kHasEnded && next < order.size())
+                start(*blocks[at]);
+            else if (state == Block::State::kHasEnded)
+                blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(at));
+            if (waiting > 0)
+                at = (at + 1) % blocks.size();
+            else if (!blocks.empty())
+                at = random.below(blocks.size());
+        }
         for (const auto& [begin, pages] : Pages::all())
             if (!pages->untouched_around()) fail(std::string("a write outside of ") + pages->name);
     } catch (const std::runtime_error& error) {

@@ -1,8 +1,8 @@
 // Two threads touch the same bytes, one of them writes, and nothing orders them: found whether or not this schedule shows it.
 // The arch layer reports its accesses; compiled with -fsanitize=thread, and linked without it, every access of a kernel arrives
 // here through the hooks below, in shared and in global memory. Lanes of a warp are ordered by barriers, warps by what one of
-// them releases and the other acquires (barriers of the block or of some threads, mbarriers, copies that complete on them);
-// nothing orders two blocks of a launch.
+// them releases and the other acquires (barriers of the block or of some threads, mbarriers, copies that complete on them),
+// blocks of a launch by the flags that one of them publishes and the other waits for.
 #pragma once
 
 #include <algorithm>
@@ -21,56 +21,90 @@ inline void join(Clock& into, const Clock& other) {
     for (size_t w = 0; w < into.size(); ++w) into[w] = std::max(into[w], other[w]);
 }
 
+inline void join(std::unordered_map<uint32_t, uint32_t>& into, const std::unordered_map<uint32_t, uint32_t>& other) {
+    for (const auto& [who, how_far] : other) into[who] = std::max(into[who], how_far);
+}
+
 class Races {
   public:
     // Who is running, and since which barriers.
     struct Now {
         uint32_t launch = 0, block = 0;  // serial numbers
-        uint32_t clock = 0, warp_epoch = 0;
+        uint32_t clock = 0, warp_epoch = 0, published = 0;
         uint8_t warp = 0, lane = 0;
+    };
+    // Of other blocks, how many of the publications are known. What a block publishes is all that it has done so far, whoever
+    // did it.
+    using Others = std::unordered_map<uint32_t, uint32_t>;
+    // What a block knows. Blocks take turns, each with its own.
+    struct View {
+        Now now;
+        std::array<Clock, 32> clocks{};
+        Others others;
+        const void *shared_begin = nullptr, *shared_end = nullptr;
     };
 
     static inline bool on = false;         // is anything tracked at all?
     static inline bool in_kernel = false;  // and not within the emulator
-    Now now;
-    const void *shared_begin = nullptr, *shared_end = nullptr;
-    std::string found;  // the first race
+    std::string found;                     // the first race
 
-    void start_block(uint32_t serial) {
-        now.block = serial;
-        for (size_t w = 0; w < clocks_.size(); ++w) clocks_[w] = {}, clocks_[w][w] = 1;
+    void start_launch() {
+        ++launch_;
+        flags_.clear();
         found.clear();
     }
+    View start_block(const void* shared_begin, const void* shared_end) {
+        View view{{launch_, ++blocks_}, {}, {}, shared_begin, shared_end};
+        for (size_t w = 0; w < view.clocks.size(); ++w) view.clocks[w][w] = 1;
+        return view;
+    }
+    void take_turn(View* view) { view_ = view; }
+    Now& now() { return view_->now; }
     // What a warp knows, for whoever acquires it; what the warp does from here on is not part of it.
     Clock release(int warp) {
-        Clock& clock = clocks_[static_cast<size_t>(warp)];
+        Clock& clock = view_->clocks[static_cast<size_t>(warp)];
         const Clock released = clock;
         ++clock[static_cast<size_t>(warp)];
         return released;
     }
-    void acquire(int warp, const Clock& released) { join(clocks_[static_cast<size_t>(warp)], released); }
+    void acquire(int warp, const Clock& released) { join(view_->clocks[static_cast<size_t>(warp)], released); }
+    void publish(const void* flag) {
+        Published& published = flags_[flag];
+        join(published.others, view_->others);
+        join(published.warps[now().block], release(now().warp));
+        published.others[now().block] = ++now().published;
+    }
+    void acquire_flag(const void* flag) {
+        Published& published = flags_[flag];
+        join(view_->others, published.others);
+        acquire(now().warp, published.warps[now().block]);
+    }
 
     // By a unit of the hardware that works for a warp.
     void access_for(int warp, const void* p, size_t bytes, bool write, uint32_t warp_epoch) {
-        const Now before = now;
-        now.warp = static_cast<uint8_t>(warp), now.lane = kUnit, now.warp_epoch = warp_epoch;
+        const Now before = now();
+        now().warp = static_cast<uint8_t>(warp), now().lane = kUnit, now().warp_epoch = warp_epoch;
         access(p, bytes, write);
-        now = before;
+        now() = before;
     }
-    void access(const void* p, size_t bytes, bool write) {
+    // `later`: what is written arrives at another time.
+    void access(const void* p, size_t bytes, bool write, bool later = false) {
         settle();
-        now.clock = clocks_[now.warp][now.warp];
-        const bool shared = p >= shared_begin && p < shared_end;  // which every block has for itself
+        Now& now = view_->now;
+        now.clock = view_->clocks[now.warp][now.warp];
+        const bool shared = p >= view_->shared_begin && p < view_->shared_end;  // which every block has for itself
         const uintptr_t first = reinterpret_cast<uintptr_t>(p) / kGrain,
                         last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / kGrain;
         for (uintptr_t at = first; at <= last; ++at) {
             Cell& cell = at_grain(at);
             if (cell.copied_by == now.block && now.block) report("an access and a copy that nobody has waited for", at);
             if (clashes(cell.written, shared)) {
-                if (write)
-                    suspects_.push_back({at, value_at(at)});
-                else
+                if (!write)
                     report("a read after a write", at);
+                else if (later)
+                    report("two writes", at);
+                else
+                    suspects_.push_back({at, value_at(at)});
             }
             if (write && (clashes(cell.read, shared) || unseen_reader(cell))) report("a write after a read", at);
             if (write)
@@ -88,7 +122,7 @@ class Races {
     // From its issue to its wait, a copy may write at any moment.
     void copy_begins(const void* to) {
         access(to, 16, true);
-        for_copy(to, now.block);
+        for_copy(to, now().block);
     }
     void copy_ends(const void* to) {
         for_copy(to, 0);
@@ -102,6 +136,11 @@ class Races {
         uintptr_t at;
         uint16_t value;
     };
+    // By a flag, to other blocks and to warps of the same.
+    struct Published {
+        Others others;
+        std::unordered_map<uint32_t, Clock> warps;
+    };
     static uint16_t value_at(uintptr_t at) { return *reinterpret_cast<const volatile uint16_t*>(at * kGrain); }
     struct Access {
         Now by;
@@ -114,22 +153,29 @@ class Races {
     };
 
     bool clashes(const Access& before, bool shared) const {
+        const Now& now = view_->now;
         if (!before.happened || before.by.launch != now.launch) return false;
-        if (before.by.block != now.block) return !shared;
+        if (before.by.block != now.block) return !shared && !knows_block(before.by);
         if (before.by.warp == now.warp)
             return before.by.lane != now.lane && before.by.lane != kUnit && now.lane != kUnit &&
                    before.by.warp_epoch == now.warp_epoch;
         return !knows(before.by);
     }
-    bool knows(const Now& other) const { return clocks_[now.warp][other.warp] >= other.clock; }
+    bool knows(const Now& other) const { return view_->clocks[view_->now.warp][other.warp] >= other.clock; }
+    bool knows_block(const Now& other) const {
+        const auto known = view_->others.find(other.block);
+        return known != view_->others.end() && known->second > other.published;
+    }
     bool unseen_reader(const Cell& cell) const {
+        const Now& now = view_->now;
         if (!cell.readers || cell.read.by.launch != now.launch || cell.read.by.block != now.block) return false;
         for (size_t w = 0; w < cell.readers->size(); ++w)
-            if (w != now.warp && (*cell.readers)[w] > clocks_[now.warp][w]) return true;
+            if (w != now.warp && (*cell.readers)[w] > view_->clocks[now.warp][w]) return true;
         return false;
     }
     // Earlier reads that this one makes superfluous are forgotten, the others kept with it.
     void note_read(Cell& cell, bool shared) {
+        const Now& now = view_->now;
         Access joined{now, true};
         const Access& read = cell.read;
         const bool here = read.happened && read.by.launch == now.launch && read.by.block == now.block;
@@ -159,7 +205,9 @@ class Races {
     }
     void report(const char* what, uintptr_t at);  // block.h
 
-    std::array<Clock, 32> clocks_{};
+    View nobody_, *view_ = &nobody_;
+    uint32_t launch_ = 0, blocks_ = 0;
+    std::unordered_map<const void*, Published> flags_;
     std::vector<Suspect> suspects_;
     std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow_;
     uintptr_t last_page_ = ~uintptr_t(0);

@@ -98,46 +98,70 @@ inline void tensor_load(const TensorMap& map, const Corner& corner, uint32_t sha
     });
 }
 
+inline void write_out(char* to, const char* from, int64_t bytes, bool add) {
+    for (int64_t i = 0; add && i < bytes; i += 4) {
+        float sum, more;
+        std::memcpy(&sum, to + i, 4);
+        std::memcpy(&more, from + i, 4);
+        sum += more;
+        std::memcpy(to + i, &sum, 4);
+    }
+    if (!add) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+// A copy out of shared memory, of the chunks that visit_chunks(visit) calls visit(global address, shared address, begin, end)
+// for.
+template <class VisitChunks>
+void store_chunks(const VisitChunks& visit_chunks, bool add, const Place& place) {
+    const auto visit_races = [=](bool issues) {  // it may read until its wait
+        if (!Races::on) return;
+        visit_chunks([&](char* to, uint32_t from, int64_t begin, int64_t end) {
+            races().access(Block::current()->touch_async(from, 16, place), 16, false);
+            if (issues && to && begin < end) races().access(to + begin, static_cast<size_t>(end - begin), true, true);
+        });
+    };
+    visit_races(true);
+    const auto bytes = std::make_shared<std::vector<char>>();
+    const auto read = [=, issuer = running] {
+        if (running == issuer) visit_races(false);
+        visit_chunks([&](char*, uint32_t from, int64_t, int64_t) {
+            const char* source = Block::current()->touch_async(from, 16, place);
+            bytes->insert(bytes->end(), source, source + 16);
+        });
+    };
+    const auto write = [=] {
+        const char* source = bytes->data();
+        visit_chunks([&](char* to, uint32_t, int64_t begin, int64_t end) {
+            if (to && begin < end) write_out(to + begin, source + begin, end - begin, add);
+            source += 16;
+        });
+    };
+    running->stores.submit(read, write);
+    if (Block::current()->landing() == Landing::kEarly) running->stores.land_all();
+}
+
 // Writes, or adds floats. What lies beyond the tensor is left alone.
 inline void tensor_store(const TensorMap& map, const Corner& corner, uint32_t shared, bool add, const Place& place) {
     check_copy(map, corner, shared, place);
     if (add && !map.is_float) fail(place.text() + ": only floats are added");
-    const auto visit_races = [=](bool issues) {  // it may read until its wait
-        if (!Races::on) return;
-        each_chunk(map, shared, corner, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
-            races().access(Block::current()->touch_async(from, 16, place), 16, false);
-            if (issues && to && begin < end) races().access(to + begin, static_cast<size_t>(end - begin), true);
-        });
-    };
-    visit_races(true);
-    const auto work = [=, issuer = running] {
-        if (running == issuer) visit_races(false);
-        each_chunk(map, shared, corner, [&](char* to, uint32_t from, int64_t begin, int64_t end) {
-            const char* source = Block::current()->touch_async(from, 16, place);
-            if (!to) return;
-            for (int64_t i = begin; i < end; i += map.element) {
-                if (add) {
-                    float sum, more;
-                    std::memcpy(&sum, to + i, 4);
-                    std::memcpy(&more, source + i, 4);
-                    sum += more;
-                    std::memcpy(to + i, &sum, 4);
-                } else {
-                    std::memcpy(to + i, source + i, static_cast<size_t>(map.element));
-                }
-            }
-        });
-    };
-    const bool lands = Block::current()->landing() == Landing::kEarly;
-    if (lands) work();
-    running->stores.submit(lands ? Work([] {}) : Work(work));
+    store_chunks([=](auto visit) { each_chunk(map, shared, corner, visit); }, add, place);
 }
 
-// A run of bytes without a map.
-inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, const Place& place) {
-    Block& block = *Block::current();
+// Runs of bytes without a map.
+inline void check_run(uint32_t shared, const void* global, int bytes, const Place& place) {
     if (bytes <= 0 || bytes % 16 || shared % 16 || reinterpret_cast<uintptr_t>(global) % 16)
         fail(place.text() + ": not whole, aligned vectors of 16 bytes");
+}
+inline void bulk_store(void* global, uint32_t shared, int bytes, bool add, const Place& place) {
+    check_run(shared, global, bytes, place);
+    const auto visit_chunks = [=](auto visit) {
+        for (int i = 0; i < bytes; i += 16) visit(static_cast<char*>(global) + i, shared + static_cast<uint32_t>(i), 0, 16);
+    };
+    store_chunks(visit_chunks, add, place);
+}
+inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, const Place& place) {
+    Block& block = *Block::current();
+    check_run(shared, global, bytes, place);
     if (Races::on) races().access(global, static_cast<size_t>(bytes), false);
     for (int i = 0; i < bytes; i += 16) forget(shared + static_cast<uint32_t>(i), 16, place);
     mbarrier_at(barrier, place);
