@@ -20,10 +20,26 @@ TEST(every_schedule_gives_the_same_bits) {
     first.run();
     for (uint64_t seed = 100; seed < 112; ++seed) {
         emulator::options().seed = seed * 1000;
+        emulator::options().multiprocessors = 1 + static_cast<int>(seed % 5);
         Call<BFloat16> again(c, x.q, x.k, x.v, x.dout);
         again.run();
         check_same_bits(first, again);
     }
+    emulator::options().multiprocessors = 3;
+}
+
+TEST(sums_in_memory_only_for_several_blocks_of_keys) {
+    const auto scratch = [](std::vector<int32_t> queries, std::vector<int32_t> keys) {
+        const Case c{queries, keys, 2, 1, 64, false};
+        const Inputs x = random_inputs<BFloat16>(c);
+        const Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
+        AttentionBackward backward{.plan = call.plan};
+        set_shape(backward, c, DType::kBFloat16);
+        return cuda::attention_backward_scratch(backward);
+    };
+    const int64_t rows = 2 * 2 * 300 * 4;
+    CHECK(scratch({0, 300}, {0, 128}) < rows + 100);
+    CHECK(scratch({0, 300}, {0, 129}) >= rows + 300 * 2 * 64 * 4);
 }
 
 TEST(blocks_take_many_tiles) {

@@ -20,7 +20,7 @@ def angles(tokens, head_dim):
 
 
 def attention_inputs():
-    return leaf(13, 4, 64), leaf(13, 2, 64), leaf(13, 2, 64), CU, CU, None, (0, 0, 0, 0), 0.1, True
+    return leaf(13, 4, 64), leaf(13, 2, 64), leaf(13, 2, 64), CU, CU, None, (0, 0, 0, 0, 0), 0.1, True
 
 
 SAMPLES = {

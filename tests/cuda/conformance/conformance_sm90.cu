@@ -110,6 +110,39 @@ __global__ void stores(const uint32_t* in, uint32_t* out, const QEMB_GRID_CONSTA
     }
 }
 
+// Blocks add runs of floats one after another; the first that finds nothing left reads the sums. numbers: the next run, and how
+// many have been added.
+constexpr int kRuns = 24;
+__global__ void in_turn(const uint32_t* in, uint32_t* out, int* numbers) {
+    const int t = static_cast<int>(threadIdx.x);
+    auto* const values = reinterpret_cast<float*>(shared_bytes());
+    auto* const ticket = reinterpret_cast<int*>(shared_bytes() + 2 * kThreads * 4);
+    auto* const sums = reinterpret_cast<float*>(out);
+    while (true) {
+        if (t == 0) *ticket = next_ticket(numbers);
+        sync_block();
+        const int n = *ticket;
+        if (n >= kRuns) break;
+        values[t] = static_cast<float>(in[n * kThreads + t] % 1000) / 7;
+        fence_async();
+        sync_block();
+        if (t == 0 && n == 0) bulk_store(sums, base(), kThreads * 4);
+        if (t == 0 && n > 0) {
+            wait_for(numbers + 1, n);
+            bulk_add(sums, base(), kThreads * 4);
+        }
+        if (t == 0) {
+            bulk_commit();
+            bulk_wait<0>();
+            publish(numbers + 1, n + 1);
+        }
+        sync_block();
+    }
+    if (*ticket > kRuns) return;
+    wait_for(numbers + 1, kRuns);
+    out[kThreads + t] = word(sums[t] + 1);
+}
+
 // d = a b (+ d), a: 64 x 32, b: 32 x kN, both in 16-bit words at `in`, rows of M or N and 32 of K; then d, 64 x kN floats. In
 // shared memory the operands begin 32 bytes into their rows, or 16 rows down.
 constexpr int kDepth = 32, kA = 0, kB = 8192, kPanel = 64 * 128;
@@ -230,6 +263,17 @@ void run_stores(const char* name, Source& source, const int (&size)[4], const in
     print(name, "bits", memory, kCount);
 }
 
+void run_in_turn(Source& source) {
+    const Words in = source.plain(kRuns * kThreads);
+    Memory from(in.size()), out(2 * kThreads), numbers(2);
+    std::copy(in.begin(), in.end(), from.data());
+    std::fill(numbers.data(), numbers.data() + 2, 0);
+    launch("in_turn", in_turn, dim3(7), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()), out.data(),
+           reinterpret_cast<int*>(numbers.data()));
+    finish();
+    print("blocks_in_turn", "bits", out, 2 * kThreads);
+}
+
 }  // namespace
 
 int main() {
@@ -239,6 +283,7 @@ int main() {
     run("named_barriers", "bits", kShared, barriers_of_some, plain, kThreads);
     run("registers", "bits", kShared, registers, plain, kThreads);
     run("bulk_load", "bits", kShared, bulk, plain, kThreads);
+    run_in_turn(source);
     run_loads<BFloat16, 1>("tma_load.1d", source, {100, 1, 1, 1}, {64, 1, 1, 1}, false);
     run_loads<BFloat16, 2>("tma_load.2d.swizzled", source, {100, 20, 1, 1}, {64, 16, 1, 1}, true);
     run_loads<float, 2>("tma_load.2d.float", source, {50, 20, 1, 1}, {32, 12, 1, 1}, true);
