@@ -104,7 +104,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
 }
 
 // On Hopper the kernels for blocks are ahead of the tiles from here on.
-int32_t most_short() { return cuda::on_hopper() ? kTile / 2 : kTile; }
+int32_t most_short() { return cuda::on_hopper() ? kTile / 4 : kTile; }
 
 }  // namespace
 

@@ -111,6 +111,8 @@ BUGS = [
     Bug("wrong step of a descriptor", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h", "k % 4 * 32;", "k % 4 * 16;"),
     Bug("wrong leading dimension", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h",
         "matrix(b, kPanelBytes<kRows>)", "matrix(b)"),
+    Bug("one head for both warpgroups", "attention_sm90", "sm90/attention_forward", "sm90/attention_tile.h",
+        "? head + half : head;", "? head : head;"),
     Bug("dS stored without a fence", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",
         "    fence_async();\n    barrier_sync(kSharedDsBarrier, kConsumers);\n", "    barrier_sync(kSharedDsBarrier, kConsumers);\n"),
     Bug("dS overwritten while it is read", "attention_sm90", "sm90/attention_backward", "sm90/attention_backward.cu",

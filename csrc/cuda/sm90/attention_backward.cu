@@ -76,7 +76,7 @@ struct Layout {
 // 128 keys of a sequence and a kv head, and the steps of queries that see some of them, head after head. The last keys of a
 // sequence come first: under a causal mask nobody has to wait for those before it.
 struct KeyTile {
-    static constexpr int kEnd = -1;
+    static constexpr int kEnd = -1, heads = 1;
 
     Span span;
     int sequence, first, count, kv_head, group, from, per_head, steps;

@@ -31,8 +31,13 @@ QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const Te
         return mine;
     };
     announce_tiles(p, message<QueryTile, L>(), q_ring, in_turn, [&](const QueryTile& tile) {
-        mbarrier_expect(q_ring.full(), tile.steps > 0 ? kTileBytes<kTile, D> : 0);
-        if (tile.steps > 0) load_tile<kTile, D>(shared + L::kQ, q, q_ring.full(), tile.head, tile.span.q + tile.first);
+        const int halves = tile.steps > 0 ? tile.halves() : 0;
+        mbarrier_expect(q_ring.full(), halves * kTileBytes<kHalf, D>);
+        for (int half = 0; half < halves; ++half)
+#pragma unroll
+            for (int panel = 0; panel < D / 64; ++panel)
+                tma_load(shared + L::kQ + panel * kPanelBytes<kTile> + half * kPanelBytes<kHalf>, q, q_ring.full(),
+                         {panel * 64, tile.head_of(half), tile.span.q + tile.first + tile.first_of(half)});
         for (int step = tile.is_kept ? 0 : tile.steps; step-- > 0;) {
             const int key = tile.span.k + step * kKeys;
             k_ring.wait_empty();
@@ -86,9 +91,9 @@ template <class T, int D>
 QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int my_first = group * 64 + warp * 16;  // rows of a tile
     const float scale = static_cast<float>(p.scale) * kLog2E;
-    const uint32_t my_q = shared + L::kQ + group * 64 * 128, staging = shared + L::kStaging + my_first * D * 2;
+    const uint32_t my_q = shared + L::kQ + group * kPanelBytes<kHalf>,
+                   staging = shared + L::kStaging + (group * kHalf + warp * 16) * D * 2;
     const auto take_turn = [&] { barrier_sync(kTurnBarrier + group, kConsumers); };
     const auto pass_turn = [&] { barrier_arrive(kTurnBarrier + (group ^ 1), kConsumers); };
     if (group == 1) pass_turn();  // the other begins
@@ -102,8 +107,9 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
             v_ring.rewind(tile.steps);
         }
         const bool frees = threadIdx.x % 128 == 0 && !tile.keeps;  // for both of its rings
+        const int my_first = tile.first_of(group) + warp * 16, head = tile.head_of(group), count = tile.count_of(group);
         const int row = tile.first + my_first + lane / 4;
-        const int all_see = visible_keys(tile.first + group * 64, tile.span.num_q, tile.span.num_k, p.causal);
+        const int all_see = visible_keys(tile.first + tile.first_of(group), tile.span.num_q, tile.span.num_k, p.causal);
         const int sees[2] = {visible_keys(row, tile.span.num_q, tile.span.num_k, p.causal),
                              visible_keys(row + 8, tile.span.num_q, tile.span.num_k, p.causal)};
         float out[D / 2], s[kKeys / 2], factor[2];
@@ -172,13 +178,13 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
         // Write the output and lse
         const float sum[2] = {lanes_sum<4>(softmax.sum[0]), lanes_sum<4>(softmax.sum[1])};
         const int64_t token = tile.span.q + tile.first + my_first;
-        store_rows<T, D>(static_cast<T*>(p.out) + (token * p.num_heads + tile.head) * D, p.num_heads * D, tile.count - my_first,
+        store_rows<T, D>(static_cast<T*>(p.out) + (token * p.num_heads + head) * D, p.num_heads * D, count - my_first,
                          reinterpret_cast<const float (&)[D / 8][4]>(out), sum[0] > 0 ? 1 / sum[0] : 0,
                          sum[1] > 0 ? 1 / sum[1] : 0, staging, lane);
-        float* lse = static_cast<float*>(p.lse) + (token + lane / 4) * p.num_heads + tile.head;
+        float* lse = static_cast<float*>(p.lse) + (token + lane / 4) * p.num_heads + head;
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (lane % 4 == 0 && row + 8 * i < tile.first + tile.count)
+            if (lane % 4 == 0 && row + 8 * i < tile.first + count)
                 lse[8 * i * p.num_heads] = softmax.most[i] * (scale * kLn2) + logf(sum[i]);
     }
 }
@@ -209,7 +215,7 @@ bool attention_forward(const AttentionForward& p) {
     visit_types(p, [&]<class T, int D>() {
         const int64_t tokens = p.num_tokens, keys = p.num_keys;
         TensorMap q, k, v;
-        if (!make_token_map<T, D, kTile>(q, p.q, tokens, p.num_heads, p.q_token_stride, p.q_head_stride) ||
+        if (!make_token_map<T, D, kHalf>(q, p.q, tokens, p.num_heads, p.q_token_stride, p.q_head_stride) ||
             !make_token_map<T, D, kKeys>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) ||
             !make_token_map<T, D, kKeys>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride))
             return;

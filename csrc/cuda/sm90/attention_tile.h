@@ -10,6 +10,7 @@ namespace qemb::cuda::sm90 {
 
 constexpr uint32_t kTurnBarrier = 1;  // and the next: of the two consumer warpgroups
 constexpr uint32_t kTailBarrier = 3;
+constexpr int kHalf = 64;  // rows of a warpgroup
 
 template <int kRows>
 constexpr int kPanelBytes = kRows * 128;
@@ -85,13 +86,14 @@ QEMB_DEVICE void as_left(const float (&x)[kColumns / 2], uint32_t (&a)[kColumns 
         for (int i = 0; i < 4; ++i) a[k][i] = pack<T>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// 128 queries of a sequence, one head, and the steps of 128 keys that some of them see. The heads of a group follow each other
-// in one block, which keeps keys and values between them where there is one step.
+// 128 queries of a sequence and a head, or up to 64 and two heads: a half for each warpgroup; and the steps of 128 keys that
+// some of them see. The heads of a group follow each other in one block, which keeps keys and values between them where all
+// are in its stages.
 struct QueryTile {
     static constexpr int kEnd = -1;  // as `steps`: no tile, and none will follow
 
     Span span;
-    int first, count, head, kv_head, steps;
+    int first, count, head, heads, kv_head, steps;
     bool is_kept, keeps;  // the keys: from the head before, for the next one
 
     template <class Params>
@@ -107,6 +109,13 @@ struct QueryTile {
         return static_cast<int>(p.num_heads / p.num_kv_heads);
     }
 
+    // Of a warpgroup: its first query in the tile, its head, and how many queries of the tile are its own or before.
+    QEMB_DEVICE bool has_two_heads() const { return span.num_q <= kHalf; }
+    QEMB_DEVICE int first_of(int half) const { return has_two_heads() ? 0 : half * kHalf; }
+    QEMB_DEVICE int head_of(int half) const { return has_two_heads() ? head + half : head; }
+    QEMB_DEVICE int count_of(int half) const { return half < heads || !has_two_heads() ? count : 0; }
+    QEMB_DEVICE int halves() const { return has_two_heads() ? heads : (count + kHalf - 1) / kHalf; }
+
   private:
     template <class Params>
     QEMB_DEVICE QueryTile(const Params& p, const int32_t* item, int kv_head, int part)
@@ -114,10 +123,11 @@ struct QueryTile {
           first(item[1] * kTile),
           count(min(kTile, span.num_q - first)),
           head(kv_head * parts(p) + part),
+          heads(span.num_q <= kHalf ? min(2, parts(p) - part) : 1),
           kv_head(kv_head),
           steps((visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kTile - 1) / kTile),
           is_kept(steps <= 2 && part > 0),
-          keeps(steps <= 2 && part + 1 < parts(p)) {}
+          keeps(steps <= 2 && part + heads < parts(p)) {}
 };
 
 // The producer alone reads the plan, ahead of everyone. For each tile of the units that next() gives this block: take(tile),
@@ -132,12 +142,13 @@ QEMB_DEVICE Tile& message() {
 template <class Tile, class Params, class Next, class Take>
 QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Next& next, const Take& take) {
     for (int unit = next(), end = Tile::units(p); unit < end; unit = next())
-        for (int part = 0; part < Tile::parts(p); ++part) {
+        for (int part = 0; part < Tile::parts(p);) {
             const Tile tile(p, unit, part);
             ring.wait_empty();
             message = tile;
             take(tile);
             ring.next();
+            part += tile.heads;
         }
     ring.wait_empty();
     message.steps = Tile::kEnd;
