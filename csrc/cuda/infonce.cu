@@ -6,6 +6,7 @@
 #include "cuda/architecture.h"
 #include "cuda/device/vector.h"
 #include "cuda/infonce_gradients.h"
+#include "cuda/infonce_prefixes.h"
 #include "cuda/infonce_rows.h"
 #include "cuda/infonce_scores.h"
 #include "cuda/sm90/infonce.h"
@@ -28,34 +29,64 @@ void run(const InfoNce& p) {
         launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared), p.stream, a,
                arguments...);
     };
+    if (a.prefixes) {
+        start(find_norms<T>, ceil_div(p.num_queries, 4), 128, 0, static_cast<const T*>(p.queries), p.num_queries, a.query_norm);
+        start(find_norms<T>, ceil_div(p.num_documents, 4), 128, 0, static_cast<const T*>(p.documents), p.num_documents,
+              a.doc_norm);
+        zero_out(a.query_along, a.layers * a.query_tiles * kTile * int64_t(sizeof(float)));
+        zero_out(a.doc_along, a.layers * a.doc_tiles * kTile * int64_t(sizeof(float)));
+    }
+    const auto score_tiles = [&](bool of_documents) {
+        const int64_t tiles = a.row_tiles * (of_documents ? a.doc_tiles : a.query_tiles);
+        const Matrix<T>& columns = of_documents ? a.documents : a.queries;
+        const int64_t dim_steps = ceil_div(p.dim, kDepth<T>);
+        if (a.prefixes)
+            start(score<true, T>, tiles, kTileThreads, score_bytes(a.layers), of_documents, columns, dim_steps);
+        else
+            start(score<false, T>, tiles, kTileThreads, score_bytes(1), of_documents, columns, dim_steps);
+    };
+    const auto each_layer = [&](const auto& visit) {  // visit(layer, tiles of its own features)
+        for (int layer = 0; layer < a.layers; ++layer) visit(layer, ceil_div(a.ends[layer] - a.begins[layer], kTile));
+    };
     for (int64_t row = 0; row < p.num_rows; row += a.rows) {
         a.start_at(row);
-        const int64_t padded = a.row_tiles * kTile, dims = a.dim_tiles(), dim_steps = a.dim_steps();
+        const int64_t padded = a.row_tiles * kTile;
         start(start_rows<T>, ceil_div(a.count, 4), 128, 0);
         if (hopper) {
             sm90::scores(a);
         } else {
-            start(score<T>, a.row_tiles * a.doc_tiles, kTileThreads, kScoreBytes, true, a.documents, dim_steps);
-            start(score<T>, a.row_tiles * a.query_tiles, kTileThreads, kScoreBytes, false, a.queries, dim_steps);
+            score_tiles(true);
+            score_tiles(false);
         }
         start(finish_rows<T>, padded / 32, kRowThreads * 32, kRowThreads * 32 * int(sizeof(double)));
         start(finish_panel<T>, 1, 1024, 256);
         if (!a.gradients()) continue;
+        if (a.prefixes) {
+            start(merge_layers<T>, a.first_tile[kNumKinds] * a.row_tiles, kMergeThreads, merge_bytes<T>(a.layers));
+            start(add_along<T>, a.layers * (a.doc_tiles + a.query_tiles), kTile, 0);
+        }
         start(pack_anchors<T>, a.num_parts * padded, 128, 0, padded);
         if (hopper)
             sm90::row_gradients(a);
         else
-            start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>, dims);
+            each_layer([&](int layer, int64_t dims) {
+                start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>, layer,
+                      dims);
+            });
         start(finish_row_gradients<T>, a.sides * a.count, 128, 0);
         if (hopper) {
             sm90::column_gradients(a);
         } else {
-            start(column_gradients<T>, a.doc_tiles * dims, kTileThreads, kProductBytes<true>, true, dims);
-            start(column_gradients<T>, a.query_tiles * dims, kTileThreads, kProductBytes<true>, false, dims);
+            each_layer([&](int layer, int64_t dims) {
+                start(column_gradients<T>, a.doc_tiles * dims, kTileThreads, kProductBytes<true>, layer, true, dims);
+                start(column_gradients<T>, a.query_tiles * dims, kTileThreads, kProductBytes<true>, layer, false, dims);
+            });
         }
         start(own_gradients<T>, a.owns ? a.count : 0, 128, 0);
         start(positive_gradients<T>, a.count, 128, 0);
     }
+    if (a.prefixes && a.gradients())
+        start(finish_columns<T>, (a.doc_tiles > 0 ? p.num_documents : 0) + (a.query_tiles > 0 ? a.queries.rows : 0), 128, 0);
 }
 
 }  // namespace infonce

@@ -27,37 +27,75 @@ QEMB_DEVICE Matrix<T> weights_of(const Panel<T>& a) {
     Matrix<T> weights = a.documents;
     weights.data = a.weights;
     weights.rows = a.row_tiles * kTile;
-    weights.columns = a.num_tiles() * kTile;
+    weights.columns = weights.end = a.num_tiles() * kTile;
     weights.vectors = true;
     return weights;
 }
 
-// 128 anchors, 128 features, one of the splits of a part's columns: sum_j E[r, j] * column_j.
+// 128 anchors, 128 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j E[r, j] *
+// column_j.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1) row_gradients(const Panel<T> a, int64_t dim_tiles) {
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
+    row_gradients(const Panel<T> a, int layer, int64_t dim_tiles) {
     constexpr int kSteps = kTile / kDepth<T>;  // of a tile of columns
-    const int64_t row0 = blockIdx.x / dim_tiles % a.row_tiles * kTile, feature0 = blockIdx.x % dim_tiles * kTile;
+    const int64_t row0 = blockIdx.x / dim_tiles % a.row_tiles * kTile,
+                  feature0 = a.begins[layer] + blockIdx.x % dim_tiles * kTile;
     const int64_t split = blockIdx.x / dim_tiles / a.row_tiles;  // of all parts
     const Kind kind = a.parts[split / a.splits];
-    const int64_t first_of_kind = a.first_tile[kind], tiles = a.first_tile[kind + 1] - first_of_kind;
+    const int64_t first_of_kind = a.tile_of(layer, kind, 0), tiles = a.first_tile[kind + 1] - a.first_tile[kind];
     const int64_t tiles_of_split = (tiles + a.splits - 1) / a.splits, first_tile = split % a.splits * tiles_of_split;
     const int64_t steps = min(tiles_of_split, tiles - first_tile) * kSteps;  // none, or fewer, in splits that are left over
     const Matrix<T> weights = weights_of(a);
+    Matrix<T> columns = kind == kQueries ? a.queries : a.documents;
+    columns.end = a.ends[layer];
     Sums sums;
     multiply<T, Depth::kAlong, Depth::kAcross, true>(sums, steps, [&](int64_t step, char* stage) {
         const int64_t tile = first_tile + step / kSteps, within = step % kSteps * kDepth<T>;
         load_operand<T, Depth::kAlong>(stage, weights, row0, (first_of_kind + tile) * kTile + within);
-        if (kind == kQueries)
-            load_operand<T, Depth::kAcross>(stage + kOperandBytes, a.queries, tile * kTile + within, feature0);
-        else
-            load_operand<T, Depth::kAcross>(stage + kOperandBytes, a.documents, tile * kTile + within, feature0);
+        load_operand<T, Depth::kAcross>(stage + kOperandBytes, columns, tile * kTile + within, feature0);
         load_factors(stage, a.factors + (first_of_kind + tile) * a.rows + row0, kTile);
     });
     float* const to = a.partial + (split * a.rows + row0) * a.p.dim;
     each_element(sums, [&](int row, int column, float sum) {
         const int64_t d = feature0 + column;
-        if (d < a.p.dim) to[row * a.p.dim + d] = sum;
+        if (d < a.ends[layer]) to[row * a.p.dim + d] = sum;
     });
+}
+
+// Of a pair of vectors, what each is multiplied by in the other's gradient, and what normalising takes away along the vectors
+// themselves: for the features that a layer adds, which all further layers have too.
+struct Pull {
+    float across = 0, along_first = 0, along_second = 0;
+
+    // weight: of the score of the unit vectors; norms: one over those of the first and the second.
+    QEMB_DEVICE void add(float weight, float score, float first, float second, bool prefixes) {
+        across += weight * first * second;
+        if (!prefixes) return;
+        along_first += weight * score * first * first;
+        along_second += weight * score * second * second;
+    }
+};
+
+// The pull of a document that a row owns on the anchor of a side.
+template <class T>
+QEMB_DEVICE Pull pull_of_own(const Panel<T>& a, int layer, int side, int64_t row, int64_t e) {
+    Pull pull;
+    for (int k = layer; k < a.layers; ++k) {
+        const Own& own = a.own_of(k, e);
+        if (own.score[side] != kNoScore)
+            pull.add(own.weight[side], static_cast<float>(own.score[side]), a.of_anchor(k, side, row),
+                     a.of_document(k, a.p.own_documents[e]), a.prefixes);
+    }
+    return pull;
+}
+// The pull of a query and its positive on each other.
+template <class T>
+QEMB_DEVICE Pull pull_of_positive(const Panel<T>& a, int layer, int64_t row) {
+    Pull pull;
+    for (int k = layer; k < a.layers; ++k)
+        pull.add(a.positive_weight[k * a.rows + row], static_cast<float>(a.positive_score[k * a.rows + row]),
+                 a.of_anchor(k, 0, row), a.of_anchor(k, 1, row), a.prefixes);
+    return pull;
 }
 
 // A block for each row and anchor: adds the splits in order, what the row owns, and the positive. The queries' sum goes to
@@ -67,25 +105,34 @@ __global__ void finish_row_gradients(const Panel<T> a) {
     const int64_t row = blockIdx.x % a.count, dim = a.p.dim;
     const int side = static_cast<int>(blockIdx.x / a.count);
     const int64_t query = a.query(row);
-    const float positive_weight = a.positive_weight[row];
     const T* const positive = a.documents.data + a.p.positive[query] * dim;
+    const T* const anchor = side == 0 ? a.anchors[0].data + row * dim : positive;
     float* const d_query = static_cast<float*>(a.p.d_queries) + query * dim;
-    for (int64_t d = threadIdx.x; d < dim; d += 128) {
-        float total = side == 0 ? positive_weight * to_float(positive[d]) : 0.0f;
-        for (int64_t part = 0; part < a.num_parts; ++part) {
-            const Kind kind = a.parts[part];
-            if ((kind == kDocDoc) != (side == 1)) continue;
-            float sum = 0;
-            for (int64_t split = part * a.splits; split < (part + 1) * a.splits; ++split)
-                sum += a.partial[(split * a.rows + row) * dim + d];
-            total += a.row_weight[a.softmax_of(kind) * a.rows + row] * sum;
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const float positive_pull = side == 0 ? pull_of_positive(a, layer, row).across : 0;
+        double along = 0;
+        for (int k = layer; k < a.layers && a.prefixes; ++k) {
+            const auto norm = static_cast<double>(a.of_anchor(k, side, row));
+            along += a.row_along[(side * a.layers + k) * a.rows + row] * norm * norm;
         }
-        for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
-            total += a.own[e].weight[side] * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
-        if (side == 0)
-            d_query[d] += total;
-        else
-            a.doc_grad[row * dim + d] = total;
+        for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
+            float total = side == 0 ? positive_pull * to_float(positive[d]) : 0.0f;
+            for (int64_t part = 0; part < a.num_parts; ++part) {
+                const Kind kind = a.parts[part];
+                if ((kind == kDocDoc) != (side == 1)) continue;
+                float sum = 0;
+                for (int64_t split = part * a.splits; split < (part + 1) * a.splits; ++split)
+                    sum += a.partial[(split * a.rows + row) * dim + d];
+                total += a.row_weight[a.softmax_of(kind) * a.rows + row] * sum;
+            }
+            for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
+                total += pull_of_own(a, layer, side, row, e).across * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
+            if (a.prefixes) total -= static_cast<float>(along) * to_float(anchor[d]);
+            if (side == 0)
+                d_query[d] += total;
+            else
+                a.doc_grad[row * dim + d] = total;
+        }
     }
 }
 
@@ -96,28 +143,38 @@ __global__ void own_gradients(const Panel<T> a) {
     const T* const query = a.anchors[0].data + row * dim;
     const T* const positive = a.documents.data + a.positive(row) * dim;
     for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e) {
-        const float of_query = a.own[e].weight[0], of_positive = a.own[e].weight[1];
+        const T* const document = a.documents.data + a.p.own_documents[e] * dim;
         float* const gradient = static_cast<float*>(a.p.d_documents) + a.p.own_documents[e] * dim;
-        for (int64_t d = threadIdx.x; d < dim; d += 128)
-            gradient[d] += of_query * to_float(query[d]) + of_positive * to_float(positive[d]);
+        for (int layer = 0; layer < a.layers; ++layer) {
+            const Pull of_query = pull_of_own(a, layer, 0, row, e), of_positive = pull_of_own(a, layer, 1, row, e);
+            const float along = of_query.along_second + of_positive.along_second;
+            for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
+                float sum = of_query.across * to_float(query[d]) + of_positive.across * to_float(positive[d]);
+                if (a.prefixes) sum -= along * to_float(document[d]);
+                gradient[d] += sum;
+            }
+        }
     }
 }
 
-// 128 columns, 128 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives.
+// 128 columns, 128 features of a layer as above: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their
+// positives.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
-    column_gradients(const Panel<T> a, bool of_documents, int64_t dim_tiles) {
-    const int64_t tile = blockIdx.x / dim_tiles, feature0 = blockIdx.x % dim_tiles * kTile;
+    column_gradients(const Panel<T> a, int layer, bool of_documents, int64_t dim_tiles) {
+    const int64_t tile = blockIdx.x / dim_tiles, feature0 = a.begins[layer] + blockIdx.x % dim_tiles * kTile;
     const int64_t steps = a.row_tiles * (kTile / kDepth<T>);
     const Kind first = !of_documents ? kQueries : a.dense[kQueryDocument] ? kQueryDocument : kDocDoc;
     const bool both = first == kQueryDocument && a.dense[kDocDoc];
     const Matrix<T> weights = weights_of(a);
     Matrix<T> packed = weights;
     packed.columns = a.packed_dim;
+    packed.end = a.ends[layer];
+    packed.vectors = a.whole_cuts;
     Sums sums;
     multiply<T, Depth::kAcross, Depth::kAcross, true>(sums, both ? 2 * steps : steps, [&](int64_t step, char* stage) {
         const Kind kind = step < steps ? first : kDocDoc;
-        const int64_t row = (step < steps ? step : step - steps) * kDepth<T>, at = a.first_tile[kind] + tile;
+        const int64_t row = (step < steps ? step : step - steps) * kDepth<T>, at = a.tile_of(layer, kind, tile);
         Matrix<T> right = packed;
         right.data = a.packed[kind];
         load_operand<T, Depth::kAcross>(stage, weights, row, at * kTile);
@@ -130,7 +187,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
         of_documents ? static_cast<float*>(a.p.d_documents) : static_cast<float*>(a.p.d_queries) + a.p.first_column * dim;
     each_element(sums, [&](int row, int feature, float sum) {  // a row of the product is a column of the scores
         const int64_t column = tile * kTile + row, d = feature0 + feature;
-        if (column < num_columns && d < dim) gradient[column * dim + d] += unit * sum;
+        if (column < num_columns && d < a.ends[layer]) gradient[column * dim + d] += unit * sum;
     });
 }
 
@@ -139,15 +196,19 @@ template <class T>
 __global__ void positive_gradients(const Panel<T> a) {
     const int64_t first = blockIdx.x;
     if (!a.is_first_same[first]) return;
+    const T* const positive = a.documents.data + a.positive(first) * a.p.dim;
     float* const gradient = static_cast<float*>(a.p.d_documents) + a.positive(first) * a.p.dim;
-    for (int64_t d = threadIdx.x; d < a.p.dim; d += 128) {
-        float sum = 0;
-        for (int64_t row = first; row >= 0; row = a.next_same[row]) {
-            sum += a.positive_weight[row] * to_float(a.anchors[0].data[row * a.p.dim + d]);
-            if (a.sides == 2) sum += a.doc_grad[row * a.p.dim + d];
+    for (int layer = 0; layer < a.layers; ++layer)
+        for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
+            float sum = 0;
+            for (int64_t row = first; row >= 0; row = a.next_same[row]) {
+                const Pull pull = pull_of_positive(a, layer, row);
+                sum += pull.across * to_float(a.anchors[0].data[row * a.p.dim + d]);
+                if (a.prefixes) sum -= pull.along_second * to_float(positive[d]);
+                if (a.sides == 2) sum += a.doc_grad[row * a.p.dim + d];
+            }
+            gradient[d] += sum;
         }
-        gradient[d] += sum;
-    }
 }
 
 }  // namespace qemb::cuda::infonce

@@ -7,24 +7,41 @@
 
 namespace qemb::cuda::infonce {
 
+// A warp: a . b over the features [begin, end).
 template <class T>
-QEMB_DEVICE double warp_dot(const T* a, const T* b, int64_t dim) {
+QEMB_DEVICE double warp_dot(const T* a, const T* b, int64_t begin, int64_t end) {
     double sum = 0;
-    for (int64_t d = threadIdx.x % 32; d < dim; d += 32)
+    for (int64_t d = begin + threadIdx.x % 32; d < end; d += 32)
         sum += static_cast<double>(to_float(a[d])) * static_cast<double>(to_float(b[d]));
     return warp_sum(sum);
 }
 
+// A warp for each vector: one over the norm of each of its prefixes, [layers, rows]; as torch.nn.functional.normalize has it.
+template <class T>
+__global__ void find_norms(const Panel<T> a, const T* vectors, int64_t rows, float* norms) {
+    const int64_t row = blockIdx.x * int64_t(4) + threadIdx.x / 32;
+    if (row >= rows) return;
+    double squares = 0;
+    for (int layer = 0; layer < a.layers; ++layer) {
+        squares += warp_dot(vectors + row * a.p.dim, vectors + row * a.p.dim, a.begins[layer], a.ends[layer]);
+        const double norm = sqrt(squares);  // NaN stays
+        if (threadIdx.x % 32 == 0) norms[layer * rows + row] = static_cast<float>(1 / (norm < 1e-12 ? 1e-12 : norm));
+    }
+}
+
 // A warp: scores of what a row owns, in double: they are few, and weigh most.
 template <class T>
-QEMB_DEVICE void score_own(const Panel<T>& a, int64_t row, double s, Tally& tally) {
+QEMB_DEVICE void score_own(const Panel<T>& a, int layer, int64_t row, double s, Tally& tally) {
     const InfoNce& p = a.p;
     const int64_t query = a.query(row), positive = p.positive[query];
     for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e) {
         const int64_t document = p.own_documents[e];
-        const T* const vector = a.documents.data + document * p.dim;
-        const double of_query = warp_dot(a.anchors[0].data + row * p.dim, vector, p.dim);
-        const double of_positive = a.sides == 2 ? warp_dot(a.documents.data + positive * p.dim, vector, p.dim) : 0;
+        const auto score = [&](const T* anchor, int side) {
+            return warp_dot(anchor, a.documents.data + document * p.dim, 0, a.ends[layer]) *
+                   static_cast<double>(a.of_anchor(layer, side, row)) * static_cast<double>(a.of_document(layer, document));
+        };
+        const double of_query = score(a.anchors[0].data + row * p.dim, 0);
+        const double of_positive = a.sides == 2 ? score(a.documents.data + positive * p.dim, 1) : 0;
         const bool candidate = document != positive && static_cast<Role>(p.role[document]) != Role::kAbsent;
         const bool equal = p.document_text[document] == p.query_text[query];
         const auto masked = [&](const Group& group, double score, double held) {
@@ -38,7 +55,7 @@ QEMB_DEVICE void score_own(const Panel<T>& a, int64_t row, double s, Tally& tall
         const bool by_query = p.groups[kDocOwn].mask == ScoreMask::kQueryDocument;
         const double own = masked(p.groups[kDocOwn], of_positive, by_query ? of_query : of_positive);
         if (hard != kNoScore) tally.kept_query_document += 1, tally.kept_score += hard;
-        if (threadIdx.x % 32 == 0) a.own[e] = {{hard, own}, {0, 0}};
+        if (threadIdx.x % 32 == 0) a.own[layer * p.num_documents + e] = {{hard, own}, {0, 0}};
     }
 }
 
@@ -49,9 +66,16 @@ __global__ void start_rows(const Panel<T> a) {
     const int64_t row = blockIdx.x * int64_t(4) + threadIdx.x / 32;
     if (row >= a.count) return;
     const int64_t* const positive = a.anchors[1].index;
-    const double score = warp_dot(a.anchors[0].data + row * a.p.dim, a.documents.data + positive[row] * a.p.dim, a.p.dim);
-    Tally tally = {};
-    score_own(a, row, score, tally);
+    Tally tally;
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const double product = warp_dot(a.anchors[0].data + row * a.p.dim, a.documents.data + positive[row] * a.p.dim, 0,
+                                        a.ends[layer]);
+        const double score = product * static_cast<double>(a.of_anchor(layer, 0, row)) *
+                             static_cast<double>(a.of_anchor(layer, 1, row));
+        tally = {};
+        score_own(a, layer, row, score, tally);
+        if (lane == 0) a.positive_score[layer * a.rows + row] = score;
+    }
 
     int64_t next = a.count;
     int earlier = 0;
@@ -64,7 +88,6 @@ __global__ void start_rows(const Panel<T> a) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) next = min(next, shuffle_xor(next, mask));
     if (lane > 0) return;
-    a.positive_score[row] = score;
     a.tallies[(a.doc_tiles + a.query_tiles) * a.row_tiles + row] = tally;
     a.next_same[row] = next < a.count ? next : -1;
     a.is_first_same[row] = earlier == 0;
@@ -84,40 +107,41 @@ QEMB_DEVICE double over_row(double x, const Combine& combine) {
     return x;
 }
 
-// What a softmax of a row has come to, relative to its offset: sums of the weights and of weight * score.
+// What a softmax of a row has come to, relative to its offset: sums of the weights, and of weight * score by anchor.
 struct Softmax {
-    double offset, negatives, moment;
+    double offset, negatives, moment[2];
 };
 
 // The offset of a row's softmax, the factors that bring its tiles to it, and the sums.
 template <class T>
-QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int64_t row, int s, double given) {
+QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, int s, double given) {
     const int lane = threadIdx.x / 32;
-    const int64_t begin = a.p.split && s > 0 ? a.first_tile[s - 1] : 0;
-    const int64_t end = !a.p.split ? a.num_tiles() : s > 0 ? a.first_tile[s] : 0;
+    const int64_t first = a.tile_of(layer, kQueryDocument, 0), of_positives = a.tile_of(layer, kDocDoc, 0);
+    const int64_t begin = first + (a.p.split && s > 0 ? a.first_tile[s - 1] : 0);
+    const int64_t end = first + (!a.p.split ? a.first_tile[kNumKinds] : s > 0 ? a.first_tile[s] : 0);
     double offset = ceil(given);
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads)
         offset = fmax(offset, static_cast<double>(a.tile_offset[tile * a.rows + row]));
-    a.each_own(row, s, lane, kRowThreads,
+    a.each_own(layer, row, s, lane, kRowThreads,
                [&](const Own& own, int side, int group) { offset = fmax(offset, ceil(own.score[side] * a.scale[group])); });
     offset = over_row(offset, [](double x, double y) { return fmax(x, y); });
 
-    double negatives = 0, moment = 0;
+    double negatives = 0, moment[2] = {};
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads) {
         const int64_t at = tile * a.rows + row;
         const double shift = static_cast<double>(a.tile_offset[at]) - offset;  // NaN where neither tile nor row has a candidate
         const float factor = shift > -150 ? ldexpf(1.0f, static_cast<int>(shift)) : 0.0f;
         a.factors[at] = from_float<T>(factor);
         negatives += static_cast<double>(factor) * static_cast<double>(a.tile_sum[at]);
-        moment += static_cast<double>(factor) * static_cast<double>(a.tile_moment[at]);
+        moment[tile >= of_positives] += static_cast<double>(factor) * static_cast<double>(a.tile_moment[at]);
     }
-    a.each_own(row, s, lane, kRowThreads, [&](const Own& own, int side, int group) {
+    a.each_own(layer, row, s, lane, kRowThreads, [&](const Own& own, int side, int group) {
         const double weight = exp2(own.score[side] * a.scale[group] - offset);
         negatives += weight;
-        moment += weight * own.score[side];
+        moment[side] += weight * own.score[side];
     });
     const auto add = [](double x, double y) { return x + y; };
-    return {offset, over_row(negatives, add), over_row(moment, add)};
+    return {offset, over_row(negatives, add), {over_row(moment[0], add), over_row(moment[1], add)}};
 }
 
 // 32 rows a block: losses, and the weights of the gradient. The positive's is -(Z_neg / Z), never P - 1: that would cancel.
@@ -127,42 +151,53 @@ __global__ void finish_rows(const Panel<T> a) {
     const int lane = threadIdx.x / 32;
     const int64_t row = blockIdx.x * int64_t(32) + threadIdx.x % 32, out = a.first + row;
     const bool is_row = row < a.count, writes = is_row && lane == 0;
-    const double score = is_row ? a.positive_score[row] : 0;
-    double loss = 0, positive_weight = 0, d_tau = 0;
-    for (int s = 0; s < (p.split ? kMaxSoftmaxes : 1); ++s) {
-        double* const log_negatives = is_row && p.log_negatives ? p.log_negatives + out * kMaxSoftmaxes + s : nullptr;
-        const bool given = log_negatives && p.given && a.is_on(s);
-        const double log2_given = given ? *log_negatives * kLog2E : -INFINITY;
-        const Softmax softmax = finish_softmax(a, row, s, log2_given);
-        double weight = softmax.negatives;  // no candidate: all are zero, or all NaN
-        if (softmax.offset == -INFINITY) {
-            loss += weight, positive_weight += weight, d_tau += weight;
-        } else {
-            const double all = given ? exp2(log2_given - softmax.offset) : softmax.negatives;
-            const double gap = score * kLog2E / p.temperature - softmax.offset, total = all + exp2(gap), left = all / total;
-            const double value = gap > 0 ? log1p(all * exp2(-gap)) : log(total) - gap * kLn2;
-            double factor = 1, slope = p.scale;
-            if (p.focal > 0) {
-                factor = pow(left, p.focal);
-                slope *= left == 0 ? 0 : factor * (1 + p.focal * (1 - left) * value / left);
+    double loss = 0, d_tau = 0;
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const double score = is_row ? a.positive_score[layer * a.rows + row] : 0;
+        double positive_weight = 0, along[2] = {};
+        for (int s = 0; s < (p.split ? kMaxSoftmaxes : 1); ++s) {
+            double* const log_negatives = is_row && p.log_negatives ? p.log_negatives + out * kMaxSoftmaxes + s : nullptr;
+            const bool given = log_negatives && p.given && a.is_on(s);
+            const double log2_given = given ? *log_negatives * kLog2E : -INFINITY;
+            const Softmax softmax = finish_softmax(a, layer, row, s, log2_given);
+            double weight = softmax.negatives;  // no candidate: all are zero, or all NaN
+            if (softmax.offset == -INFINITY) {
+                loss += weight, positive_weight += weight, d_tau += weight;
+            } else {
+                const double all = given ? exp2(log2_given - softmax.offset) : softmax.negatives;
+                const double gap = score * kLog2E / p.temperature - softmax.offset, total = all + exp2(gap), left = all / total;
+                const double value = gap > 0 ? log1p(all * exp2(-gap)) : log(total) - gap * kLn2;
+                double factor = a.shares[layer], slope = p.scale * factor;
+                if (p.focal > 0) {
+                    const double power = pow(left, p.focal);
+                    factor *= power;
+                    slope *= left == 0 ? 0 : power * (1 + p.focal * (1 - left) * value / left);
+                }
+                weight = slope / (p.temperature * total);
+                const double of_positive = given && !p.pull ? 0 : slope * left / p.temperature;
+                loss += factor * value;
+                positive_weight -= of_positive;
+                for (int side = 0; side < 2; ++side) along[side] += weight * softmax.moment[side];
+                d_tau -= (weight * (softmax.moment[0] + softmax.moment[1]) - of_positive * score) / p.temperature;
             }
-            weight = slope / (p.temperature * total);
-            const double of_positive = given && !p.pull ? 0 : slope * left / p.temperature;
-            loss += factor * value;
-            positive_weight -= of_positive;
-            d_tau -= (weight * softmax.moment - of_positive * score) / p.temperature;
+            a.each_own(layer, row, s, lane, kRowThreads, [&](Own& own, int side, int group) {
+                own.weight[side] = static_cast<float>(weight * exp2(own.score[side] * a.scale[group] - softmax.offset));
+            });
+            if (!writes) continue;
+            const auto written = static_cast<float>(weight);
+            float& largest = a.row_weight[s * a.rows + row];
+            if (layer == 0 || (largest == largest && !(written <= largest))) largest = written;  // NaN stays
+            if (a.prefixes) a.layer_weight[(layer * kMaxSoftmaxes + s) * a.rows + row] = written;
+            if (log_negatives && !p.given)
+                *log_negatives = softmax.negatives == 0 ? -INFINITY : log(softmax.negatives) + softmax.offset * kLn2;
         }
-        a.each_own(row, s, lane, kRowThreads, [&](Own& own, int side, int group) {
-            own.weight[side] = static_cast<float>(weight * exp2(own.score[side] * a.scale[group] - softmax.offset));
-        });
         if (!writes) continue;
-        a.row_weight[s * a.rows + row] = static_cast<float>(weight);
-        if (log_negatives && !p.given)
-            *log_negatives = softmax.negatives == 0 ? -INFINITY : log(softmax.negatives) + softmax.offset * kLn2;
+        a.positive_weight[layer * a.rows + row] = static_cast<float>(positive_weight);
+        along[0] += positive_weight * score;
+        for (int side = 0; side < 2 && a.prefixes; ++side) a.row_along[(side * a.layers + layer) * a.rows + row] = along[side];
     }
     if (!writes) return;
     p.loss[out] = loss;
-    a.positive_weight[row] = static_cast<float>(positive_weight);
     a.d_tau[row] = d_tau;
 }
 
@@ -174,7 +209,7 @@ __global__ void finish_panel(const Panel<T> a) {
     double sums[6] = {};
     float largest = 0;
     for (int64_t row = threadIdx.x; row < a.count; row += kWarps * 32) {
-        sums[0] += a.positive_score[row];
+        sums[0] += a.positive_score[(a.layers - 1) * a.rows + row];
         sums[5] += a.d_tau[row];
         for (int part = 0; part < a.num_parts; ++part)
             largest = fmaxf(largest, a.row_weight[a.softmax_of(a.parts[part]) * a.rows + row]);

@@ -14,6 +14,7 @@ struct Masks {
     uint32_t group[kTile];     // of the column: kOn: it has candidates; kSecond: the second of the kind's groups
     float limit[2][kTile];     // by group: the largest score that a row lets pass
     float by_query[2][kTile];  // the same of the query's score, for what is masked in p . d
+    float row_norm[kTile], column_norm[kTile];  // one over them
     float offset[kTile];
     float part[3][kTile][4];  // maxima, then sums and moments, of the four warps that share a row
 };
@@ -21,10 +22,12 @@ constexpr uint32_t kOn = 1, kSecond = 1 << 8;
 
 // What outlives a product; lies behind its stages.
 struct Kept {
-    uint64_t over[kTileThreads];  // which of a thread's query-document scores exceed the limit, a bit each
     Tally tally[kTileThreads / 32];
+    uint64_t over[1][kTileThreads];  // [layers]: which of a thread's query-document scores exceed the limit, a bit each
 };
-constexpr int kScoreBytes = kProductBytes<false> + static_cast<int>(sizeof(Kept));
+constexpr int score_bytes(int layers) {
+    return kProductBytes<false> + static_cast<int>(sizeof(Kept) + (layers - 1) * sizeof(Kept::over));
+}
 
 template <class T>
 constexpr int kStagedRow = kTile * static_cast<int>(sizeof(T)) + 16;  // bytes; the rest spreads rows over the banks
@@ -37,14 +40,15 @@ QEMB_DEVICE int first_group(Kind kind) {
     return kind == kQueryDocument ? kBatchPositive : kind == kQueries ? kQueryQuery : kDocPositive;
 }
 
-template <class T>
-QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int64_t row0, int64_t column0, Masks& masks) {
+template <bool kPrefixes, class T>
+QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column0, Masks& masks) {
     const InfoNce& p = a.p;
     const int at = threadIdx.x % kTile;
     if (threadIdx.x < kTile) {
         if (row0 + at >= a.count) return;
         const int64_t query = a.query(row0 + at);
-        const double s = a.positive_score[row0 + at];
+        const double s = a.positive_score[layer * a.rows + row0 + at];
+        if (kPrefixes) masks.row_norm[at] = a.of_anchor(layer, kind == kDocDoc, row0 + at);
         masks.row_text[at] = p.query_text[query];
         masks.self[at] = within_tile((kind == kQueries ? query - p.first_column : p.positive[query]) - column0);
         for (int i = 0; i < 2; ++i) {
@@ -58,6 +62,8 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int64_t row0, int64_t 
         const int64_t column = column0 + at;
         masks.group[at] = 0;
         if (column >= (kind == kQueries ? a.queries : a.documents).rows) return;
+        if (kPrefixes)
+            masks.column_norm[at] = kind == kQueries ? a.of_query(layer, p.first_column + column) : a.of_document(layer, column);
         masks.column_text[at] = kind == kQueries ? p.query_text[p.first_column + column] : p.document_text[column];
         masks.owner[at] = kind == kQueries ? -1 : within_tile(p.owner[column] - a.query(row0));
         const Role role = kind == kQueries ? Role::kPositive : static_cast<Role>(p.role[column]);
@@ -89,21 +95,26 @@ QEMB_DEVICE Tally sum_of(const Tally (&warps)[kTileThreads / 32]) {
     return total;
 }
 
-// Masks; then, where the kind is dense, the weights of the tile.
-template <class T>
-QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t column_tile, Sums& scores) {
+// Masks; then, where the kind is dense, the weights of the tile. Of prefixes the scores stay as they are: the next layer is added
+// to them.
+template <bool kPrefixes, class T>
+QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column_tile, Sums& scores) {
     Masks& masks = *reinterpret_cast<Masks*>(shared_bytes());
     Kept& kept = *reinterpret_cast<Kept*>(shared_bytes() + kProductBytes<false>);
     char* const staged = shared_bytes() + sizeof(Masks);
     const int rows = static_cast<int>(min(a.count - row0, int64_t(kTile)));
     const int quad_lane = threadIdx.x % 4, warp_column = threadIdx.x / 32 % 4;
 
-    load_masks(a, kind, row0, column_tile * kTile, masks);
+    load_masks<kPrefixes>(a, kind, layer, row0, column_tile * kTile, masks);
     sync_block();
 
     uint32_t groups = 0;  // of the thread's columns, from the lowest bits of both on
 #pragma unroll
     for (int i = 0; i < 8; ++i) groups |= masks.group[element_column(i / 2, i % 2)] << i;
+    const auto score_at = [&](int m, int n, int i) {
+        const float sum = scores[m][n][i];
+        return kPrefixes ? sum * (masks.row_norm[element_row(m, i)] * masks.column_norm[element_column(n, i)]) : sum;
+    };
     if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
         uint64_t over = 0;
 #pragma unroll
@@ -114,17 +125,18 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
                 const float limit[2] = {masks.by_query[0][row], masks.by_query[1][row]};
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    const bool is_over = scores[m][n][i] > (groups & kSecond << (n * 2 + i % 2) ? limit[1] : limit[0]);
+                    const bool is_over = score_at(m, n, i) > (groups & kSecond << (n * 2 + i % 2) ? limit[1] : limit[0]);
                     over |= static_cast<uint64_t>(is_over) << (m * 16 + n * 4 + i);
                 }
             }
-        kept.over[threadIdx.x] = over;
+        kept.over[layer][threadIdx.x] = over;
     }
 
     // Masks, and the largest logit of each row
     const double scale[2] = {a.scale[first_group(kind)], a.scale[first_group(kind) + (kind != kQueries)]};  // of a logit, log2
     const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
-    const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[threadIdx.x] : 0;
+    const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[layer][threadIdx.x] : 0;
+    uint64_t keeps = 0;  // bits of candidates that pass, of prefixes
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
 #pragma unroll
@@ -143,7 +155,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
                     const int column = element_column(n, i), at = n * 2 + i % 2;
                     const bool is_second = groups & kSecond << at;
                     const uint64_t bit = uint64_t(1) << (m * 16 + n * 4 + i);
-                    float& score = scores[m][n][i];
+                    const float score = score_at(m, n, i);
                     const bool candidate = row < rows && (groups & kOn << at) && column != self && masks.owner[column] != row;
                     const bool masked =
                         (over & bit) || score > (is_second ? limit[1] : limit[0]) || masks.column_text[column] == text;
@@ -152,14 +164,15 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
                         ++num_kept;
                         kept_score += score;
                         best = fmaxf(best, score * (is_second ? high[1] : high[0]));
-                    } else {
-                        score = kNone;
+                        keeps |= bit;
+                    } else if (!kPrefixes) {
+                        scores[m][n][i] = kNone;
                     }
                 }
             best = lanes_max<4>(best);
             if (quad_lane == 0) masks.part[0][row][warp_column] = best;
         }
-    count_tile(kind, kept_score, num_kept, num_dropped, kept.tally[threadIdx.x / 32]);
+    if (!kPrefixes || layer + 1 == a.layers) count_tile(kind, kept_score, num_kept, num_dropped, kept.tally[threadIdx.x / 32]);
     sync_block();
     if (!a.dense[kind]) return;
 
@@ -181,7 +194,9 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
                 float weight[2];
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const float score = scores[m][n][half * 2 + j];
+                    const int i = half * 2 + j;
+                    const bool keep = !kPrefixes || (keeps & uint64_t(1) << (m * 16 + n * 4 + i));
+                    const float score = keep ? score_at(m, n, i) : kNone;
                     const bool is_second = groups & kSecond << (n * 2 + j);
                     weight[j] = exp2_approx(
                         fmaf(score, is_second ? low[1] : low[0], fmaf(score, is_second ? high[1] : high[0], shift)));
@@ -205,7 +220,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
     sync_block();
 
     // Write the tile
-    const int64_t tile = a.first_tile[kind] + column_tile;
+    const int64_t tile = a.tile_of(layer, kind, column_tile);
     if (threadIdx.x < kTile) {
         const int64_t at = tile * a.rows + row0 + threadIdx.x;
         const auto total = [](const float* part) { return part[0] + part[1] + part[2] + part[3]; };
@@ -224,28 +239,38 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int64_t row0, int64_t
     sync_block();
 }
 
-// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
+// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries. Layer after layer, each
+// the one before and some features more.
+template <bool kPrefixes, class T>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && !kPrefixes ? 2 : 1)
     score(const Panel<T> a, bool of_documents, const Matrix<T> columns, int64_t dim_steps) {
     const int64_t row0 = blockIdx.x % a.row_tiles * kTile, column_tile = blockIdx.x / a.row_tiles;
     Kept& kept = *reinterpret_cast<Kept*>(shared_bytes() + kProductBytes<false>);
     if (threadIdx.x % 32 == 0) kept.tally[threadIdx.x / 32] = {};
     Sums scores;
-    const auto product = [&](const Matrix<T>& anchors) {
-        multiply<T, Depth::kAlong, Depth::kAlong, false>(scores, dim_steps, [&](int64_t step, char* stage) {
-            load_operand<T, Depth::kAlong>(stage, anchors, row0, step * kDepth<T>);
-            load_operand<T, Depth::kAlong>(stage + kOperandBytes, columns, column_tile * kTile, step * kDepth<T>);
+    const auto multiply_from = [&](const Matrix<T>& left, const Matrix<T>& right, int64_t begin, int64_t steps) {
+        multiply_add<T, Depth::kAlong, Depth::kAlong, false>(scores, steps, [&](int64_t step, char* stage) {
+            load_operand<T, Depth::kAlong>(stage, left, row0, begin + step * kDepth<T>);
+            load_operand<T, Depth::kAlong>(stage + kOperandBytes, right, column_tile * kTile, begin + step * kDepth<T>);
         });
     };
-    if (!of_documents || a.dense[kQueryDocument] || a.by_query) {
-        product(a.anchors[0]);
-        finish_tile(a, of_documents ? kQueryDocument : kQueries, row0, column_tile, scores);
-    }
-    if (of_documents && a.dense[kDocDoc]) {
-        product(a.anchors[1]);
-        finish_tile(a, kDocDoc, row0, column_tile, scores);
-    }
+    const auto score_by = [&](const Matrix<T>& anchors, Kind kind) {
+        each_element(scores, [](int, int, float& sum) { sum = 0; });
+        if constexpr (kPrefixes) {
+            for (int layer = 0; layer < a.layers; ++layer) {
+                Matrix<T> left = anchors, right = columns;
+                left.end = right.end = a.ends[layer];
+                multiply_from(left, right, a.begins[layer], (left.end - a.begins[layer] + kDepth<T> - 1) / kDepth<T>);
+                finish_tile<true>(a, kind, layer, row0, column_tile, scores);
+            }
+        } else {
+            multiply_from(anchors, columns, 0, dim_steps);
+            finish_tile<false>(a, kind, 0, row0, column_tile, scores);
+        }
+    };
+    if (!of_documents || a.dense[kQueryDocument] || a.by_query)
+        score_by(a.anchors[0], of_documents ? kQueryDocument : kQueries);
+    if (of_documents && a.dense[kDocDoc]) score_by(a.anchors[1], kDocDoc);
     if (threadIdx.x > 0) return;
     a.tallies[(of_documents ? column_tile : a.doc_tiles + column_tile) * a.row_tiles + row0 / kTile] = sum_of(kept.tally);
 }

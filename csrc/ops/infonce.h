@@ -33,12 +33,13 @@ enum class Role : uint8_t { kHard, kPositive, kAbsent };
 // Softmaxes of a row, each over the positive and its own part of the groups. Joint: one, over all. Split: four, of kOwnHard;
 // the kBatch groups; kQueryQuery; the kDoc groups. One without a group that is on adds nothing.
 constexpr int kMaxSoftmaxes = 4;
+constexpr int kMaxPrefixes = 8;
 
 // The loss of a row is the sum over its softmaxes of (1 - P)^focal * -log P, P the share of the positive. Logits are float32
 // (float64 for float64 input); the positive never enters a panel.
 //
 // With num_dims > 0 the loss is the sum over the prefixes of dim_weights[k] times the loss of the vectors cut to dims[k] and
-// normalised again, masks included; gradients are those of the vectors as they came. CPU only.
+// normalised again, masks included; gradients are those of the vectors as they came. On CUDA at most kMaxPrefixes.
 struct InfoNce {
     const void* queries;           // [num_queries, dim], contiguous
     const void* documents;         // [num_documents, dim], contiguous

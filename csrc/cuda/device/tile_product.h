@@ -40,11 +40,11 @@ struct Operand {
     }
 };
 
-// A matrix in global memory; row i is row index[i] where an index is given. Zeros past its end.
+// A matrix in global memory; row i is row index[i] where an index is given. Zeros past its end, or past the column `end`.
 template <class T>
 struct Matrix {
     const T* data;
-    int64_t rows, columns;
+    int64_t rows, columns, end;
     const int64_t* index;
     bool vectors;  // every row is whole, aligned vectors of 16 bytes
 
@@ -52,6 +52,7 @@ struct Matrix {
         : data(static_cast<const T*>(data)),
           rows(rows),
           columns(columns),
+          end(columns),
           index(index),
           vectors(columns % kVector<T> == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0) {}
 };
@@ -74,7 +75,7 @@ QEMB_DEVICE void load_operand(char* to, const Matrix<T>& from, int64_t row, int6
     const int first = threadIdx.x / Shape::kVectors, vector = threadIdx.x % Shape::kVectors;
     row += first;
     column += vector * kVector<T>;
-    const int64_t rows = column < from.columns ? from.rows - row : 0;
+    const int64_t rows = column < from.end ? from.rows - row : 0;
     char* const slot = to + Shape::offset(first, vector);
     const T* source = from.data + row * from.columns + column;
 #pragma unroll
@@ -86,7 +87,7 @@ QEMB_DEVICE void load_operand(char* to, const Matrix<T>& from, int64_t row, int6
         if (from.vectors)
             cp_async16(shared_address(here), at, valid);
         else
-            store16(here, load_elements(at, valid ? from.columns - column : 0));
+            store16(here, load_elements(at, valid ? from.end - column : 0));
         source += kStep * from.columns;
     }
 }
@@ -249,15 +250,14 @@ QEMB_DEVICE void multiply_stage(Sums& sums, const char* stage) {
     }
 }
 
-// sums = left x right over `steps` stages, filled by load(step, stage). Afterwards all of shared memory is free.
+// sums += left x right over `steps` stages, filled by load(step, stage). Afterwards all of shared memory is free.
 template <class T, Depth kLeft, Depth kRight, bool kScaled, class Load>
-QEMB_DEVICE void multiply(Sums& sums, int64_t steps, const Load& load) {
+QEMB_DEVICE void multiply_add(Sums& sums, int64_t steps, const Load& load) {
     char* const shared = shared_bytes();
     const auto prefetch = [&](int64_t step) {
         if (step < steps) load(step, shared + step % kStages * kStageBytes<kScaled>);
         cp_async_commit();
     };
-    each_element(sums, [](int, int, float& sum) { sum = 0; });
 #pragma unroll 1  // fewer registers
     for (int step = 0; step < kStages - 1; ++step) prefetch(step);
     for (int64_t step = 0; step < steps; ++step) {
@@ -268,6 +268,11 @@ QEMB_DEVICE void multiply(Sums& sums, int64_t steps, const Load& load) {
     }
     cp_async_wait<0>();
     sync_block();
+}
+template <class T, Depth kLeft, Depth kRight, bool kScaled, class Load>
+QEMB_DEVICE void multiply(Sums& sums, int64_t steps, const Load& load) {
+    each_element(sums, [](int, int, float& sum) { sum = 0; });
+    multiply_add<T, kLeft, kRight, kScaled>(sums, steps, load);
 }
 
 }  // namespace qemb::cuda

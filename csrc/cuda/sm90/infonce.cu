@@ -270,7 +270,7 @@ TensorMap weights_map(const Panel<T>& a, int box_rows) {
 
 template <class T>
 bool takes(const InfoNce& p) {
-    if (sizeof(T) != 2 || p.num_queries == 0 || p.num_documents == 0 || p.num_rows == 0) return false;
+    if (sizeof(T) != 2 || p.num_dims > 0 || p.num_queries == 0 || p.num_documents == 0 || p.num_rows == 0) return false;
     TensorMap map;
     return make_matrix_map<T>(map, p.queries, p.num_queries, p.dim, kTile) &&
            make_matrix_map<T>(map, p.documents, p.num_documents, p.dim, kTile) &&

@@ -104,7 +104,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;
     barrier_sync(kMasksBarrier, kConsumers);  // nobody reads the masks of the tile before
-    load_masks(a, kind, row0, int64_t{column_tile} * kTile, masks);
+    load_masks<false>(a, kind, 0, row0, int64_t{column_tile} * kTile, masks);
     barrier_sync(kMasksBarrier, kConsumers);
 
     const int64_t tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
