@@ -56,6 +56,8 @@ def pool_backward(
     normalize: bool,
     /,
 ) -> None: ...
+MAX_PREFIXES: int  # of a sweep of info_nce on CUDA
+
 def check_info_nce(
     queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, document_ids: Tensor | None, /
 ) -> None: ...

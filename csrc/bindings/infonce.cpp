@@ -78,6 +78,8 @@ void info_nce(py::handle queries, py::handle documents, py::handle positive, py:
                num_queries, ", got ", first_row, " to ", first_row + num_rows);
     QEMB_CHECK(dims.size() == dim_weights.size(), "[", kOp, "] a weight for each of ", dims.size(), " dims, got ",
                dim_weights.size());
+    QEMB_CHECK(!call.cuda() || dims.size() <= kMaxPrefixes, "[", kOp, "] at most ", kMaxPrefixes, " dims on CUDA, got ",
+               dims.size());
     const auto integers = [&](const char* name, py::handle object, int64_t count) {
         const Argument x(call, name, object);
         return static_cast<const int64_t*>(x.type(ScalarType::kInt64, "int64").shape({count}).contiguous()->data);
@@ -131,6 +133,7 @@ void info_nce(py::handle queries, py::handle documents, py::handle positive, py:
 void bind_infonce(py::module_& m) {
     m.def("check_info_nce", &check_info_nce);
     m.def("info_nce", &info_nce);
+    m.attr("MAX_PREFIXES") = kMaxPrefixes;
 }
 
 }  // namespace qemb

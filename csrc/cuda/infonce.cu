@@ -33,8 +33,9 @@ void run(const InfoNce& p) {
         start(find_norms<T>, ceil_div(p.num_queries, 4), 128, 0, static_cast<const T*>(p.queries), p.num_queries, a.query_norm);
         start(find_norms<T>, ceil_div(p.num_documents, 4), 128, 0, static_cast<const T*>(p.documents), p.num_documents,
               a.doc_norm);
-        zero_out(a.query_along, a.layers * a.query_tiles * kTile * int64_t(sizeof(float)));
-        zero_out(a.doc_along, a.layers * a.doc_tiles * kTile * int64_t(sizeof(float)));
+        const int64_t bytes = a.gradients() ? a.layers * kTile * int64_t(sizeof(float)) : 0;
+        zero_out(a.query_along, a.query_tiles * bytes);
+        zero_out(a.doc_along, a.doc_tiles * bytes);
     }
     const auto score_tiles = [&](bool of_documents) {
         const int64_t tiles = a.row_tiles * (of_documents ? a.doc_tiles : a.query_tiles);

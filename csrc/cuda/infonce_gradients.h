@@ -126,7 +126,8 @@ __global__ void finish_row_gradients(const Panel<T> a) {
                 total += a.row_weight[a.softmax_of(kind) * a.rows + row] * sum;
             }
             for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
-                total += pull_of_own(a, layer, side, row, e).across * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
+                total +=
+                    pull_of_own(a, layer, side, row, e).across * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
             if (a.prefixes) total -= static_cast<float>(along) * to_float(anchor[d]);
             if (side == 0)
                 d_query[d] += total;
@@ -157,8 +158,8 @@ __global__ void own_gradients(const Panel<T> a) {
     }
 }
 
-// 128 columns, 128 features of a layer as above: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their
-// positives.
+// 128 columns, 128 features of a layer as above: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents,
+// their positives.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     column_gradients(const Panel<T> a, int layer, bool of_documents, int64_t dim_tiles) {

@@ -51,9 +51,9 @@ struct Panel {
     bool whole_cuts;               // between whole, aligned vectors of 16 bytes
     int layers;
     int64_t begins[kMaxLayers], ends[kMaxLayers];  // of the features that a layer adds
-    double shares[kMaxLayers];   // of the loss
-    int sides;                     // anchors in use
-    int num_parts = 0;             // of the row gradients, a dense kind each
+    double shares[kMaxLayers];                     // of the loss
+    int sides;                                     // anchors in use
+    int num_parts = 0;                             // of the row gradients, a dense kind each
     Kind parts[kNumKinds];
     int64_t rows;  // of a full panel, a multiple of kTile
     int64_t first = 0, count = 0, row_tiles = 0;
@@ -86,11 +86,11 @@ struct Panel {
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Prefixes alone
-    float* layer_weight;            // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
-    float *query_norm, *doc_norm;   // [layers, num_queries], [layers, num_documents] one over the norm
-    double* row_along;              // [2, layers, rows] sum of weight * score of the anchors' candidates
-    float *query_along, *doc_along; // [layers, columns] the same of the columns'
-    float* along_parts;             // [row_tiles, layers * tiles * kTile] of a panel
+    float* layer_weight;             // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
+    float *query_norm, *doc_norm;    // [layers, num_queries], [layers, num_documents] one over the norm
+    double* row_along;               // [2, layers, rows] sum of weight * score of the anchors' candidates
+    float *query_along, *doc_along;  // [layers, columns] the same of the columns'
+    float* along_parts;              // [row_tiles, layers * tiles * kTile] of a panel
     // Hopper's kernels alone
     bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
     int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
@@ -145,7 +145,8 @@ struct Panel {
             scale_low[group] = static_cast<float>(scale[group] - static_cast<double>(scale_high[group]));
         }
 
-        const int64_t tiles = layers * first_tile[kNumKinds], row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
+        const int64_t tiles = layers * first_tile[kNumKinds],
+                      row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
         const PanelSize& aim = hopper ? kHopperPanel : kPanel;
         rows = p.panel_rows ? p.panel_rows : std::clamp<int64_t>(aim.bytes / row_bytes / kTile * kTile, kTile, aim.rows);
         rows = std::max<int64_t>(1, ceil_div(std::min(rows, p.num_rows), kTile)) * kTile;

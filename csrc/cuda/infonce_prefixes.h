@@ -17,7 +17,8 @@ int merge_bytes(int layers) {
     return kMergeThreads / kRowParts<T> * layers * kTile * static_cast<int>(sizeof(float));
 }
 
-// A block: 128 rows, a tile of columns, all layers; weights relative to row_weight, so that the factors of the products are one.
+// A block: 128 rows, a tile of columns, all layers; weights relative to row_weight, so that the factors of the products are
+// one.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) {
     constexpr int kColumns = kVector<T>, kRows = kMergeThreads / kRowParts<T>;
@@ -106,8 +107,9 @@ __global__ void finish_columns(const Panel<T> a) {
         float along = 0;
         for (int k = layer; k < a.layers; ++k) {
             const float norm = of_query ? a.of_query(k, query) : a.of_document(k, column);
-            along += norm * norm *
-                     (of_query ? a.query_along[k * a.query_tiles * kTile + column] : a.doc_along[k * a.doc_tiles * kTile + column]);
+            along +=
+                norm * norm *
+                (of_query ? a.query_along[k * a.query_tiles * kTile + column] : a.doc_along[k * a.doc_tiles * kTile + column]);
         }
         for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) gradient[d] -= along * to_float(vector[d]);
     }

@@ -63,7 +63,8 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row
         masks.group[at] = 0;
         if (column >= (kind == kQueries ? a.queries : a.documents).rows) return;
         if (kPrefixes)
-            masks.column_norm[at] = kind == kQueries ? a.of_query(layer, p.first_column + column) : a.of_document(layer, column);
+            masks.column_norm[at] =
+                kind == kQueries ? a.of_query(layer, p.first_column + column) : a.of_document(layer, column);
         masks.column_text[at] = kind == kQueries ? p.query_text[p.first_column + column] : p.document_text[column];
         masks.owner[at] = kind == kQueries ? -1 : within_tile(p.owner[column] - a.query(row0));
         const Role role = kind == kQueries ? Role::kPositive : static_cast<Role>(p.role[column]);
@@ -95,8 +96,8 @@ QEMB_DEVICE Tally sum_of(const Tally (&warps)[kTileThreads / 32]) {
     return total;
 }
 
-// Masks; then, where the kind is dense, the weights of the tile. Of prefixes the scores stay as they are: the next layer is added
-// to them.
+// Masks; then, where the kind is dense, the weights of the tile. Of prefixes the scores stay as they are: the next layer is
+// added to them.
 template <bool kPrefixes, class T>
 QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column_tile, Sums& scores) {
     Masks& masks = *reinterpret_cast<Masks*>(shared_bytes());
@@ -239,8 +240,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
     sync_block();
 }
 
-// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries. Layer after layer, each
-// the one before and some features more.
+// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries. Layer after layer,
+// each the one before and some features more.
 template <bool kPrefixes, class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && !kPrefixes ? 2 : 1)
     score(const Panel<T> a, bool of_documents, const Matrix<T> columns, int64_t dim_steps) {

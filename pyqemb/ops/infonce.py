@@ -66,8 +66,8 @@ def info_nce(
             positive in each, their losses added up.
         focal: gamma >= 0: a softmax that gives the positive P counts (1 - P) ** gamma, which the gradient sees (Lin et al.,
             arXiv 1708.02002, equation 4).
-        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256]. On the CPU all
-            of them take one sweep, on a GPU one each.
+        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256]. All of them
+            take one sweep (on a GPU up to eight; more take one each).
         matryoshka_weights: of their losses; None: their mean.
         reduction: "mean" over the queries or "sum".
         rows: (first, count): only these queries are anchors. The mean is still over all B, so that the parts of several
@@ -117,7 +117,7 @@ def info_nce(
         loss, totals = results[:2]
         return loss
 
-    if dims and queries_BE.device.type != "cpu":
+    if queries_BE.device.type != "cpu" and len(dims) > _C.MAX_PREFIXES:
         loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
         loss = once(queries_BE, documents_ME, dims, weights)

@@ -189,20 +189,21 @@ def test_info_nce(preset, softmax, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_info_nce_with_prefixes_and_a_learned_temperature(dtype):
+@pytest.mark.parametrize("dims", [[8, 40], [1, 2, 3, 5, 8, 13, 21, 34, 40]], ids=["one sweep", "nine"])
+def test_info_nce_with_prefixes_and_a_learned_temperature(dims, dtype):
     queries, documents = (torch.nn.functional.normalize(torch.randn(n, 40), dim=-1) for n in (37, 150))
     positive, there = torch.arange(37), torch.arange(37).to("cuda")
     tau = torch.tensor(0.1, device="cuda", requires_grad=True)
     exact = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     normalize = torch.nn.functional.normalize
     held_to_float64(
-        lambda q, d: ops.info_nce(q, d, there, temperature=tau.detach(), matryoshka=[8, 40]),
+        lambda q, d: ops.info_nce(q, d, there, temperature=tau.detach(), matryoshka=dims),
         lambda q, d: (
             sum(
                 reference.info_nce(normalize(q[:, :n], dim=1), normalize(d[:, :n], dim=1), positive, temperature=0.1)
-                for n in (8, 40)
+                for n in dims
             )
-            / 2
+            / len(dims)
         ),
         [queries, documents],
         dtype,

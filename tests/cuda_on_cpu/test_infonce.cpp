@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "cuda/architecture.h"
 #include "tensor.h"
 
 using namespace qemb;
@@ -304,7 +305,7 @@ Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& giv
     cuda::info_nce(p);
     Result r{{loss.data(), loss.data() + rows}, dq.wide(), dd.wide(), {d_temperature.data()[0]}, {}, {}};
     r.stats.assign(stats.data(), stats.data() + 5);
-    for (size_t i = 0; i < rows * softmaxes; ++i)
+    for (size_t i = 0; i < rows * softmaxes && c.dims.empty(); ++i)
         r.log_negatives.push_back(log_negatives.data()[i / softmaxes * kMaxSoftmaxes + i % softmaxes]);
     return r;
 }
@@ -345,8 +346,7 @@ void check_batch(const std::string& name, const Case& c, const Batch& b, uint32_
     const std::string label = name + " " + std::to_string(c.queries) + " x " + std::to_string(c.documents) + " x " +
                               std::to_string(c.dim) + " seed " + std::to_string(seed);
     compare(label, c, ours, low, truth);
-    if (c.dims.empty())
-        check_log(label + " log negatives", ours.log_negatives, low.log_negatives, truth.log_negatives, 1e-6);
+    if (c.dims.empty()) check_log(label + " log negatives", ours.log_negatives, low.log_negatives, truth.log_negatives, 1e-6);
     check_close((label + " sums").c_str(), Wide{ours.stats[0], ours.stats[1]}, Wide{truth.stats[0], truth.stats[1]},
                 1e-6 * (1 + truth.stats[2] + static_cast<double>(c.queries)));
     for (int i = 2; i < 5; ++i) CHECK(ours.stats[i] == truth.stats[i]);
@@ -485,9 +485,24 @@ TEST(prefixes_take_one_sweep) {
         c.groups[kBatchHard].hardness = 3;
         c.dims = {3, 20, 41}, c.shares = {0.5, 0, 1};
         check<T>(dtype + " ragged prefixes", c, 3);
+        c.dim = 48, c.dims = {6, 20, 46};  // within the steps of Hopper's kernels
+        check<T>(dtype + " even prefixes", c, 5);
         c.first_row = 5, c.num_rows = 60, c.first_column = 7, c.absent = true;
         check<T>(dtype + " some rows", c, 4);
+        Case wide{.queries = 20, .documents = 300, .dim = 328, .dims = {40, 304, 328}, .shares = {1, 1, 1}};
+        check<T>(dtype + " more than a tile of features", wide, 6);
     });
+}
+
+TEST(prefixes_run_on_the_kernels_of_the_architecture) {
+    Case c{.queries = 20, .documents = 40, .dim = 48, .dims = {16, 48}, .shares = {1, 1}};
+    for (const bool even : {true, false}) {
+        c.dims[0] = even ? 16 : 15;
+        emulator::Block::counters() = {};
+        check<BFloat16>("bfloat16", c);
+        CHECK((emulator::Block::counters().wgmma > 0) == (cuda::on_hopper() && even));
+        CHECK((emulator::Block::counters().mma > 0) == !(cuda::on_hopper() && even));
+    }
 }
 
 TEST(every_schedule_gives_the_same_bits) {
@@ -499,8 +514,16 @@ TEST(every_schedule_gives_the_same_bits) {
         emulator::options().seed = seed * 1000;
         CHECK(same(first, run<BFloat16>(c, b)));
     }
-    const Result loss_only = run<BFloat16>(c, b, false);
-    CHECK(loss_only.loss == first.loss && loss_only.stats == first.stats && loss_only.d_temperature == first.d_temperature);
+    const auto check_loss_alone = [&](const Result& whole) {
+        const Result alone = run<BFloat16>(c, b, false);
+        CHECK(alone.loss == whole.loss && alone.stats == whole.stats && alone.d_temperature == whole.d_temperature);
+    };
+    check_loss_alone(first);
+    c.dims = {8, 24}, c.shares = {1, 2};
+    const Result of_prefixes = run<BFloat16>(c, b);
+    emulator::options().seed = 5000;
+    CHECK(same(of_prefixes, run<BFloat16>(c, b)));
+    check_loss_alone(of_prefixes);
 }
 
 // Each block holds a part of the documents, and every positive as a document that is absent; together they are the whole.

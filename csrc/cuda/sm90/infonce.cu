@@ -7,11 +7,16 @@
 namespace qemb::cuda::sm90 {
 namespace {
 
-// Two copies of the staging: one is written while the copy engine reads the other.
-constexpr int kStaging = kStages * kStageBytes<false>, kScoreMemory = kStaging + 2 * kStagedBytes,
-              kScoreBarriers = kScoreMemory + (static_cast<int>(sizeof(ScoreMemory)) + 15) / 16 * 16,
-              kScoreBytes90 = kScoreBarriers + StageRing::kBytes;
-static_assert(kScoreBytes90 <= 227 * 1024);
+// The staging of weights: two copies, one is written while the copy engine reads the other; of prefixes one, which leaves room
+// for the bits of their layers.
+template <bool kPrefixes>
+struct ScoreLayout {
+    static constexpr int kLayers = kPrefixes ? kMaxLayers : 1, kCopies = kPrefixes ? 1 : 2;
+    static constexpr int kStaging = kStages * kStageBytes<false>, kMemory = kStaging + kCopies * kStagedBytes,
+                         kMemoryBytes = static_cast<int>(sizeof(ScoreMemory) + (kLayers - 1) * sizeof(ScoreMemory::over)),
+                         kBarriers = kMemory + (kMemoryBytes + 15) / 16 * 16, kBytes = kBarriers + StageRing::kBytes;
+    static_assert(kBytes <= 227 * 1024);
+};
 
 // A block for each row: its positive, where the copy engine can fetch it.
 template <class T>
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
 // What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their positives,
 // or by both.
 struct Sweep {
-    int column_tiles, row_tiles, units, dim_steps;
+    int column_tiles, row_tiles, units;
     bool of_documents, by_queries, by_positives;
 
     template <class T>
@@ -69,7 +74,6 @@ struct Sweep {
         : column_tiles(static_cast<int>(of_documents ? a.doc_tiles : a.query_tiles)),
           row_tiles(static_cast<int>(a.row_tiles)),
           units((column_tiles + 1) / 2 * row_tiles),
-          dim_steps(static_cast<int>(ceil_div(a.p.dim, kStepDepth))),
           of_documents(of_documents),
           by_queries(!of_documents || a.dense[kQueryDocument] || a.by_query),
           by_positives(of_documents && a.dense[kDocDoc]) {}
@@ -78,10 +82,17 @@ struct Sweep {
     QEMB_DEVICE int first_tile(int unit) const { return unit / row_tiles * 2; }
 };
 
+// Of the depth, in a layer's own features.
 template <class T>
+QEMB_DEVICE int steps_of(const Panel<T>& a, int layer) {
+    return static_cast<int>((a.ends[layer] - a.begins[layer] + kStepDepth - 1) / kStepDepth);
+}
+
+template <bool kPrefixes, class T>
 QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing ring, uint32_t stages,
                                 const TensorMap& weights) {
-    ScoreMemory& memory = *reinterpret_cast<ScoreMemory*>(shared_bytes() + kScoreMemory);
+    using L = ScoreLayout<kPrefixes>;
+    ScoreMemory& memory = *reinterpret_cast<ScoreMemory*>(shared_bytes() + L::kMemory);
     const bool signals = threadIdx.x % 128 == 0;
     if (threadIdx.x % 32 < 2) memory.tally[threadIdx.x % 32][threadIdx.x / 32] = {};
     uint32_t turn = 0;  // of the staging
@@ -91,16 +102,24 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
-            HalfSums low, high;
-            multiply<T>(low, high, ring, stages, sweep.dim_steps);
             const Kind kind = !sweep.of_documents ? kQueries : pass ? kDocDoc : kQueryDocument;
+            HalfSums low, high;
+#pragma unroll 1
+            for (int layer = 0; layer < (kPrefixes ? a.layers : 1); ++layer) {
+                const int steps = steps_of(a, layer);
+                if constexpr (kPrefixes)
+                    multiply<T>(low, high, ring, stages, steps, layer > 0,
+                                static_cast<int>(a.ends[layer] - a.begins[layer]) - (steps - 1) * kStepDepth);
+                else
+                    multiply<T>(low, high, ring, stages, steps);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                if (half >= halves) continue;
-                if (signals) bulk_wait_read<1>();  // of the copy before the last, from here
-                finish_half(a, kind, row0, first_tile + half, half ? high : low, half, memory,
-                            stages + kStaging + turn * kStagedBytes, weights);
-                if (a.dense[kind] && a.p.d_documents) turn ^= 1;
+                for (int half = 0; half < 2; ++half) {
+                    if (half >= halves) continue;
+                    if (signals) bulk_wait_read<L::kCopies - 1>();  // of the copy that was here, from here
+                    finish_half<kPrefixes>(a, kind, layer, row0, first_tile + half, half ? high : low, half, memory,
+                                           stages + L::kStaging + turn * kStagedBytes, weights);
+                    if (L::kCopies > 1 && a.dense[kind] && a.p.d_documents) turn ^= 1;
+                }
             }
         }
         barrier_sync(kMasksBarrier, kConsumers);
@@ -113,42 +132,46 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
     if (signals) bulk_wait_read<0>();
 }
 
-template <class T>
+template <bool kPrefixes, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     score_tiles(const Panel<T> a, const Sweep sweep, const QEMB_GRID_CONSTANT TensorMap queries,
                 const QEMB_GRID_CONSTANT TensorMap positives, const QEMB_GRID_CONSTANT TensorMap columns,
                 const QEMB_GRID_CONSTANT TensorMap weights) {
     const uint32_t stages = shared_address(shared_bytes());
-    StageRing ring{stages + kScoreBarriers};
+    StageRing ring{stages + ScoreLayout<kPrefixes>::kBarriers};
     const auto produce = [&] {
         for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
             const int row0 = sweep.row0(unit), column0 = sweep.first_tile(unit) * kTile;
             for (int pass = 0; pass < 2; ++pass) {
                 if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
-                fill_stages<false>(ring, stages, sweep.dim_steps, 0, [&](int64_t step, uint32_t stage, uint32_t barrier) {
-                    const int feature = static_cast<int>(step) * kStepDepth;
-                    tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
-                    tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
-                });
+                for (int layer = 0; layer < (kPrefixes ? a.layers : 1); ++layer) {
+                    const int begin = static_cast<int>(a.begins[layer]);
+                    fill_stages<false>(ring, stages, steps_of(a, layer), 0, [&](int step, uint32_t stage, uint32_t barrier) {
+                        const int feature = begin + step * kStepDepth;
+                        tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
+                        tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
+                    });
+                }
             }
         }
     };
-    by_role([&] { ring.init(2); }, produce, [&] { consume_scores(a, sweep, ring, stages, weights); });
+    by_role([&] { ring.init(2); }, produce, [&] { consume_scores<kPrefixes>(a, sweep, ring, stages, weights); });
 }
 
 constexpr int kProductBarriers = kStages * kStageBytes<true>, kProductBytes90 = kProductBarriers + StageRing::kBytes;
 
-// 128 anchors, 256 features, one of the splits of a part's columns: sum_j E[r, j] * column_j.
+// 128 anchors, 256 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j E[r, j] *
+// column_j.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    sum_rows(const Panel<T> a, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
+    sum_rows(const Panel<T> a, int layer, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
              const QEMB_GRID_CONSTANT TensorMap queries, const QEMB_GRID_CONSTANT TensorMap documents) {
     constexpr int kSteps = kTile / kStepDepth;  // of a tile of columns
     const int64_t row0 = blockIdx.x / dim_tiles % a.row_tiles * kTile;
-    const int feature0 = static_cast<int>(blockIdx.x % dim_tiles) * kColumns;
+    const int feature0 = static_cast<int>(a.begins[layer] + blockIdx.x % dim_tiles * kColumns);
     const int64_t split = blockIdx.x / dim_tiles / a.row_tiles;  // of all parts
     const Kind kind = a.parts[split / a.splits];
-    const int64_t first_of_kind = a.first_tile[kind], tiles = a.first_tile[kind + 1] - first_of_kind;
+    const int64_t first_of_kind = a.tile_of(layer, kind, 0), tiles = a.first_tile[kind + 1] - a.first_tile[kind];
     const int64_t tiles_of_split = (tiles + a.splits - 1) / a.splits, first_tile = split % a.splits * tiles_of_split;
     const int64_t steps = max(int64_t(0), min(tiles_of_split, tiles - first_tile)) * kSteps;
     const uint32_t stages = shared_address(shared_bytes());
@@ -176,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int i = 0; i < 2; ++i) {
                 const int64_t d = feature0 + pair_column(n);
                 float* const pair = to + (first_row() + 8 * i) * a.p.dim + d;
-                if (d < a.p.dim) {
+                if (d < a.ends[layer]) {
                     pair[0] = steps > 0 ? sums[4 * n + 2 * i] : 0.0f;
                     pair[1] = steps > 0 ? sums[4 * n + 2 * i + 1] : 0.0f;
                 }
@@ -185,16 +208,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     by_role([&] { ring.init(kConsumers / 32); }, produce, consume);
 }
 
-// 128 columns, 256 features: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their positives; `first`
-// is the first of the kinds. The copy engine adds them to the gradient: an element of it has one owner, so the order is always
-// the same.
+// 128 columns, 256 features of a layer: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their
+// positives; `first` is the first of the kinds. The copy engine adds them to the gradient: an element of it has one owner, so
+// the order is always the same.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    sum_columns(const Panel<T> a, Kind first, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
+    sum_columns(const Panel<T> a, int layer, Kind first, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
                 const QEMB_GRID_CONSTANT TensorMap first_packed, const QEMB_GRID_CONSTANT TensorMap second_packed,
                 const QEMB_GRID_CONSTANT TensorMap gradient) {
     const int64_t tile = blockIdx.x / dim_tiles, steps = a.row_tiles * (kTile / kStepDepth);
-    const int feature0 = static_cast<int>(blockIdx.x % dim_tiles) * kColumns;
+    const int feature0 = static_cast<int>(a.begins[layer] + blockIdx.x % dim_tiles * kColumns);
     const bool both = first == kQueryDocument && a.dense[kDocDoc];
     const uint32_t stages = shared_address(shared_bytes());
     StageRing ring{stages + kProductBarriers};
@@ -204,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             ring, stages, both ? 2 * steps : steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
                 const bool is_first = step < steps;
                 const int64_t row = (is_first ? step : step - steps) * kStepDepth,
-                              at = a.first_tile[is_first ? first : kDocDoc] + tile;
+                              at = a.tile_of(layer, is_first ? first : kDocDoc, tile);
 #pragma unroll
                 for (int panel = 0; panel < kTile / 64; ++panel)
                     tma_load(stage + panel * kStepDepth * 128, weights, barrier,
@@ -222,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         // The stages are free: boxes of 32 features and this warpgroup's 64 columns
         const float unit = *a.unit;
+        const int own = static_cast<int>(a.ends[layer]) - feature0;  // features; to others zero is added
         const int group = threadIdx.x / 128, row = first_row() % 64;
         const uint32_t staging = stages + group * (kColumns / 32) * 64 * 128;
         barrier_sync(kMasksBarrier, kConsumers);
@@ -233,14 +257,15 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int j = 0; j < 2; ++j) {
                     const int at_row = row + 8 * i, word = n % 4 * 8 + threadIdx.x % 4 * 2 + j;
                     shared_store4(staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
-                                  __builtin_bit_cast(uint32_t, unit* sums[4 * n + 2 * i + j]));
+                                  __builtin_bit_cast(uint32_t, pair_column(n) + j < own ? unit * sums[4 * n + 2 * i + j] : 0));
                 }
         fence_async();
         barrier_sync(kGroupBarrier + group, 128);
         if (threadIdx.x % 128 > 0) return;
 #pragma unroll
         for (int box = 0; box < kColumns / 32; ++box)
-            tma_add(gradient, staging + box * 64 * 128, {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
+            if (box * 32 < own)
+                tma_add(gradient, staging + box * 64 * 128, {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
         bulk_commit();
         bulk_wait_read<0>();
     };
@@ -270,7 +295,9 @@ TensorMap weights_map(const Panel<T>& a, int box_rows) {
 
 template <class T>
 bool takes(const InfoNce& p) {
-    if (sizeof(T) != 2 || p.num_dims > 0 || p.num_queries == 0 || p.num_documents == 0 || p.num_rows == 0) return false;
+    for (int64_t layer = 0; layer < p.num_dims; ++layer)
+        if (p.dims[layer] % 2) return false;  // words of shared memory are cleared
+    if (sizeof(T) != 2 || p.num_queries == 0 || p.num_documents == 0 || p.num_rows == 0) return false;
     TensorMap map;
     return make_matrix_map<T>(map, p.queries, p.num_queries, p.dim, kTile) &&
            make_matrix_map<T>(map, p.documents, p.num_documents, p.dim, kTile) &&
@@ -287,22 +314,29 @@ void scores(const Panel<T>& a) {
     for (const bool of_documents : {true, false}) {
         const Sweep sweep(a, of_documents);
         const Matrix<T>& columns = of_documents ? a.documents : a.queries;
-        start(score_tiles<T>, a, resident_blocks(sweep.units).x, kThreads, kScoreBytes90, sweep, queries, positives,
-              map_of<T>(columns.data, columns.rows, a.p.dim, kColumns), weights);
+        const auto run = [&](auto kernel, int bytes) {
+            start(kernel, a, resident_blocks(sweep.units).x, kThreads, bytes, sweep, queries, positives,
+                  map_of<T>(columns.data, columns.rows, a.p.dim, kColumns), weights);
+        };
+        if (a.prefixes)
+            run(score_tiles<true, T>, ScoreLayout<true>::kBytes);
+        else
+            run(score_tiles<false, T>, ScoreLayout<false>::kBytes);
     }
 }
 
 template <class T>
 void row_gradients(const Panel<T>& a) {
-    const int64_t dim_tiles = ceil_div(a.p.dim, kColumns);
-    start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, dim_tiles,
-          weights_map(a, kTile), map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth),
-          map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
+    for (int layer = 0; layer < a.layers; ++layer) {
+        const int64_t dim_tiles = ceil_div(a.ends[layer] - a.begins[layer], kColumns);
+        start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, layer, dim_tiles,
+              weights_map(a, kTile), map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth),
+              map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
+    }
 }
 
 template <class T>
 void column_gradients(const Panel<T>& a) {
-    const int64_t dim_tiles = ceil_div(a.p.dim, kColumns);
     const auto packed = [&](Kind kind) {
         return a.dense[kind] ? map_of<T>(a.packed[kind], a.row_tiles * kTile, a.packed_dim, kStepDepth) : TensorMap{};
     };
@@ -316,8 +350,11 @@ void column_gradients(const Panel<T>& a) {
                                                .box = {32, 64},
                                                .swizzled = true}))
             throw std::runtime_error("[info_nce] the driver refuses a tensor map");
-        start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, first, dim_tiles, weights_map(a, kStepDepth),
-              packed(first), packed(kDocDoc), gradient);
+        for (int layer = 0; layer < a.layers; ++layer) {
+            const int64_t dim_tiles = ceil_div(a.ends[layer] - a.begins[layer], kColumns);
+            start(sum_columns<T>, a, tiles * dim_tiles, kThreads, kProductBytes90, layer, first, dim_tiles,
+                  weights_map(a, kStepDepth), packed(first), packed(kDocDoc), gradient);
+        }
     };
     sum(a.dense[kQueryDocument] ? kQueryDocument : kDocDoc, a.doc_tiles, a.documents.rows, a.p.d_documents);
     sum(kQueries, a.query_tiles, a.queries.rows, static_cast<float*>(a.p.d_queries) + a.p.first_column * a.p.dim);

@@ -10,27 +10,44 @@ namespace qemb::cuda::sm90 {
 
 using namespace infonce;
 
-constexpr uint32_t kMasksBarrier = 1, kGroupBarrier = 2;  // the latter and the next: of a warpgroup
 constexpr int kStagedBytes = kTile * kTile * 2;
 
 struct ScoreMemory {
     Masks masks;
-    uint32_t over[2][2][kConsumers];  // by half and row: which of a thread's query-document scores exceed the limit, as in Part
     Tally tally[2][kConsumers / 32];
+    // By layer, half and row: which of a thread's query-document scores exceed the limit, as in Part.
+    uint32_t over[1][2][2][kConsumers];
 };
 
-// A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j.
+// A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j. Those of a prefix are scaled as
+// they are read, and stay as they are: the next layer is added to them.
+template <bool kPrefixes>
 struct Part {
     HalfSums& sums;
+    const Masks& masks;
     uint32_t second = 0;                          // columns of the second group
     uint32_t candidates[2] = {}, masked[2] = {};  // by row; masked: by other things than the score's own limit
+    uint32_t dropped[2] = {};                     // by row, of prefixes: no candidate, or masked
 
-    QEMB_DEVICE float& operator()(int i, int n, int j) const { return sums[4 * n + 2 * i + j]; }
+    QEMB_DEVICE float score(int i, int n, int j) const {
+        const float sum = sums[4 * n + 2 * i + j];
+        return kPrefixes ? sum * (masks.row_norm[first_row() + 8 * i] * masks.column_norm[pair_column(n) + j]) : sum;
+    }
+    QEMB_DEVICE void drop(int i, int n, int j) {
+        if (kPrefixes)
+            dropped[i] |= bit(n, j);
+        else
+            sums[4 * n + 2 * i + j] = kNone;
+    }
+    QEMB_DEVICE float kept_score(int i, int n, int j) const {
+        return kPrefixes && (dropped[i] & bit(n, j)) ? kNone : score(i, n, j);
+    }
     static QEMB_DEVICE uint32_t bit(int n, int j) { return 1u << (2 * n + j); }
 };
 
 // Who is a candidate, and who has the positive's text.
-QEMB_DEVICE void look_up(const Masks& masks, int rows, Part& part) {
+template <bool kPrefixes>
+QEMB_DEVICE void look_up(const Masks& masks, int rows, Part<kPrefixes>& part) {
     int self[2];
     int64_t text[2];
     uint32_t is_row[2];
@@ -57,9 +74,9 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part& part) {
 }
 
 // Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all columns.
-template <bool kPlain>
-QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, const float (&high)[2], Tally& tally,
-                             float (&best)[2]) {
+template <bool kPlain, bool kPrefixes>
+QEMB_DEVICE void mask_scores(Kind kind, Part<kPrefixes>& part, const Masks& masks, const float (&high)[2], bool counts,
+                             Tally& tally, float (&best)[2]) {
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
     float limit[2][2];  // by row and group
@@ -72,12 +89,12 @@ QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, co
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const uint32_t bit = Part::bit(n, j);
+            const uint32_t bit = Part<kPrefixes>::bit(n, j);
             const bool is_second = !kPlain && (part.second & bit);
             const float high_here = is_second ? high[1] : high[0];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                float& score = part(i, n, j);
+                const float score = part.score(i, n, j);
                 const bool candidate = kPlain || (part.candidates[i] & bit);
                 const bool masked = (part.masked[i] & bit) || score > (is_second ? limit[i][1] : limit[i][0]);
                 num_dropped += candidate && masked;
@@ -86,30 +103,30 @@ QEMB_DEVICE void mask_scores(Kind kind, const Part& part, const Masks& masks, co
                     kept_score += score;
                     best[i] = fmaxf(best[i], score * high_here);
                 } else {
-                    score = kNone;
+                    part.drop(i, n, j);
                 }
             }
         }
 #pragma unroll
     for (int i = 0; i < 2; ++i) best[i] = lanes_max<4>(best[i]);
-    count_tile(kind, kept_score, num_kept, num_dropped, tally);
+    if (counts) count_tile(kind, kept_score, num_kept, num_dropped, tally);
 }
 
 // One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the
 // copy engine, whose last copy from there has been waited for by the thread that signals.
-template <class T>
-QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_tile, HalfSums& sums, int half,
+template <bool kPrefixes, class T>
+QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, int column_tile, HalfSums& sums, int half,
                              ScoreMemory& memory, uint32_t staging, const TensorMap& weights) {
     row0 = opaque(row0);
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;
     barrier_sync(kMasksBarrier, kConsumers);  // nobody reads the masks of the tile before
-    load_masks<false>(a, kind, 0, row0, int64_t{column_tile} * kTile, masks);
+    load_masks<kPrefixes>(a, kind, layer, row0, int64_t{column_tile} * kTile, masks);
     barrier_sync(kMasksBarrier, kConsumers);
 
     const int64_t tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
     const bool plain = rows == kTile && (a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind);
-    Part part{sums};
+    Part<kPrefixes> part{sums, masks};
     if (!plain) look_up(masks, rows, part);
     if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
         uint32_t bits[2] = {};
@@ -121,22 +138,23 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
             for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const uint32_t bit = Part::bit(n, j);
-                    if (part(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
+                    const uint32_t bit = Part<kPrefixes>::bit(n, j);
+                    if (part.score(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
                 }
         }
-        for (int i = 0; i < 2; ++i) memory.over[half][i][threadIdx.x] = bits[i];
+        for (int i = 0; i < 2; ++i) memory.over[layer][half][i][threadIdx.x] = bits[i];
     } else if (kind == kDocDoc && a.by_query) {
-        for (int i = 0; i < 2; ++i) part.masked[i] |= memory.over[half][i][threadIdx.x];
+        for (int i = 0; i < 2; ++i) part.masked[i] |= memory.over[layer][half][i][threadIdx.x];
     }
     const int first_here = first_group(kind), second_here = first_here + (kind != kQueries);
     const float high[2] = {a.scale_high[first_here], a.scale_high[second_here]};
     Tally& tally = memory.tally[half][threadIdx.x / 32];
+    const bool counts = !kPrefixes || layer + 1 == a.layers;
     float best[2];
     if (plain)
-        mask_scores<true>(kind, part, masks, high, tally, best);
+        mask_scores<true>(kind, part, masks, high, counts, tally, best);
     else
-        mask_scores<false>(kind, part, masks, high, tally, best);
+        mask_scores<false>(kind, part, masks, high, counts, tally, best);
     if (!a.dense[kind]) return;
 
     // Weights
@@ -153,11 +171,11 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
         float weight[2][2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {  // both rows of a column: what is chosen by column is not kept
-            const bool is_second = part.second & Part::bit(n, j);
+            const bool is_second = part.second & Part<kPrefixes>::bit(n, j);
             const float high_here = is_second ? high[1] : high[0], low_here = is_second ? low[1] : low[0];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float score = part(i, n, j);
+                const float score = part.kept_score(i, n, j);
                 weight[i][j] = exp2_approx(fmaf(score, low_here, fmaf(score, high_here, shift[i])));
                 sum[i] += weight[i][j];
                 moment[i] = fmaf(weight[i][j], score, moment[i]);
@@ -167,7 +185,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int row0, int column_
         shared_store4(to, pack<T>(weight[0][0], weight[0][1]));
         shared_store4(to + 8 * 128, pack<T>(weight[1][0], weight[1][1]));
     }
-    const int64_t tile = a.first_tile[kind] + column_tile;
+    const int64_t tile = a.tile_of(layer, kind, column_tile);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         sum[i] = lanes_sum<4>(sum[i]);

@@ -10,6 +10,7 @@
 namespace qemb::cuda::sm90 {
 
 constexpr int kColumns = 256, kStepDepth = 64, kStages = 3;
+constexpr uint32_t kMasksBarrier = 1, kGroupBarrier = 2;  // the latter and the next: of a warpgroup
 constexpr int kLeftBytes = kTile * 128, kRightBytes = kColumns * 128, kLoadedBytes = kLeftBytes + kRightBytes;
 constexpr int kFactors = 1024;  // bytes of a stage kept for them, so that stages stay aligned
 template <bool kScaled>
@@ -46,21 +47,33 @@ QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int steps, int mo
     }
 }
 
-// low, high = left right^T, the first and the last 128 columns: both operands along their depth. A thread of each warpgroup
-// frees a stage.
+// Zeros to the depth of 64 rows of a left operand from `depth` on, an even number, by the warpgroup that multiplies them.
+QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
+    for (int i = threadIdx.x % 128; i < 64 * (kStepDepth - depth) / 2; i += 128) {
+        const int row = i % 64, word = depth / 2 + i / 64;
+        shared_store4(rows + row * 128 + ((word / 4 ^ row % 8) << 4) + word % 4 * 4, 0);
+    }
+    fence_async();
+    barrier_sync(kGroupBarrier + threadIdx.x / 128, 128);
+}
+
+// low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last step has
+// `last`. A thread of each warpgroup frees a stage.
 template <class T>
-QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps) {
+QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps, bool adds = false,
+                          int last = kStepDepth) {
     const bool signals = threadIdx.x % 128 == 0;
     StageRing before = ring;
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage = stages + ring.stage * kStageBytes<false>;
         const uint64_t left = matrix(stage + threadIdx.x / 128 * 64 * 128), right = matrix(stage + kLeftBytes);
         ring.wait_full();
+        if (last < kStepDepth && step + 1 == steps) clear_depth(stage + threadIdx.x / 128 * 64 * 128, last);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kStepDepth / 16; ++k) {
-            wgmma<T, kTile>(low, left + 2 * k, right + 2 * k, step > 0 || k > 0);
-            wgmma<T, kTile>(high, left + 2 * k, right + 2 * k + (kTile * 128 >> 4), step > 0 || k > 0);
+            wgmma<T, kTile>(low, left + 2 * k, right + 2 * k, adds || step > 0 || k > 0);
+            wgmma<T, kTile>(high, left + 2 * k, right + 2 * k + (kTile * 128 >> 4), adds || step > 0 || k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
