@@ -35,29 +35,33 @@ struct Scratch {
     int64_t flag_bytes() const { return reinterpret_cast<char*>(sums) - reinterpret_cast<char*>(ticket); }
 };
 
+// A block: the rows of a few tokens, D / 8 threads each.
+constexpr int kPreparedTokens = 8;
 template <class T, int D>
 __global__ void __launch_bounds__(256) prepare(const AttentionBackward p, const Scratch scratch) {
     constexpr int kLanes = D / 8;
-    const int64_t rows = p.num_tokens * p.num_heads;
-    const int64_t row = min(blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes, rows - 1);  // the last one several times
-    const int64_t token = row / p.num_heads, head = row % p.num_heads;
-    int64_t low = 0, high = p.num_seqs;  // cu_seqlens_q[low] <= token < cu_seqlens_q[high]
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (p.cu_seqlens_q[middle] <= token ? low : high) = middle;
+    const int64_t first = blockIdx.x * int64_t(kPreparedTokens), end = min(first + kPreparedTokens, p.num_tokens);
+    int64_t sequence = 0, high = p.num_seqs;  // cu_seqlens_q[sequence] <= first < cu_seqlens_q[high]
+    while (high - sequence > 1) {
+        const int64_t middle = (sequence + high) / 2;
+        (p.cu_seqlens_q[middle] <= first ? sequence : high) = middle;
     }
-    const Span span(p.cu_seqlens_q, p.cu_seqlens_k, low);
-    float delta = 0;
-    const int64_t at = row * D + threadIdx.x % kLanes * 8;
-    if (any_lane(span.num_k == 0)) store16(static_cast<T*>(p.dq) + at, {});  // for others dQ comes later
-    if (any_lane(span.num_k > kTile)) {
-        delta = row_dot<D>(load<8>(static_cast<const T*>(p.out) + at), load<8>(static_cast<const T*>(p.dout) + at));
+    for (int64_t i = threadIdx.x / kLanes; any_lane(i < (end - first) * p.num_heads); i += 256 / kLanes) {
+        const int64_t row = min(first * p.num_heads + i, end * p.num_heads - 1);  // the last one several times
+        const int64_t token = row / p.num_heads, head = row % p.num_heads;
+        while (p.cu_seqlens_q[sequence + 1] <= token) ++sequence;
+        const Span span(p.cu_seqlens_q, p.cu_seqlens_k, sequence);
+        float delta = 0;
+        const int64_t at = row * D + threadIdx.x % kLanes * 8;
+        if (any_lane(span.num_k == 0)) store16(static_cast<T*>(p.dq) + at, {});  // for others dQ comes later
+        if (any_lane(span.num_k > kTile))
+            delta = row_dot<D>(load<8>(static_cast<const T*>(p.out) + at), load<8>(static_cast<const T*>(p.dout) + at));
+        if (threadIdx.x % kLanes > 0) continue;
+        const float lse = static_cast<const float*>(p.lse)[row];
+        float* const to = scratch.rows + head * scratch.row_tokens + token;
+        to[0] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+        to[p.num_heads * scratch.row_tokens] = delta;
     }
-    if (threadIdx.x % kLanes > 0) return;
-    const float lse = static_cast<const float*>(p.lse)[row];
-    float* const to = scratch.rows + head * scratch.row_tokens + token;
-    to[0] = lse == -INFINITY ? INFINITY : lse * kLog2E;
-    to[p.num_heads * scratch.row_tokens] = delta;
 }
 
 template <int D>
@@ -387,7 +391,7 @@ bool attention_backward(const AttentionBackward& p) {
                                                         .swizzled = false});
         if (!fits) return;
         zero(kOp, scratch.ticket, static_cast<size_t>(scratch.flag_bytes()), p.stream);
-        launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens * heads, 2048 / D))), 256, 0, p.stream, p,
+        launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens, kPreparedTokens))), 256, 0, p.stream, p,
                scratch);
         launch(kOp, gradients<T, D>, resident_blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, Layout<D>::kBytes, p.stream,
                p, scratch, q, k, v, dout, rows);
