@@ -27,6 +27,10 @@ constexpr int kMaxLayers = kMaxPrefixes;
 
 enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };  // of columns, and the order of their tiles
 
+QEMB_DEVICE int first_group(Kind kind) {
+    return kind == kQueryDocument ? kBatchPositive : kind == kQueries ? kQueryQuery : kDocPositive;
+}
+
 // Sums over candidates, as in InfoNce::stats[1..4].
 struct Tally {
     double kept_score, kept_query_document, kept, dropped;
@@ -48,7 +52,7 @@ struct Panel {
     bool by_query;                 // positives' candidates are masked by the query's scores, which may be needed for that alone
     bool owns;                     // candidates among what rows own
     bool prefixes;                 // vectors are cut and normalised again
-    bool whole_cuts;               // between whole, aligned vectors of 16 bytes
+    bool whole_cuts = true;        // between whole, aligned vectors of 16 bytes
     int layers;
     int64_t begins[kMaxLayers], ends[kMaxLayers];  // of the features that a layer adds
     double shares[kMaxLayers];                     // of the loss
@@ -112,13 +116,12 @@ struct Panel {
         for (const int group : {kDocPositive, kDocHard}) by_query |= g[group].on && g[group].mask == ScoreMask::kQueryDocument;
         owns = g[kOwnHard].on || g[kDocOwn].on;
         prefixes = p.num_dims > 0;
-        whole_cuts = true;
         layers = prefixes ? static_cast<int>(p.num_dims) : 1;
         for (int layer = 0; layer < layers; ++layer) {
             begins[layer] = layer > 0 ? ends[layer - 1] : 0;
             ends[layer] = prefixes ? p.dims[layer] : p.dim;
             shares[layer] = prefixes ? p.dim_weights[layer] : 1;
-            whole_cuts = whole_cuts && (!prefixes || ends[layer] % kVector<T> == 0);
+            if (prefixes && ends[layer] % kVector<T>) whole_cuts = false;
         }
         for (Matrix<T>* matrix : {&queries, &documents, &anchors[0], &anchors[1]})
             matrix->vectors = matrix->vectors && whole_cuts;

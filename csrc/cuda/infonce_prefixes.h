@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
         const bool second = kind != kQueries && first + i < columns && static_cast<Role>(p.role[first + i]) == Role::kHard;
-        const int group = kind == kQueryDocument ? kBatchPositive : kind == kQueries ? kQueryQuery : kDocPositive;
-        unscale[i] = a.unscale[group + second];
+        unscale[i] = a.unscale[first_group(kind) + second];
     }
 #pragma unroll 1
     for (int64_t row = row0 + threadIdx.x / kRowParts<T>; row < min(row0 + kTile, a.count); row += kRows) {
@@ -42,7 +41,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
 #pragma unroll
         for (int layer = kMaxLayers - 1; layer >= 0; --layer) {
             if (layer >= a.layers) continue;
-            const int64_t of_layer = a.tile_of(layer, kind, 0) + tile - a.first_tile[kind], at = of_layer * a.rows + row;
+            const int64_t of_layer = a.tile_of(layer, kind, tile - a.first_tile[kind]), at = of_layer * a.rows + row;
             const float weight = a.layer_weight[(layer * kMaxSoftmaxes + softmax) * a.rows + row] * to_float(a.factors[at]);
             const float share = weight * relative * a.of_anchor(layer, kind == kDocDoc, row);
             const float offset = a.tile_offset[at];
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
             parts[(threadIdx.x / kRowParts<T> * a.layers + layer) * kTile + column + i] = along[layer][i];
     sync_block();
     for (int layer = 0; layer < a.layers; ++layer) {
-        const int64_t of_layer = a.tile_of(layer, kind, 0) + tile - a.first_tile[kind];
+        const int64_t of_layer = a.tile_of(layer, kind, tile - a.first_tile[kind]);
         float sum = 0;
         for (int i = 0; i < kRows; ++i) sum += parts[(i * a.layers + layer) * kTile + threadIdx.x];
         a.along_parts[(row0 / kTile * a.num_tiles() + of_layer) * kTile + threadIdx.x] = sum;

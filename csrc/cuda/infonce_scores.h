@@ -36,10 +36,6 @@ constexpr float kNone = -3e38f;  // the score of what is no candidate: its weigh
 
 QEMB_DEVICE int within_tile(int64_t at) { return at >= 0 && at < kTile ? static_cast<int>(at) : -1; }
 
-QEMB_DEVICE int first_group(Kind kind) {
-    return kind == kQueryDocument ? kBatchPositive : kind == kQueries ? kQueryQuery : kDocPositive;
-}
-
 template <bool kPrefixes, class T>
 QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column0, Masks& masks) {
     const InfoNce& p = a.p;
