@@ -489,7 +489,7 @@ TEST(prefixes_take_one_sweep) {
         check<T>(dtype + " even prefixes", c, 5);
         c.first_row = 5, c.num_rows = 60, c.first_column = 7, c.absent = true;
         check<T>(dtype + " some rows", c, 4);
-        Case wide{.queries = 20, .documents = 300, .dim = 328, .dims = {40, 304, 328}, .shares = {1, 1, 1}};
+        Case wide{.queries = 20, .documents = 60, .dim = 328, .dims = {40, 304, 328}, .shares = {1, 1, 1}};
         check<T>(dtype + " more than a tile of features", wide, 6);
     });
 }
