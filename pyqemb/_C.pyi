@@ -56,6 +56,7 @@ def pool_backward(
     normalize: bool,
     /,
 ) -> None: ...
+
 MAX_PREFIXES: int  # of a sweep of info_nce on CUDA
 
 def check_info_nce(
