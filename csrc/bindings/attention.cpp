@@ -55,13 +55,13 @@ struct Inputs {
     }
 };
 
-// Of a plan: tiles, blocks and key blocks; 1 where no sequence has more than one query; 1 where none has many keys.
+// Of a plan: tiles, blocks, key blocks and summed blocks; 1 where no sequence has more than one query.
 using Sizes = std::array<int64_t, 5>;
 
-Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.single, plan.few_keys}; }
+Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.summed, plan.single}; }
 
 AttentionPlan plan_of(const Sizes& sizes) {
-    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .single = sizes[3] != 0, .few_keys = sizes[4] != 0};
+    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .summed = sizes[3], .single = sizes[4] != 0};
 }
 
 // The CPU needs none.

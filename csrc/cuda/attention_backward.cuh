@@ -176,7 +176,7 @@ constexpr size_t block_backward_shared() {
 template <class T, int D>
 __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[2]) return;
-    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + blockIdx.x);
+    const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks) + 3 * blockIdx.x;
     const Span span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]);
     const int first = item[1] * kTile, count = min(kTile, span.num_k - first);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;

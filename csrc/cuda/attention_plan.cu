@@ -18,8 +18,8 @@ constexpr int kMaxPerTile = 32;  // sequences: a warp maps a tile with one lane 
 constexpr int kBuckets = 64;     // of length, for longest first
 
 struct Counts {
-    int64_t tiles, blocks, key_blocks;
-    bool single, few_keys;
+    int64_t tiles, blocks, key_blocks, summed;
+    bool single;
 };
 
 QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (length + size - 1) / size; }
@@ -30,7 +30,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     int32_t* const tiles = data + 4;
     int32_t* const blocks = tiles + 2 * plan.tiles;
     int32_t* const key_blocks = blocks + 2 * plan.blocks;
-    Counts counts{0, 0, 0, true, true};
+    Counts counts{0, 0, 0, 0, true};
     for (int i = 0; i < 2 * kBuckets; ++i) buckets[i] = 0;
 
     int64_t first = -1;  // of the open tile
@@ -51,7 +51,6 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     for (int64_t s = 0; s < num_seqs; ++s) {
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
         if (q > 1) counts.single = false;
-        if (k > kTile) counts.few_keys = false;
         if (q <= 0 && k <= 0) continue;
         if (q > most_short || k > most_short) {
             const int bucket = bucket_of(q, k);
@@ -59,6 +58,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
             buckets[kBuckets + bucket] += parts(k, kTile);
             counts.blocks += parts(q, kTile);
             counts.key_blocks += parts(k, kTile);
+            if (k > kTile) counts.summed += parts(q, kTile);
             continue;
         }
         const int32_t more_q = parts(q, kSlot), more_k = parts(k, kSlot);
@@ -73,7 +73,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     close(num_seqs < first + kMaxPerTile ? num_seqs : first + kMaxPerTile);
     if (!data) return counts;
 
-    int32_t next_q = 0, next_k = 0;
+    int32_t next_q = 0, next_k = 0, summed = 0;
     for (int i = 0; i < kBuckets; ++i) {
         const int32_t q = buckets[i], k = buckets[kBuckets + i];
         buckets[i] = next_q;
@@ -91,10 +91,12 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
             item[1] = b;
         }
         for (int32_t b = 0; b < parts(k, kTile); ++b) {
-            int32_t* item = key_blocks + 2 * buckets[kBuckets + bucket]++;
+            int32_t* item = key_blocks + 3 * buckets[kBuckets + bucket]++;
             item[0] = static_cast<int32_t>(s);
             item[1] = b;
+            item[2] = summed;
         }
+        if (k > kTile) summed += parts(q, kTile);
     }
     data[0] = static_cast<int32_t>(counts.tiles);
     data[1] = static_cast<int32_t>(counts.blocks);
@@ -111,7 +113,7 @@ int32_t most_short() { return cuda::on_hopper() ? kTile / 4 : kTile; }
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs) {
     int32_t buckets[2 * kBuckets];
     const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, most_short(), nullptr, buckets);
-    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.single, counts.few_keys};
+    return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.summed, counts.single};
 }
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
@@ -139,6 +141,8 @@ AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k)
     plan.tiles = least(num_seqs, 2 * slots / kSlots + num_seqs / kMaxPerTile + 2);
     plan.blocks = tokens_q / kTile + long_seqs;
     plan.key_blocks = tokens_k / kTile + long_seqs;
+    const int64_t many_keys = least(num_seqs, tokens_k / (kTile + 1));  // sequences
+    plan.summed = many_keys > 0 ? tokens_q / kTile + many_keys : 0;
     return plan;
 }
 

@@ -17,12 +17,12 @@ struct AttentionPlan {
     int64_t tiles = 0;              // capacity: tiles of short sequences
     int64_t blocks = 0;             // capacity: blocks of kTile queries of long sequences
     int64_t key_blocks = 0;         // capacity: blocks of kTile keys of long sequences
+    int64_t summed = 0;             // capacity: blocks of queries of sequences of more than kTile keys
     bool single = false;            // known that no sequence has more than one query
-    bool few_keys = false;          // known that none has more than kTile keys
     // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs: tiles of
-    // {first sequence, number of sequences}, blocks of {sequence, block}, key_blocks of {sequence, block}, each list padded to
-    // its capacity.
-    int64_t size() const { return 4 + 2 * (tiles + blocks + key_blocks); }
+    // {first sequence, number of sequences}, blocks of {sequence, block}; then triples: key_blocks of {sequence, block, number
+    // of the sequence's first block of queries among those that `summed` counts}. Each list is padded to its capacity.
+    int64_t size() const { return 4 + 2 * (tiles + blocks) + 3 * key_blocks; }
 };
 
 // Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the bottom right: query i of

@@ -22,7 +22,7 @@ class AttentionPlan:
     tokens: int
     tokens_k: int
     data: Tensor | None = None  # int32, the lists of csrc/ops/attention.h; None on the CPU
-    # Room in its lists: tiles, blocks, key blocks; and 1 where no sequence has more than one query.
+    # Room in its lists: tiles, blocks, key blocks, summed blocks; and 1 where no sequence has more than one query.
     sizes: Sequence[int] = (0, 0, 0, 0, 0)
 
 
@@ -109,7 +109,7 @@ def _plan_on_device(cu_q: Tensor, cu_k: Tensor, tokens: int, tokens_k: int) -> t
 
 
 def _data_size(sizes: Sequence[int]) -> int:
-    return 4 + 2 * sum(sizes[:3])
+    return 4 + 2 * sum(sizes[:2]) + 3 * sizes[2]
 
 
 def varlen_attention(

@@ -24,7 +24,7 @@ struct Scratch {
     int64_t bytes;  // of all
 
     explicit Scratch(const AttentionBackward& p)
-        : row_tokens(ceil_div(p.num_tokens, 4) * 4), slots(p.plan.few_keys ? 0 : p.num_tokens / kQueryStep + p.num_seqs) {
+        : row_tokens(ceil_div(p.num_tokens, 4) * 4), slots(p.plan.summed * (kTile / kQueryStep)) {
         const int64_t numbers = 2 * p.num_heads * row_tokens, flags = ceil_div(1 + p.num_heads * slots, 4) * 4;
         rows = static_cast<float*>(p.scratch);
         ticket = reinterpret_cast<int*>(rows + numbers);
@@ -83,10 +83,10 @@ struct KeyTile {
     static constexpr int kEnd = -1, heads = 1;
 
     Span span;
-    int sequence, first, count, kv_head, group, from, per_head, steps;
+    int slot, first, count, kv_head, group, from, per_head, steps;
 
     QEMB_DEVICE KeyTile(const AttentionBackward& p, int unit, int)
-        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks + unit / static_cast<int>(p.num_kv_heads)),
+        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks) + 3 * (unit / static_cast<int>(p.num_kv_heads)),
                   unit % static_cast<int>(p.num_kv_heads)) {}
     QEMB_DEVICE static int units(const AttentionBackward& p) { return p.plan.data[2] * static_cast<int>(p.num_kv_heads); }
     QEMB_DEVICE static int parts(const AttentionBackward&) { return 1; }
@@ -102,7 +102,7 @@ struct KeyTile {
   private:
     QEMB_DEVICE KeyTile(const AttentionBackward& p, const int32_t* item, int kv_head)
         : span(p.cu_seqlens_q, p.cu_seqlens_k, item[0]),
-          sequence(item[0]),
+          slot(item[2] * (kTile / kQueryStep)),
           first(((span.num_k - 1) / kTile - item[1]) * kTile),
           count(min(kTile, span.num_k - first)),
           kv_head(kv_head),
@@ -230,8 +230,7 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scrat
     barrier_sync(kSharedDsBarrier, kConsumers);  // dS is read: it is the staging
 
     const int before = tile.before(step, p.causal), thread = panel * 128 + threadIdx.x % 128, first = tile.query(step);
-    const int slot =
-        tile.head(step) * static_cast<int>(scratch.slots) + tile.span.q / kQueryStep + tile.sequence + first / kQueryStep;
+    const int slot = tile.head(step) * static_cast<int>(scratch.slots) + tile.slot + first / kQueryStep;
     if (tile.first > 0) {
         sums.wait_empty();
         float* const to = reinterpret_cast<float*>(shared_bytes() + L::kSums);
