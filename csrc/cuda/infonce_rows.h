@@ -127,18 +127,24 @@ QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, in
     offset = over_row(offset, [](double x, double y) { return fmax(x, y); });
 
     double negatives = 0, moment[2] = {};
+    const auto add_moment = [&](bool of_positive, double part) {  // an index known at run time would put it in memory
+        if (of_positive)
+            moment[1] += part;
+        else
+            moment[0] += part;
+    };
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads) {
         const int64_t at = tile * a.rows + row;
         const double shift = static_cast<double>(a.tile_offset[at]) - offset;  // NaN where neither tile nor row has a candidate
         const float factor = shift > -150 ? ldexpf(1.0f, static_cast<int>(shift)) : 0.0f;
         a.factors[at] = from_float<T>(factor);
         negatives += static_cast<double>(factor) * static_cast<double>(a.tile_sum[at]);
-        moment[tile >= of_positives] += static_cast<double>(factor) * static_cast<double>(a.tile_moment[at]);
+        add_moment(tile >= of_positives, static_cast<double>(factor) * static_cast<double>(a.tile_moment[at]));
     }
     a.each_own(layer, row, s, lane, kRowThreads, [&](const Own& own, int side, int group) {
         const double weight = exp2(own.score[side] * a.scale[group] - offset);
         negatives += weight;
-        moment[side] += weight * own.score[side];
+        add_moment(side, weight * own.score[side]);
     });
     const auto add = [](double x, double y) { return x + y; };
     return {offset, over_row(negatives, add), {over_row(moment[0], add), over_row(moment[1], add)}};
@@ -177,7 +183,8 @@ __global__ void finish_rows(const Panel<T> a) {
                 const double of_positive = given && !p.pull ? 0 : slope * left / p.temperature;
                 loss += factor * value;
                 positive_weight -= of_positive;
-                for (int side = 0; side < 2; ++side) along[side] += weight * softmax.moment[side];
+                along[0] += weight * softmax.moment[0];
+                along[1] += weight * softmax.moment[1];
                 d_tau -= (weight * (softmax.moment[0] + softmax.moment[1]) - of_positive * score) / p.temperature;
             }
             a.each_own(layer, row, s, lane, kRowThreads, [&](Own& own, int side, int group) {
@@ -194,7 +201,9 @@ __global__ void finish_rows(const Panel<T> a) {
         if (!writes) continue;
         a.positive_weight[layer * a.rows + row] = static_cast<float>(positive_weight);
         along[0] += positive_weight * score;
-        for (int side = 0; side < 2 && a.prefixes; ++side) a.row_along[(side * a.layers + layer) * a.rows + row] = along[side];
+        if (!a.prefixes) continue;
+        a.row_along[layer * a.rows + row] = along[0];
+        a.row_along[(a.layers + layer) * a.rows + row] = along[1];
     }
     if (!writes) return;
     p.loss[out] = loss;
