@@ -151,6 +151,8 @@ BUGS = [
     Bug("the factor of another row", "infonce", "sm90/infonce", "sm90/tile_product.h", "doubled(mine[8], mine[8])", "doubled(mine[0], mine[0])"),
     Bug("staging written while it is stored", "infonce", "sm90/infonce", "sm90/infonce.cu",
         "if (signals) bulk_wait_read<L::kCopies - 1>();", ""),
+    Bug("a tile called plain where a row's positive is", "infonce", "sm90/infonce", "sm90/infonce.cu",
+        "met = !of_queries && at >= 0 && at < kTile;", ""),
     Bug("a tile called plain where rows meet their own", "infonce", "sm90/infonce", "sm90/infonce.cu",
         "(owner < 0 || owner >= rows)", "true"),
     Bug("bytes that nobody waits for", "infonce", "sm90/infonce", "sm90/infonce.cu",

@@ -36,20 +36,25 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     const bool of_queries = tile >= a.doc_tiles;
     const int64_t column = (of_queries ? tile - a.doc_tiles : tile) * kTile + threadIdx.x;
     const int rows = static_cast<int>(min(a.count - row0, int64_t(kTile)));
-    if (static_cast<int>(threadIdx.x) < rows) texts[threadIdx.x] = p.query_text[a.query(row0 + threadIdx.x)];
+    bool met = false;  // a row whose positive is here, or a column that has the text of one
+    if (static_cast<int>(threadIdx.x) < rows) {
+        const int64_t row = row0 + threadIdx.x, at = a.positive(row) - tile * kTile;
+        texts[threadIdx.x] = p.query_text[a.query(row)];
+        met = !of_queries && at >= 0 && at < kTile;
+    }
     sync_block();
     int plain = 0;
     if (of_queries && column < a.queries.rows) {
         const int64_t query = p.first_column + column, row = query - a.query(row0);
-        plain = row < 0 || row >= rows ? 1 << kQueries : 0;
-        for (int i = 0; i < rows; ++i)
-            if (texts[i] == p.query_text[query]) plain = 0;
+        const int64_t text = p.query_text[query];
+        for (int i = 0; i < rows; ++i) met |= texts[i] == text;
+        plain = !met && (row < 0 || row >= rows) ? 1 << kQueries : 0;
     } else if (!of_queries && column < p.num_documents) {
         const int64_t owner = p.owner[column] - a.query(row0);
         const Role role = static_cast<Role>(p.role[column]);
         const bool alone = role != Role::kAbsent && (owner < 0 || owner >= rows);
-        bool met = false;  // by a row whose positive it is, or has its text
-        for (int i = 0; i < rows; ++i) met = met || texts[i] == p.document_text[column] || a.positive(row0 + i) == column;
+        const int64_t text = p.document_text[column];
+        for (int i = 0; i < rows; ++i) met |= texts[i] == text;
         for (const Kind kind : {kQueryDocument, kDocDoc}) {
             const bool second = role == Role::kHard;
             const bool one_group = a.same_groups[kind] || !second;
