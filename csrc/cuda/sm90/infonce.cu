@@ -36,14 +36,10 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     const bool of_queries = tile >= a.doc_tiles;
     const int64_t column = (of_queries ? tile - a.doc_tiles : tile) * kTile + threadIdx.x;
     const int rows = static_cast<int>(min(a.count - row0, int64_t(kTile)));
-    bool met = false;  // a row whose positive is here, or a column that has the text of one
-    if (static_cast<int>(threadIdx.x) < rows) {
-        const int64_t row = row0 + threadIdx.x, at = a.positive(row) - tile * kTile;
-        texts[threadIdx.x] = p.query_text[a.query(row)];
-        met = !of_queries && at >= 0 && at < kTile;
-    }
+    if (static_cast<int>(threadIdx.x) < rows) texts[threadIdx.x] = p.query_text[a.query(row0 + threadIdx.x)];
     sync_block();
     int plain = 0;
+    bool met = false;  // by a row that has its text, as the row of a positive does
     if (of_queries && column < a.queries.rows) {
         const int64_t query = p.first_column + column, row = query - a.query(row0);
         const int64_t text = p.query_text[query];
