@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops/infonce.h"
+#include "prefixes.h"
 
 namespace qemb::testing {
 
@@ -122,35 +123,17 @@ inline InfoNceResult infonce_truth(const InfoNceCase& c, const double* given = n
     const int64_t layers = c.dims.empty() ? 1 : static_cast<int64_t>(c.dims.size());
     for (int64_t k = 0; k < layers; ++k) {
         const int64_t dim = c.dims.empty() ? c.dim : c.dims[k];
-        Wide norms[2];
-        const auto cut = [&](const Wide& x, Wide& norm) {
-            Wide y;
-            for (size_t row = 0; row < x.size(); row += c.dim) {
-                double squares = 0;
-                for (int64_t f = 0; f < dim; ++f) squares += x[row + f] * x[row + f];
-                norm.push_back(c.dims.empty() ? 1 : std::max(std::sqrt(squares), 1e-12));
-                for (int64_t f = 0; f < dim; ++f) y.push_back(x[row + f] / norm.back());
-            }
-            return y;
-        };
-        const Wide q = cut(c.q, norms[0]), d = cut(c.d, norms[1]);
+        const auto exact = [](double x) { return x; };
+        const Prefix q(c.q, dim, c.dim, !c.dims.empty(), exact), d(c.d, dim, c.dim, !c.dims.empty(), exact);
         InfoNceResult part = all;
-        part.dq.assign(q.size(), 0), part.dd.assign(d.size(), 0);
+        part.dq.assign(q.unit.size(), 0), part.dd.assign(d.unit.size(), 0);
         for (int64_t i = c.first_row; i < c.first_row + c.num_rows; ++i)
-            truth_of_row(c, i, dim, q, d, c.dims.empty() ? 1 : c.dim_weights[k], k == layers - 1, given, pull, part);
-        const auto widen = [&](const Wide& unit, const Wide& gradient, const Wide& norm, Wide& to) {
-            for (size_t row = 0; row < norm.size(); ++row) {
-                double along = 0;
-                for (int64_t f = 0; f < dim && !c.dims.empty(); ++f) along += gradient[row * dim + f] * unit[row * dim + f];
-                for (int64_t f = 0; f < dim; ++f)
-                    to[row * c.dim + f] += (gradient[row * dim + f] - along * unit[row * dim + f]) / norm[row];
-            }
-        };
+            truth_of_row(c, i, dim, q.unit, d.unit, c.dims.empty() ? 1 : c.dim_weights[k], k == layers - 1, given, pull, part);
         const Wide dq = std::move(all.dq), dd = std::move(all.dd);
         all = part;
         all.dq = dq, all.dd = dd;
-        widen(q, part.dq, norms[0], all.dq);
-        widen(d, part.dd, norms[1], all.dd);
+        q.add_gradient(part.dq, 1, all.dq);
+        d.add_gradient(part.dd, 1, all.dd);
     }
     return all;
 }

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/architecture.h"
+#include "prefixes.h"
 #include "tensor.h"
 
 using namespace qemb;
@@ -219,35 +220,14 @@ Result formula(const Case& c, const Batch& b) {
     Result all{Wide(static_cast<size_t>(c.rows())), Wide(b.q.size()), Wide(b.d.size()), Wide(1), Wide(5), {}};
     for (size_t k = 0; k < c.dims.size(); ++k) {
         Case part_case = c;
+        part_case.dim = c.dims[k];
+        const auto stored = [](double x) { return std::is_same_v<A, double> ? x : rounded<T>(x); };
+        const Prefix q(b.q, c.dims[k], c.dim, true, stored), d(b.d, c.dims[k], c.dim, true, stored);
         Batch part_batch = b;
-        const int64_t dim = part_case.dim = c.dims[k];
-        const auto cut = [&](const Wide& from, Wide& to, Wide& norms) {
-            to.clear();
-            for (size_t row = 0; row < from.size(); row += static_cast<size_t>(c.dim)) {
-                double squares = 0;
-                for (int64_t i = 0; i < dim; ++i) squares += from[row + i] * from[row + i];
-                norms.push_back(std::max(std::sqrt(squares), 1e-12));
-                for (int64_t i = 0; i < dim; ++i) {
-                    const double x = from[row + i] / norms.back();
-                    to.push_back(std::is_same_v<A, double> ? x : rounded<T>(x));
-                }
-            }
-        };
-        Wide q_norms, d_norms;
-        cut(b.q, part_batch.q, q_norms);
-        cut(b.d, part_batch.d, d_norms);
+        part_batch.q = q.unit, part_batch.d = d.unit;
         const Result part = dense<A, T>(part_case, part_batch);
-        const auto widen = [&](const Wide& unit, const Wide& gradient, const Wide& norms, Wide& to) {
-            for (size_t row = 0; row < norms.size(); ++row) {
-                const double *u = &unit[row * dim], *g = &gradient[row * dim];
-                A along = 0;
-                for (int64_t i = 0; i < dim; ++i) along += static_cast<A>(u[i]) * static_cast<A>(g[i]);
-                for (int64_t i = 0; i < dim; ++i)
-                    to[row * c.dim + i] += c.shares[k] * static_cast<A>((g[i] - along * u[i]) / norms[row]);
-            }
-        };
-        widen(part_batch.q, part.dq, q_norms, all.dq);
-        widen(part_batch.d, part.dd, d_norms, all.dd);
+        q.add_gradient(part.dq, c.shares[k], all.dq);
+        d.add_gradient(part.dd, c.shares[k], all.dd);
         for (size_t i = 0; i < all.loss.size(); ++i) all.loss[i] += c.shares[k] * part.loss[i];
         all.d_temperature[0] += c.shares[k] * part.d_temperature[0];
         all.temperature_bound += c.shares[k] * part.temperature_bound;
