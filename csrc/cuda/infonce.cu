@@ -63,6 +63,7 @@ void run(const InfoNce& p) {
         start(finish_panel<T>, 1, 1024, 256);
         if (!a.gradients()) continue;
         if (a.prefixes) {
+            start(merge_rows<T>, ceil_div(a.count, kMergeThreads), kMergeThreads, 0);
             start(merge_layers<T>, a.first_tile[kNumKinds] * a.row_tiles, kMergeThreads, merge_bytes<T>(a.layers));
             start(add_along<T>, a.layers * (a.doc_tiles + a.query_tiles), kTile, 0);
         }

@@ -62,42 +62,6 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     });
 }
 
-// Of a pair of vectors, what each is multiplied by in the other's gradient, and what normalising takes away along the vectors
-// themselves: for the features that a layer adds, which all further layers have too.
-struct Pull {
-    float across = 0, along_first = 0, along_second = 0;
-
-    // weight: of the score of the unit vectors; norms: one over those of the first and the second.
-    QEMB_DEVICE void add(float weight, float score, float first, float second, bool prefixes) {
-        across += weight * first * second;
-        if (!prefixes) return;
-        along_first += weight * score * first * first;
-        along_second += weight * score * second * second;
-    }
-};
-
-// The pull of a document that a row owns on the anchor of a side.
-template <class T>
-QEMB_DEVICE Pull pull_of_own(const Panel<T>& a, int layer, int side, int64_t row, int64_t e) {
-    Pull pull;
-    for (int k = layer; k < a.layers; ++k) {
-        const Own& own = a.own_of(k, e);
-        if (own.score[side] != kNoScore)
-            pull.add(own.weight[side], static_cast<float>(own.score[side]), a.of_anchor(k, side, row),
-                     a.of_document(k, a.p.own_documents[e]), a.prefixes);
-    }
-    return pull;
-}
-// The pull of a query and its positive on each other.
-template <class T>
-QEMB_DEVICE Pull pull_of_positive(const Panel<T>& a, int layer, int64_t row) {
-    Pull pull;
-    for (int k = layer; k < a.layers; ++k)
-        pull.add(a.positive_weight[k * a.rows + row], static_cast<float>(a.positive_score[k * a.rows + row]),
-                 a.of_anchor(k, 0, row), a.of_anchor(k, 1, row), a.prefixes);
-    return pull;
-}
-
 // A block for each row and anchor: adds the splits in order, what the row owns, and the positive. The queries' sum goes to
 // d_queries, the positives' to doc_grad.
 template <class T>
@@ -109,14 +73,10 @@ __global__ void finish_row_gradients(const Panel<T> a) {
     const T* const anchor = side == 0 ? a.anchors[0].data + row * dim : positive;
     float* const d_query = static_cast<float*>(a.p.d_queries) + query * dim;
     for (int layer = 0; layer < a.layers; ++layer) {
-        const float positive_pull = side == 0 ? pull_of_positive(a, layer, row).across : 0;
-        double along = 0;
-        for (int k = layer; k < a.layers && a.prefixes; ++k) {
-            const auto norm = static_cast<double>(a.of_anchor(k, side, row));
-            along += a.row_along[(side * a.layers + k) * a.rows + row] * norm * norm;
-        }
+        const float positive_weight = a.positive_weight[layer * a.rows + row];
+        const auto along = static_cast<float>(a.prefixes ? a.row_along[(side * a.layers + layer) * a.rows + row] : 0);
         for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
-            float total = side == 0 ? positive_pull * to_float(positive[d]) : 0.0f;
+            float total = side == 0 ? positive_weight * to_float(positive[d]) : 0.0f;
             for (int64_t part = 0; part < a.num_parts; ++part) {
                 const Kind kind = a.parts[part];
                 if ((kind == kDocDoc) != (side == 1)) continue;
@@ -126,9 +86,8 @@ __global__ void finish_row_gradients(const Panel<T> a) {
                 total += a.row_weight[a.softmax_of(kind) * a.rows + row] * sum;
             }
             for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
-                total +=
-                    pull_of_own(a, layer, side, row, e).across * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
-            if (a.prefixes) total -= static_cast<float>(along) * to_float(anchor[d]);
+                total += a.own_of(layer, e).weight[side] * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
+            if (a.prefixes) total -= along * to_float(anchor[d]);
             if (side == 0)
                 d_query[d] += total;
             else
@@ -147,11 +106,11 @@ __global__ void own_gradients(const Panel<T> a) {
         const T* const document = a.documents.data + a.p.own_documents[e] * dim;
         float* const gradient = static_cast<float*>(a.p.d_documents) + a.p.own_documents[e] * dim;
         for (int layer = 0; layer < a.layers; ++layer) {
-            const Pull of_query = pull_of_own(a, layer, 0, row, e), of_positive = pull_of_own(a, layer, 1, row, e);
-            const float along = of_query.along_second + of_positive.along_second;
+            const Own& own = a.own_of(layer, e);
+            const float of_query = own.weight[0], of_positive = own.weight[1];
             for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
-                float sum = of_query.across * to_float(query[d]) + of_positive.across * to_float(positive[d]);
-                if (a.prefixes) sum -= along * to_float(document[d]);
+                float sum = of_query * to_float(query[d]) + of_positive * to_float(positive[d]);
+                if (a.prefixes) sum -= own.along * to_float(document[d]);
                 gradient[d] += sum;
             }
         }
@@ -203,9 +162,8 @@ __global__ void positive_gradients(const Panel<T> a) {
         for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
             float sum = 0;
             for (int64_t row = first; row >= 0; row = a.next_same[row]) {
-                const Pull pull = pull_of_positive(a, layer, row);
-                sum += pull.across * to_float(a.anchors[0].data[row * a.p.dim + d]);
-                if (a.prefixes) sum -= pull.along_second * to_float(positive[d]);
+                sum += a.positive_weight[layer * a.rows + row] * to_float(a.anchors[0].data[row * a.p.dim + d]);
+                if (a.prefixes) sum -= a.positive_along[layer * a.rows + row] * to_float(positive[d]);
                 if (a.sides == 2) sum += a.doc_grad[row * a.p.dim + d];
             }
             gradient[d] += sum;

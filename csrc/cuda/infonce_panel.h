@@ -41,6 +41,7 @@ constexpr double kNoScore = -INFINITY;
 struct Own {
     double score[2];  // kNoScore: no candidate
     float weight[2];  // of the gradient
+    float along;      // of prefixes, as in merge_rows
 };
 
 template <class T>
@@ -93,6 +94,7 @@ struct Panel {
     float* layer_weight;             // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
     float *query_norm, *doc_norm;    // [layers, num_queries], [layers, num_documents] one over the norm
     double* row_along;               // [2, layers, rows] sum of weight * score of the anchors' candidates
+    float* positive_along;           // [layers, rows] the same of the positive with its query, as in merge_rows
     float *query_along, *doc_along;  // [layers, columns] the same of the columns'
     float* along_parts;              // [row_tiles, layers * tiles * kTile] of a panel
     // Hopper's kernels alone
@@ -184,6 +186,7 @@ struct Panel {
         take(query_norm, cut * p.num_queries);
         take(doc_norm, cut * p.num_documents);
         take(row_along, 2 * cut * rows);
+        take(positive_along, cut * rows);
         take(query_along, gradients() ? cut * query_tiles * kTile : 0);
         take(doc_along, gradients() ? cut * doc_tiles * kTile : 0);
         take(along_parts, gradients() && prefixes ? rows / kTile * tiles * kTile : 0);
@@ -218,7 +221,7 @@ struct Panel {
     QEMB_DEVICE float of_anchor(int layer, int side, int64_t row) const {
         return side ? of_document(layer, positive(row)) : of_query(layer, query(row));
     }
-    QEMB_DEVICE const Own& own_of(int layer, int64_t e) const { return own[layer * p.num_documents + e]; }
+    QEMB_DEVICE Own& own_of(int layer, int64_t e) const { return own[layer * p.num_documents + e]; }
     // Which softmax a kind of columns belongs to, or what a row owns as a candidate of its anchor `side`.
     QEMB_DEVICE int softmax_of(int kind) const { return p.split ? kind + 1 : 0; }
     QEMB_DEVICE int softmax_of_own(int side) const { return p.split && side ? kMaxSoftmaxes - 1 : 0; }
@@ -235,7 +238,7 @@ struct Panel {
     QEMB_DEVICE void each_own(int layer, int64_t row, int softmax, int start, int step, const Visit& visit) const {
         if (row >= count) return;
         for (int64_t e = own_begin(row) + start; e < own_end(row); e += step) {
-            Own& candidate = own[layer * p.num_documents + e];
+            Own& candidate = own_of(layer, e);
             for (int side = 0; side < 2; ++side)
                 if (softmax_of_own(side) == softmax && candidate.score[side] != kNoScore)
                     visit(candidate, side, side ? kDocOwn : kOwnHard);

@@ -10,6 +10,48 @@
 namespace qemb::cuda::infonce {
 
 constexpr int kMergeThreads = kTile;
+
+// A thread for each row: the weights of its pairs that are in no tile become what the features that a layer adds are multiplied
+// by, and the sums of weight * score what is taken away along the vectors: both are sums over the layers from it on.
+template <class T>
+__global__ void merge_rows(const Panel<T> a) {
+    const int64_t row = blockIdx.x * int64_t(kMergeThreads) + threadIdx.x;
+    if (row >= a.count) return;
+    for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e) {
+        float across[2] = {}, along = 0;
+        for (int layer = a.layers - 1; layer >= 0; --layer) {
+            Own& own = a.own_of(layer, e);
+            const float norm = a.of_document(layer, a.p.own_documents[e]);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                if (own.score[side] != kNoScore) {
+                    across[side] += own.weight[side] * a.of_anchor(layer, side, row) * norm;
+                    along += own.weight[side] * static_cast<float>(own.score[side]) * norm * norm;
+                }
+                own.weight[side] = across[side];
+            }
+            own.along = along;
+        }
+    }
+    float across = 0, along = 0;
+    double along_anchor[2] = {};
+    for (int layer = a.layers - 1; layer >= 0; --layer) {
+        const int64_t at = layer * a.rows + row;
+        const float norm[2] = {a.of_anchor(layer, 0, row), a.of_anchor(layer, 1, row)};
+        const float weight = a.positive_weight[at];
+        across += weight * norm[0] * norm[1];
+        along += weight * static_cast<float>(a.positive_score[at]) * norm[1] * norm[1];
+        a.positive_weight[at] = across;
+        a.positive_along[at] = along;
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            double& of_anchor = a.row_along[side * a.layers * a.rows + at];
+            along_anchor[side] += of_anchor * static_cast<double>(norm[side]) * static_cast<double>(norm[side]);
+            of_anchor = along_anchor[side];
+        }
+    }
+}
+
 template <class T>
 constexpr int kRowParts = kTile / kVector<T>;  // threads that share a row of a tile
 template <class T>
@@ -102,14 +144,12 @@ __global__ void finish_columns(const Panel<T> a) {
     const T* const vector = (of_query ? a.queries : a.documents).data + column * dim;
     float* const gradient =
         of_query ? static_cast<float*>(a.p.d_queries) + query * dim : static_cast<float*>(a.p.d_documents) + column * dim;
-    for (int layer = 0; layer < a.layers; ++layer) {
-        float along = 0;
-        for (int k = layer; k < a.layers; ++k) {
-            const float norm = of_query ? a.of_query(k, query) : a.of_document(k, column);
-            along +=
-                norm * norm *
-                (of_query ? a.query_along[k * a.query_tiles * kTile + column] : a.doc_along[k * a.doc_tiles * kTile + column]);
-        }
+    float along = 0;
+    for (int layer = a.layers - 1; layer >= 0; --layer) {
+        const float norm = of_query ? a.of_query(layer, query) : a.of_document(layer, column);
+        along += norm * norm *
+                 (of_query ? a.query_along[layer * a.query_tiles * kTile + column]
+                           : a.doc_along[layer * a.doc_tiles * kTile + column]);
         for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) gradient[d] -= along * to_float(vector[d]);
     }
 }

@@ -55,7 +55,7 @@ QEMB_DEVICE void score_own(const Panel<T>& a, int layer, int64_t row, double s, 
         const bool by_query = p.groups[kDocOwn].mask == ScoreMask::kQueryDocument;
         const double own = masked(p.groups[kDocOwn], of_positive, by_query ? of_query : of_positive);
         if (hard != kNoScore) tally.kept_query_document += 1, tally.kept_score += hard;
-        if (threadIdx.x % 32 == 0) a.own[layer * p.num_documents + e] = {{hard, own}, {0, 0}};
+        if (threadIdx.x % 32 == 0) a.own_of(layer, e) = {{hard, own}, {0, 0}, 0};
     }
 }
 
