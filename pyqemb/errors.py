@@ -27,3 +27,15 @@ class Interrupted(PyqembError):
     """Training stopped on request after saving; `--resume auto` continues it."""
 
     exit_code = 75
+
+
+class MachineError(PyqembError, OSError):
+    """The machine refused: a disk that is full or read-only, a permission, an input/output error. Names the path and what was being done."""
+
+    exit_code = 74
+
+
+class RankError(PyqembError, RuntimeError):
+    """A rank of a distributed run is missing, stopped or died. Every rank that notices exits with the same code."""
+
+    exit_code = 69

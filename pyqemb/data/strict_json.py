@@ -1,0 +1,104 @@
+"""JSON as every reader of pyqemb takes it: what two programs could read in two ways is refused, in one line."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pyqemb.errors import DataError
+
+_MAX_DEPTH = 100
+# Only such texts can hold an infinite float or an integer beyond float64; the hooks that look at each number are slow.
+_HUGE_NUMBER = re.compile(r"[0-9]{200}|[eE]\+?[0-9]{3}")
+
+
+def parse(text: str | bytes, where: str) -> Any:
+    """Parse one JSON document.
+
+    Refused, beside what JSON forbids (NaN and Infinity among it): a key that occurs twice in an object, a number that
+    float64 cannot hold, nesting deeper than 100, half of a surrogate pair, bytes that are not UTF-8.
+
+    Args:
+        text: the document. A byte-order mark in front of bytes is skipped.
+        where: file or file:line, for the error.
+
+    Raises:
+        DataError: "WHERE: what is wrong", with the column where it is known.
+
+    Example:
+        >>> parse('{"a": 1}', "x.json")
+        {'a': 1}
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
+        raise DataError(f"{where}: nested deeper than {_MAX_DEPTH} levels")
+    hooks: dict[str, Any] = {}
+    if _HUGE_NUMBER.search(text):
+        hooks = {"parse_float": _finite, "parse_int": _bounded}
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, **hooks)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not JSON: {error.msg} ({line}column {error.colno})") from error
+    except _Refused as error:
+        raise DataError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply") from error
+    if "\\u" in text and _has_surrogate(value):
+        raise DataError(f"{where}: an escape is half of a surrogate pair")
+    return value
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Refused(f"the key {twice[:80]!r} occurs twice")
+    return values
+
+
+def _constant(name: str) -> Any:
+    raise _Refused(f"{name} is not a number in JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _Refused(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _bounded(digits: str) -> int:
+    _finite(digits)
+    return int(digits)
+
+
+def _depth(text: str) -> int:
+    """The deepest nesting; brackets inside strings do not count."""
+    depth = deepest = 0
+    for bracket in _brackets(text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _brackets(text: str) -> Iterable[str]:
+    return (match for match in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text) if match[0] != '"')
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return any(_has_surrogate(item) for pair in value.items() for item in pair)
+    return isinstance(value, list) and any(map(_has_surrogate, value))

@@ -1,0 +1,52 @@
+"""What the one JSON reader refuses, by name and place."""
+
+import pytest
+
+from pyqemb.data.strict_json import parse
+from pyqemb.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "'a' occurs twice"),
+        ('{"x": {"a": 1, "a": 1}}', "'a' occurs twice"),
+        ('{"a": 1e999}', "too large"),
+        ('{"a": -1e+999}', "too large"),
+        ('{"a": ' + "9" * 400 + "}", "too large"),
+        ('{"a": ' + "9" * 5000 + "}", "too large"),
+        ('{"a": ' + "9" * 250 + "e60}", "too large"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ("[" * 101 + "]" * 101, "nested deeper than 100"),
+        ("[" * 100_000, "nested deeper than 100"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a": }', "not JSON: Expecting value (column 7)"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        ("", "not JSON"),
+    ],
+)
+def test_refused(text, message):
+    with pytest.raises(DataError) as caught:
+        parse(text, "data.jsonl:7")
+    assert str(caught.value).startswith("data.jsonl:7: ")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": 1, "b": [1.5, 2e3]}', {"a": 1, "b": [1.5, 2000.0]}),
+        (b"\xef\xbb\xbf[1]", [1]),
+        ("[" * 100 + "]" * 100, None),
+        ('["' + "[" * 500 + '"]', ["[" * 500]),
+        ('["\\"' + "{" * 500 + '"]', ['"' + "{" * 500]),
+        ('"\\ud83d\\ude00"', "\N{GRINNING FACE}"),
+        ("1e308", 1e308),
+        ("12345678901234567890", 12345678901234567890),
+        ('["e999"]', ["e999"]),
+    ],
+)
+def test_accepted(text, value):
+    found = parse(text, "x")
+    assert value is None or found == value
