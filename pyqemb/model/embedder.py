@@ -37,6 +37,9 @@ class Embedder(Encoding, nn.Module):
 
     `model` is the Qwen3Model; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
     text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
+
+    Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
+    (whether the folder has a Normalize module), `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
     """
 
     def __init__(
@@ -57,6 +60,10 @@ class Embedder(Encoding, nn.Module):
         self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or config.max_position_embeddings)
         self.prompts = dict(prompts)
         self.matryoshka = tuple(matryoshka) if matryoshka else None
+        self.normalize = True
+        self.truncate_dim: int | None = None
+        self.default_prompt_name: str | None = None
+        self.similarity_fn_name = "cosine"
 
     @classmethod
     def from_pretrained(
