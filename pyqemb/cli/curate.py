@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.curation.pipeline import curate
 
     given = {"input": args.input, "out": args.out}
-    config = CurateConfig.from_toml(args.config, {key: value for key, value in given.items() if value is not None})
+    config = CurateConfig.from_file(args.config, {key: value for key, value in given.items() if value is not None})
     console = Console(stderr=True)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,

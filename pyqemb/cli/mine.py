@@ -34,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.curation import mine
     from pyqemb.curation.corpus import read_corpus
     from pyqemb.curation.text import language_of
-    from pyqemb.data.example import read_examples, write_examples
+    from pyqemb.data.example import check_output, read_examples, write_examples
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_encoder, open_reranker
 
     if args.out.resolve() in {path.resolve() for path in (args.examples, args.corpus) if path is not None}:
         raise ConfigError(f"--out: {args.out} is also an input")
+    check_output(args.out)
     examples = list(read_examples(args.examples))
     corpus = None if args.corpus is None else list(read_corpus(args.corpus))
     mined = mine(

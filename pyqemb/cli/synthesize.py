@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.synthesis.generate import Synthesis, synthesize
 
     given = {"out": args.out, "limit": args.limit, "attempts": args.attempts}
-    config = SynthesisConfig.from_toml(args.config, {key: value for key, value in given.items() if value is not None})
+    config = SynthesisConfig.from_file(args.config, {key: value for key, value in given.items() if value is not None})
     total = None if config.limit is None else config.limit * config.per_passage
     console = Console(stderr=True)
     columns = (

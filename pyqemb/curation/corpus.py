@@ -3,34 +3,38 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyqemb.data.example import read_examples, read_lines
+from pyqemb.data import beir
+from pyqemb.data.example import read_examples
+from pyqemb.data.rows import read_rows
 from pyqemb.errors import DataError
 
 
 def read_corpus(path: str | Path) -> Iterator[str]:
-    """Texts of a corpus, JSONL rows with `text` (and `title`, `_id`), of a folder's corpus.jsonl, or the positives of examples.
+    """Texts of a corpus: rows with `text` (and `title`, `_id`), the corpus of a BEIR folder, or the positives of examples.
 
     Raises DataError naming file and line: a row without text, an id that is there twice.
     """
     path = Path(path)
-    found = sorted(path.glob("corpus.jsonl*")) if path.is_dir() else [path]
-    if not found or not found[0].exists():
-        raise DataError(f"{path}: {'expected corpus.jsonl' if path.is_dir() else 'no such file or folder'}")
-    if path.suffix == ".parquet" or not _is_corpus(found[0]):
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    files = beir.corpus_files(path) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: expected corpus.jsonl, or corpus/ with Parquet files")
+    if path.is_file() and not _is_corpus(path):
         yield from (example.positive for example in read_examples(path))
         return
-    lines: dict[str, int] = {}
-    for number, row in read_lines(found[0]):
-        text, title = row.get("text"), row.get("title")
-        if not isinstance(text, str):
-            raise DataError(f"{found[0]}:{number}: expected a document under 'text', the row has {sorted(row)}")
-        key = row.get("_id", row.get("id"))
-        if key is not None and lines.setdefault(str(key), number) != number:
-            raise DataError(f"{found[0]}:{number}: id {str(key)!r} is that of line {lines[str(key)]} too")
-        yield f"{title} {text}" if title else text
+    places: dict[str, str] = {}
+    for file in files:
+        for where, row in read_rows(file):
+            if "text" not in row:
+                raise DataError(f"{where}: expected a document under 'text', the row has {sorted(row)}")
+            key = beir.document_id(row, where)
+            if key is not None and places.setdefault(key, where) != where:
+                raise DataError(f"{where}: id {key!r} is that of {places[key].replace(f'{file}:', 'line ')} too")
+            yield beir.document_text(row, where)
 
 
 def _is_corpus(path: Path) -> bool:
-    for _, row in read_lines(path):
+    for _, row in read_rows(path):
         return "text" in row and not {"query", "anchor"} & set(row)
     raise DataError(f"{path}: holds no documents")

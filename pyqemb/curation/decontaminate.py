@@ -11,16 +11,20 @@ from pydantic import Field
 from pyqemb import ops
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.mining import embed_documents, embed_queries
+from pyqemb.curation.normalize import plain
 from pyqemb.curation.spool import windows
 from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.data import beir
 from pyqemb.data.example import Example, read_examples
+from pyqemb.data.rows import FORMATS, format_of
+from pyqemb.data.splits import canonical
 from pyqemb.errors import DataError
-
-_SUFFIXES = ("", ".gz", ".xz")
 
 
 class Decontaminate(Step):
     """Drop an example whose query or positive shares `ngram` words in a row with a text of the evaluation, or all of a shorter text's.
+
+    Words are compared as `normalize.plain` leaves them: without accents, invisible characters and HTML entities.
 
     The evaluation's texts are its queries and, unless `documents` is off, the documents judged relevant to them: documents that
     nobody is asked for may be trained on. With a `model`, an example is also dropped when its query scores above `max_similarity` against a
@@ -39,10 +43,10 @@ class Decontaminate(Step):
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         queries, documents = self._texts()
         ledger.notes.update({"evaluation queries": len(queries), "evaluation documents": len(documents)})
-        known = np.unique(ops.shingles([*queries, *documents], self.ngram)[0])
+        known = np.unique(ops.shingles([plain(text) for text in (*queries, *documents)], self.ngram)[0])
         near = None if self.model is None else self._vectors(queries, documents)
         for window in windows(examples, WINDOW):
-            texts = [text for example in window for text in (example.query, example.positive)]
+            texts = [plain(text) for example in window for text in (example.query, example.positive)]
             shared = _any_known(*ops.shingles(texts, self.ngram), known).reshape(-1, 2)
             closest = np.full((len(window), 2), -1, dtype=np.float32) if near is None else self._closest(window, *near)
             for example, (query, positive), scores in zip(window, shared.tolist(), closest.tolist(), strict=True):
@@ -62,7 +66,7 @@ class Decontaminate(Step):
         for folder in self.folders:
             for example in evaluation_examples(folder):
                 queries[example.query] = None
-                if self.documents:
+                if self.documents and example.positive:
                     documents[example.positive] = None
         return list(queries), list(documents)
 
@@ -93,16 +97,20 @@ def evaluation_examples(path: Path) -> Iterator[Example]:
     if path.is_file():
         yield from read_examples(path)
         return
-    for name in ("sts.jsonl", "bitext.jsonl"):
-        for suffix in _SUFFIXES:
-            if (pairs := path / f"{name}{suffix}").is_file():
-                yield from read_examples(pairs)
-                return
-    splits = sorted(file.stem for file in (path / "qrels").glob("*.tsv"))
+    for name in ("sts", "bitext"):
+        if pairs := [file for file in sorted(path.glob(f"{name}.*")) if format_of(file) in FORMATS]:
+            yield from read_examples(pairs[0])
+            return
+    splits = beir.splits(path)
     if not splits:
         raise DataError(f"{path}: expected qrels/*.tsv (retrieval), sts.jsonl or bitext.jsonl, found none of them")
-    for split in [split for split in splits if split != "train"] or splits:
-        yield from read_examples(path, split=split)
+    for split in [split for split in splits if canonical(split) != "train"] or splits:
+        found = beir.read_beir(path, split)
+        for query, judged in found.qrels.items():
+            positives = [document for document, grade in judged.items() if grade > 0]
+            # A query without a document that is there is asked all the same.
+            for text in [found.corpus[key] for key in positives if key in found.corpus] or [""]:
+                yield Example(found.queries[query], text)
 
 
 def _any_known(hashes: np.ndarray, counts: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Hard negatives: documents that a model ranks high for a query, and that are not its positives in disguise."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def mine(
     approximate: str | None = None,
     cache: str | Path | None = None,
 ) -> Mined:
-    """Give every example up to k hard negatives, in place of those it has.
+    """Give every example up to k hard negatives. Those that it has, and a teacher's scores, are left out, with a warning that counts them.
 
     Args:
         model: an Embedder, or anything with its encode_query and encode_document.
@@ -91,6 +92,7 @@ def mine(
     examples = list(examples)
     if not examples:
         raise DataError("no examples to mine negatives for")
+    _warn_of_losses(examples)
     if cache is not None:
         model = CachedEncoder(model, cache)
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
@@ -135,6 +137,16 @@ def mine(
         negative_score=float(means.mean()) if some.any() else float("nan"),
     )
     return Mined(finished, report)
+
+
+def _warn_of_losses(examples: Sequence[Example]) -> None:
+    """Log what of the examples the mined ones no longer have."""
+    log = logging.getLogger("pyqemb")
+    replaced, scored = sum(bool(e.negatives) for e in examples), sum(bool(e.scores) for e in examples)
+    if replaced:
+        log.warning("mine: the negatives of %s of %s rows are replaced by mined ones", f"{replaced:,}", f"{len(examples):,}")
+    if scored:
+        log.warning("mine: the scores of %s of %s rows are dropped: they belong to other negatives", f"{scored:,}", f"{len(examples):,}")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
 
 def _read(paths: list[Path], source: Ledger, ledgers: list[Ledger], on_progress: Progress | None) -> Iterator[Example]:
     for path in paths:
-        for example in read_examples(path):
+        for example in read_examples(path, allow_empty=True):
             source.counts["kept"] += 1
             if on_progress is not None and source.kept % _EVERY == 0:
                 on_progress(ledgers)

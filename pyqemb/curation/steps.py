@@ -5,19 +5,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from pyqemb.curation.ledger import Ledger
 from pyqemb.data.example import Example
+from pyqemb.data.settings import StrictModel
 
 Side = Literal["query", "positive"]
 WINDOW = 4096  # examples looked at together
 
 
-class Step(BaseModel):
+class Step(StrictModel):
     """Settings, and `run`. Where a step has a `model`: a folder or hub name, or an object with encode_query and encode_document."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     kind: str
 

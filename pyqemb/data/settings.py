@@ -1,12 +1,17 @@
-"""Settings out of TOML: unknown keys refused, every error in a user's words."""
+"""Settings out of TOML, YAML or JSON files: unknown keys refused, every error in a user's words and on one line."""
 
-from collections.abc import Mapping
+import datetime
+import math
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from pyqemb.errors import ConfigError
+from pyqemb.data import strict_json
+from pyqemb.errors import ConfigError, DataError
 
 try:
     import tomllib
@@ -14,36 +19,172 @@ except ModuleNotFoundError:
     import tomli as tomllib  # type: ignore[no-redef]
 
 S = TypeVar("S", bound="Settings")
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 20
+_MAX_VALUES = 100_000
+_MAX_INTEGER = 2**63
 
 
-class Settings(BaseModel):
+class StrictModel(BaseModel):
+    """Unknown keys are refused, and what pydantic would make a number of: true and false, integers beyond 64 bits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            known = cls.model_fields.get(name)
+            if known is not None and (kinds := _kinds(known.annotation)) & {int, float}:
+                if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
+                    raise ValueError(f"{name}: expected a number, got {_shown(value)}")
+                if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
+                    raise ValueError(f"{name}: expected a number of at most 64 bits, got {_shown(value)}")
+        return values
+
+
+class Settings(StrictModel):
     """Frozen. ConfigError names the key that is missing, unknown or wrong, and what was given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     def __init__(self, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(map(_explain, error.errors()))) from error
+            raise ConfigError("; ".join(map(explain, error.errors()))) from error
 
     @classmethod
-    def from_toml(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | None = None) -> S:
+    def from_file(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | None = None) -> S:
         """Read a file; `overrides` replace its top-level keys. Paths in it are relative to where the command runs."""
-        path = Path(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        values = read_settings(path)
         try:
             return cls(**{**values, **(overrides or {})})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
 
-def _explain(error: Any) -> str:
+def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = lambda values: None) -> dict[str, Any]:
+    """The values of a .toml, .yaml, .yml or .json file, after `change`; all are text, numbers, true or false, lists, tables.
+
+    Raises ConfigError naming the file, and the place or the key that is wrong.
+    """
+    path = Path(path)
+    if path.suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise ConfigError(f"{path}: expected a .toml, .yaml or .json file")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        else:
+            values = strict_json.parse(text, str(path)) if path.suffix == ".json" else parse_yaml(text)
+        if not isinstance(values, dict):
+            raise ConfigError("expected sections such as model, data, train")
+        check_plain(values)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    change(values)
+    return values
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML document. ValueError in one line for all that is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def check_plain(values: Any) -> None:
+    """ValueError naming the key whose value no setting can have, and for values without end."""
+    count = 0
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), values)]
+    while waiting:
+        where, value = waiting.pop()
+        count += 1
+        name = ".".join(where)
+        if count > _MAX_VALUES or len(where) > _MAX_DEPTH:
+            raise ValueError(f"{'.'.join(where[:3])}: nested deeper than {_MAX_DEPTH} levels, or more than {_MAX_VALUES} values")
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{name or 'configuration'}: the key {key!r} is no text; put it in quotes")
+                waiting.append(((*where, key), item))
+        elif isinstance(value, list):
+            waiting += [((*where, str(number)), item) for number, item in enumerate(value)]
+        elif isinstance(value, (datetime.date, datetime.time)):
+            raise ValueError(f"{name}: {value} is a date or a time; put it in quotes")
+        elif isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+            raise ValueError(f"{name}: {_shown(value)} has more than 64 bits")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+        elif not (value is None or isinstance(value, (str, int, float))):
+            raise ValueError(f"{name}: expected text, a number, true or false, a list or a table, got {type(value).__name__}")
+
+
+def explain(error: Any) -> str:
+    """One pydantic error in a user's words."""
     where = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {'missing' if error['type'] == 'missing' else 'unknown key'}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(error['input'])}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, which would silently hide the first, and merges that grow without end."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > 1000:
+            raise yaml.constructor.ConstructorError(None, None, "more than 1000 keys in a mapping", node.start_mark)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; of a Literal those of its values."""
+    if typing.get_origin(annotation) is Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    found = {kind for part in typing.get_args(annotation) for kind in _kinds(part)}
+    return found or {annotation if isinstance(annotation, type) else None}
+
+
+def _any(value: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether a value, or one inside lists and dictionaries, passes the test."""
+    if isinstance(value, Mapping):
+        return any(_any(item, test) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_any(item, test) for item in value)
+    return test(value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

@@ -34,9 +34,9 @@ def parse(text: str | bytes, where: str) -> Any:
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+            raise JsonError(where, f"not UTF-8: {error.reason} at byte {error.start}", error.start + 1) from error
     if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
-        raise DataError(f"{where}: nested deeper than {_MAX_DEPTH} levels")
+        raise JsonError(where, f"nested deeper than {_MAX_DEPTH} levels")
     hooks: dict[str, Any] = {}
     if _HUGE_NUMBER.search(text):
         hooks = {"parse_float": _finite, "parse_int": _bounded}
@@ -44,14 +44,23 @@ def parse(text: str | bytes, where: str) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, **hooks)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{where}: not JSON: {error.msg} ({line}column {error.colno})") from error
+        problem = f"not JSON: {error.msg}"
+        raise JsonError(where, problem, error.colno, f"{problem} ({line}column {error.colno})") from error
     except _Refused as error:
-        raise DataError(f"{where}: {error}") from error
+        raise JsonError(where, str(error)) from error
     except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
+        raise JsonError(where, "nested too deeply") from error
     if "\\u" in text and _has_surrogate(value):
-        raise DataError(f"{where}: an escape is half of a surrogate pair")
+        raise JsonError(where, "an escape is half of a surrogate pair", text.find("\\u") + 1)
     return value
+
+
+class JsonError(DataError):
+    """`problem` without its place, and the column where it is, from 1."""
+
+    def __init__(self, where: str, problem: str, column: int = 1, shown: str | None = None):
+        super().__init__(f"{where}: {shown or problem}")
+        self.problem, self.column = problem, column
 
 
 class _Refused(ValueError):

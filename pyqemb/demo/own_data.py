@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pyqemb.data.example import Example, read_examples, read_lines
+from pyqemb.data.beir import read_documents
+from pyqemb.data.example import Example, read_examples
 from pyqemb.demo.material import Document, Material, Question, halves, sample
 from pyqemb.errors import DataError
 
@@ -15,7 +16,7 @@ def own_material(train: Path, folder: Path, *, seed: int = 0, limit: int | None 
 
     Raises DataError naming the file (and line) that cannot be used.
     """
-    corpus = _texts(folder, "corpus")
+    corpus = list(read_documents(folder))
     asked = [(example.query, example.positive) for example in read_examples(folder)]
     answers: dict[str, set[str]] = {}
     for query, positive in asked:
@@ -44,13 +45,3 @@ def own_material(train: Path, folder: Path, *, seed: int = 0, limit: int | None 
             "answers that are also training texts": len(documents & set(texts)),
         },
     )
-
-
-def _texts(folder: Path, name: str) -> list[tuple[str, str]]:
-    found = [path for suffix in ("", ".gz", ".xz") if (path := folder / f"{name}.jsonl{suffix}").is_file()]
-    if not found:
-        raise DataError(f"{folder}: a BEIR folder needs {name}.jsonl")
-    return [
-        (str(row.get("_id", number)), " ".join(filter(None, (row.get("title"), row.get("text", "")))))
-        for number, row in read_lines(found[0])
-    ]

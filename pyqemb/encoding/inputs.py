@@ -1,14 +1,14 @@
-"""Texts out of a file, row by row: a line each, JSONL or Parquet."""
+"""Texts out of a file, row by row: rows of any format with a column of texts, or a line each."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from pyqemb.data.example import read_lines
+from pyqemb.data import beir
+from pyqemb.data.rows import FORMATS, describe_formats, format_of, read_rows, read_text
 from pyqemb.errors import DataError
-
-_IDS = ("_id", "id")
 
 
 class Row(NamedTuple):
@@ -19,53 +19,48 @@ class Row(NamedTuple):
 
 
 def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
-    """Rows of .jsonl (also .gz) and .parquet files with a column `field` and perhaps _id or id; of any other file the lines.
+    """Rows of a file with a column `field` and perhaps _id or id, or the lines of a .txt file; all of them also compressed.
 
-    A title is put before the text, as in a BEIR corpus. Raises DataError naming file and row.
+    A title is put before the text, as in a BEIR corpus. Ids that occur again are counted in a warning.
+
+    Raises DataError naming file and row: a text that is missing, an id that some rows have and others lack, or that is no
+    single line of text.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if ".jsonl" in path.name or path.suffix == ".json":
-        for number, row in read_lines(path):
-            yield _row(path, number, row, field)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path, field)
-    else:
-        try:
-            with path.open(encoding="utf-8", newline="\n") as file:
-                for line in file:
-                    yield Row(None, line.removesuffix("\n").removesuffix("\r"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8: {error}") from error
+    if format_of(path) == ".txt":
+        for number, line in read_text(path):
+            if "\r" in line:
+                raise DataError(f"{path}:{number}: a carriage return inside the line; save the file with \\n line ends")
+            yield Row(None, line)
+        return
+    if format_of(path) not in FORMATS:
+        raise DataError(f"{path}: unknown format; expected {describe_formats('.txt')}")
+    seen: set[str] = set()
+    with_ids: bool | None = None
+    again = first = None
+    for where, row in read_rows(path):
+        text, key = row.get(field), beir.document_id(row, where)
+        if text is None and field in row and format_of(path) in (".csv", ".tsv"):
+            text = ""
+        if not isinstance(text, str):
+            raise DataError(f"{where}: expected a text under {field!r}, the row has {sorted(row)}")
+        if with_ids is not None and with_ids != (key is not None):
+            raise DataError(f"{where}: {'lacks' if with_ids else 'has'} an id, unlike the rows before it")
+        with_ids = key is not None
+        if key is not None:
+            if key.splitlines() != [key]:
+                raise DataError(f"{where}: the id {key!r} has a line end; ids are written one a line")
+            if key in seen:
+                again, first = (again or 0) + 1, first or f"{key!r} at {where}"
+            seen.add(key)
+        title = row.get("title")
+        yield Row(key, f"{title} {text}" if title else text)
+    if again:
+        logging.getLogger("pyqemb").warning("%s: %s ids occur again (first: %s)", path, f"{again:,}", first)
 
 
 def parts(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
     """Lists of `size` rows, the last one shorter."""
     while part := list(islice(rows, size)):
         yield part
-
-
-def _parquet(path: Path, field: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        names = [name for name in (field, "title", *_IDS) if name in file.schema_arrow.names]
-        if field not in names:
-            raise DataError(f"{path}: has no column {field!r}, but {', '.join(file.schema_arrow.names)}")
-        number = 0
-        for batch in file.iter_batches(columns=names):
-            for row in batch.to_pylist():
-                number += 1
-                yield _row(path, number, row, field)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _row(path: Path, number: int, row: dict, field: str) -> Row:
-    text, title = row.get(field), row.get("title")
-    if not isinstance(text, str):
-        raise DataError(f"{path}:{number}: expected a text under {field!r}, the row has {sorted(row)}")
-    found = next((row[name] for name in _IDS if row.get(name) is not None), None)
-    return Row(None if found is None else str(found), f"{title} {text}" if title else text)

@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pyqemb.data import strict_json
 from pyqemb.data.files import atomic_file
+from pyqemb.data.rows import read_text
 from pyqemb.encoding.inputs import Row, parts, read_texts
 from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.workers import Settings, Workers, save_array
@@ -54,7 +56,7 @@ def encode_file(
 
     Args:
         model: a model folder or hub id.
-        path: .jsonl or .parquet with a column `field`, or lines of text (see `inputs`).
+        path: rows (.jsonl, .json, .csv, .tsv, .parquet) with a column `field`, or a .txt file of lines; also compressed.
         out: .npy, .safetensors ("embeddings") or .parquet ("id", "embedding"); ids of the first two go to OUT.ids.
         side: which of the model's prompts stands before a text; "raw": none. `instruction`: in place of the query's.
         precision: float32, int8, uint8, binary or ubinary; the ranges of int8 and uint8 are those of all vectors of the file.
@@ -132,7 +134,9 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> None:
     facts |= {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
     manifest = folder / "manifest.json"
     if manifest.exists():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        before = strict_json.parse(manifest.read_bytes(), str(manifest))
+        if not isinstance(before, dict):
+            raise DataError(f"{manifest}: expected an object; remove {folder} to begin anew")
         changed = [name for name in facts if before.get(name) != facts[name]]
         if changed and any(folder.glob("*.npy")):
             raise ConfigError(
@@ -167,7 +171,7 @@ def _assemble(folder: Path, count: int, rows: int, out: Path, precision: str, wr
 
     def ids(number: int) -> list[str]:
         path = folder / f"{number:08}.ids"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [strict_json.parse(line, f"{path}:{n}") for n, line in read_text(path)] if path.exists() else []
 
     stream = (Part(quantize(np.asarray(part), precision, ranges), ids(i)) for i, part in enumerate(vectors()))
     with atomic_file(out) as temporary:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pyqemb.data.example import read_examples, read_lines, read_text
+from pyqemb.data import beir
+from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.data.files import atomic_file
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
@@ -89,13 +90,13 @@ class People:
 def _read_personas(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if ".jsonl" not in path.suffixes:
+    if format_of(path) == ".txt":
         yield from (line.strip() for _, line in read_text(path) if line.strip())
         return
-    for number, row in read_lines(path):
+    for where, row in read_rows(path):
         text = next((row[key] for key in ("persona", "text", "description") if isinstance(row.get(key), str)), None)
         if text is None:
-            raise DataError(f"{path}:{number}: expected a persona under 'persona', the row has {sorted(row)}")
+            raise DataError(f"{where}: expected a persona under 'persona', the row has {sorted(row)}")
         if text.strip():
             yield text.strip()
 
@@ -114,20 +115,15 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
-        found = sorted(path.glob("corpus.jsonl*"))
-        if not found:
-            raise DataError(f"{path}: expected corpus.jsonl")
-        path = found[0]
-    if path.suffix == ".parquet" or (".jsonl" not in path.suffixes and ".json" not in path.suffixes):
-        if path.suffix == ".parquet":
-            yield from ((example.positive, None) for example in read_examples(path))
-        else:
-            yield from ((line, None) for _, line in read_text(path))
+        yield from ((text, None) for _, text in beir.read_documents(path))
         return
-    for number, row in read_lines(path):
+    if format_of(path) == ".txt":
+        yield from ((line, None) for _, line in read_text(path))
+        return
+    for where, row in read_rows(path):
         text = next((row[key] for key in ("text", "positive", "passage") if isinstance(row.get(key), str)), None)
         if text is None:
-            raise DataError(f"{path}:{number}: expected a passage under 'text', the row has {sorted(row)}")
+            raise DataError(f"{where}: expected a passage under 'text', the row has {sorted(row)}")
         title, language = row.get("title"), row.get("language")
         yield f"{title}\n{text}" if title else text, language if isinstance(language, str) else None
 

@@ -4,23 +4,17 @@ The class defaults are those of stage 2 (hard negatives, task-pure batches); `st
 """
 
 import difflib
-import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pyqemb.data.settings import StrictModel, check_plain, explain, parse_yaml, read_settings
 from pyqemb.errors import ConfigError
 from pyqemb.model.lora import TARGETS
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib  # type: ignore[no-redef]
 
 STAGE_1: dict[str, dict[str, Any]] = {
     "loss": {"preset": "qwen3"},
@@ -39,10 +33,10 @@ Group = Literal["own_hard", "batch_positive", "batch_hard", "query_query", "doc_
 Objective = Literal["info_nce", "classification", "cosent", "distillation"]
 
 
-class Section(BaseModel):
+class Section(StrictModel):
     """Frozen; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -275,42 +269,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError naming the file and the key for anything that cannot be read or does not belong there.
     """
-    path = Path(path)
-    values = _read(path)
-    for override in overrides:
-        _override(values, override)
+    def change(values: dict[str, Any]) -> None:
+        for override in overrides:
+            _override(values, override)
+
+    values = read_settings(path, change)
     try:
         return TrainConfig(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix not in (".toml", ".yaml", ".yml", ".json"):
-        raise ConfigError(f"{path}: expected a .toml, .yaml or .json file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, Loader=_UniqueKeys)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: expected sections such as model, data, train")
-    return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which would silently hide the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -327,8 +294,10 @@ def _override(values: dict[str, Any], text: str) -> None:
             for alias, canonical in ALIASES.items():
                 if canonical == key:
                     place.pop(alias, None)
-        place[key] = yaml.load(value, Loader=_UniqueKeys)
-    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        item = parse_yaml(value)
+        check_plain({key: item})
+        place[key] = item
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot set {text!r}: {error}") from error
 
 
@@ -362,10 +331,7 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key" + (f"; {hint}" if hint else "")
     if error["type"] == "missing":
         return f"{where}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    got = error["input"]
-    shown = repr(got) if not isinstance(got, float) or math.isfinite(got) else str(got)
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {shown}"
+    return explain(error)
 
 
 __all__ = [

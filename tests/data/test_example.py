@@ -13,7 +13,7 @@ from pyqemb.errors import DataError
 EXAMPLES = [
     Example("q1", "p1"),
     Example("Größe?", "幅", ("n1", "n\n2"), "Find", "demo"),
-    Example("", "p3", ("n",)),
+    Example(" q3", "p3", ("n", "")),
 ]
 SUFFIXES = pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".jsonl.xz"])
 
@@ -84,13 +84,13 @@ def test_columns(tmp_path, row, expected):
         ({"score": True}, "'score' must hold finite numbers, got True"),
         ({"scores": 1.0}, "'scores' must be a list of numbers, got a number"),
         ({"scores": [1.0]}, "'scores' must hold 2 numbers, one for the positive and each negative, got 1"),
-        ({"query_embedding": [1.0, float("nan")]}, "'query_embedding' must hold finite numbers, got nan"),
+        ({"query_embedding": [1.0, float("nan")]}, "NaN is not a number in JSON"),
         ({"positive": ["a", "b"], "query_embedding": [1.0]}, "must be one text beside a teacher's vectors"),
     ],
 )
 def test_a_bad_number_is_named(tmp_path, column, message):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "q", "positive": "p", "negative": "n", **column}))
-    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{re.escape(message)}"):
+    with pytest.raises(DataError, match=f"rows.jsonl:1:.* {re.escape(message)}"):
         list(read_examples(tmp_path / "rows.jsonl"))
 
 
@@ -106,7 +106,7 @@ GOOD = b'{"query": "q", "positive": "p"}\n'
         (GOOD + GOOD[:20], r"rows\.jsonl:2:16: not JSON"),
         (GOOD + b'{"query": "q", "positive": "\xff"}', r"rows\.jsonl:2:29: not UTF-8"),
         (b"[1]", r"rows\.jsonl:1:1: expected an object .* got a list"),
-        (b"[" * 100_000, r"rows\.jsonl:1:1: .*nested too deeply"),
+        (b"[" * 100_000, r"rows\.jsonl:1:1: nested deeper than 100"),
         (GOOD + b'\n{"query": "q"}', r"rows\.jsonl:3: column 'positive' is missing; the row has \['query'\]"),
         (b'{"positive": "p"}', "column 'query' is missing"),
         (b'{"query": 3, "positive": "p"}', "column 'query' must be text, got a number"),
@@ -198,8 +198,8 @@ def test_beir(beir):
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        ("query-id\tcorpus-id\tscore\nq9\td1\t1\n", r"train\.tsv:2: id 'q9' is not in queries\.jsonl"),
-        ("query-id\tcorpus-id\tscore\nq1\td9\t1\n", r"train\.tsv:2: id 'd9' is not in corpus\.jsonl"),
+        ("query-id\tcorpus-id\tscore\nq9\td1\t1\n", r"train\.tsv:2: query 'q9' is not in queries; no judgement above 0 is left"),
+        ("query-id\tcorpus-id\tscore\nq1\td9\t1\n", r"train\.tsv:2: document 'd9' is not in corpus; no judgement above 0 is left"),
         ("q1 d1 1\n\nq1 d1 1", r"train\.tsv:3:1: expected query-id"),
         ("query-id\tcorpus-id\tscore\nq1\td1\thigh\n", r"train\.tsv:2:1: expected query-id"),
         ("query-id\tcorpus-id\tscore\nq1\td1\t0\n", "no judgement above 0"),
@@ -213,7 +213,7 @@ def test_wrong_judgements(beir, qrels, message):
 
 def test_wrong_beir_folders(beir):
     (beir / "queries.jsonl").write_text('{"text": "first"}\n')
-    with pytest.raises(DataError, match=r"queries\.jsonl:1: column '_id' is missing"):
+    with pytest.raises(DataError, match=r"queries\.jsonl:1: '_id' must be text or an integer, got None"):
         list(read_examples(beir))
     (beir / "corpus.jsonl").unlink()
     with pytest.raises(DataError, match=r"needs corpus\.jsonl"):

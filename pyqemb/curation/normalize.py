@@ -1,0 +1,25 @@
+"""Texts without what readers do not see, so that two copies of one text are equal."""
+
+import html
+import re
+import unicodedata
+
+# Joiners and direction marks are of category Cf; variation selectors are marks that `combining` does not count.
+_VARIATION = re.compile("[\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_ENTITY = re.compile(r"&(?:#?\w{1,32});")
+
+
+def plain(text: str) -> str:
+    """Without HTML entities, zero-width characters, soft hyphens, accents, case, compatibility forms and repeated spaces.
+
+    Example:
+        >>> plain("Caf\u00e9&nbsp;\u200bo\u00adle\u0301")
+        'cafe ole'
+    """
+    while _ENTITY.search(text) and (decoded := html.unescape(text)) != text:  # "&amp;nbsp;" was encoded twice
+        text = decoded
+    if not text.isascii():
+        text = _VARIATION.sub("", unicodedata.normalize("NFKD", text))
+        text = "".join(c for c in text if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())

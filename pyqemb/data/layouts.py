@@ -1,0 +1,234 @@
+"""The columns that training rows come with: pyqemb's own, and those of sentence-transformers, FlagEmbedding and ms-swift."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyqemb.data.rows import Row, kind_of
+from pyqemb.errors import DataError
+
+LAYOUTS = (
+    "query, positive, negative(s); anchor, positive, negative or negative_1 ... negative_n; sentence1, sentence2, score or label; "
+    "question, answer; query, answer (sentence-transformers); query, pos, neg (FlagEmbedding); "
+    "messages, positive_messages, negative_messages; query, response, rejected_response (ms-swift)"
+)
+_QUERY = ("query", "anchor", "sentence1", "question", "messages")
+_POSITIVE = ("positive", "sentence2", "pos", "answer", "response", "positive_messages")
+_NEGATIVES = ("negatives", "negative", "neg", "rejected_response", "negative_messages")
+_NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
+_LISTS = {"negatives", "neg", "scores", "pos_scores", "neg_scores", "query_embedding", "positive_embedding"}
+_MESSAGES = ("messages", "positive_messages", "negative_messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` names its kind or source.
+
+    score: how alike query and positive are, of graded pairs.
+    scores: a teacher's scores of the positive and the negatives, in their order.
+    query_embedding, positive_embedding: a teacher's vectors.
+    """
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    instruction: str | None = None
+    task: str | None = None
+    score: float | None = None
+    scores: tuple[float, ...] = ()
+    query_embedding: tuple[float, ...] = ()
+    positive_embedding: tuple[float, ...] = ()
+
+
+@dataclass
+class UnusedColumns:
+    """Columns that no layout reads: how many rows have each, and the first place."""
+
+    _found: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, names: set[str], where: str) -> None:
+        for name in sorted(names):
+            self._found.setdefault(name, [0, where])[0] += 1
+
+    def warn(self, source: Any) -> None:
+        """Log one line, if there are any."""
+        if self._found:
+            columns = ", ".join(f"{name!r} ({count:,} rows, first {at})" for name, (count, at) in self._found.items())
+            logging.getLogger("pyqemb").warning("%s: columns that are not used: %s", source, columns)
+
+
+def examples_of(
+    row: Row, where: str, unused: UnusedColumns, cells: bool = False, allow_empty: bool = False
+) -> Iterator[Example]:
+    """The examples of a row, one for each of its positives. `cells`: all values are text (CSV).
+
+    Raises DataError naming the place and the column that is missing or wrong; a layout that is not known with those that are.
+    """
+    columns = _Columns(row, where, cells, allow_empty)
+    query_key, positive_key = columns.first_of(*_QUERY), columns.first_of(*_POSITIVE)
+    instruction = columns.text("instruction")
+    if query_key == "messages":
+        query, system, positives = columns.conversation("messages")
+        instruction = instruction or system
+    else:
+        query, positives = columns.need(query_key), []
+    positives = positives or columns.texts(positive_key, needed=True)
+    numbered = sorted((int(match[1]), key) for key in row if (match := _NUMBERED_NEGATIVE.fullmatch(key)))
+    negatives = [text for key in (*_NEGATIVES, *(key for _, key in numbered)) for text in columns.texts(key)]
+    if positive_key == "pos" and instruction is None:
+        instruction = columns.text("prompt")
+    task = columns.text("task")
+    score = columns.numbers(columns.first_of("score", "label"), many=False)
+    scores = columns.teacher_scores(positives, negatives, of_lists=positive_key == "pos")
+    vectors = [columns.numbers(key) for key in ("query_embedding", "positive_embedding")]
+    if any(vectors) and len(positives) > 1:
+        raise columns.bad(positive_key, "must be one text beside a teacher's vectors")
+    columns.count_unused(unused)
+    for positive, own in zip(positives, scores, strict=True):
+        yield Example(
+            query, positive, tuple(negatives), instruction, task, score[0] if score else None, own, *vectors
+        )
+
+
+class _Columns:
+    """Reads the columns of a row and remembers which."""
+
+    def __init__(self, row: Row, where: str, cells: bool, allow_empty: bool):
+        self._row, self._where, self._cells, self._allow_empty = row, where, cells, allow_empty
+        self._used: set[str] = set()
+
+    def bad(self, key: str, message: str) -> DataError:
+        return DataError(f"{self._where}: column {key!r} {message}")
+
+    def first_of(self, *names: str) -> str:
+        """The name that the row has, the first where it has none."""
+        return next((key for key in names if key in self._row), names[0])
+
+    def count_unused(self, unused: UnusedColumns) -> None:
+        rest = self._row.keys() - self._used
+        if rest:
+            unused.add({key for key in rest if self._row[key] is not None}, self._where)
+
+    def text(self, key: str) -> str | None:
+        """A column that may be absent or null."""
+        value = self._get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise self.bad(key, f"must be text, got {kind_of(value)}")
+
+    def need(self, key: str) -> str:
+        """A column of text that is not empty."""
+        if key not in self._row:
+            raise self.bad(key, f"is missing; the row has {sorted(self._row)}; accepted are {LAYOUTS}")
+        value = self._get(key)
+        if not isinstance(value, str) and not (value is None and self._cells):
+            raise self.bad(key, f"must be text, got {kind_of(value)}")
+        if not self._allow_empty and not (value or "").strip():
+            raise self.bad(key, "is empty")
+        return value or ""
+
+    def texts(self, key: str, needed: bool = False) -> list[str]:
+        """One text or a list of texts; unless `needed`, the column may be absent or null."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            if needed:
+                return [self.need(key)]
+            if value is None:
+                return []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list):
+            raise self.bad(key, f"must be text or a list of texts, got {kind_of(value)}")
+        if key in _MESSAGES:
+            # A list of conversations, or one conversation.
+            conversations = [values] if values and isinstance(values[0], dict) else values
+            values = [self._one_message(key, conversation) for conversation in conversations]
+        for index, item in enumerate(values):
+            if not isinstance(item, str):
+                raise self.bad(key, f"must hold texts, got {kind_of(item)} at index {index}")
+            if needed and not self._allow_empty and not item.strip():
+                raise self.bad(key, f"is empty at index {index}")
+        if needed and not values:
+            raise self.bad(key, "is an empty list")
+        return values
+
+    def numbers(self, key: str, many: bool = True) -> tuple[float, ...]:
+        """A column that may be absent or null, a list of numbers or, unless `many`, one."""
+        value = self._get(key)
+        if value is None:
+            return ()
+        values = value if many else [value]
+        if not isinstance(values, list):
+            raise self.bad(key, f"must be a list of numbers, got {kind_of(value)}")
+        if self._cells:
+            values = [_number(item) for item in values]
+        for item in values:
+            if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+                raise self.bad(key, f"must hold finite numbers, got {item!r}")
+        return tuple(float(item) for item in values)
+
+    def teacher_scores(
+        self, positives: list[str], negatives: list[str], of_lists: bool
+    ) -> list[tuple[float, ...]]:
+        """For each positive: its score and those of the negatives, or nothing."""
+        scores = self.numbers("scores")
+        if scores and (len(positives) > 1 or len(scores) != 1 + len(negatives)):
+            raise self.bad(
+                "scores",
+                f"must hold {1 + len(negatives)} numbers, one for the positive and each negative, got {len(scores)}",
+            )
+        if not of_lists or scores:
+            return [scores] * len(positives)
+        of_positives, of_negatives = self.numbers("pos_scores"), self.numbers("neg_scores")
+        if not of_positives and not of_negatives:
+            return [()] * len(positives)
+        for key, given, texts in (("pos_scores", of_positives, positives), ("neg_scores", of_negatives, negatives)):
+            if len(given) != len(texts):
+                raise self.bad(key, f"must hold {len(texts)} numbers, one for each text, got {len(given)}")
+        return [(own, *of_negatives) for own in of_positives]
+
+    def conversation(self, key: str) -> tuple[str, str | None, list[str]]:
+        """(query, system message, answers) of ms-swift's messages."""
+        messages = self._get(key)
+        system, turns = None, []
+        for message in self._messages(key, messages):
+            if message["role"] == "system" and system is None and not turns:
+                system = message["content"]
+            else:
+                turns.append(message)
+        if [turn["role"] for turn in turns] not in (["user"], ["user", "assistant"]):
+            raise self.bad(key, "must hold one message of the user, perhaps after a system message or before an answer")
+        texts = [turn["content"] for turn in turns]
+        if not self._allow_empty and not all(text.strip() for text in texts):
+            raise self.bad(key, "has an empty message")
+        if len(texts) == 2 and "positive_messages" in self._row:
+            raise self.bad(key, "has an answer, and there are positive_messages; give one of them")
+        return texts[0], system, texts[1:]
+
+    def _one_message(self, key: str, conversation: Any) -> str:
+        messages = self._messages(key, conversation)
+        if len(messages) != 1 or messages[0]["role"] not in ("user", "assistant"):
+            raise self.bad(key, "must hold lists of one message of a user or an assistant each")
+        return messages[0]["content"]
+
+    def _messages(self, key: str, messages: Any) -> list[dict[str, str]]:
+        for message in messages if isinstance(messages, list) and messages else [None]:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise self.bad(key, f"must hold messages like {{'role': 'user', 'content': '...'}}, got {kind_of(message)}")
+        return messages
+
+    def _get(self, key: str) -> Any:
+        self._used.add(key)
+        value = self._row.get(key)
+        if self._cells and value is not None and key in _LISTS | set(_MESSAGES):
+            raise self.bad(key, "is a list, which a cell cannot hold; use JSONL or Parquet, or negative_1 ... negative_n")
+        return value
+
+
+def _number(cell: Any) -> Any:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
