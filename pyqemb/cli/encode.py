@@ -6,7 +6,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
-    parser.add_argument("texts", type=Path, help=".jsonl, .csv, .tsv or .parquet with a column of texts, or .txt with lines")
+    parser.add_argument(
+        "texts", type=Path, help=".jsonl, .csv, .tsv or .parquet with a column of texts, or .txt with lines"
+    )
     parser.add_argument("--out", "-o", type=Path, required=True, help=".npy, .safetensors or .parquet")
     parser.add_argument(
         "--side", choices=["document", "query", "raw"], default="document", help="whose prompt (document)"

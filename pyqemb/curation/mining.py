@@ -144,9 +144,15 @@ def _warn_of_losses(examples: Sequence[Example]) -> None:
     log = logging.getLogger("pyqemb")
     replaced, scored = sum(bool(e.negatives) for e in examples), sum(bool(e.scores) for e in examples)
     if replaced:
-        log.warning("mine: the negatives of %s of %s rows are replaced by mined ones", f"{replaced:,}", f"{len(examples):,}")
+        log.warning(
+            "mine: the negatives of %s of %s rows are replaced by mined ones", f"{replaced:,}", f"{len(examples):,}"
+        )
     if scored:
-        log.warning("mine: the scores of %s of %s rows are dropped: they belong to other negatives", f"{scored:,}", f"{len(examples):,}")
+        log.warning(
+            "mine: the scores of %s of %s rows are dropped: they belong to other negatives",
+            f"{scored:,}",
+            f"{len(examples):,}",
+        )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def read_beir(folder: Path, split: str) -> Beir:
         queries[key] = text
         if row.get("instruction") is not None:
             instructions[key] = _text(row, "instruction", where)
-    for where, row in _rows(_tables(folder, "instruction"), split):
+    for where, row in _rows(folder, _tables(folder, "instruction"), split):
         instructions[_identifier(row, where, "query-id")] = _text(row, "instruction", where)
     qrels = _qrels(files, queries, corpus)
     if _tables(folder, "top_ranked"):
@@ -101,7 +101,10 @@ def read_pairs(folder: Path, split: str | None, allow_empty: bool = False) -> It
     for query, judged in beir.qrels.items():
         for document, grade in judged.items():
             if grade > 0 and document in beir.corpus:
-                for key, empty, name in ((query, beir.empty_queries, "query"), (document, beir.empty_documents, "document")):
+                for key, empty, name in (
+                    (query, beir.empty_queries, "query"),
+                    (document, beir.empty_documents, "document"),
+                ):
                     if key in empty and not allow_empty:
                         raise DataError(f"{empty[key]}: the {name} {key!r} is judged and has an empty text")
                 yield str(beir.files[0]), beir.queries[query], beir.corpus[document]
@@ -120,15 +123,13 @@ def document_id(row: Row, where: str) -> str | None:
     return None if row.get("_id", row.get("id")) is None else _identifier(row, where)
 
 
-def _texts(
-    folder: Path, name: str, split: str | None, empty: dict[str, str]
-) -> Iterator[tuple[str, str, str, Row]]:
+def _texts(folder: Path, name: str, split: str | None, empty: dict[str, str]) -> Iterator[tuple[str, str, str, Row]]:
     """(place, id, text, row) of the corpus or the queries."""
     files = _tables(folder, name)
     if not files:
         raise DataError(f"{folder}: needs {name}.jsonl, or {name}/ with Parquet files")
     places: dict[str, str] = {}
-    for where, row in _rows(files, split):
+    for where, row in _rows(folder, files, split):
         key, text = _identifier(row, where), document_text(row, where)
         if key in places:
             raise DataError(f"{where}: the id {key!r} occurs twice; it is that of {places[key]} too")
@@ -140,11 +141,11 @@ def _texts(
         raise DataError(f"{files[0]}: empty")
 
 
-def _rows(files: list[Path], split: str | None) -> Iterator[tuple[str, Row]]:
+def _rows(folder: Path, files: list[Path], split: str | None) -> Iterator[tuple[str, Row]]:
     """Of the files of `split` where the names tell splits, and one of them is it."""
     by_split: dict[str | None, list[Path]] = {}
     for path in files:
-        name = split_of(Path(path.name), shards=True)
+        name = split_of(path.relative_to(folder), shards=True)
         by_split.setdefault(None if name is None else canonical(name), []).append(path)
     chosen = files if len(by_split) < 2 or split is None else by_split.get(canonical(split))
     if chosen is None:
@@ -174,11 +175,14 @@ def _judgement_files(folder: Path) -> dict[str, list[Path]]:
     """By split. mteb's repositories hold the same judgements as .tsv and as .jsonl: all files of a split are read."""
     place = next((folder / name for name in _QRELS if (folder / name).is_dir()), None)
     found: dict[str, list[Path]] = {}
-    for path in [] if place is None else sorted(place.rglob("*")):
+    if place is None:
+        return found
+    for path in sorted(place.rglob("*")):
         if path.is_file() and not path.name.startswith(".") and format_of(path) in (*FORMATS, *_TABLES):
-            stem = path.name.split(".")[0]
-            found.setdefault(split_of(Path(path.name), shards=True) if "-of-" in stem else stem, []).append(path)
-    return {str(name): files for name, files in found.items()}
+            relative, stem = path.relative_to(place), path.name.split(".")[0]
+            inside = len(relative.parts) > 1 or "-of-" in stem  # test/0000.parquet, test-00000-of-00001.parquet
+            found.setdefault((inside and split_of(relative, shards=True)) or stem, []).append(path)
+    return found
 
 
 def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -208,7 +212,9 @@ def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -
     for name, places in absent.items():
         if places:
             what = "they are left out" if name == "queries" else "they count as never found"
-            log.warning("%s: %s judged %s are absent (first: %s); %s", files[0], f"{len(places):,}", name, places[0], what)
+            log.warning(
+                "%s: %s judged %s are absent (first: %s); %s", files[0], f"{len(places):,}", name, places[0], what
+            )
     if changed:
         log.warning(
             "%s: %s pairs are judged twice with different grades (first: %s); the last grade counts",
@@ -224,7 +230,8 @@ def _judgements(files: list[Path]) -> Iterator[tuple[str, str, str, float]]:
             yield from _judgement_table(path)
             continue
         for where, row in read_rows(path):
-            yield where, *(_identifier(row, where, key) for key in _COLUMNS[:2]), _grade(row.get("score"), where)
+            query, document = (_identifier(row, where, key) for key in _COLUMNS[:2])
+            yield where, query, document, _grade(row.get("score"), where)
 
 
 def _judgement_table(path: Path) -> Iterator[tuple[str, str, str, float]]:

@@ -88,9 +88,7 @@ def examples_of(
         raise columns.bad(positive_key, "must be one text beside a teacher's vectors")
     columns.count_unused(unused)
     for positive, own in zip(positives, scores, strict=True):
-        yield Example(
-            query, positive, tuple(negatives), instruction, task, score[0] if score else None, own, *vectors
-        )
+        yield Example(query, positive, tuple(negatives), instruction, task, score[0] if score else None, own, *vectors)
 
 
 class _Columns:
@@ -169,9 +167,7 @@ class _Columns:
                 raise self.bad(key, f"must hold finite numbers, got {item!r}")
         return tuple(float(item) for item in values)
 
-    def teacher_scores(
-        self, positives: list[str], negatives: list[str], of_lists: bool
-    ) -> list[tuple[float, ...]]:
+    def teacher_scores(self, positives: list[str], negatives: list[str], of_lists: bool) -> list[tuple[float, ...]]:
         """For each positive: its score and those of the negatives, or nothing."""
         scores = self.numbers("scores")
         if scores and (len(positives) > 1 or len(scores) != 1 + len(negatives)):
@@ -192,7 +188,8 @@ class _Columns:
     def conversation(self, key: str) -> tuple[str, str | None, list[str]]:
         """(query, system message, answers) of ms-swift's messages."""
         messages = self._get(key)
-        system, turns = None, []
+        system: str | None = None
+        turns: list[dict[str, str]] = []
         for message in self._messages(key, messages):
             if message["role"] == "system" and system is None and not turns:
                 system = message["content"]
@@ -216,14 +213,18 @@ class _Columns:
     def _messages(self, key: str, messages: Any) -> list[dict[str, str]]:
         for message in messages if isinstance(messages, list) and messages else [None]:
             if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise self.bad(key, f"must hold messages like {{'role': 'user', 'content': '...'}}, got {kind_of(message)}")
+                raise self.bad(
+                    key, f"must hold messages like {{'role': 'user', 'content': '...'}}, got {kind_of(message)}"
+                )
         return messages
 
     def _get(self, key: str) -> Any:
         self._used.add(key)
         value = self._row.get(key)
         if self._cells and value is not None and key in _LISTS | set(_MESSAGES):
-            raise self.bad(key, "is a list, which a cell cannot hold; use JSONL or Parquet, or negative_1 ... negative_n")
+            raise self.bad(
+                key, "is a list, which a cell cannot hold; use JSONL or Parquet, or negative_1 ... negative_n"
+            )
         return value
 
 

@@ -117,7 +117,9 @@ def check_plain(values: Any) -> None:
         count += 1
         name = ".".join(where)
         if count > _MAX_VALUES or len(where) > _MAX_DEPTH:
-            raise ValueError(f"{'.'.join(where[:3])}: nested deeper than {_MAX_DEPTH} levels, or more than {_MAX_VALUES} values")
+            raise ValueError(
+                f"{'.'.join(where[:3])}: nested deeper than {_MAX_DEPTH} levels, or more than {_MAX_VALUES} values"
+            )
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str):
@@ -132,7 +134,9 @@ def check_plain(values: Any) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
         elif not (value is None or isinstance(value, (str, int, float))):
-            raise ValueError(f"{name}: expected text, a number, true or false, a list or a table, got {type(value).__name__}")
+            raise ValueError(
+                f"{name}: expected text, a number, true or false, a list or a table, got {type(value).__name__}"
+            )
 
 
 def explain(error: Any) -> str:

@@ -6,6 +6,7 @@ FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most
 
 import hashlib
 import json
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from pyqemb.data.example import Example
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.splits import dataset_files
 from pyqemb.errors import DataError
 
 FORMAT = "pyqemb-shards-1"
@@ -185,16 +187,28 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
     return sum(s.rows for s in summaries)
 
 
-def shards_of_parquet(folder: Path, examples: Iterable[Example]) -> Path:
-    """A folder of shards beside a folder of Parquet files, made at its first use and whenever the files have changed."""
-    facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.parquet"))
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    target = folder / f".shards-{digest}"
+def shards_of_parquet(folder: Path, examples: Iterable[Example], split: str | None = None) -> Path:
+    """A folder of shards of the Parquet files of a folder's split, made at its first use and whenever the files have changed.
+
+    It lies in the user's cache, $XDG_CACHE_HOME/pyqemb or ~/.cache/pyqemb: the data folder is only read.
+    """
+    files = [(str(path), path.stat()) for path in dataset_files(folder, split)]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    digest = hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:16]
+    source = hashlib.sha256(json.dumps([str(folder.resolve()), split]).encode()).hexdigest()[:16]
+    home = cache_folder() / "shards"
+    target = home / f"{source}-{digest}"
     if not is_shards(target):
-        for old in folder.glob(".shards-*"):
+        for old in home.glob(f"{source}-*"):
             shutil.rmtree(old, ignore_errors=True)
         write_shards(target, examples)
     return target
+
+
+def cache_folder() -> Path:
+    """Where pyqemb keeps what it can make again."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "pyqemb"
 
 
 class _Writer:

@@ -87,7 +87,9 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
     files = files or by_split[choose(folder, {name for name in by_split if name is not None}, split)]
     formats = sorted({format_of(path) for path in files})
     if len(formats) > 1:
-        raise DataError(f"{folder}: holds files of several formats ({', '.join(formats)}); give the path of one of them")
+        raise DataError(
+            f"{folder}: holds files of several formats ({', '.join(formats)}); give the path of one of them"
+        )
     stems = [str(path)[: -len(path.suffix)] if format_of(path) != path.suffix.lower() else str(path) for path in files]
     if len(set(stems)) < len(stems):
         twice = next(path for path, stem in zip(files, stems, strict=True) if stems.count(stem) > 1)
@@ -115,9 +117,7 @@ def choose(folder: Path, found: Iterable[str], split: str | None) -> str:
 
 def _keywords(path: Path) -> set[str]:
     """The splits that the words of a path name."""
-    return {
-        _SPLIT_OF[word.lower()] for part in path.parts for word in _WORDS.split(part) if word.lower() in _SPLIT_OF
-    }
+    return {_SPLIT_OF[word.lower()] for part in path.parts for word in _WORDS.split(part) if word.lower() in _SPLIT_OF}
 
 
 def _configuration(path: Path) -> str:

@@ -4,6 +4,7 @@ A folder's kind is told by its files: a corpus, queries and qrels (`data.beir`);
 bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,10 +93,8 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
 def _number(row: dict[str, Any], key: str, at: str) -> float:
     value = row.get(key)
     if isinstance(value, str) and format_of(at.rpartition(":")[0]) in (".csv", ".tsv"):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise DataError(f"{at}: {key!r} must be a finite number, got {value!r}")
     return float(value)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pyqemb.data import beir
-from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.data.files import atomic_file
+from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
 

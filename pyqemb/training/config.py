@@ -54,9 +54,10 @@ class ModelSection(Section):
 
 
 class DataSet(Section):
-    """One file or BEIR folder of examples. Each task in it becomes a set of its own: no batch mixes sets."""
+    """One file or folder of examples. Each task in it becomes a set of its own: no batch mixes sets."""
 
     path: str
+    split: str | None = None  # of a folder; None: train, or the only one there
     name: str | None = None  # None: the file's name
     instruction: str | None = None  # for examples that bring none
     weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
@@ -269,6 +270,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError naming the file and the key for anything that cannot be read or does not belong there.
     """
+
     def change(values: dict[str, Any]) -> None:
         for override in overrides:
             _override(values, override)

@@ -7,12 +7,16 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 from pyqemb.data import mixing
-from pyqemb.data.example import Example, read_examples
+from pyqemb.data.beir import is_beir
+from pyqemb.data.example import Example, read_examples, read_located
 from pyqemb.data.loader import Loader
+from pyqemb.data.rows import format_of
 from pyqemb.data.shards import Shards, is_shards, read_shards, shards_of_parquet
+from pyqemb.data.splits import dataset_files
 from pyqemb.data.token_cache import TokenCache, TokenFolder
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
+from pyqemb.training.columns import UnusedByObjective
 from pyqemb.training.config import DataSet, TrainConfig
 from pyqemb.training.loss import check_examples, objective_of, with_in_batch_negatives
 
@@ -56,15 +60,14 @@ def read_sets(config: TrainConfig) -> Sets:
     examples: dict[str, Sequence[Example]] = {}
     objectives: dict[str, str] = {}
     for entry in config.data:
-        by_task = _by_task(entry)
+        by_task = _by_task(entry, config)
         total = sum(map(len, by_task.values()))
         for task, rows in by_task.items():
             base = entry.name or Path(entry.path).name.split(".")[0]
             name = base if len(by_task) == 1 else f"{base}/{task}"
             if name in examples:
                 raise ConfigError(f"data: two sets are called {name!r}; give one of them another name")
-            objective = "rerank" if config.task == "rerank" else objective_of(task, config.loss)
-            objectives[name] = with_in_batch_negatives(name, objective, entry.in_batch_negatives)
+            objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
             examples[name] = rows
             check_examples(name, rows, objectives[name])
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
@@ -113,18 +116,44 @@ def token_cache(config: TrainConfig, tokenizer: Tokenizer, rank: int) -> TokenCa
     return TokenCache(tokenizer) if folder is None else TokenFolder(tokenizer, Path(folder) / f"process-{rank}")
 
 
-def _by_task(entry: DataSet) -> Mapping[str | None, Sequence[Example]]:
+def _by_task(entry: DataSet, config: TrainConfig) -> Mapping[str | None, Sequence[Example]]:
+    """The rows of each task, checked for columns that its objective does not use."""
     path = Path(entry.path)
-    if path.is_dir() and not is_shards(path) and not (path / "qrels").exists() and any(path.glob("*.parquet")):
-        path = shards_of_parquet(path, read_examples(path))
-    if path.is_dir() and is_shards(path):
-        return {task: shards.with_instruction(entry.instruction) for task, shards in read_shards(path).items()}
-    by_task: dict[str | None, list[Example]] = {}
-    for example in read_examples(path):
-        if example.instruction is None and entry.instruction is not None:
-            example = replace(example, instruction=entry.instruction)
-        by_task.setdefault(example.task, []).append(example)
+    unused: dict[str | None, UnusedByObjective] = {}
+    by_task: dict[str | None, Sequence[Example]] = {}
+    if (shards := _shards(path, entry.split)) is not None:
+        for task, rows in read_shards(shards).items():
+            unused[task] = UnusedByObjective(task, _objective(task, config))
+            unused[task].add_shards(entry.path, rows)
+            by_task[task] = rows.with_instruction(entry.instruction)
+    else:
+        lists: dict[str | None, list[Example]] = {}
+        for where, example in read_located(path, entry.split):
+            task = example.task
+            if task not in lists:
+                lists[task], unused[task] = [], UnusedByObjective(task, _objective(task, config))
+            unused[task].add(where, example)
+            if example.instruction is None and entry.instruction is not None:
+                example = replace(example, instruction=entry.instruction)
+            lists[task].append(example)
+        by_task = {**lists}
+    for task, found in unused.items():
+        found.warn(entry.path if task is None else f"{entry.path} ({task})")
     return by_task
+
+
+def _shards(path: Path, split: str | None) -> Path | None:
+    """The folder of shards that a folder is, or is read by (Parquet); None: another file or folder."""
+    if not path.is_dir() or is_beir(path):
+        return None
+    if is_shards(path):
+        return path if split is None else None
+    parquet = format_of(dataset_files(path, split)[0]) == ".parquet"
+    return shards_of_parquet(path, read_examples(path, split), split) if parquet else None
+
+
+def _objective(task: str | None, config: TrainConfig) -> str:
+    return "rerank" if config.task == "rerank" else objective_of(task, config.loss)
 
 
 def _instructions(examples: Sequence[Example]) -> set[str | None]:

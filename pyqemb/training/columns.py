@@ -1,0 +1,64 @@
+"""Which columns of its rows a dataset is not trained on: told before the first step, refused where they say that a pair is none."""
+
+import logging
+
+from pyqemb.data.example import Example
+from pyqemb.data.shards import Shards
+from pyqemb.errors import DataError
+
+_TEACHER = ("scores", "query_embedding", "positive_embedding")
+UNUSED = {
+    "info_nce": ("score", *_TEACHER),
+    "classification": ("score", *_TEACHER),
+    "rerank": ("score", *_TEACHER),
+    "cosent": ("negatives", *_TEACHER),
+    "distillation": ("score",),
+}
+
+
+class UnusedByObjective:
+    """Counts, for the rows of one task, the columns that its objective leaves out."""
+
+    def __init__(self, task: str | None, objective: str):
+        self._task, self._objective = task, objective
+        self._found: dict[str, list[object]] = {}  # column -> number of rows, first place
+
+    def add(self, where: str, example: Example) -> None:
+        """Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one."""
+        for column in UNUSED[self._objective]:
+            value = getattr(example, column)
+            if value is None or value == ():
+                continue
+            if column == "score":
+                if value <= 0:
+                    raise DataError(
+                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective} takes every pair for a positive "
+                        f"one; leave the row out, or train on the scores: {self._hint()}"
+                    )
+                if value == 1:
+                    continue
+            found = self._found.setdefault(column, [0, where])
+            found[0] = found[0] + 1  # type: ignore[operator]
+
+    def add_shards(self, path: str, shards: Shards) -> None:
+        """The same for shards, which are read only where their manifest says that there is something to find."""
+        counts = shards.summary.__dict__
+        if any(counts.get(column, counts["query_embedding"]) for column in UNUSED[self._objective]):
+            for number, example in enumerate(shards, start=1):
+                self.add(f"{path}: row {number} of task {self._task!r}", example)
+
+    def warn(self, name: str) -> None:
+        """Log one line for the dataset, if there are any."""
+        if self._found:
+            columns = ", ".join(
+                f"{key!r} ({count:,} rows, first {where})" for key, (count, where) in self._found.items()
+            )
+            hint = f"; to train on the scores: {self._hint()}" if "score" in self._found else ""
+            logging.getLogger("pyqemb").warning(
+                "dataset %r: columns that %s does not use: %s%s", name, self._objective, columns, hint
+            )
+
+    def _hint(self) -> str:
+        if self._task is None:
+            return 'give the rows task = "sts"'
+        return f'set loss.tasks.{self._task} = "cosent"'
