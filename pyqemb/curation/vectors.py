@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyqemb.data.files import atomic_file
-from pyqemb.data.keyed import Keys, keys_of
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.data.blocks import Blocks
+from pyqemb.data.keyed import keys_of
+from pyqemb.errors import ConfigError, DataError, MachineError
 
+_FORMAT = "vectors-2"
 _CHUNK = 4096  # texts embedded between two writes: what a kill can cost
 
 
 class CachedEncoder:
     """A model whose vectors are kept in a folder, memory-mapped. Same methods as the model's; also what it has besides.
 
-    Each model (by its weights), side and instruction has a folder of its own with vectors.f32 and keys (blake2b of each text). A killed job
-    goes on behind the last finished chunk.
+    Each model (by its weights), side and instruction has a folder of its own with checksummed blocks of vectors (`data/blocks.py`). A killed
+    job goes on behind the last finished chunk. Several processes may share a folder. Vectors that the disk has damaged are made again.
 
     Raises:
-        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: a folder of vectors of another dimension,
-        a full disk; finished chunks are kept.
+        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: a folder of vectors of another dimension.
+        MachineError: the folder cannot be read or written, or its disk is full; finished chunks are kept.
     """
 
     def __init__(self, model: Any, folder: str | Path):
@@ -42,64 +43,34 @@ class CachedEncoder:
 
     def _vectors(self, side: str, told: str | None, texts: Sequence[str], encode: Any) -> np.ndarray:
         """float32 [N, E]; mapped from the disk where the texts lie there in this order."""
-        digest = hashlib.sha256(json.dumps([self._fingerprint, side, told]).encode()).hexdigest()[:24]
-        store = _Store(
-            self._folder / f"{side}-{digest}", {"model": self._fingerprint, "side": side, "instruction": told}
-        )
+        identity = json.dumps([_FORMAT, self._fingerprint, side, told])
+        folder = self._folder / f"{side}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+        store = Blocks(folder, identity)
         keys = keys_of(texts)
         first = np.sort(np.unique(keys, return_index=True)[1])
-        new = first[store.keys.rows(keys[first]) < 0]
+        new = first[store.rows(keys[first]) < 0]
         for start in range(0, len(new), _CHUNK):
             some = new[start : start + _CHUNK]
-            store.append(keys[some], np.asarray(encode([texts[i] for i in some]), dtype=np.float32))
-        return store.read(store.keys.rows(keys))
+            if len(some := some[store.rows(keys[some]) < 0]):  # another process may have embedded them by now
+                _append(store, keys[some], np.asarray(encode([texts[i] for i in some]), dtype="<f4"))
+        if not len(keys):
+            return np.empty((0, (store.width or 0) // 4), dtype=np.float32)
+        rows = store.rows(keys)
+        if (rows < 0).any():
+            raise MachineError(f"{folder}: does not hold what was just written to it")
+        return store.matrix(rows).view("<f4")
 
 
-class _Store:
-    """vectors.f32 and keys, appended to in this order, so that a key's vector is always there."""
-
-    def __init__(self, folder: Path, facts: dict[str, Any]):
-        self._folder, self._facts = folder, facts
-        self.dim: int | None = None
-        whole = 0
-        if (folder / "manifest.json").exists():
-            try:
-                self.dim = int(json.loads((folder / "manifest.json").read_text())["dim"])
-                whole = (folder / "vectors.f32").stat().st_size // (4 * self.dim)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{folder}: no cache of vectors that can be read: {error}") from error
-        self.keys = Keys(folder / "keys", at_most=whole)
-
-    def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
-        dim = vectors.shape[1]
-        if self.dim is not None and self.dim != dim:
-            raise DataError(f"{self._folder}: holds vectors of {self.dim} features, the model gives {dim}")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / "vectors.f32"
-            with path.open("r+b" if path.exists() else "w+b") as file:
-                file.truncate(4 * dim * self.keys.count)
-                file.seek(0, 2)
-                file.write(vectors.tobytes())
-            if self.dim is None:
-                with atomic_file(self._folder / "manifest.json") as manifest:
-                    manifest.write_text(json.dumps({"dim": dim, **self._facts}, indent=1) + "\n")
-                self.dim = dim
-            self.keys.append(keys)
-        except OSError as error:
-            raise DataError(
-                f"{self._folder}: {error.strerror or error}; the {self.keys.count} vectors so far are kept"
-            ) from error
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        if not len(rows):
-            return np.empty((0, self.dim or 0), dtype=np.float32)
-        assert self.dim is not None
-        mapped = np.memmap(self._folder / "vectors.f32", dtype=np.float32, mode="c", shape=(self.keys.count, self.dim))
-        first = int(rows[0])
-        if np.array_equal(rows, np.arange(first, first + len(rows))):
-            return mapped[first : first + len(rows)]
-        return mapped[rows]
+def _append(store: Blocks, keys: np.ndarray, vectors: np.ndarray) -> None:
+    width = 4 * vectors.shape[1]
+    if store.width not in (None, width):
+        raise DataError(
+            f"{store.folder}: holds vectors of {store.width // 4} features, the model gives {vectors.shape[1]}"
+        )
+    try:
+        store.append(keys, vectors, np.full(len(keys), width), align=width)
+    except MachineError as error:
+        raise MachineError(f"{error}; the {len(store)} vectors so far are kept") from error
 
 
 def fingerprint(model: Any) -> str:

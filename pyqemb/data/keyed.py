@@ -1,8 +1,7 @@
-"""Where a text is in a file that grows: 16-byte content hashes, found by binary search, 24 bytes of memory each."""
+"""Where a text is in a store that grows: 16-byte content hashes, found by binary search, 24 bytes of memory each."""
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -15,42 +14,32 @@ def keys_of(texts: Iterable[str]) -> np.ndarray:
 
 
 class Keys:
-    """The rows of the keys of a file, in the order in which they came. `append` writes; a torn last key is cut off."""
+    """The row of each key: rows are counted in the order in which keys are added. Of equal keys the last one counts."""
 
-    def __init__(self, path: Path, at_most: int | None = None):
-        self.path = path
-        raw = np.fromfile(path, dtype=np.uint8) if path.exists() else np.empty(0, dtype=np.uint8)
-        self.count = len(raw) // 16 if at_most is None else min(len(raw) // 16, at_most)
+    def __init__(self) -> None:
+        self.count = 0
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # (keys, sorted; their rows), each longer than the next
-        self._add(raw[: 16 * self.count].view(KEY), 0)
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """int64 [N], -1 for those that are not there."""
         rows = np.full(len(keys), -1, dtype=np.int64)
         for known, places in self._runs:
-            at = np.searchsorted(known, keys).clip(max=len(known) - 1)
-            found = known[at] == keys
+            at = np.searchsorted(known, keys, side="right") - 1
+            found = (at >= 0) & (known[at] == keys)
             rows[found] = places[at[found]]
         return rows
 
-    def append(self, keys: np.ndarray) -> None:
-        """Distinct keys that are not there yet; OSError where the disk is full, and nothing is added then."""
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
-            file.truncate(16 * self.count)
-            file.seek(0, 2)
-            file.write(keys.tobytes())
-        self._add(keys, self.count)
-        self.count += len(keys)
-
-    def _add(self, keys: np.ndarray, start: int) -> None:
+    def add(self, keys: np.ndarray) -> None:
+        """Keys that are distinct among themselves."""
         if not len(keys):
             return
         order = np.argsort(keys, kind="stable")
-        self._runs.append((keys[order], start + order))
+        self._runs.append((keys[order], self.count + order))
+        self.count += len(keys)
         while len(self._runs) > 1 and len(self._runs[-2][0]) <= 2 * len(self._runs[-1][0]):
             (a, first), (b, second) = self._runs[-2:]
             both, rows = np.concatenate([a, b]), np.concatenate([first, second])
-            order = np.argsort(both, kind="stable")
+            order = np.argsort(both, kind="stable")  # stable: the later of two equal keys stays behind the earlier
             self._runs[-2:] = [(both[order], rows[order])]
 
 

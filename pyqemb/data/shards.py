@@ -1,13 +1,16 @@
 """Training data larger than memory: examples in memory-mapped Arrow files, by task, with a manifest of what they hold.
 
-FOLDER/manifest.json
-FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most ROWS rows
+FOLDER/manifest.json        sealed (`data/sealed.py`): of each file its size, of each record batch its place, rows and checksum
+FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most 1024 rows
+
+A batch reaches Arrow only after its bytes were found to be those that were written.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,10 +23,12 @@ import pyarrow as pa
 
 from pyqemb.data.example import Example
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.splits import dataset_files
-from pyqemb.errors import DataError
+from pyqemb.data.strict_json import parse
+from pyqemb.errors import DataError, MachineError
 
-FORMAT = "pyqemb-shards-1"
+FORMAT = "pyqemb-shards-2"
 _BATCH = 1024  # rows of a record batch: what a random access touches
 _OPEN = 4096  # record batches whose columns are at hand
 _NUMBERS = pa.list_(pa.float64())
@@ -48,31 +53,23 @@ class Summary:
     score: int = 0
     scores: int = 0
     query_embedding: int = 0
-    files: list[list[int]] = field(default_factory=list)  # rows of each record batch of each file
+    files: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # "size" and "batches": [rows, offset, size, crc32] of each
 
 
 class Shards(Sequence[Example]):
     """The examples of one task of a folder, in the order in which they were written; read as they are asked for.
 
-    `instruction` is for those that bring none. Raises DataError where a file is missing or damaged.
+    `instruction` is for those that bring none. Raises DataError where a file is missing or damaged,
+    at the latest when a damaged row is asked for.
     """
 
     def __init__(self, folder: Path, number: int, summary: Summary, instruction: str | None = None):
         self.summary, self.instruction = summary, instruction
-        self._batches: list[tuple[int, int]] = []  # (file, batch)
-        self._files = []
-        for file, batches in enumerate(summary.files):
-            path = folder / _name(number, file)
-            try:
-                self._files.append(pa.ipc.open_file(pa.memory_map(str(path))))
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{path}: no shard that can be read: {error}") from error
-            if self._files[-1].num_record_batches != len(batches):
-                raise DataError(
-                    f"{path}: holds {self._files[-1].num_record_batches} batches, its manifest says {len(batches)}"
-                )
-            self._batches += [(file, batch) for batch in range(len(batches))]
-        self._ends = list(accumulate(rows for batches in summary.files for rows in batches))
+        self._files = [_File(folder / _name(number, file), facts) for file, facts in enumerate(summary.files)]
+        self._batches = [(file, batch) for file in self._files for batch in range(len(file.batches))]
+        self._ends = list(accumulate(rows for file in self._files for rows, *_ in file.batches))
         self._open: dict[
             int, list[Any]
         ] = {}  # columns of record batches that were asked for; they lie in the mapped files
@@ -124,7 +121,7 @@ class Shards(Sequence[Example]):
         """Of a record batch: arrays, or what every row has where a column is empty."""
         file, batch = self._batches[at]
         columns: list[Any] = []
-        for column in self._files[file].get_batch(batch).columns:
+        for column in file.read(batch).columns:
             if column.null_count == len(column):
                 columns.append(None)
             elif pa.types.is_list(column.type) and not column.null_count and not len(column.flatten()):
@@ -142,6 +139,41 @@ class Shards(Sequence[Example]):
         return example
 
 
+class _File:
+    """An Arrow file, mapped. Of Arrow's own framing only the record batches are used, each checked before its first use."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.batches = path, facts["batches"]
+        self._checked = bytearray(len(self.batches))
+        try:
+            self._bytes = pa.memory_map(str(path)).read_buffer()
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no shard that can be read: it is missing") from error
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if self._bytes.size != facts["size"]:
+            raise DataError(
+                f"{path}: no shard that can be read: it has {self._bytes.size} bytes, the manifest says {facts['size']}"
+            )
+
+    def read(self, batch: int) -> pa.RecordBatch:
+        _, offset, size, crc = self.batches[batch]
+        if not self._checked[batch]:
+            try:
+                with self.path.open("rb") as file:  # not through the map: a bad sector there would end the process
+                    file.seek(offset)
+                    found = zlib.crc32(file.read(size))
+            except OSError as error:
+                raise MachineError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+            if found != crc:
+                raise DataError(
+                    f"{self.path}: no shard that can be read: damaged between bytes {offset} and {offset + size}; "
+                    "remove the folder and write it again"
+                )
+            self._checked[batch] = True
+        return pa.ipc.read_record_batch(self._bytes.slice(offset, size), _SCHEMA)
+
+
 def is_shards(folder: Path) -> bool:
     """Whether a folder is one that `write_shards` made."""
     return (folder / "manifest.json").is_file() and any(folder.glob("*.arrow"))
@@ -150,20 +182,25 @@ def is_shards(folder: Path) -> bool:
 def read_shards(folder: str | Path) -> dict[str | None, Shards]:
     """The tasks of a folder and their examples."""
     folder = Path(folder)
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise DataError(f"{folder}: is of format {manifest['format']!r}, this version reads {FORMAT!r}")
-        summaries = [Summary(**values) for values in manifest["tasks"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: no folder of shards: {error}") from error
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no folder of shards: it is missing") from error
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
+    manifest = parse(raw, str(path))
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{folder}: is of format {found!r}, this version reads {FORMAT!r}; write it again")
+    summaries = [Summary(**values) for values in unseal(raw, str(path))["tasks"]]
     return {summary.task: Shards(folder, number, summary) for number, summary in enumerate(summaries)}
 
 
 def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_file: int = 1_000_000) -> int:
     """Write examples as a folder of shards, all or nothing, in constant memory. Returns how many.
 
-    Raises DataError: no examples, or a disk that is full.
+    Raises DataError: no examples. MachineError: a disk that is full.
     """
     folder = Path(folder)
     try:
@@ -181,9 +218,11 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
                 "rows": sum(s.rows for s in summaries),
                 "tasks": [s.__dict__ for s in summaries],
             }
-            (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    except (OSError, pa.ArrowException) as error:
+            (temporary / "manifest.json").write_bytes(seal(manifest))
+    except pa.ArrowException as error:
         raise DataError(f"{folder}: cannot be written: {error}") from error
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return sum(s.rows for s in summaries)
 
 
@@ -219,6 +258,8 @@ class _Writer:
         self._summary, self._hash = Summary(task), hashlib.sha256()
         self._waiting: list[Example] = []
         self._writer: Any = None
+        self._sink: Any = None
+        self._file = ExitStack()
 
     def add(self, example: Example) -> None:
         summary = self._summary
@@ -246,19 +287,26 @@ class _Writer:
             return
         if self._writer is None:
             path = self._folder / _name(self._number, len(self._summary.files))
-            self._writer = self._files.enter_context(pa.ipc.new_file(str(path), _SCHEMA))
-            self._summary.files.append([])
+            self._file = self._files.enter_context(ExitStack())
+            self._sink = self._file.enter_context(pa.OSFile(str(path), "wb"))
+            self._writer = pa.ipc.new_file(self._sink, _SCHEMA)
+            self._summary.files.append({"size": 0, "batches": []})
         columns = zip(*([getattr(e, name) for name in _SCHEMA.names] for e in self._waiting), strict=True)
         arrays = [pa.array(list(column), type=kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
-        self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-        self._summary.files[-1].append(len(self._waiting))
+        batch = pa.record_batch(arrays, schema=_SCHEMA)
+        self._writer.write_batch(batch)
+        message = batch.serialize()  # the bytes that the writer has put into the file, last
+        file = self._summary.files[-1]
+        file["batches"].append([batch.num_rows, self._sink.tell() - message.size, message.size, zlib.crc32(message)])
         self._waiting = []
-        if sum(self._summary.files[-1]) >= self._rows_per_file:
+        if sum(rows for rows, *_ in file["batches"]) >= self._rows_per_file:
             self._close()
 
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._summary.files[-1]["size"] = self._sink.tell()
+            self._file.close()
             self._writer = None
 
 

@@ -1,19 +1,28 @@
 """Every request and its answer, on disk, by the request's content: nothing is ever asked twice."""
 
+import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pyqemb.errors import DataError
 from pyqemb.llm.request import Answer
 
+_VERSION = 2  # SQLite's user_version. 1: answers without digests, which a store of today is given when it is opened
+_ERRORS = sqlite3.Error, UnicodeDecodeError  # the latter where SQLite's own words quote what is damaged
+log = logging.getLogger("pyqemb")
+
 
 class Store:
-    """One SQLite file, safe against a kill at any moment; several jobs may share it.
+    """One SQLite file, safe against a kill or a power cut at any moment; several jobs may share it.
 
-    Raises DataError naming the file where it cannot be opened, is no store, or its disk is full; what it holds stays.
+    Each answer has a digest: one that the disk has damaged counts as missing, and is asked for again.
+
+    Raises DataError naming the file where it cannot be opened, is no store, is damaged, or its disk is full; what it holds stays.
     """
 
     def __init__(self, path: str | Path):
@@ -21,36 +30,76 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self._connection.execute("pragma journal_mode = wal")
-            self._connection.execute("pragma synchronous = normal")
-            self._connection.execute(
+            for setting in ("journal_mode = wal", "synchronous = full", "cell_size_check = on", "trusted_schema = off"):
+                self._connection.execute(f"pragma {setting}")
+            self._connection.text_factory = lambda raw: raw.decode(
+                "utf-8", "replace"
+            )  # what is damaged has another digest
+            self._create()
+        except (*_ERRORS, OSError) as error:
+            raise DataError(f"{self.path}: cannot be used as a store of answers: {error}") from error
+
+    def _create(self) -> None:
+        run = self._connection.execute
+        if run("pragma user_version").fetchone()[0] == _VERSION:
+            return
+        run("begin immediate")  # one job at a time
+        version = run("pragma user_version").fetchone()[0]
+        if version > _VERSION:
+            raise DataError(f"{self.path}: is of version {version}, this version reads {_VERSION}")
+        if version < _VERSION:
+            run(
                 "create table if not exists answers (key text primary key, request text not null, answer text not null) "
                 "without rowid"
             )
-        except (sqlite3.Error, OSError) as error:
-            raise DataError(f"{self.path}: cannot be used as a store of answers: {error}") from error
+            if "digest" not in [column[1] for column in run("pragma table_info(answers)")]:
+                run("alter table answers add column digest blob")
+                self._connection.create_function("digest_of", 3, _digest, deterministic=True)
+                run("update answers set digest = digest_of(key, request, answer)")
+            run(f"pragma user_version = {_VERSION}")
+        run("commit")
 
     def get(self, key: str) -> Answer | None:
-        row = self._run("select answer from answers where key = ?", (key,)).fetchone()
-        return None if row is None else Answer(**json.loads(row[0]))
+        with self._named():
+            row = self._run("select key, request, answer, digest from answers where key = ?", (key,)).fetchone()
+        return Answer(**json.loads(row[2])) if row is not None and self._is_sound(row) else None
 
     def put(self, key: str, request: dict[str, Any], answer: Answer) -> None:
-        words = (json.dumps(value, ensure_ascii=False) for value in (request, answer.row()))
-        self._run("insert or replace into answers values (?, ?, ?)", (key, *words))
+        row = (key, *(json.dumps(value, ensure_ascii=False) for value in (request, answer.row())))
+        self._run("insert or replace into answers values (?, ?, ?, ?)", (*row, _digest(*row)))
 
     def __len__(self) -> int:
-        return self._run("select count(*) from answers").fetchone()[0]
+        with self._named():
+            return self._run("select count(*) from answers").fetchone()[0]
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], Answer]]:
         """(key, request, answer) of everything, by key."""
-        for key, request, answer in self._run("select key, request, answer from answers order by key"):
-            yield key, json.loads(request), Answer(**json.loads(answer))
+        with self._named():
+            for row in self._run("select key, request, answer, digest from answers order by key"):
+                if self._is_sound(row):
+                    yield row[0], json.loads(row[1]), Answer(**json.loads(row[2]))
+
+    def _is_sound(self, row: tuple[Any, ...]) -> bool:
+        sound = all(isinstance(text, str) for text in row[:3]) and row[3] == _digest(*row[:3])
+        if not sound:
+            log.warning("%s: an answer is damaged; it is asked for again", self.path)
+        return sound
 
     def close(self) -> None:
         self._connection.close()
 
     def _run(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        try:
+        with self._named():
             return self._connection.execute(statement, values)
-        except sqlite3.Error as error:
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except _ERRORS as error:
             raise DataError(f"{self.path}: {error}; the answers stored so far are kept") from error
+
+
+def _digest(key: str, request: str, answer: str) -> bytes:
+    row = json.dumps([key, request, answer])
+    return hashlib.blake2b(row.encode(), digest_size=16).digest()

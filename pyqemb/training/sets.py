@@ -110,10 +110,10 @@ def set_shares(loader: Loader, steps: int) -> list[mixing.SetShare]:
     return mixing.table(rows, loader.batches, loader.batch_sizes, steps)
 
 
-def token_cache(config: TrainConfig, tokenizer: Tokenizer, rank: int) -> TokenCache | TokenFolder:
-    """In memory, or in a folder for each process."""
+def token_cache(config: TrainConfig, tokenizer: Tokenizer) -> TokenCache | TokenFolder:
+    """In memory, or in a folder that all ranks, and other runs, share."""
     folder = config.train.token_cache
-    return TokenCache(tokenizer) if folder is None else TokenFolder(tokenizer, Path(folder) / f"process-{rank}")
+    return TokenCache(tokenizer) if folder is None else TokenFolder(tokenizer, folder)
 
 
 def _by_task(entry: DataSet, config: TrainConfig) -> Mapping[str | None, Sequence[Example]]:

@@ -106,7 +106,7 @@ class Run:
         if len(sets.instructions) == 1:  # what the model is trained with is what it should say later
             self.model.default_instruction = next(iter(sets.instructions))
         self.loader = make_loader(sets, config)
-        self.tokens = token_cache(config, self.model.tokenizer, world.rank)
+        self.tokens = token_cache(config, self.model.tokenizer)
         self.steps = num_steps(config, self.loader)
         if len(sets.examples) > 1:
             self.warn("\n".join(mixing.lines(set_shares(self.loader, self.steps))))

@@ -131,9 +131,9 @@ def test_vectors_are_kept(tmp_path):
 def test_a_torn_end_is_cut_off(tmp_path):
     CachedEncoder(Circle(), tmp_path).encode_document(["d 5", "d 20"])
     folder = next(tmp_path.iterdir())
-    with (folder / "vectors.f32").open("ab") as file:
+    with (folder / "0000.data").open("ab") as file:
         file.write(b"\xff" * 13)
-    with (folder / "keys").open("ab") as file:
+    with (folder / "0000.index").open("ab") as file:
         file.write(b"\xff" * 5)
     model = Circle()
     texts = ["d 5", "d 30", "d 20"]

@@ -74,6 +74,66 @@ def test_damage_is_named(folder, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+# Reads every row of every task of a folder whose bytes are changed, one after the other; a crash would end the process.
+FLIPS = """
+    import sys
+    from pathlib import Path
+    from pyqemb.data.shards import read_shards
+    from pyqemb.errors import DataError
+    folder = Path(sys.argv[1])
+    truth = {task: list(rows) for task, rows in read_shards(folder).items()}
+    refused = right = 0
+
+    def check(path):
+        global refused, right
+        try:
+            found = {task: [rows[i] for i in range(len(rows))] for task, rows in read_shards(folder).items()}
+        except DataError as error:
+            assert path.name in str(error) or str(folder) in str(error), error
+            refused += 1
+            return
+        assert found == truth, path
+        right += 1
+
+    for path in sorted(folder.iterdir()):
+        raw = path.read_bytes()
+        for at in range(len(raw)):
+            for mask in (1 << at % 8, 0xFF):
+                path.write_bytes(raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :])
+                check(path)
+        for size in range(0, len(raw), 7):
+            path.write_bytes(raw[:size])
+            check(path)
+        path.unlink()
+        check(path)
+        path.write_bytes(raw)
+    a, b = sorted(folder.glob("*.arrow"))[:2]
+    one, two = a.read_bytes(), b.read_bytes()
+    a.write_bytes(two)
+    b.write_bytes(one)
+    check(a)
+    print(refused, right)
+"""
+
+
+def test_a_changed_byte_is_never_read_as_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 2)
+    write_shards(tmp_path / "shards", [EXAMPLES[0], EXAMPLES[1], EXAMPLES[2], EXAMPLES[3], EXAMPLES[-1]])
+    size = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    command = [sys.executable, "-c", textwrap.dedent(FLIPS), str(tmp_path / "shards")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, right = map(int, done.stdout.split())
+    assert refused + right > 2 * size and refused > size / 2  # Arrow's header and footer are not read
+
+
+def test_files_of_an_older_version_are_named(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": "pyqemb-shards-1"}))
+    with pytest.raises(DataError, match="is of format 'pyqemb-shards-1', this version reads 'pyqemb-shards-2'"):
+        read_shards(folder)
+
+
 def test_parquet_files_become_shards_once(tmp_path):
     for number in range(2):
         rows = [{"query": f"{number}{i}", "positive": "p", "negatives": ["n"]} for i in range(5)]

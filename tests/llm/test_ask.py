@@ -1,7 +1,11 @@
 """Asking a real server on this machine that answers well, slowly, wrongly, or not at all."""
 
 import asyncio
+import json
 import sqlite3
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from pydantic import BaseModel
@@ -200,3 +204,60 @@ def test_a_store_that_two_jobs_share(tmp_path):
     assert two.get("k") == Answer("x") and two.get("other") is None
     two.put("l", {}, Answer("y"))
     assert len(one) == 2 and isinstance(one._connection, sqlite3.Connection)
+
+
+FLIPS = """
+    import random, sys
+    from pathlib import Path
+    from pyqemb.errors import DataError
+    from pyqemb.llm import Answer, Store
+    path = Path(sys.argv[1])
+    raw, right, refused, lost = path.read_bytes(), 0, 0, 0
+    for at in random.Random(0).sample(range(len(raw)), 700):
+        for other in path.parent.iterdir():
+            other.unlink()
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ (1 << at % 8)]) + raw[at + 1 :])
+        try:
+            store = Store(path)
+            for number in range(40):
+                found = store.get(f"key {number}")
+                lost += found is None
+                right += found is not None
+                assert found in (None, Answer(f"answer {number} é" * 5)), found
+            for key, request, found in store:
+                assert found == Answer(f"answer {request['n']} é" * 5) and key == f"key {request['n']}"
+            store.put("new", {}, Answer("x"))
+            store.close()
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    print(right, refused, lost)
+"""
+
+
+def test_damage_to_a_store_is_found(tmp_path):
+    store = Store(tmp_path / "s" / "answers.sqlite")
+    for number in range(40):
+        store.put(f"key {number}", {"n": number}, Answer(f"answer {number} é" * 5))
+    store.close()
+    command = [sys.executable, "-c", textwrap.dedent(FLIPS), str(store.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    right, refused, lost = map(int, done.stdout.split())
+    assert right > 0 and refused > 0 and lost > 0
+
+
+def test_a_store_without_digests_is_given_them(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute(
+        "create table answers (key text primary key, request text not null, answer text not null) without rowid"
+    )
+    connection.execute("insert into answers values ('k', '{}', ?)", (json.dumps(Answer("x").row()),))
+    connection.commit()
+    connection.close()
+    one, two = Store(path), Store(path)
+    assert one.get("k") == two.get("k") == Answer("x") and [key for key, _, _ in one] == ["k"]
+    one._connection.execute("pragma user_version = 3")
+    with pytest.raises(DataError, match="is of version 3, this version reads 2"):
+        Store(path)
