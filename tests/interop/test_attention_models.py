@@ -1,15 +1,17 @@
 """attn_implementation="pyqemb" against "eager": the architectures of transformers, each equal or refused by name.
 
-    python tests/interop/test_attention_models.py [NAME ...] > table
+    python tests/interop/test_attention_models.py [NAME ...]
 
-runs every architecture that can be built small, or those named, and prints a line for each: the largest differences,
-the refusal, or why eager could not run. The table in `docs/how-to/transformers.md` is made from it.
+runs every architecture that can be built small, or those named. It prints a line for each: the largest differences, the
+refusal, or why eager could not run. Last comes the table of `docs/how-to/transformers.md`.
 """
 
+import collections
 import contextlib
 import copy
 import functools
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -235,7 +237,7 @@ def compare(eager, ours):
     return found
 
 
-class TooLong(Exception):
+class TooLong(BaseException):
     pass
 
 
@@ -346,6 +348,7 @@ def main(names):
         from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
         names = sorted(MODEL_MAPPING_NAMES)
+    outcomes = collections.defaultdict(list)
     for name in names:
         CALLS.clear()
         signal.alarm(40)
@@ -354,14 +357,33 @@ def main(names):
             parts = [
                 f"{key}={value:.1e}" if isinstance(value, float) else f"{key}={value}" for key, value in found.items()
             ]
-            print(name, f"calls={len(CALLS)}", *parts, sep="\t", flush=True)
-        except TooLong:
-            print(name, "TOO LONG", sep="\t", flush=True)
-        except Exception as failed:
-            kind = "REFUSED" if "[pyqemb]" in str(failed) else "NOT RUN"
-            print(name, kind, type(failed).__name__, str(failed)[:200].replace("\n", " "), sep="\t", flush=True)
+            print(name, *parts, sep="\t", flush=True)
+            outcomes[outcome(found, len(CALLS))].append(name)
+        except (Exception, TooLong) as failed:
+            refused = isinstance(failed, ValueError) and "[pyqemb]" in str(failed)
+            print(name, type(failed).__name__, str(failed)[:200].replace("\n", " "), sep="\t", flush=True)
+            outcomes[short(str(failed)) if refused else "not run"].append(name)
         finally:
             signal.alarm(0)
+    print("\n| outcome | architectures |\n| --- | --- |")
+    for kind, found in sorted(outcomes.items(), key=lambda item: -len(item[1])):
+        print(f"| {kind} | {', '.join(found)} |")
+
+
+def outcome(found, calls):
+    differences = [value for value in found.values() if isinstance(value, float)]
+    if not all(value < 1e-5 for value in differences) or any("ERROR" in str(value) for value in found.values()):
+        return "other"
+    refusals = [value for value in found.values() if isinstance(value, str) and value != "-"]
+    if refusals:
+        return short(refusals[0])
+    return "equal" if calls else "no attention"
+
+
+def short(refusal):
+    """The sentence without what differs between architectures."""
+    refusal = re.sub(r"^\[\w+\] |, got .*|: load it .*| \(\w+\)", "", refusal)
+    return re.sub(r"^\w+ has an attention", "an attention", refusal)
 
 
 if __name__ == "__main__":
