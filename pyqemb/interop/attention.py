@@ -20,7 +20,7 @@ from pyqemb.interop.attention_layout import NAME, Layout, full_rows, layout_of_m
 # What models hand on to attention that no attention function of transformers reads: lengths that the layout has
 # already, switches of other outputs, and model inputs that `**kwargs` carries along.
 IGNORED = {
-    "cache_position", "deterministic", "labels", "layer_idx", "logits_to_keep", "max_length_k", "max_length_q",
+    "cache_position", "deterministic", "input_ids", "labels", "layer_idx", "logits_to_keep", "max_length_k", "max_length_q",
     "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
 }  # fmt: skip

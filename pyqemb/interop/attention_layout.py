@@ -1,6 +1,6 @@
 """Where the sequences lie in padded rows: found exactly, from the mask that transformers would make.
 
-Legend: B rows, Q queries and S keys of a row, T and U of them that take part in a sequence, I those that may take part.
+Legend: B rows, Q queries and S keys of a row, T and U of them that take part in one of the N sequences.
 """
 
 from collections.abc import Callable
@@ -69,6 +69,7 @@ def layout_of_mask(
     mask_function: MaskFunction,
     attention_mask: Tensor | Layout | None = None,
     cache_position: Tensor | None = None,
+    local_size: int | None = None,
     use_vmap: bool = False,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
@@ -115,7 +116,14 @@ def layout_of_mask(
             return mask[:, 0]
 
         bounds = _bounds(visible, len(at_Q), real_BS)
-    return _layout(*bounds, at_Q, real_BS, torch.device(device))
+    found = None if bounds is None else _layout(*bounds, at_Q, real_BS, torch.device(device))
+    if found is None:
+        window = "" if local_size is None else f" with a window or chunks of {local_size} tokens"
+        raise ValueError(
+            f"[{NAME}] expected causal or full attention inside sequences, got another mask{window}:"
+            ' load the model with attn_implementation="sdpa" or "eager"'
+        )
+    return found
 
 
 def full_rows(sizes: tuple[int, int, int], device: torch.device) -> Layout:
@@ -153,8 +161,8 @@ def _known_bounds(mask: MaskFunction, at_Q: Tensor, real_BS: Tensor) -> tuple[Te
     return torch.zeros_like(last_BQ), last_BQ
 
 
-def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """(first, last) [B, Q]: the keys that a query sees are numbers first to last - 1 among the row's real keys."""
+def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(first, last) [B, Q]: the keys that a query sees are numbers first to last - 1 among the row's real keys. None: not a range."""
     batch, keys = real_BS.shape
     number_BS = real_BS.cumsum(1) - 1
     found = []
@@ -167,13 +175,11 @@ def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor
     first_BQ, last_BQ = number_BS.gather(1, first_BQ), number_BS.gather(1, last_BQ) + 1
     empty_BQ = count_BQ == 0
     first_BQ, last_BQ = first_BQ.masked_fill(empty_BQ, 0), last_BQ.masked_fill(empty_BQ, 0)
-    if not torch.equal(last_BQ - first_BQ, count_BQ):
-        _refuse_mask()
-    return first_BQ, last_BQ
+    return (first_BQ, last_BQ) if torch.equal(last_BQ - first_BQ, count_BQ) else None
 
 
-def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, device: torch.device) -> Layout:
-    """The sequences in which every query sees all keys or, where those are none, its own and all before.
+def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, device: torch.device) -> Layout | None:
+    """The sequences in which every query sees all keys or, where those are none, its own and all before. None: neither.
 
     A query of a causal sequence is the key at its place and padding with it; of others nothing is known, they are computed.
     """
@@ -194,7 +200,7 @@ def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, de
         if bool((first_N[1:] >= last_N[:-1]).all()):
             break
     else:
-        _refuse_mask()
+        return None
     covered = torch.zeros(int(real_BS.sum()) + 1, dtype=torch.int64)
     covered = covered.index_add(0, first_N, torch.ones_like(first_N)).index_add(0, last_N, -torch.ones_like(last_N))
     places_U = real_BS.flatten().nonzero().flatten()[covered.cumsum(0)[:-1] > 0]
@@ -212,7 +218,3 @@ def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, de
         None if len(queries_T) == batch * queries else queries_T.to(device),
         None if len(keys_U) == batch * seen else keys_U.to(device),
     )
-
-
-def _refuse_mask() -> NoReturn:
-    raise ValueError(f"[{NAME}] expected causal or full attention inside sequences, got another mask")
