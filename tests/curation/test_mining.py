@@ -214,3 +214,21 @@ def test_corpora(tmp_path):
         list(read_corpus(write("m.jsonl", {"text": "a"}, {"body": "b"})))
     with pytest.raises(DataError, match=r"expected corpus\.jsonl"):
         list(read_corpus(tmp_path))
+
+
+def test_what_mining_replaces_is_said(caplog):
+    examples = [
+        Example("q 0", "a 1", ("n 5",), scores=(1.0, 0.5)),
+        Example("r 90", "b 91"),
+        Example("s 40", "c 41", ("m 6",)),
+    ]
+    mined = pyqemb.mine(Circle(), examples, k=1, max_positive_ratio=None)
+    assert all(example.scores == () for example in mined.examples)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "mine: the negatives of 2 of 3 rows are replaced by mined ones",
+        "mine: the scores of 1 of 3 rows are dropped: they belong to other negatives",
+    ]
+    caplog.clear()
+    pyqemb.mine(Circle(), [Example("q 0", "a 1"), Example("r 90", "b 91")], k=1, max_positive_ratio=None)
+    assert not caplog.records

@@ -218,6 +218,26 @@ def test_decontaminate_by_words(evaluation):
     assert kept == [examples[0], examples[1], examples[3]]
 
 
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "the quick brown fox jumps over the lazy caf\u00e9",
+        "THE  QUICK\nbrown fox jumps over the lazy cafe\u0301",
+        "the qu\u200bick br\u00adown f\u2060ox jumps over the lazy caf\u00e9",
+        "the&nbsp;quick brown&#160;fox ju&shy;mps over&amp;nbsp;the lazy caf&eacute;",
+        "the \uff51\uff55\uff49\uff43\uff4b brown fox jumps over\u00a0the lazy cafe\ufe0f",
+    ],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_decontaminate_sees_through_disguises(tmp_path, copy, swap):
+    plain = "the quick brown fox jumps over the lazy caf\u00e9"
+    held_out, own = (copy, plain) if swap else (plain, copy)
+    write_examples(tmp_path / "dev.jsonl", [Example(held_out, "an answer")])
+    step = Decontaminate(folders=[tmp_path / "dev.jsonl"], ngram=8)
+    kept, dropped = run(step, [Example(own, "x"), Example("something else", "y")])
+    assert [example.query for example in kept] == ["something else"] and len(dropped) == 1
+
+
 def test_decontaminate_by_meaning(evaluation):
     examples = [Example("about 301", "far 100"), Example("else 10", "close 302"), Example("else 10", "far 100")]
     kept, dropped = run(Decontaminate(folders=[evaluation], model=Circle(), max_similarity=0.99), examples)

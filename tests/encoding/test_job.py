@@ -52,6 +52,34 @@ def test_every_input(tmp_path, jsonl):
     assert [row.text for row in read_texts(tmp_path / "lines.txt")] == ["eins", "", "zwei \u2028 drei", "vier"]
 
 
+def test_lines_and_cells(tmp_path, caplog):
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert [row.text for row in read_texts(tmp_path / "mark.txt")] == ["one", "two"]
+    (tmp_path / "t.csv").write_text('id,text\n1,"a, b"\n1,\n')
+    assert [tuple(row) for row in read_texts(tmp_path / "t.csv")] == [("1", "a, b"), ("1", "")]
+    assert "1 ids occur again (first: '1' at" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", '{"_id": "a\\nb", "text": "x"}', r"t\.jsonl:1: the id 'a\\nb' has a line end"),
+        ("t.jsonl", '{"_id": "a\\u2028b", "text": "x"}', "has a line end"),
+        ("t.jsonl", '{"_id": 1.5, "text": "x"}', "'_id' must be text or an integer, got 1.5"),
+        ("t.jsonl", '{"_id": "a", "text": "x"}\n{"text": "y"}', r"t\.jsonl:2: lacks an id"),
+        ("t.csv", "one\ntwo\n", r"t\.csv:2: expected a text under 'text', the row has \['one'\]"),
+        ("t.txt", "one\rtwo", r"t\.txt:1: a carriage return"),
+        ("t.txt", "\ufeffone".encode("utf-16"), "UTF-16"),
+        ("t.md", "one", r"unknown format; expected .*\.txt"),
+        ("t", "one", "unknown format"),
+    ],
+)
+def test_inputs_that_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        list(read_texts(tmp_path / name))
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
 @pytest.mark.parametrize("precision", ["float32", "int8", "ubinary"])
 def test_every_output(model, jsonl, tmp_path, suffix, precision):

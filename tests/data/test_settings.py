@@ -1,0 +1,113 @@
+"""Files of settings: what can be wrong is one line that names the file, and exit code 2."""
+
+import pytest
+
+from pyqemb.cli import main
+from pyqemb.curation.config import CurateConfig
+from pyqemb.errors import ConfigError
+from pyqemb.synthesis.config import SynthesisConfig
+from pyqemb.training.config import load_config, stage2
+
+LOADERS = {"train": load_config, "curate": CurateConfig.from_file, "synthesize": SynthesisConfig.from_file}
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD = [
+    ("x.toml", b"seed = " + b"9" * 5000),
+    ("x.toml", b"seed = 1" + b"0" * 30),
+    ("x.toml", b"seed = " + b"[" * 100_000),
+    ("x.toml", b"[" + b".".join([b"a"] * 5000) + b"]"),
+    ("x.toml", b"seed = 2026-01-01"),
+    ("x.toml", b"seed = 2026-01-01T10:00:00Z"),
+    ("x.toml", b"seed = nan"),
+    ("x.toml", b"seed = -inf"),
+    ("x.toml", b"seed = 1e999"),
+    ("x.toml", b"seed = 1\nseed = 2"),
+    ("x.toml", b"\xff\xfe"),
+    ("x.toml", b"# " + b"x" * (2 << 20)),
+    ("x.yaml", b"seed: " + b"9" * 5000),
+    ("x.yaml", b"seed: " + b"[" * 5000),
+    ("x.yaml", b"seed: 2026-01-01"),
+    ("x.yaml", b"seed: 2026-13-45"),
+    ("x.yaml", b"seed: .inf"),
+    ("x.yaml", b"1: a"),
+    ("x.yaml", b"? [a, b]\n: c"),
+    ("x.yaml", b"a: 1\na: 2"),
+    ("x.yaml", b"a:\n\t- b"),
+    ("x.yaml", b"a: &a [*a]"),
+    ("x.yaml", b"- 1"),
+    ("x.yaml", b""),
+    ("x.yaml", b"a: 1\n---\nb: 2"),
+    ("x.yaml", b"a: !!bool x"),
+    ("x.yaml", b"a: !!timestamp x"),
+    ("x.yaml", b"a: !!set {b}"),
+    ("x.yaml", b"a: !!binary aGk="),
+    ("x.yaml", b"a: !!python/name:os.system"),
+    ("x.yaml", BOMB.encode()),
+    ("x.yaml", MERGES.encode()),
+    ("x.yaml", b"\x00"),
+    ("x.json", b'{"seed": 1, "seed": 2}'),
+    ("x.json", b'{"seed": NaN}'),
+    ("x.json", b"[]"),
+    ("x.ini", b""),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_files(tmp_path, number, capsys):
+    name, content = BAD[number]
+    path = tmp_path / name
+    path.write_bytes(content)
+    for verb, load in LOADERS.items():
+        with pytest.raises(ConfigError, match=name) as error:
+            load(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 900
+        assert main([verb, str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    for name, text in (
+        ("a.toml", '[model]\nbase = "m"\n[[data]]\npath = "d"\n'),
+        ("a.yaml", "model: &m {base: m}\ndata: [{path: d}]\n"),
+        ("a.json", '{"model": {"base": "m"}, "data": [{"path": "d"}]}'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        assert load_config(tmp_path / name).model.base == "m"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("train", {"steps": True}, "steps: expected a number, got True"),
+        ("train", {"batch_size": True}, "global_batch_size: expected a number, got True"),
+        ("train", {"learning_rate": False}, "learning_rate: expected a number"),
+        ("train", {"betas": [0.9, True]}, "betas: expected a number"),
+        ("train", {"memory": True}, "memory: expected a number"),
+        ("train", {"steps": 10**30}, "steps: expected a number of at most 64 bits, got an integer of 100 bits"),
+        ("loss", {"matryoshka": [True]}, "matryoshka: expected a number"),
+        ("eval", {"every": True}, "every: expected a number"),
+    ],
+)
+def test_numbers_are_numbers(section, values, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        stage2(model={"base": "m"}, data=[{"path": "d"}], **{section: values})
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_is_no_truth_value():
+    with pytest.raises(ConfigError, match="stage: expected a number, got True"):
+        type(stage2(model={"base": "m"}, data=[{"path": "d"}]))(stage=True, model={"base": "m"}, data=[{"path": "d"}])
+    with pytest.raises(ConfigError, match="ngram: expected a number"):
+        CurateConfig(input="a", out="b", step=[{"kind": "decontaminate", "folders": ["c"], "ngram": True}])
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000, "2026-01-01", ".nan", "!!bool x", "1" + "0" * 30, "a: b: c"])
+def test_bad_overrides(tmp_path, value):
+    (tmp_path / "run.toml").write_text('[model]\nbase = "m"\n[[data]]\npath = "d"\n')
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "run.toml", [f"train.steps={value}"])
+    assert "\n" not in str(error.value)
