@@ -134,6 +134,7 @@ class TrainSection(Section):
     global_batch_size: int = Field(512, ge=1)  # queries a step
     num_negatives: int = Field(7, ge=0)  # hard negatives a query, chosen anew each time when there are more
     mixing_alpha: float = Field(1.0, ge=0)  # 1: sets in proportion to their rows, 0: all alike
+    rank_timeout: float = Field(45.0, ge=3)  # seconds without a sign of life after which a rank counts as lost
     token_cache: str | None = None  # a folder that keeps token ids for later epochs and runs; None: in memory
     tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass; memory, not results, depends on it
     learning_rate: float = Field(1e-5, gt=0)

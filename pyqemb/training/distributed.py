@@ -3,12 +3,14 @@
 Legend: S texts of a batch, E dimension.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyqemb.errors import ConfigError
+from pyqemb.errors import ConfigError, Interrupted, RankError
+from pyqemb.training.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
-_PATIENCE = timedelta(hours=2)  # the first process evaluates and saves while the others wait
+_FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
+_FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,20 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """ConfigError in all ranks where one has another value of a fact than rank 0: it names rank, fact and both values."""
+        if self.size == 1:
+            return
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, facts)
+        for rank, theirs in enumerate(everyone):
+            for name in sorted(facts.keys() | theirs.keys()):
+                if theirs.get(name) != everyone[0].get(name):
+                    raise ConfigError(
+                        f"rank {rank} has {name} = {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; "
+                        "all ranks need the same configuration, data and version of pyqemb"
+                    )
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -110,12 +128,14 @@ class _Gather(torch.autograd.Function):
 
 
 @contextmanager
-def joined(device: str) -> Iterator[tuple[World, str]]:
+def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     """The world that the environment describes (torchrun: RANK, WORLD_SIZE, LOCAL_RANK), and the device of this process.
 
-    A process group that is there already is used and left alone.
+    A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds, dies, or is not heard of
+    for so long is named by a RankError in every other rank, or where a rank waits in a collective by a line on stderr and
+    RankError's exit code. When a rank leaves with an error of its own, the others name that error and leave in the same way.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", 1)
     if not dist.is_available() or (size == 1 and not dist.is_initialized()):
         yield World(), device
         return
@@ -126,14 +146,85 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     own_group = not dist.is_initialized()
-    if own_group:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    store = _rendezvous(_number("RANK"), size, timeout) if own_group else None
+    world = World(_number("RANK"), size) if own_group else World(dist.get_rank(), dist.get_world_size())
+
+    def share(value: Any) -> Any:
+        """Rank 0's value. No collective where the group is still to be made: that may be where a rank is lost."""
+        if store is None:
+            return world.of_first(value)
+        if world.is_first:
+            store.set("heartbeat", json.dumps(value))
+        return json.loads(store.get("heartbeat"))
+
+    heartbeat = Heartbeat(world.rank, world.size, timeout, share) if world.size > 1 else None
+    failed: BaseException | None = None
     try:
-        yield World(dist.get_rank(), dist.get_world_size()), device if on_gpu else "cpu"
+        if own_group:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=store, rank=world.rank, world_size=size, timeout=_FOREVER
+            )
+        yield world, device if on_gpu else "cpu"
         dist.barrier()  # nobody closes its connections while another still reads from them
+    except BaseException as error:
+        failed = error
+        if heartbeat is not None and _is_of_a_collective(error):
+            lost = heartbeat.wait_for_loss(_FOLLOWS) or f"a collective failed: {str(error).splitlines()[0]}"
+            failed = RankError(lost_message(world.rank, lost))
+            raise failed from error
+        raise
     finally:
+        if heartbeat is not None:
+            heartbeat.close(None if isinstance(failed, Interrupted) else failed)  # all leave after the same step
         # Hazard: a thread of gloo needs the interpreter's lock to let go of the last message. If it still waits for it when Python shuts
         # down, the process aborts.
         time.sleep(0.05)
-        if own_group:
+        if own_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+_groups = count()  # of this process; every rank makes as many
+
+
+def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
+    """A store that all ranks have reached. RankError names those that have not come in time."""
+    address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
+    if address is None:
+        raise ConfigError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start the ranks with torchrun")
+    # Within torchrun the store is its agent's, and lives through restarts.
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = timedelta(seconds=timeout)
+    waiting = set(range(size)) - {rank}
+    end = time.monotonic() + timeout
+    try:
+        tcp = dist.TCPStore(
+            address, port, size, rank == 0 and not hosted, patience, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        if rank == 0 and not hosted:
+            raise RankError(f"rank 0 cannot listen at port {port}: {str(error).splitlines()[0]}") from error
+        who = "the agent of torchrun does not answer" if hosted else f"rank 0 has not started within {timeout:g} s"
+        raise RankError(f"{who}: no connection to {address}:{port}; rank {rank} stops") from error
+    store = dist.PrefixStore(f"pyqemb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_groups)}", tcp)
+    with suppress(RuntimeError):  # rank 0 has given up, or died: it cannot have seen more than this rank has
+        store.set(f"rank {rank}", "here")
+        while waiting and time.monotonic() < end:
+            waiting = {each for each in waiting if not store.check([f"rank {each}"])}
+            time.sleep(0.05)
+    if waiting:
+        names = " and ".join(f"rank {each}" for each in sorted(waiting))
+        raise RankError(f"{names} of {size} ranks did not start within {timeout:g} s; rank {rank} stops")
+    return store
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """An environment variable of torchrun's."""
+    text = os.environ.get(name, None if default is None else str(default))
+    if text is None or not text.isdecimal():
+        found = "is not set" if text is None else f"is {text!r}"
+        raise ConfigError(f"the environment variable {name} {found}; start the ranks with torchrun")
+    return int(text)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())

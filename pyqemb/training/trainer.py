@@ -41,7 +41,15 @@ from pyqemb.training.state import (
 Evaluate = Callable[[Any], dict[str, float]]  # of the Embedder or Reranker
 OnStep = Callable[[dict[str, Any]], None]
 # A resumed run may change these; anything else would make it another run.
-_FREE = {"eval", "save", "train.log_every", "train.tensorboard", "train.max_bad_steps", "train.token_cache"}
+_FREE = {
+    "eval",
+    "save",
+    "train.log_every",
+    "train.tensorboard",
+    "train.max_bad_steps",
+    "train.token_cache",
+    "train.rank_timeout",
+}
 _LENGTH = {"train.steps", "train.epochs"}  # free too, unless the sets' shares depend on it
 
 
@@ -79,7 +87,7 @@ def train(
     config = config if isinstance(config, TrainConfig) else load_config(config)
     with (
         StopRequest() as stop,
-        joined(config.train.device) as (world, device),
+        joined(config.train.device, config.train.rank_timeout) as (world, device),
         locked(Path(config.save.dir)) if world.is_first else nullcontext(),
     ):
         run = Run(config, resume, world, device, stop)
@@ -103,6 +111,7 @@ class Run:
         self.model = load_model(config, device)
         sets = read_sets(config)
         self.fingerprint, self.objectives = sets.fingerprint, sets.objectives
+        world.check_equal({"pyqemb": __version__, "data": self.fingerprint, **_flat(config.model_dump(mode="json"))})
         if len(sets.instructions) == 1:  # what the model is trained with is what it should say later
             self.model.default_instruction = next(iter(sets.instructions))
         self.loader = make_loader(sets, config)
@@ -353,6 +362,14 @@ class Run:
 
 def _described(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
 
 
 def _differences(before: Any, now: Any, free: set[str], path: str = "") -> list[str]:

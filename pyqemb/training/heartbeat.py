@@ -1,0 +1,207 @@
+"""Who of the ranks is still there: a thread in each rank sends a beat every second over a connection of its own to rank 0.
+
+Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the others; these
+notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the collectives themselves need no
+timeout. A rank that waits in a collective cannot be reached by an exception: its process ends with RankError's exit code.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pyqemb.errors import RankError
+
+_INTERVAL = 1.0  # seconds between two beats
+_GRACE = 5.0  # seconds for the main thread to leave by itself: its own error says more, or a collective fails
+_PAUSED = 5.0  # a loop that took longer than this did not run at all (a stopped process, a sleeping machine): time did not count
+
+
+@dataclass
+class _Peer:
+    """A rank at the other end of a connection."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    rank: int
+    name: str
+    heard: float = field(default_factory=time.monotonic)
+    left: bool = False
+
+
+class Heartbeat:
+    """Watches the ranks from a thread until `close`. `share` broadcasts rank 0's value to all ranks.
+
+    Raises RankError where rank 0 cannot be reached.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, share: Callable[[Any], Any]):
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.lost: str | None = None  # which rank is gone, and why
+        self._name = f"rank {rank} ({platform.node()}, pid {os.getpid()})"
+        self._closing, self._noticed = threading.Event(), threading.Event()
+        self._goodbye: dict[str, Any] = {"bye": True}
+        self._peers: list[_Peer] = []
+        self._missing = set(range(1, size)) if rank == 0 else set()
+        self._deadline = 0.0  # when this process ends, once a rank is lost
+        self._ready: Future[list[int]] = Future()
+        if rank == 0:
+            self._token = secrets.token_hex(8)
+            ports = self._start(self._serve())
+            names = list(dict.fromkeys([os.environ.get("MASTER_ADDR", "localhost"), platform.node()]))
+            share((names, ports, self._token, self._name))
+        else:
+            names, ports, self._token, first = share(None)
+            self._start(self._join(names, ports, first))
+
+    def _start(self, watching: Any) -> list[int]:
+        self._thread = threading.Thread(target=asyncio.run, args=(watching,), name="heartbeat", daemon=True)
+        self._thread.start()
+        return self._ready.result()
+
+    def wait_for_loss(self, seconds: float) -> str | None:
+        """Which rank is gone, for a main thread whose collective has failed: the connection may say so a moment later."""
+        self._noticed.wait(seconds)
+        return self.lost
+
+    def close(self, error: BaseException | None) -> None:
+        """Leave. Where there is an error the others learn of it, and leave too."""
+        if error is not None:
+            self._goodbye = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        self._closing.set()
+        self._thread.join(2 * _GRACE)
+
+    async def _serve(self) -> None:
+        try:
+            server = await asyncio.start_server(self._greet, port=0)
+        except OSError as error:
+            self._ready.set_exception(RankError(f"rank 0 cannot listen for the other ranks: {error}"))
+            return
+        self._ready.set_result([each.getsockname()[1] for each in server.sockets])  # IPv4, IPv6
+        await self._watch()
+        server.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Rank 0: a rank says who it is. What anybody else says may be anything."""
+        try:
+            message = json.loads(await reader.readline())
+            if message["token"] != self._token:
+                raise ValueError("a stranger")
+            peer = _Peer(reader, writer, message["rank"], message["name"])
+        except (ValueError, KeyError, TypeError, OSError):
+            writer.close()
+            return
+        writer.write(self._token.encode() + b"\n")
+        self._missing.discard(peer.rank)
+        self._peers.append(peer)
+        await self._listen(peer)
+
+    async def _join(self, names: list[str], ports: list[int], first: str) -> None:
+        for name, port in product(names, ports):
+            try:
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(name, port), 10)
+                writer.write(json.dumps({"token": self._token, "rank": self.rank, "name": self._name}).encode() + b"\n")
+                if await asyncio.wait_for(reader.readline(), 10) == self._token.encode() + b"\n":
+                    break
+            except (OSError, ValueError, asyncio.TimeoutError):
+                continue
+        else:
+            self._ready.set_exception(RankError(f"rank 0 cannot be reached at {' or '.join(names)}, port {port}"))
+            return
+        self._peers = [_Peer(reader, writer, 0, first)]
+        self._ready.set_result(ports)
+        listening = asyncio.ensure_future(self._listen(self._peers[0]))
+        await self._watch()
+        listening.cancel()
+
+    async def _listen(self, peer: _Peer) -> None:
+        with suppress(OSError):
+            while line := await peer.reader.readline():
+                peer.heard = time.monotonic()
+                self._take(peer, json.loads(line))
+        if not peer.left:
+            peer.left = True
+            self._lose(f"{peer.name} died: its connection is closed")
+
+    def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
+        peer.name = message.get("name", peer.name)
+        peer.left = "bye" in message or "error" in message
+        if "lost" in message:
+            self._lose(message["lost"])
+        elif "error" in message:
+            self._lose(f"{peer.name} left with {message['error']}")
+
+    async def _watch(self) -> None:
+        start = last = time.monotonic()
+        beaten = 0.0
+        while not self._closing.is_set():
+            await asyncio.sleep(0.1)
+            now = time.monotonic()
+            if now - last > _PAUSED:
+                start = now
+                for peer in self._peers:
+                    peer.heard = now
+            last = now
+            if now - beaten >= _INTERVAL:
+                beaten = now
+                self._tell({"name": self._name})
+            self._check(now, start)
+        self._tell(self._goodbye if self.lost is None else {"lost": self.lost})
+        end = time.monotonic() + _GRACE
+        # Rank 0 stays until the others have left: they could not tell a rank 0 that is done from one that is gone.
+        while self.rank == 0 and time.monotonic() < end and not all(peer.left for peer in self._peers):
+            await asyncio.sleep(0.05)
+        for peer in self._peers:
+            peer.writer.close()
+
+    def _check(self, now: float, start: float) -> None:
+        if self._missing and now - start > self.timeout:
+            self._lose(f"rank {min(self._missing)} has not started within {self.timeout:g} s")
+        for peer in self._peers:
+            if not peer.left and now - peer.heard > self.timeout:
+                self._lose(f"{peer.name} is stopped or its machine is gone: nothing heard for {now - peer.heard:.0f} s")
+        if self.lost is not None and now > self._deadline:
+            self._end()
+
+    def _lose(self, what: str) -> None:
+        if self.lost is None:
+            self.lost = what
+            self._deadline = time.monotonic() + _GRACE
+            self._noticed.set()
+            self._tell({"lost": what})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in self._peers:
+            if not peer.writer.is_closing():
+                peer.writer.write(json.dumps(message).encode() + b"\n")
+
+    def _end(self) -> NoReturn:
+        """The main thread waits for a rank that will not come."""
+        text = f"pyqemb train: {lost_message(self.rank, self.lost or '')}; it was in {_place()}\n"
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.write(2, text.encode())
+        os._exit(RankError.exit_code)
+
+
+def lost_message(rank: int, lost: str) -> str:
+    return f"{lost}; rank {rank} stops; continue from the last checkpoint with --resume auto"
+
+
+def _place() -> str:
+    """The innermost function of pyqemb in the main thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "pyqemb" not in frame.f_code.co_filename.split(os.sep):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame is not None else "code of its own"

@@ -1,0 +1,155 @@
+"""A rank that is missing, stopped, killed or fails is named, and nobody waits for it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+TIMEOUT = 6
+
+# What a run does with its ranks, without a model: a sum for each step, and rank 0 measures while the others wait.
+STEPS = """
+    import os, signal, sys, time
+    import torch
+    from pyqemb.errors import DataError, PyqembError
+    from pyqemb.training.distributed import joined
+    case, timeout = sys.argv[1], float(sys.argv[2])
+    torch.set_num_threads(1)
+
+    def misfortune(rank):
+        if case == f"kill {rank}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif case == f"stop {rank}":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif case == f"fail {rank}":
+            raise DataError(f"pairs.jsonl:{rank}: no text")
+        elif case == f"bug {rank}":
+            raise RuntimeError("out of something")
+        elif case == f"slow {rank}":
+            time.sleep(2 * timeout)
+        elif case == "all fail":
+            time.sleep(rank / 2)
+            raise DataError("the same for all")
+
+    try:
+        with joined("cpu", timeout) as (world, device):
+            world.check_equal({"steps": 5 + world.rank * (case == "differ")})
+            for step in range(3):
+                world.sum(torch.ones(3))
+                if step == 1:
+                    misfortune(world.rank)
+            world.wait()
+    except PyqembError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(case, size, ranks, timeout=TIMEOUT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(STEPS), case, str(timeout)],
+            env={**environment, "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+
+
+def finish(jobs, without=()):
+    """(exit code, stderr) of each rank but those that are left alone."""
+    done = {}
+    end = time.monotonic() + 60
+    for rank, job in enumerate(jobs):
+        if rank not in without:
+            _, said = job.communicate(timeout=end - time.monotonic())
+            done[rank] = (job.returncode, said)
+    for rank in without:
+        jobs[rank].kill()
+        jobs[rank].communicate()
+    return done
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_named(lost):
+    done = finish(start(f"kill {lost}", 3, range(3)))
+    assert done.pop(lost)[0] == -signal.SIGKILL
+    for code, said in done.values():
+        assert code == 69 and f"rank {lost} (" in said and "died" in said, said
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_stopped_rank_is_named(lost):
+    done = finish(start(f"stop {lost}", 3, range(3)), without=[lost])
+    for rank, (code, said) in done.items():
+        assert code == 69 and f"rank {lost} (" in said and "is stopped or its machine is gone" in said, said
+        assert f"rank {rank} stops; continue from the last checkpoint with --resume auto" in said
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_rank_that_never_starts_is_named(missing):
+    done = finish(start("none", 3, [rank for rank in range(3) if rank != missing], timeout=10))
+    for code, said in done.values():
+        assert code == 69 and f"RankError: rank {missing} " in said and "start" in said, said
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_the_error_of_a_rank_is_told_to_the_others(failed):
+    done = finish(start(f"fail {failed}", 3, range(3)))
+    code, said = done.pop(failed)
+    assert code == 3 and said.endswith(f"DataError: pairs.jsonl:{failed}: no text\n")
+    for code, said in done.values():
+        assert code == 69 and "left with DataError: pairs.jsonl" in said and f"rank {failed} (" in said, said
+
+
+def test_an_error_that_is_nobody_elses_stays_what_it_is():
+    done = finish(start("bug 1", 2, range(2)))
+    assert done[1][0] == 1 and "RuntimeError: out of something" in done[1][1]
+    assert done[0][0] == 69 and "left with RuntimeError: out of something" in done[0][1]
+
+
+def test_an_error_of_all_is_everybodys_own():
+    for code, said in finish(start("all fail", 2, range(2))).values():
+        assert code == 3 and "DataError: the same for all" in said
+
+
+def test_a_rank_that_takes_long_is_waited_for():
+    for code, said in finish(start("slow 0", 2, range(2))).values():
+        assert code == 0, said
+
+
+def test_ranks_that_differ_are_named():
+    for code, said in finish(start("differ", 3, range(3))).values():
+        assert code == 2 and "ConfigError: rank 1 has steps = 6, rank 0 has 5" in said
+
+
+def test_all_stopped_and_continued_go_on():
+    jobs = start("slow 0", 2, range(2))
+    time.sleep(12)
+    for job in jobs:
+        job.send_signal(signal.SIGSTOP)
+    time.sleep(2 * TIMEOUT)
+    for job in jobs:
+        job.send_signal(signal.SIGCONT)
+    for code, said in finish(jobs).values():
+        assert code == 0, said
+
+
+def test_variables_that_are_missing_are_named():
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STEPS), "none", "4"],
+        env={**environment, "WORLD_SIZE": "2"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "ConfigError: the environment variable RANK is not set" in done.stderr
