@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from pyqemb.data import strict_json
 from pyqemb.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -181,10 +182,7 @@ def _stored_max_length(path: Path) -> int | None:
 
 
 def _read_object(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{name}: not JSON: {error}") from error
+    value = strict_json.parse(content, name)
     if not isinstance(value, dict):
         raise DataError(f"{name}: expected a JSON object")
     return value
