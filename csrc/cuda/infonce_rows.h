@@ -16,7 +16,8 @@ QEMB_DEVICE double warp_dot(const T* a, const T* b, int64_t begin, int64_t end) 
     return warp_sum(sum);
 }
 
-// A warp for each vector: one over the norm of each of its prefixes, [layers, rows]; as torch.nn.functional.normalize has it.
+// A warp for each vector: one over the norm of each of its prefixes, [layers, rows]; as torch.nn.functional.normalize has it,
+// but for a prefix of zeros 0: its scores and its gradient are zero.
 template <class T>
 __global__ void find_norms(const Panel<T> a, const T* vectors, int64_t rows, float* norms) {
     const int64_t row = blockIdx.x * int64_t(4) + threadIdx.x / 32;
@@ -25,7 +26,8 @@ __global__ void find_norms(const Panel<T> a, const T* vectors, int64_t rows, flo
     for (int layer = 0; layer < a.layers; ++layer) {
         squares += warp_dot(vectors + row * a.p.dim, vectors + row * a.p.dim, a.begins[layer], a.ends[layer]);
         const double norm = sqrt(squares);  // NaN stays
-        if (threadIdx.x % 32 == 0) norms[layer * rows + row] = static_cast<float>(1 / (norm < 1e-12 ? 1e-12 : norm));
+        const double inverse = norm == 0 ? 0 : 1 / (norm < 1e-12 ? 1e-12 : norm);
+        if (threadIdx.x % 32 == 0) norms[layer * rows + row] = static_cast<float>(inverse);
     }
 }
 
@@ -166,7 +168,7 @@ __global__ void finish_rows(const Panel<T> a) {
             const bool given = log_negatives && p.given && a.is_on(s);
             const double log2_given = given ? *log_negatives * kLog2E : -INFINITY;
             const Softmax softmax = finish_softmax(a, layer, row, s, log2_given);
-            double weight = softmax.negatives;  // no candidate: all are zero, or all NaN
+            double weight = softmax.negatives + (a.is_on(s) ? 0 * score : 0);  // no candidate: all are zero, or all NaN
             if (softmax.offset == -INFINITY) {
                 loss += weight, positive_weight += weight, d_tau += weight;
             } else {

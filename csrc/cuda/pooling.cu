@@ -9,7 +9,6 @@ namespace {
 
 constexpr const char* kOp = "last_token_pool";
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr float kTiny = 1e-12f;  // the smallest norm that is divided by, as in torch.nn.functional.normalize
 
 QEMB_DEVICE float sum_over_block(float x) { return block_sum<kWarps>(x, reinterpret_cast<float*>(shared_bytes())); }
 
@@ -19,38 +18,47 @@ QEMB_DEVICE void for_each(int64_t size, Body body) {
     for (int64_t at = static_cast<int64_t>(threadIdx.x) * kLanes; at < size; at += kThreads * kLanes) body(at);
 }
 
-// A row that is pooled: y = x * rstd * weight, cut to dim; z = y * scale, scale = 1 / |y|.
+// A row that is pooled: y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and, as scale, one over its norm, so
+// that a row of any magnitude has a direction. The scale of a row of zeros is zero, and with it its z and its gradient.
 template <class T, int kLanes>
 struct Pooled {
     const T* x;
     const T* weight;
-    float rstd = 1, scale = 1;
-    bool at_floor = false;  // |y| is taken for a constant
+    float rstd = 1, unit = 1, scale = 1;
 
     template <class Params>
     QEMB_DEVICE Pooled(const Params& p, int64_t row)
         : x(static_cast<const T*>(p.hidden) + row * p.hidden_stride), weight(static_cast<const T*>(p.norm_weight)) {
         if (weight) {
-            float squares = 0;
-            for_each<kLanes>(p.embed, [&](int64_t at) {
-                const auto v = load<kLanes>(x + at);
+            const float squares = sum_of_squares(p.embed, [&](int64_t at, float (&v)[kLanes]) {
+                const auto loaded = load<kLanes>(x + at);
 #pragma unroll
-                for (int i = 0; i < kLanes; ++i) squares = fmaf(v[i], v[i], squares);
+                for (int i = 0; i < kLanes; ++i) v[i] = loaded[i];
             });
-            rstd = rsqrtf(sum_over_block(squares) / static_cast<float>(p.embed) + static_cast<float>(p.eps));
+            rstd = inverse_rms(squares / static_cast<float>(p.embed), unit, p.eps);
+            unit = 1;
         }
         if (p.normalize) {
-            float squares = 0;
-            for_each<kLanes>(p.dim, [&](int64_t at) {
-                float y[kLanes];
-                read(at, y);
-#pragma unroll
-                for (int i = 0; i < kLanes; ++i) squares = fmaf(y[i], y[i], squares);
-            });
-            const float norm = sqrtf(sum_over_block(squares));
-            at_floor = norm <= kTiny;
-            scale = 1.0f / fmaxf(norm, kTiny);
+            const float squares = sum_of_squares(p.dim, [&](int64_t at, float (&y)[kLanes]) { read(at, y); });
+            scale = squares == 0 ? 0.0f : 1.0f / sqrtf(squares);
         }
+    }
+    // Of values times `unit`, which is found here.
+    template <class Read>
+    QEMB_DEVICE float sum_of_squares(int64_t size, Read read_at) {
+        const auto of_scaled = [&] {
+            float squares = 0;
+            for_each<kLanes>(size, [&](int64_t at) {
+                float v[kLanes];
+                read_at(at, v);
+#pragma unroll
+                for (int i = 0; i < kLanes; ++i) squares = fmaf(v[i] * unit, v[i] * unit, squares);
+            });
+            return sum_over_block(squares);
+        };
+        const float squares = of_scaled();
+        unit = unit_for(squares);
+        return unit == 1 ? squares : of_scaled();
     }
     QEMB_DEVICE void read(int64_t at, float (&y)[kLanes]) const {
         const auto v = load<kLanes>(x + at);
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 3) pool_kernel(PoolForward p) {
         float y[kLanes];
         pooled.read(at, y);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) y[i] *= pooled.scale;
+        for (int i = 0; i < kLanes; ++i) y[i] = y[i] * pooled.unit * pooled.scale;
         store(out + at, y);
     });
 }
@@ -100,17 +108,16 @@ QEMB_DEVICE void backward_row(const PoolBackward& p, int64_t seq, float* dweight
             float y[kLanes];
             pooled.read(at, y);
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) along = fmaf(y[i], dz[i], along);
+            for (int i = 0; i < kLanes; ++i) along = fmaf(y[i] * pooled.unit, dz[i], along);
         });
         along = sum_over_block(along) * pooled.scale * pooled.scale;
-        if (pooled.at_floor) along = 0;
     }
     const auto dy_at = [&](int64_t at, float (&dy)[kLanes]) {
         const auto dz = load<kLanes>(dout + at);
         float y[kLanes];
         pooled.read(at, y);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) dy[i] = (dz[i] - y[i] * along) * pooled.scale;
+        for (int i = 0; i < kLanes; ++i) dy[i] = (dz[i] - y[i] * pooled.unit * along) * pooled.scale * pooled.unit;
     };
 
     // RMSNorm: dx = rstd (w dy - n mean(w dy n)) with n = x rstd
@@ -121,15 +128,15 @@ QEMB_DEVICE void backward_row(const PoolBackward& p, int64_t seq, float* dweight
             float dy[kLanes];
             dy_at(at, dy);
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) back = fmaf(dy[i] * w[i], x[i], back);
+            for (int i = 0; i < kLanes; ++i) back = fmaf(dy[i] * w[i], x[i] * pooled.rstd, back);
             if (!dweight) return;
             const auto before = load<kLanes>(dweight + at);
             float sum[kLanes];
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) sum[i] = before[i] + dy[i] * x[i] * pooled.rstd;
+            for (int i = 0; i < kLanes; ++i) sum[i] = before[i] + dy[i] * (x[i] * pooled.rstd);
             store(dweight + at, sum);
         });
-        back = sum_over_block(back) * pooled.rstd * pooled.rstd / static_cast<float>(p.embed);
+        back = sum_over_block(back) / static_cast<float>(p.embed);
     }
     for_each<kLanes>(p.embed, [&](int64_t at) {
         float dx[kLanes] = {};
@@ -137,7 +144,7 @@ QEMB_DEVICE void backward_row(const PoolBackward& p, int64_t seq, float* dweight
         if (pooled.weight) {
             const auto x = load<kLanes>(pooled.x + at), w = load<kLanes>(pooled.weight + at);
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) dx[i] = (dx[i] * w[i] - x[i] * back) * pooled.rstd;
+            for (int i = 0; i < kLanes; ++i) dx[i] = (dx[i] * w[i] - x[i] * pooled.rstd * back) * pooled.rstd;
         }
         store(dhidden + at, dx);
     });

@@ -88,15 +88,22 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeForwar
         x.read(shape, static_cast<const T*>(p.x) + row * p.head_dim, valid);
 
         // Norm
-        float squares = 0;
+        float unit = 1;
+        const auto sum_of_squares = [&] {
+            float squares = 0;
 #pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot)
+            for (int slot = 0; slot < S::kSlots; ++slot)
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
+                for (int h = 0; h < 2; ++h)
 #pragma unroll
-                for (int i = 0; i < kLanes; ++i) squares = fmaf(x.value[slot][h][i], x.value[slot][h][i], squares);
-        const float mean = S::sum(squares) / static_cast<float>(2 * shape.half);
-        const float rstd = p.weight ? rsqrtf(mean + static_cast<float>(p.eps)) : 1.0f;
+                    for (int i = 0; i < kLanes; ++i)
+                        squares = fmaf(x.value[slot][h][i] * unit, x.value[slot][h][i] * unit, squares);
+            return S::sum(squares);
+        };
+        float squares = sum_of_squares();
+        unit = unit_for(squares);
+        if (any_lane(unit != 1)) squares = sum_of_squares();
+        const float rstd = p.weight ? inverse_rms(squares / static_cast<float>(2 * shape.half), unit, p.eps) : 1.0f;
         if (valid && shape.lane == 0) static_cast<float*>(p.rstd)[row] = rstd;
 
         // Rotation
@@ -153,13 +160,13 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
                     dn[slot][1][i] = b * cos - a * sin;
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float product = dn[slot][h][i] * x.value[slot][h][i];
+                        const float product = dn[slot][h][i] * (x.value[slot][h][i] * rstd);  // n first: dn x may overflow
                         along = fmaf(product, weight.value[slot][h][i], along);
-                        dweight[slot][h][i] = fmaf(product, rstd, dweight[slot][h][i]);
+                        dweight[slot][h][i] += product;
                     }
                 }
             const float mean = S::sum(along) / static_cast<float>(2 * shape.half);
-            const float back = p.weight ? mean * rstd * rstd : 0.0f;
+            const float back = p.weight ? mean : 0.0f;
 
             // Result
             T* dx = static_cast<T*>(p.dx) + row * p.head_dim;
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
                     float out[kLanes];
 #pragma unroll
                     for (int i = 0; i < kLanes; ++i)
-                        out[i] = rstd * (weight.value[slot][h][i] * dn[slot][h][i] - x.value[slot][h][i] * back);
+                        out[i] = rstd * (weight.value[slot][h][i] * dn[slot][h][i] - x.value[slot][h][i] * rstd * back);
                     store(dx + h * shape.half + shape.at(slot), out);
                 }
         }

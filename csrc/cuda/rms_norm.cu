@@ -81,7 +81,18 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads) rms_norm_kerne
 #pragma unroll
         for (int i = 0; i < S::kLanes; ++i) squares = fmaf(s[i], s[i], squares);
     });
-    const float rstd = rsqrtf(S::sum(squares) / static_cast<float>(p.size) + static_cast<float>(p.eps));
+    squares = S::sum(squares);
+    const float unit = unit_for(squares);
+    if (unit != 1) {  // for all threads of the row
+        squares = 0;
+        S::for_each(p.size, [&](int slot, int64_t at) {
+            const auto s = s_at(slot, at);
+#pragma unroll
+            for (int i = 0; i < S::kLanes; ++i) squares = fmaf(s[i] * unit, s[i] * unit, squares);
+        });
+        squares = S::sum(squares);
+    }
+    const float rstd = inverse_rms(squares / static_cast<float>(p.size), unit, p.eps);
     if (threadIdx.x % S::kTeam == 0) static_cast<float*>(p.rstd)[row] = rstd;
 
     // Result
@@ -130,12 +141,12 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
             const auto w = load<kLanes>(weight + at);
 #pragma unroll
             for (int i = 0; i < kLanes; ++i) {
-                const float product = dy[slot][i] * s[slot][i];
+                const float product = dy[slot][i] * (s[slot][i] * rstd);  // n first: dy s may overflow
                 along = fmaf(product, w[i], along);
-                if (S::kHold > 0) dweight[slot][i] = fmaf(product, rstd, dweight[slot][i]);
+                if (S::kHold > 0) dweight[slot][i] += product;
             }
         });
-        const float back = S::sum(along) * rstd * rstd / static_cast<float>(size);
+        const float back = S::sum(along) / static_cast<float>(size);
 
         // Result
         S::for_each(size, [&](int slot, int64_t at) {
@@ -144,9 +155,9 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
             float out[kLanes];
 #pragma unroll
             for (int i = 0; i < kLanes; ++i) {
-                out[i] = rstd * (w[i] * dy[slot][i] - s[slot][i] * back);
+                out[i] = rstd * (w[i] * dy[slot][i] - s[slot][i] * rstd * back);
                 if (dsum_row) out[i] += dsum[slot][i];
-                if (S::kHold == 0 && p.dweight) partial[at + i] += dy[slot][i] * s[slot][i] * rstd;
+                if (S::kHold == 0 && p.dweight) partial[at + i] += dy[slot][i] * (s[slot][i] * rstd);
             }
             store(dx + at, out);
         });

@@ -36,9 +36,12 @@ struct Softmax {
     double weight;     // of the gradient with regard to a candidate's score, for E = 1
 };
 
+// The score of what is no candidate. (NaN is the score of a candidate that holds NaN, which must reach the loss.)
+constexpr double kNoScore = -__builtin_inf();
+
 // A document that a row owns, as a candidate of kOwnHard ([0]) and kDocOwn ([1]); per entry and layer.
 struct Own {
-    double score[2];   // NaN: no candidate
+    double score[2];   // kNoScore: no candidate
     double weight[2];  // E; later the coefficient of the raw vectors in the gradient
     double along;      // sum of coefficient * score, for the normalisation's part of the gradient
 };
@@ -202,9 +205,10 @@ inline double exact_dot(const T* a, const T* b, int64_t begin, int64_t end) {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+// Of a prefix of zeros 0: its scores and its gradient are zero.
 QEMB_INLINE double one_over_norm(double squares) {
     const double norm = __builtin_sqrt(squares);
-    return 1 / (norm < kShortest ? kShortest : norm);
+    return norm == 0 ? 0 : 1 / (norm < kShortest ? kShortest : norm);
 }
 
 // The limit that a mask sets, for a positive's score of s.

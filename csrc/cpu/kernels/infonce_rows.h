@@ -6,9 +6,6 @@
 namespace qemb::cpu::QEMB_ISA::infonce {
 
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr double kNotANumber = __builtin_nan("");
-
-QEMB_INLINE bool is_nan(double x) { return x != x; }
 
 // Scores of what a row owns, by plain products in double: they are few, and weigh most.
 template <class T>
@@ -32,7 +29,7 @@ void score_own(const Panel<T>& a, int64_t r) {
                 products[side] += exact_dot(a.anchor[side] + r * a.dim, row, begin, end);
                 scores[side] = products[side] * norm * static_cast<double>(a.anchor_norm[side][r * a.layers + k]);
             }
-            own[k] = {{kNotANumber, kNotANumber}, {0, 0}, 0};
+            own[k] = {{kNoScore, kNoScore}, {0, 0}, 0};
             for (int side = 0; side < a.sides; ++side) {
                 const Group& group = p.groups[side ? kDocOwn : kOwnHard];
                 if (!group.on || !is_candidate) continue;
@@ -54,7 +51,7 @@ QEMB_INLINE void each_own(const Panel<T>& a, int64_t r, int64_t k, Visit visit) 
     for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e) {
         Own& own = a.own[(e - a.entries_first) * a.layers + k];
         for (int side = 0; side < 2; ++side)
-            if (!is_nan(own.score[side])) visit(a.softmax_of_own(side), own, side);
+            if (own.score[side] != kNoScore) visit(a.softmax_of_own(side), own, side);
     }
 }
 
@@ -151,7 +148,7 @@ void refine(const Panel<T>& a, int64_t r, int64_t k, int s, double negatives, Ch
     const double offset = a.softmax(r, k, s).offset, threshold = negatives / 64;
     const double lowest = __builtin_log2(0.999 * threshold) + offset;
     each_tile(a, s, [&](int64_t tile, Kind kind) {
-        if (static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) < lowest) return;
+        if (!(static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) >= lowest)) return;  // a row with NaN stays as it is
         T* values = a.weights(tile, k) + r * kTile;
         const int64_t i = tile - a.first_tile[kind];
         for (int64_t j = 0; j < a.columns_in(kind, i); ++j) {
@@ -227,7 +224,7 @@ void finish_row(const Panel<T>& a, int64_t r) {
                 });
             if (!p.given) {
                 all = negatives;
-                if (given) *given = all > 0 ? __builtin_log(all) + softmax.offset * kLn2 : -kInfinity<double>;
+                if (given) *given = all <= 0 ? -kInfinity<double> : __builtin_log(all) + softmax.offset * kLn2;  // NaN stays
             }
             if (!a.softmax_is_on(s)) continue;
             const double gap = score * kLog2E<double> / p.temperature - softmax.offset, positive = __builtin_exp2(gap);

@@ -7,15 +7,15 @@
 namespace qemb::cpu::QEMB_ISA {
 namespace {
 
-constexpr double kTiny = 1e-12;  // the smallest norm that is divided by, as in torch.nn.functional.normalize
-
-// y = x * rstd * weight, cut to dim; z = y / norm.
+// y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and its norm, so that a row of any magnitude has a direction.
+// The norm of a row of zeros counts as infinite: its z and its gradient are zero.
 template <class T>
 struct Pooled {
     T* x;
     T* weight;
     T* y;
     T rstd = 1;
+    T unit = 1;
     T norm = 1;
 
     template <class Params>
@@ -23,13 +23,19 @@ struct Pooled {
         load_row(p.dtype, p.hidden, row * p.hidden_stride, x, p.embed);
         if (p.norm_weight) {
             load_row(p.dtype, p.norm_weight, 0, weight, p.embed);
-            const double mean = static_cast<double>(dot(x, x, p.embed)) / static_cast<double>(p.embed);
-            rstd = static_cast<T>(1.0 / __builtin_sqrt(mean + p.eps));
+            rstd = inverse_rms(x, p.embed, p.eps);
             for (int64_t i = 0; i < p.dim; ++i) y[i] = x[i] * rstd * weight[i];
         } else {
             for (int64_t i = 0; i < p.dim; ++i) y[i] = x[i];
         }
-        if (p.normalize) norm = static_cast<T>(max_of(__builtin_sqrt(static_cast<double>(dot(y, y, p.dim))), kTiny));
+        if (!p.normalize) return;
+        T squares = dot(y, y, p.dim);
+        unit = unit_for(squares);
+        if (unit != 1) {
+            for (int64_t i = 0; i < p.dim; ++i) y[i] *= unit;
+            squares = dot(y, y, p.dim);
+        }
+        norm = squares == 0 ? kInfinity<T> : static_cast<T>(__builtin_sqrt(static_cast<double>(squares)));
     }
 };
 
@@ -62,17 +68,18 @@ void backward_row(const PoolBackward& p, int64_t seq, T* dweight) {
     T* dx = scratch + 4 * p.embed;
     load_row(p.dtype, p.dout, seq * p.dim, dy, p.dim);
     if (p.normalize) {
-        // z = y / norm: dy = (dz - z (z . dz)) / norm; a norm at the floor is a constant.
-        const T along = pooled.norm > T(kTiny) ? dot(pooled.y, dy, p.dim) / (pooled.norm * pooled.norm) : T(0);
-        for (int64_t i = 0; i < p.dim; ++i) dy[i] = (dy[i] - pooled.y[i] * along) / pooled.norm;
+        // z = y / norm: dy = (dz - z (z . dz)) / norm
+        const T along = dot(pooled.y, dy, p.dim) / (pooled.norm * pooled.norm);
+        for (int64_t i = 0; i < p.dim; ++i) dy[i] = (dy[i] - pooled.y[i] * along) / pooled.norm * pooled.unit;
     }
     for (int64_t i = p.dim; i < p.embed; ++i) dx[i] = 0;
     if (p.norm_weight) {
         for (int64_t i = 0; i < p.dim; ++i) {
-            if (dweight) dweight[i] += dy[i] * pooled.x[i] * pooled.rstd;
+            if (dweight) dweight[i] += dy[i] * (pooled.x[i] * pooled.rstd);
             dx[i] = dy[i] * pooled.weight[i];
         }
-        const T along = dot(dx, pooled.x, p.dim) * pooled.rstd * pooled.rstd / static_cast<T>(p.embed);
+        for (int64_t i = 0; i < p.embed; ++i) pooled.x[i] *= pooled.rstd;
+        const T along = dot(dx, pooled.x, p.dim) / static_cast<T>(p.embed);
         for (int64_t i = 0; i < p.embed; ++i) dx[i] = (dx[i] - pooled.x[i] * along) * pooled.rstd;
     } else {
         for (int64_t i = 0; i < p.dim; ++i) dx[i] = dy[i];

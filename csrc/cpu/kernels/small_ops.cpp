@@ -26,28 +26,24 @@ QEMB_INLINE void write(DType dtype, const T* from, void* to, int64_t offset, int
     if (!in_place<T>(dtype)) store_row(dtype, from, to, offset, count);
 }
 
-template <class T>
-QEMB_INLINE T inverse_rms(const T* x, int64_t size, double eps) {
-    return static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(dot(x, x, size)) / static_cast<double>(size) + eps));
-}
-
 // dx = rstd (w dy - n mean(w dy n)) with n = x rstd; dweight += dy n. May write over dy.
 template <class T>
 QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy, T* dx, T* dweight, int64_t size) {
     Vec<T> along{};
     int64_t i = 0;
     for (; i + kLanes<T> <= size; i += kLanes<T>) {
-        const Vec<T> product = load(dy + i) * load(x + i);
+        const Vec<T> product = load(dy + i) * (load(x + i) * rstd);  // n first: dy x may overflow
         along += product * load(weight + i);
-        store(dweight + i, load(dweight + i) + product * rstd);
+        store(dweight + i, load(dweight + i) + product);
     }
     T total = sum_lanes<T>(along);
     for (; i < size; ++i) {
-        total += dy[i] * x[i] * weight[i];
-        dweight[i] += dy[i] * x[i] * rstd;
+        const T product = dy[i] * (x[i] * rstd);
+        total += product * weight[i];
+        dweight[i] += product;
     }
-    const T back = total * rstd * rstd / static_cast<T>(size);
-    for (i = 0; i < size; ++i) dx[i] = rstd * (weight[i] * dy[i] - x[i] * back);
+    const T back = total / static_cast<T>(size);
+    for (i = 0; i < size; ++i) dx[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * back);
 }
 
 // Runs body(block, dweight of the block) over blocks of rows and adds the blocks' dweight in order.

@@ -394,6 +394,27 @@ QEMB_INLINE T dot(const T* a, const T* b, int64_t count) {
     return result;
 }
 
+// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is there.
+template <class T>
+QEMB_INLINE T unit_for(T squares) {
+    using Range = SquareRange<T>;
+    if (squares > Range::kLow && squares < Range::kHigh) return 1;
+    return squares <= Range::kLow ? Range::kGrow : Range::kShrink;
+}
+
+// 1 / sqrt(mean of squares + eps) of a row of any magnitude; 0 where that would be 1 / 0.
+template <class T>
+QEMB_INLINE T inverse_rms(const T* x, int64_t size, double eps) {
+    const T squares = dot(x, x, size), unit = unit_for(squares);
+    const double count = static_cast<double>(size);
+    if (unit == 1) return static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(squares) / count + eps));
+    T scaled = 0;
+    for (int64_t i = 0; i < size; ++i) scaled += x[i] * unit * (x[i] * unit);
+    const double rms = __builtin_sqrt(static_cast<double>(scaled) / count) / static_cast<double>(unit);
+    const double whole = __builtin_hypot(rms, __builtin_sqrt(eps));
+    return static_cast<T>(whole == 0 ? 0 : 1 / whole);
+}
+
 // y += scale * x
 template <class T>
 QEMB_INLINE void add_scaled(T* y, const T* x, T scale, int64_t count) {

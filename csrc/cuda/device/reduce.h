@@ -1,6 +1,7 @@
 // Sums and maxima over lanes, a warp and a block, in an order that does not depend on timing.
 #pragma once
 
+#include "common/types.h"
 #include "cuda/device/arch.h"
 
 namespace qemb::cuda {
@@ -35,6 +36,19 @@ QEMB_DEVICE T block_sum(T x, T* scratch) {
     for (int warp = 1; warp < kWarps; ++warp) total += scratch[warp];
     sync_block();
     return total;
+}
+
+// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is there.
+QEMB_DEVICE float unit_for(float squares) {
+    using Range = SquareRange<float>;
+    if (squares > Range::kLow && squares < Range::kHigh) return 1;
+    return squares <= Range::kLow ? Range::kGrow : Range::kShrink;
+}
+// 1 / sqrt(mean of squares + eps), the squares of values times `unit`; 0 where that would be 1 / 0.
+QEMB_DEVICE float inverse_rms(float mean, float unit, double eps) {
+    if (unit == 1) return rsqrtf(mean + static_cast<float>(eps));
+    const double whole = static_cast<double>(mean) / (static_cast<double>(unit) * static_cast<double>(unit)) + eps;
+    return whole == 0 ? 0.0f : static_cast<float>(1 / sqrt(whole));
 }
 
 }  // namespace qemb::cuda
