@@ -15,7 +15,8 @@ constexpr const char* kOp = "varlen_attention";
 void check_for_cuda(const Argument& x) {
     QEMB_CHECK(x->dtype() == DType::kBFloat16 || x->dtype() == DType::kFloat16, "[", kOp, "] ", x.name,
                " must be bfloat16 or float16 on CUDA, got ", x.type_name());
-    QEMB_CHECK(x->size(2) == 64 || x->size(2) == 128, "[", kOp, "] head_dim must be 64 or 128 on CUDA, got ", x->size(2));
+    QEMB_CHECK(x->size(2) == 64 || x->size(2) == 128, "[", kOp, "] ", x.name, ": head_dim must be 64 or 128 on CUDA, got ",
+               x->size(2));
     QEMB_CHECK(x->size(1) <= 65535, "[", kOp, "] ", x.name, " must have at most 65535 heads on CUDA, got ", x->size(1));
     const int64_t elements = 16 / size_of(x->dtype());
     bool fits = reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
@@ -42,7 +43,8 @@ struct Inputs {
         QEMB_CHECK(k->shape == v->shape, "[", kOp, "] k and v must have the same shape, got ", k->shape_text(), " and ",
                    v->shape_text());
         const int64_t dim = q->size(2);
-        QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp, "] head_dim must be a multiple of 8 up to 256, got ", dim);
+        QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp, "] q: head_dim must be a multiple of 8 up to 256, got ",
+                   dim);
         if (call.cuda())
             for (const Argument* x : {&q, &k, &v}) check_for_cuda(*x);
         QEMB_CHECK(k->size(1) > 0 && q->size(1) > 0 && q->size(1) % k->size(1) == 0, "[", kOp,

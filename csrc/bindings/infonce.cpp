@@ -12,8 +12,9 @@ constexpr const char* kOp = "info_nce";
 
 // On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a positive must
 // be in range, the kernels read and write at it.
-const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of) {
-    x.type(ScalarType::kInt64, "int64").shape({count}).contiguous();
+const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of,
+                               const char* why = "") {
+    x.type(ScalarType::kInt64, "int64").shape({count}, why).contiguous();
     const auto* values = static_cast<const int64_t*>(x->data);
     for (int64_t i = 0; x->device < 0 && i < count; ++i)
         QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (",
@@ -35,11 +36,15 @@ void check_info_nce(py::handle queries, py::handle documents, py::handle positiv
     checked_vectors(q, d);
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
     QEMB_CHECK(num_queries > 0, "[", kOp, "] queries must hold at least one query, got shape ", q->shape_text());
-    checked_indices(pos, num_queries, 0, num_documents, "an index of documents: each query has a positive");
+    checked_indices(pos, num_queries, 0, num_documents, "an index of documents: each query has a positive",
+                    " (one for each of queries)");
     if (!owner.is_none())
-        checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1");
+        checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1",
+                        " (one for each of documents)");
     if (!document_ids.is_none())
-        Argument(call, "document_ids", document_ids).type(ScalarType::kInt64, "int64").shape({num_documents});
+        Argument(call, "document_ids", document_ids)
+            .type(ScalarType::kInt64, "int64")
+            .shape({num_documents}, " (one for each of documents)");
 }
 
 // [kNumGroups, 5]: on, mask, relative, margin, hardness

@@ -24,7 +24,7 @@ struct Inputs {
         QEMB_CHECK(eps >= 0, "[", kOp, "] eps must not be negative, got ", eps);
         if (!weight_.is_none()) {
             weight.emplace(call, "norm_weight", weight_);
-            weight->shape({hidden->size(1)}).like(hidden).contiguous();
+            weight->shape({hidden->size(1)}, " (one for each feature of hidden)").like(hidden).contiguous();
         }
         cu_seqlens = checked_cu_seqlens(cu, hidden->size(0), "hidden");
         rows.shape({cu->size(0) - 1, dim}).like(hidden);

@@ -29,7 +29,7 @@ struct Norm {
     Norm(py::handle x_, py::handle weight_, py::handle rstd_)
         : x(call, "x", x_), weight(call, "weight", weight_), rstd(call, "rstd", rstd_) {
         x.rank(2, "[rows, size]").floating().contiguous();
-        weight.shape({x->size(1)}).like(x).contiguous();
+        weight.shape({x->size(1)}, " (one for each feature of x)").like(x).contiguous();
         rstd.shape({x->size(0)}).type(x.arithmetic(), "the arithmetic type").contiguous();
     }
 };
@@ -76,24 +76,28 @@ void rms_norm_backward(py::handle s, py::handle weight, py::handle rstd, py::han
     in.call.run(p, cpu::rms_norm_backward, cuda::rms_norm_backward, cuda::rms_norm_backward_scratch);
 }
 
-constexpr const char* kRope = "qk_norm_rope";
-
 // x [tokens, heads, head_dim] with its weight (None: no norm), angles and the saved 1 / rms.
 struct Heads {
-    Call call{kRope};
+    Call call;
     Argument x, cos, sin, rstd;
     const void* weight = nullptr;
 
     Heads(py::handle x_, py::handle weight_, py::handle cos_, py::handle sin_, py::handle rstd_)
-        : x(call, "x", x_), cos(call, "cos", cos_), sin(call, "sin", sin_), rstd(call, "rstd", rstd_) {
+        : call(weight_.is_none() ? "rope" : "qk_norm_rope"),
+          x(call, "x", x_),
+          cos(call, "cos", cos_),
+          sin(call, "sin", sin_),
+          rstd(call, "rstd", rstd_) {
         x.rank(3, "[tokens, heads, head_dim]").floating().contiguous();
-        QEMB_CHECK(x->size(2) % 2 == 0, "[", kRope, "] head_dim must be even, got ", x->size(2));
+        QEMB_CHECK(x->size(2) % 2 == 0, "[", call.op, "] x must have an even head_dim, got ", x->size(2));
         if (!weight_.is_none()) {
-            const Argument given(call, "weight", weight_);
-            weight = given.shape({x->size(2)}).like(x).contiguous()->data;
+            const Argument given(call, "norm_weight", weight_);
+            weight = given.shape({x->size(2)}, " (the head_dim of x)").like(x).contiguous()->data;
         }
         for (const Argument* angle : {&cos, &sin})
-            angle->shape({x->size(0), x->size(2) / 2}).type(x.arithmetic(), "the arithmetic type").contiguous();
+            angle->shape({x->size(0), x->size(2) / 2}, " (tokens and half the head_dim of x)")
+                .type(x.arithmetic(), "float32, or float64 where x is")
+                .contiguous();
         rstd.shape({x->size(0), x->size(1)}).type(x.arithmetic(), "the arithmetic type").contiguous();
     }
 };
@@ -103,7 +107,7 @@ void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::h
     Heads in(x, weight, cos, sin, rstd);
     const Argument out(in.call, "y", y);
     same(out, in.x);
-    check_eps(kRope, eps);
+    check_eps(in.call.op, eps);
     QkNormRopeForward p{.x = in.x->data,
                         .weight = in.weight,
                         .cos = in.cos->data,
@@ -123,7 +127,7 @@ void qk_norm_rope_backward(py::handle x, py::handle weight, py::handle cos, py::
     Heads in(x, weight, cos, sin, rstd);
     const Argument d_y(in.call, "dy", dy), d_x(in.call, "dx", dx);
     same(d_y, in.x), same(d_x, in.x);
-    QEMB_CHECK(in.weight || dweight.is_none(), "[", kRope, "] dweight needs a weight");
+    QEMB_CHECK(in.weight || dweight.is_none(), "[", in.call.op, "] dweight needs a weight");
     QkNormRopeBackward p{.x = in.x->data,
                          .weight = in.weight,
                          .cos = in.cos->data,

@@ -52,6 +52,16 @@ Argument::Argument(Call& call, const char* name, py::handle object) : op(call.op
     if (!py::isinstance(object, torch().tensor))
         throw py::type_error(concat("[", op, "] ", name, " must be a torch.Tensor, got ",
                                     py::str(py::type::of(object).attr("__name__")).cast<std::string>()));
+    try {
+        read(call);
+    } catch (const py::error_already_set&) {  // sparse, or a wrapper of another tensor
+        throw py::type_error(concat("[", op, "] ", name, " must be a dense torch.Tensor with memory of its own, got ",
+                                    py::str(py::type::of(object).attr("__name__")).cast<std::string>(), " of layout ",
+                                    py::str(object.attr("layout")).cast<std::string>()));
+    }
+}
+
+void Argument::read(Call& call) {
     const py::object dtype = object.attr("dtype");
     for (const auto& [known, type] : torch().types)
         if (dtype.is(known)) view.type = type;
@@ -112,11 +122,11 @@ const Argument& Argument::last_contiguous() const {
     return *this;
 }
 
-const Argument& Argument::shape(std::initializer_list<int64_t> wanted) const {
+const Argument& Argument::shape(std::initializer_list<int64_t> wanted, const char* why) const {
     if (view.shape != std::vector<int64_t>(wanted)) {
         TensorView expected;
         expected.shape = wanted;
-        QEMB_CHECK(false, "[", op, "] ", name, " must have shape ", expected.shape_text(), ", got ", view.shape_text());
+        QEMB_CHECK(false, "[", op, "] ", name, " must have shape ", expected.shape_text(), ", got ", view.shape_text(), why);
     }
     return *this;
 }

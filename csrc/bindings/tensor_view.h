@@ -100,9 +100,12 @@ struct Argument {
     const Argument& like(const Argument& other) const;  // same dtype
     const Argument& contiguous() const;
     const Argument& last_contiguous() const;
-    const Argument& shape(std::initializer_list<int64_t> wanted) const;
+    const Argument& shape(std::initializer_list<int64_t> wanted, const char* why = "") const;  // why: ends the message
     std::string type_name() const;
     ScalarType arithmetic() const;  // what the kernels compute in
+
+  private:
+    void read(Call& call);
 };
 
 // cu_seqlens: int32, [num_seqs + 1], starts at 0, never decreases, ends at `total` where that is known (not -1). On a GPU the

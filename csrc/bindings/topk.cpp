@@ -38,13 +38,18 @@ void top_k(py::handle queries, py::handle documents, py::handle exclude, py::han
     if (!exclude.is_none()) {
         const Argument x(call, "exclude", exclude);
         x.rank(2, "[num_queries, num_excluded]").type(ScalarType::kInt64, "int64").contiguous();
-        x.shape({q->size(0), x->size(1)});
+        x.shape({q->size(0), x->size(1)}, " (a row for each of queries)");
+        for (int64_t at = 0; !call.cuda() && at < x->size(0) * x->size(1); ++at) {
+            const int64_t value = static_cast<const int64_t*>(x->data)[at];
+            QEMB_CHECK(value >= -1 && value < d->size(0), "[", kOp, "] exclude must be from -1 to ", d->size(0) - 1,
+                       " (an index of documents, or -1), got ", value);
+        }
         p.exclude = static_cast<const int64_t*>(x->data);
         p.num_exclude = x->size(1);
     }
     if (!ceiling.is_none()) {
         const Argument x(call, "ceiling", ceiling);
-        x.type(ScalarType::kFloat32, "float32").shape({q->size(0)}).contiguous();
+        x.type(ScalarType::kFloat32, "float32").shape({q->size(0)}, " (one for each of queries)").contiguous();
         p.ceiling = static_cast<const float*>(x->data);
     }
     call.run(p, cpu::top_k, cuda::top_k, cuda::top_k_scratch);

@@ -24,13 +24,15 @@ inline const char* name_of(DType dtype) {
     }
 }
 
-// Sums of squares between these bounds are exact to rounding; others have overflowed or lost what is small. They are taken again
-// of the values times a power of two: kShrink or kGrow. (NaN is outside.)
+// Sums of squares between these bounds are exact to rounding; others have overflowed or lost what is small. They are taken
+// again of the values times a power of two: kShrink or kGrow. (NaN is outside.)
 template <class T>
 struct SquareRange {
     static constexpr bool kIsFloat = sizeof(T) == 4;
-    static constexpr T kLow = static_cast<T>(kIsFloat ? 0x1p-80 : 0x1p-900), kHigh = static_cast<T>(kIsFloat ? 0x1p120 : 0x1p1000);
-    static constexpr T kShrink = static_cast<T>(kIsFloat ? 0x1p-100 : 0x1p-600), kGrow = static_cast<T>(kIsFloat ? 0x1p100 : 0x1p600);
+    static constexpr T kLow = static_cast<T>(kIsFloat ? 0x1p-80 : 0x1p-900),
+                       kHigh = static_cast<T>(kIsFloat ? 0x1p120 : 0x1p1000);
+    static constexpr T kShrink = static_cast<T>(kIsFloat ? 0x1p-100 : 0x1p-600),
+                       kGrow = static_cast<T>(kIsFloat ? 0x1p100 : 0x1p600);
 };
 
 }  // namespace qemb

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type != "cpu")  # to the CPU it must be there before it is read
+
+
+def _check(name: str, value: Any, dtype: torch.dtype) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"[PackedBatch] {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"[PackedBatch] {name} must be {dtype}, got {value.dtype}")
+    if value.dim() != 1 or value.layout is not torch.strided:
+        raise ValueError(f"[PackedBatch] {name} must be dense with one dimension, got shape {list(value.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +44,42 @@ class PackedBatch:
     cu_seqlens_cpu: torch.Tensor = None  # type: ignore[assignment]  # copied once when not given
 
     def __post_init__(self) -> None:
+        names = ("input_ids_T", "positions_T", "cu_seqlens")
+        for name in names:
+            _check(name, getattr(self, name), torch.int32 if name == "cu_seqlens" else torch.int64)
         if self.cu_seqlens_cpu is None:
             object.__setattr__(self, "cu_seqlens_cpu", self.cu_seqlens.cpu())
+        _check("cu_seqlens_cpu", self.cu_seqlens_cpu, torch.int32)
+        for name in names[1:]:
+            if (value := getattr(self, name)).device != self.device:
+                raise ValueError(
+                    f"[PackedBatch] {name} must be on the device of input_ids_T, {self.device}, got {value.device}"
+                )
+        if self.cu_seqlens_cpu.device.type != "cpu":
+            raise ValueError(f"[PackedBatch] cu_seqlens_cpu must be on the CPU, got {self.cu_seqlens_cpu.device}")
+        if self.positions_T.shape != self.input_ids_T.shape:
+            raise ValueError(
+                f"[PackedBatch] input_ids_T and positions_T must have one shape, got {list(self.input_ids_T.shape)} and "
+                f"{list(self.positions_T.shape)}"
+            )
+        if self.cu_seqlens_cpu.shape != self.cu_seqlens.shape:
+            raise ValueError(
+                f"[PackedBatch] cu_seqlens_cpu must have shape {list(self.cu_seqlens.shape)}, "
+                f"got {list(self.cu_seqlens_cpu.shape)}"
+            )
+        cu = self._cu()
+        if not len(cu) or cu[0] != 0 or cu[-1] != self.num_tokens or (np.diff(cu) < 0).any():
+            raise ValueError(
+                f"[PackedBatch] cu_seqlens (cu_seqlens_cpu) must rise from 0 to the number of tokens of input_ids_T, "
+                f"{self.num_tokens}, got {cu.tolist()!s:.100}"
+            )
+        longest = int(np.diff(cu).max(initial=0))
+        if isinstance(self.max_seqlen, bool) or not isinstance(self.max_seqlen, int):
+            raise TypeError(f"[PackedBatch] max_seqlen must be an integer, got {type(self.max_seqlen).__name__}")
+        if not longest <= self.max_seqlen <= self.num_tokens:
+            raise ValueError(
+                f"[PackedBatch] max_seqlen must be from {longest} to {self.num_tokens}, got {self.max_seqlen!s:.100}"
+            )
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":
@@ -44,7 +88,7 @@ class PackedBatch:
             lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
             input_ids = np.array(array("q", chain.from_iterable(sequences)), dtype=np.int64)
         except (TypeError, OverflowError) as error:
-            raise TypeError(f"[PackedBatch.pack] expected lists of integer token ids: {error}") from error
+            raise TypeError(f"[PackedBatch.pack] sequences: expected lists of integer token ids: {error}") from error
         return cls._from_lengths(torch.from_numpy(input_ids), lengths)
 
     @classmethod
@@ -66,6 +110,13 @@ class PackedBatch:
     @classmethod
     def concat(cls, batches: Sequence["PackedBatch"]) -> "PackedBatch":
         """The sequences of all of them, in order."""
+        for at, batch in enumerate(batches):
+            if not isinstance(batch, PackedBatch):
+                raise TypeError(f"[PackedBatch.concat] batches[{at}] must be a PackedBatch, got {type(batch).__name__}")
+        if not batches:
+            raise ValueError("[PackedBatch.concat] batches must hold at least one, got none")
+        if len(devices := {str(batch.device) for batch in batches}) > 1:
+            raise ValueError(f"[PackedBatch.concat] batches must be on one device, got {', '.join(sorted(devices))}")
         lengths = np.concatenate([batch.lengths for batch in batches])
         return cls._from_lengths(torch.cat([batch.input_ids_T for batch in batches]), lengths)
 
@@ -94,6 +145,8 @@ class PackedBatch:
 
         A sequence longer than that gets a chunk of its own. An empty batch gives one empty chunk.
         """
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer):
+            raise TypeError(f"[PackedBatch.split] max_tokens must be an integer, got {type(max_tokens).__name__}")
         if max_tokens < 1:
             raise ValueError(f"[PackedBatch.split] max_tokens must be at least 1, got {max_tokens}")
         cu = self._cu()
@@ -120,7 +173,15 @@ class PackedBatch:
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "PackedBatch":
         """The sequences at `indices`, in that order; an index may come more than once."""
-        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        try:
+            chosen = np.asarray(indices)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"[PackedBatch.select] indices must be integers on the CPU: {error}") from error
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+            raise TypeError(
+                f"[PackedBatch.select] indices must be a list of integers, got {chosen.dtype} of shape {list(chosen.shape)}"
+            )
+        chosen = chosen.astype(np.int64)
         count = self.num_sequences
         if chosen.size and not (chosen.min() >= 0 and chosen.max() < count):
             raise IndexError(
@@ -145,7 +206,12 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device; `cu_seqlens_cpu` stays."""
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError):
+            raise ValueError(
+                f"[PackedBatch.to] device must be a torch.device or its name, got {device!r:.100}"
+            ) from None
         if device == self.device:
             return self
         return PackedBatch(

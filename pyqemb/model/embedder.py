@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pyqemb import ops
@@ -30,6 +29,7 @@ from pyqemb.model.portable import (
 )
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
+from pyqemb.ops.prefixes import unit_rows
 
 
 class Embedder(Encoding, nn.Module):
@@ -220,4 +220,4 @@ def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> 
     lengths = to_device(torch.from_numpy(batch.lengths), wide_TE.device)
     # In the order of the tokens on a GPU too, where index_add is not.
     sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
-    return F.normalize(sums_BE[:, :dim], dim=-1, eps=1e-12)  # the direction of the sum is that of the mean
+    return unit_rows(sums_BE[:, :dim])  # the direction of the sum is that of the mean

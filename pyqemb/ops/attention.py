@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import at_kernels, checked, differentiable, empty_like, native, new, new_rows
+from pyqemb.ops import checks
+from pyqemb.ops.checks import tensor
+from pyqemb.ops.common import at_kernels, differentiable, empty_like, native, new, new_rows
 
 _OP = "varlen_attention"
+_MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +48,49 @@ def attention_plan(
     Raises:
         TypeError, ValueError: cu_seqlens that are none; tokens that are missing.
     """
-    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu is not None and checked("attention_plan", name, cu).dim() != 1:
-            raise ValueError(f"[attention_plan] {name} must have shape [num_sequences + 1], got {list(cu.shape)}")
-    tokens_k = tokens if cu_seqlens_k is None else tokens_k
-    counts = []
-    for name, count, cu in (("tokens", tokens, cu_seqlens), ("tokens_k", tokens_k, cu_seqlens_k)):
-        cu = cu_seqlens if cu is None else cu
-        if count is None and cu.device.type != "cpu":
+    op = "attention_plan"
+    cu_seqlens = _lengths_tensor(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens_k is not None:
+        cu_seqlens_k = _lengths_tensor(op, "cu_seqlens_k", cu_seqlens_k)
+        if len(cu_seqlens_k) != len(cu_seqlens):
             raise ValueError(
-                f"[attention_plan] {name} must be given where cu_seqlens is on a GPU: the host would have to wait"
+                f"[{op}] cu_seqlens and cu_seqlens_k must have as many entries, got {len(cu_seqlens)} and {len(cu_seqlens_k)}"
             )
-        counts.append(int(cu[-1]) if count is None and len(cu) else count or 0)
-    target = cu_seqlens.device if device is None else torch.device(device)
-    return _make_plan("attention_plan", cu_seqlens, cu_seqlens_k, counts[0], counts[1], target)
+    elif tokens_k is not None:
+        raise ValueError(f"[{op}] tokens_k must be None without cu_seqlens_k, got {tokens_k!r:.100}")
+    target = cu_seqlens.device if device is None else checks.device(op, "device", device)
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"[{op}] device must be the CPU or a CUDA device, got {target}")
+    count = _count(op, "tokens", tokens, cu_seqlens)
+    count_k = count if cu_seqlens_k is None else _count(op, "tokens_k", tokens_k, cu_seqlens_k)
+    for name, cu, total in (("cu_seqlens", cu_seqlens, count), ("cu_seqlens_k", cu_seqlens_k, count_k)):
+        if cu is not None and cu.device.type == "cpu" and not torch.compiler.is_compiling():
+            _C.check_cu_seqlens(op, name, cu.contiguous(), total, "q" if name == "cu_seqlens" else "k")
+    return _make_plan(op, cu_seqlens, cu_seqlens_k, count, count_k, target)
+
+
+def _lengths_tensor(op: str, name: str, value: Any) -> Tensor:
+    cu = tensor(op, name, value)
+    if cu.dim() != 1 or not len(cu):
+        raise ValueError(
+            f"[{op}] {name} must have shape [num_sequences + 1], with at least one entry, got {list(cu.shape)}"
+        )
+    if cu.dtype != torch.int32:
+        raise TypeError(f"[{op}] {name} must be int32, got {cu.dtype}")
+    return cu
+
+
+def _count(op: str, name: str, count: Any, cu: Tensor) -> int:
+    """How many tokens there are: as given, or the last value of cu_seqlens."""
+    if count is not None:
+        count = checks.integer(op, name, count, 0, _MOST_TOKENS)
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling() and count != int(cu[-1]):
+            lengths = name.replace("tokens", "cu_seqlens")
+            raise ValueError(f"[{op}] {name} must be where {lengths} ends, {int(cu[-1])}, got {count}")
+        return count
+    if cu.device.type != "cpu":
+        raise ValueError(f"[{op}] {name} must be given where cu_seqlens is on a GPU: the host would have to wait")
+    return int(cu[-1])
 
 
 def _make_plan(
@@ -147,18 +179,22 @@ def varlen_attention(
     """
     if scale is None:  # a q that has no head dimension is refused below
         scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
+    scale, causal = checks.finite(_OP, "scale", scale), checks.flag(_OP, "causal", causal)
     q_TND, k_SKD, v_SKD = (_last_contiguous(name, x) for name, x in (("q", q_TND), ("k", k_SKD), ("v", v_SKD)))
     tokens, tokens_k = (len(x) if x.dim() else 0 for x in (q_TND, k_SKD))
     if plan is None:
-        if cu_seqlens is None:
-            raise TypeError(f"[{_OP}] cu_seqlens must be a torch.Tensor, got NoneType")
+        cu_seqlens = tensor(_OP, "cu_seqlens", cu_seqlens)
         plan = _make_plan(_OP, cu_seqlens, cu_seqlens_k, tokens, tokens_k, q_TND.device)
+    elif not isinstance(plan, AttentionPlan):
+        raise TypeError(f"[{_OP}] plan must be an AttentionPlan, got {type(plan).__name__}")
     elif (plan.tokens, plan.tokens_k) != (tokens, tokens_k):
         raise ValueError(
             f"[{_OP}] plan is for {plan.tokens} tokens of q and {plan.tokens_k} of k, got {tokens} and {tokens_k}"
         )
+    for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.optional_tensor(_OP, name, given)
     cu = plan.cu_seqlens, plan.cu_seqlens_k
-    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, float(scale), causal)[0]
+    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)[0]
 
 
 @native(
@@ -215,5 +251,5 @@ _attention = differentiable("varlen_attention", _forward, _gradient, _keep, _bac
 
 
 def _last_contiguous(name: str, x: Any) -> Tensor:
-    checked(_OP, name, x)
+    x = tensor(_OP, name, x)
     return x.contiguous() if x.dim() and x.stride(-1) != 1 else x

@@ -1,4 +1,4 @@
-"""What the ops share: the door checks that native code cannot make, and how a native function becomes an op of torch."""
+"""What the ops share: memory for results, and how a native function becomes an op of torch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
+from pyqemb.ops.checks import tensor
 
 _LARGE = 1 << 20  # bytes
 _LIBRARY = torch.library.Library("pyqemb", "DEF")
@@ -32,17 +33,10 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype, x.device)
 
 
-def checked(op: str, name: str, value: Any) -> Tensor:
-    """`value`, if it is a tensor; what it holds is checked by the native code."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
-
-
 def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device: torch.device) -> Tensor:
     """cu_seqlens where the kernels of `device` read it. On the way from the CPU to a GPU it is checked: from there the host would
     have to wait for it."""
-    cu_seqlens = checked(op, name, cu_seqlens).contiguous()
+    cu_seqlens = tensor(op, name, cu_seqlens).contiguous()
     if device.type == "cpu" or cu_seqlens.device.type != "cpu":
         return cu_seqlens.cpu() if device.type == "cpu" else cu_seqlens
     if torch.compiler.is_compiling():

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from pyqemb.ops import checks
+
+_OP = "info_nce"
 _MASKS = {None: 0, "own": 1, "query_document": 2}
 
 
@@ -25,12 +28,12 @@ class Group:
     hardness: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mask not in _MASKS:
+        if not (self.mask is None or isinstance(self.mask, str)) or self.mask not in _MASKS:
             raise ValueError(f"[info_nce] mask must be 'own', 'query_document' or None, got {self.mask!r}")
-        for name in ("margin", "hardness"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"[info_nce] {name} of a group must be finite, got {value}")
+        if self.margin is not None:
+            checks.finite(_OP, "margin of a group", self.margin)
+        checks.flag(_OP, "relative of a group", self.relative)
+        checks.finite(_OP, "hardness of a group", self.hardness)
 
 
 GROUPS = ("own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard")
@@ -75,8 +78,14 @@ class Options(NamedTuple):
         cls, preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
         softmax: str, focal: float, temperature: float, scale: float,
     ) -> "Options":  # fmt: skip
-        if softmax not in ("joint", "split"):
-            raise ValueError(f"[info_nce] softmax must be 'joint' or 'split', got {softmax!r}")
+        checks.choice(_OP, "softmax", softmax, ("joint", "split"))
+        focal = checks.number(_OP, "focal", focal)
+        if not (math.isfinite(focal) and focal >= 0):
+            raise ValueError(f"[info_nce] focal must be finite and at least 0, got {focal}")
+        if margin is not None and math.isnan(checks.number(_OP, "margin", margin)):
+            raise ValueError("[info_nce] margin must be a number, got nan")
+        if groups is not None and not isinstance(groups, Mapping):
+            raise TypeError(f"[info_nce] groups must be a mapping from group to Group, got {type(groups).__name__}")
         chosen = _chosen(preset, groups or {}, doc_mask)
         for name, group in chosen.items():
             if temperature > 0 and group.hardness <= -1 / temperature:
@@ -85,16 +94,16 @@ class Options(NamedTuple):
                     f"got {group.hardness}"
                 )
         values = (x for name in GROUPS for x in _as_numbers(chosen.get(name), margin))
-        return cls(tuple(values), softmax == "split", float(focal), temperature, scale)
+        return cls(tuple(values), softmax == "split", focal, temperature, scale)
 
 
 def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: str | None) -> dict[str, Group]:
     """The groups that are on."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"[info_nce] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     chosen = dict(PRESETS[preset])
     if doc_mask is not None:
-        if doc_mask not in ("query_document", "own", "none"):
+        if not isinstance(doc_mask, str) or doc_mask not in ("query_document", "own", "none"):
             raise ValueError(f"[info_nce] doc_mask must be one of query_document, own, none, got {doc_mask!r}")
         mask: Any = None if doc_mask == "none" else doc_mask
         chosen.update({name: replace(chosen[name], mask=mask) for name in _DOC_GROUPS if name in chosen})

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import arithmetic, checked, differentiable, empty, native
+from pyqemb.ops import checks
+from pyqemb.ops.common import arithmetic, differentiable, empty, native
 from pyqemb.ops.groups import Group, Options
 from pyqemb.ops.prefixes import over_prefixes, prefixes
 
+_OP = "info_nce"
 _HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
 _SOFTMAXES = 4  # of a row, at most
 
@@ -85,14 +87,16 @@ def info_nce(
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """
-    checked("info_nce", "queries", queries_BE), checked("info_nce", "documents", documents_ME)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"[info_nce] reduction must be 'mean' or 'sum', got {reduction!r}")
+    queries_BE, documents_ME = checks.tensor(_OP, "queries", queries_BE), checks.tensor(_OP, "documents", documents_ME)
+    positive, owner = checks.tensor(_OP, "positive", positive), checks.optional_tensor(_OP, "owner", owner)
+    document_ids = checks.optional_tensor(_OP, "document_ids", document_ids)
+    checks.choice(_OP, "reduction", reduction, ("mean", "sum"))
+    checks.flag(_OP, "return_stats", return_stats)
+    tau, temperature = _temperature(temperature, queries_BE)
     if not torch.compiler.is_compiling():  # a compiled graph holds no values yet
         _C.check_info_nce(queries_BE.contiguous(), documents_ME.contiguous(), positive, owner, document_ids)
     num_queries = queries_BE.shape[0]
-    first, count = (0, num_queries) if rows is None else rows
-    tau = temperature if isinstance(temperature, Tensor) else None
+    first, count = (0, num_queries) if rows is None else _rows(rows, num_queries)
     options = Options.of(
         preset,
         groups,
@@ -100,7 +104,7 @@ def info_nce(
         doc_mask,
         softmax,
         focal,
-        float(tau.detach() if tau is not None else temperature),
+        temperature,
         1 / num_queries if reduction == "mean" else 1.0,
     )
     dims, weights = prefixes(matryoshka, matryoshka_weights, queries_BE.shape[-1])
@@ -122,6 +126,29 @@ def info_nce(
     else:
         loss = once(queries_BE, documents_ME, dims, weights)
     return (loss, Stats(totals, count)) if return_stats else loss
+
+
+def _temperature(value: Any, queries: Tensor) -> tuple[Tensor | None, float]:
+    """The tensor that gets a gradient, where the temperature is one, and its value."""
+    if not isinstance(value, Tensor):
+        return None, checks.positive(_OP, "temperature", value)
+    tau = checks.tensor(_OP, "temperature", value)
+    if tau.numel() != 1 or not tau.is_floating_point():
+        raise ValueError(
+            f"[{_OP}] temperature must be a number or a floating tensor of one element, got {tau.dtype} of shape "
+            f"{list(tau.shape)}"
+        )
+    return tau, checks.positive(_OP, "temperature", tau.detach().item())
+
+
+def _rows(rows: Any, num_queries: int) -> tuple[int, int]:
+    given = checks.items(_OP, "rows", rows, "two integers")
+    if len(given) != 2:
+        raise ValueError(f"[{_OP}] rows must be (first, count), got {len(given)} values")
+    first, count = (checks.integer(_OP, f"rows[{place}]", value, 0) for place, value in enumerate(given))
+    if first + count > num_queries:
+        raise ValueError(f"[{_OP}] rows must lie in 0 to {num_queries}, got {first} to {first + count}")
+    return first, count
 
 
 class Stats(Mapping[str, float]):

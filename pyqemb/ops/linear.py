@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyqemb.ops.common import checked, empty
+from pyqemb.ops.checks import on_device_of, tensor
+from pyqemb.ops.common import empty
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -22,9 +23,13 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     Raises:
         TypeError: not a tensor, or two dtypes without autocast. ValueError: shapes that do not fit.
     """
+    x_TI, weight_OI = tensor("linear", "x", x_TI), tensor("linear", "weight", weight_OI)
     for name, value in (("x", x_TI), ("weight", weight_OI)):
-        if checked("linear", name, value).dim() != 2:
+        if value.dim() != 2:
             raise ValueError(f"[linear] {name} must have two dimensions, got shape {list(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"[linear] {name} must have a floating dtype, got {value.dtype}")
+    on_device_of("linear", "weight", weight_OI, "x", x_TI)
     if x_TI.shape[1] != weight_OI.shape[1]:
         raise ValueError(f"[linear] x and weight must share their inputs, got {x_TI.shape[1]} and {weight_OI.shape[1]}")
     if torch.is_autocast_enabled(x_TI.device.type) or torch.compiler.is_compiling():

@@ -3,16 +3,17 @@
 Legend: B rows, M documents, K candidates of a row, E dimension, F the teacher's. All return a scalar, differentiable.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyqemb.ops.common import arithmetic, checked
+from pyqemb.ops import checks
+from pyqemb.ops.common import arithmetic
 
 Reduction = Literal["mean", "sum"]
+_REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
 
 def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: float = 0.05) -> Tensor:
@@ -32,10 +33,10 @@ def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: f
     its rows against all rows of lower levels, whose sum is a running one.
     """
     op = "cosent"
-    _matrix(op, "first", first_BE)
-    _matrix(op, "second", second_BE, first_BE)
-    scores_B = _vector(op, "scores", scores_B, len(first_BE))
-    _positive(op, "temperature", temperature)
+    first_BE = _matrix(op, "first", first_BE)
+    second_BE = _matrix(op, "second", second_BE, "first", first_BE)
+    scores_B = _vector(op, "scores", scores_B, "first", first_BE)
+    temperature = checks.positive(op, "temperature", temperature)
     cosines = _dots(first_BE, second_BE).double() / temperature
     order = torch.argsort(scores_B)
     cosines, scores = cosines[order], scores_B[order]
@@ -71,18 +72,23 @@ def distill_scores(
     Source: Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1: one positive and k negatives.
     """
     op = "distill_scores"
-    _matrix(op, "queries", queries_BE)
-    _matrix(op, "documents", documents_ME, queries_BE, rows=False)
-    checked(op, "candidates", candidates_BK), checked(op, "teacher", teacher_BK)
+    queries_BE = _matrix(op, "queries", queries_BE)
+    documents_ME = _matrix(op, "documents", documents_ME, "queries", queries_BE, rows=False)
+    candidates_BK, teacher_BK = (
+        _beside(op, name, x, "queries", queries_BE)
+        for name, x in (("candidates", candidates_BK), ("teacher", teacher_BK))
+    )
     shape = candidates_BK.shape
     if candidates_BK.dtype != torch.int64:
         raise TypeError(f"[{op}] candidates must be int64, got {candidates_BK.dtype}")
     if len(shape) != 2 or shape[0] != len(queries_BE) or teacher_BK.shape != shape:
         raise ValueError(
-            f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and {list(teacher_BK.shape)}"
+            f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and {list(teacher_BK.shape)} (a row for each of queries)"
         )
-    _positive(op, "temperature", temperature)
-    _positive(op, "teacher_temperature", teacher_temperature)
+    _real(op, "teacher", teacher_BK)
+    temperature = checks.positive(op, "temperature", temperature)
+    teacher_temperature = checks.positive(op, "teacher_temperature", teacher_temperature)
+    checks.choice(op, "reduction", reduction, _REDUCTIONS)
     there = candidates_BK >= 0
     wrong = (candidates_BK < -1) | (candidates_BK >= len(documents_ME))
     if bool(wrong.any()):
@@ -96,11 +102,12 @@ def distill_scores(
             f"[{op}] teacher must hold finite scores, got {teacher_BK[there][~teacher_BK[there].isfinite()][0]}"
         )
     wide = arithmetic(queries_BE.dtype)
-    chosen_BKE = documents_ME[candidates_BK.clamp_min(0)].to(wide)
+    # Zeros where there is no candidate: a NaN there would reach the gradient of the query.
+    chosen_BKE = documents_ME[candidates_BK.clamp_min(0)].to(wide).masked_fill(~there[..., None], 0)
     student = torch.einsum("be,bke->bk", queries_BE.to(wide), chosen_BKE) / temperature
     student = student.masked_fill(~there, -torch.inf).log_softmax(dim=1).masked_fill(~there, 0)
     teacher = (teacher_BK.to(wide) / teacher_temperature).masked_fill(~there, -torch.inf).softmax(dim=1)
-    return _reduced(op, -(teacher * student).sum(dim=1), reduction)
+    return _reduced(-(teacher * student).sum(dim=1), reduction)
 
 
 def distill_embeddings(
@@ -119,16 +126,27 @@ def distill_embeddings(
     Source: jina-embeddings-v5 (arXiv 2602.15547), stage 1, with a projection; F2LLM-v2 for the prefix.
     """
     op = "distill_embeddings"
-    _matrix(op, "student", student_BE)
-    if checked(op, "teacher", teacher_BF).dim() != 2 or len(teacher_BF) != len(student_BE):
-        raise ValueError(f"[{op}] teacher must have shape [{len(student_BE)}, F], got {list(teacher_BF.shape)}")
+    student_BE = _matrix(op, "student", student_BE)
+    teacher_BF = _beside(op, "teacher", teacher_BF, "student", student_BE)
+    _floating(op, "teacher", teacher_BF)
+    checks.choice(op, "reduction", reduction, _REDUCTIONS)
+    if teacher_BF.dim() != 2 or len(teacher_BF) != len(student_BE):
+        raise ValueError(
+            f"[{op}] teacher must have shape [{len(student_BE)}, F], got {list(teacher_BF.shape)} (a row for each of student)"
+        )
     size, teachers = student_BE.shape[1], teacher_BF.shape[1]
     if projection_FE is None and teachers < size:
         raise ValueError(
             f"[{op}] teacher must have at least the student's {size} dimensions without a projection, got {teachers}"
         )
-    if projection_FE is not None and checked(op, "projection", projection_FE).shape != (teachers, size):
-        raise ValueError(f"[{op}] projection must have shape [{teachers}, {size}], got {list(projection_FE.shape)}")
+    if projection_FE is not None:
+        projection_FE = _beside(op, "projection", projection_FE, "student", student_BE)
+        _floating(op, "projection", projection_FE)
+        if projection_FE.shape != (teachers, size):
+            raise ValueError(
+                f"[{op}] projection must have shape [{teachers}, {size}], got {list(projection_FE.shape)} "
+                "(from the dimension of student to that of teacher)"
+            )
     wide = arithmetic(student_BE.dtype)
     student, teacher = student_BE.to(wide), teacher_BF.detach().to(wide)
     if projection_FE is None:
@@ -140,7 +158,7 @@ def distill_embeddings(
         raise ValueError(
             f"[{op}] teacher must hold finite vectors that are not zero, got norm {norms[~(norms > 0)][:1].tolist()}"
         )
-    return _reduced(op, 1 - F.cosine_similarity(student, teacher, dim=1), reduction)
+    return _reduced(1 - F.cosine_similarity(student, teacher, dim=1), reduction)
 
 
 def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -155,19 +173,20 @@ def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -
     Source: Qwen3 Embedding report (arXiv 2506.05176), equation 2.
     """
     op = "yes_no"
-    if checked(op, "logits", logits_B2).dim() != 2 or logits_B2.shape[1] != 2 or not len(logits_B2):
+    logits_B2 = checks.tensor(op, "logits", logits_B2)
+    _floating(op, "logits", logits_B2)
+    if logits_B2.dim() != 2 or logits_B2.shape[1] != 2 or not len(logits_B2):
         raise ValueError(f"[{op}] logits must have shape [B, 2], got {list(logits_B2.shape)}")
-    labels = _vector(op, "labels", labels_B, len(logits_B2))
+    checks.choice(op, "reduction", reduction, _REDUCTIONS)
+    labels = _vector(op, "labels", labels_B, "logits", logits_B2)
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError(f"[{op}] labels must be 0 or 1, got {labels[(labels != 0) & (labels != 1)][0].item()}")
     yes, no = logits_B2.to(arithmetic(logits_B2.dtype)).unbind(1)
     sign = 2 * labels.to(yes.dtype) - 1
-    return _reduced(op, F.softplus(-sign * (yes - no)), reduction)
+    return _reduced(F.softplus(-sign * (yes - no)), reduction)
 
 
-def _reduced(op: str, losses_B: Tensor, reduction: str) -> Tensor:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"[{op}] reduction must be 'mean' or 'sum', got {reduction!r}")
+def _reduced(losses_B: Tensor, reduction: Reduction) -> Tensor:
     return losses_B.mean() if reduction == "mean" else losses_B.sum()
 
 
@@ -176,24 +195,47 @@ def _dots(a_BE: Tensor, b_BE: Tensor) -> Tensor:
     return (a_BE.to(wide) * b_BE.to(wide)).sum(dim=1)
 
 
-def _matrix(op: str, name: str, x: Any, like: Tensor | None = None, rows: bool = True) -> None:
+def _matrix(
+    op: str, name: str, value: Any, like_name: str = "", like: Tensor | None = None, rows: bool = True
+) -> Tensor:
     """[B, E] with rows; as wide as `like`, and with as many rows unless they are another thing."""
-    checked(op, name, x)
-    if x.dim() != 2 or not len(x) or not x.is_floating_point():
+    x = checks.tensor(op, name, value) if like is None else _beside(op, name, value, like_name, like)
+    if x.dim() != 2 or not len(x) or not x.shape[1] or not x.is_floating_point():
         raise ValueError(f"[{op}] {name} must be floating, of shape [B, E], got {x.dtype} of shape {list(x.shape)}")
-    if like is not None and (x.shape[1] != like.shape[1] or (rows and len(x) != len(like))):
+    if like is None:
+        return x
+    if x.dtype != like.dtype:
+        raise TypeError(f"[{op}] {name} must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+    if x.shape[1] != like.shape[1] or (rows and len(x) != len(like)):
         wanted = [len(like) if rows else "M", like.shape[1]]
-        raise ValueError(f"[{op}] {name} must have shape {wanted}, got {list(x.shape)}")
+        raise ValueError(f"[{op}] {name} must have shape {wanted}, got {list(x.shape)} (as {like_name})")
+    return x
 
 
-def _vector(op: str, name: str, x: Any, count: int) -> Tensor:
-    if checked(op, name, x).shape != (count,):
-        raise ValueError(f"[{op}] {name} must have shape [{count}], got {list(x.shape)}")
+def _vector(op: str, name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
+    """A finite number for each row of `like`."""
+    x = _beside(op, name, value, like_name, like)
+    _real(op, name, x)
+    if x.shape != (len(like),):
+        raise ValueError(
+            f"[{op}] {name} must have shape [{len(like)}], got {list(x.shape)} (one for each of {like_name})"
+        )
     if not bool(torch.isfinite(x.double()).all()):
         raise ValueError(f"[{op}] {name} must be finite, got {x[~torch.isfinite(x)][0].item()}")
     return x
 
 
-def _positive(op: str, name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"[{op}] {name} must be positive and finite, got {value}")
+def _beside(op: str, name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
+    x = checks.tensor(op, name, value)
+    checks.on_device_of(op, name, x, like_name, like)
+    return x
+
+
+def _floating(op: str, name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"[{op}] {name} must have a floating dtype, got {x.dtype}")
+
+
+def _real(op: str, name: str, x: Tensor) -> None:
+    if x.dtype.is_complex:
+        raise TypeError(f"[{op}] {name} must hold real numbers, got {x.dtype}")

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import at_kernels, checked, differentiable, native, new, new_gradient
+from pyqemb.ops.checks import flag, not_negative, optional_tensor, tensor
+from pyqemb.ops.common import at_kernels, differentiable, native, new, new_gradient
 
 
 def last_token_pool(
@@ -25,7 +26,7 @@ def last_token_pool(
         norm_weight: [E] of the final RMSNorm (over all E features, before the cut); None: hidden_TE is already normed.
         eps: of the RMSNorm.
         dim: features kept (Matryoshka); E when None.
-        normalize: divide by the L2 norm (floor 1e-12).
+        normalize: divide by the L2 norm, at any magnitude. A row of zeros stays zero, and so is its gradient.
 
     Returns:
         [B, dim], dtype of hidden_TE. A sequence without tokens gives zeros.
@@ -35,13 +36,17 @@ def last_token_pool(
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), section 2; Matryoshka, Kusupati et al. 2022.
     """
-    checked("last_token_pool", "hidden", hidden_TE)
+    op = "last_token_pool"
+    hidden_TE, norm_weight = tensor(op, "hidden", hidden_TE), optional_tensor(op, "norm_weight", norm_weight)
+    eps, normalize = not_negative(op, "eps", eps), flag(op, "normalize", normalize)
     if hidden_TE.dim() != 2:
-        raise ValueError(f"[last_token_pool] hidden must have shape [tokens, embed], got {list(hidden_TE.shape)}")
+        raise ValueError(f"[{op}] hidden must have shape [tokens, embed], got {list(hidden_TE.shape)}")
     cut = hidden_TE.shape[1] if dim is None else dim
-    if not isinstance(cut, int) or isinstance(cut, bool) or cut < 1:
-        raise ValueError(f"[last_token_pool] dim must be a positive integer, got {dim!r}")
-    cu_seqlens = at_kernels("last_token_pool", "cu_seqlens", cu_seqlens, len(hidden_TE), "hidden", hidden_TE.device)
+    if dim is not None and (not isinstance(cut, int) or isinstance(cut, bool) or cut < 1):
+        raise ValueError(f"[{op}] dim must be a positive integer, got {dim!r:.100}")
+    if cut > hidden_TE.shape[1] or cut < 1:
+        raise ValueError(f"[{op}] dim must be from 1 to {hidden_TE.shape[1]}, got {cut!s:.100}")
+    cu_seqlens = at_kernels(op, "cu_seqlens", cu_seqlens, len(hidden_TE), "hidden", hidden_TE.device)
     hidden_TE = hidden_TE if hidden_TE.stride(1) == 1 else hidden_TE.contiguous()
     return _pool(hidden_TE, norm_weight, cu_seqlens, eps, cut, normalize)
 

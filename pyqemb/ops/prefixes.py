@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from pyqemb.ops import checks
 
 
 def prefixes(
@@ -16,25 +17,36 @@ def prefixes(
         if weights is not None:
             raise ValueError("[info_nce] matryoshka_weights need matryoshka, got None")
         return (), ()
-    dims = [int(dim) for dim in matryoshka]
+    given = checks.items("info_nce", "matryoshka", matryoshka, "dimensions")
+    dims = [checks.integer("info_nce", f"matryoshka[{at}]", dim) for at, dim in enumerate(given)]
     if not dims or any(dim < 1 or dim > size for dim in dims):
         raise ValueError(f"[info_nce] matryoshka must list dimensions from 1 to {size}, got {list(matryoshka)}")
     rising = sorted(set(dims))
     if dims not in (rising, rising[::-1]):
         raise ValueError(f"[info_nce] matryoshka must rise or fall, each dimension once, got {list(matryoshka)}")
-    shares = [1 / len(dims)] * len(dims) if weights is None else [float(weight) for weight in weights]
+    shares = [1 / len(dims)] * len(dims)
+    if weights is not None:
+        given = checks.items("info_nce", "matryoshka_weights", weights, "numbers")
+        shares = [checks.number("info_nce", f"matryoshka_weights[{at}]", weight) for at, weight in enumerate(given)]
     if len(shares) != len(dims) or not all(math.isfinite(share) and share >= 0 for share in shares):
         raise ValueError(f"[info_nce] matryoshka_weights must be {len(dims)} numbers of at least 0, got {weights}")
     pairs = sorted(zip(dims, shares, strict=True))
     return tuple(dim for dim, _ in pairs), tuple(share for _, share in pairs)
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1, at any magnitude; a row of zeros stays zero, and so is its gradient."""
+    largest = x.detach().abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_ones(1)
+    scaled = x / torch.where(largest > 0, largest, 1)
+    norms = scaled.norm(dim=-1, keepdim=True)
+    return scaled / norms.masked_fill(norms == 0, torch.inf)
+
+
 def over_prefixes(
     loss: Callable[..., Tensor], dims: Sequence[int], weights: Sequence[float], *vectors: Tensor
 ) -> Tensor:
-    """The weighted sum of a loss over the prefixes of the vectors, normalised again; one call each, in order."""
+    """The weighted sum of a loss over the prefixes of the vectors, normalized again; one call each, in order."""
     parts = [
-        weight * loss(*(normalize(x[:, :dim], dim=-1) for x in vectors))
-        for dim, weight in zip(dims, weights, strict=True)
+        weight * loss(*(unit_rows(x[:, :dim]) for x in vectors)) for dim, weight in zip(dims, weights, strict=True)
     ]
     return torch.stack(parts).sum()

@@ -1,13 +1,17 @@
 """Texts as sets of word n-grams, for de-duplication and decontamination."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyqemb import _C
+from pyqemb.ops.checks import integer
+
+_MOST = 2**63 - 1  # the native code counts in int64
 
 
 def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +26,8 @@ def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         TypeError: not texts. ValueError: n below 1.
     """
-    text, offsets = _joined("shingles", texts)
+    n = integer("shingles", "n", n, 1, _MOST)
+    texts, text, offsets = _joined("shingles", texts)
     hashes = torch.empty(len(text), dtype=torch.int64)
     counts = torch.empty(len(texts), dtype=torch.int64)
     _C.shingles(text, offsets, hashes, counts, n)
@@ -42,17 +47,21 @@ def min_hash(texts: Sequence[str], num_hashes: int = 128, n: int = 5) -> np.ndar
 
     Source: Broder, On the resemblance and containment of documents (1997).
     """
-    if num_hashes < 1:
-        raise ValueError(f"[min_hash] num_hashes must be at least 1, got {num_hashes}")
-    text, offsets = _joined("min_hash", texts)
+    num_hashes = integer("min_hash", "num_hashes", num_hashes, 1, 1 << 20)
+    n = integer("min_hash", "n", n, 1, _MOST)
+    texts, text, offsets = _joined("min_hash", texts)
     signatures = torch.empty((len(texts), num_hashes), dtype=torch.int32)
     _C.min_hash(text, offsets, signatures, n)
     return signatures.numpy().view(np.uint32)
 
 
-def _joined(op: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"[{op}] texts must be a list of texts")
+def _joined(op: str, texts: Any) -> tuple[list[str], Tensor, Tensor]:
+    if not isinstance(texts, Iterable) or isinstance(texts, str | bytes | Tensor | Mapping | Set):
+        raise TypeError(f"[{op}] texts must be a list of texts, got {type(texts).__name__}")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"[{op}] texts must be a list of texts, got {type(text).__name__} in it")
     parts = [
         (text if text.isascii() else unicodedata.normalize("NFKC", text).lower()).encode("utf-8", "replace")
         for text in texts
@@ -60,4 +69,4 @@ def _joined(op: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     offsets = torch.zeros(len(parts) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor([len(part) for part in parts], dtype=torch.int64), 0, out=offsets[1:])
     joined = bytearray().join(parts)
-    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8), offsets
+    return texts, torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8), offsets

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import checked, differentiable, empty_like, native, new, new_gradient, new_rows
+from pyqemb.ops.checks import not_negative, tensor
+from pyqemb.ops.common import differentiable, empty_like, native, new, new_gradient, new_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None) -> Any:
@@ -23,11 +24,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor |
 
     Source: Zhang and Sennrich 2019, equation 4.
     """
-    if not checked("rms_norm", "x", x).dim():
+    op = "rms_norm"
+    x, weight, eps = tensor(op, "x", x), tensor(op, "weight", weight), not_negative(op, "eps", eps)
+    if not x.dim():
         raise ValueError("[rms_norm] x must have shape [..., size], got []")
     if residual is None:
         return _rms_norm(_rows(x), weight, eps)[0].view(x.shape)
-    if checked("rms_norm", "residual", residual).shape != x.shape:
+    residual = tensor(op, "residual", residual)
+    if residual.shape != x.shape:
         raise ValueError(f"[rms_norm] residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
     normed, _, total = _add_rms_norm(_rows(x), _rows(residual), weight, eps)
     return normed.view(x.shape), total.view(x.shape)
@@ -50,8 +54,7 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
 
     Source: Qwen3 technical report (arXiv 2505.09388), section 2; rotary embedding, Su et al. 2021, equation 34.
     """
-    checked("qk_norm_rope", "x", x_TND)
-    return _qk_norm_rope(x_TND.contiguous(), norm_weight, cos_TH, sin_TH, eps)[0]
+    return _rotated("qk_norm_rope", x_TND, norm_weight, cos_TH, sin_TH, eps)
 
 
 def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -59,8 +62,7 @@ def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
     Source: Su et al. 2021, equation 34.
     """
-    checked("rope", "x", x_TND)
-    return _qk_norm_rope(x_TND.contiguous(), None, cos_TH, sin_TH, 0.0)[0]
+    return _rotated("rope", x_TND, None, cos_TH, sin_TH, 0.0)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,8 +72,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, equation 6.
     """
-    checked("swiglu", "gate", gate), checked("swiglu", "up", up)
+    gate, up = tensor("swiglu", "gate", gate), tensor("swiglu", "up", up)
     return _swiglu(gate.contiguous(), up.contiguous())
+
+
+def _rotated(op: str, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    if op == "qk_norm_rope":
+        weight = tensor(op, "norm_weight", weight)
+    x, cos, sin = tensor(op, "x", x), tensor(op, "cos", cos), tensor(op, "sin", sin)
+    return _qk_norm_rope(x.contiguous(), weight, cos, sin, not_negative(op, "eps", eps))[0]
 
 
 def _rows(x: Tensor) -> Tensor:

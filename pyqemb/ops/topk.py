@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.common import checked, native
+from pyqemb.ops.checks import integer, optional_tensor, tensor
+from pyqemb.ops.common import native
 
 
 def top_k(
@@ -31,15 +32,24 @@ def top_k(
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: k outside 0..M, shapes that do not fit.
     """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"[top_k] k must be an integer, got {k!r}")
+    op = "top_k"
+    queries_BE, documents_ME = tensor(op, "queries", queries_BE), tensor(op, "documents", documents_ME)
+    exclude, ceiling = optional_tensor(op, "exclude", exclude), optional_tensor(op, "ceiling", ceiling)
     for name, value in (("queries", queries_BE), ("documents", documents_ME)):
-        if checked("top_k", name, value).dim() != 2:
-            raise ValueError(f"[top_k] {name} must have shape [rows, dim], got {list(value.shape)}")
+        if value.dim() != 2:
+            raise ValueError(f"[{op}] {name} must have shape [rows, dim], got {list(value.shape)}")
+    k = integer(op, "k", k)
     if not 0 <= k <= len(documents_ME):
-        raise ValueError(f"[top_k] k must be from 0 to the number of documents, {len(documents_ME)}, got {k}")
-    exclude = exclude.contiguous() if isinstance(exclude, Tensor) else exclude
-    ceiling = ceiling.detach().contiguous() if isinstance(ceiling, Tensor) else ceiling
+        raise ValueError(f"[{op}] k must be from 0 to the number of documents, {len(documents_ME)}, got {k!s:.100}")
+    if (
+        ceiling is not None
+        and ceiling.device.type == "cpu"
+        and ceiling.is_floating_point()
+        and bool(ceiling.isnan().any())
+    ):
+        raise ValueError(f"[{op}] ceiling must hold no NaN, got one at {int(ceiling.isnan().nonzero()[0, 0])}")
+    exclude = None if exclude is None else exclude.contiguous()
+    ceiling = None if ceiling is None else ceiling.detach().contiguous()
     return _search(queries_BE.detach().contiguous(), documents_ME.detach().contiguous(), k, exclude, ceiling)
 
 

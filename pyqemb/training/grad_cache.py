@@ -7,13 +7,14 @@ Legend: B queries, M documents, S sequences of a stream, U distinct ones, E dime
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from pyqemb.data.batch import PackedBatch, to_device
+from pyqemb.ops import checks
 from pyqemb.training import passes
 from pyqemb.training.budget import StepPlanner, chunk_tokens
 from pyqemb.training.chunks import cut, distinct
@@ -87,20 +88,25 @@ class GradCache:
         agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
         say: Callable[[str], None] | None = None,
     ):
-        if tokens_per_chunk < 1:
-            raise ValueError(f"tokens_per_chunk must be at least 1, got {tokens_per_chunk}")
-        if not 0 <= skip < 1:
-            raise ValueError(f"skip must lie in 0..1, got {skip}")
+        for name, value in (("model", model), ("loss_fn", loss_fn), ("agree", agree), ("say", say)):
+            if not callable(value) and (value is not None or name == "model"):
+                raise TypeError(f"[GradCache] {name} must be callable, got {type(value).__name__}")
+        checks.integer("GradCache", "tokens_per_chunk", tokens_per_chunk, 1)
+        if plan is not None and not isinstance(plan, Plan):
+            raise TypeError(f"[GradCache] plan must be a Plan, got {type(plan).__name__}")
+        if not 0 <= checks.number("GradCache", "skip", skip) < 1:
+            raise ValueError(f"[GradCache] skip must lie in 0..1, got {skip}")
         if memory is not None and plan is not None:
             raise ValueError("memory and plan exclude each other: one is chosen from the other")
-        if memory not in (None, "auto") and not (isinstance(memory, int) and memory > 0):
-            raise ValueError(f"memory must be a number of bytes, 'auto' or None, got {memory!r}")
+        automatic = memory is None or (isinstance(memory, str) and memory == "auto")
+        if not automatic and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
+            raise ValueError(f"[GradCache] memory must be a number of bytes, 'auto' or None, got {memory!r:.100}")
         self.model, self.loss_fn, self.memory, self.skip = model, loss_fn, memory, skip
         self.agree = agree or (lambda loss: loss)
         self.say = say or (lambda line: None)
         self.last: StepReport | None = None
         own: list[torch.Tensor] = list(model.parameters()) if isinstance(model, nn.Module) else []
-        gradients = [p for p in own if p.requires_grad] if parameters is None else list(parameters)
+        gradients = [p for p in own if p.requires_grad] if parameters is None else _tensors(parameters)
         self._tensors = list({id(x): x for x in (*gradients, *own)}.values())  # whose .grad a backward pass touches
         self._planner = StepPlanner(
             model, plan or Plan(tokens_per_chunk), memory, gradients, self._tensors, not skip, self.say
@@ -114,10 +120,15 @@ class GradCache:
         Raises:
             ValueError: no queries or no documents.
         """
-        return self.step_stream(_joined(queries, documents), self._pair_loss(queries), scale)
+        joined = _joined(queries, documents)
+        return self.step_stream(joined, self._pair_loss(queries), scale)
 
     def step_stream(self, stream: PackedBatch, loss_of: LossOf, scale: float = 1.0) -> torch.Tensor:
         """`step` for one stream of texts: `loss_of` takes their vectors [S, E]. The stream may be empty."""
+        _check_batch("stream", stream)
+        if not callable(loss_of):
+            raise TypeError(f"[GradCache] loss_of must be callable, got {type(loss_of).__name__}")
+        scale = checks.finite("GradCache", "scale", scale)
         meter = Meter(passes.device_of(self.model, [stream]))
         with meter if self.memory is not None else nullcontext():
             record, place_S, report = self._first_pass(stream)
@@ -138,14 +149,16 @@ class GradCache:
         So it can be scaled, added to other losses, and several can go before one backward. `agree` has no part in it; memory is
         planned but its peak is not measured.
         """
-        record, place_S, report = self._first_pass(_joined(queries, documents))
+        joined, loss_of = _joined(queries, documents), self._pair_loss(queries)
+        record, place_S, report = self._first_pass(joined)
         self.last = report
         leaves_UE = record.vectors_UE.detach().requires_grad_()
         leaves_UE.register_hook(lambda cache_UE: self._second_pass(record, report, cache_UE))
-        return self._pair_loss(queries)(leaves_UE.index_select(0, place_S))
+        return loss_of(leaves_UE.index_select(0, place_S))
 
     def planned(self, stream: PackedBatch) -> Plan:
         """The plan of a step over a stream of distinct texts, with its predicted peak; costs a probe the first time."""
+        _check_batch("stream", stream)
         return self._planner.predicted(self._planner.plan(stream), stream)
 
     def preview(self, stream: PackedBatch) -> str:
@@ -217,7 +230,22 @@ class GradCache:
                     record, cache_UE = passes.cut_again(record, cache_UE, everything, plan.tokens_per_chunk)
 
 
+def _check_batch(name: str, value: Any) -> None:
+    if not isinstance(value, PackedBatch):
+        raise TypeError(f"[GradCache] {name} must be a PackedBatch, got {type(value).__name__}")
+
+
+def _tensors(parameters: Any) -> list[torch.Tensor]:
+    given = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    for parameter in given:
+        if not isinstance(parameter, torch.Tensor):
+            raise TypeError(f"[GradCache] parameters must be tensors, got {type(parameter).__name__}")
+    return given
+
+
 def _joined(queries: PackedBatch, documents: PackedBatch) -> PackedBatch:
+    for name, batch in (("queries", queries), ("documents", documents)):
+        _check_batch(name, batch)
     if not queries.num_sequences or not documents.num_sequences:
         raise ValueError(
             f"[GradCache] expected queries and documents, got {queries.num_sequences} and {documents.num_sequences}"

@@ -7,8 +7,8 @@
 namespace qemb::cpu::QEMB_ISA {
 namespace {
 
-// y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and its norm, so that a row of any magnitude has a direction.
-// The norm of a row of zeros counts as infinite: its z and its gradient are zero.
+// y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and its norm, so that a row of any magnitude has a
+// direction. The norm of a row of zeros counts as infinite: its z and its gradient are zero.
 template <class T>
 struct Pooled {
     T* x;
