@@ -30,9 +30,22 @@ class Interrupted(PyqembError):
 
 
 class MachineError(PyqembError, OSError):
-    """The machine refused: a disk that is full or read-only, a permission, an input/output error. Names the path and what was being done."""
+    """The machine refused: a disk that is full or read-only, a permission, an input/output error, no memory.
+
+    The message names the path and what was being done; `errno` and `filename` are those of the error that caused it.
+    """
 
     exit_code = 74
+
+    def __init__(self, message: str, errno: int | None = None, filename: str | None = None):
+        super().__init__(message)
+        self.message, self.errno, self.filename = message, errno, filename
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type["MachineError"], tuple[str, int | None, str | None]]:
+        return type(self), (self.message, self.errno, self.filename)
 
 
 class RankError(PyqembError, RuntimeError):

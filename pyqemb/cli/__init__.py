@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from typing import Any
 
 from pyqemb import __version__
-from pyqemb.errors import PyqembError
+from pyqemb.cli.exits import EXIT_CODES, guarded
 
 VERBS = {
     "init": "write a commented run.toml to begin with",
@@ -25,25 +26,42 @@ VERBS = {
 }
 
 
+KEPT = "outputs are written in full or not at all"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0 done, 2 bad configuration or arguments, 3 bad data, 75 interrupted and resumable."""
+    """Run one verb. Returns one of EXIT_CODES."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    namespace = whole_parser([chosen]).parse_args(arguments)
-    try:
-        return import_module(f"pyqemb.cli.{namespace.verb}").run(namespace)
-    except PyqembError as error:
-        print(f"pyqemb {namespace.verb}: {error}", file=sys.stderr)
-        return error.exit_code
+    namespace = argparse.Namespace(verb=chosen if chosen in VERBS else None)
+
+    def verb() -> Any:
+        return import_module(f"pyqemb.cli.{namespace.verb}")
+
+    def work() -> int:
+        whole_parser([chosen]).parse_args(arguments, namespace)
+        return verb().run(namespace)
+
+    def kept() -> str:
+        return verb().kept(namespace) if hasattr(verb(), "kept") else KEPT
+
+    name = "pyqemb" if namespace.verb is None else f"pyqemb {namespace.verb}"
+    return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb == "train" else None)
 
 
 def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentParser:
     """The parser; the options are only those of the verbs `of`, whose modules are imported for it."""
-    parser = argparse.ArgumentParser(prog="pyqemb", description="Train, merge and measure text embedding models.")
+    codes = "exit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="pyqemb", description="Train, merge and measure text embedding models.", epilog=codes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"pyqemb {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, help_line in VERBS.items():
         child = verbs.add_parser(verb, help=help_line, description=help_line)
+        child.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if verb in of:
             import_module(f"pyqemb.cli.{verb}").add_arguments(child)
     return parser

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from pyqemb.data.files import atomic_file
-    from pyqemb.errors import ConfigError, DataError
+    from pyqemb.errors import ConfigError
     from pyqemb.model.reranker import Reranker
 
     if args.out.resolve() == args.pairs.resolve():
@@ -30,19 +30,15 @@ def run(args: argparse.Namespace) -> int:
     if args.top_k is not None and args.top_k < 1:
         raise ConfigError(f"--top-k must be at least 1, got {args.top_k}")
     model, count = Reranker.from_pretrained(args.model), 0
-    with atomic_file(args.out) as temporary:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                for rows in _windows(args.pairs):
-                    pairs = [(row["query"], text) for row in rows for text in _documents(row)]
-                    told = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
-                    scores = iter(model.score(pairs, instruction=told).tolist())
-                    for row in rows:
-                        own = [next(scores) for _ in _documents(row)]
-                        file.write(json.dumps(_scored(row, own, args.top_k), ensure_ascii=False) + "\n")
-                    count += len(pairs)
-        except OSError as error:
-            raise DataError(f"{args.out}: cannot be written: {error.strerror or error}") from error
+    with atomic_file(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for rows in _windows(args.pairs):
+            pairs = [(row["query"], text) for row in rows for text in _documents(row)]
+            told = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
+            scores = iter(model.score(pairs, instruction=told).tolist())
+            for row in rows:
+                own = [next(scores) for _ in _documents(row)]
+                file.write(json.dumps(_scored(row, own, args.top_k), ensure_ascii=False) + "\n")
+            count += len(pairs)
     print(f"{count} pairs scored, written to {args.out}")
     return 0
 

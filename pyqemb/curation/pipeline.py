@@ -11,6 +11,7 @@ from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.report import write_report
 from pyqemb.data.example import Example, read_examples, to_row
 from pyqemb.data.files import atomic_file
+from pyqemb.data.machine import writing
 from pyqemb.errors import DataError
 
 Progress = Callable[[list[Ledger]], None]
@@ -38,30 +39,26 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     Results appear when all is done; those of an earlier run stay until then.
 
     Raises:
-        ConfigError: a setting, or a model or package that is not there. DataError: an input that cannot be read, nothing in
-        it, or a disk that is full.
+        ConfigError: a setting, or a model or package that is not there. DataError: an input that cannot be read, or nothing in
+        it. MachineError: a full disk or another error of the machine.
     """
     config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
     out = config.out
     for path in config.input:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
-            with dropped.open("wb") as losses, kept.open("wb") as file:
-                source, ledgers = Ledger("input"), _ledgers(config, losses)
-                examples: Iterator[Example] = _read(config.input, source, ledgers, on_progress)
-                for step, ledger in zip(config.step, ledgers, strict=True):
-                    examples = step.run(examples, ledger)
-                for example in examples:
-                    _write(file, to_row(example))
-            result = Curated(out, source.kept, ledgers[-1].kept, ledgers)
-            if on_progress is not None:
-                on_progress(ledgers)
-            write_report(out, config, ledgers)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+    with writing(out), atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
+        with dropped.open("wb") as losses, kept.open("wb") as file:
+            source, ledgers = Ledger("input"), _ledgers(config, losses)
+            examples: Iterator[Example] = _read(config.input, source, ledgers, on_progress)
+            for step, ledger in zip(config.step, ledgers, strict=True):
+                examples = step.run(examples, ledger)
+            for example in examples:
+                _write(file, to_row(example))
+        result = Curated(out, source.kept, ledgers[-1].kept, ledgers)
+        if on_progress is not None:
+            on_progress(ledgers)
+        write_report(out, config, ledgers)
     return result
 
 

@@ -1,11 +1,15 @@
 """Files that are either there in full or not at all: written beside the target, synced, then renamed over it."""
 
 import ctypes
+import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pyqemb.data.machine import unwritable, writing
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -29,23 +33,39 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(path: str | Path, folder: bool = False) -> None:
+    """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then."""
+    path = Path(path).absolute()
+    with writing(path):
+        _check_kind(path, folder)
+        trial = next(parent for parent in path.parents if parent.exists()) / _partial(path.name)
+        trial.touch()
+        trial.unlink()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; when the block ends well it becomes `path`, else it is removed."""
+    """Yield a temporary path in the same folder; when the block ends well it becomes `path`, else it is removed.
+
+    Leftovers of processes that died while they wrote the same file are removed. Raises MachineError naming `path` where the machine does not let it be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, so that writers which look at it (.gz, .xz) see the right one.
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        fsync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    temporary = path.with_name(_partial(path.name))
+    with writing(path, temporary):
+        _check_kind(path, folder=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+            fsync_file(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        fsync_folder(path.parent)
 
 
 @contextmanager
@@ -53,27 +73,44 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new empty folder beside `target`; when the block ends well it becomes `target`, else it is removed.
 
     An old `target` disappears only after the new folder is complete and on the disk. Leftovers of processes that
-    died while they wrote the same target are removed.
+    died while they wrote the same target are removed. Raises MachineError naming `target` where the machine does not let
+    it be written.
     """
     target = Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".*.partial.{target.name}"):
+    temporary = target.with_name(_partial(target.name))
+    with writing(target, temporary):
+        _check_kind(target, folder=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                fsync_folder(path) if path.is_dir() else fsync_file(path)
+            fsync_folder(temporary)
+            _replace_folder(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        fsync_folder(target.parent)
+
+
+def _partial(name: str) -> str:
+    # The suffix stays last, so that writers which look at it (.gz, .xz) see the right one.
+    return f".{os.getpid()}.partial.{name}"
+
+
+def _check_kind(path: Path, folder: bool) -> None:
+    if path.exists() and path.is_dir() != folder:
+        number = errno.ENOTDIR if folder else errno.EISDIR
+        raise unwritable(path, OSError(number, os.strerror(number), str(path)))
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".*.partial.{glob.escape(path.name)}"):
         owner = leftover.name.split(".")[1]
-        if leftover.is_dir() and owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(leftover)
-    temporary = target.with_name(f".{os.getpid()}.partial.{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            fsync_folder(path) if path.is_dir() else fsync_file(path)
-        fsync_folder(temporary)
-        _replace_folder(temporary, target)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    fsync_folder(target.parent)
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _replace_folder(new: Path, target: Path) -> None:

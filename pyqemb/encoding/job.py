@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from pyqemb.data import strict_json
-from pyqemb.data.files import atomic_file
+from pyqemb.data.files import atomic_file, check_writable
+from pyqemb.data.machine import writing
 from pyqemb.data.rows import read_text
 from pyqemb.encoding.inputs import Row, parts, read_texts
 from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.workers import Settings, Workers, save_array
-from pyqemb.errors import ConfigError, DataError, PyqembError
+from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
 
 Progress = Callable[[int, int], None]  # rows and bytes of text that are done
@@ -63,8 +64,8 @@ def encode_file(
         devices: a process each, e.g. ("cuda:0", "cuda:1"), or ("cpu", "cpu"); a single one works in this process.
 
     Raises:
-        ConfigError: an argument out of range, parts of another job beside `out`. DataError: the input cannot be read, a full disk.
-        Finished parts are kept.
+        ConfigError: an argument out of range, parts of another job beside `out`. DataError: the input cannot be used. MachineError: a
+        full disk or another error of the machine. Finished parts are kept.
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)
@@ -78,16 +79,16 @@ def encode_file(
         raise ConfigError(f"rows_per_part and devices must be at least one, got {rows_per_part} and {list(devices)}")
     settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
     folder = out.with_name(out.name + ".parts")
+    check_writable(out)
     try:
         count, rows, resumed = _fill(folder, settings, path, field, devices, on_progress)
         if not rows:
             raise DataError(f"{path}: holds no texts")
-        size = _assemble(folder, count, rows, out, precision, write)
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}; finished parts are kept") from error
+        with writing(out):
+            size = _assemble(folder, count, rows, out, precision, write)
+            shutil.rmtree(folder)
     except BrokenProcessPool as error:
-        raise PyqembError("a process died, perhaps for want of memory; finished parts are kept") from error
+        raise MachineError("a process died, perhaps for want of memory; finished parts are kept") from error
     return Encoded(out, rows, size, resumed)
 
 
@@ -145,7 +146,6 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> None:
             )
         if not changed:
             return
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(manifest) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

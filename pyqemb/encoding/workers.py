@@ -108,4 +108,5 @@ def _write_part(model: Embedder, settings: Settings, target: Path, part: list[Ro
 def save_array(path: Path, array: np.ndarray) -> None:
     """An .npy file, all or nothing."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)  # np.save does not report why a write fails

@@ -142,11 +142,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors to one file: a temporary one beside it, synced, renamed. An old file stays whole until then."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with atomic_file(path) as temporary:
-            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: could not be written: {error}") from error
+    with atomic_file(path) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def sha256(path: str | Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyqemb.data.example import Example, to_row
 from pyqemb.data.files import atomic_file
-from pyqemb.errors import DataError, Interrupted
+from pyqemb.data.machine import writing
 from pyqemb.llm import Asker, Malformed, Store, run_in_order
 from pyqemb.llm.ask import Usage
 from pyqemb.synthesis.config import SynthesisConfig
@@ -55,15 +55,11 @@ def synthesize(
 
     Raises:
         ConfigError: a setting, a refused key, model or request. DataError: passages or personas that cannot be read, a server that does
-        not answer, a full disk. Interrupted: Ctrl-C. All answers are kept.
+        not answer. MachineError: a full disk or another error of the machine. All answers are kept, after a KeyboardInterrupt too.
     """
     config = config if isinstance(config, SynthesisConfig) else SynthesisConfig(**config)
-    try:
+    with writing(config.out):
         return asyncio.run(_synthesize(config, on_progress))
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted; run it again to go on, the answers are in {config.out / ANSWERS}") from error
-    except OSError as error:
-        raise DataError(f"{config.out}: cannot be written: {error.strerror or error}") from error
 
 
 async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis], None] | None) -> Synthesis:

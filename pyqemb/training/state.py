@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pyqemb.data.files import atomic_folder
-from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.data.machine import reason
+from pyqemb.errors import CheckpointError, ConfigError, MachineError
 from pyqemb.model.checkpoint import sha256, write_safetensors
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ class Checkpoint:
     def save(self, folder: Path, keep: int) -> Path:
         """Write it as `folder/step_XXXXXXXX`; then delete all but the `keep` newest, once the new one has been verified.
 
-        CheckpointError, with every older checkpoint intact, where it cannot be written.
+        MachineError, with every older checkpoint intact, where it cannot be written.
         """
         target = folder / f"step_{self.step:08}"
         try:
@@ -53,8 +54,9 @@ class Checkpoint:
                 write_safetensors(temporary / _FILES[1], self.optimizer)
                 (temporary / _FILES[2]).write_bytes(_canonical(self.state))
                 (temporary / MANIFEST).write_bytes(_manifest(temporary, self.step))
-        except OSError as error:
-            raise CheckpointError(f"{target}: could not be written: {error}; older checkpoints are intact") from error
+        except MachineError as error:
+            words = f"{target}: could not be written: {reason(error)}; older checkpoints are intact"
+            raise MachineError(words, error.errno, str(target)) from error
         verify(target)
         _retain(folder, self.step, keep)
         return target

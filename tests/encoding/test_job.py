@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from pyqemb.cli import main
 from pyqemb.encoding import encode_file
 from pyqemb.encoding.inputs import read_texts
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.quantize import quantize
 from pyqemb.testing.tiny import TEXTS, tiny_embedder
@@ -182,7 +182,7 @@ def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    with pytest.raises(DataError, match=r"x\.npy: cannot be written: No space left on device; finished parts are kept"):
+    with pytest.raises(MachineError, match=r"x\.npy: cannot be written: No space left on device"):
         encode_file(model, jsonl, out)
     monkeypatch.undo()
     with pytest.raises(

@@ -1,0 +1,153 @@
+"""How a command ends: its exit code, one line for an error, Ctrl-C and SIGTERM, a closed or full standard output."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pyqemb.data.machine import errno_of, reason
+from pyqemb.errors import PyqembError
+
+EXIT_CODES = {
+    0: "done",
+    1: "an internal error of pyqemb, or a failed self-test of doctor",
+    2: "bad arguments or configuration",
+    3: "bad data or model folder, or a failed check of export --verify",
+    69: "a rank of a distributed run is missing or died",
+    74: "the machine refused: disk full or read-only, permission denied, input/output error, out of memory",
+    75: "training was stopped after it saved; --resume auto continues it",
+    130: "stopped by Ctrl-C (SIGINT)",
+    141: "standard output was closed by its reader",
+    143: "stopped by SIGTERM",
+}
+_OUT_OF_MEMORY = ("CUDA out of memory", "not enough memory: you tried to allocate", "can't allocate memory")
+_HOME = Path(__file__).parents[1]
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. Whatever cleans up after a KeyboardInterrupt cleans up after it."""
+
+
+class StopSignals:
+    """While it is entered SIGINT and SIGTERM raise Stopped in the main thread. `number` is the signal that came."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) is default:  # an ignored signal stays ignored, as nohup wants it
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        raise Stopped(signal.Signals(number).name)
+
+
+class StandardOutput:
+    """Stands in for sys.stdout while it is entered. `error` is what the first write or flush that failed raised."""
+
+    def __enter__(self) -> "StandardOutput":
+        self.error: OSError | None = None
+        self._stream = sys.stdout
+        if self._stream is not None:
+            sys.stdout = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._stream
+        if (
+            self.error is not None
+        ):  # what is still buffered goes nowhere: the interpreter would complain about it at exit
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def guarded(work: Callable[[], int], name: str, debug: bool, kept: Callable[[], str], stopped_exit: int | None) -> int:
+    """The exit code of `work()`. An error becomes one line on standard error, after its traceback with `debug`.
+
+    Args:
+        work: runs the command.
+        name: stands before the line, e.g. "pyqemb mine".
+        kept: what is left of a command that was stopped by a signal.
+        stopped_exit: exit code of such a command; None: 128 + the signal's number.
+    """
+    with StandardOutput() as output, StopSignals() as signals:
+        try:
+            try:
+                return work()
+            finally:
+                output.flush()
+        except BaseException as error:
+            if isinstance(error, SystemExit) and output.error is None:
+                raise  # of argparse
+            if isinstance(output.error, BrokenPipeError):
+                return 141
+            if signals.number is not None or isinstance(error, KeyboardInterrupt):
+                number = signals.number or signal.SIGINT
+                code = 128 + number if stopped_exit is None else stopped_exit
+                line = f"stopped by {signal.Signals(number).name}; {kept()}"
+            elif output.error is not None:
+                code, line = 74, f"standard output: cannot be written: {reason(output.error)}"
+            else:
+                code, line = _explain(error)
+            with suppress(OSError):
+                if debug:
+                    traceback.print_exception(error)
+                print(f"{name}: {_one_line(line)}", file=sys.stderr)
+            return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, PyqembError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        return 74, f"out of memory: {error}".removesuffix(": ")
+    if isinstance(error, OSError) or errno_of(error) is not None:
+        path = getattr(error, "filename", None)
+        return 74, f"{os.fsdecode(path)}: {reason(error)}" if isinstance(path, (str, bytes)) else reason(error)
+    return 1, f"internal error: {type(error).__name__}: {error}{_place(error)}; --debug shows the traceback"
+
+
+def _place(error: BaseException) -> str:
+    """The line of pyqemb that the error came through last."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_HOME)
+    ]
+    return f" ({Path(frames[-1].filename).relative_to(_HOME.parent)}:{frames[-1].lineno})" if frames else ""
+
+
+def _one_line(text: str) -> str:
+    """No line end, no control character: the words may be those of a file or a server."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

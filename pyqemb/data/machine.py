@@ -1,0 +1,77 @@
+"""Errors of the machine in words: a full or read-only disk, a permission, an input/output error, whichever library met it."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyqemb.errors import DataError, MachineError, PyqembError
+
+# A path that a user gave and that is not there, or is a folder where a file is wanted, is the user's error.
+_WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+# safetensors and Arrow report the number in their message, SQLite has words of its own.
+_NUMBER = re.compile(r"(?:os error|errno:?) (\d+)", re.IGNORECASE)
+_WORDS = {
+    "disk is full": errno.ENOSPC,
+    "disk I/O error": errno.EIO,
+    "readonly database": errno.EROFS,
+    "unable to open database file": errno.EACCES,
+}
+_LIBRARIES = ("safetensors", "pyarrow", "sqlite3")
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The error number of the machine behind an OSError, or behind an error of safetensors, Arrow or SQLite; None for any other."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
+        return None
+    text = str(error)
+    if found := _NUMBER.search(text):
+        return int(found[1])
+    return next((number for words, number in _WORDS.items() if words in text), None)
+
+
+def reason(error: BaseException) -> str:
+    """What the machine said, in one line."""
+    number = errno_of(error)
+    return os.strerror(number) if number is not None else " ".join(str(error).split())
+
+
+def unwritable(path: str | Path, error: BaseException) -> MachineError:
+    """The error to raise where `path` cannot be written."""
+    return MachineError(f"{path}: cannot be written: {reason(error)}", errno_of(error), str(path))
+
+
+def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] = DataError) -> PyqembError:
+    """The error to raise where `path` cannot be read: MachineError, or `kind` where the path or the content is at fault."""
+    number = errno_of(error)
+    if number is None or number in _WRONG_PATH:
+        return kind(f"{path}: cannot be read: {reason(error)}")
+    return MachineError(f"{path}: cannot be read: {reason(error)}", number, str(path))
+
+
+@contextmanager
+def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the machine inside the block become a MachineError that names `path`; those about a file elsewhere pass.
+
+    Args:
+        path: the file or folder that is being written.
+        temporary: where it stands until it is complete.
+    """
+    try:
+        yield
+    except PyqembError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and errno_of(error) is None:
+            raise
+        name = getattr(error, "filename", None)
+        if isinstance(name, (str, bytes)):
+            at_fault = Path(os.fsdecode(name)).absolute()
+            own = [Path(p).absolute() for p in (path, temporary) if p is not None]
+            if not any(at_fault.is_relative_to(p) or p.is_relative_to(at_fault) for p in own):
+                raise
+        raise unwritable(path, error) from error
