@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyqemb.model.embedder import Embedder
     from pyqemb.training import TrainConfig
 
 
@@ -22,48 +21,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.evaluation import DevSets
     from pyqemb.training import load_config, train
 
     config = load_config(args.config, args.overrides)
+    measured = config.eval.data is not None or config.eval.datasets
+    evaluate = DevSets(config.eval, config.task) if measured else None
     if args.dry_run:
-        _print_plan(config)
+        _print_plan(config, evaluate)
         return 0
-    result = train(config, evaluate=_dev_set(config), resume=args.resume)
+    result = train(config, evaluate=evaluate, resume=args.resume)
     print(f"trained {result.steps} steps; the model is in {result.folder}")
     if result.best is not None:
         print(f"the best by evaluation is in {result.best}")
     return 0
 
 
-def _dev_set(config: "TrainConfig") -> Any:
-    """The evaluation of eval.data as a callback: training knows no metrics."""
-    if config.eval.data is None:
-        return None
-    from pyqemb.evaluation import evaluate
-    from pyqemb.evaluation.tasks import load_task
-
-    folder, split = config.eval.data, "dev"
-    if config.task == "rerank":
-        return lambda model: _values(evaluate(model, folder, bootstrap=0))
-    if not (Path(folder) / "qrels" / "dev.tsv").is_file():
-        split = "test"
-    load_task(folder, split)  # a folder that cannot be read stops the run before it starts
-
-    def measure(embedder: "Embedder") -> dict[str, float]:
-        return _values(evaluate(embedder, folder, split=split, bootstrap=0))
-
-    return measure
-
-
-def _values(report: dict[str, Any]) -> dict[str, float]:
-    return {name: value["value"] for name, value in report["metrics"].items()}
-
-
-def _print_plan(config: "TrainConfig") -> None:
+def _print_plan(config: "TrainConfig", evaluate: Any) -> None:
     import json
 
     from pyqemb.training.plan import plan
 
+    lines = list(plan(config, evaluate))  # what is wrong shows before the configuration scrolls by
     print(json.dumps(config.model_dump(mode="json"), indent=1))
-    for line in plan(config):
-        print(line)
+    print("\n".join(lines))

@@ -18,9 +18,7 @@ def measure_reranker(model: Any, path: str | Path, instruction: str | None = Non
 
     Raises DataError: a file that cannot be read, or no example with negatives.
     """
-    examples = [example for example in read_examples(path) if example.negatives]
-    if not examples:
-        raise DataError(f"{path}: no example has negatives to tell the positive from")
+    examples = read_ranked_examples(path)
     scores = _scores(model, examples, instruction)
     values: dict[str, list[float]] = {name: [] for name in METRICS}
     for own in scores:
@@ -32,6 +30,14 @@ def measure_reranker(model: Any, path: str | Path, instruction: str | None = Non
         values["ndcg@10"].append(1 / float(np.log2(1 + place)) if place <= 10 else 0.0)
         values["accuracy"].append((float(own[0] > 0.5) + float((own[1:] <= 0.5).sum())) / len(own))
     return {name: np.array(each) for name, each in values.items()}
+
+
+def read_ranked_examples(path: str | Path) -> list[Example]:
+    """The examples with negatives. DataError: the file cannot be read, or has none."""
+    examples = [example for example in read_examples(path) if example.negatives]
+    if not examples:
+        raise DataError(f"{path}: no example has negatives to tell the positive from")
+    return examples
 
 
 def _scores(model: Any, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:

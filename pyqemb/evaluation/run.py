@@ -21,6 +21,16 @@ _PER_QUERY = {
     "accuracy@1": metrics.accuracy_at_1,
 }
 
+_STS = ("spearman", "pearson")
+_BITEXT = ("accuracy", "f1")
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """What `evaluate` reports for a task."""
+    if isinstance(task, Retrieval):
+        return tuple(_PER_QUERY)
+    return _STS if isinstance(task, Sts) else _BITEXT
+
 
 def evaluate(
     model: Any,

@@ -56,7 +56,7 @@ class StepPlanner:
         costs, sizes = self._standing(texts)
         return choose(
             self._budget,
-            _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU,
+            min(self.given.tokens_per_chunk, _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU),
             int(lengths.max(initial=1)),
             lambda budget: chunk_tokens(lengths, budget),
             costs,

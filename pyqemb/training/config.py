@@ -51,6 +51,8 @@ class ModelSection(Section):
     attention: Literal["causal", "bidirectional"] | None = None  # None: what the checkpoint says
     pooling: Literal["last", "mean"] | None = None
     max_length: int | None = Field(None, ge=2)  # tokens of a text, with the end token
+    # Task sentence in the query prompt that is saved with the model; "": no prompt. None: the one instruction of the data
+    instruction: str | None = None
 
 
 class DataSet(Section):
@@ -136,7 +138,7 @@ class TrainSection(Section):
     mixing_alpha: float = Field(1.0, ge=0)  # 1: sets in proportion to their rows, 0: all alike
     rank_timeout: float = Field(45.0, ge=3)  # seconds without a sign of life after which a rank counts as lost
     token_cache: str | None = None  # a folder that keeps token ids for later epochs and runs; None: in memory
-    tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass; memory, not results, depends on it
+    tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass, at most; memory, not results, depends on it
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0)  # below 1: share of the steps; from 1 on: steps
@@ -150,9 +152,9 @@ class TrainSection(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # auto: a GPU where there is one that can run the model
     activation_checkpointing: bool = False
-    memory: Literal["auto"] | int | None = (
-        None  # bytes, or "12GB", that a step may take; then chunks are planned, graphs kept
-    )
+    # What a step may take: "auto" (nine tenths of what is free), bytes, or a size like "12GB"; chunks are planned and graphs
+    # kept for it. None or "off": chunks of tokens_per_chunk, nothing kept
+    memory: Literal["auto"] | int | None = "auto"
     skip_gradients: float = Field(
         0.0, ge=0, lt=1
     )  # share of the cached gradients' norm whose texts go without a second pass
@@ -172,7 +174,9 @@ class TrainSection(Section):
     def _in_bytes(cls, size: Any) -> Any:
         match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", size) if isinstance(size, str) else None
         if match is None:
-            if size not in (None, "auto") and not (isinstance(size, int) and size > 0):
+            if size == "off":
+                return None
+            if size not in (None, "auto") and not (type(size) is int and size > 0):
                 raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")
             return size
         power = "KMGT".index(match[2][0]) + 1
@@ -186,12 +190,37 @@ class TrainSection(Section):
         return device
 
 
+class EvalDataset(Section):
+    """One of several evaluation datasets; its metrics are called NAME/METRIC."""
+
+    path: str  # as eval.data
+    name: str | None = None  # None: the folder's name
+    split: str | None = None  # None: dev, or test where there is no dev
+    instruction: str | None = Field(None, min_length=1)  # None: eval.instruction
+
+
 class EvalSection(Section):
     """Measuring while training. `every` None: at the end only."""
 
-    data: str | None = None  # a folder that `pyqemb evaluate` reads
+    data: str | None = None  # a folder that `pyqemb evaluate` reads; examples with negatives for a reranker
+    datasets: tuple[EvalDataset, ...] = ()  # several, in place of `data`
+    # Of queries that bring none. None: model.instruction, or the one instruction of the data
+    instruction: str | None = Field(None, min_length=1)
     every: int | None = Field(None, ge=1)
-    metric: str | None = None  # higher is better; the model with the best one is kept. None: the first one reported
+    metric: str | None = None  # selects the best model. None: the first one reported
+    mode: Literal["max", "min"] = "max"  # whether higher or lower values of the metric are better
+    patience: int | None = Field(None, ge=1)  # stop after so many evaluations in a row without a better value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvalSection":
+        if self.data is not None and self.datasets:
+            raise ValueError("data and datasets exclude each other")
+        names = [dataset.name or Path(dataset.path).name.split(".")[0] for dataset in self.datasets]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"datasets: two are called {min(twice)!r}; give one of them another name")
+        if self.patience is not None and self.every is None:
+            raise ValueError("patience counts evaluations while training: it needs every")
+        return self
 
 
 class SaveSection(Section):

@@ -59,7 +59,7 @@ class GradCache:
         model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare recomputation.
         loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. Only `step_stream` works
             without it.
-        tokens_per_chunk: tokens of one pass; a longer sequence has one of its own. With `memory` the planner chooses.
+        tokens_per_chunk: tokens of one pass, with `memory` at most; a longer sequence has one of its own.
         plan: what to do with the memory, taken as it is.
         memory: bytes that a step may take over its start, or "auto": nine tenths of what is free. The planner then chooses
             chunks, kept graphs, boundary tensors and checkpointing. None: nothing is kept.

@@ -17,7 +17,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process could still take: of the GPU, or of the machine and its control group (Linux).
+    """What this process could still take: of the GPU, or of the machine and its control group (Linux), shared by its local ranks.
 
     Raises:
         ValueError: the system does not tell.
@@ -30,7 +30,8 @@ def free_bytes(device: torch.device) -> int:
     except OSError as error:
         raise ValueError("memory='auto' needs /proc/meminfo; give a number of bytes here") from error
     free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    return min(free, _left_in_cgroup(free)) + kept_memory.kept_bytes()
+    local_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return min(free, _left_in_cgroup(free)) // local_ranks + kept_memory.kept_bytes()
 
 
 def _left_in_cgroup(otherwise: int) -> int:

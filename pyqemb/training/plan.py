@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,9 +11,9 @@ from pyqemb.data import mixing
 from pyqemb.data.example import Example
 from pyqemb.data.pairs import PREFIX, SUFFIX
 from pyqemb.data.token_cache import TokenCache
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
+from pyqemb.training import preflight
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.optim import warmup_steps
@@ -19,16 +21,22 @@ from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
 from pyqemb.training.setup import batch_of, load_model, pick_precision
 
 _SAMPLE = 512  # examples of a set that are tokenised for the estimate
-_ACTIVATIONS = (
-    34  # floats a token keeps for each hidden feature of a layer, next to its share of the MLP; a rough figure
-)
 
 
-def plan(config: TrainConfig) -> Iterator[str]:
-    """Lines to print. Reads the model and all data, so whatever is wrong with them shows here."""
+def plan(config: TrainConfig, evaluate: Any = None) -> Iterator[str]:
+    """Lines to print. Makes every check of a run but the trial save, so whatever is wrong shows here.
+
+    Args:
+        evaluate: as of `train`.
+    """
+    preflight.check_evaluation(config, evaluate)
     model = load_model(config)
     precision = pick_precision(config.train.precision, model.device)
     sets = read_sets(config)
+    preflight.set_query_instruction(model, config, sets.instructions, evaluate)
+    preflight.warn_of_negatives(config.train.num_negatives, sets.most_negatives, config.stage)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
     loader = make_loader(sets, config)
     train = config.train
     steps = num_steps(config, loader)
@@ -36,7 +44,6 @@ def plan(config: TrainConfig) -> Iterator[str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
     if config.lora is not None:
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield f"device     {model.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
@@ -51,11 +58,13 @@ def plan(config: TrainConfig) -> Iterator[str]:
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
     if isinstance(model, Embedder):
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
-    if train.memory is None:
-        yield f"memory     about {_memory(model.config, config, precision, parameters, tokens, size * (2 + hard)):.2f} GB"
-    else:  # of the first batch, as training will plan it (less what one process of several gets)
-        texts = batch_of(model, loader.batch(0), sets.objectives[loader.where(0)[0]]).texts
-        yield f"memory     {GradCache(model, memory=train.memory).preview(TokenCache(model.tokenizer).pack(texts))}"
+    # Of the first batch, as training will plan it (less what one rank of several gets).
+    texts = batch_of(model, loader.batch(0), sets.objectives[loader.where(0)[0]]).texts
+    cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
+    stream = TokenCache(model.tokenizer).pack(texts)
+    narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
+    line = preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
+    yield f"memory     {(12 + narrow) * trained / 1e9:.2f} GB of weights and moments; {line}"
     example = next(iter(sets.examples.values()))[0]
     if isinstance(model, Reranker):
         yield f"example    {PREFIX + batch_of(model, [example], 'rerank').texts[0] + SUFFIX!r}"
@@ -75,14 +84,3 @@ def _mean_tokens(model: Embedder | Reranker, examples: Sequence[Example], num_ne
         ).texts
     ]
     return sum(map(len, model.tokenizer.encode_documents(texts))) / max(len(examples), 1)
-
-
-def _memory(
-    model: Qwen3Config, config: TrainConfig, precision: torch.dtype, parameters: int, tokens: float, texts: int
-) -> float:
-    """Gigabytes: float32 weights, gradients and both moments; one chunk's activations; vectors and their gradients."""
-    chunk = min(tokens, config.train.tokens_per_chunk)
-    layers = 1 if config.train.activation_checkpointing else model.num_hidden_layers
-    activations = chunk * layers * (_ACTIVATIONS * model.hidden_size + 5 * model.intermediate_size) * precision.itemsize
-    narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
-    return ((16 + narrow) * parameters + activations + 8 * texts * model.hidden_size) / 1e9

@@ -7,6 +7,7 @@ manifest.json, written last, names every file's size and sha256.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -25,17 +26,32 @@ from safetensors.torch import load_file
 
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.machine import reason
+from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, ConfigError, MachineError
 from pyqemb.model.checkpoint import sha256, write_safetensors
 
 MANIFEST = "manifest.json"
+FORMAT = 2
 _FILES = "model.safetensors", "optimizer.safetensors", "state.json"
+# Key -> type: configuration, data fingerprint, random states, best evaluation, skipped steps in a row, evaluations in a row
+# without a better value, steps of the whole run.
+STATE: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "data": str,
+    "random": dict,
+    "best": (dict, type(None)),
+    "bad_steps": int,
+    "evaluations_since_best": int,
+    "steps": int,
+}
+_BEST = {"metric": str, "value": (int, float), "step": int}
 _NAME = re.compile(r"step_(\d{8,})")
+_verified: set[Path] = set()  # by this process: a checkpoint of 8B parameters is 100 GB to read
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step left behind. `state` is JSON: config, data fingerprint, random states, best metric, bad steps."""
+    """What a step left behind. `state` is JSON with the keys of STATE."""
 
     step: int
     weights: dict[str, torch.Tensor]
@@ -45,7 +61,8 @@ class Checkpoint:
     def save(self, folder: Path, keep: int) -> Path:
         """Write it as `folder/step_XXXXXXXX`; then delete all but the `keep` newest, once the new one has been verified.
 
-        MachineError, with every older checkpoint intact, where it cannot be written.
+        A checkpoint is only deleted when it verifies: one that is damaged or cannot be read is left where it is.
+        Raises MachineError, with every older checkpoint intact, where it cannot be written.
         """
         target = folder / f"step_{self.step:08}"
         try:
@@ -67,42 +84,84 @@ class Checkpoint:
         step = verify(folder)
         try:
             weights, optimizer = (load_file(folder / name) for name in _FILES[:2])
-            return cls(step, weights, optimizer, json.loads((folder / _FILES[2]).read_bytes()))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+            state = parse((folder / _FILES[2]).read_bytes(), str(folder / _FILES[2]))
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{folder}: damaged: {error}") from error
+        _check_fields(folder / _FILES[2], state, STATE)
+        if state["best"] is not None:
+            _check_fields(folder / _FILES[2], state["best"], _BEST)
+        return cls(step, weights, optimizer, state)
 
 
 def verify(folder: Path) -> int:
-    """Check every byte of a checkpoint against its manifest; returns its step."""
+    """Check every byte of a checkpoint against its manifest; returns its step.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the format is another one.
+        MachineError: a file cannot be read, which says nothing about what it holds.
+    """
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        manifest = json.loads(raw)
-        files, step, digest = manifest["files"], manifest["step"], manifest.pop("sha256")
-        whole = digest == hashlib.sha256(_canonical(manifest)).hexdigest()
+        manifest = parse(raw, str(path))
+        _check_fields(path, manifest, {"format": int, "step": int, "files": dict, "sha256": str})
+        digest = manifest.pop("sha256")
         # Byte for byte: a flipped bit that JSON forgives is a flipped bit all the same.
-        whole = whole and raw == _canonical({**manifest, "sha256": digest}) and set(files) == set(_FILES)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing: the checkpoint is not complete") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error!r}") from error
-    if not whole:
-        raise CheckpointError(f"{path}: damaged: it does not match its own checksum")
-    for name, promised in files.items():
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != promised["size"]:
-            raise CheckpointError(f"{file}: damaged: expected {promised['size']} bytes, found {size}")
-        if sha256(file) != promised["sha256"]:
-            raise CheckpointError(f"{file}: damaged: its checksum is not the one in {MANIFEST}")
-    return step
+        if raw != _sealed(manifest) or digest != hashlib.sha256(_canonical(manifest)).hexdigest():
+            raise CheckpointError(f"{path}: damaged: it does not match its own checksum")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: is of format {manifest['format']}, this version reads {FORMAT}")
+        if f"step_{manifest['step']:08}" != folder.name:
+            raise CheckpointError(f"{path}: is of step {manifest['step']}, which is not the folder's name")
+        _check_fields(path, manifest["files"], dict.fromkeys(_FILES, dict))
+        for name, promised in manifest["files"].items():
+            _check_fields(path, promised, {"size": int, "sha256": str})
+            file = folder / name
+            size = file.stat().st_size
+            if size != promised["size"]:
+                raise CheckpointError(f"{file}: damaged: expected {promised['size']} bytes, found {size}")
+            if sha256(file) != promised["sha256"]:
+                raise CheckpointError(f"{file}: damaged: its checksum is not the one in {MANIFEST}")
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(f"{error.filename}: missing: the checkpoint is not complete") from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+    _verified.add(folder.absolute())
+    return manifest["step"]
+
+
+def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
+    """Exactly these keys, of these types."""
+    if not isinstance(values, dict) or values.keys() != fields.keys():
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)[:80]
+        raise CheckpointError(f"{path}: damaged: expected the fields {', '.join(fields)}, found {found}")
+    for name, kind in fields.items():
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            raise CheckpointError(f"{path}: damaged: {name!r} is {values[name]!r:.80}")
+
+
+def _unreadable(path: Path, error: OSError) -> MachineError:
+    where = error.filename or path
+    return MachineError(
+        f"{where}: cannot be read: {error.strerror or error}; nothing was deleted, try again or repair the disk"
+    )
 
 
 def find(folder: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from.
 
-    "auto": the newest sound one under `folder`, None if there is none. A path: that checkpoint, or the newest sound one of
-    that folder; CheckpointError if there is none. None: no checkpoint, and ConfigError where `folder` already has some.
+    "auto": the newest sound one under `folder`, None if there are no checkpoints. A path: that checkpoint, or the newest sound
+    one of that folder. None: no checkpoint, and ConfigError where `folder` already has some.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is sound, or the path holds none.
+        MachineError: one cannot be read; it may be sound, so no older one is taken in its place.
     """
     if resume is None:
         if existing := checkpoints(folder):
@@ -116,13 +175,19 @@ def find(folder: Path, resume: str | Path | None, warn: Callable[[str], None]) -
         if _NAME.fullmatch(path.name):
             return Checkpoint.load(path)
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             return Checkpoint.load(path)
         except CheckpointError as error:
             warn(f"passed over a checkpoint: {error}")
     if resume != "auto":
         raise CheckpointError(f"{resume}: holds no sound checkpoint")
+    if found:
+        raise CheckpointError(
+            f"{folder}: none of the {len(found)} checkpoints is sound; the run does not start anew over them: move the folder away, or "
+            "choose another save.dir"
+        )
     return None
 
 
@@ -132,10 +197,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written. Only for the holder of the run's lock."""
-    for path in folder.glob(".*.partial.step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed process left half-written in a run folder. Only for the holder of the run's lock."""
+    for path in [*run.glob(".*.partial.*"), *(run / "checkpoints").glob(".*.partial.step_*"), *run.glob("trial-*")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def random_states() -> dict[str, Any]:
@@ -153,12 +221,15 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` returned."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_tensor(states["torch"]))
+    """Put back what `random_states` returned. CheckpointError where it is none of that."""
+    try:
+        version, numbers, gauss = states["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, keys, *rest = states["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(_tensor(states["torch"]))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's random states cannot be used: {error}") from error
     for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_tensor(state), device)
 
@@ -184,6 +255,12 @@ def _retain(folder: Path, newest: int, keep: int) -> None:
     stale = [path for path in checkpoints(folder) if int(path.name.removeprefix("step_")) > newest]
     current = [path for path in checkpoints(folder) if path not in stale]
     for path in [*stale, *current[:-keep]]:
+        try:
+            if path.absolute() not in _verified:
+                verify(path)
+        except (CheckpointError, MachineError) as error:
+            logging.getLogger("pyqemb").warning("an old checkpoint is left in place: %s", error)
+            continue
         doomed = path.with_name(f".{os.getpid()}.partial.{path.name}")
         os.rename(path, doomed)  # so that a half-deleted checkpoint never bears a checkpoint's name
         shutil.rmtree(doomed)
@@ -191,7 +268,10 @@ def _retain(folder: Path, newest: int, keep: int) -> None:
 
 def _manifest(folder: Path, step: int) -> bytes:
     files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _FILES}
-    manifest = {"format": 1, "step": step, "files": files}
+    return _sealed({"format": FORMAT, "step": step, "files": files})
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
     return _canonical({**manifest, "sha256": hashlib.sha256(_canonical(manifest)).hexdigest()})
 
 

@@ -4,21 +4,23 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyqemb import __version__
 from pyqemb.data import mixing
-from pyqemb.data.batch import to_device
+from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.files import atomic_file
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
+from pyqemb.training import preflight
 from pyqemb.training.config import TrainConfig, load_config
 from pyqemb.training.distributed import World, joined
 from pyqemb.training.grad_cache import GradCache
@@ -76,13 +78,18 @@ def train(
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
-        evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by name.
+        evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by name. An
+            attribute `metric_names` lets eval.metric be checked before the first step; pyqemb.evaluation.DevSets, which measures
+            the datasets of the `eval` section, has it. Every rank gives one, the first calls it.
         on_step: called after each step with its row of metrics.jsonl.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something is wrong with the input; nothing was trained.
+        ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder, or a step
+            does not fit into memory; nothing was trained.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, `resume="auto"` continues bit by bit.
+
+    What `evaluate` or `on_step` raises goes on to the caller, after a checkpoint has been saved.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
     with (
@@ -90,7 +97,7 @@ def train(
         joined(config.train.device, config.train.rank_timeout) as (world, device),
         locked(Path(config.save.dir)) if world.is_first else nullcontext(),
     ):
-        run = Run(config, resume, world, device, stop)
+        run = Run(config, resume, world, device, stop, evaluate)
         with run.progress() as progress:
             run.loop(progress, evaluate, on_step)
         return run.result()
@@ -99,11 +106,20 @@ def train(
 class Run:
     """One training run: what it holds, and one step of it."""
 
-    def __init__(self, config: TrainConfig, resume: str | Path | None, world: World, device: str, stop: StopRequest):
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: str | Path | None,
+        world: World,
+        device: str,
+        stop: StopRequest,
+        evaluate: Evaluate | None = None,
+    ):
         self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
+        preflight.check_evaluation(config, evaluate)
         if world.is_first:
-            remove_leftovers(self.checkpoints)
+            remove_leftovers(self.folder)
         world.wait()  # the others look for checkpoints when the leftovers are gone
         checkpoint = find(self.checkpoints, resume, warn=self.warn)
         if (step := checkpoint and checkpoint.step) != world.of_first(step):
@@ -112,8 +128,8 @@ class Run:
         sets = read_sets(config)
         self.fingerprint, self.objectives = sets.fingerprint, sets.objectives
         world.check_equal({"pyqemb": __version__, "data": self.fingerprint, **_flat(config.model_dump(mode="json"))})
-        if len(sets.instructions) == 1:  # what the model is trained with is what it should say later
-            self.model.default_instruction = next(iter(sets.instructions))
+        preflight.set_query_instruction(self.model, config, sets.instructions, evaluate)
+        preflight.warn_of_negatives(config.train.num_negatives, sets.most_negatives, config.stage)
         self.loader = make_loader(sets, config)
         self.tokens = token_cache(config, self.model.tokenizer)
         self.steps = num_steps(config, self.loader)
@@ -131,10 +147,13 @@ class Run:
         self.stopping = False  # what all processes have agreed on
         self.results: dict[str, float] = {}  # of the last evaluation, for the model card
         self.best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best evaluation
+        self.evaluations_since_best = 0
+        self.saved_step = 0
         self.metrics: list[dict[str, Any]] = []
         seed_everything(config.train.seed)
         if checkpoint is not None:
             self._continue_from(checkpoint)
+        self._preflight()
         if world.is_first:
             self._write_notes()
 
@@ -147,42 +166,90 @@ class Run:
         if self.world.is_first:
             print(text, file=sys.stderr)
 
+    def _preflight(self) -> None:
+        """Refuse, on all ranks together, what the machine cannot hold."""
+        error: PyqembError | None = None
+        try:
+            if self.world.is_first:
+                weights = sum(4 * weight.numel() for weight in self.optimizer.weights.values())
+                preflight.check_output(self.folder, 3 * weights)
+            if self.step < self.steps:
+                stream, _ = self._stream(self._batch(self.step))
+                moments = preflight.pending_moments(self.optimizer)
+                if stream.num_sequences:
+                    preflight.check_memory(self.cache, stream, moments, self.model.device)
+        except PyqembError as caught:
+            error = caught
+        failed = torch.zeros(self.world.size, device=self.model.device)
+        failed[self.world.rank] = error is not None
+        failed = self.world.sum(failed)
+        if error is not None:
+            raise error
+        if failed.any():
+            raise ConfigError(f"rank {int(failed.nonzero()[0])} cannot start, its message says why")
+
     def loop(self, progress: Progress, evaluate: Evaluate | None, on_step: OnStep | None) -> None:
         """Step until the end; at step boundaries evaluate, save, and leave when asked to."""
-        saved = self.step
-        while self.step < self.steps and not self._asked_to_stop():
+        self.saved_step = self.step
+        patience = self.config.eval.patience
+        early = patience is not None and self.evaluations_since_best >= patience
+        while self.step < self.steps and not early and not self._asked_to_stop():
             row = self.train_step(progress)
             if on_step is not None and self.world.is_first:
-                on_step(row)
-            if (
-                evaluate is not None
-                and self.world.is_first
-                and (self._due(self.config.eval.every) or self.step == self.steps)
-            ):
-                self.evaluate(evaluate, progress)
-            if self._due(self.config.save.every) or self.step == self.steps:
+                with self._saving_on_error("on_step", progress):
+                    on_step(row)
+            last = self.step == self.steps
+            if last:
+                self._write_final()  # before the evaluation: whatever becomes of that, the model is there
+            if evaluate is not None and (last or self._due(self.config.eval.every)):
+                if self.world.is_first:
+                    with self._saving_on_error("evaluate", progress):
+                        self.evaluate(evaluate, progress)
+                if patience is not None:
+                    early = self.world.of_first(self.evaluations_since_best >= patience)
+            if last or early or self._due(self.config.save.every):
                 self.save(progress)
-                saved = self.step
-        if self.step < self.steps:
-            if saved < self.step:
-                self.save(progress)
+        if self.step < self.steps and not early:
+            self.save(progress)
             raise Interrupted(
                 f"stopped by {self.stop.name or 'a signal'} after step {self.step} of {self.steps}, saved; "
                 "continue with --resume auto"
             )
-        if self.world.is_first:
-            self.model.save_pretrained(self.folder / "final", provenance=self.provenance())
-            if self.config.lora is not None:
-                task = "CAUSAL_LM" if self.config.task == "rerank" else "FEATURE_EXTRACTION"
-                save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task)
+        if early and self.step < self.steps:
+            self.warn(
+                f"stopped after step {self.step} of {self.steps}: {self.evaluations_since_best} evaluations without a better value"
+            )
+        self._write_final()  # with the last results on its card
         self.world.wait()
+
+    def _write_final(self) -> None:
+        if not self.world.is_first:
+            return
+        self.model.save_pretrained(self.folder / "final", provenance=self.provenance())
+        if self.config.lora is not None:
+            task = "CAUSAL_LM" if self.config.task == "rerank" else "FEATURE_EXTRACTION"
+            save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task)
+
+    @contextmanager
+    def _saving_on_error(self, what: str, progress: Progress) -> Iterator[None]:
+        """An exception of the user's code inside the block costs no training: a checkpoint is saved, then it goes on its way."""
+        try:
+            yield
+        except BaseException as error:
+            self.model.train()
+            self.save(progress)
+            self.warn(
+                f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}; saved to {self.checkpoints}, continue with "
+                "--resume auto"
+            )
+            raise
 
     def train_step(self, progress: Progress) -> dict[str, Any]:
         """Batch -> gradients -> weights. A loss or gradient that is not finite leaves the weights as they were, everywhere."""
         config = self.config
         name, number = self.loader.where(self.step)
         objective = self.objectives[name]
-        batch = batch_of(self.model, self.loader.batch(self.step), objective)
+        batch = self._batch(self.step)
         self.optimizer.zero_grad()
         loss, tokens, totals = self._gradients(batch, objective)
         norm = self.optimizer.clip() if math.isfinite(loss) else math.nan
@@ -230,8 +297,7 @@ class Run:
     def _gradients(self, batch: TrainingBatch, objective: str) -> tuple[float, int, torch.Tensor]:
         """The gradients of the batch, summed over the processes; its loss, tokens and totals of statistics."""
         world, device = self.world, self.model.device
-        shares = batch.shares(world.size)
-        stream = self.tokens.pack([batch.texts[text] for text in shares[world.rank]])
+        stream, shares = self._stream(batch)
         loss_of = BatchLoss(batch, self.config.loss, objective, self.loss_parameters, world.share(len(batch.positive)))
         query_text, document_text = (to_device(x, device) for x in (batch.query_text, batch.document_text))
         ring = None
@@ -257,6 +323,14 @@ class Run:
             world.sum_gradients(self.optimizer.holders)
         return loss, int(tokens), torch.tensor(totals, dtype=torch.float64)
 
+    def _batch(self, step: int) -> TrainingBatch:
+        return batch_of(self.model, self.loader.batch(step), self.objectives[self.loader.where(step)[0]])
+
+    def _stream(self, batch: TrainingBatch) -> tuple[PackedBatch, Sequence[np.ndarray]]:
+        """The tokens of this rank's texts, and which texts are whose."""
+        shares = batch.shares(self.world.size)
+        return self.tokens.pack([batch.texts[text] for text in shares[self.world.rank]]), shares
+
     def _agree(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of the whole batch. What else the processes tell each other in a step goes with it."""
         self._agreed = self.world.sum(self._message(loss).to(loss.device)).cpu()
@@ -267,26 +341,33 @@ class Run:
         return self.stopping if self.world.size > 1 else self.stop.name is not None
 
     def evaluate(self, evaluate: Evaluate, progress: Progress) -> None:
-        """Measure the model; keep its folder as `best` when the metric has never been higher."""
+        """Measure the model; keep its folder as `best` when the metric has never been better."""
+        section = self.config.eval
         self.model.eval()
         values = {name: float(value) for name, value in evaluate(self.model).items()}
         self.results = {name: value for name, value in values.items() if math.isfinite(value)}
         self.model.train()
-        if not values:
+        if values:
+            row = {"step": self.step, "eval": {name: self.results.get(name) for name in values}}
+            self.metrics.append(row)
+            progress.log(row)
+        metric = section.metric or next(iter(values), None)
+        if metric is None:
             return
-        row = {"step": self.step, "eval": values}
-        self.metrics.append(row)
-        progress.log(row)
-        metric = self.config.eval.metric or next(iter(values))
         if metric not in values:
             raise ConfigError(f"eval.metric: {metric!r} is not among what was measured: {', '.join(values)}")
-        if math.isfinite(values[metric]) and (self.best is None or values[metric] > self.best["value"]):
-            self.best = {"metric": metric, "value": values[metric], "step": self.step}
+        value = values[metric]
+        before = None if self.best is None else self.best["value"]
+        if math.isfinite(value) and (before is None or (value > before if section.mode == "max" else value < before)):
+            self.evaluations_since_best = 0
+            self.best = {"metric": metric, "value": value, "step": self.step}
             self.model.save_pretrained(self.folder / "best", provenance=self.provenance())
+        else:
+            self.evaluations_since_best += 1
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint, its metrics first."""
-        if not self.world.is_first:
+        """Write a checkpoint of this step, its metrics first, unless there is one."""
+        if not self.world.is_first or self.saved_step == self.step:
             return
         progress.sync()
         state = {
@@ -295,10 +376,13 @@ class Run:
             "random": random_states(),
             "best": self.best,
             "bad_steps": self.bad_steps,
+            "evaluations_since_best": self.evaluations_since_best,
+            "steps": self.steps,
         }
         weights = {name: weight.detach().contiguous().cpu() for name, weight in self.optimizer.weights.items()}
         moments = {name: value.contiguous().cpu() for name, value in self.optimizer.state_tensors().items()}
         Checkpoint(self.step, weights, moments, state).save(self.checkpoints, self.config.save.keep)
+        self.saved_step = self.step
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -341,6 +425,9 @@ class Run:
         self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         restore_random_states(state["random"])
         self.step, self.best, self.bad_steps = checkpoint.step, state["best"], state["bad_steps"]
+        self.evaluations_since_best = state["evaluations_since_best"]
+        if self.world.is_first:
+            preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
 
     def _write_notes(self) -> None:
         """config.resolved.json and env.json: what was run, and where."""

@@ -1,0 +1,163 @@
+"""What is checked before the first step, and by --dry-run, so that no run is lost or measured wrongly by what could be known."""
+
+import logging
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.files import atomic_folder
+from pyqemb.errors import ConfigError, MachineError
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.reranker import Reranker
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.memory import free_bytes
+from pyqemb.training.optim import Optimizer, learning_rate
+
+
+def set_query_instruction(
+    model: Embedder | Reranker, config: TrainConfig, instructions: set[str | None], evaluate: Any = None
+) -> None:
+    """Give the model the query prompt that is saved with it, and that evaluation uses for queries without an instruction.
+
+    model.instruction; else the one instruction that all data share; else eval.instruction; else the base model's prompt stays,
+    with a warning.
+
+    Args:
+        instructions: of all training rows; None stands for rows without one.
+        evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own prompt.
+
+    Raises:
+        ConfigError: the data have several instructions, none is chosen, and evaluation depends on it.
+    """
+    if config.model.instruction is not None:
+        model.default_instruction = config.model.instruction or None
+        return
+    if len(instructions) == 1 or config.eval.instruction is not None:
+        model.default_instruction = next(iter(instructions)) if len(instructions) == 1 else config.eval.instruction
+        return
+    found = ", ".join(sorted("none" if told is None else repr(told) for told in instructions))
+    if getattr(evaluate, "needs_instruction", False):
+        raise ConfigError(
+            f"eval.instruction: the data have several instructions ({found}); say which one the evaluation's queries get: set "
+            "eval.instruction, or instruction of each dataset, or model.instruction"
+        )
+    logging.getLogger("pyqemb").warning(
+        "the data have several instructions (%s): the saved model keeps the query prompt of its base, %r; model.instruction chooses another",
+        found, model.default_instruction,
+    )  # fmt: skip
+
+
+def check_evaluation(config: TrainConfig, evaluate: Any) -> None:
+    """Raises ConfigError for settings of `eval` that nothing would use, and for a metric that `evaluate` is known not to report."""
+    section = config.eval
+    if evaluate is None:
+        given = [
+            name
+            for name in ("data", "datasets", "every", "metric", "patience")
+            if getattr(section, name) not in (None, ())
+        ]
+        if given:
+            raise ConfigError(
+                f"eval.{given[0]}: nothing is evaluated: on the command line eval.data is missing; in Python give "
+                "train(evaluate=...), for example pyqemb.evaluation.DevSets(config.eval, config.task)"
+            )
+        return
+    names = getattr(evaluate, "metric_names", None)
+    if section.metric is not None and names is not None and section.metric not in names:
+        raise ConfigError(f"eval.metric: {section.metric!r} is not measured; expected one of {', '.join(names)}")
+
+
+def check_output(folder: Path, needed: int, trial: bool = True) -> None:
+    """Whether the run folder can be written and has room for two checkpoints.
+
+    Args:
+        folder: save.dir.
+        needed: bytes of a checkpoint.
+        trial: write and remove a small folder there; False only asks the system, and writes nothing.
+
+    Raises:
+        MachineError: it cannot be written, or has no room.
+    """
+    folder = folder.absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"save.dir: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"{there}: cannot be written (save.dir): read-only or no permission")
+    free = shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.glob("checkpoints/step_*/*"))
+    if free < 2 * needed:
+        raise MachineError(
+            f"{folder}: two checkpoints of {needed / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB that are free (save.dir)"
+        )
+    if trial:
+        target = folder / f"trial-{uuid.uuid4().hex[:8]}"
+        try:
+            with atomic_folder(target) as temporary:
+                (temporary / "trial").write_bytes(bytes(4096))
+            shutil.rmtree(target)
+        except OSError as error:
+            raise MachineError(f"{folder}: a trial save failed (save.dir): {error.strerror or error}") from error
+
+
+def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> str:
+    """The plan of a step over `stream`, in a line.
+
+    Args:
+        moments: bytes that the optimizer will still take.
+
+    Raises:
+        ConfigError: with the numbers, where the plan takes more than there is, or more than train.memory.
+    """
+    plan = cache.planned(stream)
+    assert plan.peak_bytes is not None
+    free = free_bytes(device)
+    if isinstance(cache.memory, int) and plan.peak_bytes > cache.memory:
+        raise ConfigError(
+            f"train.memory: the smallest plan of a step takes {_gb(plan.peak_bytes)}, more than the {_gb(cache.memory)} given; "
+            "give more, a smaller train.global_batch_size or model.max_length"
+        )
+    if plan.peak_bytes + moments > free:
+        hint = " or let memory be planned (train.memory = 'auto')" if cache.memory is None else ""
+        raise ConfigError(
+            f"train.memory: a step takes {_gb(plan.peak_bytes)} and the optimizer {_gb(moments)}, more than the {_gb(free)} that "
+            f"are free on {device}; choose a smaller train.tokens_per_chunk, train.global_batch_size or model.max_length, train "
+            f"[lora] adapters,{hint} or set activation_checkpointing"
+        )
+    return cache.preview(stream)
+
+
+def pending_moments(optimizer: Optimizer) -> int:
+    """Bytes of the moments that the first step will allocate; 0 where they are there."""
+    return 0 if optimizer.adamw.state else 8 * sum(weight.numel() for weight in optimizer.weights.values())
+
+
+def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int) -> None:
+    """Log what another number of steps does to the learning rate of a resumed run."""
+    if before == now or step >= now:
+        return
+    old, new = learning_rate(min(step, before - 1), before, config.train), learning_rate(step, now, config.train)
+    if abs(old - new) > 1e-6 * config.train.learning_rate:
+        logging.getLogger("pyqemb").warning(
+            "the run had %d steps and now has %d: at step %d the learning rate changes from %.3g to %.3g; for a clean schedule start "
+            "a new run with model.base = the final model",
+            before, now, step + 1, old, new,
+        )  # fmt: skip
+
+
+def warn_of_negatives(num_negatives: int, most_negatives: int, stage: int) -> None:
+    """Log that the data have fewer hard negatives than a batch would take."""
+    if num_negatives and most_negatives == 0 and stage == 2:
+        logging.getLogger("pyqemb").warning(
+            "train.num_negatives is %d, but no row has negatives: in-batch negatives alone (`pyqemb mine` adds hard ones)",
+            num_negatives,
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
