@@ -153,7 +153,7 @@ class TrainSection(Section):
     device: str = "auto"  # auto: a GPU where there is one that can run the model
     activation_checkpointing: bool = False
     # What a step may take: "auto" (nine tenths of what is free), bytes, or a size like "12GB"; chunks are planned and graphs
-    # kept for it. None or "off": chunks of tokens_per_chunk, nothing kept
+    # kept for it. None or "none": chunks of tokens_per_chunk, nothing kept
     memory: Literal["auto"] | int | None = "auto"
     skip_gradients: float = Field(
         0.0, ge=0, lt=1
@@ -174,7 +174,7 @@ class TrainSection(Section):
     def _in_bytes(cls, size: Any) -> Any:
         match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", size) if isinstance(size, str) else None
         if match is None:
-            if size == "off":
+            if size == "none":
                 return None
             if size not in (None, "auto") and not (type(size) is int and size > 0):
                 raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")

@@ -266,7 +266,7 @@ def test_environment_has_no_hidden_settings(workplace):
 
 def test_planned_memory_is_logged(workplace):
     rows = pyqemb.train(config(workplace, memory="1GB", steps=3)).metrics
-    truth = pyqemb.train(config(workplace, "plain", steps=3, memory="off")).metrics
+    truth = pyqemb.train(config(workplace, "plain", steps=3, memory="none")).metrics
     for row, plain in zip(rows, truth, strict=True):
         assert row["predicted_bytes"] > 0 and row["measured_bytes"] >= 0 and row["replans"] == 0 and row["kept"] >= 1
         assert row["loss"] == pytest.approx(plain["loss"], rel=1e-3) and "kept" not in plain
