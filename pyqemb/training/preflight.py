@@ -11,6 +11,7 @@ import torch
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.machine import reason
 from pyqemb.errors import ConfigError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
@@ -102,7 +103,9 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
                 (temporary / "trial").write_bytes(bytes(4096))
             shutil.rmtree(target)
         except OSError as error:
-            raise MachineError(f"{folder}: a trial save failed (save.dir): {error.strerror or error}") from error
+            raise MachineError(
+                f"{folder}: a trial save failed (save.dir): {reason(error)}", error.errno, str(folder)
+            ) from error
 
 
 def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> str:

@@ -147,10 +147,8 @@ def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _unreadable(path: Path, error: OSError) -> MachineError:
-    where = error.filename or path
-    return MachineError(
-        f"{where}: cannot be read: {error.strerror or error}; nothing was deleted, try again or repair the disk"
-    )
+    where = str(error.filename or path)
+    return MachineError(f"{where}: cannot be read: {reason(error)}; nothing was deleted", error.errno, where)
 
 
 def find(folder: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
