@@ -16,6 +16,9 @@ _HOME = {
     "write_examples": "pyqemb.data.example",
     "GradCache": "pyqemb.training.grad_cache",
     "train": "pyqemb.training",
+    "TrainConfig": "pyqemb.training",
+    "stage1": "pyqemb.training",
+    "stage2": "pyqemb.training",
     "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
     "curate": "pyqemb.curation",
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from pyqemb.model.embedder import Embedder as Embedder
     from pyqemb.model.reranker import Reranker as Reranker
     from pyqemb.synthesis import synthesize as synthesize
+    from pyqemb.training import TrainConfig as TrainConfig
+    from pyqemb.training import stage1 as stage1
+    from pyqemb.training import stage2 as stage2
     from pyqemb.training import train as train
     from pyqemb.training.grad_cache import GradCache as GradCache
 
@@ -48,3 +54,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -92,7 +92,7 @@ def _open(settings: Settings, device: str) -> Embedder:
 def _write_part(model: Embedder, settings: Settings, target: Path, part: list[Row]) -> None:
     texts = [row.text for row in part]
     if settings.side == "query":
-        vectors = model.encode_query(texts, settings.instruction, dim=settings.dim)
+        vectors = model.encode_query(texts, instruction=settings.instruction, dim=settings.dim)
     elif settings.side == "document":
         vectors = model.encode_document(texts, dim=settings.dim)
     else:

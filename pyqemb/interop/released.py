@@ -24,7 +24,7 @@ TOLERANCE = 0.005
 
 def similarities(model: Embedder) -> np.ndarray:
     """float32 [2, 2]: of each query with each document."""
-    return model.similarity(model.encode(QUERIES, DEFAULT_INSTRUCTION), model.encode(DOCUMENTS))
+    return model.similarity(model.encode(QUERIES, instruction=DEFAULT_INSTRUCTION), model.encode(DOCUMENTS)).numpy()
 
 
 def check(folder: str | Path, device: str | None = None) -> list[tuple[str, str, float, float, bool]]:

@@ -19,6 +19,7 @@ from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.lora import merged_parameters
+from pyqemb.model.neighbors import register_with_langchain
 from pyqemb.model.portable import (
     DEFAULT_PROMPTS,
     POOLINGS,
@@ -39,7 +40,7 @@ class Embedder(Encoding, nn.Module):
     text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
 
     Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
-    (whether the folder has a Normalize module), `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
+    (whether the folder has a Normalize module), `plain` (whether it is a base model's, without modules.json), `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class Embedder(Encoding, nn.Module):
         self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or config.max_position_embeddings)
         self.prompts = dict(prompts)
         self.matryoshka = tuple(matryoshka) if matryoshka else None
-        self.normalize = True
+        self.normalize, self.plain = True, False
         self.truncate_dim: int | None = None
         self.default_prompt_name: str | None = None
         self.similarity_fn_name = "cosine"
+        register_with_langchain(type(self))
 
     @classmethod
     def from_pretrained(
@@ -90,6 +92,7 @@ class Embedder(Encoding, nn.Module):
         with torch.device("meta"):
             model = Qwen3Model(config)
         embedder = cls(model, tokenizer, pooling, read_prompts(path), config.extra.get("matryoshka_dimensions"))
+        embedder.plain = not (path / "modules.json").is_file()
         check_digests(path)
         load_weights(model, path, named_dtype(dtype))
         place = pick_device(device, config)
@@ -165,6 +168,18 @@ class Embedder(Encoding, nn.Module):
         norm = self.model.norm
         return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.weight), eps=norm.eps, dim=dim)
 
+    def pooled(self, batch: PackedBatch) -> torch.Tensor:
+        """Vectors [B, E] before they are normalized, else as `forward` gives them."""
+        self._check(batch, None)
+        batch = batch.to(self.device)
+        if self.pooling == "mean":
+            return _mean_pool(self.model(batch), batch, None, normalize=False)
+        hidden_BE = self.model.norm(_wide(self.model(batch, last_only=True)))
+        _, cu_last = batch.last_tokens()
+        vectors_BE = hidden_BE.new_zeros(batch.num_sequences, hidden_BE.shape[1])
+        vectors_BE[cu_last.diff() > 0] = hidden_BE
+        return vectors_BE
+
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states [T, E] after the final norm."""
         self._check(batch, None)
@@ -215,9 +230,11 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None) -> torch.Tensor:
+def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None, normalize: bool = True) -> torch.Tensor:
     wide_TE = _wide(hidden_TE)
     lengths = to_device(torch.from_numpy(batch.lengths), wide_TE.device)
     # In the order of the tokens on a GPU too, where index_add is not.
     sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
+    if not normalize:
+        return sums_BE / lengths.clamp(min=1)[:, None]
     return unit_rows(sums_BE[:, :dim])  # the direction of the sum is that of the mean

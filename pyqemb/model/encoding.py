@@ -1,7 +1,11 @@
-"""Texts to vectors, whatever their number: the half of the Embedder that sentence-transformers' users know. Legend: B texts, E hidden size."""
+"""Texts to vectors, whatever their number, with the methods and arguments of SentenceTransformer. Legend: B texts, T tokens, E hidden size."""
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,81 +15,257 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
 from pyqemb.model.config import Qwen3Config
+from pyqemb.model.device import pick_device
+from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size, register_with_langchain
+from pyqemb.model.pool import Pool, Pooled, as_tensors
+from pyqemb.model.progress import progress_bar
 from pyqemb.model.quantize import quantize
+from pyqemb.model.similarity import check_similarity, similarity, similarity_pairwise
 
 _TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
-_TEXTS_AT_ONCE = 8192  # sorted and tokenised together, so that a large corpus never lies in memory as token lists
-_IGNORED = ("batch_size", "show_progress_bar", "normalize_embeddings", "convert_to_numpy")
+_TEXTS_AT_ONCE = 8192  # sorted and tokenized together, so that a large corpus never lies in memory as token lists
+_OUTPUTS = ("sentence_embedding", "token_embeddings", None)
+_log = logging.getLogger("pyqemb")
 
 
-class Encoding:
+class Encoding(Pooled):
     """The methods; the class that has them is called with a PackedBatch and a dim, and has what is named here."""
 
     tokenizer: Tokenizer
     prompts: dict[str, str]
+    default_prompt_name: str | None
+    truncate_dim: int | None
+    normalize: bool
+    plain: bool
     config: Qwen3Config
     __call__: Callable[..., Any]
+    to: Callable[..., Any]
+    hidden: Callable[[PackedBatch], torch.Tensor]
+    pooled: Callable[[PackedBatch], torch.Tensor]
 
     @property
     def device(self) -> torch.device:
         raise NotImplementedError
 
+    @also_called("texts", "sentences", "inputs")
     def encode(
         self,
         texts: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | Sequence[str] | None = None,
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
+        *,
         instruction: str | Sequence[str | None] | None = None,
         dim: int | None = None,
         tokens_per_chunk: int | None = None,
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        precision: str = "float32",
         on_progress: Callable[[int], None] | None = None,
-        **options: Any,
     ) -> Any:
-        """Unit vectors [len(texts), dim or E] in the order of the texts; [dim] for a single text.
+        """Vectors [len(texts), E] in the order of the texts; [E] for a single text; shape (0,) for no text.
+
+        The arguments are those of SentenceTransformer.encode, in its order, and four of pyqemb's own.
 
         Args:
-            instruction: one, or one a text, makes queries of the texts; without it they are taken as they are.
-            dim: the first so many components, normalised again (Matryoshka).
-            tokens_per_chunk: of one forward pass; None: 4096 on the CPU, 16384 elsewhere.
-            prompt_name, prompt: what stands before each text, by its name in `prompts` or itself, as in sentence-transformers.
-            precision: float32, int8, uint8, binary or ubinary, see `pyqemb.model.quantize`.
+            texts: one text or a list of texts; `sentences` and `inputs` are other names of this argument.
+            prompt_name, prompt: what precedes each text, by its name in `prompts` or itself. Without both,
+                `default_prompt_name` is used where the model has one.
+            batch_size: checked and otherwise unused; forward passes are bounded by `tokens_per_chunk`.
+            show_progress_bar: True shows a bar on stderr.
+            output_value: "token_embeddings" gives a tensor [tokens, E] for each text, None gives a dict of input_ids,
+                attention_mask, token_embeddings and sentence_embedding for each text.
+            precision: None or float32, int8, uint8, binary, ubinary, see `pyqemb.model.quantize`.
+            convert_to_numpy: False gives a list of tensors.
+            convert_to_tensor: True gives one tensor.
+            device: move the model there first. A list of devices encodes in one process for each.
+            normalize_embeddings: True gives unit vectors. Otherwise a model whose folder has a Normalize module gives unit vectors, and a
+                model without one gives what its pooling gives. For a base model (a folder without modules.json), False gives what its
+                pooling gives, and None, the default, gives unit vectors.
+            truncate_dim: keep the first components only; they are normalized again only by `normalize_embeddings=True`.
+                None: the model's own `truncate_dim`.
+            pool, chunk_size: encode in the processes of `start_multi_process_pool`, so many texts at a time.
+            instruction: one, or one for each text, formats the texts as queries.
+            dim: the first so many components, normalized again (Matryoshka).
+            tokens_per_chunk: tokens in one forward pass; None: 4096 on the CPU, 16384 elsewhere.
             on_progress: called with the number of texts that are done.
-            options: of sentence-transformers' encode, so that what calls that can call this. `convert_to_tensor` gives a torch tensor,
-                `truncate_dim` is `dim`; batch_size, show_progress_bar, normalize_embeddings, convert_to_numpy change nothing: chunks are
-                cut by tokens, and vectors are always normalised.
 
         Returns:
-            A float32 numpy array, or of the precision's dtype.
+            A float32 numpy array, or one of the precision's dtype, unless told otherwise.
 
         Raises:
-            TypeError: not texts, an unknown option. ConfigError: an unknown prompt or precision, a dim out of range, two prompts.
+            TypeError: not texts, an unknown argument. ConfigError (a ValueError): a value that an argument cannot take.
+
+        Example:
+            >>> from pyqemb.testing.tiny import tiny_embedder
+            >>> tiny_embedder().encode(["one text", "another"], truncate_dim=8).shape
+            (2, 8)
         """
-        dim, as_tensor = _st_options(options, dim)
-        if isinstance(texts, str):
-            single = self.encode(
-                [texts], instruction, dim, tokens_per_chunk, prompt_name=prompt_name, prompt=prompt, precision=precision
-            )[0]
-            return torch.from_numpy(single) if as_tensor else single
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"expected texts, got {type(text).__name__} at index {index}")
-        texts = self._prompted(texts, instruction, prompt_name, prompt)
-        self._check_dim(dim)
+        single = isinstance(texts, str)
+        texts = [texts] if isinstance(texts, str) else _text_list(texts)
+        if output_value not in _OUTPUTS:
+            raise ConfigError(f"output_value must be one of {', '.join(map(str, _OUTPUTS))}, got {output_value!r}")
+        precision = precision or "float32"
         quantize(np.empty((0, 1), dtype=np.float32), precision)
-        vectors = np.zeros((len(texts), dim or self.config.hidden_size), dtype=np.float32)
-        for rows, window in self.encode_windows(texts, dim, tokens_per_chunk):
-            vectors[rows] = window
-            if on_progress is not None:
-                on_progress(rows.stop)
-        vectors = quantize(vectors, precision)
-        return torch.from_numpy(vectors) if as_tensor else vectors
+        if precision != "float32" and output_value != "sentence_embedding":
+            raise ConfigError(f"precision must be float32 for output_value {output_value!r}, got {precision!r}")
+        if precision.endswith("int8") and len(texts) == 1:
+            raise ConfigError(f"precision {precision!r} needs the value ranges of several texts, got one text")
+        check_batch_size(batch_size)
+        width = self._width(dim, truncate_dim)
+        texts = self._prompted(texts, instruction, prompt_name, prompt)
+        if device is not None and isinstance(device, (str, torch.device)):
+            self.to(pick_device(device, self.config))
+            device = None
+        results: Any
+        with progress_bar("Texts", len(texts), show_progress_bar) as advance:
+            if pool is not None or device is not None:
+                options = dict(
+                    prompt="", output_value=output_value, normalize_embeddings=normalize_embeddings, dim=dim,
+                    truncate_dim=width if dim is None else None, tokens_per_chunk=tokens_per_chunk,
+                )  # fmt: skip
+                parts = self.in_processes("encode", texts, options, device, pool, chunk_size, advance)
+                if output_value == "sentence_embedding":
+                    results = np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
+                else:
+                    results = as_tensors([item for part in parts for item in part])
+            elif output_value == "sentence_embedding":
+                forward = self._vectors_of(dim, truncate_dim, normalize_embeddings)
+                results = np.zeros((len(texts), width), dtype=np.float32)
+                for rows, window in self._windows(texts, forward, tokens_per_chunk, advance):
+                    results[rows] = window.cpu().numpy()
+                    if on_progress is not None:
+                        on_progress(rows.stop)
+            else:
+                forward = self._vectors_of(dim, truncate_dim, None if self.plain else False)
+                details = self._details_of(output_value, forward)
+                results = [
+                    item for _, window in self._windows(texts, details, tokens_per_chunk, advance) for item in window
+                ]
+        if output_value == "sentence_embedding":
+            results = self._converted(quantize(results, precision), convert_to_numpy, convert_to_tensor)
+        return results[0] if single else results
 
     def encode_windows(
         self, texts: Sequence[str], dim: int | None = None, tokens_per_chunk: int | None = None
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Rows and their vectors, window after window; while the model works on one the next is tokenised."""
+        """Rows and their unit vectors, window after window; while the model works on one the next is tokenized."""
+        for rows, window in self._windows(texts, lambda chunk: self(chunk, dim), tokens_per_chunk, lambda done: None):
+            yield rows, window.cpu().numpy()
+
+    @also_called("texts", "sentences", "inputs")
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *rest: Any,
+        instruction: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """`encode` for queries: with the model's prompt "query" unless a prompt or an instruction is given."""
+        if prompt_name is None and prompt is None and instruction is None and "query" in self.prompts:
+            prompt_name = "query"
+        return self.encode(texts, prompt_name, prompt, *rest, instruction=instruction, **options)
+
+    @also_called("texts", "sentences", "inputs")
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        """`encode` for documents: with the model's prompt "document" unless another prompt is given."""
+        if prompt_name is None and prompt is None and "document" in self.prompts:
+            prompt_name = "document"
+        return self.encode(texts, prompt_name, prompt, *rest, **options)
+
+    def embed_query(self, text: str) -> list[float]:
+        """For LangChain: the vector of one query."""
+        register_with_langchain(type(self))
+        return self.encode_query(text).tolist()
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """For LangChain: the vectors of documents."""
+        register_with_langchain(type(self))
+        return self.encode_document(texts).tolist()
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """`embed_query` in a thread."""
+        return await asyncio.to_thread(self.embed_query, text)
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """`embed_documents` in a thread."""
+        return await asyncio.to_thread(self.embed_documents, texts)
+
+    def get_embedding_dimension(self) -> int:
+        """The number of components that `encode` returns, by sentence-transformers' name."""
+        return self._width(None, None)
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The number of tokens to which a text is truncated, by sentence-transformers' name."""
+        return self.tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self.tokenizer = self.tokenizer.with_max_length(value or self.config.max_position_embeddings)
+
+    def get_max_seq_length(self) -> int | None:
+        """`max_seq_length`."""
+        return self.max_seq_length
+
+    @contextmanager
+    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+        """Within this context `encode` returns the first `truncate_dim` components."""
+        before, self.truncate_dim = self.truncate_dim, truncate_dim
+        try:
+            yield
+        finally:
+            self.truncate_dim = before
+
+    truncate_sentence_embeddings = truncate_embeddings
+
+    @cached_property
+    def model_card_data(self) -> ModelCardData:
+        """Where the evaluators of sentence-transformers store their results."""
+        return ModelCardData()
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: cosine, dot, euclidean or manhattan; the last two are negative distances."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, name: Any) -> None:
+        self._similarity_fn_name = check_similarity(name)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """[len(embeddings1), len(embeddings2)]: of each vector with each, by `similarity_fn_name`."""
+        return similarity(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """[len(embeddings1)]: of each vector with the one in the same row, by `similarity_fn_name`."""
+        return similarity_pairwise(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def _windows(
+        self,
+        texts: Sequence[str],
+        forward: Callable[[PackedBatch], Any],
+        tokens_per_chunk: int | None,
+        advance: Callable[[int], None],
+    ) -> Iterator[tuple[slice, Any]]:
         if tokens_per_chunk is None:
             tokens_per_chunk = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
         windows = [
@@ -99,80 +279,111 @@ class Encoding:
                 tokens = ahead.result()
                 if after is not None:
                     ahead = background.submit(self.tokenizer.encode_documents, texts[after])
-                yield rows, self._encode(tokens, dim, tokens_per_chunk)
+                yield rows, _in_order(tokens, forward, tokens_per_chunk, advance)
 
-    def encode_query(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> Any:
-        """`encode` for queries: with the prompt stored in the checkpoint unless an instruction or a prompt is given."""
-        return self.encode(texts, instruction, **self._stored_prompt("query", instruction, options))
+    def _vectors_of(
+        self, dim: int | None, truncate_dim: int | None, normalize_embeddings: bool | None
+    ) -> Callable[[PackedBatch], torch.Tensor]:
+        """A forward pass that ends as sentence-transformers' modules and arguments say."""
+        width = self._width(dim, truncate_dim)
+        if dim is not None or normalize_embeddings:
+            return lambda chunk: self(chunk, width)
+        whole = self if self.normalize and not (self.plain and normalize_embeddings is False) else self.pooled
+        return lambda chunk: whole(chunk)[:, :width]
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """`encode` for documents: raw texts, after the checkpoint's document prompt where it has one."""
-        return self.encode(texts, **self._stored_prompt("document", None, options))
+    def _details_of(
+        self, output_value: str | None, forward: Callable[[PackedBatch], torch.Tensor]
+    ) -> Callable[[PackedBatch], list[Any]]:
+        def details(chunk: PackedBatch) -> list[Any]:
+            lengths = chunk.lengths.tolist()
+            tokens = list(self.hidden(chunk).split(lengths))
+            if output_value == "token_embeddings":
+                return tokens
+            ids = chunk.input_ids_T.to(self.device, torch.long).split(lengths)
+            return [
+                {"input_ids": i, "attention_mask": torch.ones_like(i), "token_embeddings": t, "sentence_embedding": v}
+                for i, t, v in zip(ids, tokens, forward(chunk), strict=True)
+            ]
 
-    def embed_query(self, text: str) -> list[float]:
-        """For LangChain: one query's vector."""
-        return self.encode_query(text).tolist()
+        return details
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """For LangChain: the vectors of documents."""
-        return self.encode_document(texts).tolist()
-
-    def get_embedding_dimension(self) -> int:
-        """Features of a whole vector, by sentence-transformers' name."""
-        return self.config.hidden_size
-
-    get_sentence_embedding_dimension = get_embedding_dimension
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Tokens of a text, by sentence-transformers' name."""
-        return self.tokenizer.max_length
-
-    @staticmethod
-    def similarity(a: Any, b: Any) -> Any:
-        """Dot products [len(a), len(b)] of two sets of vectors; numpy for numpy, torch for torch."""
-        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-            a, b = torch.as_tensor(a), torch.as_tensor(b)
-            return torch.atleast_2d(a) @ torch.atleast_2d(b).T
-        return np.atleast_2d(a) @ np.atleast_2d(b).T
-
-    @torch.inference_mode()
-    def _encode(self, tokens: list[list[int]], dim: int | None, tokens_per_chunk: int) -> np.ndarray:
-        """Sorted by length, so that a chunk's sequences are alike, and put back in order at the end."""
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-        chunks = PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk)
-        sorted_BE = torch.cat([self(chunk, dim).float() for chunk in chunks]).cpu()
-        vectors_BE = torch.empty_like(sorted_BE)
-        vectors_BE[order] = sorted_BE
-        return vectors_BE.numpy()
+    def _converted(self, vectors: np.ndarray, to_numpy: bool, to_tensor: bool) -> Any:
+        if not len(vectors):
+            vectors = np.array([], dtype=np.float32 if to_tensor else np.float64)  # of sentence-transformers' dtype
+        if to_numpy and not to_tensor:
+            return vectors
+        tensor = torch.from_numpy(vectors)
+        tensor = tensor.to(self.device) if tensor.is_floating_point() else tensor
+        return tensor if to_tensor else list(tensor)
 
     def _prompted(
         self, texts: Sequence[str], instruction: str | Sequence[str | None] | None, name: str | None, prompt: str | None
     ) -> Sequence[str]:
-        if (instruction is not None) + (name is not None) + (prompt is not None) > 1:
-            raise ConfigError(
-                "instruction, prompt_name and prompt exclude each other: each says what stands before a text"
-            )
-        if name is not None:
-            if name not in self.prompts:
+        if instruction is not None:
+            if name is not None or prompt is not None:
+                raise ConfigError(
+                    "instruction and prompt_name or prompt exclude each other: each says what precedes a text"
+                )
+            return self.tokenizer.format_queries(texts, instruction)
+        if prompt is None:
+            name = self.default_prompt_name if name is None else name
+            if name is not None and name not in self.prompts:
                 raise ConfigError(f"prompt_name must be one of {', '.join(self.prompts)}, got {name!r}")
-            prompt = self.prompts[name]
-        return [prompt + text for text in texts] if prompt else self.tokenizer.format_queries(texts, instruction)
+            prompt = "" if name is None else self.prompts[name]
+        elif name is not None:
+            _log.warning("encode: prompt_name %r is ignored, for prompt is given", name)
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a text, got {type(prompt).__name__}")
+        return [prompt + text for text in texts] if prompt else texts
 
-    def _stored_prompt(self, name: str, instruction: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        """The options, with the checkpoint's prompt of that name where nothing else is asked for."""
-        asked = instruction is not None or options.get("prompt") is not None or options.get("prompt_name") is not None
-        return options if asked or name not in self.prompts else {**options, "prompt_name": name}
+    def _width(self, dim: int | None, truncate_dim: int | None) -> int:
+        """The number of components to return."""
+        self._check_dim(dim)
+        if dim is not None and truncate_dim is not None:
+            raise ConfigError("dim and truncate_dim exclude each other: dim normalizes the vectors again")
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+            raise ConfigError(f"truncate_dim must be a positive number, got {truncate_dim!r}")
+        return dim or min(truncate_dim or self.config.hidden_size, self.config.hidden_size)
 
     def _check_dim(self, dim: int | None) -> None:
         if dim is not None and not (isinstance(dim, int) and 1 <= dim <= self.config.hidden_size):
             raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
 
 
-def _st_options(options: dict[str, Any], dim: int | None) -> tuple[int | None, bool]:
-    """(dim, whether a tensor is wanted) by the names of sentence-transformers; TypeError for a name that it has not."""
-    unknown = options.keys() - {*_IGNORED, "convert_to_tensor", "truncate_dim"}
-    if unknown:
-        raise TypeError(f"encode() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    truncate = options.get("truncate_dim")
-    return truncate if dim is None else dim, bool(options.get("convert_to_tensor"))
+@torch.inference_mode()
+def _in_order(
+    tokens: list[list[int]],
+    forward: Callable[[PackedBatch], Any],
+    tokens_per_chunk: int,
+    advance: Callable[[int], None],
+) -> Any:
+    """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
+
+    The sequences are sorted by length, so that those of a chunk are alike.
+    """
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    results = []
+    for chunk in PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk):
+        results.append(forward(chunk))
+        advance(chunk.num_sequences)
+    if isinstance(results[0], torch.Tensor):
+        sorted_BE = torch.cat([result.float() for result in results])
+        vectors_BE = torch.empty_like(sorted_BE)
+        vectors_BE[order] = sorted_BE
+        return vectors_BE
+    items: list[Any] = [None] * len(tokens)
+    for index, item in zip(order, (item for result in results for item in result), strict=True):
+        items[index] = item
+    return items
+
+
+def _text_list(texts: Any) -> list[str]:
+    """A list of texts from a list, a tuple, a numpy array, a column of a table; TypeError: anything else."""
+    if isinstance(texts, (Mapping, bytes)) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+        raise TypeError(f"expected a text or a list of texts, got {type(texts).__name__}")
+    texts = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"expected texts, got {type(text).__name__} at index {index}")
+    return texts

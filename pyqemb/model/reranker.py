@@ -3,7 +3,7 @@
 Legend: B pairs, E hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import check_digests
 from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder, reranker_name
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model.scoring import Scoring
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
 _PAIRS_AT_ONCE = 4096  # tokenised together
 _TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 
 
-class Reranker(nn.Module):
+class Reranker(Scoring, nn.Module):
     """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
 
     `model` is the Qwen3Model. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
@@ -134,14 +135,16 @@ class Reranker(nn.Module):
         pairs: Sequence[tuple[str, str]],
         instruction: str | Sequence[str | None] | None = None,
         tokens_per_chunk: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`score` before the sigmoid: how far the logit of yes lies above that of no."""
+        """`score` before the sigmoid: how far the logit of yes lies above that of no. `on_progress` takes the number of new margins."""
         bodies = self.format(pairs, instruction)
         margins = np.empty(len(bodies), dtype=np.float32)
         for first in range(0, len(bodies), _PAIRS_AT_ONCE):
-            margins[first : first + _PAIRS_AT_ONCE] = self._margins(
-                bodies[first : first + _PAIRS_AT_ONCE], tokens_per_chunk
-            )
+            window = bodies[first : first + _PAIRS_AT_ONCE]
+            margins[first : first + len(window)] = self._margins(window, tokens_per_chunk)
+            if on_progress is not None:
+                on_progress(len(window))
         return margins
 
     def rerank(

@@ -115,7 +115,7 @@ def test_sides(model, jsonl, tmp_path):
         encode_file(model, jsonl, tmp_path / "x.npy", side=side)
         assert np.abs(np.load(tmp_path / "x.npy") - wanted).max() < 1e-6
     encode_file(model, jsonl, tmp_path / "x.npy", side="query", instruction="Find")
-    assert np.abs(np.load(tmp_path / "x.npy") - embedder.encode(ROWS, "Find")).max() < 1e-6
+    assert np.abs(np.load(tmp_path / "x.npy") - embedder.encode(ROWS, instruction="Find")).max() < 1e-6
 
 
 def test_processes(model, jsonl, tmp_path):
@@ -220,6 +220,9 @@ def test_command_line(model, jsonl, tmp_path, capsys):
     assert main(["encode", str(model), str(jsonl), "--out", str(out), "--instruction", "Find", "--dim", "8"]) == 0
     assert f"{len(ROWS)} texts, vectors of 8 features" in capsys.readouterr().out
     assert (
-        np.abs(load_file(out)["embeddings"] - Embedder.from_pretrained(model).encode(ROWS, "Find", dim=8)).max() < 1e-6
+        np.abs(
+            load_file(out)["embeddings"] - Embedder.from_pretrained(model).encode(ROWS, instruction="Find", dim=8)
+        ).max()
+        < 1e-6
     )
     assert main(["encode", str(model), str(jsonl), "--out", str(out), "--processes", "0"]) == 2

@@ -1,0 +1,41 @@
+"""Embedder as an embedding function of Chroma."""
+
+from typing import Any
+
+from pyqemb.errors import ConfigError
+from pyqemb.model.embedder import Embedder
+
+try:
+    from chromadb import Documents, EmbeddingFunction
+    from chromadb.utils.embedding_functions import register_embedding_function
+except ModuleNotFoundError as error:
+    raise ConfigError("chromadb is not installed: pip install chromadb") from error
+
+
+@register_embedding_function
+class ChromaEmbedding(EmbeddingFunction[Documents]):
+    """`create_collection(name, embedding_function=ChromaEmbedding(folder))`; a collection stores the folder's name and loads it again."""
+
+    def __init__(self, folder: str):
+        self.folder, self.model = str(folder), Embedder.from_pretrained(folder)
+
+    def __call__(self, input: Documents) -> Any:
+        return list(self.model.encode_document(input))
+
+    def embed_query(self, input: Documents) -> Any:
+        """With the model's query prompt."""
+        return list(self.model.encode_query(input))
+
+    @staticmethod
+    def name() -> str:
+        return "pyqemb"
+
+    def default_space(self) -> Any:
+        return "cosine"
+
+    def get_config(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    @staticmethod
+    def build_from_config(config: dict[str, Any]) -> "ChromaEmbedding":
+        return ChromaEmbedding(config["folder"])

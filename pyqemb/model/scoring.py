@@ -1,0 +1,124 @@
+"""Pairs to scores with the methods and arguments of CrossEncoder."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyqemb.errors import ConfigError
+from pyqemb.model.config import Qwen3Config
+from pyqemb.model.device import pick_device
+from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size
+from pyqemb.model.pool import Pool, Pooled
+from pyqemb.model.progress import progress_bar
+
+
+class Scoring(Pooled):
+    """The methods; the class that has them has what is named here."""
+
+    num_labels = 1
+    config: Qwen3Config
+    margins: Callable[..., np.ndarray]
+    to: Callable[..., Any]
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @cached_property
+    def model_card_data(self) -> ModelCardData:
+        """Where the evaluators of sentence-transformers store their results."""
+        return ModelCardData()
+
+    @also_called("pairs", "sentences", "inputs")
+    def predict(
+        self,
+        pairs: Sequence[Sequence[str]] | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | Sequence[str] | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
+    ) -> Any:
+        """Scores [len(pairs)] of (query, document) pairs; one score for a single pair.
+
+        The arguments are those of CrossEncoder.predict, in its order.
+
+        Args:
+            pairs: a list of pairs or one pair; `sentences` and `inputs` are other names of this argument.
+            prompt: the instruction; None: `default_instruction`. A reranker has no named prompts: `prompt_name` is refused.
+            batch_size: checked and otherwise unused; forward passes are bounded by their tokens.
+            show_progress_bar: True shows a bar on stderr.
+            activation_fn: applied to the difference of the logits of yes and no; None: the sigmoid.
+            apply_softmax: changes nothing, since there is one label.
+            convert_to_numpy: False gives a list of tensors.
+            convert_to_tensor: True gives one tensor.
+            device: move the model there first. A list of devices scores in one process for each.
+            pool, chunk_size: score in the processes of `start_multi_process_pool`, so many pairs at a time.
+
+        Raises:
+            TypeError: not pairs of two texts. ConfigError (a ValueError): a value that an argument cannot take.
+        """
+        check_batch_size(batch_size)
+        if prompt_name is not None:
+            raise ConfigError(f"prompt_name: a reranker has no named prompts, got {prompt_name!r}; use prompt")
+        items: list[Any] = pairs.tolist() if isinstance(pairs, np.ndarray) else list(pairs)
+        single = len(items) > 0 and isinstance(items[0], str)
+        items = [items] if single else items
+        if device is not None and isinstance(device, (str, torch.device)):
+            self.to(pick_device(device, self.config))
+            device = None
+        with progress_bar("Pairs", len(items), show_progress_bar) as advance:
+            if pool is not None or device is not None:
+                parts = self.in_processes("margins", items, {"instruction": prompt}, device, pool, chunk_size, advance)
+                margins = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+            else:
+                margins = self.margins(items, instruction=prompt, on_progress=advance)
+        scores = torch.from_numpy(margins).to(self.device)
+        if len(scores):
+            scores = (activation_fn or torch.sigmoid)(scores[:, None])
+            scores = scores.squeeze(-1) if scores.ndim > 1 else scores
+        if convert_to_tensor:
+            return scores[0] if single else scores
+        if not convert_to_numpy:
+            return scores[0] if single else list(scores)
+        # Without pairs sentence-transformers returns float64.
+        array = scores.float().cpu().numpy() if len(scores) else np.array([])
+        return array[0] if single else array
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        device: str | torch.device | Sequence[str] | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """{"corpus_id", "score"} of the documents, best first, `top_k` of them; `return_documents` adds their "text".
+
+        The arguments are those of CrossEncoder.rank, in its order; see `predict`.
+        """
+        scores = self.predict(
+            [(query, document) for document in documents], prompt_name, prompt, batch_size, show_progress_bar,
+            activation_fn, convert_to_tensor=True, device=device, pool=pool, chunk_size=chunk_size,
+        ).tolist()  # fmt: skip
+        results = [
+            {"corpus_id": index, "score": score} | ({"text": documents[index]} if return_documents else {})
+            for index, score in enumerate(scores)
+        ]
+        return sorted(results, key=lambda result: result["score"], reverse=True)[:top_k]

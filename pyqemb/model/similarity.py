@@ -1,0 +1,53 @@
+"""Similarities of vectors under sentence-transformers' names. Legend: M, N vectors, E features."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pyqemb.errors import ConfigError
+
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+_NORMS = {"euclidean": 2.0, "manhattan": 1.0}  # their similarity is the negative distance
+
+
+def check_similarity(name: Any) -> str:
+    """The name, also of an enum member that has it as its value; None is "cosine". ConfigError: an unknown name."""
+    value = "cosine" if name is None else getattr(name, "value", name)
+    if value not in SIMILARITIES:
+        raise ConfigError(f"similarity_fn_name must be one of {', '.join(SIMILARITIES)}, got {value!r}")
+    return value
+
+
+def similarity(name: str, a: Any, b: Any) -> torch.Tensor:
+    """[M, N] of each vector of `a` with each of `b`."""
+    a_ME, b_NE = (torch.atleast_2d(x) for x in _tensors(a, b))
+    if name in _NORMS:
+        return -torch.cdist(a_ME, b_NE, p=_NORMS[name])
+    if name == "cosine":
+        a_ME, b_NE = F.normalize(a_ME, dim=-1), F.normalize(b_NE, dim=-1)
+    return a_ME @ b_NE.T
+
+
+def similarity_pairwise(name: str, a: Any, b: Any) -> torch.Tensor:
+    """[N] of each vector of `a` with the vector of `b` in the same row."""
+    a_NE, b_NE = _tensors(a, b)
+    if name in _NORMS:
+        return -torch.linalg.vector_norm(a_NE - b_NE, ord=_NORMS[name], dim=-1)
+    if name == "cosine":
+        a_NE, b_NE = F.normalize(a_NE, dim=-1), F.normalize(b_NE, dim=-1)
+    return (a_NE * b_NE).sum(dim=-1)
+
+
+def _tensors(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as floats of one dtype, at least float32."""
+    a, b = _tensor(a), _tensor(b)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype), b.to(dtype)
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
+        return torch.stack(list(x))
+    return x if isinstance(x, torch.Tensor) else torch.as_tensor(np.asarray(x))
