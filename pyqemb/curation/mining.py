@@ -14,6 +14,7 @@ from pyqemb.curation.vectors import CachedEncoder, chunks
 from pyqemb.data.example import Example
 from pyqemb.errors import DataError
 from pyqemb.model.device import search_device
+from pyqemb.model.encoder import unit_encoder
 
 _TILE = 8192  # queries searched at a time
 _JUDGED = 256  # with a reranker
@@ -95,6 +96,7 @@ def mine(
     _warn_of_losses(examples)
     if cache is not None:
         model = CachedEncoder(model, cache)
+    model = unit_encoder(model)
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)

@@ -29,7 +29,9 @@ class Step(StrictModel):
 
 def encoder(model: Any) -> Any:
     """The model itself, or the one of that name, opened once for all steps."""
-    return _opened(str(model)) if isinstance(model, (str, Path)) else model
+    from pyqemb.model.encoder import unit_encoder
+
+    return unit_encoder(_opened(str(model)) if isinstance(model, (str, Path)) else model)
 
 
 @lru_cache(maxsize=2)

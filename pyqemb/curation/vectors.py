@@ -12,6 +12,7 @@ import torch
 from pyqemb.data.blocks import Blocks
 from pyqemb.data.keyed import keys_of
 from pyqemb.errors import ConfigError, DataError, MachineError
+from pyqemb.model.encoder import unit_encoder
 
 _FORMAT = "vectors-2"
 _CHUNK = 4096  # texts embedded between two writes: what a kill can cost
@@ -29,7 +30,7 @@ class CachedEncoder:
     """
 
     def __init__(self, model: Any, folder: str | Path):
-        self.model, self._folder, self._fingerprint = model, Path(folder), fingerprint(model)
+        self.model, self._folder, self._fingerprint = unit_encoder(model), Path(folder), fingerprint(model)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -87,7 +88,7 @@ def fingerprint(model: Any) -> str:
     for name, tensor in inner.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for name in ("pooling", "attention", "max_seq_length", "prompts"):
+    for name in ("pooling", "attention", "max_seq_length", "prompts", "default_prompt_name", "truncate_dim"):
         digest.update(f"{name} {getattr(model, name, None)} {getattr(inner, name, None)}".encode())
     tokenizer = getattr(model, "tokenizer", None)
     digest.update(f"{getattr(tokenizer, 'max_length', None)}".encode())

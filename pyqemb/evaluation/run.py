@@ -11,6 +11,7 @@ from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
 from pyqemb.evaluation.reranking import measure_reranker
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, load_task
+from pyqemb.model.encoder import open_model, unit_encoder
 
 _DEPTH = 100
 _PER_QUERY = {
@@ -62,9 +63,8 @@ def evaluate(
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
     task = None if Path(folder).is_file() else load_task(folder, split)
     if isinstance(model, (str, Path)):
-        from pyqemb.model.encoder import open_model
-
         model = open_model(model)
+    model = unit_encoder(model)
     if hasattr(model, "score"):
         rows = measure_reranker(model, folder, instruction)
         intervals = {key: bootstrap_interval(list(row), bootstrap, seed) for key, row in rows.items()}

@@ -45,6 +45,30 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
 
+class UnitEncoder:
+    """Unit vectors of an Embedder whose folder asks for others: searches compare by the cosine."""
+
+    def __init__(self, model: Embedder):
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def encode_query(self, texts: Sequence[str], instruction: str | None = None, dim: int | None = None) -> np.ndarray:
+        """float32 unit vectors [len(texts), dim or E]."""
+        return self.model.encode_query(texts, instruction=instruction, dim=dim, normalize_embeddings=True)
+
+    def encode_document(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+        """float32 unit vectors [len(texts), dim or E]."""
+        return self.model.encode_document(texts, dim=dim, normalize_embeddings=True)
+
+
+def unit_encoder(model: Any) -> Any:
+    """The model itself, or one that gives the unit vectors of an Embedder that does not."""
+    as_is = not isinstance(model, Embedder) or (model.normalize and model.truncate_dim is None)
+    return model if as_is else UnitEncoder(model)
+
+
 def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
     """An Embedder for a Qwen3 folder or a hub id, else what sentence-transformers makes of the folder.
 

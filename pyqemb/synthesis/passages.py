@@ -54,9 +54,9 @@ class People:
         self._top, self._seed = min(settings.top, len(self._texts)), seed
         self._model = None
         if settings.model is not None:
-            from pyqemb.model.encoder import open_encoder
+            from pyqemb.model.encoder import open_encoder, unit_encoder
 
-            self._model = open_encoder(settings.model)
+            self._model = unit_encoder(open_encoder(settings.model))
             self._vectors = self._embed(settings.model, folder)
 
     def offer(self, sources: list[Source]) -> Iterator[Source]:

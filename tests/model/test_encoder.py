@@ -5,8 +5,8 @@ import pytest
 
 from pyqemb.errors import CheckpointError
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.encoder import SentenceTransformerEncoder, open_encoder
-from pyqemb.testing.tiny import TEXTS, write_tiny_folder
+from pyqemb.model.encoder import SentenceTransformerEncoder, open_encoder, unit_encoder
+from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder
 
 
 def test_a_qwen3_folder_is_ours(tmp_path):
@@ -37,3 +37,14 @@ def test_other_architectures_and_their_formats(tmp_path):
         open_encoder(folder)
     with pytest.raises(CheckpointError, match="no such model folder"):
         open_encoder(tmp_path / "nowhere")
+
+
+def test_searches_get_unit_vectors_whatever_the_folder_says():
+    model = tiny_embedder()
+    assert unit_encoder(model) is model
+    model.normalize, model.truncate_dim = False, 8
+    unit = unit_encoder(model)
+    for found in (unit.encode_query(TEXTS), unit.encode_document(TEXTS), unit.encode_query(TEXTS, dim=4)):
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert unit.encode_document(TEXTS).shape == (len(TEXTS), 8) and unit.device == model.device
+    assert abs(np.linalg.norm(model.encode_document(TEXTS), axis=1) - 1).max() > 0.01
