@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb().run(namespace)
 
     def kept() -> str:
-        return verb().kept(namespace) if hasattr(verb(), "kept") else KEPT
+        parsed = hasattr(namespace, "debug")
+        return verb().kept(namespace) if parsed and hasattr(verb(), "kept") else KEPT
 
     name = "pyqemb" if namespace.verb is None else f"pyqemb {namespace.verb}"
     return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb == "train" else None)

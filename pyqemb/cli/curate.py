@@ -38,3 +38,7 @@ def run(args: argparse.Namespace) -> int:
         f"kept {result.kept} of {result.seen}, written to {result.folder}/kept.jsonl; read {result.folder}/report.html"
     )
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    return "nothing of the results was changed; answers of a relabel step are kept in the output folder"

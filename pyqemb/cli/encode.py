@@ -58,3 +58,7 @@ def run(args: argparse.Namespace) -> int:
     resumed = f" ({done.resumed} of them from an earlier run)" if done.resumed else ""
     print(f"{done.rows} texts{resumed}, vectors of {done.dim} features, written to {done.out}")
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    return f"finished parts are in {args.out}.parts; the same command continues from there"

@@ -35,12 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.curation.corpus import read_corpus
     from pyqemb.curation.text import language_of
     from pyqemb.data.example import check_output, read_examples, write_examples
+    from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_encoder, open_reranker
 
     if args.out.resolve() in {path.resolve() for path in (args.examples, args.corpus) if path is not None}:
         raise ConfigError(f"--out: {args.out} is also an input")
     check_output(args.out)
+    check_writable(args.out)
     examples = list(read_examples(args.examples))
     corpus = None if args.corpus is None else list(read_corpus(args.corpus))
     mined = mine(
@@ -56,3 +58,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"mean score of positives {report.positive_score:.3f}, of negatives {report.negative_score:.3f}")
     print(f"written to {args.out}")
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    return (
+        f"the vectors so far are in {args.cache}; the same command continues from there"
+        if args.cache
+        else "nothing is kept; --cache keeps the vectors"
+    )

@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"asked {usage.asked}, from the store {usage.stored}, {usage.retries.total()} further tries")
     print(f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost(config.endpoint):.4f}")
     for reason, count in result.malformed.most_common():
-        print(f"  {count} malformed: {reason}")
+        print(f"  {count} malformed: {reason}{f', e.g. {result.refusal!r}' if reason == 'refused' else ''}")
     print(f"written to {result.folder}/examples.jsonl")
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    return "the answers so far are in answers.sqlite of the output folder; the same command continues from there"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +50,21 @@ class Workers:
             self.pool = ProcessPoolExecutor(
                 len(self.devices), context, _start, (self.settings, queue, len(self.devices))
             )
+            # Ctrl-C reaches the whole process group: the workers inherit a mask that leaves it to this process.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self.pool.submit(_ready)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self.pool is None:
+            return
+        if kind is not None:  # nobody waits for the parts under way
+            for process in list((self.pool._processes or {}).values()):
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
 
     def submit(self, target: Path, part: list[Row]) -> "Future[None]":
         if self.pool is not None:
@@ -68,7 +80,12 @@ class Workers:
 _here: dict[str, Any] = {}  # of a worker process: its model and settings
 
 
+def _ready() -> None:
+    pass
+
+
 def _start(settings: Settings, queue: Any, processes: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     device = queue.get()
     if device == "cpu":
         torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
@@ -77,6 +94,13 @@ def _start(settings: Settings, queue: Any, processes: int) -> None:
         _here["model"] = _open(settings, device)
     except PyqembError as error:  # an error in here would only be seen as a broken pool
         _here["error"] = error
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_part(target: Path, part: list[Row]) -> None:

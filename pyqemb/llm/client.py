@@ -4,15 +4,18 @@ import asyncio
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
 
 from pyqemb.errors import ConfigError
-from pyqemb.llm.request import Answer, Endpoint, Malformed, Request
+from pyqemb.llm.request import OMITTABLE, Answer, Endpoint, Malformed, Request
+from pyqemb.llm.response import Again, answer_of, clean, words_of
 
 _LEVELS = ("json_schema", "json_object", "off")
+_STRUCTURE = ("response_format", "json_schema", "json_object")  # in the words of a server that does not know them
 _FIRST_WAIT = 0.5  # seconds; doubled each time
 
 
@@ -43,7 +46,7 @@ class ServerClient:
         for attempt in range(self.endpoint.retries + 1):
             try:
                 return await self._once(request)
-            except _Again as again:
+            except Again as again:
                 if attempt == self.endpoint.retries:
                     raise Malformed(f"no answer: {again.reason}") from again
                 self._on_retry(again.reason)
@@ -58,6 +61,8 @@ class ServerClient:
         openai, level = self._openai, self._level
         body = request.body(self.endpoint)
         schema, extra = body.pop("schema", None), body.pop("extra", None)
+        for field in self.endpoint.omit:
+            body.pop(field, None)
         if schema is not None and _LEVELS[level] != "off":
             kind = _LEVELS[level]
             named = {"json_schema": {"name": "answer", "schema": schema, "strict": True}}
@@ -67,57 +72,40 @@ class ServerClient:
             asked = self._client.chat.completions.create(**body, extra_body=extra)
             completion = await asyncio.wait_for(asked, self.endpoint.timeout)
         except (openai.APITimeoutError, asyncio.TimeoutError) as error:
-            raise _Again("timeout") from error
+            raise Again("timeout") from error
         except openai.APIConnectionError as error:
-            raise _Again("connection") from error
+            raise Again("connection") from error
         except openai.APIStatusError as error:
-            return await self._refused(error, request, level, "response_format" in body)
+            return await self._refused(error, request, level, {**body, **(extra or {})})
         except (json.JSONDecodeError, openai.APIResponseValidationError, UnicodeDecodeError) as error:
-            raise _Again("broken response") from error
-        return _answer_of(completion)
+            raise Again("broken response") from error
+        return answer_of(completion, str(self._client.base_url))
 
-    async def _refused(self, error: Any, request: Request, level: int, structured: bool) -> Answer:
-        status, words = error.status_code, _words(error)
+    async def _refused(self, error: Any, request: Request, level: int, sent: dict[str, Any]) -> Answer:
+        status, words = error.status_code, words_of(error.body) or clean(error.message)
         quota = getattr(error, "code", None) == "insufficient_quota"
-        unknown = status in (400, 422) or "response_format" in words or "json_schema" in words  # some say so with a 500
-        if structured and unknown and self.endpoint.structured == "auto" and not _too_long(status, words):
+        structure = any(name in words for name in _STRUCTURE)
+        others = sent.keys() - {"model", "messages", "response_format"}
+        named = sorted(name for name in others if re.search(rf"\b{re.escape(name)}\b", f"{words} {error.param}"))
+        unknown = structure or (status in (400, 422) and not named)  # some say so with a 500
+        auto = "response_format" in sent and self.endpoint.structured == "auto"
+        if auto and unknown and not _too_long(status, words):
             self._level = max(self._level, level + 1)  # the server knows no such structure: never again
             return await self._once(request)
         if (status == 429 and not quota) or status >= 500 or status in (408, 409):
-            raise _Again(f"status {status}", _retry_after(error.response.headers)) from error
+            raise Again(f"status {status}", _retry_after(error.response.headers)) from error
         if status in (400, 413, 422) and _too_long(status, words):
             raise Malformed("request too long") from error
-        raise ConfigError(
-            f"the server at {self._client.base_url} refuses (status {status}): {words[:300]}"
-            + (f"; the key is read from {self.endpoint.api_key_env}" if status in (401, 403) else "")
-        ) from error
-
-
-class _Again(Exception):
-    """Worth another try, after `wait` seconds where the server said so."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.reason, self.wait = reason, wait
-
-
-def _answer_of(completion: Any) -> Answer:
-    try:
-        choice, usage = completion.choices[0], completion.usage
-        text = choice.message.content or ""
-    except (AttributeError, IndexError, TypeError) as error:  # the client passes on what it cannot read
-        raise _Again("broken response") from error
-    return Answer(
-        text, choice.finish_reason or "stop",
-        getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0,
-    )  # fmt: skip
-
-
-def _words(error: Any) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    inner = body.get("error", body)
-    message = inner.get("message") if isinstance(inner, dict) else inner
-    return str(message or error.message)
+        message = f"the server at {self._client.base_url} refuses (status {status}): {words}"
+        if status in (401, 403):
+            message += f"; the key is read from {self.endpoint.api_key_env}"
+        if status in (400, 422):
+            first = 0 if self.endpoint.structured == "auto" else level
+            formats = [f"response_format {name}" for name in _LEVELS[first : level + 1] if request.schema is not None]
+            message += f"; tried with {', '.join([*formats, *sorted(others)])}"
+            if omitted := [name for name in named if name in OMITTABLE]:
+                message += f"; omit = {json.dumps(omitted)} in the endpoint leaves it out"
+        raise ConfigError(message) from error
 
 
 def _too_long(status: int, words: str) -> bool:

@@ -2,15 +2,22 @@
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pyqemb.data import strict_json
+from pyqemb.errors import DataError
+from pyqemb.llm.candidates import candidates
 
 T = TypeVar("T", bound=BaseModel)
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
+
+
+Omittable = Literal["temperature", "top_p", "max_tokens", "seed"]
+OMITTABLE = get_args(Omittable)
+# Of the request body: those with a setting of their own, and those that change what an answer is.
+_OWN_FIELDS = {"model", "messages", "stream", "n", *OMITTABLE}
 
 
 class Endpoint(BaseModel):
@@ -28,7 +35,10 @@ class Endpoint(BaseModel):
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(512, ge=1)
-    extra: dict[str, Any] = Field(default_factory=dict)  # further fields of the request body, as the server knows them
+    omit: tuple[Omittable, ...] = ()  # fields that the server does not take
+    extra_body: dict[str, Any] = Field(  # further fields, e.g. {"chat_template_kwargs": {"enable_thinking": false}}
+        default_factory=dict, validation_alias=AliasChoices("extra_body", "extra")
+    )
     concurrency: int = Field(32, ge=1)  # requests under way at a time; a local model's batch
     timeout: float = Field(120.0, gt=0)  # seconds without an answer, of one try
     retries: int = Field(
@@ -38,6 +48,14 @@ class Endpoint(BaseModel):
     give_up_after: int = Field(8, ge=1)  # requests in a row that stay without an answer
     price_in: float = Field(0.0, ge=0)  # of a million prompt tokens
     price_out: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _usable(self) -> "Endpoint":
+        if self.backend == "transformers" and (self.omit or self.extra_body):
+            raise ValueError("omit and extra_body are for a server, not for backend 'transformers'")
+        if clash := sorted(_OWN_FIELDS & self.extra_body.keys()):
+            raise ValueError(f"extra_body: {clash[0]} cannot be set there")
+        return self
 
 
 @dataclass(frozen=True)
@@ -49,16 +67,15 @@ class Request:
     schema: dict[str, Any] | None = None
 
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
-        """Everything that the answer depends on."""
+        """Everything that the answer depends on. The seed is there though it is omitted: it tells one try from the next."""
+        sampling = {name: getattr(endpoint, name) for name in ("temperature", "top_p", "max_tokens")}
         return {
             "model": endpoint.model,
             "messages": [{"role": role, "content": text} for role, text in self.messages],
-            "temperature": endpoint.temperature,
-            "top_p": endpoint.top_p,
-            "max_tokens": endpoint.max_tokens,
+            **{name: value for name, value in sampling.items() if name not in endpoint.omit},
             "seed": self.seed,
             **({"schema": self.schema} if self.schema is not None else {}),
-            **({"extra": endpoint.extra} if endpoint.extra else {}),
+            **({"extra": endpoint.extra_body} if endpoint.extra_body else {}),
         }
 
     def key(self, endpoint: Endpoint) -> str:
@@ -72,6 +89,7 @@ class Answer:
     finish: str = "stop"  # "length": cut off at max_tokens
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    refusal: str | None = None  # the words of a model that declined to answer
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,36 +104,33 @@ class Malformed(Exception):
 
 
 def parse(answer: Answer, kind: type[T]) -> T:
-    """The JSON object in an answer, checked. A fence, a chain of thought before it and prose around it are passed over.
+    """The last JSON object of an answer that fits `kind`, wherever it stands outside of the model's thoughts.
 
-    Raises Malformed: "empty", "cut off", "no JSON", "no object", "FIELD missing", "FIELD wrong".
+    Raises Malformed: "empty", "cut off", "refused", "no JSON", "no object", "FIELD missing", "FIELD wrong".
     """
-    text = _THOUGHT.sub("", answer.text).strip()
-    if not text:
-        raise Malformed("cut off" if answer.finish == "length" else "empty", answer.text)
-    fenced = _FENCE.search(text)
-    value = _first_object(fenced[1] if fenced else text)
-    if value is None:
-        raise Malformed("cut off" if answer.finish == "length" else "no JSON", answer.text)
-    if not isinstance(value, dict):
-        raise Malformed("no object", answer.text)
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else "answer"
-        raise Malformed(f"{field} {'missing' if first['type'] == 'missing' else 'wrong'}", answer.text) from error
-
-
-def _first_object(text: str) -> Any:
-    """The first JSON object in the text; else any JSON value that the text is; else None."""
-    decoder = json.JSONDecoder(strict=False)  # models write line ends into strings
-    for match in re.finditer(r"\{", text):
+    if answer.refusal is not None:
+        raise Malformed("refused", answer.refusal)
+    found = candidates(answer.text)
+    if answer.finish == "length" and (found.unfinished or not found.objects):
+        raise Malformed("cut off", answer.text)
+    if not found.objects:
+        if not found.prose:
+            raise Malformed("empty" if not answer.text.strip() else "no JSON", answer.text)
+        raise Malformed("no object" if _is_json(found.prose) else "no JSON", answer.text)
+    reasons = []
+    for value in reversed(found.objects):
         try:
-            return decoder.raw_decode(text, match.start())[0]
-        except (json.JSONDecodeError, RecursionError):
-            continue
+            return kind.model_validate(value)
+        except ValidationError as error:
+            reasons.append(error.errors()[0])
+    last = reasons[0]
+    field = str(last["loc"][0]) if last["loc"] else "answer"
+    raise Malformed(f"{field} {'missing' if last['type'] == 'missing' else 'wrong'}", answer.text)
+
+
+def _is_json(text: str) -> bool:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
+        strict_json.parse(text, "answer")
+    except DataError:
+        return False
+    return True

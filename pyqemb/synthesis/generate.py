@@ -30,6 +30,7 @@ class Synthesis:
     examples: int = 0
     failed: int = 0  # examples given up
     malformed: Counter[str] = field(default_factory=Counter)  # answers, by reason
+    refusal: str = ""  # the words of the first answer that was a refusal
     by_task: Counter[str] = field(default_factory=Counter)
     usage: Usage = field(default_factory=Usage)
     seconds: float = 0.0
@@ -78,6 +79,8 @@ async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis]
 
                 def on_malformed(prompt: str, error: Malformed) -> None:
                     result.malformed[error.reason] += 1
+                    if error.reason == "refused":
+                        result.refusal = result.refusal or error.text
                     row = {"reason": error.reason, "prompt": prompt, "key": error.key, "text": error.text}
                     bad.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -10,13 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class FakeServer:
     """`script`: what to do with each request in turn ("ok" once it is used up): ok, slow, silent, cut, cut body, not json, no choices,
-    prose, or a status. `reply(prompt)` makes the text. `seen` holds the bodies that got an answer or an error."""
+    prose, a status, or a body. `reply(prompt)` makes the text. `seen` holds the bodies that got an answer or an error."""
 
     def __init__(
-        self, reply=lambda messages: "{}", script=(), structured=("json_schema", "json_object"), delay=0.0, unknown=400
+        self,
+        reply=lambda messages: "{}",
+        script=(),
+        structured=("json_schema", "json_object"),
+        delay=0.0,
+        unknown=400,
+        unsupported=None,
     ):
         self.reply, self.script, self.structured, self.delay = reply, list(script), structured, delay
-        self.unknown = unknown
+        self.unknown, self.unsupported = unknown, unsupported
         self.seen, self.headers, self.counts, self.most = [], [], Counter(), 0
         self._open, self._lock = 0, threading.Lock()
         server = self
@@ -62,7 +68,11 @@ class FakeServer:
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
         wanted = body.get("response_format", {}).get("type")
-        if isinstance(action, int):
+        if self.unsupported in body:
+            self.send(handler, {"error": {"message": f"Unsupported parameter: {self.unsupported!r}"}}, 400)
+        elif isinstance(action, dict):
+            self.send(handler, action)
+        elif isinstance(action, int):
             self.send(handler, {"error": {"message": f"error {action}"}}, action)
         elif wanted and wanted not in self.structured:
             self.send(handler, {"error": {"message": f"unknown response_format {wanted}"}}, self.unknown)

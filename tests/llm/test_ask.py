@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from pydantic import BaseModel
@@ -157,7 +158,30 @@ class Reply(BaseModel):
     [
         ('{"query": "a"}', "a"),
         ('Sure!\n```json\n{"query": "a"}\n```\nHope it helps {x}', "a"),
-        ('<think>{"query": "no"}</think> {"query": "a"} {"query": "b"}', "a"),
+        ('<think>{"query": "no"}</think> {"query": "a"} {"query": "b"}', "b"),
+        ('{"query": "a"} {"example": "b"}', "a"),
+        ('<think>{"query": "no"}', "no JSON"),
+        ('{"query": "no"}</think>{"query": "a"}', "a"),
+        ('{"query": "no"}</think>', "no JSON"),
+        ('<think>x<think>y</think>{"query": "no"}</think>{"query": "a"}', "a"),
+        ('<THINKING>{"query": "no"}</THINKING>{"query": "a"}', "a"),
+        ('<thought>{"query": "no"}</thought>\n```json\n{"query": "a"}\n```', "a"),
+        ('<reflection>{"query": "no"}</reflection>{"query": "a"}', "a"),
+        ('<seed:think>{"query": "no"}</seed:think>{"query": "a"}', "a"),
+        ('[THINK]{"query": "no"}[/THINK]{"query": "a"}', "a"),
+        ('\u25c1think\u25b7{"query": "no"}\u25c1/think\u25b7{"query": "a"}', "a"),
+        ('<|begin_of_thought|>{"query": "no"}<|end_of_thought|>{"query": "a"}', "a"),
+        ('<|channel>thought\n{"query": "no"}<channel|>{"query": "a"}', "a"),
+        ('<|channel|>analysis<|message|>{"query": "no"}', "no JSON"),
+        (
+            '<|channel|>analysis<|message|>{"query": "no"}<|end|><|channel|>final<|message|>{"query": "a"}',
+            "a",
+        ),
+        ('{"query": "a"} <think>or {"query": "no"}</think>', "a"),
+        ('{"query": "what is <think> for"}', "what is <think> for"),
+        ('<think>{"query": "</think>"} {"query": "no"}</think>{"query": "a"}', "a"),
+        ('{"query": "a", "query": "b"}', "no JSON"),
+        ('{"query": "\\ud800"}', "no JSON"),
         ('{broken {"query": "two\nlines"}', "two\nlines"),
         ("", "empty"),
         ("   ", "empty"),
@@ -176,9 +200,98 @@ def test_parse(text, expected):
         assert error.reason == expected and error.text == text
 
 
-def test_an_answer_that_was_cut_off():
+@pytest.mark.parametrize("text", ['{"query": "a', "", '<think>{"query": "no"}', '{"query": "a"} Better: {"query": "b'])
+def test_an_answer_that_was_cut_off(text):
     with pytest.raises(Malformed, match="cut off"):
-        parse(Answer('{"query": "a', finish="length"), Reply)
+        parse(Answer(text, finish="length"), Reply)
+
+
+@pytest.mark.parametrize("piece", ["{", '{"', '{"a":', '{"a":"', "{ ", "<think", "<|channel|>", '{"a":['])
+def test_a_hostile_answer_takes_no_minutes(piece):
+    start = time.perf_counter()
+    with pytest.raises(Malformed):
+        parse(Answer(piece * (1_000_000 // len(piece))), Reply)
+    assert time.perf_counter() - start < 20
+
+
+def respond(serve, tmp_path, body, **settings):
+    """[the answer or the reason] to one request that the server answers with `body`."""
+    server = serve(echo, script=[body] * 9)
+    return ask_all(server, tmp_path, [say("a")], retries=1, give_up_after=1, **settings)[0]
+
+
+def chat(message, finish="stop"):
+    return {"choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ([{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "b"}], "b"),
+        ([], ""),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "content of type image_url"),
+        ([{"type": "text"}], "content part without text"),
+        (5, "content of type int"),
+    ],
+)
+def test_content_in_parts(serve, tmp_path, content, expected):
+    assert respond(serve, tmp_path, chat({"content": content})) == [expected]
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None, "refusal": "I cannot"}, {"content": [{"type": "refusal", "refusal": "I cannot"}]}]
+)
+def test_a_refusal_is_malformed_with_its_words(serve, tmp_path, message):
+    respond(serve, tmp_path, chat(message))
+    ((_, _, answer),) = Store(tmp_path / "answers.sqlite")
+    with pytest.raises(Malformed, match=r"^refused$") as error:
+        parse(answer, Reply)
+    assert error.value.text == "I cannot"
+
+
+def test_thoughts_without_an_answer(serve, tmp_path):
+    respond(serve, tmp_path, chat({"content": None, "reasoning_content": "let me think"}, "length"))
+    ((_, _, answer),) = Store(tmp_path / "answers.sqlite")
+    with pytest.raises(Malformed, match="cut off"):
+        parse(answer, Reply)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        ({"error": {"message": "No\x1b[1m credits\nleft", "code": 402}}, ConfigError, r"refuses \(code 402\): No \[1m credits left"),
+        ({"error": "busy"}, DataError, "the server says: busy"),
+        ({"object": "error", "message": "busy" * 999}, DataError, r"the server says: (busy)+\.\.\."),
+        ({"choices": [{"error": {"message": "upstream", "code": 502}}]}, DataError, "the server says: upstream"),
+    ],
+)  # fmt: skip
+def test_an_error_under_status_200_shows_its_words(serve, tmp_path, body, error, words):
+    with pytest.raises(error, match=words):
+        respond(serve, tmp_path, body)
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "seed", "temperature", "top_p"])
+def test_a_field_that_the_server_does_not_take_is_named_and_can_be_omitted(serve, tmp_path, field):
+    server, schema = serve(echo, unsupported=field), {"type": "object", "properties": {}}
+    with pytest.raises(
+        ConfigError, match=rf"'{field}'; tried with response_format json_schema, .*omit = \[\"{field}\"\]"
+    ):
+        ask_all(server, tmp_path, [say("a", schema=schema)])
+    assert len(server.seen) == 1
+    assert ask_all(server, tmp_path, [say("a", schema=schema)], omit=[field])[0] == ["A"]
+    assert field not in server.seen[-1] and server.seen[-1]["response_format"]["type"] == "json_schema"
+
+
+def test_further_fields_of_the_body(serve, tmp_path):
+    server, extra = serve(echo), {"chat_template_kwargs": {"enable_thinking": False}}
+    ask_all(server, tmp_path, [say("a")], extra_body=extra)
+    assert server.seen[0]["chat_template_kwargs"] == extra["chat_template_kwargs"]
+    for name in ("model", "stream", "seed"):
+        with pytest.raises(ValueError, match=f"extra_body: {name} cannot be set there"):
+            Endpoint(model="m", extra_body={name: 1})
+    with pytest.raises(ValueError, match="are for a server"):
+        Endpoint(model="m", backend="transformers", omit=["seed"])
 
 
 def test_run_in_order_has_no_more_than_its_window_under_way():

@@ -1,0 +1,102 @@
+"""What a server's response holds: an answer, a refusal, or an error under status 200."""
+
+from typing import Any
+
+from pyqemb.errors import ConfigError
+from pyqemb.llm.request import Answer, Malformed
+
+_MAX_WORDS = 300  # characters of a server's message that are shown
+_THOUGHTS = {"thinking", "reasoning", "redacted_thinking", "reasoning_content"}  # parts of a content that are no answer
+_CUT_OFF = {"length", "max_tokens", "max_output_tokens", "model_length"}
+
+
+class Again(Exception):
+    """Worth another try, after `wait` seconds where the server said so."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.reason, self.wait = reason, wait
+
+
+def answer_of(completion: Any, server: str) -> Answer:
+    """The answer in a chat completion, as the client of `openai` gives it.
+
+    Raises:
+        Again: no answer, worth another try. ConfigError: an error that no further try would change.
+        Malformed: a content that is neither text nor parts of text.
+    """
+    choice = _first(completion)
+    error = _get(choice, "error") or (_error_of(completion) if choice is None else None)
+    if error is not None:
+        words, code = words_of(error), _get(error, "code")
+        if str(code) in ("400", "401", "402", "403", "404", "413", "422"):
+            raise ConfigError(f"the server at {server} refuses (code {code}): {words}")
+        raise Again(f"the server says: {words}")
+    message = _get(choice, "message")
+    if message is None:
+        raise Again("broken response")
+    text, refusal = _text(_get(message, "content"))
+    refusal = _get(message, "refusal") or refusal
+    finish = str(_get(choice, "finish_reason") or "stop").lower()
+    if finish == "content_filter" and refusal is None:
+        refusal = "finish_reason content_filter"
+    usage = _get(completion, "usage")
+    prompt, written = (_get(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+    return Answer(
+        text, "length" if finish in _CUT_OFF else finish,
+        prompt if isinstance(prompt, int) else 0, written if isinstance(written, int) else 0,
+        None if refusal is None else clean(str(refusal)),
+    )  # fmt: skip
+
+
+def words_of(error: Any) -> str:
+    """The message in the body of an error, of whatever shape; "" where there is none."""
+    for name in ("error", "message", "detail", "msg"):
+        inner = _get(error, name)
+        if inner:
+            return words_of(inner)
+    if isinstance(error, list) and error:
+        return words_of(error[0])
+    return clean(str(error)) if error else ""
+
+
+def clean(words: str) -> str:
+    """One line, without control characters, not too long."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in words[: 4 * _MAX_WORDS]).split())
+    return line if len(line) <= _MAX_WORDS else f"{line[:_MAX_WORDS]}..."
+
+
+def _first(completion: Any) -> Any:
+    choices = _get(completion, "choices")
+    return choices[0] if isinstance(choices, list) and choices else None
+
+
+def _error_of(completion: Any) -> Any:
+    if (error := _get(completion, "error")) is not None:
+        return error
+    is_error = _get(completion, "object") == "error" or _get(completion, "choices") is None
+    return completion if is_error and any(_get(completion, name) for name in ("message", "detail")) else None
+
+
+def _text(content: Any) -> tuple[str, str | None]:
+    """(the text of a content, the words of a refusal in it)"""
+    if content is None or isinstance(content, str):
+        return content or "", None
+    texts, refusal = [], None
+    for part in content if isinstance(content, list) else [content]:
+        kind = "text" if isinstance(part, str) else _get(part, "type")
+        if kind in ("text", "output_text"):
+            text = part if isinstance(part, str) else _get(part, "text")
+            if not isinstance(text, str):
+                raise Malformed("content part without text")
+            texts.append(text)
+        elif kind == "refusal":
+            refusal = str(_get(part, "refusal"))
+        elif kind not in _THOUGHTS:
+            raise Malformed(clean(f"content of type {kind or type(part).__name__}"))
+    return "".join(texts), refusal
+
+
+def _get(value: Any, name: str) -> Any:
+    """A field of what the client made an object of, or left as it came."""
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None) if value is not None else None
