@@ -7,13 +7,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from pyqemb.data.files import atomic_file
-from pyqemb.errors import ConfigError
+from pyqemb.errors import ConfigError, MachineError
 
 _WINDOW = 30  # steps over which speed is averaged
 
@@ -30,6 +31,7 @@ class Progress:
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._times: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)], maxlen=_WINDOW)
         self._tokens = 0
+        self._lost = False  # a row could not be written
         self._board = _open_board(folder) if tensorboard else None
         self._live: Any = None
 
@@ -47,7 +49,8 @@ class Progress:
             self._live.stop()
         if self._board is not None:
             self._board.close()
-        self._file.close()
+        with suppress(OSError) if self._lost else nullcontext():  # closing writes the lost row once more
+            self._file.close()
 
     def count(self, tokens: int) -> float:
         """Take note of a step's tokens; returns tokens per second."""
@@ -57,9 +60,13 @@ class Progress:
         return (now - before) / max(last - first, 1e-9)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Write one row of metrics."""
+        """Write one row of metrics. MachineError where it cannot be written."""
         line = json.dumps(row)
-        self._file.write(line + "\n")
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            self._lost = True
+            raise MachineError(f"{self.path}: cannot be written: {error.strerror}") from error
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
@@ -70,7 +77,11 @@ class Progress:
             self._live.update(self.line(row)) if "loss" in row else self.say(line)
 
     def sync(self) -> None:
-        """Put the rows so far on the disk: a checkpoint must not be newer than its metrics."""
+        """Put the rows so far on the disk: a checkpoint must not be newer than its metrics. After a lost row nothing is written:
+        a checkpoint without its metrics is better than no checkpoint.
+        """
+        if self._lost:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
 
