@@ -200,7 +200,8 @@ class Run:
                     on_step(row)
             last = self.step == self.steps
             if last:
-                self._write_final()  # before the evaluation: whatever becomes of that, the model is there
+                with self._saving_on_error("writing the final model", progress):
+                    self._write_final()  # before the evaluation: whatever becomes of that, the model is there
             if evaluate is not None and (last or self._due(self.config.eval.every)):
                 if self.world.is_first:
                     with self._saving_on_error("evaluate", progress):
@@ -232,7 +233,7 @@ class Run:
 
     @contextmanager
     def _saving_on_error(self, what: str, progress: Progress) -> Iterator[None]:
-        """An exception of the user's code inside the block costs no training: a checkpoint is saved, then it goes on its way."""
+        """An exception inside the block costs no training: a checkpoint is saved, then it goes on its way."""
         try:
             yield
         except BaseException as error:
@@ -277,7 +278,8 @@ class Run:
             row["temperature"] = float(self.optimizer.others["loss.log_temperature"].detach().exp())
         self.step += 1
         if self.step % config.train.log_every == 0 or self.step == self.steps or not healthy:
-            progress.log(row)
+            with self._saving_on_error("writing metrics.jsonl", progress):
+                progress.log(row)
         self.metrics.append(row)
         what = f"step {self.step} (set {name!r}, batch {number}, rows {row.get('rows')}): loss {loss}, gradient norm {norm}"
         self._count_bad_step(healthy, what, progress)
