@@ -24,7 +24,7 @@ class _Dataset:
 
 
 class DevSets:
-    """Call it with a model: {metric: value}, of one dataset as `ndcg@10`, of several as `NAME/ndcg@10` and their mean as `ndcg@10`.
+    """Call it with a model: {metric: value}, of eval.data as `ndcg@10`, of eval.datasets as `NAME/ndcg@10` and their mean as `ndcg@10`.
 
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
@@ -41,6 +41,7 @@ class DevSets:
     """
 
     def __init__(self, section: Any, task: str = "embedding"):
+        self._named = bool(section.datasets)
         given = section.datasets or [section]
         self._datasets = [_read(entry, section.instruction, task) for entry in given]
         self.metric_names = tuple(self._names())
@@ -57,13 +58,13 @@ class DevSets:
         for dataset in self._datasets:
             report = evaluate(model, dataset.path, instruction=dataset.instruction, split=dataset.split, bootstrap=0)
             reports[dataset.name] = {name: value["value"] for name, value in report["metrics"].items()}
-        if len(reports) == 1:
+        if not self._named:
             return next(iter(reports.values()))
         values = {f"{name}/{metric}": value for name, report in reports.items() for metric, value in report.items()}
         return {name: _value(name, values, reports) for name in self.metric_names}
 
     def _names(self) -> Sequence[str]:
-        if len(self._datasets) == 1:
+        if not self._named:
             return self._datasets[0].metrics
         shared = [name for name in self._datasets[0].metrics if all(name in d.metrics for d in self._datasets)]
         return [*shared, *(f"{dataset.name}/{name}" for dataset in self._datasets for name in dataset.metrics)]

@@ -26,7 +26,7 @@ class StepPlanner:
         given: the plan where there is no `memory`.
         memory: bytes, or "auto"; None: `given` is taken as it is.
         gradients: the tensors that gradients end up in. tensors: all whose .grad a backward pass touches.
-        may_save: whether boundary tensors may be used.
+        may_save: whether boundary tensors and kept graphs may be used.
         say: takes lines for the log.
     """
 
@@ -54,7 +54,7 @@ class StepPlanner:
         device, lengths = device_of(self.model, [texts]), texts.lengths
         self._budget = self.memory if isinstance(self.memory, int) else int(_MARGIN * free_bytes(device))
         costs, sizes = self._standing(texts)
-        return choose(
+        plan = choose(
             self._budget,
             min(self.given.tokens_per_chunk, _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU),
             int(lengths.max(initial=1)),
@@ -64,6 +64,8 @@ class StepPlanner:
             (lambda: self._measured(texts, True)) if checkpointed_parts(self.model) else None,
             self.may_save,
         )
+        # Texts are skipped in their second pass, and a chunk that kept its graph has none.
+        return plan if self.may_save or not plan.kept else self.predicted(replace(plan, kept=0, peak_bytes=None), texts)
 
     def predicted(self, plan: Plan, texts: PackedBatch) -> Plan:
         """The plan with its peak, where it has none yet."""

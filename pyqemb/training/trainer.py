@@ -193,6 +193,11 @@ class Run:
         self.saved_step = self.step
         patience = self.config.eval.patience
         early = patience is not None and self.evaluations_since_best >= patience
+        if evaluate is not None and self.world.is_first and self.step == self.steps:
+            with self._saving_on_error(
+                "evaluate", progress
+            ):  # the run before may have been lost in its last evaluation
+                self.evaluate(evaluate, progress)
         while self.step < self.steps and not early and not self._asked_to_stop():
             row = self.train_step(progress)
             if on_step is not None and self.world.is_first:
@@ -212,8 +217,9 @@ class Run:
                 self.save(progress)
         if self.step < self.steps and not early:
             self.save(progress)
+            saved = "saved" if self.step else "nothing to save yet"
             raise Interrupted(
-                f"stopped by {self.stop.name or 'a signal'} after step {self.step} of {self.steps}, saved; "
+                f"stopped by {self.stop.name or 'a signal'} after step {self.step} of {self.steps}, {saved}; "
                 "continue with --resume auto"
             )
         if early and self.step < self.steps:
@@ -238,11 +244,13 @@ class Run:
             yield
         except BaseException as error:
             self.model.train()
-            self.save(progress)
-            self.warn(
-                f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}; saved to {self.checkpoints}, continue with "
-                "--resume auto"
-            )
+            told = f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}"
+            try:
+                self.save(progress)
+            except PyqembError as failed:
+                self.warn(f"{told}, and a checkpoint could not be saved: {failed}")
+            else:
+                self.warn(f"{told}; saved to {self.checkpoints}, continue with --resume auto")
             raise
 
     def train_step(self, progress: Progress) -> dict[str, Any]:
