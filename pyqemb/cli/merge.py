@@ -10,13 +10,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="slerp", help="slerp (default), linear or karcher")
     parser.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal when not given")
     parser.add_argument("--base", type=Path, help="blend the differences from this checkpoint (task vectors)")
+    parser.add_argument(
+        "--settings-from", type=Path, metavar="CHECKPOINT",
+        help="whose prompts, tokenizer and longest text the merged model gets where they differ; without it they must not differ",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
 
 
 def run(args: argparse.Namespace) -> int:
     from pyqemb.merging import merge
 
-    report = merge(args.checkpoints, args.method, args.weights, args.base, out=args.out)
+    report = merge(
+        args.checkpoints, args.method, args.weights, args.base, out=args.out, settings_from=args.settings_from
+    )
     if args.verbose:
         for tensor in report.tensors:
             print(f"{tensor.angle:9.4f} degrees  {'lerp ' if tensor.lerp else '     '} {tensor.name}")

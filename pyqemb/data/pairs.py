@@ -4,10 +4,13 @@ Source: Qwen3 Embedding report (arXiv 2506.05176), section 2; the exact characte
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import tokenizers
 
+from pyqemb.data.folder import Rule, one_of
 from pyqemb.data.tokenizer import END_TOKEN, Tokenizer
+from pyqemb.data.tokenizer_settings import TextSettings
 from pyqemb.errors import ConfigError, DataError
 
 PREFIX = (
@@ -32,21 +35,42 @@ class PairTokenizer(Tokenizer):
     `max_length` counts all of it. Raises DataError where "yes" or "no" is no single token, ConfigError where no body would fit.
     """
 
+    # sentence-transformers' CrossEncoder: the chat template around a pair, or a classifier.
+    transformer_rules: ClassVar[Mapping[str, Rule]] = {
+        "transformer_task": one_of("text-generation", "sequence-classification"),
+        "modality_config": lambda value: isinstance(value, dict) and "message" in value,
+        "module_output_name": one_of("causal_logits", "scores", None),
+    }
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         max_length: int | None = None,
         files: Mapping[str, bytes] | None = None,
         end_token: str = END_TOKEN,
+        lower_case: bool = False,
+        append_end: bool = True,
     ):
         limit = MAX_LENGTH if max_length is None else max_length
-        super().__init__(backend, limit, files, end_token)
+        super().__init__(backend, limit, files, end_token, lower_case, append_end)
         self.yes_id, self.no_id = self._single("yes"), self._single("no")
         self._prefix, self._suffix = (backend.encode(text, add_special_tokens=False).ids for text in (PREFIX, SUFFIX))
         fixed = len(self._prefix) + len(self._suffix)
         self._room = limit - fixed
         if self._room < 1:
             raise ConfigError(f"max_length must leave room for a pair beside {fixed} fixed tokens, got {limit}")
+
+    @classmethod
+    def _with_settings(
+        cls,
+        backend: tokenizers.Tokenizer,
+        max_length: int | None,
+        files: Mapping[str, bytes],
+        end_token: str,
+        settings: TextSettings,
+    ) -> "PairTokenizer":
+        limit = min(settings.max_length or MAX_LENGTH, MAX_LENGTH) if max_length is None else max_length
+        return cls(backend, limit, files, end_token, settings.lower_case)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of bodies (`format_pair`), with what stands around them."""

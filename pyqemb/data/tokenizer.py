@@ -7,11 +7,13 @@ by position (last of its sequence), never by searching for its id.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tokenizers
 
-from pyqemb.data import strict_json
+from pyqemb.data.folder import Rule, read_bytes, read_object
+from pyqemb.data.strict_json import parse
+from pyqemb.data.tokenizer_settings import CLASSES, TextSettings, read_text_settings
 from pyqemb.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,11 +27,14 @@ _COPIED = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.
 class Tokenizer:
     """A Hugging Face tokenizer that appends the end token exactly once, also when it truncates.
 
-    `max_length` counts the end token; None means no truncation. `files` are neighbours of tokenizer.json (name to
-    content) that `save` hands on. `end_token` is pooled: `<|endoftext|>` in all that descends from Qwen.
+    `max_length` counts the end token; None means no truncation. `files` are neighbors of tokenizer.json (name to
+    content) that `save` writes again. `end_token` is pooled: `<|endoftext|>` in all that descends from Qwen.
+    `lower_case` lowers texts and prompts. `append_end` False leaves the end of a text as tokenizer.json says, for
+    models that were trained so.
     """
 
     template = TEMPLATE
+    transformer_rules: ClassVar[Mapping[str, Rule]] = {}  # see read_text_settings
 
     def __init__(
         self,
@@ -37,6 +42,8 @@ class Tokenizer:
         max_length: int | None = None,
         files: Mapping[str, bytes] | None = None,
         end_token: str = END_TOKEN,
+        lower_case: bool = False,
+        append_end: bool = True,
     ):
         end_id = backend.token_to_id(end_token)
         if end_id is None:
@@ -47,38 +54,52 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.end_token, self.end_id, self.max_length = backend, end_token, end_id, max_length
         self.files = dict(files or {})
+        self.lower_case, self.append_end = lower_case, append_end
+        if lower_case:
+            _add_lower_case(backend)
         self._set_end()
+        self._last_ids = self._appended()
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Self":
-        """Read a folder's tokenizer.json. `max_length` None: what sentence_bert_config.json says, else no limit.
+        """Read a folder's tokenizer.json. `max_length` None: what the folder says, else no limit.
 
         The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with its eos_token.
+        It is appended in folders without modules.json; with one, texts end as sentence-transformers ends them.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
+        content = read_bytes(folder, "tokenizer.json")
+        if content is None:
+            raise DataError(f"{folder}: has no tokenizer.json")
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(f"{folder}: has no tokenizer.json") from error
-        except (OSError, UnicodeDecodeError) as error:
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for anything it cannot parse
             raise DataError(f"{path}: not a tokenizer: {error}") from error
-        if max_length is None:
-            max_length = _stored_max_length(folder / "sentence_bert_config.json")
-        names = [name for name in (*_COPIED, "tokenizer_config.json") if (folder / name).is_file()]
+        settings = read_text_settings(folder, backend, cls.transformer_rules)
+        files = {name: found for name in (*_COPIED, "tokenizer_config.json") if (found := read_bytes(folder, name))}
         try:
-            files = {name: (folder / name).read_bytes() for name in names}
-            return cls(backend, max_length, files, _end_token(folder, backend))
+            return cls._with_settings(backend, max_length, files, _end_token(folder, backend), settings)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
 
+    @classmethod
+    def _with_settings(
+        cls,
+        backend: tokenizers.Tokenizer,
+        max_length: int | None,
+        files: Mapping[str, bytes],
+        end_token: str,
+        settings: TextSettings,
+    ) -> "Self":
+        limit = settings.max_length if max_length is None else max_length
+        return cls(backend, limit, files, end_token, settings.lower_case, settings.append_end)
+
     def with_max_length(self, max_length: int | None) -> "Self":
         """The same tokenizer with another limit."""
-        return type(self)(self.backend, max_length, self.files, self.end_token)
+        return type(self)(self.backend, max_length, self.files, self.end_token, self.lower_case, self.append_end)
 
     @property
     def vocab_size(self) -> int:
@@ -125,10 +146,12 @@ class Tokenizer:
         )
 
     def _tokenizer_config(self) -> dict[str, Any]:
-        stored = _read_object(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
-        stored.pop("auto_map", None)
-        # transformers 4 cannot load the class names that transformers 5 writes.
-        if stored.get("tokenizer_class") in (None, "TokenizersBackend"):
+        stored = parse(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
+        for name in ("auto_map", "backend", "is_local", "local_files_only"):  # transformers 5 reads none of them back
+            stored.pop(name, None)
+        if isinstance(stored.get("extra_special_tokens"), list):  # a list in transformers 5 alone
+            stored["additional_special_tokens"] = stored.pop("extra_special_tokens")
+        if stored.get("tokenizer_class") not in CLASSES:  # transformers 4 cannot load what transformers 5 calls it
             stored["tokenizer_class"] = "PreTrainedTokenizerFast"
         stored.setdefault("eos_token", self.end_token)
         stored.update(pad_token=self.end_token, padding_side="left")
@@ -137,7 +160,14 @@ class Tokenizer:
         return stored
 
     def _truncate(self, ids: list[int], limit: int) -> list[int]:
-        return ids if len(ids) <= limit else [*ids[: limit - 1], self.end_id]
+        return ids if len(ids) <= limit else [*ids[: max(limit - len(self._last_ids), 0)], *self._last_ids]
+
+    def _appended(self) -> list[int]:
+        """What the post-processor puts behind every text."""
+        plain = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+        return whole[starts[0] + len(plain) :] if plain and starts else []
 
     def _appends_end(self) -> bool:
         without = self.backend.encode("a", add_special_tokens=False).ids
@@ -145,7 +175,7 @@ class Tokenizer:
 
     def _set_end(self) -> None:
         """Make the tokenizer append the end token, unless it does."""
-        if self._appends_end():
+        if not self.append_end or self._appends_end():
             return
         end = tokenizers.processors.TemplateProcessing(
             single=f"$A {self.end_token}",
@@ -160,8 +190,7 @@ class Tokenizer:
 
 def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:
     contract, config, settings = (
-        _read_object(path.read_bytes(), str(path)) if (path := folder / name).is_file() else {}
-        for name in ("pyqemb.json", "config.json", "tokenizer_config.json")
+        read_object(folder, name) for name in ("pyqemb.json", "config.json", "tokenizer_config.json")
     )
     if "end_token" in contract:
         return str(contract["end_token"])
@@ -172,17 +201,9 @@ def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:
     return END_TOKEN
 
 
-def _stored_max_length(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    value = _read_object(path.read_bytes(), str(path)).get("max_seq_length")
-    if value is not None and (type(value) is not int or value < 1):
-        raise DataError(f"{path}: max_seq_length must be a positive number, got {value!r}")
-    return value
-
-
-def _read_object(content: bytes, name: str) -> dict[str, Any]:
-    value = strict_json.parse(content, name)
-    if not isinstance(value, dict):
-        raise DataError(f"{name}: expected a JSON object")
-    return value
+def _add_lower_case(backend: tokenizers.Tokenizer) -> None:
+    """Lower every text first, as sentence-transformers does for `do_lower_case`."""
+    before = backend.normalizer
+    if before is None or b'"Lowercase"' not in before.__getstate__():
+        lower = tokenizers.normalizers.Lowercase()
+        backend.normalizer = tokenizers.normalizers.Sequence([lower] if before is None else [lower, before])

@@ -10,7 +10,7 @@ import numpy as np
 
 from pyqemb.errors import PyqembError
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.portable import DEFAULT_INSTRUCTION
+from pyqemb.model.sentence import DEFAULT_INSTRUCTION
 
 QUERIES = ("What is the capital of China?", "Explain gravity")
 DOCUMENTS = (

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from pyqemb.data.files import atomic_file
+from pyqemb.data.folder import shown
+from pyqemb.data.pairs import INSTRUCTION, PairTokenizer
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, read_tensors
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.portable import (
-    CONTRACT,
-    check_digests,
-    portable_folder,
-    read_contract,
-    read_pooling,
-    read_prompts,
-)
+from pyqemb.model.portable import check_digests, portable_folder, read_contract
 from pyqemb.model.portable_reranker import like_reranker, reranker_name
+from pyqemb.model.safety import check_safe
+from pyqemb.model.sentence import check_kind, kind_of, read_instruction, read_sentence_settings
 
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,
@@ -72,19 +69,21 @@ def merge(
     base: str | Path | None = None,
     *,
     out: str | Path,
+    settings_from: str | Path | None = None,
 ) -> MergeReport:
     """Blend checkpoints of one architecture into the model folder `out`.
 
     Args:
-        checkpoints: two or more model folders. Tokenizer, prompts, names and dtypes are those of the first. A bfloat16 model
-            that still lies beside the training checkpoint it was rounded from is merged in that one's float32.
+        checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity. Names and
+            dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint it was rounded from is merged in that one's float32.
         method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
         weights: one for each checkpoint, not negative; equal when None. They are scaled to sum to 1.
         base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
+        settings_from: one of the checkpoints, whose settings the merged model gets where they differ. None: they must not differ.
         out: where the merged model goes; an older model folder there is replaced once the new one is complete.
 
     Raises:
-        ConfigError: arguments or architectures that do not fit. CheckpointError: tensors that are missing, of another shape,
+        ConfigError: arguments, architectures or settings that do not fit, by name. CheckpointError: tensors that are missing, of another shape,
         not finite, or opposite to each other; the tensor is named. Nothing is written then.
 
     Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
@@ -96,11 +95,17 @@ def merge(
     for folder in everything:
         if Path(out).resolve() == folder.resolve():
             raise ConfigError(f"out: {out} is one of the checkpoints to be merged")
-    config = _common_config(everything)
-    kinds = [read_contract(folder).get("kind", "embedder") for folder in everything]
+    for folder in everything:
+        check_safe(folder)
+    kinds = [kind_of(folder) or "embedder" for folder in folders]
     if len(set(kinds)) > 1:
         raise ConfigError(f"checkpoints: cannot merge {', '.join(dict.fromkeys(kinds))} with each other")
-    heads = () if kinds[0] == "reranker" else (LM_HEAD,)
+    for folder in everything:
+        check_kind(folder, kinds[0])
+    reranks = kinds[0] == "reranker"
+    config = _common_config(everything, pooled=not reranks)
+    chosen = _settings_folder(folders, settings_from, reranks, config)
+    heads = () if reranks else (LM_HEAD,)
     sources = [_checked_tensors(folder, heads) for folder in everything]
     _check_alike(sources)
 
@@ -111,13 +116,13 @@ def merge(
             "method": method, "checkpoints": [str(f) for f in folders], "weights": shares, "base": None if root is None else str(root),
         }
     }  # fmt: skip
-    named: Callable[[str], str] = reranker_name if kinds[0] == "reranker" else str
-    if kinds[0] == "reranker":
-        target = like_reranker(folders[0], out, config, provenance)
+    named: Callable[[str], str] = reranker_name if reranks else str
+    if reranks:
+        target = like_reranker(chosen, out, config, provenance)
     else:
         target = portable_folder(
-            out, config=config, tokenizer=Tokenizer.from_folder(folders[0]), pooling=read_pooling(folders[0]),
-            prompts=read_prompts(folders[0]), matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
+            out, config=config, tokenizer=Tokenizer.from_folder(chosen), settings=read_sentence_settings(chosen, config.hidden_size),
+            matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
         )  # fmt: skip
     with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
         for name in first:
@@ -177,21 +182,54 @@ def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[flo
     return [weight / sum(weights) for weight in weights]
 
 
-def _common_config(folders: Sequence[Path]) -> Qwen3Config:
+def _common_config(folders: Sequence[Path], pooled: bool) -> Qwen3Config:
     """The configuration that all share; what differs between them is named."""
     configs = [Qwen3Config.from_folder(folder) for folder in folders]
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
+    poolings = [
+        read_sentence_settings(folder, configs[0].hidden_size).pooling if pooled else None for folder in folders
+    ]
+    for folder, config, pooling in zip(folders[1:], configs[1:], poolings[1:], strict=True):
         before, now = asdict(configs[0]), asdict(config)
         for key in ("extra", "initializer_range", "eos_token_id", "max_position_embeddings"):
             before.pop(key, None), now.pop(key, None)
         for key, value in before.items():
             if now[key] != value:
                 raise ConfigError(f"{folder}: {key} is {now[key]!r}, {value!r} in {folders[0]}")
-        if read_pooling(folder) != read_pooling(folders[0]):
-            raise ConfigError(
-                f"{folder}: pooling is {read_pooling(folder)!r}, {read_pooling(folders[0])!r} in {folders[0]}"
-            )
+        if pooling != poolings[0]:
+            raise ConfigError(f"{folder}: pooling is {pooling!r}, {poolings[0]!r} in {folders[0]}")
     return configs[0]
+
+
+def _settings_folder(
+    folders: Sequence[Path], settings_from: str | Path | None, reranks: bool, config: Qwen3Config
+) -> Path:
+    """The checkpoint whose settings the merged model gets; ConfigError where they differ and none was chosen."""
+    if settings_from is not None:
+        for folder in folders:
+            if folder.resolve() == Path(settings_from).resolve():
+                return folder
+        raise ConfigError(f"settings_from: must be one of the checkpoints, got {settings_from}")
+    first, *others = [_settings(folder, reranks, config) for folder in folders]
+    for folder, settings in zip(folders[1:], others, strict=True):
+        for key, value in first.items():
+            if settings[key] != value:
+                seen = "" if key == "tokenizer" else f": {shown(settings[key])}, {shown(value)}"
+                raise ConfigError(
+                    f"{folder}: {key} differs from {folders[0]}{seen}; choose with settings_from whose settings the merged model gets"
+                )
+    return folders[0]
+
+
+def _settings(folder: Path, reranks: bool, config: Qwen3Config) -> dict[str, Any]:
+    tokenizer = PairTokenizer.from_folder(folder) if reranks else Tokenizer.from_folder(folder)
+    found: dict[str, Any] = {
+        "max_length": tokenizer.max_length or config.max_position_embeddings, "do_lower_case": tokenizer.lower_case,
+        "end_token": tokenizer.end_token, "tokenizer": tokenizer.backend.to_str(),
+    }  # fmt: skip
+    if reranks:
+        return {"instruction": read_instruction(folder, INSTRUCTION), **found}
+    own = vars(read_sentence_settings(folder, config.hidden_size))
+    return {**own, "matryoshka_dimensions": Qwen3Config.from_folder(folder).extra.get("matryoshka_dimensions"), **found}
 
 
 def _checked_tensors(folder: Path, heads: Collection[str]) -> Tensors:
@@ -206,9 +244,9 @@ class _Unrounded(Tensors):
         super().__init__(folder, heads)
         self._checkpoint: Tensors | None = None
         try:
-            step = json.loads((folder / CONTRACT).read_bytes())["provenance"]["step"]
+            step = read_contract(folder)["provenance"]["step"]
             checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return
         if (checkpoint / WEIGHTS).is_file():
             self._checkpoint = read_tensors(checkpoint)
@@ -230,6 +268,7 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
                 f"{other.folder}: missing {missing[:5]}, surplus {surplus[:5]} (compared with {first.folder})"
             )
         for name in first:
+            first.dtype(name), other.dtype(name)  # refused unless floating point
             if other.shape(name) != first.shape(name):
                 raise CheckpointError(
                     f"{other.folder}: {name} has shape {other.shape(name)}, {first.shape(name)} in {first.folder}"

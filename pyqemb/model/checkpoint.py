@@ -1,7 +1,7 @@
 """Weights in safetensors: read one by one from a single or sharded folder, loaded into a model, written atomically."""
 
 import hashlib
-import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,20 +12,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyqemb.data.files import atomic_file
+from pyqemb.data.folder import member, read_json
 from pyqemb.errors import CheckpointError
+from pyqemb.model.config import Qwen3Config
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LM_HEAD = "lm_head.weight"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt"
+# Of transformers before 4.32: the rotary embedding's frequencies, which config.json says.
+_BUFFERS = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _SHOWN = 5  # names in an error before "and n more"
 
 
 class Tensors(Mapping[str, torch.Tensor]):
     """A folder's tensors by name; each is read from the disk when it is asked for.
 
-    Names come without the `model.` prefix; `heads` are left out, see `head`. `file` None: the model's, one or in shards.
+    Names come without the `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file` None: the model's, one or in shards.
     CheckpointError names the file that is missing, damaged or outside the folder.
     """
 
@@ -34,7 +38,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         self._heads: dict[str, Path] = {}
         self._home: dict[str, tuple[Path, str]] = {}
         self._open: dict[Path, Any] = {}
-        for path, promised in _weight_files(self.folder) if file is None else [(_there(self.folder / file), None)]:
+        for path, promised in _weight_files(self.folder) if file is None else [(_there(self.folder, file), None)]:
             stored = set(self._handle(path).keys())
             if promised is not None and stored != promised:
                 raise CheckpointError(
@@ -44,6 +48,8 @@ class Tensors(Mapping[str, torch.Tensor]):
             self._heads |= dict.fromkeys(stored & {*heads}, path)
             for name in sorted(stored - {*heads}):
                 ours = name.removeprefix("model.")
+                if _BUFFERS.fullmatch(ours):
+                    continue
                 if ours in self._home:
                     raise CheckpointError(f"{path}: {ours} is there twice")
                 self._home[ours] = path, name
@@ -103,6 +109,29 @@ def read_tensors(folder: str | Path) -> Tensors:
     return Tensors(folder)
 
 
+def check_sizes(config: Qwen3Config, tensors: Tensors) -> None:
+    """Compare config.json with the headers of the weights, before anything is allocated.
+
+    Raises:
+        CheckpointError: another number of layers, or sizes that are not those of the first layer and the embeddings.
+    """
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{tensors.folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights hold {len(layers)} layers"
+        )
+    hidden, heads, keys = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    shapes = {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        "layers.0.self_attn.q_proj.weight": (heads * config.head_dim, hidden),
+        "layers.0.self_attn.k_proj.weight": (keys * config.head_dim, hidden),
+        "layers.0.mlp.gate_proj.weight": (config.intermediate_size, hidden),
+    }
+    for name, shape in shapes.items():
+        if name in tensors:
+            _check_shape(tensors, name, shape)
+
+
 def load_weights(module: nn.Module, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
     """Fill `module` (it may live on the meta device) from a folder; dtype None keeps the stored one.
 
@@ -118,11 +147,7 @@ def load_weights(module: nn.Module, source: str | Path | Tensors, dtype: torch.d
         )
     for name, parameter in wanted.items():
         tensors.dtype(name)
-        if tensors.shape(name) != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{tensors.file(name)}: {name} has shape {list(tensors.shape(name))}, "
-                f"config.json asks for {list(parameter.shape)}"
-            )
+        _check_shape(tensors, name, tuple(parameter.shape))
     dtype = widest_dtype(tensors) if dtype is None else dtype
     # Copies: the mapped file may be replaced or changed while the model lives.
     module.load_state_dict({name: _finite(tensors, name).to(dtype, copy=True) for name in wanted}, assign=True)
@@ -155,9 +180,17 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _there(path: Path) -> Path:
+def _check_shape(tensors: Tensors, name: str, wanted: tuple[int, ...]) -> None:
+    if tensors.shape(name) != wanted:
+        raise CheckpointError(
+            f"{tensors.file(name)}: {name} has shape {list(tensors.shape(name))}, config.json asks for {list(wanted)}"
+        )
+
+
+def _there(folder: Path, file: str) -> Path:
+    path = member(folder, file)
     if not path.is_file():
-        raise CheckpointError(f"{path.parent}: has no {path.name}")
+        raise CheckpointError(f"{folder}: has no {file}")
     return path
 
 
@@ -172,7 +205,7 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     """The safetensors files of a folder, each with the names that the index promises (None without an index)."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    if (folder / WEIGHTS).is_file():
+    if member(folder, WEIGHTS).is_file():
         return [(folder / WEIGHTS, None)]
     index = folder / INDEX
     if not index.is_file():
@@ -180,11 +213,11 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
         hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{hint}")
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = read_json(folder, INDEX)["weight_map"]
         promised: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             promised.setdefault(file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: expected a weight_map of tensor name to file: {error!r}") from error
     return [(_inside(folder, index, file), names) for file, names in promised.items()]
 
@@ -193,13 +226,7 @@ def _inside(folder: Path, index: Path, file: Any) -> Path:
     """The path of a shard; an index may come from a stranger and must not reach files elsewhere."""
     if not isinstance(file, str) or not file.endswith(".safetensors") or len(PurePosixPath(file).parts) != 1:
         raise CheckpointError(f"{index}: weight_map may name .safetensors files of its own folder only, got {file!r}")
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file links to blobs/<hash>
-        allowed.append(root.parent.parent / "blobs")
-    path = folder / file
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{index}: {file!r} is a link that leaves the folder")
+    path = member(folder, file)
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, though {INDEX} names it")
     return path

@@ -1,17 +1,20 @@
 """Qwen3Config: the shape of the model, read from and written to a Hugging Face config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyqemb.data.folder import check_keys, read_json
 from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.config_keys import HARMLESS
 from pyqemb.model.rope import Rope
+from pyqemb.model.safety import makes_loaders_run_code
 
 _MAX_HEAD_DIM = 256
-_UNSAFE = "auto_map", "_attn_implementation"
+_MAX_COUNT = 2**31 - 1  # of every size; a product of two fits into 64 bits
+_MAX_LAYERS = 4096
 
 
 class Family(NamedTuple):
@@ -67,6 +70,9 @@ class Qwen3Config:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+            most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
+            if value > most:
+                raise ConfigError(f"{name} must be at most {most}, got {value}")
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -107,12 +113,9 @@ class Qwen3Config:
     def from_folder(cls, folder: str | Path) -> "Qwen3Config":
         """Read `config.json` of a model folder; CheckpointError names it when it is not one that we can run."""
         path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder}: has no config.json") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        values = read_json(Path(folder), "config.json")
+        if values is None:
+            raise CheckpointError(f"{folder}: has no config.json")
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
         try:
@@ -123,8 +126,8 @@ class Qwen3Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Qwen3Config":
         """Read the keys of a Hugging Face config; ConfigError for anything that would change the arithmetic."""
-        _refuse_unsupported(values)
         own = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
+        _refuse_unsupported(values, own)
         absent = {name for name in ("head_dim", "num_key_value_heads") if values.get(name) is None}
         known = {name: values[name] for name in own - absent if name in values}
         if not FAMILIES[values["model_type"]].reads_mlp_bias:
@@ -144,7 +147,8 @@ class Qwen3Config:
         if "is_causal" not in values and "use_bidirectional_attention" in values:
             known["is_causal"] = not values["use_bidirectional_attention"]
         known["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
-        known["extra"] = {name: value for name, value in values.items() if name not in own | {*_ROPE_KEYS}}
+        dropped = own | {*_ROPE_KEYS, "_attn_implementation_autoset"}
+        known["extra"] = {name: value for name, value in values.items() if name not in dropped}
         rope = Rope.from_config(values)
         scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}
         return cls(rope_theta=rope.theta, rope_scaling=scaling, **known)
@@ -176,27 +180,58 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
+_CHECKED = (
+    "hidden_act", "use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope", "sliding_window", "layer_types",
+    "architectures", "use_bidirectional_attention", "_attn_implementation_autoset",
+)  # fmt: skip
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for name in values:
-        if name.startswith(_UNSAFE):
+def _refuse_unsupported(values: Mapping[str, Any], own: set[str]) -> None:
+    for name, value in values.items():
+        if makes_loaders_run_code(name, value):
             raise ConfigError(f"{name!r} is refused: it makes loaders run code that comes with the model")
-    family = FAMILIES.get(str(values.get("model_type")))
+    model_type = values.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {values.get('model_type')!r}")
+        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     if values.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
-    for name in ("use_sliding_window", "quantization_config", "rope_interleaved"):
+    for name in ("use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope"):
         if values.get(name):
             raise ConfigError(f"{name} is not supported, got {values[name]!r}")
     window = None if family.sliding_switch else values.get("sliding_window")
-    if window is not None and window < values.get("max_position_embeddings", window + 1):
+    if window is not None and (type(window) is not int or window < values.get("max_position_embeddings", window + 1)):
         raise ConfigError(f"sliding_window is not supported, got {window!r}")
-    other_layers = set(values.get("layer_types") or ()) - {"full_attention"}
-    if other_layers:
-        raise ConfigError(f"layer_types may hold 'full_attention' only, got {sorted(map(str, other_layers))}")
+    _check_layer_types(values)
+    _check_architectures(values.get("architectures"))
+    try:
+        check_keys(values, {**HARMLESS, **dict.fromkeys([*own, *_ROPE_KEYS, *_CHECKED])}, "")
+    except CheckpointError as error:
+        raise ConfigError(str(error).removeprefix(": ")) from error
+
+
+def _check_layer_types(values: Mapping[str, Any]) -> None:
+    kinds, layers = values.get("layer_types"), values.get("num_hidden_layers")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ConfigError(f"layer_types must be a list of names, got {kinds!r}")
+    others = set(kinds) - {"full_attention"}
+    if others:
+        raise ConfigError(f"layer_types may hold 'full_attention' only, got {sorted(others)}")
+    if type(layers) is int and len(kinds) != layers:
+        raise ConfigError(f"layer_types must name each of num_hidden_layers ({layers}), got {len(kinds)} names")
+
+
+def _check_architectures(architectures: Any) -> None:
+    stems = [family.architecture.removesuffix("ForCausalLM") for family in FAMILIES.values()]
+    known = [f"{stem}{head}" for stem in stems for head in ("ForCausalLM", "Model", "ForSequenceClassification")]
+    if architectures is not None and (
+        not isinstance(architectures, list) or any(a not in known for a in architectures)
+    ):
+        raise ConfigError(f"architectures must be among {', '.join(known)}, got {architectures!r}")
 
 
 def _rope_theta_inside(values: Mapping[str, Any]) -> bool:
-    return any("rope_theta" in (values.get(name) or {}) for name in _ROPE_KEYS[1:])
+    inner = [values.get(name) for name in _ROPE_KEYS[1:]]
+    return any(isinstance(given, Mapping) and "rope_theta" in given for given in inner)

@@ -4,6 +4,7 @@ Legend: B sequences, T packed tokens, E hidden size.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,16 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import WEIGHTS, load_weights, write_safetensors
+from pyqemb.model.checkpoint import WEIGHTS, Tensors, check_sizes, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.lora import merged_parameters
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.portable import (
-    DEFAULT_PROMPTS,
-    POOLINGS,
-    check_digests,
-    portable_folder,
-    read_pooling,
-    read_prompts,
-)
+from pyqemb.model.portable import check_digests, portable_folder
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model.safety import check_safe
+from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, check_kind, read_sentence_settings
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 from pyqemb.ops.prefixes import unit_rows
 
@@ -79,22 +75,33 @@ class Embedder(Encoding, nn.Module):
     ) -> "Embedder":
         """Load a Hugging Face Qwen3 folder, or download one by its hub id (`org/name`).
 
-        None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by
-        1_Pooling/config.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json.
+        None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by the Pooling
+        module of modules.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json or
+        tokenizer_config.json.
         `device` None takes a GPU where there is one that can run the model; float32 weights become bfloat16 there unless
         `dtype` says otherwise.
-        Raises CheckpointError, naming the file, for anything missing, damaged or unsafe.
+        Raises CheckpointError, naming the file, for anything missing, damaged or unsafe, and for a setting that cannot be honored.
         """
         path = local_folder(folder)
         config = with_attention(Qwen3Config.from_folder(path), attention)
+        check_safe(path)
+        check_kind(path, "embedder")
         tokenizer = Tokenizer.from_folder(path, max_length)
-        pooling = read_pooling(path) if pooling is None else pooling
+        settings = read_sentence_settings(path, config.hidden_size)
+        if pooling is not None:
+            settings = replace(settings, pooling=pooling)
+        tensors = Tensors(path)
+        check_sizes(config, tensors)
         with torch.device("meta"):
             model = Qwen3Model(config)
-        embedder = cls(model, tokenizer, pooling, read_prompts(path), config.extra.get("matryoshka_dimensions"))
+        matryoshka = config.extra.get("matryoshka_dimensions")
+        embedder = cls(model, tokenizer, settings.pooling, settings.prompts, matryoshka)
+        embedder.normalize, embedder.truncate_dim = settings.normalize, settings.truncate_dim
+        embedder.default_prompt_name = settings.default_prompt_name
+        embedder.similarity_fn_name = settings.similarity_fn_name
         embedder.plain = not (path / "modules.json").is_file()
         check_digests(path)
-        load_weights(model, path, named_dtype(dtype))
+        load_weights(model, tensors, named_dtype(dtype))
         place = pick_device(device, config)
         if place.type == "cuda" and dtype is None and embedder.dtype.itemsize > 2:
             model.to(torch.bfloat16)
@@ -126,6 +133,13 @@ class Embedder(Encoding, nn.Module):
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
         return cls(model.to(named_dtype(dtype) or torch.float32), tokenizer, pooling or "last")
+
+    @property
+    def settings(self) -> SentenceSettings:
+        """What a saved folder says beside the decoder. ConfigError: values that do not go together."""
+        return SentenceSettings(
+            self.pooling, self.prompts, self.default_prompt_name, self.similarity_fn_name, self.truncate_dim, self.normalize
+        )  # fmt: skip
 
     @property
     def attention(self) -> Attention:
@@ -205,8 +219,7 @@ class Embedder(Encoding, nn.Module):
             folder,
             config=self.config,
             tokenizer=self.tokenizer,
-            pooling=self.pooling,
-            prompts=self.prompts,
+            settings=self.settings,
             matryoshka=self.matryoshka,
             provenance=provenance,
         ) as temporary:

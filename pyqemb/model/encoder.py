@@ -1,17 +1,19 @@
 """Whatever embeds: pyqemb's own model, or any folder that sentence-transformers loads, behind the same two methods."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyqemb.data.folder import read_object
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.config import FAMILIES
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.portable import CONTRACT, read_contract
 from pyqemb.model.reranker import Reranker
+from pyqemb.model.safety import check_safe
+from pyqemb.model.sentence import CONTRACT, check_kind, kind_of
+from pyqemb.model.source import local_folder
 
 
 class SentenceTransformerEncoder:
@@ -24,6 +26,7 @@ class SentenceTransformerEncoder:
         folder = Path(folder)
         if not list(folder.rglob("*.safetensors")):
             raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
+        check_safe(folder)
         try:
             from sentence_transformers import SentenceTransformer
         except ModuleNotFoundError as error:
@@ -75,16 +78,17 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
     Raises CheckpointError, naming the file, for a folder that neither can load.
     """
     folder = Path(model)
+    if folder.is_dir():
+        check_kind(folder, "embedder")
     ours = (folder / CONTRACT).is_file() or not (folder / "modules.json").is_file()
-    if ours or _model_type(folder / "config.json") == "qwen3":
+    if ours or _model_type(folder) == "qwen3":
         return Embedder.from_pretrained(model)
     return SentenceTransformerEncoder(folder)
 
 
 def open_model(folder: str | Path) -> Embedder | Reranker:
-    """What pyqemb.json says that a folder holds; an Embedder without one."""
-    path = Path(folder)
-    reranks = path.is_dir() and read_contract(path).get("kind") == "reranker"
+    """A Reranker where the folder says that it is one, else an Embedder."""
+    reranks = kind_of(local_folder(folder)) == "reranker"
     return Reranker.from_pretrained(folder) if reranks else Embedder.from_pretrained(folder)
 
 
@@ -93,8 +97,10 @@ def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], n
     only.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file() and _model_type(folder / "config.json") in FAMILIES:
+    check_kind(folder, "reranker")
+    if _model_type(folder) in FAMILIES:
         return Reranker.from_pretrained(folder).score
+    check_safe(folder)
     if not list(folder.rglob("*.safetensors")):
         raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
     try:
@@ -105,9 +111,5 @@ def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], n
     return lambda pairs: np.asarray(model.predict(list(pairs), show_progress_bar=False), dtype=np.float32)
 
 
-def _model_type(path: Path) -> Any:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return config.get("model_type") if isinstance(config, dict) else None
+def _model_type(folder: Path) -> Any:
+    return read_object(folder, "config.json").get("model_type")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.folder import Rule, check_keys, one_of, read_object
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, write_safetensors
 from pyqemb.model.qwen3 import Linear, Lora, Qwen3Model
@@ -22,11 +23,36 @@ from pyqemb.model.qwen3 import Linear, Lora, Qwen3Model
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Settings of peft that would change the arithmetic, and what they must be.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
-    "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "layers_to_transform": (None, []), "lora_bias": (False, None),
-    "trainable_token_indices": (None, []), "target_parameters": (None, []), "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
+_NOTHING: Rule = lambda value: not value  # noqa: E731
+_NAMES: Rule = lambda value: value is None or isinstance(value, str | list)  # noqa: E731
+# Every setting of peft's LoraConfig (and of its base classes), and the values with which an adapter is x W^T + scale (x A^T) B^T.
+_SETTINGS: dict[str, Rule | None] = {
+    "peft_type": one_of("LORA"),
+    "r": lambda value: type(value) is int and value > 0,
+    "lora_alpha": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "lora_dropout": lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1),
+    "use_rslora": one_of(True, False, None),
+    "target_modules": _NAMES,  # the tensors say which modules have an adapter
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    # The others change the base weights, for which the adapter was trained: pissa, olora, corda, loftq, lora_ga.
+    "init_lora_weights": one_of(True, False, None, "gaussian", "eva", "orthogonal"),
+    "bias": one_of("none"),
+    "inference_mode": one_of(True, False, None),
+    "task_type": lambda value: value is None or isinstance(value, str),
+    "base_model_name_or_path": None,  # where the adapter comes from
+    "revision": None,
+    "peft_version": None,
+    "eva_config": None,  # of the initialization
+    "megatron_core": None,
+    "qalora_group_size": None,  # counts only with use_qalora
+    "runtime_config": None,
+    **dict.fromkeys(
+        ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
+         "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "auto_mapping", "loftq_config",
+         "corda_config", "lora_ga_config", "velora_config", "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
+         "megatron_config", "ensure_weight_tying"), _NOTHING
+    ),
 }  # fmt: skip
 
 
@@ -201,14 +227,12 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read a peft folder; CheckpointError as of load_adapter."""
     folder = Path(folder)
     path = folder / CONFIG
+    settings = read_object(folder, CONFIG)
     try:
-        settings = json.loads(path.read_bytes())
-        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rank, alpha = settings["r"], settings["lora_alpha"]
+    except KeyError as error:
         raise CheckpointError(f"{path}: no LoRA adapter: {error!r}") from error
-    for name, allowed in _PLAIN.items():
-        if name in settings and settings[name] not in allowed:
-            raise CheckpointError(f"{path}: {name} {settings[name]!r} is not supported")
+    check_keys(settings, {name: _SETTINGS.get(name, _NOTHING) for name in settings}, path)
     pickled = [file.name for file in folder.glob("adapter_model.bin")]
     if pickled and not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder / pickled[0]}: is a pickle, which can run code: convert it to safetensors")

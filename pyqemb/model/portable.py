@@ -13,23 +13,12 @@ from typing import Any
 
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.folder import member, read_object
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
 from pyqemb.model.config import Qwen3Config
-
-POOLINGS = {"last": "lasttoken", "mean": "mean"}
-DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-DEFAULT_PROMPTS = {"query": TEMPLATE.format(task=DEFAULT_INSTRUCTION, query=""), "document": ""}
-CONTRACT = "pyqemb.json"
-_MODE_KEYS = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "max": "pooling_mode_max_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
+from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings
 
 
 @contextmanager
@@ -38,8 +27,7 @@ def portable_folder(
     *,
     config: Qwen3Config,
     tokenizer: Tokenizer,
-    pooling: str = "last",
-    prompts: Mapping[str, str] = DEFAULT_PROMPTS,
+    settings: SentenceSettings,
     matryoshka: Sequence[int] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
@@ -54,17 +42,17 @@ def portable_folder(
         yield folder
         tensors = Tensors(folder)
         dtype = str(widest_dtype(tensors)).removeprefix("torch.")
-        max_length = min(tokenizer.max_length or config.max_position_embeddings, config.max_position_embeddings)
+        max_length = tokenizer.max_length or config.max_position_embeddings
         tokenizer.with_max_length(max_length).save(folder)
         files: dict[str, Any] = {
             "config.json": _config_json(config, tokenizer.end_id, dtype, matryoshka),
-            "modules.json": _modules_json(),
-            "1_Pooling/config.json": _pooling_json(config.hidden_size, pooling),
-            "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-            "config_sentence_transformers.json": _prompts_json(prompts),
+            "modules.json": _modules_json(settings.normalize),
+            "1_Pooling/config.json": _pooling_json(config.hidden_size, settings.pooling),
+            "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": tokenizer.lower_case},
+            SETTINGS: _settings_json(settings),
             CONTRACT: {
                 "pyqemb_version": __version__,
-                "pooling": pooling,
+                "pooling": settings.pooling,
                 "attention": "causal" if config.is_causal else "bidirectional",
                 "dims": list(matryoshka or [config.hidden_size]),
                 "end_token": tokenizer.end_token,
@@ -75,41 +63,21 @@ def portable_folder(
                 "provenance": dict(provenance or {}),
             },
         }
-        (folder / "2_Normalize").mkdir()
+        if settings.normalize:
+            (folder / "2_Normalize").mkdir()
         (folder / "1_Pooling").mkdir()
         for name, content in files.items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(
-            _model_card(target.name, config, prompts, tokenizer.end_token, matryoshka, provenance or {}),
+            _model_card(target.name, config, settings.prompts, tokenizer.end_token, matryoshka, provenance or {}),
             encoding="utf-8",
         )
 
 
-def read_pooling(folder: Path) -> str:
-    """The pooling module's mode ("last" or "mean"), in either of its spellings; "last" for a plain model folder."""
-    path = folder / "1_Pooling" / "config.json"
-    values = _read(path)
-    modes = values.get("pooling_mode", [mode for mode, key in _MODE_KEYS.items() if values.get(key) is True])
-    modes = [modes] if isinstance(modes, str) else modes
-    known = {theirs: ours for ours, theirs in POOLINGS.items()}
-    if values and (not isinstance(modes, list) or len(modes) != 1 or modes[0] not in list(known)):
-        raise CheckpointError(f"{path}: pooling must be one of {', '.join(known)}, got {modes}")
-    return known[modes[0]] if values else "last"
-
-
-def read_prompts(folder: Path) -> dict[str, str]:
-    """What encode_query and encode_document put before a text; the paper's prompts where the folder has none."""
-    path = folder / "config_sentence_transformers.json"
-    prompts = _read(path).get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise CheckpointError(f"{path}: prompts must map names to texts, got {prompts!r}")
-    return {**DEFAULT_PROMPTS, **prompts}
-
-
 def read_contract(folder: Path) -> dict[str, Any]:
     """pyqemb.json, empty where there is none."""
-    return _read(folder / CONTRACT)
+    return read_object(folder, CONTRACT)
 
 
 def check_digests(folder: Path) -> None:
@@ -118,7 +86,7 @@ def check_digests(folder: Path) -> None:
     if not isinstance(digests, dict):
         raise CheckpointError(f"{folder / CONTRACT}: sha256 must map file names to digests")
     for name, digest in digests.items():
-        path = folder / Path(name).name
+        path = member(folder, Path(name).name)
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though {CONTRACT} names it")
         if sha256(path) != digest:
@@ -147,8 +115,8 @@ def _config_json(config: Qwen3Config, end_id: int, dtype: str, matryoshka: Seque
     return values
 
 
-def _modules_json() -> list[dict[str, Any]]:
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+def _modules_json(normalize: bool) -> list[dict[str, Any]]:
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
     return [
         {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{name}"}
         for idx, (path, name) in enumerate(modules)
@@ -156,16 +124,17 @@ def _modules_json() -> list[dict[str, Any]]:
 
 
 def _pooling_json(hidden_size: int, pooling: str) -> dict[str, Any]:
-    modes = {key: mode == POOLINGS[pooling] for mode, key in _MODE_KEYS.items()}
+    modes = {key: mode == POOLINGS[pooling] for mode, key in MODE_KEYS.items()}
     return {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True}
 
 
-def _prompts_json(prompts: Mapping[str, str]) -> dict[str, Any]:
+def _settings_json(settings: SentenceSettings) -> dict[str, Any]:
     return {
         "__version__": {"sentence_transformers": "5.1.2", "transformers": "4.57.1", "pytorch": "2.8.0"},
-        "prompts": dict(prompts),
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": settings.default_prompt_name,
+        "similarity_fn_name": settings.similarity_fn_name,
+        **({} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}),
     }
 
 
@@ -231,16 +200,3 @@ def provenance_section(provenance: Mapping[str, Any]) -> str:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
         text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"
     return text
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return values

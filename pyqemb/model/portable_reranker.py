@@ -15,7 +15,8 @@ from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, sha256, widest_dtype
 from pyqemb.model.config import FAMILIES, Qwen3Config
-from pyqemb.model.portable import CONTRACT, base_model_line, check_replaceable, provenance_section, read_contract
+from pyqemb.model.portable import base_model_line, check_replaceable, provenance_section, read_contract
+from pyqemb.model.sentence import CONTRACT, read_instruction
 
 FORMATS = ("causal-lm", "seq-cls")
 SCORE = "score.weight"
@@ -69,18 +70,13 @@ def like_reranker(
     """`reranker_folder` for other weights of the reranker in `folder`."""
     return reranker_folder(
         target, format=read_contract(folder).get("format", FORMATS[0]), config=config, tokenizer=PairTokenizer.from_folder(folder),
-        tied=config.tie_word_embeddings, instruction=read_instruction(folder), provenance=provenance,
+        tied=config.tie_word_embeddings, instruction=read_instruction(folder, INSTRUCTION), provenance=provenance,
     )  # fmt: skip
 
 
 def reranker_name(name: str) -> str:
     """What a tensor of the decoder, or a head, is called in a reranker's folder."""
     return name if name in (LM_HEAD, SCORE) else f"model.{name}"
-
-
-def read_instruction(folder: Path) -> str:
-    """What pyqemb.json says, else that of the model card."""
-    return str(read_contract(folder).get("instruction") or INSTRUCTION)
 
 
 def chat_template(instruction: str) -> str:

@@ -14,14 +14,16 @@ from torch import nn
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer, format_pair
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, load_weights, write_safetensors
+from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, check_sizes, load_weights, write_safetensors
 from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import check_digests
-from pyqemb.model.portable_reranker import FORMATS, SCORE, read_instruction, reranker_folder, reranker_name
+from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_folder, reranker_name
 from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model.safety import check_safe
 from pyqemb.model.scoring import Scoring
+from pyqemb.model.sentence import check_kind, check_reranker_modules, read_instruction
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
 _PAIRS_AT_ONCE = 4096  # tokenised together
@@ -68,15 +70,21 @@ class Reranker(Scoring, nn.Module):
         """
         path = local_folder(folder)
         config = with_attention(Qwen3Config.from_folder(path), attention)
+        check_safe(path)
+        check_kind(path, "reranker")
         tokenizer = PairTokenizer.from_folder(path, max_length)
+        check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)
         check_digests(path)
         tensors = Tensors(path, heads=(LM_HEAD, SCORE))
+        check_sizes(config, tensors)
         head, lm_head = _read_head(tensors, config, tokenizer)
         with torch.device("meta"):
             model = Qwen3Model(config)
         load_weights(model, tensors, named_dtype(dtype))
         own = model.embed_tokens.weight.dtype
-        reranker = cls(model, tokenizer, None if head is None else head.to(own), lm_head, read_instruction(path))
+        reranker = cls(
+            model, tokenizer, None if head is None else head.to(own), lm_head, read_instruction(path, INSTRUCTION)
+        )
         place = pick_device(device, config)
         if place.type == "cuda" and dtype is None and own.itemsize > 2:
             reranker.to(torch.bfloat16)

@@ -22,11 +22,21 @@ class Rope:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             raise ConfigError(f"rope type must be one of {', '.join(_KINDS)}, got {self.kind!r}")
         if not _positive(self.theta):
             raise ConfigError(f"rope_theta must be a positive number, got {self.theta!r}")
-        for name in _KINDS[self.kind][1]:
+        _, needed, optional = _KINDS[self.kind]
+        unknown = sorted(self.settings.keys() - {*needed, *optional})
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]} is not a known setting of rope type {self.kind!r}, got {self.settings[unknown[0]]!r}"
+            )
+        if not isinstance(self.settings.get("truncate", True), bool):
+            raise ConfigError(
+                f"truncate of rope type {self.kind!r} must be true or false, got {self.settings['truncate']!r}"
+            )
+        for name in needed + tuple(name for name in optional if name in self.settings and name != "truncate"):
             if not _positive(self.settings.get(name)):
                 raise ConfigError(
                     f"{name} of rope type {self.kind!r} must be a positive number, got {self.settings.get(name)!r}"
@@ -61,12 +71,17 @@ class Rope:
             inner |= given
         if not bases:
             raise ConfigError("missing rope_theta (at the top level or in rope_parameters)")
+        if not all(map(_positive, bases)):
+            raise ConfigError(
+                f"rope_theta must be a positive number, got {next(b for b in bases if not _positive(b))!r}"
+            )
         if any(base != bases[0] for base in bases):
             raise ConfigError(f"rope_theta is given twice with different values: {bases}")
         kind = inner.get("rope_type", inner.get("type", "default"))
         if inner.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
             raise ConfigError("partial_rotary_factor is not supported")
-        settings = {k: v for k, v in inner.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
+        about = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+        settings = {k: v for k, v in inner.items() if k not in about and v is not None}
         if kind == "yarn":
             settings.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
         return cls(bases[0], kind, settings)
@@ -119,9 +134,14 @@ def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-_KINDS: dict[str, tuple[Callable[[Rope, torch.Tensor, int], torch.Tensor], tuple[str, ...]]] = {
-    "default": (_plain, ()),
-    "linear": (_linear, ("factor",)),
-    "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-    "yarn": (_yarn, ("factor", "original_max_position_embeddings")),
+# rope type: (its frequencies, the numbers that it needs, those that it may have)
+_KINDS: dict[str, tuple[Callable[[Rope, torch.Tensor, int], torch.Tensor], tuple[str, ...], tuple[str, ...]]] = {
+    "default": (_plain, (), ("original_max_position_embeddings",)),
+    "linear": (_linear, ("factor",), ("original_max_position_embeddings",)),
+    "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        _yarn,
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }

@@ -102,6 +102,8 @@ def test_what_would_change_the_arithmetic_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         Qwen3Config.from_dict(RELEASED | change)
     (tmp_path / "config.json").write_text(json.dumps(RELEASED | change))
+    if change.get("rms_norm_eps"):
+        message = "NaN is not a number in JSON"  # refused by the reader already
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
         Qwen3Config.from_folder(tmp_path)
 
