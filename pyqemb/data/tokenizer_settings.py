@@ -71,7 +71,7 @@ def _max_length(folder: Path, name: str, sentence: dict[str, Any], tokenizer: di
     if own is not None:
         return own
     limits = [tokenizer.get("model_max_length"), read_object(folder, "config.json").get("max_position_embeddings")]
-    found = [int(limit) for limit in limits if _is_length(limit)]
+    found = [int(limit) for limit in limits if limit is not None and _is_length(limit)]
     return min(found) if _is_length(limits[0]) else None
 
 

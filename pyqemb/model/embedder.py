@@ -86,12 +86,12 @@ class Embedder(Encoding, nn.Module):
         config = with_attention(Qwen3Config.from_folder(path), attention)
         check_safe(path)
         check_kind(path, "embedder")
+        tensors = Tensors(path)
+        check_sizes(config, tensors)
         tokenizer = Tokenizer.from_folder(path, max_length)
         settings = read_sentence_settings(path, config.hidden_size)
         if pooling is not None:
             settings = replace(settings, pooling=pooling)
-        tensors = Tensors(path)
-        check_sizes(config, tensors)
         with torch.device("meta"):
             model = Qwen3Model(config)
         matryoshka = config.extra.get("matryoshka_dimensions")
