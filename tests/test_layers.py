@@ -18,7 +18,7 @@ PYTHON = {
     "encoding": {"errors", "data", "model"},
     "training": {"errors", "data", "ops", "model"},
     "evaluation": {"errors", "data", "ops", "model"},
-    "llm": {"errors", "data"},
+    "llm": {"errors", "data", "model"},
     "curation": {"errors", "data", "ops", "model", "llm"},
     "synthesis": {"errors", "data", "ops", "model", "llm"},
     "merging": {"errors", "data", "model"},

@@ -2,12 +2,26 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.llm.request import Answer, Endpoint, Request
+from pyqemb.model.safety import check_safe
 
 _GATHER = 0.01  # seconds to wait for more requests before a batch goes
+
+
+def _downloaded(model: str) -> Path:
+    """A folder as it is, or where the hub's cache has `org/name`; nothing is downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: no such folder, and not in the hub's cache: {error}") from error
 
 
 class LocalClient:
@@ -23,10 +37,11 @@ class LocalClient:
         self._tokenizer: Any
         self._model: Any
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = check_safe(_downloaded(endpoint.model))
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(endpoint.model, padding_side="left", local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
             self._model = AutoModelForCausalLM.from_pretrained(
-                endpoint.model, use_safetensors=True, local_files_only=True, dtype="auto"
+                folder, use_safetensors=True, local_files_only=True, dtype="auto"
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{endpoint.model}: no causal language model that can be opened: {error}") from error
