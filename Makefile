@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help docs demo test test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
+.PHONY: help docs demo test test-deep test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
-	@echo "make test   all tests"
+	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
 	@echo "make docs   the site, in build/site"
@@ -45,7 +45,11 @@ demo: build
 	$(BIN)/pyqemb demo
 
 test: test-cpp
-	$(BIN)/python -m pytest tests --durations=10
+	$(BIN)/python -m pytest tests -m "not deep" --durations=10
+
+# What `make test` leaves out as well.
+test-deep: test-cpp
+	$(BIN)/python -m pytest tests --durations=20
 
 test-cpp: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test-cpp: $(VENV)/test.stamp

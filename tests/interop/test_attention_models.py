@@ -303,7 +303,7 @@ def test_equals_eager(name, calls):
     check_equal(name, calls)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", EQUAL_SLOW)
 def test_more_equal_eager(name, calls):
     check_equal(name, calls)

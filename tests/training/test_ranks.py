@@ -89,7 +89,7 @@ def test_a_killed_rank_is_named(lost):
         assert code == 69 and f"rank {lost} (" in said and "died" in said, said
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.deep)])
 def test_a_stopped_rank_is_named(lost):
     done = finish(start(f"stop {lost}", 3, range(3)), without=[lost])
     for rank, (code, said) in done.items():
@@ -97,7 +97,7 @@ def test_a_stopped_rank_is_named(lost):
         assert f"rank {rank} stops; continue from the last checkpoint with --resume auto" in said
 
 
-@pytest.mark.parametrize("missing", [0, 2])
+@pytest.mark.parametrize("missing", [pytest.param(0, marks=pytest.mark.deep), 2])
 def test_a_rank_that_never_starts_is_named(missing):
     done = finish(start("none", 3, [rank for rank in range(3) if rank != missing], timeout=10))
     for code, said in done.values():
