@@ -2,14 +2,17 @@
 
 import ctypes
 import errno
+import fcntl
 import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyqemb.data.machine import unwritable, writing
+from pyqemb.errors import ConfigError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -93,6 +96,44 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         fsync_folder(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that never stands half removed under its name. What died processes left of it goes too."""
+    _remove_leftovers(path)
+    doomed = path.with_name(_partial(path.name))
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Hold the folder, which is made where it is missing. A killed holder lets go by itself.
+
+    Args:
+        folder: what no two processes may write to at once. Its file .lock names the holder.
+        work: what the holder does there, for the error: "training run".
+
+    Raises:
+        ConfigError: names the process that holds the folder already. MachineError: the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    with file:
+        with writing(folder):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.fstat(file.fileno()).st_nlink == 0  # removed with its folder since it was opened
+            except BlockingIOError:
+                held = True
+            if held:
+                file.seek(0)
+                raise ConfigError(f"{folder}: another {work} is at work here: {file.read().strip()}")
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        yield
 
 
 def _partial(name: str) -> str:

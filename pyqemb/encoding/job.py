@@ -1,13 +1,14 @@
 """A file of texts to a file of vectors: in parts that are each finished or not, by one process or several, resumable.
 
-OUT.parts/manifest.json     what the parts are made of; another job refuses to go on from them
-OUT.parts/00000000.npy      the vectors of part 0, float32; .ids beside it where the rows have ids
+OUT.parts/.lock             held while a process works at OUT
+OUT.parts/manifest.json     sealed: what the parts are made of; another job refuses to go on from them
+OUT.parts/00000000.*        part 0, see `parts.py`; one that is damaged is made again
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -16,12 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyqemb.data import strict_json
-from pyqemb.data.files import atomic_file, check_writable
-from pyqemb.data.machine import writing
-from pyqemb.data.rows import read_text
+from pyqemb.data.files import atomic_file, check_writable, locked, remove_folder
+from pyqemb.data.machine import unreadable, writing
+from pyqemb.data.sealed import seal, unseal
 from pyqemb.encoding.inputs import Row, parts, read_texts
 from pyqemb.encoding.outputs import Part, ids_path, writer_of
+from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
 from pyqemb.encoding.workers import Settings, Workers, save_array
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
@@ -53,7 +54,7 @@ def encode_file(
     rows_per_part: int = 8192,
     on_progress: Progress | None = None,
 ) -> Encoded:
-    """Encode the texts of a file, in its order. A killed job goes on from its last finished part.
+    """Encode the texts of a file, in its order. A killed job goes on from its last finished part. Damaged parts are made again.
 
     Args:
         model: a model folder or hub id.
@@ -64,8 +65,8 @@ def encode_file(
         devices: a process each, e.g. ("cuda:0", "cuda:1"), or ("cpu", "cpu"); a single one works in this process.
 
     Raises:
-        ConfigError: an argument out of range, parts of another job beside `out`. DataError: the input cannot be used. MachineError: a
-        full disk or another error of the machine. Finished parts are kept.
+        ConfigError: an argument out of range, parts of another job beside `out`, another process at work at `out`. DataError: the
+        input cannot be used. MachineError: a full disk or another error of the machine. Finished parts are kept.
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)
@@ -80,25 +81,38 @@ def encode_file(
     settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
     folder = out.with_name(out.name + ".parts")
     check_writable(out)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
     try:
-        count, rows, resumed = _fill(folder, settings, path, field, devices, on_progress)
-        if not rows:
-            raise DataError(f"{path}: holds no texts")
-        with writing(out):
-            size = _assemble(folder, count, rows, out, precision, write)
-            shutil.rmtree(folder)
+        with locked(folder, "encode"):
+            job = _claim(folder, settings, path, field)
+            files, rows, resumed = _fill(folder, job, settings, path, field, devices, on_progress)
+            if not rows:
+                raise DataError(f"{path}: holds no texts")
+            with writing(out):
+                try:
+                    size = _assemble(files, rows, out, precision, write)
+                except DamagedPartError:  # since it was written or verified a moment ago
+                    files, rows, _ = _fill(folder, job, settings, path, field, devices, on_progress)
+                    size = _assemble(files, rows, out, precision, write)
+                remove_folder(folder)
     except BrokenProcessPool as error:
         raise MachineError("a process died, perhaps for want of memory; finished parts are kept") from error
     return Encoded(out, rows, size, resumed)
 
 
 def _fill(
-    folder: Path, settings: Settings, path: Path, field: str, devices: Sequence[str], on_progress: Progress | None
-) -> tuple[int, int, int]:
-    """Make the parts that are missing: (parts, rows, rows that were there)."""
-    _claim(folder, settings, path, field)
+    folder: Path,
+    job: str,
+    settings: Settings,
+    path: Path,
+    field: str,
+    devices: Sequence[str],
+    on_progress: Progress | None,
+) -> tuple[list[PartFiles], int, int]:
+    """Make the parts that are missing or damaged: (parts, rows, rows that were there)."""
     rows = done = resumed = size = 0
-    count = 0
+    files: list[PartFiles] = []
     running: dict[Future[None], list[Row]] = {}
     workers = Workers(settings, devices)
 
@@ -112,10 +126,11 @@ def _fill(
                 on_progress(done, size)
 
     with workers:
-        for count, part in enumerate(parts(read_texts(path, field), settings.rows_per_part), start=1):
+        for part in parts(read_texts(path, field), settings.rows_per_part):
             rows += len(part)
-            target = folder / f"{count - 1:08}.npy"
-            if target.exists() and len(np.load(target, mmap_mode="r")) == len(part):
+            target = PartFiles(folder / f"{len(files):08}.npy", job, texts_digest(part))
+            files.append(target)
+            if _is_whole(target):
                 done, resumed = done + len(part), resumed + len(part)
                 continue
             while len(running) >= 2 * len(devices):
@@ -123,21 +138,34 @@ def _fill(
             running[workers.submit(target, part)] = part
         while running:
             finish(wait(running, return_when=FIRST_COMPLETED).done)
-    return count, rows, resumed
+    return files, rows, resumed
 
 
-def _claim(folder: Path, settings: Settings, path: Path, field: str) -> None:
-    """Begin, or go on with, the parts of this job. ConfigError where those of another lie there."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+def _is_whole(part: PartFiles) -> bool:
+    if not part.started():
+        return False
+    try:
+        part.verify()
+    except DamagedPartError as error:
+        logging.getLogger("pyqemb").warning("%s; the part is encoded again", error)
+        return False
+    return True
+
+
+def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
+    """Begin, or go on with, the parts of this job; its digest. ConfigError where those of another lie there."""
     stat = path.stat()
     facts = {**asdict(settings), "weights": _digest(settings.model), "input": str(path.resolve()), "field": field}
     facts |= {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
-    manifest = folder / "manifest.json"
+    manifest, sealed = folder / "manifest.json", seal(facts)
+    job = hashlib.sha256(sealed).hexdigest()
     if manifest.exists():
-        before = strict_json.parse(manifest.read_bytes(), str(manifest))
-        if not isinstance(before, dict):
-            raise DataError(f"{manifest}: expected an object; remove {folder} to begin anew")
+        try:
+            before = unseal(manifest.read_bytes(), str(manifest))
+        except OSError as error:
+            raise unreadable(manifest, error) from error
+        except DataError as error:
+            raise DataError(f"{error}; remove {folder} to begin anew") from error
         changed = [name for name in facts if before.get(name) != facts[name]]
         if changed and any(folder.glob("*.npy")):
             raise ConfigError(
@@ -145,9 +173,10 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> None:
                 "remove it to begin anew"
             )
         if not changed:
-            return
+            return job
     with atomic_file(manifest) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(sealed)
+    return job
 
 
 def _digest(model: str) -> str:
@@ -157,29 +186,20 @@ def _digest(model: str) -> str:
     return hashlib.sha256(json.dumps([model, facts]).encode()).hexdigest()[:16]
 
 
-def _assemble(folder: Path, count: int, rows: int, out: Path, precision: str, write: Any) -> int:
-    """The parts in order as one file; the features of a vector."""
-
-    def vectors() -> Iterator[np.ndarray]:
-        return (np.load(folder / f"{number:08}.npy", mmap_mode="r") for number in range(count))
-
+def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, write: Any) -> int:
+    """The parts in order as one file; the features of a vector. DamagedPartError: `out` is not whole."""
     ranges = None
     if precision in ("int8", "uint8"):
-        found = np.stack([value_ranges(part) for part in vectors()])
+        found = np.stack([value_ranges(part.vectors()) for part in files])
         ranges = np.stack([found[:, 0].min(axis=0), found[:, 1].max(axis=0)])
-    sample = quantize(np.asarray(next(vectors())[:1]), precision, ranges)
-
-    def ids(number: int) -> list[str]:
-        path = folder / f"{number:08}.ids"
-        return [strict_json.parse(line, f"{path}:{n}") for n, line in read_text(path)] if path.exists() else []
-
-    stream = (Part(quantize(np.asarray(part), precision, ranges), ids(i)) for i, part in enumerate(vectors()))
+    sample = quantize(files[0].vectors()[:1], precision, ranges)
+    stream = (Part(quantize(part.vectors(), precision, ranges), part.ids()) for part in files)
     with atomic_file(out) as temporary:
         write(temporary, stream, rows, sample.shape[1], sample.dtype)
-    if out.suffix != ".parquet" and ids(0):
+    if out.suffix != ".parquet" and files[0].ids():
         with atomic_file(ids_path(out)) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for number in range(count):
-                file.writelines(f"{key}\n" for key in ids(number))
+            for part in files:
+                file.writelines(f"{key}\n" for key in part.ids())
     if ranges is not None:
         save_array(out.with_name(out.name + ".ranges.npy"), ranges)
     return sample.shape[1]

@@ -1,6 +1,5 @@
 """Who makes the parts of a job: this process, or one for each device."""
 
-import json
 import os
 import signal
 import threading
@@ -16,6 +15,7 @@ import torch
 
 from pyqemb.data.files import atomic_file
 from pyqemb.encoding.inputs import Row
+from pyqemb.encoding.parts import PartFiles, npy
 from pyqemb.errors import DataError, PyqembError
 from pyqemb.model.embedder import Embedder
 
@@ -66,7 +66,7 @@ class Workers:
                 process.terminate()
         self.pool.shutdown(cancel_futures=True)
 
-    def submit(self, target: Path, part: list[Row]) -> "Future[None]":
+    def submit(self, target: PartFiles, part: list[Row]) -> "Future[None]":
         if self.pool is not None:
             return self.pool.submit(_encode_part, target, part)
         if self.model is None:
@@ -103,7 +103,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_part(target: Path, part: list[Row]) -> None:
+def _encode_part(target: PartFiles, part: list[Row]) -> None:
     if "error" in _here:
         raise _here["error"]
     _write_part(_here["model"], _here["settings"], target, part)
@@ -113,7 +113,7 @@ def _open(settings: Settings, device: str) -> Embedder:
     return Embedder.from_pretrained(settings.model, max_length=settings.max_length, dtype=settings.dtype, device=device)
 
 
-def _write_part(model: Embedder, settings: Settings, target: Path, part: list[Row]) -> None:
+def _write_part(model: Embedder, settings: Settings, target: PartFiles, part: list[Row]) -> None:
     texts = [row.text for row in part]
     if settings.side == "query":
         vectors = model.encode_query(texts, instruction=settings.instruction, dim=settings.dim)
@@ -122,15 +122,13 @@ def _write_part(model: Embedder, settings: Settings, target: Path, part: list[Ro
     else:
         vectors = model.encode(texts, dim=settings.dim)
     if not np.isfinite(vectors).all():
-        raise DataError(f"the model gives NaN or infinity for a text of part {target.stem}")
-    if part[0].id is not None:
-        with atomic_file(target.with_suffix(".ids")) as temporary:
-            temporary.write_text("".join(f"{json.dumps(row.id)}\n" for row in part), encoding="utf-8")
-    save_array(target, vectors)  # last: a part that is there is whole
+        raise DataError(f"the model gives NaN or infinity for a text of part {target.path.stem}")
+    target.write(vectors, None if part[0].id is None else [str(row.id) for row in part])
+    save_array(target.path, vectors)  # last: a part that is there is whole
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """An .npy file, all or nothing."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).data)  # np.save does not report why a write fails
+        for content in npy(array):
+            file.write(content)  # np.save does not report why a write fails

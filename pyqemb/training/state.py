@@ -4,17 +4,13 @@ A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written 
 manifest.json, written last, names every file's size and sha256.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import platform
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pyqemb.data.files import atomic_folder
+from pyqemb.data.files import atomic_folder, remove_folder
 from pyqemb.data.machine import reason
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, ConfigError, MachineError
@@ -232,22 +228,6 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(_tensor(state), device)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; ConfigError names the process that already does. A killed holder lets go by itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(f"{folder}: another training run is at work here: {file.read().strip()}") from error
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
-
-
 def _retain(folder: Path, newest: int, keep: int) -> None:
     """Later steps than the one just saved are of an abandoned branch (it was resumed from before them)."""
     stale = [path for path in checkpoints(folder) if int(path.name.removeprefix("step_")) > newest]
@@ -259,9 +239,7 @@ def _retain(folder: Path, newest: int, keep: int) -> None:
         except (CheckpointError, MachineError) as error:
             logging.getLogger("pyqemb").warning("an old checkpoint is left in place: %s", error)
             continue
-        doomed = path.with_name(f".{os.getpid()}.partial.{path.name}")
-        os.rename(path, doomed)  # so that a half-deleted checkpoint never bears a checkpoint's name
-        shutil.rmtree(doomed)
+        remove_folder(path)
 
 
 def _manifest(folder: Path, step: int) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from pyqemb import __version__
 from pyqemb.data import mixing
 from pyqemb.data.batch import PackedBatch, to_device
-from pyqemb.data.files import atomic_file
+from pyqemb.data.files import atomic_file, locked
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
@@ -34,7 +34,6 @@ from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import (
     Checkpoint,
     find,
-    locked,
     random_states,
     remove_leftovers,
     restore_random_states,
@@ -95,7 +94,7 @@ def train(
     with (
         StopRequest() as stop,
         joined(config.train.device, config.train.rank_timeout) as (world, device),
-        locked(Path(config.save.dir)) if world.is_first else nullcontext(),
+        locked(Path(config.save.dir), "training run") if world.is_first else nullcontext(),
     ):
         run = Run(config, resume, world, device, stop, evaluate)
         with run.progress() as progress:

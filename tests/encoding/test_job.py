@@ -192,6 +192,123 @@ def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
     assert encode_file(model, jsonl, out).resumed == len(ROWS)
 
 
+@pytest.fixture
+def stopped(model, jsonl, tmp_path, monkeypatch):
+    """All parts of a job that did not come to join them: (out, its folder of parts, the right vectors)."""
+    out = tmp_path / "x.npy"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        encode_file(model, jsonl, out, rows_per_part=5)
+    return out, tmp_path / "x.npy.parts", Embedder.from_pretrained(model).encode_document(ROWS)
+
+
+def is_right(out, wanted):
+    ids = [f"d{i}" for i in range(len(ROWS))]
+    return np.abs(np.load(out) - wanted).max() < 1e-6 and (out.parent / f"{out.name}.ids").read_text().split() == ids
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".ids", ".json"])
+@pytest.mark.parametrize("damage", ["first", "middle", "last", "truncated", "empty", "missing", "of part 2"])
+def test_a_damaged_part_is_made_again(model, jsonl, stopped, caplog, suffix, damage):
+    out, folder, wanted = stopped
+    path = folder / f"00000001{suffix}"
+    size = path.stat().st_size
+    if damage == "missing":
+        path.unlink()
+    elif damage == "of part 2":
+        path.write_bytes((folder / f"00000002{suffix}").read_bytes())
+    elif damage in ("truncated", "empty"):
+        os.truncate(path, size - 1 if damage == "truncated" else 0)
+    else:
+        flip(path, {"first": 0, "middle": size // 2, "last": size - 1}[damage])
+    assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 5
+    assert is_right(out, wanted) and not folder.exists()
+    assert f"00000001{suffix}" in caplog.text and "the part is encoded again" in caplog.text
+
+
+def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
+    out, folder, wanted = stopped
+    for suffix in (".npy", ".ids", ".json"):
+        first, second = folder / f"00000000{suffix}", folder / f"00000001{suffix}"
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+    assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 10
+    assert is_right(out, wanted) and caplog.text.count("is of another part") == 2
+
+
+def test_parts_of_another_output_are_made_again(model, jsonl, stopped, tmp_path):
+    out, folder, wanted = stopped
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        encode_file(model, jsonl, tmp_path / "y.npy", rows_per_part=5, side="raw")
+    for path in (tmp_path / "y.npy.parts").glob("00000003.*"):
+        path.replace(folder / path.name)
+    assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 5
+    assert is_right(out, wanted)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_damage_before_the_parts_are_joined(model, jsonl, tmp_path, monkeypatch, caplog, precision):
+    from pyqemb.encoding import job
+
+    out, real, calls = tmp_path / "x.npy", job._assemble, []
+
+    def damaged(files, *rest):
+        calls.append(1)
+        if len(calls) == 1:
+            flip(files[1].path, -2)
+        return real(files, *rest)
+
+    encode_file(model, jsonl, tmp_path / "wanted.npy", rows_per_part=5, precision=precision)
+    monkeypatch.setattr(job, "_assemble", damaged)
+    encode_file(model, jsonl, out, rows_per_part=5, precision=precision)
+    assert len(calls) == 2 and "00000001.npy: damaged" in caplog.text
+    assert is_right(out, np.load(tmp_path / "wanted.npy").astype(int if precision == "int8" else float))
+
+
+def test_a_damaged_manifest_is_refused(model, jsonl, stopped):
+    out, folder, _ = stopped
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    for content in (whole.replace(b'"dim":null', b'"dim":8'), whole[:-2], b"", b"[]", b"\xff", b"[" * 10_000):
+        manifest.write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.npy\.parts/manifest\.json.*; remove .*x\.npy\.parts to begin anew"):
+            encode_file(model, jsonl, out, rows_per_part=5)
+    manifest.write_bytes(whole)
+    assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS)
+
+
+def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
+    out = tmp_path / "x.npy"
+    waiting = (
+        "import sys, time, pyqemb.encoding.workers as w\n"
+        "w.save_array = lambda *_: time.sleep(600)\n"
+        "from pyqemb.encoding import encode_file; encode_file(*sys.argv[1:])"
+    )
+    first = subprocess.Popen([sys.executable, "-c", waiting, str(model), str(jsonl), str(out)])
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "x.npy.parts" / "00000000.json").exists():
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        with pytest.raises(ConfigError, match=rf"x\.npy\.parts: another encode is at work here: pid {first.pid} on"):
+            encode_file(model, jsonl, out)
+        assert main(["encode", str(model), str(jsonl), "--out", str(out)]) == 2
+        assert encode_file(model, jsonl, tmp_path / "y.npy").rows == len(ROWS)
+    finally:
+        first.kill()
+        first.wait()
+    assert encode_file(model, jsonl, out).rows == len(ROWS)
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob(".*"))
+
+
 def test_what_is_refused(model, jsonl, tmp_path):
     out = tmp_path / "x.npy"
     for options, message in (

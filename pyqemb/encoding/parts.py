@@ -1,0 +1,111 @@
+"""A part of a job on the disk: whole and the one that is wanted, or found to be damaged.
+
+00000000.npy    the vectors of part 0, float32; written last
+00000000.ids    its ids, a JSON string a line, where the rows have ids
+00000000.json   sealed: which job, part and texts these are, and the sha256 of the files above
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyqemb.data import strict_json
+from pyqemb.data.files import atomic_file
+from pyqemb.data.machine import unreadable
+from pyqemb.data.sealed import seal, unseal
+from pyqemb.encoding.inputs import Row
+from pyqemb.errors import DataError
+
+_FORMAT = 1
+
+
+class DamagedPartError(DataError):
+    """A part of which a file is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """Which part of which job.
+
+    Args:
+        path: of the vectors; the other files stand beside it.
+        job: a digest of what all parts are made with.
+        texts: a digest of the part's rows.
+    """
+
+    path: Path
+    job: str
+    texts: str
+
+    def started(self) -> bool:
+        """Whether there is anything that an earlier run has written."""
+        return self.path.exists() or self.path.with_suffix(".json").exists()
+
+    def vectors(self) -> np.ndarray:
+        """float32 [N, E]. DamagedPartError where they are not what was written."""
+        return np.load(io.BytesIO(self._read(".npy") or b""))
+
+    def ids(self) -> list[str]:
+        """Of the rows in order, empty where they have none. DamagedPartError as above."""
+        lines = (self._read(".ids") or b"").splitlines()
+        return [strict_json.parse(line, str(self.path.with_suffix(".ids"))) for line in lines]
+
+    def verify(self) -> None:
+        """DamagedPartError where any of the files is not what was written, or those of another part lie here."""
+        for suffix in (".npy", ".ids"):
+            self._read(suffix)
+
+    def write(self, vectors: np.ndarray, ids: Sequence[str] | None) -> None:
+        """All but the vectors themselves (`save_array`), without which there is no part."""
+        files = {".npy": hashlib.sha256(b"".join(npy(vectors))).hexdigest()}
+        if ids is not None:
+            content = "".join(f"{json.dumps(key)}\n" for key in ids).encode()
+            files[".ids"] = hashlib.sha256(content).hexdigest()
+            with atomic_file(self.path.with_suffix(".ids")) as temporary:
+                temporary.write_bytes(content)
+        with atomic_file(self.path.with_suffix(".json")) as temporary:
+            temporary.write_bytes(seal({**self._facts(), "files": files}))
+
+    def _facts(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "job": self.job, "part": self.path.stem, "texts": self.texts}
+
+    def _read(self, suffix: str) -> bytes | None:
+        """A file of the part; None where it was written without one."""
+        path = self.path.with_suffix(".json")
+        try:
+            sealed = unseal(_bytes(path), str(path))
+        except DataError as error:
+            raise DamagedPartError(str(error)) from error
+        files = sealed.pop("files", None)
+        if sealed != self._facts() or not isinstance(files, dict):
+            raise DamagedPartError(f"{path}: is of another part")
+        if suffix not in files:
+            return None
+        content = _bytes(self.path.with_suffix(suffix))
+        if hashlib.sha256(content).hexdigest() != files[suffix]:
+            raise DamagedPartError(f"{self.path.with_suffix(suffix)}: damaged: it does not match its checksum")
+        return content
+
+
+def texts_digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def npy(array: np.ndarray) -> tuple[bytes, memoryview]:
+    """Header and content of an .npy file."""
+    header, array = io.BytesIO(), np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return header.getvalue(), array.data
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error, DamagedPartError) from error
