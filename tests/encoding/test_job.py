@@ -234,8 +234,8 @@ def test_a_damaged_part_is_made_again(model, jsonl, stopped, caplog, suffix, dam
 
 def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
     out, folder, wanted = stopped
-    for suffix in (".npy", ".ids", ".json"):
-        first, second = folder / f"00000000{suffix}", folder / f"00000001{suffix}"
+    for first in list(folder.glob("00000000.*")):
+        second = folder / f"00000001{first.suffix}"
         first.rename(tmp_path / "aside")
         second.rename(first)
         (tmp_path / "aside").rename(second)
@@ -295,7 +295,7 @@ def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
     first = subprocess.Popen([sys.executable, "-c", waiting, str(model), str(jsonl), str(out)])
     try:
         end = time.monotonic() + 60
-        while not (tmp_path / "x.npy.parts" / "00000000.json").exists():
+        while not (tmp_path / "x.npy.parts" / "manifest.json").exists():
             assert first.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         with pytest.raises(ConfigError, match=rf"x\.npy\.parts: another encode is at work here: pid {first.pid} on"):
