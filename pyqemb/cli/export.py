@@ -2,6 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyqemb.model.embedder import Embedder
+    from pyqemb.model.reranker import Reranker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reranker", action="store_true", help="a causal language model that pyqemb did not write is a reranker"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="load it in other libraries, compare results, check what servers read"
+        "--verify",
+        action="store_true",
+        help="load it in other libraries, compare results with theirs and the source's, check what servers read",
     )
 
 
@@ -25,11 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.model.encoder import open_model
     from pyqemb.model.lora import load_adapter
     from pyqemb.model.reranker import Reranker
+    from pyqemb.model.source import local_folder
 
     if args.out.exists() and Path(args.model).exists() and args.out.resolve() == Path(args.model).resolve():
         raise ConfigError(f"--out: {args.out} is the model itself")
     reranks = args.reranker or args.format is not None
-    model = Reranker.from_pretrained(args.model) if reranks else open_model(args.model)
+    source = local_folder(args.model)
+    # On the CPU the weights keep their stored dtype.
+    model = Reranker.from_pretrained(source, device="cpu") if reranks else open_model(source, device="cpu")
     if args.adapter is not None:
         load_adapter(model.model, args.adapter)
     provenance = {"exported_from": str(args.model), "adapter": args.adapter and str(args.adapter)}
@@ -38,17 +48,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         model.save_pretrained(args.out, args.dtype, provenance)
     print(f"written to {args.out}")
-    return _verified(args.out, isinstance(model, Reranker)) if args.verify else 0
+    return _verified(args.out, source, model) if args.verify else 0
 
 
-def _verified(folder: Path, reranks: bool) -> int:
+def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:
     from rich.console import Console
     from rich.table import Table
 
     from pyqemb.interop.verify import verify
     from pyqemb.interop.verify_reranker import verify_reranker
+    from pyqemb.interop.verify_source import verify_source
+    from pyqemb.model.reranker import Reranker
 
-    checks = verify_reranker(folder) if reranks else verify(folder)
+    checks = verify_reranker(folder) if isinstance(model, Reranker) else verify(folder)
+    checks.append(verify_source(folder, source, model))
     table = Table("check", "outcome", "detail")
     for check in checks:
         table.add_row(check.name, check.outcome, check.detail)

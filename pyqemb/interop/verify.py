@@ -61,16 +61,27 @@ def run_check(name: str, check: Callable[[], Check | str]) -> Check:
 
 def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     """Theirs beside ours."""
-    worst = max(float(np.abs(theirs - ours).max()) for theirs, ours in pairs)
+    shapes = [(theirs.shape, ours.shape) for theirs, ours in pairs if theirs.shape != ours.shape]
+    if shapes:
+        return Check(name, "failed", "results of shape {} and {}".format(*map(list, shapes[0])))
+    worst = float(np.max([np.abs(theirs - ours).max() for theirs, ours in pairs]))  # NaN where one is
     count = sum(len(ours) for _, ours in pairs)
     outcome: Any = "passed" if worst <= TOLERANCE else "failed"
     return Check(name, outcome, f"{count} results differ by {worst:.1e} at most")
 
 
-def _sentence_transformers(folder: Path, texts: list[str], documents: np.ndarray, queries: np.ndarray) -> Check:
-    from sentence_transformers import SentenceTransformer, __version__
+def open_sentence_transformer(folder: Path) -> Any:
+    """A SentenceTransformer in float32 on the CPU, of local safetensors alone."""
+    from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
+    weights = {"dtype": torch.float32, "use_safetensors": True}
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=weights)
+
+
+def _sentence_transformers(folder: Path, texts: list[str], documents: np.ndarray, queries: np.ndarray) -> Check:
+    from sentence_transformers import __version__
+
+    model = open_sentence_transformer(folder)
     pairs = [(model.encode_document(texts), documents), (model.encode_query(texts), queries)]
     return compared(f"sentence-transformers {__version__}", pairs)
 

@@ -1,6 +1,7 @@
 """`verify` for a reranker's folder: the scores of other libraries beside ours, and float16."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,8 @@ def verify_reranker(folder: str | Path) -> list[Check]:
 
     Raises CheckpointError: Reranker itself cannot load it.
     """
-    folder, texts = Path(folder), sample_texts(100)
+    folder, pairs = Path(folder), sample_pairs()
     ours = Reranker.from_pretrained(folder, dtype="float32", device="cpu")
-    pairs = list(zip(texts[:50], texts[50:], strict=True))
     scores = ours.score(pairs)
     return [
         run_check("sentence-transformers", lambda: _cross_encoder(folder, pairs, scores)),
@@ -27,16 +27,29 @@ def verify_reranker(folder: str | Path) -> list[Check]:
     ]
 
 
+def sample_pairs() -> list[tuple[str, str]]:
+    """50 pairs of texts."""
+    texts = sample_texts(100)
+    return list(zip(texts[:50], texts[50:], strict=True))
+
+
+def open_cross_encoder(folder: Path) -> Any:
+    """A CrossEncoder in float32 on the CPU, of local safetensors alone."""
+    from sentence_transformers import CrossEncoder
+
+    weights = {"dtype": torch.float32, "use_safetensors": True}
+    return CrossEncoder(str(folder), device="cpu", local_files_only=True, model_kwargs=weights)
+
+
 def _cross_encoder(folder: Path, pairs: list[tuple[str, str]], scores: np.ndarray) -> Check:
-    from sentence_transformers import CrossEncoder, __version__
+    from sentence_transformers import __version__
 
     name = f"sentence-transformers {__version__}"
     if int(__version__.split(".")[0]) < 6:
         return Check(
             name, "warned", "renders pairs by the chat template from 6.0 on; before, the text has to be rendered first"
         )
-    model = CrossEncoder(str(folder), local_files_only=True, device="cpu", model_kwargs={"dtype": torch.float32})
-    return compared(name, [(model.predict(pairs, show_progress_bar=False), scores)])
+    return compared(name, [(open_cross_encoder(folder).predict(pairs, show_progress_bar=False), scores)])
 
 
 def _transformers(folder: Path, ours: Reranker, pairs: list[tuple[str, str]], scores: np.ndarray) -> Check:

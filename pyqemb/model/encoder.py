@@ -86,10 +86,12 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
     return SentenceTransformerEncoder(folder)
 
 
-def open_model(folder: str | Path) -> Embedder | Reranker:
+def open_model(folder: str | Path, device: str | None = None) -> Embedder | Reranker:
     """A Reranker where the folder says that it is one, else an Embedder."""
     reranks = kind_of(local_folder(folder)) == "reranker"
-    return Reranker.from_pretrained(folder) if reranks else Embedder.from_pretrained(folder)
+    return (
+        Reranker.from_pretrained(folder, device=device) if reranks else Embedder.from_pretrained(folder, device=device)
+    )
 
 
 def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:

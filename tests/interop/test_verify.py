@@ -1,6 +1,7 @@
 """A folder that works passes; each way to spoil one is found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from pyqemb.cli import main
 from pyqemb.interop.texts import sample_texts
 from pyqemb.interop.verify import verify
 from pyqemb.interop.verify_reranker import verify_reranker
+from pyqemb.interop.verify_source import verify_source
+from pyqemb.model import embedder
 from pyqemb.model.lora import LoraConfig, add_lora, save_adapter
 from pyqemb.testing.tiny import answering_tokenizer, tiny_embedder, write_tiny_folder
 
@@ -124,8 +127,97 @@ def test_rerankers(tmp_path, capsys, format):
     out = tmp_path / "out"
     arguments = ["export", str(folder), "--out", str(out), "--format", format, "--dtype", "float32", "--verify"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.count("passed") == 3
+    assert (shown := capsys.readouterr().out).count("passed") == 4 and "source" in shown
+    misread = Reranker.from_pretrained(folder, device="cpu")
+    misread.default_instruction = "Is this another task?"
+    other = misread.save_pretrained(tmp_path / "other", "float32", format=format)
+    check = verify_source(other, folder, misread)
+    assert check.outcome != "passed" and "source by sentence-transformers" in check.detail, check
     template = out / "chat_template.jinja"
     template.write_text(template.read_text().replace("<Document>", "<document>"))
     found = {check.name.split(" ")[0]: check.outcome for check in verify_reranker(out)}
     assert found == {"sentence-transformers": "failed", "transformers": "passed", "float16": "passed"}
+
+
+def test_source_folders_of_other_layouts_pass(tmp_path):
+    source = loud(pooling="mean").save_pretrained(tmp_path / "source")
+    (source / "pyqemb.json").unlink()
+    (source / "1_Pooling").rename(source / "own_pooling")
+    modules = json.loads((source / "modules.json").read_text())
+    modules[1]["path"] = "own_pooling"
+    (source / "modules.json").write_text(json.dumps(modules))
+    prompts = {"query": "find: ", "document": "passage: ", "code": "code: "}
+    edit(source / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="code", truncate_dim=8)
+    edit(source / "sentence_bert_config.json", max_seq_length=20, do_lower_case=True)
+    for dtype in ("float32", "bfloat16"):  # the weights are rounded on both sides
+        out = tmp_path / dtype
+        Embedder.from_pretrained(source).save_pretrained(out, dtype)
+        check = verify_source(out, source, Embedder.from_pretrained(source))
+        assert check.outcome == "passed" and "source by sentence-transformers" in check.detail, check
+
+
+@pytest.mark.parametrize(
+    "misread",
+    [
+        {"pooling": "last"},
+        {"prompts": {"query": "", "document": "d: "}},
+        {"prompts": {"query": "q: ", "document": ""}},
+        {"normalize": False},
+        {"truncate_dim": 8},
+    ],
+    ids=lambda misread: "-".join(misread),
+)
+def test_a_misread_source_fails(tmp_path, capsys, monkeypatch, misread):
+    model = loud(pooling="mean")
+    model.prompts = {"query": "q: ", "document": "d: "}
+    source = model.save_pretrained(tmp_path / "source")
+    read = embedder.read_sentence_settings
+    monkeypatch.setattr(embedder, "read_sentence_settings", lambda *given: replace(read(*given), **misread))
+    out = tmp_path / "out"
+    if "pooling" in misread:
+        assert main(["export", str(source), "--out", str(out), "--dtype", "float32", "--verify"]) == 3
+        assert capsys.readouterr().out.count("failed") == 1  # nothing else finds it
+    else:
+        Embedder.from_pretrained(source).save_pretrained(out, "float32")
+    check = verify_source(out, source, Embedder.from_pretrained(source))
+    assert check.outcome == "failed" and "source by sentence-transformers" in check.detail, check
+
+
+def test_a_misread_source_fails_under_an_adapter(tmp_path, monkeypatch):
+    source = loud(pooling="mean").save_pretrained(tmp_path / "source")
+    read = embedder.read_sentence_settings
+    for pooling, outcome in (("mean", "passed"), ("last", "failed")):
+        monkeypatch.setattr(embedder, "read_sentence_settings", lambda *given: replace(read(*given), pooling=pooling))
+        adapted = Embedder.from_pretrained(source)
+        add_lora(adapted.model, LoraConfig(rank=2))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if name.endswith(".B"):
+                    parameter.normal_()
+        out = adapted.save_pretrained(tmp_path / pooling, "bfloat16")
+        check = verify_source(out, source, adapted)
+        assert check.outcome == outcome and "an adapter was folded in" in check.detail, check
+
+
+def test_a_source_without_modules_is_read_by_pyqemb(tmp_path):
+    source = write_tiny_folder(tmp_path / "base")
+    out = Embedder.from_pretrained(source).save_pretrained(tmp_path / "out", "bfloat16")
+    check = verify_source(out, source, Embedder.from_pretrained(source))
+    assert check.outcome == "passed" and "source by pyqemb (it has no modules.json)" in check.detail, check
+
+
+def test_a_source_that_sentence_transformers_cannot_open_warns(tmp_path, monkeypatch):
+    from pyqemb.interop import verify_source as module
+
+    source = loud().save_pretrained(tmp_path / "source")
+    out = Embedder.from_pretrained(source).save_pretrained(tmp_path / "out", "float32")
+    real = module.open_sentence_transformer
+
+    def refuse(folder):
+        if folder == source:
+            raise KeyError("a newer module")
+        return real(folder)
+
+    monkeypatch.setattr(module, "open_sentence_transformer", refuse)
+    check = verify_source(out, source, Embedder.from_pretrained(source))
+    assert check.outcome == "warned" and "source by pyqemb (cannot be opened" in check.detail, check
