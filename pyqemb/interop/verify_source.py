@@ -61,7 +61,7 @@ def _compare(folder: Path, source: Path, model: Embedder | Reranker) -> Check:
     return replace(check, detail=f"{check.detail}; export read by {library}, source by {reader}")
 
 
-def _open(folder: Path, reranks: bool) -> nn.Module:
+def _open(folder: Path, reranks: bool) -> Any:
     return open_cross_encoder(folder) if reranks else open_sentence_transformer(folder)
 
 

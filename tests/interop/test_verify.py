@@ -187,7 +187,9 @@ def test_a_misread_source_fails_under_an_adapter(tmp_path, monkeypatch):
     source = loud(pooling="mean").save_pretrained(tmp_path / "source")
     read = embedder.read_sentence_settings
     for pooling, outcome in (("mean", "passed"), ("last", "failed")):
-        monkeypatch.setattr(embedder, "read_sentence_settings", lambda *given: replace(read(*given), pooling=pooling))
+        monkeypatch.setattr(
+            embedder, "read_sentence_settings", lambda *given, pooling=pooling: replace(read(*given), pooling=pooling)
+        )
         adapted = Embedder.from_pretrained(source)
         add_lora(adapted.model, LoraConfig(rank=2))
         with torch.no_grad():
