@@ -134,7 +134,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
         return 74, f"out of memory: {error}".removesuffix(": ")
-    if isinstance(error, OSError) or errno_of(error) is not None:
+    if errno_of(error) is not None:
         path = getattr(error, "filename", None)
         return 74, f"{os.fsdecode(path)}: {reason(error)}" if isinstance(path, (str, bytes)) else reason(error)
     return 1, f"internal error: {type(error).__name__}: {error}{_place(error)}; --debug shows the traceback"

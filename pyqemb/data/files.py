@@ -39,9 +39,9 @@ def fsync_file(path: Path) -> None:
 def check_writable(path: str | Path, folder: bool = False) -> None:
     """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then."""
     path = Path(path).absolute()
-    with writing(path):
+    trial = next(parent for parent in path.parents if parent.exists()) / _partial(path.name)
+    with writing(path, trial):
         _check_kind(path, folder)
-        trial = next(parent for parent in path.parents if parent.exists()) / _partial(path.name)
         trial.touch()
         trial.unlink()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pyqemb.data.machine import raise_if_machine
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, DataError
 
@@ -35,6 +36,7 @@ def read_bytes(folder: Path, name: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        raise_if_machine(path, error)
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyqemb.errors import DataError, MachineError, PyqembError
+from pyqemb.errors import MachineError, PyqembError
 
 # A path that a user gave and that is not there, or is a folder where a file is wanted, is the user's error.
 _WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -17,16 +17,15 @@ _WORDS = {
     "disk is full": errno.ENOSPC,
     "disk I/O error": errno.EIO,
     "readonly database": errno.EROFS,
-    "unable to open database file": errno.EACCES,
 }
 _LIBRARIES = ("safetensors", "pyarrow", "sqlite3")
 
 
 def errno_of(error: BaseException) -> int | None:
     """The error number of the machine behind an OSError, or behind an error of safetensors, Arrow or SQLite; None for any other."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError):
         return error.errno
-    if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
+    if not type(error).__module__.startswith(_LIBRARIES):
         return None
     text = str(error)
     if found := _NUMBER.search(text):
@@ -45,12 +44,16 @@ def unwritable(path: str | Path, error: BaseException) -> MachineError:
     return MachineError(f"{path}: cannot be written: {reason(error)}", errno_of(error), str(path))
 
 
-def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] = DataError) -> PyqembError:
-    """The error to raise where `path` cannot be read: MachineError, or `kind` where the path or the content is at fault."""
+def raise_if_machine(path: str | Path, error: BaseException, action: str = "read") -> None:
+    """Raise MachineError where the machine is at fault; return where the path or the content is.
+
+    Args:
+        path: what could not be read, or whatever `action` says.
+        error: what came.
+    """
     number = errno_of(error)
-    if number is None or number in _WRONG_PATH:
-        return kind(f"{path}: cannot be read: {reason(error)}")
-    return MachineError(f"{path}: cannot be read: {reason(error)}", number, str(path))
+    if number is not None and number not in _WRONG_PATH:
+        raise MachineError(f"{path}: cannot be {action}: {reason(error)}", number, str(path)) from error
 
 
 @contextmanager
@@ -63,10 +66,15 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except MachineError as error:  # about a file inside the folder that is being written
+        if temporary is None or str(temporary) not in str(error):
+            raise
+        message = str(error).replace(str(temporary), str(path))
+        raise MachineError(message, error.errno, str(path)) from error
     except PyqembError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and errno_of(error) is None:
+        if errno_of(error) is None:
             raise
         name = getattr(error, "filename", None)
         if isinstance(name, (str, bytes)):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyqemb.data import strict_json
+from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import ConfigError, DataError, MachineError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -260,6 +261,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise_if_machine(path, error)
         raise DataError(f"{path}: not a readable Parquet file (after row {number}): {error}") from error
 
 

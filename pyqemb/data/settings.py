@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pyqemb.data import strict_json
+from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import ConfigError, DataError
 
 try:
@@ -79,6 +80,7 @@ def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = l
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_machine(path, error)
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         if path.suffix == ".toml":

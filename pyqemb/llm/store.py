@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyqemb.errors import DataError
+from pyqemb.data.machine import errno_of, raise_if_machine
+from pyqemb.errors import DataError, MachineError
 from pyqemb.llm.request import Answer
 
 _VERSION = 2  # SQLite's user_version. 1: answers without digests, which a store of today is given when it is opened
@@ -22,7 +23,8 @@ class Store:
 
     Each answer has a digest: one that the disk has damaged counts as missing, and is asked for again.
 
-    Raises DataError naming the file where it cannot be opened, is no store, is damaged, or its disk is full; what it holds stays.
+    Raises DataError naming the file where it cannot be opened, is no store or is damaged, MachineError where its disk is
+    full or fails; what it holds stays.
     """
 
     def __init__(self, path: str | Path):
@@ -37,6 +39,7 @@ class Store:
             )  # what is damaged has another digest
             self._create()
         except (*_ERRORS, OSError) as error:
+            raise_if_machine(self.path, error, "opened")
             raise DataError(f"{self.path}: cannot be used as a store of answers: {error}") from error
 
     def _create(self) -> None:
@@ -97,7 +100,9 @@ class Store:
         try:
             yield
         except _ERRORS as error:
-            raise DataError(f"{self.path}: {error}; the answers stored so far are kept") from error
+            message = f"{self.path}: {error}; the answers stored so far are kept"
+            number = errno_of(error)
+            raise (DataError(message) if number is None else MachineError(message, number, str(self.path))) from error
 
 
 def _digest(key: str, request: str, answer: str) -> bytes:

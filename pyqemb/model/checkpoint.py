@@ -13,6 +13,7 @@ from torch import nn
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
+from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError
 from pyqemb.model.config import Qwen3Config
 
@@ -93,6 +94,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         try:
             return self._handle(path).get_tensor(stored)
         except (SafetensorError, OSError) as error:
+            raise_if_machine(path, error)
             raise CheckpointError(f"{path}: {stored} cannot be read: {error}") from error
 
     def _handle(self, path: Path) -> Any:
@@ -100,6 +102,7 @@ class Tensors(Mapping[str, torch.Tensor]):
             try:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
+                raise_if_machine(path, error)
                 raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {error}") from error
         return self._open[path]
 

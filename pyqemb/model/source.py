@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.config import Qwen3Config
 
@@ -32,6 +33,7 @@ def local_folder(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise_if_machine(folder, error)
         raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from pydantic import BaseModel
 
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.llm import Answer, Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_what_is_stored(tmp_path):
     store = Store(tmp_path / "s" / "answers.sqlite")
     store.put("k", {}, Answer("x"))
     store._connection.execute(f"pragma max_page_count = {store._connection.execute('pragma page_count').fetchone()[0]}")
-    with pytest.raises(DataError, match="full; the answers stored so far are kept"):
+    with pytest.raises(MachineError, match="full; the answers stored so far are kept"):
         store.put("l", {}, Answer("y" * 100_000))
     assert store.get("k") == Answer("x") and [key for key, _, _ in store] == ["k"]
 
