@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyqemb.errors import MachineError, PyqembError
+from pyqemb.errors import DataError, MachineError, PyqembError
 
 # A path that a user gave and that is not there, or is a folder where a file is wanted, is the user's error.
 _WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -42,6 +42,12 @@ def reason(error: BaseException) -> str:
 def unwritable(path: str | Path, error: BaseException) -> MachineError:
     """The error to raise where `path` cannot be written."""
     return MachineError(f"{path}: cannot be written: {reason(error)}", errno_of(error), str(path))
+
+
+def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] = DataError) -> PyqembError:
+    """The error to raise where `path` cannot be read: MachineError, or `kind` where the path or the content is at fault."""
+    raise_if_machine(path, error)
+    return kind(f"{path}: cannot be read: {reason(error)}")
 
 
 def raise_if_machine(path: str | Path, error: BaseException, action: str = "read") -> None:
