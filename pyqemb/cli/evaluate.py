@@ -24,12 +24,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pyqemb.data.files import atomic_file
+    from pyqemb.data.files import atomic_file, check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.evaluation import evaluate
 
     if (args.folder is None) == (args.suite is None):
         raise ConfigError("expected a folder or --suite, one of them")
+    if args.json is not None:
+        check_writable(args.json)
     if args.suite is not None:
         return _suite(args)
     report = evaluate(

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_model
     from pyqemb.model.lora import load_adapter
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.exists() and Path(args.model).exists() and args.out.resolve() == Path(args.model).resolve():
         raise ConfigError(f"--out: {args.out} is the model itself")
+    check_writable(args.out, folder=True)
     reranks = args.reranker or args.format is not None
     source = local_folder(args.model)
     # On the CPU the weights keep their stored dtype.

@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.data.files import check_writable
     from pyqemb.merging import merge
 
+    check_writable(args.out, folder=True)
     report = merge(
         args.checkpoints, args.method, args.weights, args.base, out=args.out, settings_from=args.settings_from
     )

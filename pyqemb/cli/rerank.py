@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from pyqemb.data.files import atomic_file
+    from pyqemb.data.files import atomic_file, check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.reranker import Reranker
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out: {args.out} is also the input")
     if args.top_k is not None and args.top_k < 1:
         raise ConfigError(f"--top-k must be at least 1, got {args.top_k}")
+    check_writable(args.out)
     model, count = Reranker.from_pretrained(args.model), 0
     with atomic_file(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for rows in _windows(args.pairs):

@@ -50,16 +50,11 @@ def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] =
     return kind(f"{path}: cannot be read: {reason(error)}")
 
 
-def raise_if_machine(path: str | Path, error: BaseException, action: str = "read") -> None:
-    """Raise MachineError where the machine is at fault; return where the path or the content is.
-
-    Args:
-        path: what could not be read, or whatever `action` says.
-        error: what came.
-    """
+def raise_if_machine(path: str | Path, error: BaseException) -> None:
+    """Raise MachineError where the machine does not let `path` be read; return where the path or the content is at fault."""
     number = errno_of(error)
     if number is not None and number not in _WRONG_PATH:
-        raise MachineError(f"{path}: cannot be {action}: {reason(error)}", number, str(path)) from error
+        raise MachineError(f"{path}: cannot be read: {reason(error)}", number, str(path)) from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pyqemb
 from pyqemb.curation import consistency, mine
 from pyqemb.data.example import Example, write_examples
 from pyqemb.data.files import atomic_file
+from pyqemb.data.machine import writing
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.material import Material
 from pyqemb.demo.measure import ModelSearch, best_and_worst, bm25_search, measure
@@ -80,8 +81,9 @@ class _Demo:
     def __init__(self, material: Material, out: Path, settings: Settings, say: Say):
         self.material, self.out, self.settings, self.say = material, out, settings, say
         self.work = out / "work"
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
+        with writing(out):
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
         self.results = Results(
             material.name,
             list(material.groups),

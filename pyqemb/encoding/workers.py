@@ -85,6 +85,7 @@ def _ready() -> None:
 
 
 def _start(settings: Settings, queue: Any, processes: int) -> None:
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = queue.get()
     if device == "cpu":
@@ -94,6 +95,10 @@ def _start(settings: Settings, queue: Any, processes: int) -> None:
         _here["model"] = _open(settings, device)
     except PyqembError as error:  # an error in here would only be seen as a broken pool
         _here["error"] = error
+
+
+def _stop(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)  # what is being written is removed on the way out
 
 
 def _end_with_parent() -> None:
@@ -106,7 +111,10 @@ def _end_with_parent() -> None:
 def _encode_part(target: PartFiles, part: list[Row]) -> None:
     if "error" in _here:
         raise _here["error"]
-    _write_part(_here["model"], _here["settings"], target, part)
+    try:
+        _write_part(_here["model"], _here["settings"], target, part)
+    except SystemExit as stop:  # the pool would go on with the next part
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
 def _open(settings: Settings, device: str) -> Embedder:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyqemb.data.machine import errno_of, raise_if_machine
+from pyqemb.data.machine import errno_of, unwritable
 from pyqemb.errors import DataError, MachineError
 from pyqemb.llm.request import Answer
 
@@ -39,7 +39,8 @@ class Store:
             )  # what is damaged has another digest
             self._create()
         except (*_ERRORS, OSError) as error:
-            raise_if_machine(self.path, error, "opened")
+            if errno_of(error) is not None:
+                raise unwritable(self.path, error) from error
             raise DataError(f"{self.path}: cannot be used as a store of answers: {error}") from error
 
     def _create(self) -> None:

@@ -30,6 +30,9 @@ def folder(tmp_path_factory):
         {"query": f"query {i}", "positive": f"passage {i} " * 20, "text": f"passage {i} " * 20} for i in range(4000)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "curate.toml").write_text('input = ["rows.jsonl"]\nout = "c"\n[[step]]\nkind = "exact"\n')
+    endpoint = '[endpoint]\nmodel = "m"\nbase_url = "http://127.0.0.1:9/v1"\n'
+    (folder / "synthesize.toml").write_text(f'passages = "rows.jsonl"\nout = "s"\n{endpoint}')
     return folder
 
 
@@ -118,6 +121,11 @@ def test_a_full_or_closed_standard_output(buffered):
         ["mine", "model", "rows.jsonl", "--out", "{out}/x.jsonl"],
         ["merge", "model", "model", "--out", "{out}/m"],
         ["export", "model", "--out", "{out}/m"],
+        ["evaluate", "model", "beir", "--json", "{out}/x.json"],
+        ["rerank", "model", "rows.jsonl", "--out", "{out}/x.jsonl"],
+        ["demo", "--quick", "--out", "{out}/d"],
+        ["curate", "curate.toml", "--out", "{out}/c"],
+        ["synthesize", "synthesize.toml", "--out", "{out}/s"],
     ],
     ids=lambda arguments: arguments[0],
 )
