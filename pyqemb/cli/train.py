@@ -21,12 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.errors import ConfigError
     from pyqemb.evaluation import DevSets
     from pyqemb.training import load_config, train
+    from pyqemb.training.preflight import unused_evaluation
 
     config = load_config(args.config, args.overrides)
     measured = config.eval.data is not None or config.eval.datasets
     evaluate = DevSets(config.eval, config.task) if measured else None
+    if not measured and (asked := unused_evaluation(config)):
+        raise ConfigError(f"eval.{asked}: nothing is evaluated: eval.data or [[eval.datasets]] is missing")
     if args.dry_run:
         _print_plan(config, evaluate)
         return 0

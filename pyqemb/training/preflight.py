@@ -55,23 +55,27 @@ def set_query_instruction(
 
 
 def check_evaluation(config: TrainConfig, evaluate: Any) -> None:
-    """Raises ConfigError for settings of `eval` that nothing would use, and for a metric that `evaluate` is known not to report."""
+    """Log settings of `eval` that nothing uses without `evaluate`.
+
+    Raises:
+        ConfigError: `evaluate` is known not to report eval.metric.
+    """
     section = config.eval
     if evaluate is None:
-        given = [
-            name
-            for name in ("data", "datasets", "every", "metric", "patience")
-            if getattr(section, name) not in (None, ())
-        ]
-        if given:
-            raise ConfigError(
-                f"eval.{given[0]}: nothing is evaluated: on the command line eval.data is missing; in Python give "
-                "train(evaluate=...), for example pyqemb.evaluation.DevSets(config.eval, config.task)"
-            )
+        if given := unused_evaluation(config):
+            logging.getLogger("pyqemb").warning(
+                "eval.%s: nothing is evaluated; give train(evaluate=...), for example pyqemb.evaluation.DevSets(config.eval, config.task)", given
+            )  # fmt: skip
         return
     names = getattr(evaluate, "metric_names", None)
     if section.metric is not None and names is not None and section.metric not in names:
         raise ConfigError(f"eval.metric: {section.metric!r} is not measured; expected one of {', '.join(names)}")
+
+
+def unused_evaluation(config: TrainConfig) -> str | None:
+    """The first setting of `eval` that asks for an evaluation."""
+    asked = ("data", "datasets", "every", "metric", "patience")
+    return next((name for name in asked if getattr(config.eval, name) not in (None, ())), None)
 
 
 def check_output(folder: Path, needed: int, trial: bool = True) -> None:
