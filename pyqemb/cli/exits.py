@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -53,8 +54,17 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        raise Stopped(signal.Signals(number).name)
+        first, self.number = self.number is None, number
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # tasks that are cancelled
+        loop = sys.modules["asyncio"]._get_running_loop() if "asyncio" in sys.modules else None
+
+        def stop() -> None:
+            raise Stopped(signal.Signals(number).name)
+
+        if loop is not None and first:  # not inside of a task, which would keep the exception
+            loop.call_soon_threadsafe(stop)
+        else:
+            stop()
 
 
 class StandardOutput:

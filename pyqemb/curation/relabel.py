@@ -52,6 +52,10 @@ class Relabel(Step):
                     for example, relevant in zip(window, found, strict=True):
                         yield from self._apply(example, relevant, ledger)
             finally:
+                if pending := asyncio.all_tasks(loop):
+                    for task in pending:
+                        task.cancel()
+                    loop.run_until_complete(asyncio.wait(pending))
                 loop.run_until_complete(ask.close())
                 loop.close()
                 store.close()

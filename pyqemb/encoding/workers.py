@@ -85,7 +85,6 @@ def _ready() -> None:
 
 
 def _start(settings: Settings, queue: Any, processes: int) -> None:
-    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = queue.get()
     if device == "cpu":
@@ -95,6 +94,7 @@ def _start(settings: Settings, queue: Any, processes: int) -> None:
         _here["model"] = _open(settings, device)
     except PyqembError as error:  # an error in here would only be seen as a broken pool
         _here["error"] = error
+    signal.signal(signal.SIGTERM, _stop)  # last: an exception in here would be printed
 
 
 def _stop(number: int, _: Any) -> None:

@@ -200,6 +200,27 @@ def test_signals_to_a_job_with_worker_processes(folder, tmp_path, number):
     assert not session(process.pid)
 
 
+@pytest.mark.parametrize("verb", ["curate", "synthesize"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_a_server_is_asked(serve, tmp_path, verb, number):
+    server = serve(delay=5.0)
+    rows = [{"query": f"q {i}", "positive": f"positive {i}" * 9, "negatives": [f"n {i}"]} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    step = '[[step]]\nkind = "relabel"\n[step.endpoint]'
+    head = {
+        "curate": f'input = ["{tmp_path}/rows.jsonl"]\nout = "{tmp_path}/out"\n{step}',
+        "synthesize": f'passages = "{tmp_path}/rows.jsonl"\nout = "{tmp_path}/out"\n[endpoint]',
+    }
+    (tmp_path / "c.toml").write_text(f'{head[verb]}\nmodel = "m"\nbase_url = "{server.url}"\n')
+    process = command(verb, tmp_path / "c.toml", stdout=subprocess.DEVNULL)
+    wait_for(lambda: server.seen, process)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert text.count("\n") == 1 and text.startswith(f"pyqemb {verb}: stopped by {number.name}; ")
+    assert not [path for path in (tmp_path / "out").iterdir() if ".sqlite" not in path.name]
+
+
 def session(number):
     """The processes of a session."""
     found = []
