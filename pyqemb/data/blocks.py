@@ -22,6 +22,7 @@ import numpy as np
 
 from pyqemb.data.files import fsync_folder
 from pyqemb.data.keyed import KEY, Keys
+from pyqemb.data.machine import unreadable, unwritable
 from pyqemb.errors import MachineError
 
 _MAGIC = b"\x93qblock1"
@@ -64,7 +65,7 @@ class Blocks:
                     self._files[path.name] = _Files(path, os.O_RDONLY)
                 self._load(self._files[path.name])
         except OSError as error:
-            raise MachineError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
+            raise unreadable(self.folder, error, MachineError) from error
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """int64 [N]: the row of each key, -1 where there is none that is sound."""
@@ -134,7 +135,7 @@ class Blocks:
                 first = int(ends[start - 1]) if start else 0
                 self._write(self._writer, keys[some], raw[first : int(ends[some][-1])], lengths[some], align)
         except OSError as error:
-            raise MachineError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+            raise unwritable(self.folder, error) from error
         self.refresh()
 
     def _write(self, files: "_Files", keys: np.ndarray, raw: np.ndarray, lengths: np.ndarray, align: int) -> None:
@@ -183,7 +184,7 @@ class Blocks:
             try:
                 block.sound = block.files.crc(block.offset, block.end) == block.crc
             except OSError as error:
-                raise MachineError(f"{block.files.path}: cannot be read: {error.strerror or error}") from error
+                raise unreadable(block.files.path, error, MachineError) from error
             if not block.sound:
                 log.warning("%s: damaged at byte %d; what was lost is made again", block.files.path, block.offset)
         return block.sound

@@ -45,7 +45,7 @@ class Example:
 
 @dataclass
 class UnusedColumns:
-    """Columns that no layout reads: how many rows have each, and the first place."""
+    """Columns that are read by nobody: how many rows have each, and the first place."""
 
     _found: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -55,9 +55,17 @@ class UnusedColumns:
 
     def warn(self, source: Any) -> None:
         """Log one line, if there are any."""
-        if self._found:
-            columns = ", ".join(f"{name!r} ({count:,} rows, first {at})" for name, (count, at) in self._found.items())
-            logging.getLogger("pyqemb").warning("%s: columns that are not used: %s", source, columns)
+        if self:
+            logging.getLogger("pyqemb").warning("%s: columns that are not used: %s", source, self)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name!r} ({count:,} rows, first {at})" for name, (count, at) in self._found.items())
 
 
 def examples_of(

@@ -60,17 +60,9 @@ class PairTokenizer(Tokenizer):
         if self._room < 1:
             raise ConfigError(f"max_length must leave room for a pair beside {fixed} fixed tokens, got {limit}")
 
-    @classmethod
-    def _with_settings(
-        cls,
-        backend: tokenizers.Tokenizer,
-        max_length: int | None,
-        files: Mapping[str, bytes],
-        end_token: str,
-        settings: TextSettings,
-    ) -> "PairTokenizer":
-        limit = min(settings.max_length or MAX_LENGTH, MAX_LENGTH) if max_length is None else max_length
-        return cls(backend, limit, files, end_token, settings.lower_case)
+    @staticmethod
+    def _limit(settings: TextSettings) -> int | None:
+        return min(settings.max_length or MAX_LENGTH, MAX_LENGTH)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of bodies (`format_pair`), with what stands around them."""

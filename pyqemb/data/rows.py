@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyqemb.data import strict_json
-from pyqemb.data.machine import raise_if_machine
-from pyqemb.errors import ConfigError, DataError, MachineError
+from pyqemb.data.machine import raise_if_machine, unreadable
+from pyqemb.errors import ConfigError, DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # of rows
@@ -86,12 +86,10 @@ def open_bytes(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
     except _DAMAGED as error:
         raise DataError(f"{path}: damaged or cut short: {error}") from error
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except OSError as error:
         if error.errno is None:  # not of the machine: what the decompressors raise
             raise DataError(f"{path}: damaged or cut short: {error}") from error
-        raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def read_text(path: str | Path) -> Iterator[tuple[int, str]]:

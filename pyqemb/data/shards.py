@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pyqemb.data.example import Example
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.machine import unreadable, unwritable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.splits import dataset_files
 from pyqemb.data.strict_json import parse
@@ -150,7 +151,7 @@ class _File:
         except FileNotFoundError as error:
             raise DataError(f"{path}: no shard that can be read: it is missing") from error
         except OSError as error:
-            raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise unreadable(path, error, MachineError) from error
         if self._bytes.size != facts["size"]:
             raise DataError(
                 f"{path}: no shard that can be read: it has {self._bytes.size} bytes, the manifest says {facts['size']}"
@@ -164,7 +165,7 @@ class _File:
                     file.seek(offset)
                     found = zlib.crc32(file.read(size))
             except OSError as error:
-                raise MachineError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+                raise unreadable(self.path, error, MachineError) from error
             if found != crc:
                 raise DataError(
                     f"{self.path}: no shard that can be read: damaged between bytes {offset} and {offset + size}; "
@@ -188,7 +189,7 @@ def read_shards(folder: str | Path) -> dict[str | None, Shards]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no folder of shards: it is missing") from error
     except OSError as error:
-        raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error, MachineError) from error
     manifest = parse(raw, str(path))
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
@@ -222,7 +223,7 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
     except pa.ArrowException as error:
         raise DataError(f"{folder}: cannot be written: {error}") from error
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(folder, error) from error
     return sum(s.rows for s in summaries)
 
 

@@ -81,21 +81,15 @@ class Tokenizer:
         settings = read_text_settings(folder, backend, cls.transformer_rules)
         files = {name: found for name in (*_COPIED, "tokenizer_config.json") if (found := read_bytes(folder, name))}
         try:
-            return cls._with_settings(backend, max_length, files, _end_token(folder, backend), settings)
+            limit = cls._limit(settings) if max_length is None else max_length
+            return cls(backend, limit, files, _end_token(folder, backend), settings.lower_case, settings.append_end)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
 
-    @classmethod
-    def _with_settings(
-        cls,
-        backend: tokenizers.Tokenizer,
-        max_length: int | None,
-        files: Mapping[str, bytes],
-        end_token: str,
-        settings: TextSettings,
-    ) -> "Self":
-        limit = settings.max_length if max_length is None else max_length
-        return cls(backend, limit, files, end_token, settings.lower_case, settings.append_end)
+    @staticmethod
+    def _limit(settings: TextSettings) -> int | None:
+        """The longest text that the folder's settings allow."""
+        return settings.max_length
 
     def with_max_length(self, max_length: int | None) -> "Self":
         """The same tokenizer with another limit."""

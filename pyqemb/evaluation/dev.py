@@ -30,10 +30,10 @@ class DevSets:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
         task: "embedding" or "rerank".
 
-    `metric_names` lists what a call returns. `needs_instruction`: some queries are measured with the model's own prompt.
+    `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction`: some queries are measured with the model's own prompt.
 
     Raises:
-        ConfigError: `eval.metric` is not measured on these datasets. DataError: a dataset cannot be read.
+        ConfigError: a split of a file of examples. DataError: a dataset cannot be read.
 
     Example:
         >>> config = pyqemb.training.load_config("run.toml")                         # doctest: +SKIP
@@ -48,10 +48,6 @@ class DevSets:
         self.needs_instruction = any(
             dataset.instruction is None and not dataset.queries_have_instructions for dataset in self._datasets
         )
-        if section.metric is not None and section.metric not in self.metric_names:
-            raise ConfigError(
-                f"eval.metric: {section.metric!r} is not measured here; expected one of {', '.join(self.metric_names)}"
-            )
 
     def __call__(self, model: Any) -> dict[str, float]:
         reports = {}
@@ -88,5 +84,5 @@ def _read(entry: Any, instruction: str | None, task: str) -> _Dataset:
     if split is None:
         split = "dev" if Path(path).is_dir() and "dev" in beir.splits(Path(path)) else "test"
     found = load_task(path, split)
-    told = isinstance(found, Retrieval) and set(found.queries) <= set(found.instructions)
-    return _Dataset(name, path, split, own, metric_names(found), told)
+    all_have_one = isinstance(found, Retrieval) and set(found.queries) <= set(found.instructions)
+    return _Dataset(name, path, split, own, metric_names(found), all_have_one)

@@ -9,12 +9,12 @@ from pyqemb.data.folder import Rule, check_keys, one_of, read_json, read_object,
 from pyqemb.data.tokenizer import TEMPLATE
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.safety import Module, read_modules
+from pyqemb.model.similarity import SIMILARITIES, check_similarity
 
 Kind = Literal["embedder", "reranker"]
 CONTRACT = "pyqemb.json"
 SETTINGS = "config_sentence_transformers.json"
 POOLINGS = {"last": "lasttoken", "mean": "mean"}
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 DEFAULT_PROMPTS = {"query": TEMPLATE.format(task=DEFAULT_INSTRUCTION, query=""), "document": ""}
 MODE_KEYS = {
@@ -57,10 +57,7 @@ class SentenceSettings:
             raise ConfigError(
                 f"default_prompt_name must be one of the prompts {', '.join(self.prompts)}, got {self.default_prompt_name!r}"
             )
-        if self.similarity_fn_name not in SIMILARITIES:
-            raise ConfigError(
-                f"similarity_fn_name must be one of {', '.join(SIMILARITIES)}, got {self.similarity_fn_name!r}"
-            )
+        check_similarity(self.similarity_fn_name)
         if not self.normalize and self.similarity_fn_name != "cosine":  # mining and evaluation compare unit vectors
             raise ConfigError(
                 f"similarity_fn_name {self.similarity_fn_name!r} is not supported without a Normalize module"

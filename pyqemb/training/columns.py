@@ -2,7 +2,7 @@
 
 import logging
 
-from pyqemb.data.example import Example
+from pyqemb.data.layouts import Example, UnusedColumns
 from pyqemb.data.shards import Shards
 from pyqemb.errors import DataError
 
@@ -21,7 +21,7 @@ class UnusedByObjective:
 
     def __init__(self, task: str | None, objective: str):
         self._task, self._objective = task, objective
-        self._found: dict[str, list[object]] = {}  # column -> number of rows, first place
+        self._unused = UnusedColumns()
 
     def add(self, where: str, example: Example) -> None:
         """Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one."""
@@ -37,8 +37,7 @@ class UnusedByObjective:
                     )
                 if value == 1:
                     continue
-            found = self._found.setdefault(column, [0, where])
-            found[0] = found[0] + 1  # type: ignore[operator]
+            self._unused.add({column}, where)
 
     def add_shards(self, path: str, shards: Shards) -> None:
         """The same for shards, which are read only where their manifest says that there is something to find."""
@@ -49,13 +48,10 @@ class UnusedByObjective:
 
     def warn(self, name: str) -> None:
         """Log one line for the dataset, if there are any."""
-        if self._found:
-            columns = ", ".join(
-                f"{key!r} ({count:,} rows, first {where})" for key, (count, where) in self._found.items()
-            )
-            hint = f"; to train on the scores: {self._hint()}" if "score" in self._found else ""
+        if self._unused:
+            hint = f"; to train on the scores: {self._hint()}" if "score" in self._unused else ""
             logging.getLogger("pyqemb").warning(
-                "dataset %r: columns that %s does not use: %s%s", name, self._objective, columns, hint
+                "dataset %r: columns that %s does not use: %s%s", name, self._objective, self._unused, hint
             )
 
     def _hint(self) -> str:

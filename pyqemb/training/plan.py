@@ -63,8 +63,8 @@ def plan(config: TrainConfig, evaluate: Any = None) -> Iterator[str]:
     cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
     stream = TokenCache(model.tokenizer).pack(texts)
     narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
-    line = preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
-    yield f"memory     {(12 + narrow) * trained / 1e9:.2f} GB of weights and moments; {line}"
+    preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
+    yield f"memory     {(12 + narrow) * trained / 1e9:.2f} GB of weights and moments; {cache.preview(stream)}"
     example = next(iter(sets.examples.values()))[0]
     if isinstance(model, Reranker):
         yield f"example    {PREFIX + batch_of(model, [example], 'rerank').texts[0] + SUFFIX!r}"

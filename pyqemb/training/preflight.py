@@ -1,7 +1,6 @@
 """What is checked before the first step, and by --dry-run, so that no run is lost or measured wrongly by what could be known."""
 
 import logging
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.data.files import atomic_folder
+from pyqemb.data.files import atomic_folder, check_writable
 from pyqemb.data.machine import reason
 from pyqemb.errors import ConfigError, MachineError
 from pyqemb.model.embedder import Embedder
@@ -42,7 +41,7 @@ def set_query_instruction(
     if len(instructions) == 1 or config.eval.instruction is not None:
         model.default_instruction = next(iter(instructions)) if len(instructions) == 1 else config.eval.instruction
         return
-    found = ", ".join(sorted("none" if told is None else repr(told) for told in instructions))
+    found = ", ".join(sorted("none" if instruction is None else repr(instruction) for instruction in instructions))
     if getattr(evaluate, "needs_instruction", False):
         raise ConfigError(
             f"eval.instruction: the data have several instructions ({found}); say which one the evaluation's queries get: set "
@@ -69,7 +68,7 @@ def check_evaluation(config: TrainConfig, evaluate: Any) -> None:
         return
     names = getattr(evaluate, "metric_names", None)
     if section.metric is not None and names is not None and section.metric not in names:
-        raise ConfigError(f"eval.metric: {section.metric!r} is not measured; expected one of {', '.join(names)}")
+        raise ConfigError(f"eval.metric: {section.metric!r} is not measured here; expected one of {', '.join(names)}")
 
 
 def unused_evaluation(config: TrainConfig) -> str | None:
@@ -84,7 +83,7 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
     Args:
         folder: save.dir.
         needed: bytes of a checkpoint.
-        trial: write and remove a small folder there; False only asks the system, and writes nothing.
+        trial: make the folder, and write, sync and remove a small folder in it; False leaves nothing behind.
 
     Raises:
         MachineError: it cannot be written, or has no room.
@@ -93,8 +92,7 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"save.dir: {there} is a file, expected a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise MachineError(f"{there}: cannot be written (save.dir): read-only or no permission")
+    check_writable(folder, folder=True)
     free = shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.glob("checkpoints/step_*/*"))
     if free < 2 * needed:
         raise MachineError(
@@ -112,8 +110,8 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
             ) from error
 
 
-def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> str:
-    """The plan of a step over `stream`, in a line.
+def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> None:
+    """Whether a step over `stream` fits into memory.
 
     Args:
         moments: bytes that the optimizer will still take.
@@ -136,7 +134,6 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
             f"are free on {device}; choose a smaller train.tokens_per_chunk, train.global_batch_size or model.max_length, train "
             f"[lora] adapters,{hint} or set activation_checkpointing"
         )
-    return cache.preview(stream)
 
 
 def pending_moments(optimizer: Optimizer) -> int:

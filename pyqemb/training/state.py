@@ -4,7 +4,6 @@ A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written 
 manifest.json, written last, names every file's size and sha256.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -22,8 +21,9 @@ from safetensors.torch import load_file
 
 from pyqemb.data.files import atomic_folder, remove_folder
 from pyqemb.data.machine import reason
+from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.strict_json import parse
-from pyqemb.errors import CheckpointError, ConfigError, MachineError
+from pyqemb.errors import CheckpointError, ConfigError, DataError, MachineError
 from pyqemb.model.checkpoint import sha256, write_safetensors
 
 MANIFEST = "manifest.json"
@@ -65,7 +65,7 @@ class Checkpoint:
             with atomic_folder(target) as temporary:
                 write_safetensors(temporary / _FILES[0], self.weights)
                 write_safetensors(temporary / _FILES[1], self.optimizer)
-                (temporary / _FILES[2]).write_bytes(_canonical(self.state))
+                (temporary / _FILES[2]).write_text(json.dumps(self.state), encoding="utf-8")
                 (temporary / MANIFEST).write_bytes(_manifest(temporary, self.step))
         except MachineError as error:
             words = f"{target}: could not be written: {reason(error)}; older checkpoints are intact"
@@ -101,12 +101,8 @@ def verify(folder: Path) -> int:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        manifest = parse(raw, str(path))
-        _check_fields(path, manifest, {"format": int, "step": int, "files": dict, "sha256": str})
-        digest = manifest.pop("sha256")
-        # Byte for byte: a flipped bit that JSON forgives is a flipped bit all the same.
-        if raw != _sealed(manifest) or digest != hashlib.sha256(_canonical(manifest)).hexdigest():
-            raise CheckpointError(f"{path}: damaged: it does not match its own checksum")
+        manifest = unseal(raw, str(path))
+        _check_fields(path, manifest, {"format": int, "step": int, "files": dict})
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: is of format {manifest['format']}, this version reads {FORMAT}")
         if f"step_{manifest['step']:08}" != folder.name:
@@ -126,8 +122,8 @@ def verify(folder: Path) -> int:
         raise CheckpointError(f"{error.filename}: missing: the checkpoint is not complete") from error
     except OSError as error:
         raise _unreadable(folder, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     _verified.add(folder.absolute())
     return manifest["step"]
 
@@ -244,15 +240,7 @@ def _retain(folder: Path, newest: int, keep: int) -> None:
 
 def _manifest(folder: Path, step: int) -> bytes:
     files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _FILES}
-    return _sealed({"format": FORMAT, "step": step, "files": files})
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    return _canonical({**manifest, "sha256": hashlib.sha256(_canonical(manifest)).hexdigest()})
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return seal({"format": FORMAT, "step": step, "files": files})
 
 
 def _tensor(text: str) -> torch.Tensor:

@@ -189,27 +189,18 @@ class Run:
 
     def loop(self, progress: Progress, evaluate: Evaluate | None, on_step: OnStep | None) -> None:
         """Step until the end; at step boundaries evaluate, save, and leave when asked to."""
-        self.saved_step = self.step
         patience = self.config.eval.patience
         early = patience is not None and self.evaluations_since_best >= patience
-        if evaluate is not None and self.world.is_first and self.step == self.steps:
-            with self._saving_on_error(
-                "evaluate", progress
-            ):  # the run before may have been lost in its last evaluation
-                self.evaluate(evaluate, progress)
+        if evaluate is not None and self.step == self.steps:
+            self._measure(evaluate, progress)  # the run before may have been lost in its last evaluation
         while self.step < self.steps and not early and not self._asked_to_stop():
             row = self.train_step(progress)
             if on_step is not None and self.world.is_first:
                 with self._saving_on_error("on_step", progress):
                     on_step(row)
             last = self.step == self.steps
-            if last:
-                with self._saving_on_error("writing the final model", progress):
-                    self._write_final()  # before the evaluation: whatever becomes of that, the model is there
             if evaluate is not None and (last or self._due(self.config.eval.every)):
-                if self.world.is_first:
-                    with self._saving_on_error("evaluate", progress):
-                        self.evaluate(evaluate, progress)
+                self._measure(evaluate, progress)
                 if patience is not None:
                     early = self.world.of_first(self.evaluations_since_best >= patience)
             if last or early or self._due(self.config.save.every):
@@ -225,8 +216,18 @@ class Run:
             self.warn(
                 f"stopped after step {self.step} of {self.steps}: {self.evaluations_since_best} evaluations without a better value"
             )
-        self._write_final()  # with the last results on its card
+        self._write_final()  # again where it was measured: the results are on its card
         self.world.wait()
+
+    def _measure(self, evaluate: Evaluate, progress: Progress) -> None:
+        """Evaluate on the first rank; after the last step the final model is written before, so that nothing costs it."""
+        if not self.world.is_first:
+            return
+        if self.step == self.steps:
+            with self._saving_on_error("writing the final model", progress):
+                self._write_final()
+        with self._saving_on_error("evaluate", progress):
+            self.evaluate(evaluate, progress)
 
     def _write_final(self) -> None:
         if not self.world.is_first:
@@ -434,7 +435,7 @@ class Run:
         self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         restore_random_states(state["random"])
         self.step, self.best, self.bad_steps = checkpoint.step, state["best"], state["bad_steps"]
-        self.evaluations_since_best = state["evaluations_since_best"]
+        self.evaluations_since_best, self.saved_step = state["evaluations_since_best"], checkpoint.step
         if self.world.is_first:
             preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
 

@@ -92,14 +92,19 @@ def test_overflow_in_half_precision_warns(tmp_path):
     assert outcome == "warned" and "overflow" in detail
 
 
-def test_export(tmp_path, capsys):
-    base = loud().save_pretrained(tmp_path / "base")
-    adapted = Embedder.from_pretrained(base)
+def with_adapter(folder):
+    adapted = Embedder.from_pretrained(folder)
     add_lora(adapted.model, LoraConfig(rank=2))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name.endswith(".B"):
                 parameter.normal_()
+    return adapted
+
+
+def test_export(tmp_path, capsys):
+    base = loud().save_pretrained(tmp_path / "base")
+    adapted = with_adapter(base)
     adapter = save_adapter(adapted.model, tmp_path / "adapter")
     out = tmp_path / "out"
     arguments = ["export", str(base), "--out", str(out), "--adapter", str(adapter), "--dtype", "float32", "--verify"]
@@ -190,12 +195,7 @@ def test_a_misread_source_fails_under_an_adapter(tmp_path, monkeypatch):
         monkeypatch.setattr(
             embedder, "read_sentence_settings", lambda *given, pooling=pooling: replace(read(*given), pooling=pooling)
         )
-        adapted = Embedder.from_pretrained(source)
-        add_lora(adapted.model, LoraConfig(rank=2))
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if name.endswith(".B"):
-                    parameter.normal_()
+        adapted = with_adapter(source)
         out = adapted.save_pretrained(tmp_path / pooling, "bfloat16")
         check = verify_source(out, source, adapted)
         assert check.outcome == outcome and "an adapter was folded in" in check.detail, check

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import pyqemb
 from pyqemb.cli import main
+from pyqemb.data.sealed import seal
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import preflight, stage2, state
@@ -232,7 +233,7 @@ def test_every_field_of_a_manifest_is_checked(place, change, message):
     path = checkpoints(place / "run" / "checkpoints")[-1] / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
-    path.write_bytes(state._sealed(change(manifest)))
+    path.write_bytes(seal(change(manifest)))
     with pytest.raises(CheckpointError, match=message):
         verify(path.parent)
 
