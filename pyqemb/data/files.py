@@ -37,8 +37,12 @@ def fsync_file(path: Path) -> None:
 
 
 def check_writable(path: str | Path, folder: bool = False) -> None:
-    """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then."""
+    """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then; ConfigError for "/"."""
     path = Path(path).absolute()
+    if not path.name:
+        raise ConfigError(
+            f"{path}: is the root of the file system; expected the path of a {'folder' if folder else 'file'}"
+        )
     trial = next(parent for parent in path.parents if parent.exists()) / _partial(path.name)
     with writing(path, trial):
         _check_kind(path, folder)

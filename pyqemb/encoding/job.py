@@ -196,10 +196,13 @@ def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, 
     stream = (Part(quantize(part.vectors(), precision, ranges), part.ids()) for part in files)
     with atomic_file(out) as temporary:
         write(temporary, stream, rows, sample.shape[1], sample.dtype)
+    beside = out.with_name(out.name + ".ranges.npy")
+    for old in (ids_path(out), beside):  # of an earlier output of that name
+        old.unlink(missing_ok=True)
     if out.suffix != ".parquet" and files[0].ids():
         with atomic_file(ids_path(out)) as temporary, temporary.open("w", encoding="utf-8") as file:
             for part in files:
                 file.writelines(f"{key}\n" for key in part.ids())
     if ranges is not None:
-        save_array(out.with_name(out.name + ".ranges.npy"), ranges)
+        save_array(beside, ranges)
     return sample.shape[1]

@@ -180,7 +180,10 @@ class TrainSection(Section):
                 raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")
             return size
         power = "KMGT".index(match[2][0]) + 1
-        return int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
+        found = int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
+        if found < 1:
+            raise ValueError("expected at least one byte")
+        return found
 
     @field_validator("device")
     @classmethod

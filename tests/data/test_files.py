@@ -13,7 +13,7 @@ import pytest
 from pyqemb.data import files
 from pyqemb.data.files import atomic_file, atomic_folder, check_writable
 from pyqemb.data.machine import errno_of, raise_if_machine, writing
-from pyqemb.errors import MachineError, PyqembError
+from pyqemb.errors import ConfigError, MachineError, PyqembError
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE])
@@ -106,3 +106,8 @@ def test_the_error_survives_a_process_boundary():
     error = pickle.loads(pickle.dumps(MachineError("x: cannot be written: why", errno.EIO, "x")))
     assert (str(error), error.errno, error.filename) == ("x: cannot be written: why", errno.EIO, "x")
     assert isinstance(error, PyqembError) and files.check_writable
+
+
+def test_the_root_of_the_file_system_is_no_output():
+    with pytest.raises(ConfigError, match="/: is the root of the file system; expected the path of a folder"):
+        check_writable("/", folder=True)

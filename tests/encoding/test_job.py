@@ -343,3 +343,15 @@ def test_command_line(model, jsonl, tmp_path, capsys):
         < 1e-6
     )
     assert main(["encode", str(model), str(jsonl), "--out", str(out), "--processes", "0"]) == 2
+
+
+def test_ids_and_ranges_of_an_earlier_output_do_not_stay(tmp_path):
+    model = tiny_embedder().save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
+    (tmp_path / "lines.txt").write_text("x\ny\nz\n")
+    out = tmp_path / "out.npy"
+    encode_file(str(model), tmp_path / "ids.jsonl", out, precision="int8")
+    assert (tmp_path / "out.npy.ids").exists() and (tmp_path / "out.npy.ranges.npy").exists()
+    encode_file(str(model), tmp_path / "lines.txt", out)
+    assert len(np.load(out)) == 3
+    assert not (tmp_path / "out.npy.ids").exists() and not (tmp_path / "out.npy.ranges.npy").exists()

@@ -84,6 +84,7 @@ def test_yaml_numbers_without_a_point(tmp_path):
             "train.memory: expected 'auto', a number of bytes or a size like '12GB', got 'lots'",
         ),
         ({"train": {"memory": 0}}, "train.memory"),
+        ({"train": {"memory": "0GB"}}, "train.memory: expected at least one byte, got '0GB'"),
         ({"train": {"skip_gradients": 1.0}}, "train.skip_gradients"),
         ({"train": {"documents": "all"}}, "train.documents"),
         ({"train": {"global_batch_size": 0}}, "train.global_batch_size"),
