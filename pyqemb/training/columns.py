@@ -6,6 +6,7 @@ from pyqemb.data.layouts import Example, UnusedColumns
 from pyqemb.data.shards import Shards
 from pyqemb.errors import DataError
 
+_POSITIVE_PAIRS = {"info_nce", "classification", "rerank"}  # objectives that take every row for a positive pair
 _TEACHER = ("scores", "query_embedding", "positive_embedding")
 UNUSED = {
     "info_nce": ("score", *_TEACHER),
@@ -29,7 +30,7 @@ class UnusedByObjective:
             value = getattr(example, column)
             if value is None or value == ():
                 continue
-            if column == "score":
+            if column == "score" and self._objective in _POSITIVE_PAIRS:
                 if value <= 0:
                     raise DataError(
                         f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective} takes every pair for a positive "
