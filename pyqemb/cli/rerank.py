@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     with atomic_file(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for rows in _windows(args.pairs):
             pairs = [(row["query"], text) for row in rows for text in _documents(row)]
-            told = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
-            scores = iter(model.score(pairs, instruction=told).tolist())
+            instructions = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
+            scores = iter(model.score(pairs, instruction=instructions).tolist())
             for row in rows:
                 own = [next(scores) for _ in _documents(row)]
                 file.write(json.dumps(_scored(row, own, args.top_k), ensure_ascii=False) + "\n")

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
         def show(so_far: Synthesis) -> None:
             done = so_far.examples + so_far.failed
             usage, rate = so_far.usage, done / max(so_far.seconds, 1e-9)
-            told = f"{rate:.1f}/s, {usage.prompt_tokens + usage.completion_tokens:,} tokens, cost {usage.cost(config.endpoint):.4f}"
-            bar.update(task, completed=done, description=f"{told}, {so_far.malformed.total()} malformed")
+            status = f"{rate:.1f}/s, {usage.prompt_tokens + usage.completion_tokens:,} tokens, cost {usage.cost(config.endpoint):.4f}"
+            bar.update(task, completed=done, description=f"{status}, {so_far.malformed.total()} malformed")
 
         result = synthesize(config, on_progress=show)
     usage = result.usage

@@ -65,7 +65,7 @@ def mine(
 
     Args:
         model: an Embedder, or anything with its encode_query and encode_document.
-        examples: queries with their positives. All positives of one query text are spared, by text.
+        examples: queries with their positives. All positives of one query text are excluded, by text.
         corpus: further documents to choose from; the positives always belong to the pool. Equal texts are one document.
         max_positive_ratio: a negative scores at most this share of the positive (TopK-PercPos; below a negative positive
             score by the same share of its size). None: no such limit.
@@ -101,7 +101,7 @@ def mine(
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
     vectors = embed_documents(model, documents)
-    spared = _positives_of_each_text(examples, place)
+    excluded = _positives_of_each_text(examples, place)
     positives = np.array([place[e.positive] for e in examples])
 
     def rescore(row: int, found: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ def mine(
     for rows, members in _pools(positives, documents, pool_of):
         mined = search_negatives(
             query_vectors, query_rows[rows], vectors if members is None else vectors[members], rules,
-            spared[rows] if members is None else _within(spared[rows], members),
+            excluded[rows] if members is None else _within(excluded[rows], members),
             positives[rows] if members is None else _within(positives[rows], members),
             generator=generator, device=search_device(model), approximate_by=approximate,
             rescore=None if reranker is None else _Rescoring(rescore, rows, members),
@@ -183,7 +183,7 @@ def search_negatives(
     query_rows: np.ndarray,
     documents: np.ndarray,
     rules: Rules,
-    spared: np.ndarray,
+    excluded: np.ndarray,
     positives: np.ndarray,
     *,
     generator: np.random.Generator,
@@ -192,7 +192,7 @@ def search_negatives(
     rescore: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Negatives:
     """`mine` on vectors: query_vectors [Q, E], query_rows [N] into them, documents [M, E], all float32 (they may be mapped from the
-    disk); positives [N] and spared [N, X] (all positives of the row's query, -1 for none) are indices of documents.
+    disk); positives [N] and excluded [N, X] (all positives of the row's query, -1 for none) are indices of documents.
     """
     count = len(query_rows)
     search: Search = approximate(documents, approximate_by) if approximate_by else exact(documents, device)
@@ -204,11 +204,11 @@ def search_negatives(
         queries = query_vectors[query_rows[part]]
         own = (queries * documents[positives[part]]).sum(axis=1)
         if rescore is None:
-            means = _mean_scores(queries, documents, spared[part]) if rules.mean_margin is not None else own
-            found_scores, found = search(queries, spared[part], rules.ceilings(own, means), wanted)
+            means = _mean_scores(queries, documents, excluded[part]) if rules.mean_margin is not None else own
+            found_scores, found = search(queries, excluded[part], rules.ceilings(own, means), wanted)
         else:
-            found_scores, found = search(queries, spared[part], np.full(len(queries), np.inf, np.float32), wanted)
-            own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], spared[part], found)
+            found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
+            own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], excluded[part], found)
         positive_scores[part] = own
         places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
         indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
@@ -221,14 +221,14 @@ def _rescored(
     rules: Rules,
     start: int,
     positives: np.ndarray,
-    spared: np.ndarray,
+    excluded: np.ndarray,
     found: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores of the positives, scores, indices) by the reranker, best first; what lies above its ceiling becomes -1."""
     own = np.empty(len(positives), dtype=np.float32)
     scores = np.full(found.shape, -np.inf, dtype=np.float32)
     indices = np.full(found.shape, -1, dtype=np.int64)
-    for row, (candidates, positive, others) in enumerate(zip(found, positives, spared, strict=True)):
+    for row, (candidates, positive, others) in enumerate(zip(found, positives, excluded, strict=True)):
         candidates, others = candidates[candidates >= 0], others[others >= 0]
         given = rescore(start + row, np.concatenate([[positive], others, candidates]))
         own[row], mean = given[0], given[1 : 1 + len(others)].mean()
@@ -263,9 +263,9 @@ def embed_queries(model: Any, examples: Sequence[Example], instruction: str | No
     asked = [(example.query, example.instruction or instruction) for example in examples]
     distinct = {pair: row for row, pair in enumerate(dict.fromkeys(asked))}
     vectors: np.ndarray | None = None
-    for told in dict.fromkeys(told for _, told in distinct):
-        rows = [row for (_, its), row in distinct.items() if its == told]
-        encoded = _finite("queries", model.encode_query([q for q, its in distinct if its == told], instruction=told))
+    for task in dict.fromkeys(task for _, task in distinct):
+        rows = [row for (_, own), row in distinct.items() if own == task]
+        encoded = _finite("queries", model.encode_query([q for q, own in distinct if own == task], instruction=task))
         vectors = np.empty((len(distinct), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
         vectors[rows] = encoded
     assert vectors is not None
@@ -282,11 +282,11 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
     by_query: dict[str, dict[int, None]] = {}
     for example in examples:
         by_query.setdefault(example.query, {})[place[example.positive]] = None
-    spared = np.full((len(examples), max(map(len, by_query.values()))), -1, dtype=np.int64)
+    excluded = np.full((len(examples), max(map(len, by_query.values()))), -1, dtype=np.int64)
     for row, example in enumerate(examples):
         own = list(by_query[example.query])
-        spared[row, : len(own)] = own
-    return spared
+        excluded[row, : len(own)] = own
+    return excluded
 
 
 def _mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:

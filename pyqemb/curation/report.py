@@ -62,7 +62,7 @@ def _page(record: dict[str, Any], ledgers: list[Ledger]) -> str:
 def _section(index: int, ledger: Ledger, settings: dict[str, Any]) -> str:
     outcomes = [KEPT, *(reason for reason, _ in ledger.dropped.most_common())]
     colors = {outcome: _COLORS[min(place, len(_COLORS) - 1)] for place, outcome in enumerate(outcomes)}
-    told = ", ".join(f"{key} = {value}" for key, value in {**settings, **ledger.notes}.items() if key != "kind")
+    summary = ", ".join(f"{key} = {value}" for key, value in {**settings, **ledger.notes}.items() if key != "kind")
     counts = "".join(
         f'<tr><td><span style="color:{colors[outcome]}">&#9632;</span> {escape(outcome)}<td class="n">{ledger.counts[outcome]:,}'
         f'<td class="n">{_share(ledger.counts[outcome], ledger.counts.total())}'
@@ -76,7 +76,7 @@ def _section(index: int, ledger: Ledger, settings: dict[str, Any]) -> str:
         for outcome in outcomes
         if ledger.drawn.get(outcome)
     )
-    return f'<h2 id="{index}">{escape(ledger.name)}</h2><p class="small">{escape(told)}</p><table>{counts}</table>{charts}{samples}'
+    return f'<h2 id="{index}">{escape(ledger.name)}</h2><p class="small">{escape(summary)}</p><table>{counts}</table>{charts}{samples}'
 
 
 def _chart(name: str, histogram: Histogram, colors: dict[str, str]) -> str:

@@ -9,19 +9,19 @@ import torch
 from pyqemb import ops
 from pyqemb.errors import ConfigError
 
-# (queries [B, E], spared [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where none is left
+# (queries [B, E], excluded [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where none is left
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-_MORE = (
-    4  # faiss knows neither ceilings nor spared documents: where too few are left, so many times as many are asked for
-)
+_MORE = 4  # faiss knows neither ceilings nor excluded documents: where too few are left, so many times as many are asked for
 
 
 def exact(documents: np.ndarray, device: torch.device) -> Search:
     pool = torch.from_numpy(documents).to(device)
 
-    def search(queries: np.ndarray, spared: np.ndarray, ceilings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        queries: np.ndarray, excluded: np.ndarray, ceilings: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         asked, exclude, ceiling = (
-            torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries, spared, ceilings)
+            torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (queries, excluded, ceilings)
         )
         scores, indices = ops.top_k(asked, pool, min(k, len(pool)), exclude=exclude, ceiling=ceiling)
         return scores.cpu().numpy(), indices.cpu().numpy()
@@ -43,15 +43,17 @@ def approximate(documents: np.ndarray, factory: str) -> Search:
         index.train(documents)
     index.add(documents)
 
-    def search(queries: np.ndarray, spared: np.ndarray, ceilings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        queries: np.ndarray, excluded: np.ndarray, ceilings: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         found = np.full((len(queries), k), -1, dtype=np.int64)
-        short, wanted = np.arange(len(queries)), k + spared.shape[1]
+        short, wanted = np.arange(len(queries)), k + excluded.shape[1]
         while len(short):
             wanted = min(wanted, len(documents))
             values, indices = index.search(np.ascontiguousarray(queries[short]), wanted)
             good = (indices >= 0) & (values <= ceilings[short, None])
-            for column in spared[short].T:
+            for column in excluded[short].T:
                 good &= indices != column[:, None]
             order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # those that qualify first, in their order
             good = np.take_along_axis(good, order, axis=1)

@@ -36,15 +36,15 @@ class CachedEncoder:
         return getattr(self.model, name)
 
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        told = getattr(self.model, "default_instruction", None) if instruction is None else instruction
-        return self._vectors("query", told, texts, lambda some: self.model.encode_query(some, instruction=instruction))
+        used = getattr(self.model, "default_instruction", None) if instruction is None else instruction
+        return self._vectors("query", used, texts, lambda some: self.model.encode_query(some, instruction=instruction))
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
         return self._vectors("document", None, texts, self.model.encode_document)
 
-    def _vectors(self, side: str, told: str | None, texts: Sequence[str], encode: Any) -> np.ndarray:
+    def _vectors(self, side: str, instruction: str | None, texts: Sequence[str], encode: Any) -> np.ndarray:
         """float32 [N, E]; mapped from the disk where the texts lie there in this order."""
-        identity = json.dumps([_FORMAT, self._fingerprint, side, told])
+        identity = json.dumps([_FORMAT, self._fingerprint, side, instruction])
         folder = self._folder / f"{side}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
         store = Blocks(folder, identity)
         keys = keys_of(texts)

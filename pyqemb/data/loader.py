@@ -185,12 +185,12 @@ def build_pairs(examples: Sequence[Example], instruction: str) -> TrainingBatch:
     owner: list[int] = []
     candidates: list[list[int]] = []
     for query, example in enumerate(examples):
-        told = instruction if example.instruction is None else example.instruction
+        task = instruction if example.instruction is None else example.instruction
         candidates.append([])
         for document in (example.positive, *example.negatives):
             candidates[-1].append(len(owner))
             owner.append(query)
-            text = format_pair(example.query, document, told)
+            text = format_pair(example.query, document, task)
             places.append(texts.setdefault(text, len(texts)))
     width = max(map(len, candidates), default=0)
     positive = torch.tensor([row[0] for row in candidates], dtype=torch.int64)

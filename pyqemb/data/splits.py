@@ -1,6 +1,6 @@
 """Which files of a folder are train, validation and test, by the conventions of datasets on the hub.
 
-A split is told by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet, default/dev/0.csv).
+A split is recognized by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet, default/dev/0.csv).
 Source: https://huggingface.co/docs/datasets/repository_structure
 """
 

@@ -43,6 +43,6 @@ def read_ranked_examples(path: str | Path) -> list[Example]:
 def _scores(model: Any, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:
     """Of each example, its positive first."""
     pairs = [(e.query, document) for e in examples for document in (e.positive, *e.negatives)]
-    told = [e.instruction or instruction for e in examples for _ in range(1 + len(e.negatives))]
-    scores = np.asarray(model.score(pairs, instruction=told))
+    instructions = [e.instruction or instruction for e in examples for _ in range(1 + len(e.negatives))]
+    scores = np.asarray(model.score(pairs, instruction=instructions))
     return np.split(scores, np.cumsum([1 + len(e.negatives) for e in examples])[:-1])

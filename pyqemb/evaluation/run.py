@@ -124,7 +124,7 @@ def retrieve(
     documents, groups = list(task.corpus), _groups(task)
     queries = [query for _, group in groups for query in group]
     query_vectors = np.concatenate(
-        [_encode_queries(model, [task.queries[q] for q in group], told or instruction, dim) for told, group in groups]
+        [_encode_queries(model, [task.queries[q] for q in group], own or instruction, dim) for own, group in groups]
     )
     place = {document: index for index, document in enumerate(documents)}
     own = np.array([[place.get(query, -1)] for query in queries], dtype=np.int64)

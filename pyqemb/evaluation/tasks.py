@@ -1,6 +1,6 @@
 """What there is to measure on: retrieval (BEIR layout), graded sentence pairs (STS), and translations (bitext).
 
-A folder's kind is told by its files: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1, sentence2, score;
+The files of a folder say which kind it is: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1, sentence2, score;
 bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
 """
 

@@ -45,10 +45,10 @@ class MtebEncoder(AbsEncoder):
         texts = [text for batch in inputs for text in batch["text"]]
         if prompt_type == PromptType.document:
             return self.model.encode_document(texts, dim=self.dim)
-        told = self.get_instruction(task_metadata, prompt_type)
-        if isinstance(told, Mapping):
-            told = next(iter(told.values()))
-        prompt = TEMPLATE.format(task=told, query="") if told else None
+        instruction = self.get_instruction(task_metadata, prompt_type)
+        if isinstance(instruction, Mapping):
+            instruction = next(iter(instruction.values()))
+        prompt = TEMPLATE.format(task=instruction, query="") if instruction else None
         return self.model.encode(texts, dim=self.dim, prompt=prompt)
 
 
@@ -73,11 +73,11 @@ class MtebReranker:
         """float32 scores of mteb's pairs."""
         sides = [[row for batch in inputs for row in _rows(batch)] for inputs in (inputs1, inputs2)]
         prompt = task_metadata.prompt
-        told = self.instructions.get(task_metadata.name) or (
+        instruction = self.instructions.get(task_metadata.name) or (
             prompt.get("query") if isinstance(prompt, Mapping) else prompt
         )
         pairs = [(query["text"], document["text"]) for query, document in zip(*sides, strict=True)]
-        return self.model.score(pairs, instruction=[query.get("instruction") or told for query in sides[0]])
+        return self.model.score(pairs, instruction=[query.get("instruction") or instruction for query in sides[0]])
 
 
 def run_suite(

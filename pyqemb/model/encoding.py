@@ -98,7 +98,7 @@ class Encoding(Pooled):
             on_progress: called with the number of texts that are done.
 
         Returns:
-            A float32 numpy array, or one of the precision's dtype, unless told otherwise.
+            A float32 numpy array, or one of the precision's dtype, unless an argument says otherwise.
 
         Raises:
             TypeError: not texts, an unknown argument. ConfigError (a ValueError): a value that an argument cannot take.

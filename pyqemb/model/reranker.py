@@ -167,15 +167,18 @@ class Reranker(Scoring, nn.Module):
         self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None
     ) -> list[str]:
         """The bodies that `tokenizer.encode_documents` takes."""
-        told = [instruction] * len(pairs) if instruction is None or isinstance(instruction, str) else list(instruction)
-        if len(told) != len(pairs):
-            raise ValueError(f"expected one instruction for each of {len(pairs)} pairs, got {len(told)}")
+        if instruction is None or isinstance(instruction, str):
+            instructions: Sequence[str | None] = [instruction] * len(pairs)
+        else:
+            instructions = list(instruction)
+        if len(instructions) != len(pairs):
+            raise ValueError(f"expected one instruction for each of {len(pairs)} pairs, got {len(instructions)}")
         for number, pair in enumerate(pairs):
             if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise TypeError(f"expected pairs of two texts, got {pair!r} at index {number}")
         return [
             format_pair(query, document, self.default_instruction if own is None else own)
-            for (query, document), own in zip(pairs, told, strict=True)
+            for (query, document), own in zip(pairs, instructions, strict=True)
         ]
 
     def save_pretrained(

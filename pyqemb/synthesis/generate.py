@@ -66,7 +66,7 @@ def synthesize(
 async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis], None] | None) -> Synthesis:
     start = time.monotonic()
     sources = read_sources(config)
-    first = next(sources)  # bad input is told before anything is written or asked
+    first = next(sources)  # bad input is reported before anything is written or asked
     store = Store(config.out / ANSWERS)
     ask = Asker(config.endpoint, store)
     result = Synthesis(config.out, usage=ask.usage)

@@ -29,7 +29,7 @@ OnMalformed = Callable[[str, Malformed], None]  # (name of the prompt, what came
 
 
 class Writer:
-    """Writes the examples of one configuration. Each malformed answer is told to `on_malformed` before it is asked again."""
+    """Writes the examples of one configuration. Each malformed answer is passed to `on_malformed` before it is asked again."""
 
     def __init__(self, config: SynthesisConfig, ask: Asker, on_malformed: OnMalformed):
         self.config, self._ask, self._on_malformed = config, ask, on_malformed

@@ -1,4 +1,4 @@
-"""Which columns of its rows a dataset is not trained on: told before the first step, refused where they say that a pair is none."""
+"""Which columns of its rows a dataset is not trained on: reported before the first step, refused where they say that a pair is none."""
 
 import logging
 

@@ -174,16 +174,16 @@ class GradCache:
 
     def _first_pass(self, stream: PackedBatch) -> tuple[Record, torch.Tensor, StepReport]:
         """The record, where in its vectors each sequence of the stream finds its own, and the report so far."""
-        draws = passes.draws(self.model)
-        if draws and self.skip:
+        is_stochastic = passes.is_stochastic(self.model)
+        if is_stochastic and self.skip:
             raise ValueError(
                 "skip needs a model that draws no random numbers: its texts are packed anew for the second pass"
             )
         # Two copies of a text must see two dropout masks.
-        first_U, same_S = (np.arange(stream.num_sequences),) * 2 if draws else distinct(stream)
+        first_U, same_S = (np.arange(stream.num_sequences),) * 2 if is_stochastic else distinct(stream)
         texts = stream if len(first_U) == len(same_S) else stream.select(torch.from_numpy(first_U))
         device, planner = passes.device_of(self.model, [stream]), self._planner
-        random = RngState.now(device) if draws else None
+        random = RngState.now(device) if is_stochastic else None
         plan, replans = planner.plan(texts), 0
         while True:
             chunks, order_U = cut(texts, plan.tokens_per_chunk)

@@ -88,7 +88,7 @@ def embed_without_graph(
         boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.qwen3.Boundaries).
     """
     device = device_of(model, chunks)
-    record = Record(torch.empty(0), list(chunks), Autocast.now(device), [] if draws(model) else None)
+    record = Record(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
     first_kept = max(len(chunks) - kept, 0)
     vectors = []
     for number, chunk in enumerate(chunks):
@@ -169,7 +169,7 @@ def device_of(model: Any, chunks: Sequence[PackedBatch]) -> torch.device:
     return chunks[0].device if parameter is None else parameter.device
 
 
-def draws(model: Any) -> bool:
+def is_stochastic(model: Any) -> bool:
     """Whether two passes of the model differ unless the random state is put back."""
     if not isinstance(model, nn.Module):
         return False

@@ -34,7 +34,7 @@ class Sets:
     @property
     def instructions(self) -> set[str | None]:
         """Of all examples; of those in shards at least two where there are more."""
-        return {told for examples in self.examples.values() for told in _instructions(examples)}
+        return {instruction for examples in self.examples.values() for instruction in _instructions(examples)}
 
     @property
     def most_negatives(self) -> int:

@@ -244,13 +244,13 @@ class Run:
             yield
         except BaseException as error:
             self.model.train()
-            told = f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}"
+            message = f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}"
             try:
                 self.save(progress)
             except PyqembError as failed:
-                self.warn(f"{told}, and a checkpoint could not be saved: {failed}")
+                self.warn(f"{message}, and a checkpoint could not be saved: {failed}")
             else:
-                self.warn(f"{told}; saved to {self.checkpoints}, continue with --resume auto")
+                self.warn(f"{message}; saved to {self.checkpoints}, continue with --resume auto")
             raise
 
     def train_step(self, progress: Progress) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""What the jobs need of a model. Embedder and Reranker have it; so has any other class with these methods."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.tokenizer import Tokenizer
+
+
+class TextEncoder(Protocol):
+    """Packed tokens to one row for each sequence: the forward pass that training differentiates.
+
+    An Embedder gives unit vectors, a Reranker the two logits of each pair.
+    """
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and the rows."""
+        ...
+
+    def __call__(self, batch: PackedBatch, /) -> torch.Tensor:
+        """Rows [B, E] of the sequences of `batch`, differentiable."""
+        ...
+
+
+class VectorEncoder(Protocol):
+    """Texts to vectors: what searching, mining and evaluation need."""
+
+    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None) -> np.ndarray:
+        """float32 [len(texts), E]; `instruction` None: the model's own."""
+        ...
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), E]."""
+        ...
+
+
+class PairScorer(Protocol):
+    """(query, document) pairs to scores: what evaluating a reranker needs."""
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None
+    ) -> np.ndarray:
+        """float32 [len(pairs)]; `instruction`: one for all pairs, or one for each."""
+        ...
