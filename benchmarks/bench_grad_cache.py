@@ -12,7 +12,7 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.cases import heavy_tailed, texts_of
-from pyqemb.training.chunks import cut
+from pyqemb.training.grad_cache.chunks import chunk
 from pyqemb.training.grad_cache import GradCache, Plan
 
 PAIRS, BUDGET, ALL = 256, 4096, 10**6  # of the global batch; tokens of a chunk; more chunks than there are
@@ -29,7 +29,7 @@ def test_cost_over_an_uncached_step(compare, words, folder):
     queries, documents = (PackedBatch.pack(ours.tokenizer.encode_documents(side)) for side in sides)
     positive, losses = torch.arange(PAIRS), {}
     stream = PackedBatch.concat((queries, documents))
-    chunks, _ = cut(stream, BUDGET)
+    chunks, _ = chunk(stream, BUDGET)
     third = max(round(len(chunks) / 3), 1)
 
     def loss_fn(queries_BE, documents_ME):

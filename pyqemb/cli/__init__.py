@@ -8,6 +8,7 @@ from typing import Any
 
 from pyqemb import __version__
 from pyqemb.cli.exits import EXIT_CODES, guarded
+from pyqemb.cli.logs import log_to_stderr
 
 VERBS = {
     "init": "write a commented run.toml to begin with",
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb().kept(namespace) if parsed and hasattr(verb(), "kept") else KEPT
 
     name = "pyqemb" if namespace.verb is None else f"pyqemb {namespace.verb}"
-    return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb == "train" else None)
+    with log_to_stderr():
+        return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb == "train" else None)
 
 
 def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentParser:

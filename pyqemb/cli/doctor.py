@@ -76,7 +76,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _memory(device: Any) -> str:
-    from pyqemb.training.memory import free_bytes
+    from pyqemb.training.grad_cache.memory import free_bytes
 
     try:
         return f"{free_bytes(device) / 2**30:.1f} GiB free"

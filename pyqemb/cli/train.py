@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_plan(config: "TrainConfig", evaluate: Any) -> None:
     import json
 
-    from pyqemb.training.plan import plan
+    from pyqemb.training.dry_run import plan
 
     lines = list(plan(config, evaluate))  # what is wrong shows before the configuration scrolls by
     print(json.dumps(config.model_dump(mode="json"), indent=1))

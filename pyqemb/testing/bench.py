@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyqemb.training.memory import Meter
+from pyqemb.training.grad_cache.memory import PeakMemory
 
 Work = Callable[[], object]
 
@@ -108,9 +108,9 @@ def _seconds(work: Work) -> float:
 def peak_bytes(work: Work) -> int:
     """How far the memory of the process rises above its start while `work` runs."""
     gc.collect()
-    with Meter(torch.device("cpu")) as meter:
+    with PeakMemory(torch.device("cpu")) as peak:
         work()
-    return meter.peak_bytes
+    return peak.peak_bytes
 
 
 def _gemm(size: int = 1536) -> tuple[Work, float]:

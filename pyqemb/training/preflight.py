@@ -16,7 +16,7 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
-from pyqemb.training.memory import free_bytes
+from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
 
 

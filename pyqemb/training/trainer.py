@@ -24,6 +24,7 @@ from pyqemb.training import preflight
 from pyqemb.training.config import TrainConfig, load_config
 from pyqemb.training.distributed import World, joined
 from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.grad_cache.passes import gradient_at
 from pyqemb.training.loss import BatchLoss, LossParameters, stats_of
 from pyqemb.training.optim import Optimizer, learning_rate
 from pyqemb.training.progress import Progress, Silence
@@ -140,7 +141,7 @@ class Run:
         self.optimizer = Optimizer(self.model, config.train, precision, others)
         self.cache = GradCache(
             self.model, None, config.train.tokens_per_chunk, memory=config.train.memory, skip=config.train.skip_gradients,
-            parameters=self.optimizer.weights.values(), agree=self._agree, say=self.warn,
+            parameters=self.optimizer.weights.values(),
         )  # fmt: skip
         self.step, self.bad_steps = 0, 0
         self.stopping = False  # what all processes have agreed on
@@ -320,17 +321,18 @@ class Run:
             vectors_SE = world.gather(own_SE, shares)
             return loss_of(vectors_SE.index_select(0, query_text), vectors_SE.index_select(0, document_text))
 
-        self._message = lambda loss: torch.cat(
-            [
-                torch.tensor([float(loss), self.stop.name is not None, stream.num_tokens], dtype=torch.float64),
-                loss_of.totals.cpu(),
-            ]
-        )
-        self.cache.step_stream(stream, loss_of_texts)
-        loss, stopping, tokens, *totals = self._agreed.tolist()
+        forward = self.cache.forward(stream)
+        embeddings_SE = forward.embeddings.requires_grad_()
+        own_loss = loss_of_texts(embeddings_SE)
+        facts = [float(own_loss.detach()), self.stop.name is not None, stream.num_tokens]
+        message = torch.cat([torch.tensor(facts, dtype=torch.float64), loss_of.totals.cpu()])
+        loss, stopping, tokens, *totals = world.sum(message.to(own_loss.device)).tolist()
         self.stopping = stopping > 0
         if math.isfinite(loss):
+            self.cache.backward(forward, gradient_at(embeddings_SE, own_loss))
             world.sum_gradients(self.optimizer.holders)
+        else:
+            self.cache.discard(forward)
         return loss, int(tokens), torch.tensor(totals, dtype=torch.float64)
 
     def _batch(self, step: int) -> TrainingBatch:
@@ -340,11 +342,6 @@ class Run:
         """The tokens of this rank's texts, and which texts are whose."""
         shares = batch.shares(self.world.size)
         return self.tokens.pack([batch.texts[text] for text in shares[self.world.rank]]), shares
-
-    def _agree(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of the whole batch. What else the processes tell each other in a step goes with it."""
-        self._agreed = self.world.sum(self._message(loss).to(loss.device)).cpu()
-        return self._agreed[0]
 
     def _asked_to_stop(self) -> bool:
         """Alone at once; among others when all have heard of it."""

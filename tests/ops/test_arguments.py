@@ -313,11 +313,11 @@ def catalogue() -> dict[str, Op]:
         "PackedBatch.to": Op(batch.to, dict(device="cpu"), dict(device=(values("gpu?", 1.5, [], None),))),
         "GradCache": Op(
             GradCache,
-            dict(model=torch.nn.Identity(), loss_fn=None, tokens_per_chunk=4, plan=None, memory=None, skip=0.0, parameters=None, agree=None, say=None),
+            dict(model=torch.nn.Identity(), loss_fn=None, tokens_per_chunk=4, plan=None, memory=None, skip=0.0, parameters=None),
             dict(
                 model=(values(None, 5, "model", {}),), loss_fn=(values(5, "loss", {}),), tokens_per_chunk=(values(*(x for x in INTEGERS if x is not HUGE), None, 0),),
                 plan=(values(5, "plan", {}),), memory=(values("all", 0, -1, 1.5, True, [], {}),), skip=(number, values(1.0, 2)),
-                parameters=(values(5, [5], ["a"], "ab"),), agree=(values(5, "mean"),), say=(values(5, "print"),),
+                parameters=(values(5, [5], ["a"], "ab"),),
             ),
         ),
     }  # fmt: skip

@@ -276,9 +276,39 @@ def test_a_loss_that_is_not_finite_adds_nothing():
 
 def test_all_processes_leave_out_a_loss_that_is_not_finite_on_one():
     model, (queries, documents) = tiny_embedder(), batches()
-    cache = GradCache(model, loss_fn, 60, agree=lambda loss: loss + torch.inf)
-    assert torch.isfinite(cache.step(queries, documents))
-    assert all(p.grad is None for p in model.parameters())
+    for plan in (Plan(60), Plan(60, kept=2, boundaries=2), Plan(ALL)):
+        cache = GradCache(model, plan=plan)
+        record = cache.forward(PackedBatch.concat((queries, documents)))
+        assert torch.isfinite(loss_fn(record.embeddings[:7], record.embeddings[7:]))
+        cache.discard(record)
+        assert cache.last is record.report and not record.encoded.graphs and not record.encoded.boundaries
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(ALL)], ids=str)
+def test_the_phases_of_a_step(plan):
+    """The caller takes the loss between them; texts that come twice add their gradients up."""
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    documents = PackedBatch.concat([documents, queries.select([1, 1])])
+    _, truth = gradients(model, uncached(model, queries, documents))
+    cache = GradCache(model, plan=plan)
+
+    def phases():
+        record = cache.forward(PackedBatch.concat((queries, documents)))
+        assert record.embeddings.shape == (21, 32) and not record.embeddings.requires_grad
+        embeddings = record.embeddings.requires_grad_()
+        loss = loss_fn(embeddings[:7], embeddings[7:])
+        cache.backward(record, torch.autograd.grad(loss, embeddings)[0])
+        return loss.detach()
+
+    _, grads = gradients(model, phases)
+    assert_close(grads, truth, 1e-12)
+    assert cache.last.distinct == 19
+    record = cache.forward(queries)
+    with pytest.raises(ValueError, match=r"gradient must have the shape of the embeddings, \[7, 32\], got \[7, 31\]"):
+        cache.backward(record, torch.zeros(7, 31))
+    with pytest.raises(TypeError, match="record must be a ForwardRecord, got Tensor"):
+        cache.backward(torch.zeros(7, 32), torch.zeros(7, 32))
 
 
 def test_bad_arguments():

@@ -1,5 +1,6 @@
 """What a step does with its memory: packing, kept graphs, budgets, failed allocations, skipped texts."""
 
+import logging
 import time
 
 import numpy as np
@@ -10,12 +11,18 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.testing.cached_step import Dropping, assert_close, backward, batches, gradients, loss_fn, uncached
 from pyqemb.testing.cases import heavy_tailed
 from pyqemb.testing.tiny import tiny_embedder
-from pyqemb.training import budget as budgets
-from pyqemb.training import grad_cache, passes
-from pyqemb.training.chunks import distinct, pack
-from pyqemb.training.grad_cache import GradCache, Plan
+from pyqemb.training.grad_cache import GradCache, Plan, passes, planner
+from pyqemb.training.grad_cache.chunks import distinct, pack
+from pyqemb.training.grad_cache.memory import PeakMemory
 
 ALL = 10**6
+
+
+@pytest.fixture
+def said(caplog):
+    """Messages of the logger."""
+    caplog.set_level(logging.INFO, "pyqemb")
+    return caplog
 
 
 def mix(pairs):
@@ -118,11 +125,10 @@ FAILURES = [  # the plan, and the pass through the model that fails: of five chu
 @pytest.mark.parametrize("error", ERRORS, ids=str)
 @pytest.mark.parametrize(("plan", "failing"), FAILURES, ids=str)
 @pytest.mark.parametrize("before", [False, True], ids=["no gradients before", "gradients before"])
-def test_a_failed_allocation_changes_nothing(plan, failing, error, before):
+def test_a_failed_allocation_changes_nothing(plan, failing, error, before, said):
     model, (queries, documents) = tiny_embedder().double(), batches()
     _, truth = gradients(model, uncached(model, queries, documents))
-    said = []
-    cache = GradCache(model, loss_fn, plan=plan, say=said.append)
+    cache = GradCache(model, loss_fn, plan=plan)
     calls = []
     scarce = Scarce(model, times=1, when=lambda: calls.append(1) or len(calls) == failing, error=error)
 
@@ -133,7 +139,7 @@ def test_a_failed_allocation_changes_nothing(plan, failing, error, before):
         return cache.step(queries, documents)
 
     _, grads = gradients(model, step)
-    assert scarce.failures == 1 and cache.last.replans == 1 and "out of memory" in said[0]
+    assert scarce.failures == 1 and cache.last.replans == 1 and "out of memory" in said.messages[0]
     assert_close({name: g - 1 if before else g for name, g in grads.items()}, truth, 1e-9 if before else 1e-12)
 
 
@@ -149,14 +155,13 @@ def test_a_smaller_plan_is_remembered():
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_only_a_smallest_chunk_that_does_not_fit_is_an_error(second):
+def test_only_a_smallest_chunk_that_does_not_fit_is_an_error(second, said):
     model = tiny_embedder()
     Scarce(model, tokens=0, when=lambda: torch.is_grad_enabled() == second)
-    said = []
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        GradCache(model, loss_fn, plan=Plan(100, kept=2, boundaries=2), say=said.append).step(*batches())
+        GradCache(model, loss_fn, plan=Plan(100, kept=2, boundaries=2)).step(*batches())
     longest = max(max(batch.lengths) for batch in batches())
-    assert f"tokens_per_chunk={longest}, kept=0, boundaries=0, checkpointing=True" in said[-1]
+    assert f"tokens_per_chunk={longest}, kept=0, boundaries=0, checkpointing=True" in said.messages[-1]
     assert all(p.grad is None for p in model.parameters()) and not model.model.checkpointing
 
 
@@ -259,14 +264,13 @@ def test_skipping_is_not_for_dropout():
 
 
 @pytest.mark.parametrize("budget", [1, 500_000, 1_500_000, 4_000_000, 10**10, "auto"])
-def test_a_budget_changes_no_gradient(budget):
+def test_a_budget_changes_no_gradient(budget, said):
     model, (queries, documents) = tiny_embedder().double(), batches(40, 60)
     _, truth = gradients(model, uncached(model, queries, documents))
-    said = []
-    cache = GradCache(model, loss_fn, memory=budget, say=said.append)
+    cache = GradCache(model, loss_fn, memory=budget)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     assert_close(grads, truth, 1e-12)
-    assert said[0].startswith("gradient cache: ") and "predicted peak" in said[0]
+    assert said.messages[0].startswith("gradient cache: ") and "predicted peak" in said.messages[0]
     assert cache.last.predicted_bytes > 0 and cache.last.measured_bytes is not None
     assert cache.last.plan.checkpointing == (budget in (1, 500_000))
     if budget in (10**10, "auto"):
@@ -275,11 +279,11 @@ def test_a_budget_changes_no_gradient(budget):
     assert_close(grads, truth, 1e-12)
 
 
-def test_the_plan_of_a_step_is_told_beforehand():
-    stream, lines = PackedBatch.concat(batches()), []
-    cache = GradCache(tiny_embedder(), loss_fn, memory=1_500_000, say=lines.append)
+def test_the_plan_of_a_step_is_told_beforehand(said):
+    stream = PackedBatch.concat(batches())
+    cache = GradCache(tiny_embedder(), loss_fn, memory=1_500_000)
     plan = cache.planned(stream)
-    assert plan == cache.planned(stream) and plan.peak_bytes <= 1_500_000 and not lines
+    assert plan == cache.planned(stream) and plan.peak_bytes <= 1_500_000 and not said.messages
     cache.step(*batches())
     assert cache.last.plan == plan
     given = GradCache(tiny_embedder(), loss_fn, 60).planned(stream)
@@ -303,7 +307,7 @@ def test_keeping_stops_where_memory_is_really_used(monkeypatch):
     """The guard looks at the process, not at the prediction."""
     model, (queries, documents) = tiny_embedder().double(), batches(400, 600)
     used = iter([0, *(n * 80_000_000 for n in range(1000))])
-    monkeypatch.setattr(budgets, "used_bytes", lambda device: next(used))
+    monkeypatch.setattr(planner, "used_bytes", lambda device: next(used))
     cache = GradCache(model, loss_fn, memory=200_000_000)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     assert 1 <= cache.last.kept < cache.last.chunks <= cache.last.plan.kept
@@ -311,13 +315,13 @@ def test_keeping_stops_where_memory_is_really_used(monkeypatch):
     assert_close(grads, truth, 1e-12)
 
 
-def test_a_step_over_its_budget_corrects_the_next(monkeypatch):
-    model, said = tiny_embedder(), []
-    cache = GradCache(model, loss_fn, memory=3_000_000, say=said.append)
-    monkeypatch.setattr(grad_cache.Meter, "__exit__", lambda self, *_: setattr(self, "peak_bytes", 5_000_000))
+def test_a_step_over_its_budget_corrects_the_next(monkeypatch, said):
+    model = tiny_embedder()
+    cache = GradCache(model, loss_fn, memory=3_000_000)
+    monkeypatch.setattr(PeakMemory, "stop", lambda self: setattr(self, "peak_bytes", 5_000_000))
     cache.step(*batches())
     first = cache.last
-    assert any("the step took 5 MiB, more than its 3 MiB" in line for line in said)
+    assert any("the step took 5 MiB, more than its 3 MiB" in line for line in said.messages)
     cache.step(*batches())
     assert cache.last.plan != first.plan
     assert passes.checkpointed_parts(model)

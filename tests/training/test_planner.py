@@ -12,11 +12,10 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.testing.cached_step import batches
 from pyqemb.testing.cases import heavy_tailed
 from pyqemb.testing.tiny import tiny_embedder
-from pyqemb.training import probe
-from pyqemb.training.grad_cache import GradCache
-from pyqemb.training.memory import Meter, free_bytes, is_allocation_failure, used_bytes
-from pyqemb.training.planner import Plan, Sizes, choose, predict
-from pyqemb.training.probe import TokenCosts, measure
+from pyqemb.training.grad_cache import GradCache, probe
+from pyqemb.training.grad_cache.memory import PeakMemory, free_bytes, is_allocation_failure, used_bytes
+from pyqemb.training.grad_cache.plan import Plan, Sizes, choose, predict
+from pyqemb.training.grad_cache.probe import TokenCosts, measure
 
 CPU = torch.device("cpu")
 COSTS = TokenCosts(forward=20, graph=100, backward=20, boundary=10, vector=4)
@@ -134,7 +133,7 @@ def test_the_probe_counts_what_autograd_saves(hidden):
 
 
 def test_the_meter_sees_what_work_takes():
-    with Meter(CPU) as meter:
+    with PeakMemory(CPU) as meter:
         block = torch.ones(40 << 20, dtype=torch.uint8)
         del block
         kept = torch.ones(10 << 20, dtype=torch.uint8)
@@ -144,11 +143,11 @@ def test_the_meter_sees_what_work_takes():
 
 
 def test_the_meter_samples_where_the_high_water_mark_cannot_be_set_back(monkeypatch):
-    monkeypatch.setattr("pyqemb.training.memory._reset_high_water", lambda: False)
-    with Meter(CPU) as meter:
+    monkeypatch.setattr("pyqemb.training.grad_cache.memory._reset_high_water", lambda: False)
+    with PeakMemory(CPU) as meter:
         torch.ones(20 << 20, dtype=torch.uint8)
     assert meter.peak_bytes < 38 << 20
-    with Meter(CPU) as meter:
+    with PeakMemory(CPU) as meter:
         held = torch.ones(40 << 20, dtype=torch.uint8)
     assert meter.peak_bytes > 38 << 20 and len(held)
 

@@ -1,20 +1,21 @@
-"""The plan of each step: from what was asked for, what a probe measured and what earlier steps have taken."""
+"""The plan of each step: from the request, the costs that a probe measured, and the memory that earlier steps took."""
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.training.chunks import pack
-from pyqemb.training.memory import free_bytes, give_back, gradients_aside, used_bytes
-from pyqemb.training.passes import Model, RngState, checkpointed_parts, device_of
-from pyqemb.training.planner import Plan, Sizes, choose, predict
-from pyqemb.training.probe import TokenCosts, measure
+from pyqemb.training.grad_cache.chunks import chunk_tokens
+from pyqemb.training.grad_cache.memory import free_bytes, give_back, gradients_aside, used_bytes
+from pyqemb.training.grad_cache.passes import Model, RngState, checkpointed_parts, device_of
+from pyqemb.training.grad_cache.plan import Plan, Sizes, choose, predict
+from pyqemb.training.grad_cache.probe import TokenCosts, measure
 
+log = logging.getLogger("pyqemb")
 _LARGE_CHUNK, _LARGE_CHUNK_ON_A_GPU = 4096, 16384  # tokens; larger ones are not faster
 _MARGIN = 0.9  # of what is free: the budget of "auto"
 
@@ -27,7 +28,6 @@ class StepPlanner:
         memory: bytes, or "auto"; None: `given` is taken as it is.
         gradients: the tensors that gradients end up in. tensors: all whose .grad a backward pass touches.
         may_save: whether boundary tensors and kept graphs may be used.
-        say: takes lines for the log.
     """
 
     def __init__(
@@ -38,14 +38,13 @@ class StepPlanner:
         gradients: list[torch.Tensor],
         tensors: list[torch.Tensor],
         may_save: bool,
-        say: Callable[[str], None],
     ):
-        self.model, self.given, self.memory, self.may_save, self.say = model, given, memory, may_save, say
+        self.model, self.given, self.memory, self.may_save = model, given, memory, may_save
         self.gradients, self.tensors = gradients, tensors
         self._costs: dict[bool, TokenCosts] = {}  # by checkpointing
         self._budget, self._overhead = 0, 0  # bytes; what steps took beyond the prediction and the budget
         self._limit: Plan | None = None  # the plan that came after an allocation had failed
-        self._said: Any = None
+        self._announced: Any = None
 
     def plan(self, texts: PackedBatch) -> Plan:
         """Of a step over these distinct texts."""
@@ -100,27 +99,27 @@ class StepPlanner:
         else:
             self._overhead += self._budget // 10
         reason = (str(failed) or type(failed).__name__).splitlines()[0]
-        self.say(f"gradient cache: out of memory ({reason}); trying again with {smaller}")
+        log.warning("gradient cache: out of memory (%s); trying again with %s", reason, smaller)
         return smaller
 
     def announce(self, plan: Plan, chunks: int) -> None:
-        """Say the plan the first time, and when it has changed by more than batches differ."""
+        """Log the plan the first time, and when it changes by more than batches differ."""
         kept = round(10 * min(plan.kept, chunks) / max(chunks, 1))
         what = (plan.tokens_per_chunk, kept, plan.boundaries > 0, plan.checkpointing)
-        if self.memory is not None and what != self._said:
-            self._said = what
-            self.say(plan.line(chunks))
+        if self.memory is not None and what != self._announced:
+            self._announced = what
+            log.info(plan.line(chunks))
             if plan.peak_bytes is not None and plan.peak_bytes > self._budget:
-                self.say(f"gradient cache: nothing fits into {_mib(self._budget)}; trying the smallest plan")
+                log.warning("gradient cache: nothing fits into %s; trying the smallest plan", _mib(self._budget))
 
     def compare(self, predicted: int | None, measured: int) -> None:
         """Plan with the difference from now on where the budget was passed."""
         if measured > self._budget and predicted is not None:
             self._overhead += max(measured - predicted, 0)
-            self.say(
-                f"gradient cache: the step took {_mib(measured)}, more than its {_mib(self._budget)}; "
-                f"predictions are raised by {_mib(self._overhead)}"
-            )
+            log.warning(
+                "gradient cache: the step took %s, more than its %s; predictions are raised by %s",
+                _mib(measured), _mib(self._budget), _mib(self._overhead),
+            )  # fmt: skip
 
     def _standing(self, texts: PackedBatch, checkpointed: bool = False) -> tuple[TokenCosts, Sizes]:
         """What predictions stand on."""
@@ -139,11 +138,6 @@ class StepPlanner:
                 drop()
             random.restore(device)
         return self._costs[checkpointed]
-
-
-def chunk_tokens(lengths: np.ndarray, budget: int) -> np.ndarray:
-    """Of each chunk that these texts are cut into."""
-    return np.array([lengths[part].sum() for part in pack(lengths, budget)])
 
 
 def _mib(size: int) -> str:

@@ -1,11 +1,11 @@
-"""Leaving out of the second pass the texts whose gradient is negligible. Legend: U sequences, E dimension."""
+"""Skip the second pass of texts whose cached gradient is negligible. Legend: U sequences, E dimension."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from pyqemb.training.passes import Record, cut_again
+from pyqemb.training.grad_cache.passes import PassRecord, rechunk
 
 
 class Skipped(NamedTuple):
@@ -16,12 +16,12 @@ class Skipped(NamedTuple):
     norm: float = 0.0
 
 
-def without_the_least(
-    record: Record, cache_UE: torch.Tensor, share: float, budget: int
-) -> tuple[Record, torch.Tensor, Skipped]:
+def skip_small_gradients(
+    record: PassRecord, cache_UE: torch.Tensor, share: float, budget: int
+) -> tuple[PassRecord, torch.Tensor, Skipped]:
     """The record without the texts whose cached gradients are smallest: together at most `share` of the summed norm.
 
-    The others are cut anew by `budget` tokens. Texts of chunks that kept their graph stay.
+    The other texts are packed into new chunks of `budget` tokens. Texts of chunks that kept their graph stay.
     """
     norms = torch.linalg.vector_norm(cache_UE.double(), dim=1).cpu().numpy()
     lengths = np.concatenate([chunk.lengths for chunk in record.chunks])
@@ -33,4 +33,4 @@ def without_the_least(
         return record, cache_UE, Skipped()
     norm = float(norms[dropped].sum() / norms.sum()) if norms.any() else 0.0
     skipped = Skipped(len(dropped) / len(norms), float(lengths[dropped].sum() / max(lengths.sum(), 1)), norm)
-    return *cut_again(record, cache_UE, np.setdiff1d(others, dropped), budget), skipped
+    return *rechunk(record, cache_UE, np.setdiff1d(others, dropped), budget), skipped

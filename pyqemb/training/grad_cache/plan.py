@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyqemb.training.probe import TokenCosts
+from pyqemb.training.grad_cache.probe import TokenCosts
 
-_SPARED = 1 / 3  # of a second forward pass by boundary tensors: o_proj and down_proj hold a third of a layer's weights
+_BOUNDARY_SAVING = (
+    1 / 3
+)  # of a second forward pass, by boundary tensors: o_proj and down_proj hold a third of a layer's weights
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def choose(
     budget: int,
     largest_chunk: int,
     longest: int,
-    cut: Callable[[int], Sequence[int] | np.ndarray],
+    chunks_of: Callable[[int], Sequence[int] | np.ndarray],
     costs: TokenCosts,
     sizes: Sizes,
     checkpointed: Callable[[], TokenCosts] | None = None,
@@ -129,7 +131,7 @@ def choose(
     Args:
         budget: bytes that the step may take over its start.
         largest_chunk: tokens of a chunk that make it as fast as it gets. longest: tokens of the longest sequence.
-        cut: tokens_per_chunk -> the tokens of each chunk.
+        chunks_of: tokens_per_chunk -> the tokens of each chunk.
         checkpointed: measures the costs with activation checkpointing; None where the model has none.
         may_save: whether boundary tensors may be used.
     """
@@ -143,7 +145,7 @@ def choose(
         if checkpointing and checkpointed is not None:
             costs = checkpointed()
         for size in tried:
-            tokens = np.asarray(cut(size))
+            tokens = np.asarray(chunks_of(size))
 
             def peak(plan: Plan, tokens: np.ndarray = tokens, costs: TokenCosts = costs) -> int:
                 return predict(plan, tokens, costs, sizes)
@@ -173,10 +175,10 @@ def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_sa
         counts = range(1, most + 1 - plan.kept)
         return replace(plan, boundaries=bisect_left(counts, True, key=lambda n: not fits(replace(plan, boundaries=n))))
 
-    def spared(plan: Plan) -> float:
+    def saved(plan: Plan) -> float:
         other = len(tokens) - plan.kept
         saving = tokens[max(other - plan.boundaries, 0) : other]
-        return float(tokens[other:].sum() + _SPARED * saving.sum())
+        return float(tokens[other:].sum() + _BOUNDARY_SAVING * saving.sum())
 
-    best = max(with_graphs(with_boundaries(plan)), with_boundaries(with_graphs(plan)), key=spared)
+    best = max(with_graphs(with_boundaries(plan)), with_boundaries(with_graphs(plan)), key=saved)
     return replace(best, boundaries=min(best.boundaries, most - best.kept))

@@ -1,12 +1,13 @@
-"""How much memory there is, how much a piece of work took, and what to do when an allocation failed."""
+"""How much memory is free, how much a piece of work takes, and failed allocations."""
 
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -64,19 +65,23 @@ def is_allocation_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-class Attempt:
-    """`with Attempt() as attempt`: an allocation failure ends the block quietly and is `attempt.failed`."""
+@dataclass
+class CaughtError:
+    """The allocation failure that `catch_oom` caught, None where there was none."""
 
-    failed: BaseException | None = None
+    error: BaseException | None = None
 
-    def __enter__(self) -> "Attempt":
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if error is None or not is_allocation_failure(error):
-            return False
-        self.failed = error.with_traceback(None)  # its frames hold the memory that is wanted
-        return True
+@contextmanager
+def catch_oom() -> Iterator[CaughtError]:
+    """`with catch_oom() as caught`: a failed allocation ends the block, and is `caught.error`."""
+    caught = CaughtError()
+    try:
+        yield caught
+    except BaseException as error:
+        if not is_allocation_failure(error):
+            raise
+        caught.error = error.with_traceback(None)  # its frames hold the memory that is needed
 
 
 @contextmanager
@@ -102,50 +107,58 @@ def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], No
                     x.grad = old if x.grad is None else old.add_(x.grad)
 
 
-class Meter:
-    """`with Meter(device) as meter`: afterwards `meter.peak_bytes` is how far the memory rose above its start.
+class PeakMemory:
+    """How far memory rises above its start: `with PeakMemory(device) as peak`, or `start()` and `stop()`; then `peak_bytes`.
 
-    On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be set back; the allocators' free memory
-    is given back first, or it would hide what the work needs. On a GPU it is what torch has allocated at most.
+    On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be reset; the allocators' free memory
+    is returned first, or it would hide what the work needs. On a GPU it is the most that torch has allocated.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.start, self.peak_bytes = device, 0, 0
+        self.device, self.peak_bytes = device, 0
 
-    def __enter__(self) -> "Meter":
+    def start(self) -> None:
         self._sampler: _Sampler | None = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             give_back(self.device)
             self._sampler = None if _reset_high_water() else _Sampler()
-        self.start = used_bytes(self.device)
-        return self
+        self._start = used_bytes(self.device)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def stop(self) -> None:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = _high_water() if self._sampler is None else self._sampler.stop()
-        self.peak_bytes = max(peak - self.start, 0)
+        self.peak_bytes = max(peak - self._start, 0)
+
+    def __enter__(self) -> "PeakMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class _Sampler:
-    """The highest resident memory since its making."""
+    """The highest resident memory since its creation. Its thread ends with it."""
 
     def __init__(self) -> None:
-        self._peak, self._done = _resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._peak, self._done = [_resident()], threading.Event()
+        weakref.finalize(self, self._done.set)
+        self._thread = threading.Thread(target=_sample, args=(self._peak, self._done), daemon=True)
         self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self._peak = max(self._peak, _resident())
 
     def stop(self) -> int:
         self._done.set()
         self._thread.join()
-        return max(self._peak, _resident())
+        return max(*self._peak, _resident())
+
+
+def _sample(peak: list[int], done: threading.Event) -> None:
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], _resident())
 
 
 def _resident() -> int:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.qwen3 import Boundaries
-from pyqemb.training.passes import Model, checkpointing, takes_boundaries
+from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_boundaries
 
 # Tokens of the two probes: primes, so that no activation is taken for the gradient of a weight by its size.
 _FEW, _MORE = 67, 131

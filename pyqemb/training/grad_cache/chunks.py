@@ -51,7 +51,12 @@ def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return [np.array(chunk, dtype=np.int64) for chunk in chunks]
 
 
-def cut(stream: PackedBatch, budget: int) -> tuple[list[PackedBatch], np.ndarray]:
-    """The chunks of `pack`, and which sequence stands at each place of them, int64 [S]."""
+def chunk(stream: PackedBatch, budget: int) -> tuple[list[PackedBatch], np.ndarray]:
+    """The chunks of `pack`, and the index in the stream of each of their sequences, int64 [S]."""
     parts = pack(stream.lengths, budget)
     return [stream.select(torch.from_numpy(part)) for part in parts], np.concatenate(parts)
+
+
+def chunk_tokens(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """The tokens of each chunk of `pack`."""
+    return np.array([lengths[part].sum() for part in pack(lengths, budget)])

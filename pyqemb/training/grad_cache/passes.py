@@ -1,6 +1,6 @@
 """The three functions of gradient caching, and what the first leaves for the third.
 
-embed_without_graph -> Record; loss_and_cache -> the gradient at the vectors; embed_with_cache hands each chunk its part of that.
+embed_without_graph -> PassRecord; loss_and_cache -> the gradient at the vectors; embed_with_cache gives each chunk its part.
 Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimension.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.model.qwen3 import Boundaries
-from pyqemb.training.chunks import cut
+from pyqemb.training.grad_cache.chunks import chunk as pack_into_chunks
 
 Model = Callable[..., torch.Tensor]
 
@@ -57,7 +57,7 @@ class Autocast(NamedTuple):
 
 
 @dataclass
-class Record:
+class PassRecord:
     """What the first pass leaves for the second."""
 
     vectors_UE: torch.Tensor  # detached, in the order of the chunks
@@ -79,7 +79,7 @@ def embed_without_graph(
     kept: int = 0,
     boundaries: int = 0,
     may_keep: Callable[[PackedBatch], bool] = lambda chunk: True,
-) -> Record:
+) -> PassRecord:
     """Embed all chunks.
 
     Args:
@@ -88,7 +88,7 @@ def embed_without_graph(
         boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.qwen3.Boundaries).
     """
     device = device_of(model, chunks)
-    record = Record(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
+    record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
     first_kept = max(len(chunks) - kept, 0)
     vectors = []
     for number, chunk in enumerate(chunks):
@@ -111,21 +111,25 @@ def loss_and_cache(
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     vectors_UE: torch.Tensor,
     scale: float = 1.0,
-    agree: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss, detached, and `scale` times its gradient at the vectors, [U, E]; None where the agreed loss is not finite.
+    """The loss, detached, and `scale` times its gradient at the vectors, [U, E]; None where the loss is not finite.
 
-    Parameters that the loss has of its own get their gradient here.
+    Parameters of the loss itself get their gradient here.
     """
     leaves_UE = vectors_UE.detach().requires_grad_()
     loss = loss_of(leaves_UE)
-    if not torch.isfinite(agree(loss.detach())):
+    if not torch.isfinite(loss):
         return loss.detach(), None
+    return loss.detach(), gradient_at(leaves_UE, loss, scale)
+
+
+def gradient_at(leaves_UE: torch.Tensor, loss: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`scale` times the gradient of the loss at its leaves; parameters of the loss itself get theirs too."""
     torch.autograd.backward(loss, torch.full_like(loss, scale))
-    return loss.detach(), torch.zeros_like(leaves_UE) if leaves_UE.grad is None else leaves_UE.grad
+    return torch.zeros_like(leaves_UE) if leaves_UE.grad is None else leaves_UE.grad
 
 
-def embed_with_cache(model: Model, record: Record, cache_UE: torch.Tensor) -> None:
+def embed_with_cache(model: Model, record: PassRecord, cache_UE: torch.Tensor) -> None:
     """Let each chunk's part of the cached gradient flow back to the parameters.
 
     First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as they were
@@ -148,19 +152,21 @@ def embed_with_cache(model: Model, record: Record, cache_UE: torch.Tensor) -> No
         after.restore(device)
 
 
-def cut_again(record: Record, cache_UE: torch.Tensor, chosen: np.ndarray, budget: int) -> tuple[Record, torch.Tensor]:
+def rechunk(
+    record: PassRecord, cache_UE: torch.Tensor, chosen: np.ndarray, budget: int
+) -> tuple[PassRecord, torch.Tensor]:
     """A record, and its cache, of the sequences `chosen` (rows of the cache) in new chunks, beside those that kept their graph.
 
     Not for models that draw random numbers: these belong to the old chunks.
     """
-    chunks, order = cut(PackedBatch.concat(record.chunks).select(torch.from_numpy(chosen)), budget)
+    chunks, order = pack_into_chunks(PackedBatch.concat(record.chunks).select(torch.from_numpy(chosen)), budget)
     rows, graphs = [chosen[order]], {}
     for number, graph in record.graphs.items():
         graphs[len(chunks)] = graph
         chunks.append(record.chunks[number])
         rows.append(record.rows(number))
     rows_U = to_device(torch.from_numpy(np.concatenate(rows)), cache_UE.device)
-    return Record(record.vectors_UE[rows_U], chunks, record.autocast, None, graphs), cache_UE[rows_U]
+    return PassRecord(record.vectors_UE[rows_U], chunks, record.autocast, None, graphs), cache_UE[rows_U]
 
 
 def device_of(model: Any, chunks: Sequence[PackedBatch]) -> torch.device:

@@ -1,11 +1,10 @@
-"""Gradient caching: the gradients of one big batch in the memory of one chunk, or in as much memory as there is.
+"""GradCache: the gradients of one big batch in the memory of one chunk, or in as much memory as there is.
 
 Source: Gao et al., arXiv 2101.06983; the schedule, the planner and what they cost are in docs/grad_cache.md.
 Legend: B queries, M documents, S sequences of a stream, U distinct ones, E dimension.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,16 +14,13 @@ from torch import nn
 
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.ops import checks
-from pyqemb.training import passes
-from pyqemb.training.budget import StepPlanner, chunk_tokens
-from pyqemb.training.chunks import cut, distinct
-from pyqemb.training.memory import Attempt, Meter, gradients_aside
-from pyqemb.training.passes import Model, Record, RngState
-from pyqemb.training.passes import embed_with_cache as embed_with_cache
-from pyqemb.training.passes import embed_without_graph as embed_without_graph
-from pyqemb.training.passes import loss_and_cache as loss_and_cache
-from pyqemb.training.planner import Plan as Plan
-from pyqemb.training.skipping import without_the_least
+from pyqemb.training.grad_cache import passes
+from pyqemb.training.grad_cache.chunks import chunk, chunk_tokens, distinct
+from pyqemb.training.grad_cache.memory import PeakMemory, catch_oom, gradients_aside
+from pyqemb.training.grad_cache.passes import Model, PassRecord, RngState
+from pyqemb.training.grad_cache.plan import Plan
+from pyqemb.training.grad_cache.planner import StepPlanner
+from pyqemb.training.grad_cache.skip import skip_small_gradients
 
 LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LossOf = Callable[[torch.Tensor], torch.Tensor]
@@ -49,16 +45,35 @@ class StepReport:
     skipped_norm: float = 0.0  # and of the summed norm of the cached gradients
 
 
-class GradCache:
-    """One training step of any batch size.
+@dataclass
+class ForwardRecord:
+    """What `GradCache.forward` returns: the embeddings for the loss, and what `GradCache.backward` needs."""
 
-    Equal to the same loss without caching up to rounding, whatever the chunks and whatever is kept. Equal token sequences are
-    encoded once, unless the model draws random numbers. A step that runs out of memory is cut smaller and repeated.
+    embeddings: torch.Tensor  # [S, E], of each text of the stream in its order, detached
+    report: StepReport
+    encoded: PassRecord  # the first pass over the distinct texts
+    row_S: torch.Tensor  # int64, the row of `encoded.vectors_UE` of each text of the stream
+    peak: PeakMemory | None = None  # running; None: memory is not measured
+
+
+class GradCache:
+    """Train on batches of any size in bounded memory.
+
+    The gradients equal those of the same loss without caching up to rounding, whatever the chunks and whatever is kept. Equal token
+    sequences are encoded once, unless the model draws random numbers. A step that runs out of memory is repeated with smaller chunks.
+
+    A step has three phases, which `step` runs for a loss of queries and documents. Run them yourself where the loss needs more,
+    such as a reduction over ranks:
+
+        >>> record = cache.forward(stream)                                      # doctest: +SKIP
+        >>> embeddings = record.embeddings.requires_grad_()                     # doctest: +SKIP
+        >>> loss = loss_of(embeddings)                                          # doctest: +SKIP
+        >>> cache.backward(record, torch.autograd.grad(loss, embeddings)[0])    # doctest: +SKIP
 
     Args:
         model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare recomputation.
-        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. Only `step_stream` works
-            without it.
+        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. `step` and calls need
+            it, the phases and `step_stream` do not.
         tokens_per_chunk: tokens of one pass, with `memory` at most; a longer sequence has one of its own.
         plan: what to do with the memory, taken as it is.
         memory: bytes that a step may take over its start, or "auto": nine tenths of what is free. The planner then chooses
@@ -66,13 +81,11 @@ class GradCache:
         skip: share of the summed norm of the cached gradients that may be left out: the texts with the smallest have no
             second pass. Not exact; 0 skips nothing.
         parameters: the tensors whose .grad the gradients end up in, where they are not those of the model.
-        agree: the loss on which all processes agree, given each one's own; decides whether it is finite.
-        say: called with a line for the log when the plan changes or did not fit.
 
     Raises:
         ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that draws random numbers; `plan` beside `memory`.
 
-    `last` is the StepReport of the last step.
+    `last` is the StepReport of the last step. The logger "pyqemb" gets a line when the plan changes, or when a step runs out of memory.
     """
 
     def __init__(
@@ -85,10 +98,8 @@ class GradCache:
         memory: int | Literal["auto"] | None = None,
         skip: float = 0.0,
         parameters: Iterable[torch.Tensor] | None = None,
-        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        say: Callable[[str], None] | None = None,
     ):
-        for name, value in (("model", model), ("loss_fn", loss_fn), ("agree", agree), ("say", say)):
+        for name, value in (("model", model), ("loss_fn", loss_fn)):
             if not callable(value) and (value is not None or name == "model"):
                 raise TypeError(f"[GradCache] {name} must be callable, got {type(value).__name__}")
         checks.integer("GradCache", "tokens_per_chunk", tokens_per_chunk, 1)
@@ -102,14 +113,12 @@ class GradCache:
         if not automatic and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
             raise ValueError(f"[GradCache] memory must be a number of bytes, 'auto' or None, got {memory!r:.100}")
         self.model, self.loss_fn, self.memory, self.skip = model, loss_fn, memory, skip
-        self.agree = agree or (lambda loss: loss)
-        self.say = say or (lambda line: None)
         self.last: StepReport | None = None
         own: list[torch.Tensor] = list(model.parameters()) if isinstance(model, nn.Module) else []
         gradients = [p for p in own if p.requires_grad] if parameters is None else _tensors(parameters)
         self._tensors = list({id(x): x for x in (*gradients, *own)}.values())  # whose .grad a backward pass touches
         self._planner = StepPlanner(
-            model, plan or Plan(tokens_per_chunk), memory, gradients, self._tensors, not skip, self.say
+            model, plan or Plan(tokens_per_chunk), memory, gradients, self._tensors, may_save=not skip
         )
 
     def step(self, queries: PackedBatch, documents: PackedBatch, scale: float = 1.0) -> torch.Tensor:
@@ -125,36 +134,61 @@ class GradCache:
 
     def step_stream(self, stream: PackedBatch, loss_of: LossOf, scale: float = 1.0) -> torch.Tensor:
         """`step` for one stream of texts: `loss_of` takes their vectors [S, E]. The stream may be empty."""
-        _check_batch("stream", stream)
         if not callable(loss_of):
             raise TypeError(f"[GradCache] loss_of must be callable, got {type(loss_of).__name__}")
         scale = checks.finite("GradCache", "scale", scale)
-        meter = Meter(passes.device_of(self.model, [stream]))
-        with meter if self.memory is not None else nullcontext():
-            record, place_S, report = self._first_pass(stream)
-            loss, cache_UE = loss_and_cache(
-                lambda vectors_UE: loss_of(vectors_UE.index_select(0, place_S)), record.vectors_UE, scale, self.agree
-            )
-            if cache_UE is not None:
-                self._second_pass(record, report, cache_UE)
-        if self.memory is not None:
-            report.measured_bytes = meter.peak_bytes
-            self._planner.compare(report.predicted_bytes, meter.peak_bytes)
-        self.last = report
+        record = self.forward(stream)
+        loss, gradient_SE = passes.loss_and_cache(loss_of, record.embeddings, scale)
+        self.backward(record, gradient_SE) if gradient_SE is not None else self.discard(record)
         return loss
 
     def __call__(self, queries: PackedBatch, documents: PackedBatch) -> torch.Tensor:
         """The loss; its backward runs the second pass.
 
-        So it can be scaled, added to other losses, and several can go before one backward. `agree` has no part in it; memory is
-        planned but its peak is not measured.
+        So it can be scaled, added to other losses, and several can be computed before one backward. Memory is planned but its peak
+        is not measured.
         """
         joined, loss_of = _joined(queries, documents), self._pair_loss(queries)
-        record, place_S, report = self._first_pass(joined)
-        self.last = report
-        leaves_UE = record.vectors_UE.detach().requires_grad_()
-        leaves_UE.register_hook(lambda cache_UE: self._second_pass(record, report, cache_UE))
-        return loss_of(leaves_UE.index_select(0, place_S))
+        record = self._forward(joined)
+        self.last = record.report
+        embeddings_SE = record.embeddings.requires_grad_()
+        embeddings_SE.register_hook(lambda gradient_SE: self._backward(record, gradient_SE))
+        return loss_of(embeddings_SE)
+
+    def forward(self, stream: PackedBatch) -> ForwardRecord:
+        """First phase: embed every text of the stream, which may be empty. End the step with `backward` or `discard`."""
+        _check_batch("stream", stream)
+        peak = None
+        if self.memory is not None:
+            peak = PeakMemory(passes.device_of(self.model, [stream]))
+            peak.start()
+        record = self._forward(stream)
+        record.peak = peak
+        return record
+
+    def backward(self, record: ForwardRecord, gradient_SE: torch.Tensor) -> None:
+        """Last phase: add the gradients of the parameters, given that of the loss at `record.embeddings`.
+
+        Raises:
+            ValueError: the gradient has another shape than the embeddings.
+        """
+        if not isinstance(record, ForwardRecord):
+            raise TypeError(f"[GradCache] record must be a ForwardRecord, got {type(record).__name__}")
+        if not isinstance(gradient_SE, torch.Tensor):
+            raise TypeError(f"[GradCache] gradient must be a torch.Tensor, got {type(gradient_SE).__name__}")
+        if gradient_SE.shape != record.embeddings.shape:
+            raise ValueError(
+                f"[GradCache] gradient must have the shape of the embeddings, {list(record.embeddings.shape)}, "
+                f"got {list(gradient_SE.shape)}"
+            )
+        self._backward(record, gradient_SE)
+        self._finish(record)
+
+    def discard(self, record: ForwardRecord) -> None:
+        """End a step without gradients, for example because the loss is not finite; frees what the record holds."""
+        record.encoded.graphs.clear()
+        record.encoded.boundaries.clear()
+        self._finish(record)
 
     def planned(self, stream: PackedBatch) -> Plan:
         """The plan of a step over a stream of distinct texts, with its predicted peak; costs a probe the first time."""
@@ -172,49 +206,59 @@ class GradCache:
             raise ValueError("[GradCache] expected a loss_fn: without one only step_stream works")
         return lambda vectors_SE: loss_fn(vectors_SE[:count], vectors_SE[count:])
 
-    def _first_pass(self, stream: PackedBatch) -> tuple[Record, torch.Tensor, StepReport]:
-        """The record, where in its vectors each sequence of the stream finds its own, and the report so far."""
-        is_stochastic = passes.is_stochastic(self.model)
-        if is_stochastic and self.skip:
+    def _forward(self, stream: PackedBatch) -> ForwardRecord:
+        stochastic = passes.is_stochastic(self.model)
+        if stochastic and self.skip:
             raise ValueError(
                 "skip needs a model that draws no random numbers: its texts are packed anew for the second pass"
             )
         # Two copies of a text must see two dropout masks.
-        first_U, same_S = (np.arange(stream.num_sequences),) * 2 if is_stochastic else distinct(stream)
+        first_U, same_S = (np.arange(stream.num_sequences),) * 2 if stochastic else distinct(stream)
         texts = stream if len(first_U) == len(same_S) else stream.select(torch.from_numpy(first_U))
-        device, planner = passes.device_of(self.model, [stream]), self._planner
-        random = RngState.now(device) if is_stochastic else None
-        plan, replans = planner.plan(texts), 0
-        while True:
-            chunks, order_U = cut(texts, plan.tokens_per_chunk)
-            planner.announce(plan, len(chunks))
-            kept = 1 if len(chunks) == 1 else plan.kept  # a single graph takes no more than a second pass would
-            with Attempt() as attempt:
-                record = passes.embed_without_graph(self.model, chunks, kept, plan.boundaries, planner.guard(texts))
-            if attempt.failed is None:
-                break
-            plan, replans = planner.smaller(plan, texts, attempt.failed), replans + 1
-            if random is not None:
-                random.restore(device)
+        encoded, order_U, plan, replans = self._first_pass(texts, stochastic)
         row_U = np.empty_like(order_U)
         row_U[order_U] = np.arange(len(order_U))
+        row_S = to_device(torch.from_numpy(row_U[same_S]), encoded.vectors_UE.device)
+        chunks = encoded.chunks
         report = StepReport(
             plan, stream.num_sequences, len(first_U), texts.num_tokens, len(chunks), _fill(chunks, plan),
-            len(record.graphs), plan.peak_bytes, replans=replans,
+            len(encoded.graphs), plan.peak_bytes, replans=replans,
         )  # fmt: skip
-        return record, to_device(torch.from_numpy(row_U[same_S]), record.vectors_UE.device), report
+        return ForwardRecord(encoded.vectors_UE.index_select(0, row_S), report, encoded, row_S)
 
-    def _second_pass(self, record: Record, report: StepReport, cache_UE: torch.Tensor) -> None:
-        """embed_with_cache; cut smaller and repeated, from the gradients as they were, while memory does not suffice."""
+    def _first_pass(self, texts: PackedBatch, stochastic: bool) -> tuple[PassRecord, np.ndarray, Plan, int]:
+        """embed_without_graph, repeated with smaller plans while memory does not suffice.
+
+        Returns the record, the text at each of its rows, the plan that fit and how many did not.
+        """
+        device, planner = passes.device_of(self.model, [texts]), self._planner
+        random = RngState.now(device) if stochastic else None
+        plan, replans = planner.plan(texts), 0
+        while True:
+            chunks, order_U = chunk(texts, plan.tokens_per_chunk)
+            planner.announce(plan, len(chunks))
+            kept = 1 if len(chunks) == 1 else plan.kept  # a single graph takes no more than a second pass would
+            with catch_oom() as caught:
+                record = passes.embed_without_graph(self.model, chunks, kept, plan.boundaries, planner.guard(texts))
+            if caught.error is None:
+                return record, order_U, plan, replans
+            plan, replans = planner.smaller(plan, texts, caught.error), replans + 1
+            if random is not None:
+                random.restore(device)
+
+    def _backward(self, forward: ForwardRecord, gradient_SE: torch.Tensor) -> None:
+        """embed_with_cache, repeated with smaller plans, from the gradients as they were, while memory does not suffice."""
+        record, report = forward.encoded, forward.report
         plan = report.plan
+        cache_UE = torch.zeros_like(record.vectors_UE).index_add_(0, forward.row_S, gradient_SE)
         if self.skip:
-            record, cache_UE, skipped = without_the_least(record, cache_UE, self.skip, plan.tokens_per_chunk)
+            record, cache_UE, skipped = skip_small_gradients(record, cache_UE, self.skip, plan.tokens_per_chunk)
             report.skipped_texts, report.skipped_tokens, report.skipped_norm = skipped
         with gradients_aside(self._tensors) as drop:
             while True:
-                with Attempt() as attempt, passes.checkpointing(self.model, plan.checkpointing):
+                with catch_oom() as caught, passes.checkpointing(self.model, plan.checkpointing):
                     passes.embed_with_cache(self.model, record, cache_UE)
-                if attempt.failed is None:
+                if caught.error is None:
                     break
                 drop()
                 record.graphs.clear()
@@ -224,10 +268,18 @@ class GradCache:
                 texts = PackedBatch.concat(record.chunks)
                 if record.states is not None:  # the masks belong to the chunks, which therefore stay as they are
                     plan = replace(plan, tokens_per_chunk=int(texts.lengths.max()))
-                plan = self._planner.smaller(plan, texts, attempt.failed)
+                plan = self._planner.smaller(plan, texts, caught.error)
                 if record.states is None:
                     everything = np.arange(texts.num_sequences)
-                    record, cache_UE = passes.cut_again(record, cache_UE, everything, plan.tokens_per_chunk)
+                    record, cache_UE = passes.rechunk(record, cache_UE, everything, plan.tokens_per_chunk)
+
+    def _finish(self, record: ForwardRecord) -> None:
+        """The report of a step that has ended."""
+        if record.peak is not None:
+            record.peak.stop()
+            record.report.measured_bytes = record.peak.peak_bytes
+            self._planner.compare(record.report.predicted_bytes, record.peak.peak_bytes)
+        self.last = record.report
 
 
 def _check_batch(name: str, value: Any) -> None:
