@@ -24,7 +24,7 @@ class CheckpointError(DataError):
 
 
 class Interrupted(PyqembError):
-    """Training stopped on request after saving; `--resume auto` continues it."""
+    """Training stopped on request, after it saved or before its first step; `--resume auto` continues it."""
 
     exit_code = 75
 

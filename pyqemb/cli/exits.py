@@ -22,7 +22,7 @@ EXIT_CODES = {
     3: "bad data or model folder, or a failed check of export --verify",
     69: "a rank of a distributed run is missing or died",
     74: "the machine refused: disk full or read-only, permission denied, input/output error, out of memory",
-    75: "training was stopped after it saved; --resume auto continues it",
+    75: "training was stopped, and nothing is lost; --resume auto continues it",
     130: "stopped by Ctrl-C (SIGINT)",
     141: "standard output was closed by its reader",
     143: "stopped by SIGTERM",

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not measured and (asked := unused_evaluation(config)):
         raise ConfigError(f"eval.{asked}: nothing is evaluated: eval.data or [[eval.datasets]] is missing")
     if args.dry_run:
-        _print_plan(config, evaluate)
+        _print_plan(config, evaluate, args.resume)
         return 0
     result = train(config, evaluate=evaluate, resume=args.resume)
     print(f"trained {result.steps} steps; the model is in {result.folder}")
@@ -41,11 +41,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(config: "TrainConfig", evaluate: Any) -> None:
+def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None) -> None:
     import json
 
     from pyqemb.training.dry_run import plan
 
-    lines = list(plan(config, evaluate))  # what is wrong shows before the configuration scrolls by
+    lines = list(plan(config, evaluate, resume))  # what is wrong shows before the configuration scrolls by
     print(json.dumps(config.model_dump(mode="json"), indent=1))
     print("\n".join(lines))
+
+
+def kept(args: argparse.Namespace) -> str:
+    return "nothing is lost; --resume auto goes on from the newest checkpoint, or starts the run"

@@ -38,12 +38,12 @@ def fsync_file(path: Path) -> None:
 
 def check_writable(path: str | Path, folder: bool = False) -> None:
     """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then; ConfigError for "/"."""
-    path = Path(path).absolute()
+    path = _followed(Path(path).absolute())
     if not path.name:
         raise ConfigError(
             f"{path}: is the root of the file system; expected the path of a {'folder' if folder else 'file'}"
         )
-    trial = next(parent for parent in path.parents if parent.exists()) / _partial(path.name)
+    trial = next(parent for parent in path.parents if os.path.lexists(parent)) / _partial(path.name)
     with writing(path, trial):
         _check_kind(path, folder)
         trial.touch()
@@ -54,9 +54,10 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; when the block ends well it becomes `path`, else it is removed.
 
-    Leftovers of processes that died while they wrote the same file are removed. Raises MachineError naming `path` where the machine does not let it be written.
+    A symbolic link stays, and the file it points to is written. Leftovers of processes that died while they wrote the same
+    file are removed. Raises MachineError naming `path` where the machine does not let it be written.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     temporary = path.with_name(_partial(path.name))
     with writing(path, temporary):
         _check_kind(path, folder=False)
@@ -79,17 +80,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new empty folder beside `target`; when the block ends well it becomes `target`, else it is removed.
 
-    An old `target` disappears only after the new folder is complete and on the disk. Leftovers of processes that
-    died while they wrote the same target are removed. Raises MachineError naming `target` where the machine does not let
-    it be written.
+    An old `target` disappears only after the new folder is complete and on the disk. A symbolic link stays, and the folder it
+    points to is written. Leftovers of processes that died while they wrote the same target are removed. Raises MachineError
+    naming `target` where the machine does not let it be written.
     """
-    target = Path(target).absolute()
+    target = _followed(Path(target).absolute())
     temporary = target.with_name(_partial(target.name))
     with writing(target, temporary):
         _check_kind(target, folder=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         try:
             yield temporary
@@ -103,11 +104,21 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder that never stands half removed under its name. What died processes left of it goes too."""
+    """Remove a folder that never stands half removed under its name, of a symbolic link the link. What died processes left of
+    it goes too.
+    """
     _remove_leftovers(path)
     doomed = path.with_name(_partial(path.name))
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a symbolic link and not what it points to; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -140,22 +151,37 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         yield
 
 
+def kind_of_path(path: Path) -> str:
+    """What stands where a folder is wanted, for an error."""
+    return "a broken symbolic link" if not path.exists() else "a file"
+
+
 def _partial(name: str) -> str:
     # The suffix stays last, so that writers which look at it (.gz, .xz) see the right one.
     return f".{os.getpid()}.partial.{name}"
 
 
+def _followed(path: Path) -> Path:
+    """The path; of a symbolic link the path that it points to."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
 def _check_kind(path: Path, folder: bool) -> None:
-    if path.exists() and path.is_dir() != folder:
-        number = errno.ENOTDIR if folder else errno.EISDIR
+    """MachineError for a folder in place of a file, the reverse, and a link to itself; ConfigError for a device or a pipe."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or path.is_dir() != folder:  # _followed leaves a link where it leads to itself
+        number = errno.ELOOP if path.is_symlink() else errno.ENOTDIR if folder else errno.EISDIR
         raise unwritable(path, OSError(number, os.strerror(number), str(path)))
+    if not folder and not path.is_file():
+        raise ConfigError(f"{path}: is a device or a pipe; expected the path of a file")
 
 
 def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".*.partial.{glob.escape(path.name)}"):
         owner = leftover.name.split(".")[1]
         if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            remove(leftover)
 
 
 def _replace_folder(new: Path, target: Path) -> None:

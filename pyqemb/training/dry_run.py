@@ -1,5 +1,6 @@
 """What a run would do, before it does it: for --dry-run."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,27 +20,30 @@ from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
 from pyqemb.training.setup import batch_of, load_model, pick_precision
+from pyqemb.training.state import find
 
 _SAMPLE = 512  # examples of a set that are tokenised for the estimate
 
 
-def plan(config: TrainConfig, evaluate: Any = None) -> Iterator[str]:
+def plan(config: TrainConfig, evaluate: Any = None, resume: str | Path | None = None) -> Iterator[str]:
     """Lines to print. Makes every check of a run but the trial save, so whatever is wrong shows here.
 
     Args:
-        evaluate: as of `train`.
+        evaluate, resume: as of `train`.
     """
     preflight.check_evaluation(config, evaluate)
+    find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
     model = load_model(config)
     precision = pick_precision(config.train.precision, model.device)
     sets = read_sets(config)
     preflight.set_query_instruction(model, config, sets.instructions, evaluate)
-    preflight.warn_of_negatives(config.train.num_negatives, sets.most_negatives, config.stage)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
+    preflight.check_token_cache(config.train.token_cache)
     loader = make_loader(sets, config)
     train = config.train
     steps = num_steps(config, loader)
+    preflight.warn_of_settings(config, model, sets, loader, steps)
     kind = f"{model.pooling} pooling" if isinstance(model, Embedder) else "yes or no"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
@@ -64,7 +68,7 @@ def plan(config: TrainConfig, evaluate: Any = None) -> Iterator[str]:
     stream = TokenCache(model.tokenizer).pack(texts)
     narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
     preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
-    yield f"memory     {(12 + narrow) * trained / 1e9:.2f} GB of weights and moments; {cache.preview(stream)}"
+    yield f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
     example = next(iter(sets.examples.values()))[0]
     if isinstance(model, Reranker):
         yield f"example    {PREFIX + batch_of(model, [example], 'rerank').texts[0] + SUFFIX!r}"

@@ -1,23 +1,30 @@
 """What is checked before the first step, and by --dry-run, so that no run is lost or measured wrongly by what could be known."""
 
 import logging
+import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.data.files import atomic_folder, check_writable
+from pyqemb.data.files import atomic_folder, check_writable, kind_of_path
+from pyqemb.data.loader import Loader
 from pyqemb.data.machine import reason
 from pyqemb.errors import ConfigError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
-from pyqemb.training.config import TrainConfig
+from pyqemb.ops.groups import GROUPS, PRESETS
+from pyqemb.training.config import LossSection, TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
+from pyqemb.training.sets import Sets, most_negatives
+
+_log = logging.getLogger("pyqemb")
 
 
 def set_query_instruction(
@@ -47,7 +54,7 @@ def set_query_instruction(
             f"eval.instruction: the data have several instructions ({found}); say which one the evaluation's queries get: set "
             "eval.instruction, or instruction of each dataset, or model.instruction"
         )
-    logging.getLogger("pyqemb").warning(
+    _log.warning(
         "the data have several instructions (%s): the saved model keeps the query prompt of its base, %r; model.instruction chooses another",
         found, model.default_instruction,
     )  # fmt: skip
@@ -62,7 +69,7 @@ def check_evaluation(config: TrainConfig, evaluate: Any) -> None:
     section = config.eval
     if evaluate is None:
         if given := unused_evaluation(config):
-            logging.getLogger("pyqemb").warning(
+            _log.warning(
                 "eval.%s: nothing is evaluated; give train(evaluate=...), for example pyqemb.evaluation.DevSets(config.eval, config.task)", given
             )  # fmt: skip
         return
@@ -77,6 +84,14 @@ def unused_evaluation(config: TrainConfig) -> str | None:
     return next((name for name in asked if getattr(config.eval, name) not in (None, ())), None)
 
 
+def check_place(folder: Path) -> Path:
+    """The part of the path of save.dir that exists. ConfigError where that is no folder."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ConfigError(f"save.dir: {there} is {kind_of_path(there)}, expected a folder")
+    return there
+
+
 def check_output(folder: Path, needed: int, trial: bool = True) -> None:
     """Whether the run folder can be written and has room for two checkpoints.
 
@@ -89,14 +104,12 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
         MachineError: it cannot be written, or has no room.
     """
     folder = folder.absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise ConfigError(f"save.dir: {there} is a file, expected a folder")
+    there = check_place(folder)
     check_writable(folder, folder=True)
     free = shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.glob("checkpoints/step_*/*"))
     if free < 2 * needed:
         raise MachineError(
-            f"{folder}: two checkpoints of {needed / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB that are free (save.dir)"
+            f"{folder}: two checkpoints of {in_units(needed)} do not fit into the {in_units(free)} that are free (save.dir)"
         )
     if trial:
         target = folder / f"trial-{uuid.uuid4().hex[:8]}"
@@ -108,6 +121,25 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
             raise MachineError(
                 f"{folder}: a trial save failed (save.dir): {reason(error)}", error.errno, str(folder)
             ) from error
+
+
+def check_token_cache(folder: str | None) -> None:
+    """Whether train.token_cache can be used. A complete one may be read-only, which is only logged.
+
+    Raises:
+        ConfigError: it is a file. MachineError: it does not exist and cannot be made.
+    """
+    if folder is None:
+        return
+    path = Path(folder)
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"train.token_cache: {path} is {kind_of_path(path)}, expected a folder")
+    try:
+        check_writable(path / "new", folder=True)
+    except MachineError as error:
+        if not path.is_dir():
+            raise
+        _log.warning("train.token_cache: %s; a text that it does not hold yet stops the run", error)
 
 
 def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> None:
@@ -124,13 +156,13 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
     free = free_bytes(device)
     if isinstance(cache.memory, int) and plan.peak_bytes > cache.memory:
         raise ConfigError(
-            f"train.memory: the smallest plan of a step takes {_gb(plan.peak_bytes)}, more than the {_gb(cache.memory)} given; "
+            f"train.memory: the smallest plan of a step takes {in_units(plan.peak_bytes)}, more than the {in_units(cache.memory)} given; "
             "give more, a smaller train.global_batch_size or model.max_length"
         )
     if plan.peak_bytes + moments > free:
         hint = " or let memory be planned (train.memory = 'auto')" if cache.memory is None else ""
         raise ConfigError(
-            f"train.memory: a step takes {_gb(plan.peak_bytes)} and the optimizer {_gb(moments)}, more than the {_gb(free)} that "
+            f"train.memory: a step takes {in_units(plan.peak_bytes)} and the optimizer {in_units(moments)}, more than the {in_units(free)} that "
             f"are free on {device}; choose a smaller train.tokens_per_chunk, train.global_batch_size or model.max_length, train "
             f"[lora] adapters,{hint} or set activation_checkpointing"
         )
@@ -147,21 +179,55 @@ def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int
         return
     old, new = learning_rate(min(step, before - 1), before, config.train), learning_rate(step, now, config.train)
     if abs(old - new) > 1e-6 * config.train.learning_rate:
-        logging.getLogger("pyqemb").warning(
+        _log.warning(
             "the run had %d steps and now has %d: at step %d the learning rate changes from %.3g to %.3g; for a clean schedule start "
             "a new run with model.base = the final model",
             before, now, step + 1, old, new,
         )  # fmt: skip
 
 
-def warn_of_negatives(num_negatives: int, most_negatives: int, stage: int) -> None:
-    """Log that the data have fewer hard negatives than a batch would take."""
-    if num_negatives and most_negatives == 0 and stage == 2:
-        logging.getLogger("pyqemb").warning(
+def warn_of_settings(config: TrainConfig, model: Embedder | Reranker, sets: Sets, loader: Loader, steps: int) -> None:
+    """Log settings with which a run of `steps` steps does less than they say."""
+    train, length, positions = config.train, config.model.max_length, model.config.max_position_embeddings
+    if train.num_negatives and sets.most_negatives == 0 and config.stage == 2:
+        _log.warning(
             "train.num_negatives is %d, but no row has negatives: in-batch negatives alone (`pyqemb mine` adds hard ones)",
-            num_negatives,
+            train.num_negatives,
         )
+    for name, objective in sets.objectives.items():
+        negatives = min(train.num_negatives, most_negatives(sets.examples[name]))
+        by_scores = bool(sets.examples[name][0].scores)
+        if not _can_learn(objective, config.loss, loader.batch_sizes[name], negatives, by_scores):
+            _log.warning(
+                "set %r: %s has nothing to compare a positive with, its loss is constant: a batch has %d rows, each with up to %d "
+                "negatives (train.global_batch_size, train.num_negatives)", name, objective, loader.batch_sizes[name], negatives,
+            )  # fmt: skip
+    if train.warmup >= 1 and 1 < steps <= train.warmup:
+        _log.warning("train.warmup is %d steps of a run of %d: the learning rate only rises", int(train.warmup), steps)
+    if length is not None and length > positions:
+        effect = "pairs are truncated to them" if isinstance(model, Reranker) else "it was not trained on longer texts"
+        _log.warning("model.max_length is %d, but the base model has %d positions: %s", length, positions, effect)
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _can_learn(objective: str, loss: LossSection, batch_size: int, negatives: int, by_scores: bool) -> bool:
+    """Whether the loss of a batch depends on the model, given the most negatives of a row; `by_scores` of distillation."""
+    if objective in ("info_nce", "classification"):
+        preset = PRESETS["classification" if objective == "classification" else loss.preset]
+        changes: Mapping[Any, Any] = loss.groups
+        on = {name for name in GROUPS if changes.get(name, name in preset)}
+        in_batch = on & {
+            "batch_positive",
+            "query_query",
+            "doc_positive",
+            *(["batch_hard", "doc_hard"] if negatives else []),
+        }
+        return bool(negatives and on & {"own_hard", "doc_own"}) or bool(batch_size > 1 and in_batch)
+    if objective == "cosent":
+        return batch_size > 1
+    return negatives > 0 or (objective == "distillation" and not by_scores)
+
+
+def in_units(count: float) -> str:
+    """Bytes in the unit that shows them."""
+    unit, size = next(((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= n), ("bytes", 1.0))
+    return f"{count / size:.2f} {unit}" if size > 1 else f"{count:.0f} {unit}"

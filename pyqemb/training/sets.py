@@ -38,7 +38,7 @@ class Sets:
 
     @property
     def most_negatives(self) -> int:
-        return max(map(_most_negatives, self.examples.values()), default=0)
+        return max(map(most_negatives, self.examples.values()), default=0)
 
     @property
     def fingerprint(self) -> str:
@@ -59,8 +59,10 @@ def read_sets(config: TrainConfig) -> Sets:
     named: dict[str, dict[str, float]] = {"weight": {}, "max_share": {}, "max_epochs": {}}
     examples: dict[str, Sequence[Example]] = {}
     objectives: dict[str, str] = {}
+    tasks: set[str] = set()
     for entry in config.data:
         by_task = _by_task(entry, config)
+        tasks |= {task for task in by_task if task is not None}
         total = sum(map(len, by_task.values()))
         for task, rows in by_task.items():
             base = entry.name or Path(entry.path).name.split(".")[0]
@@ -73,6 +75,8 @@ def read_sets(config: TrainConfig) -> Sets:
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
                 if (value := getattr(entry, key)) is not None:
                     named[key][name] = value * part
+    if absent := sorted(config.loss.tasks.keys() - tasks):
+        raise ConfigError(f"loss.tasks.{absent[0]}: no row has this task; the data have {_tasks(tasks)}")
     return Sets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"])
 
 
@@ -156,11 +160,16 @@ def _objective(task: str | None, config: TrainConfig) -> str:
     return "rerank" if config.task == "rerank" else objective_of(task, config.loss)
 
 
+def _tasks(found: set[str]) -> str:
+    return f"the tasks {', '.join(sorted(found))}" if found else "no task"
+
+
 def _instructions(examples: Sequence[Example]) -> set[str | None]:
     return examples.instructions if isinstance(examples, Shards) else {example.instruction for example in examples}
 
 
-def _most_negatives(examples: Sequence[Example]) -> int:
+def most_negatives(examples: Sequence[Example]) -> int:
+    """Of a row of one set."""
     if isinstance(examples, Shards):
         return examples.summary.most_negatives
     return max((len(example.negatives) for example in examples), default=0)

@@ -6,10 +6,11 @@ manifest.json, written last, names every file's size and sha256.
 
 import json
 import logging
+import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pyqemb.data.files import atomic_folder, remove_folder
-from pyqemb.data.machine import reason
+from pyqemb.data.files import atomic_folder, kind_of_path, remove, remove_folder
+from pyqemb.data.machine import reason, unreadable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, ConfigError, DataError, MachineError
@@ -41,6 +42,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "steps": int,
 }
 _BEST = {"metric": str, "value": (int, float), "step": int}
+_MODELS = "final", "best"  # folders of a run
 _NAME = re.compile(r"step_(\d{8,})")
 _verified: set[Path] = set()  # by this process: a checkpoint of 8B parameters is 100 GB to read
 
@@ -82,7 +84,7 @@ class Checkpoint:
             weights, optimizer = (load_file(folder / name) for name in _FILES[:2])
             state = parse((folder / _FILES[2]).read_bytes(), str(folder / _FILES[2]))
         except OSError as error:
-            raise _unreadable(folder, error) from error
+            raise unreadable(error.filename or folder, error, CheckpointError) from error
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{folder}: damaged: {error}") from error
         _check_fields(folder / _FILES[2], state, STATE)
@@ -121,7 +123,7 @@ def verify(folder: Path) -> int:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"{error.filename}: missing: the checkpoint is not complete") from error
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(error.filename or folder, error, CheckpointError) from error
     except DataError as error:
         raise CheckpointError(str(error)) from error
     _verified.add(folder.absolute())
@@ -138,62 +140,97 @@ def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: damaged: {name!r} is {values[name]!r:.80}")
 
 
-def _unreadable(path: Path, error: OSError) -> MachineError:
-    where = str(error.filename or path)
-    return MachineError(f"{where}: cannot be read: {reason(error)}; nothing was deleted", error.errno, where)
-
-
-def find(folder: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
+def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from.
 
-    "auto": the newest sound one under `folder`, None if there are no checkpoints. A path: that checkpoint, or the newest sound
-    one of that folder. None: no checkpoint, and ConfigError where `folder` already has some.
+    "auto": the newest sound one of the run folder, None where there was no run. A path: that checkpoint, or the newest sound one
+    of that folder. None: no checkpoint.
 
     Raises:
+        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file where a folder has to be.
         CheckpointError: there are checkpoints and none is sound, or the path holds none.
         MachineError: one cannot be read; it may be sound, so no older one is taken in its place.
     """
+    if resume == "":
+        raise ConfigError("resume: expected 'auto' or the path of a checkpoint, got ''")
+    _check_kinds(run)
     if resume is None:
-        if existing := checkpoints(folder):
-            raise ConfigError(
-                f"{existing[-1]}: an earlier run left checkpoints here; continue it with --resume auto "
-                "(resume='auto'), or choose another save.dir"
-            )
+        _check_vacant(run)
         return None
-    if resume != "auto":
-        path = Path(resume)
-        if _NAME.fullmatch(path.name):
-            return Checkpoint.load(path)
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = checkpoints(folder)
-    for path in reversed(found):
+    auto = resume == "auto"
+    try:
+        checkpoint = _newest(run / "checkpoints" if auto else Path(resume), warn)
+    except MachineError as error:
+        raise MachineError(f"{error}; nothing was deleted", error.errno, error.filename) from error
+    if checkpoint is None and not auto:
+        raise CheckpointError(f"{resume}: holds no sound checkpoint")
+    if checkpoint is None and (found := checkpoints(run / "checkpoints")):
+        raise CheckpointError(
+            f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over them: move the "
+            "folder away, or choose another save.dir"
+        )
+    if checkpoint is None or not (auto or _is_within(Path(resume), run)):
+        _check_vacant(run)
+    return checkpoint
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """By its name or, where links lead elsewhere, by its place."""
+    return path.absolute().is_relative_to(folder.absolute()) or path.resolve().is_relative_to(folder.resolve())
+
+
+def _newest(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint at `path`, or the newest sound one in it or in its folder `checkpoints`; None where none is sound."""
+    if _NAME.fullmatch(path.name):
+        return Checkpoint.load(path)
+    for each in reversed(checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)):
         try:
-            return Checkpoint.load(path)
+            return Checkpoint.load(each)
         except CheckpointError as error:
             warn(f"passed over a checkpoint: {error}")
-    if resume != "auto":
-        raise CheckpointError(f"{resume}: holds no sound checkpoint")
-    if found:
-        raise CheckpointError(
-            f"{folder}: none of the {len(found)} checkpoints is sound; the run does not start anew over them: move the folder away, or "
-            "choose another save.dir"
-        )
     return None
+
+
+def _check_kinds(run: Path) -> None:
+    """ConfigError where a folder of the run is a file, or a link that leads nowhere."""
+    for path in (*(run / name for name in ("checkpoints", *_MODELS)), *_steps(run / "checkpoints")):
+        if os.path.lexists(path) and not path.is_dir():
+            raise ConfigError(
+                f"{path}: is {kind_of_path(path)}, expected a folder; delete it, or choose another save.dir"
+            )
+
+
+def _check_vacant(run: Path) -> None:
+    """ConfigError where an earlier run left checkpoints or models: a new one would write over them."""
+    if existing := checkpoints(run / "checkpoints"):
+        raise ConfigError(
+            f"{existing[-1]}: an earlier run left checkpoints here; continue it with --resume auto "
+            "(resume='auto'), or choose another save.dir"
+        )
+    for path in (run / name for name in _MODELS):
+        if path.exists():
+            raise ConfigError(
+                f"{path}: an earlier run left its model here and no checkpoint to continue from; choose another save.dir, or "
+                f"delete {path}"
+            )
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders, oldest first, sound or not."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return [path for path in _steps(folder) if path.is_dir()]
+
+
+def _steps(folder: Path) -> list[Path]:
+    """All that has the name of a checkpoint, oldest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def remove_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written in a run folder. Only for the holder of the run's lock."""
     for path in [*run.glob(".*.partial.*"), *(run / "checkpoints").glob(".*.partial.step_*"), *run.glob("trial-*")]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(path)
 
 
 def random_states() -> dict[str, Any]:

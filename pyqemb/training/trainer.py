@@ -82,16 +82,18 @@ def train(
             attribute `metric_names` lets eval.metric be checked before the first step; pyqemb.evaluation.DevSets, which measures
             the datasets of the `eval` section, has it. Every rank gives one, the first calls it.
         on_step: called after each step with its row of metrics.jsonl.
-        resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
+        resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew. A folder
+            with checkpoints or models of a run that would not be continued is refused.
 
     Raises:
         ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder, or a step
             does not fit into memory; nothing was trained.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, `resume="auto"` continues bit by bit.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues bit by bit.
 
     What `evaluate` or `on_step` raises goes on to the caller, after a checkpoint has been saved.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
+    preflight.check_place(Path(config.save.dir))
     with (
         StopRequest() as stop,
         joined(config.train.device, config.train.rank_timeout) as (world, device),
@@ -121,7 +123,7 @@ class Run:
         if world.is_first:
             remove_leftovers(self.folder)
         world.wait()  # the others look for checkpoints when the leftovers are gone
-        checkpoint = find(self.checkpoints, resume, warn=self.warn)
+        checkpoint = find(self.folder, resume, warn=self.warn)
         if (step := checkpoint and checkpoint.step) != world.of_first(step):
             raise CheckpointError(f"{self.checkpoints}: process {world.rank} found step {step}, the first another one")
         self.model = load_model(config, device)
@@ -129,10 +131,10 @@ class Run:
         self.fingerprint, self.objectives = sets.fingerprint, sets.objectives
         world.check_equal({"pyqemb": __version__, "data": self.fingerprint, **_flat(config.model_dump(mode="json"))})
         preflight.set_query_instruction(self.model, config, sets.instructions, evaluate)
-        preflight.warn_of_negatives(config.train.num_negatives, sets.most_negatives, config.stage)
         self.loader = make_loader(sets, config)
         self.tokens = token_cache(config, self.model.tokenizer)
         self.steps = num_steps(config, self.loader)
+        preflight.warn_of_settings(config, self.model, sets, self.loader, self.steps)
         if len(sets.examples) > 1:
             self.warn("\n".join(mixing.lines(set_shares(self.loader, self.steps))))
         precision = pick_precision(config.train.precision, self.model.device)
@@ -173,6 +175,7 @@ class Run:
             if self.world.is_first:
                 weights = sum(4 * weight.numel() for weight in self.optimizer.weights.values())
                 preflight.check_output(self.folder, 3 * weights)
+                preflight.check_token_cache(self.config.train.token_cache)
             if self.step < self.steps:
                 stream, _ = self._stream(self._batch(self.step))
                 moments = preflight.pending_moments(self.optimizer)
@@ -208,11 +211,12 @@ class Run:
                 self.save(progress)
         if self.step < self.steps and not early:
             self.save(progress)
-            saved = "saved" if self.step else "nothing to save yet"
-            raise Interrupted(
-                f"stopped by {self.stop.name or 'a signal'} after step {self.step} of {self.steps}, {saved}; "
-                "continue with --resume auto"
-            )
+            stopped = f"stopped by {self.stop.name or 'a signal'}"
+            if not self.step:
+                raise Interrupted(f"{stopped} before the first step; nothing is lost, --resume auto starts the run")
+            raise Interrupted(f"{stopped} after step {self.step} of {self.steps}, saved; continue with --resume auto")
+        if self.step and self.bad_steps == self.step:
+            raise PyqembError(f"none of the {self.step} steps was finite: nothing was trained")
         if early and self.step < self.steps:
             self.warn(
                 f"stopped after step {self.step} of {self.steps}: {self.evaluations_since_best} evaluations without a better value"
@@ -409,11 +413,11 @@ class Run:
         return every is not None and self.step % every == 0
 
     def _count_bad_step(self, healthy: bool, what: str, progress: Progress) -> None:
-        """Steps that are not finite are left out; too many in a row end the run, the last checkpoint intact."""
+        """Steps that are not finite are left out; too many in a row, or all of a run, end it, the last checkpoint intact."""
         self.bad_steps = 0 if healthy else self.bad_steps + 1
         if not healthy:
             progress.say(f"left out {what}")
-        if self.bad_steps >= self.config.train.max_bad_steps:
+        if self.bad_steps >= min(self.config.train.max_bad_steps, self.steps):
             raise PyqembError(
                 f"stopped after {self.bad_steps} steps in a row that were not finite, the last: {what}; "
                 f"earlier checkpoints in {self.checkpoints} are intact"

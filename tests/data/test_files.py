@@ -111,3 +111,39 @@ def test_the_error_survives_a_process_boundary():
 def test_the_root_of_the_file_system_is_no_output():
     with pytest.raises(ConfigError, match="/: is the root of the file system; expected the path of a folder"):
         check_writable("/", folder=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_target_of_a_link_is_written(tmp_path, there):
+    store = tmp_path / "store"
+    store.mkdir()
+    if there:
+        (store / "x").write_text("old")
+        (store / "m").mkdir()
+        (store / "m" / "old").touch()
+    for name in ("x", "m"):
+        (tmp_path / name).symlink_to(store / name)
+    for _ in range(2):
+        check_writable(tmp_path / "x")
+        with atomic_file(tmp_path / "x") as temporary:
+            temporary.write_text("new")
+        check_writable(tmp_path / "m", folder=True)
+        with atomic_folder(tmp_path / "m") as temporary:
+            (temporary / "new").touch()
+    assert (tmp_path / "x").is_symlink() and (store / "x").read_text() == "new"
+    assert (tmp_path / "m").is_symlink() and [path.name for path in (store / "m").iterdir()] == ["new"]
+    assert len(list(tmp_path.iterdir())) == 3 and len(list(store.iterdir())) == 2
+    files.remove_folder(tmp_path / "m")
+    assert not (tmp_path / "m").is_symlink() and (store / "m" / "new").exists()
+
+
+def test_no_output_replaces_a_device_a_pipe_or_a_link_to_itself(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for enter in (check_writable, lambda path: atomic_file(path).__enter__()):
+        for path in ("/dev/null", tmp_path / "pipe"):
+            with pytest.raises(ConfigError, match=f"{path}: is a device or a pipe; expected the path of a file"):
+                enter(path)
+        with pytest.raises(MachineError, match="loop: cannot be written: Too many levels of symbolic links"):
+            enter(tmp_path / "loop")
+    assert (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/null")

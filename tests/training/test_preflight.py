@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 import pyqemb
 from pyqemb.cli import main
 from pyqemb.data.sealed import seal
-from pyqemb.errors import CheckpointError, MachineError
+from pyqemb.errors import CheckpointError, ConfigError, MachineError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import preflight, stage2, state
+from pyqemb.training.config import LossSection
+from pyqemb.training.plan import plan
 from pyqemb.training.state import checkpoints, verify
 
 HIGH, LOW = "Find the number", "Find the word"
@@ -257,7 +259,7 @@ def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(place, c
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("memory", "message"),
-    [("10000", "more than the 0.00 GB given"), ("auto", "that are free"), ("none", "that are free")],
+    [("10000", "more than the 10.00 kB given"), ("auto", "that are free"), ("none", "that are free")],
 )
 def test_a_plan_that_exceeds_the_machine_is_refused(place, capsys, monkeypatch, options, memory, message):
     if memory != "10000":
@@ -281,7 +283,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused(place, capsys, monke
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
     assert main(["train", run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"'), *options]) == 74
-    assert "do not fit into the 0.00 GB that are free (save.dir)" in capsys.readouterr().err
+    assert "do not fit into the 1.00 kB that are free (save.dir)" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(place, capsys):
@@ -291,6 +293,149 @@ def test_an_output_folder_that_cannot_be_written_is_refused(place, capsys):
     (place / "file").write_text("")
     assert main(["train", path, "--dry-run", "--set", f"save.dir={place}/file/run"]) == 2
     assert "is a file, expected a folder" in capsys.readouterr().err
+
+
+def plan_and_train(place, capsys, *options):
+    """What a dry run and a run print on standard error, after their exit codes."""
+    path = str(place / "run.toml")
+    found = []
+    for more in (["--dry-run"], []):
+        code = main(["train", path, *more, *options])
+        found.append((code, capsys.readouterr().err))
+    return found
+
+
+@pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
+@pytest.mark.parametrize("name", ["final", "best"])
+def test_a_finished_run_is_not_written_over(place, capsys, options, name):
+    run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+    left = place / "run" / name
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("mine")
+    for code, error in plan_and_train(place, capsys, *options):
+        assert code == 2 and f"{left}: an earlier run left its model here" in error
+        assert "choose another save.dir, or delete" in error
+    assert (left / "model.safetensors").read_text() == "mine"
+
+
+def test_a_run_is_not_continued_over_another_one(place):
+    """Neither its models nor its later checkpoints are replaced by those of the other run."""
+    first = pyqemb.train(config(place))
+    pyqemb.train(config(place, save={"dir": str(place / "other")}))
+    before = checkpoints(place / "other" / "checkpoints")
+    start = checkpoints(first.folder.parent / "checkpoints")[0]
+    with pytest.raises(ConfigError, match="an earlier run left checkpoints here"):
+        pyqemb.train(config(place, save={"dir": str(place / "other")}), resume=start)
+    assert checkpoints(place / "other" / "checkpoints") == before
+    assert pyqemb.train(config(place, save={"dir": str(place / "new")}), resume=start).steps == 4
+    assert pyqemb.train(config(place), resume=start).steps == 4
+
+
+def test_an_empty_resume_is_refused(place, capsys):
+    run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+    for code, error in plan_and_train(place, capsys, "--resume", ""):
+        assert code == 2 and "resume: expected 'auto' or the path of a checkpoint" in error
+
+
+@pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
+@pytest.mark.parametrize("kind", ["a file", "a broken symbolic link"])
+@pytest.mark.parametrize("name", ["run/checkpoints", "run/checkpoints/step_00000002", "run/best", "tokens", "run"])
+def test_what_is_no_folder_is_found_before_the_first_step(place, capsys, name, kind, options):
+    run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+    path = place / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine") if kind == "a file" else path.symlink_to(place / "nowhere")
+    cache = ["--set", f"train.token_cache={place / 'tokens'}"]
+    for code, error in plan_and_train(place, capsys, *options, *cache):
+        assert code == 2 and f"{path}" in error and f"is {kind}, expected a folder" in error
+    assert path.is_symlink() or path.read_text() == "mine"
+    assert not (place / "run" / "final").exists()
+
+
+def test_a_checkpoint_may_be_a_link(place):
+    """Its target is written, and a link that is retired is removed and its target left."""
+    store = place / "store"
+    store.mkdir()
+    pyqemb.train(config(place, train={"steps": 4}, save={"keep": 3}))
+    for path in checkpoints(place / "run" / "checkpoints"):
+        path.rename(store / path.name)
+        path.symlink_to(store / path.name)
+    folder = place / "run" / "checkpoints"
+    pyqemb.train(config(place, train={"steps": 8}, save={"keep": 2}), resume=checkpoints(folder)[-1])
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000006", "step_00000008"]
+    assert sorted(path.name for path in store.iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def test_a_token_cache_that_is_only_read_is_said(place, capsys, caplog, monkeypatch):
+    (place / "tokens").mkdir()
+    path = run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+
+    def refuse(path, folder):
+        if "tokens" in str(path):
+            raise MachineError(f"{path}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(preflight, "check_writable", refuse)
+    assert main(["train", path, "--dry-run", "--set", f"train.token_cache={place}/tokens"]) == 0
+    assert "train.token_cache: " in caplog.text and "Read-only file system" in caplog.text
+    assert main(["train", path, "--dry-run", "--set", f"train.token_cache={place}/new/tokens"]) == 74
+
+
+def test_an_objective_of_a_task_that_no_row_has_is_refused(place, capsys):
+    rows = [{"query": str(i), "positive": "p", "score": 0.5, "task": "pairs"} for i in range(8)]
+    (place / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = '[[data]]\npath = "{}/{}.jsonl"\n[loss.tasks]\n'
+    run_toml(place, data.format(place, "tasks") + 'pairs = "cosent"\npiars = "cosent"')
+    for code, error in plan_and_train(place, capsys):
+        assert code == 2 and "loss.tasks.piars: no row has this task; the data have the tasks pairs" in error
+    run_toml(place, data.format(place, "one") + 'sts = "cosent"')
+    assert all("the data have no task" in error for _, error in plan_and_train(place, capsys))
+    with pytest.raises(ConfigError, match=r"task 'rerank' has no loss\.tasks"):
+        config(place, task="rerank", loss={"tasks": {"a": "cosent"}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "warning"),
+    [
+        ({"train": {"global_batch_size": 1}}, "set 'one': info_nce has nothing to compare a positive with"),
+        ({"loss": {"groups": {"batch_positive": False}, "preset": "mnrl"}}, "info_nce has nothing to compare"),
+        ({"train": {"warmup": 4}}, "train.warmup is 4 steps of a run of 4: the learning rate only rises"),
+        ({"model": {"max_length": 5000}}, "model.max_length is 5000, but the base model has 512 positions"),
+        ({"train": {"warmup": 3}, "model": {"max_length": 512}, "loss": {"preset": "mnrl"}}, ""),
+        ({"train": {"global_batch_size": 2}}, ""),
+    ],
+)
+def test_settings_that_do_less_than_they_say_are_warned_of(place, caplog, sections, warning):
+    for run in (lambda: list(plan(config(place, **sections))), lambda: pyqemb.train(config(place, **sections))):
+        caplog.clear()
+        run()
+        assert warning in caplog.text and (warning or not caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss", "learns"),  # with (batch size, negatives) of (1, 0), (1, 1), (2, 0)
+    [
+        ("info_nce", {}, [False, True, True]),
+        ("info_nce", {"preset": "mnrl", "groups": {"batch_positive": False}}, [False, True, False]),
+        ("info_nce", {"preset": "mnrl", "groups": {"own_hard": False}}, [False, False, True]),
+        ("info_nce", {"groups": {"own_hard": False, "doc_own": {"mask": "own"}}}, [False, True, True]),
+        ("classification", {}, [False, True, False]),
+        ("cosent", {}, [False, False, True]),
+        ("distillation", {}, [False, True, False]),
+        ("rerank", {}, [False, True, False]),
+    ],
+)
+def test_which_batches_can_be_learned_from(objective, loss, learns):
+    section = LossSection(**loss)
+    found = [preflight._can_learn(objective, section, *each, True) for each in ((1, 0), (1, 1), (2, 0))]
+    assert found == learns
+    assert preflight._can_learn("distillation", section, 1, 0, by_scores=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (2.5e6, "2.50 MB"), (123e9, "123.00 GB")]
+)
+def test_sizes_have_units_that_show_them(count, text):
+    assert preflight.in_units(count) == text
 
 
 def test_python_is_told_that_nothing_evaluates(place, caplog):

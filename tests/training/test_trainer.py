@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import pyqemb
-from pyqemb.errors import CheckpointError, ConfigError, PyqembError
+from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.state import checkpoints, verify
@@ -182,6 +182,37 @@ def test_steps_that_are_not_finite_change_nothing(workplace, monkeypatch):
     calls.clear()
     with pytest.raises(PyqembError, match="2 steps in a row"):
         pyqemb.train(config(workplace, "stopping", steps=6, max_bad_steps=2))
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_run_whose_steps_were_all_left_out_gives_no_model(workplace, monkeypatch, patience):
+    from pyqemb.training import trainer
+
+    real = trainer.BatchLoss.__call__
+    monkeypatch.setattr(trainer.BatchLoss, "__call__", lambda self, *vectors: real(self, *vectors) * torch.nan)
+    settings = config(workplace, steps=4).model_dump()
+    if patience:
+        settings |= {"eval": {"every": 1, "patience": 1}}
+    with pytest.raises(
+        PyqembError, match=r"steps in a row that were not finite|none of the 2 steps was finite"
+    ) as caught:
+        pyqemb.train(stage2(**settings), evaluate=(lambda model: {"score": 1.0}) if patience else None)
+    assert caught.value.exit_code != 0 and not (workplace / "run" / "final").exists()
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_is_lost(workplace):
+    from pyqemb.training.trainer import StopRequest
+
+    class Stopped(StopRequest):
+        def __init__(self):
+            self.name, self._before = "SIGINT", {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyqemb.training.trainer.StopRequest", Stopped)
+        with pytest.raises(Interrupted, match="stopped by SIGINT before the first step; nothing is lost") as caught:
+            pyqemb.train(config(workplace))
+    assert caught.value.exit_code == 75
+    assert pyqemb.train(config(workplace), resume="auto").steps == 12
 
 
 RUN = """
