@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from pyqemb.encoding import encode_file
@@ -43,18 +44,22 @@ def run(args: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
-        task = bar.add_task("", total=total, rows=0, rate=0.0)
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=total, rows=0, rate=0.0)
 
-        def show(rows: int, size: int) -> None:
-            elapsed = bar.tasks[0].elapsed or 1e-9
-            bar.update(task, completed=size, rows=rows, rate=rows / elapsed)
+    def show(rows: int, size: int) -> None:
+        bar.start()  # not before the arguments have been checked
+        bar.update(task, completed=size, rows=rows, rate=rows / (bar.tasks[0].elapsed or 1e-9))
 
+    try:
         done = encode_file(
             args.model, args.texts, args.out, side="query" if args.instruction else args.side, instruction=args.instruction,
             field=args.field, dim=args.dim, precision=args.precision, max_length=args.max_length, dtype=args.dtype,
             devices=devices, rows_per_part=args.rows_per_part, on_progress=show,
         )  # fmt: skip
+    finally:
+        bar.stop()
     resumed = f" ({done.resumed} of them from an earlier run)" if done.resumed else ""
     print(f"{done.rows} texts{resumed}, vectors of {done.dim} features, written to {done.out}")
     return 0

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--instruction", help="for queries; the model's own when not given")
     parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
-    parser.add_argument("--split", default="test", help="which qrels/SPLIT.tsv (test)")
+    parser.add_argument("--split", help="which qrels/SPLIT.tsv (test, or the only one there)")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals (1000)")
     parser.add_argument("--json", type=Path, help="also write the whole report there")
 

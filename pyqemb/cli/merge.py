@@ -1,6 +1,7 @@
 """`pyqemb merge A B C --out FOLDER`: blend checkpoints and say how far apart they were."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -28,10 +29,17 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         for tensor in report.tensors:
             print(f"{tensor.angle:9.4f} degrees  {'lerp ' if tensor.lerp else '     '} {tensor.name}")
-    shares = ", ".join(f"{Path(c).name} {w:.3f}" for c, w in zip(report.checkpoints, report.weights, strict=True))
+    names = _names(report.checkpoints)
+    shares = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, report.weights, strict=True))
     print(f"{report.method} of {shares}" + (f", as differences from {report.base}" if report.base else ""))
     print(
         f"{len(report.tensors)} tensors, angles up to {report.max_angle:.3f} degrees, {report.num_lerp} by lerp (nearly parallel)"
     )
     print(f"written to {args.out}")
     return 0
+
+
+def _names(checkpoints: Sequence[str]) -> Sequence[str]:
+    """Their folders' names, or the paths as given where two have the same name."""
+    names = [Path(checkpoint).name for checkpoint in checkpoints]
+    return names if len(set(names)) == len(names) else checkpoints

@@ -10,7 +10,7 @@ _ROWS_AT_ONCE = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a reranker folder, or the name of one on the hub")
-    parser.add_argument("pairs", type=Path, help="JSONL rows of `query` with `document`, or with a list `documents`")
+    parser.add_argument("pairs", type=Path, help="rows of `query` with `document`, or with a list `documents`")
     parser.add_argument(
         "--out", type=Path, required=True, help="JSONL to write: the rows, with `score`, or with `scores`"
     )
@@ -19,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-
-    from pyqemb.data.files import atomic_file, check_writable
+    from pyqemb.data.example import check_output, write_rows
+    from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.reranker import Reranker
 
@@ -29,33 +28,35 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out: {args.out} is also the input")
     if args.top_k is not None and args.top_k < 1:
         raise ConfigError(f"--top-k must be at least 1, got {args.top_k}")
+    check_output(args.out)
     check_writable(args.out)
     model, count = Reranker.from_pretrained(args.model), 0
-    with atomic_file(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
+
+    def scored() -> Iterator[dict[str, Any]]:
+        nonlocal count
         for rows in _windows(args.pairs):
             pairs = [(row["query"], text) for row in rows for text in _documents(row)]
             instructions = [row.get("instruction") or args.instruction for row in rows for _ in _documents(row)]
             scores = iter(model.score(pairs, instruction=instructions).tolist())
             for row in rows:
-                own = [next(scores) for _ in _documents(row)]
-                file.write(json.dumps(_scored(row, own, args.top_k), ensure_ascii=False) + "\n")
+                yield _scored(row, [next(scores) for _ in _documents(row)], args.top_k)
             count += len(pairs)
+
+    write_rows(args.out, scored())
     print(f"{count} pairs scored, written to {args.out}")
     return 0
 
 
 def _windows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    from pyqemb.data.example import read_lines
+    from pyqemb.data.rows import read_rows
     from pyqemb.errors import DataError
 
     rows: list[dict[str, Any]] = []
-    for number, row in read_lines(path):
+    for where, row in read_rows(path):
         documents = row.get("documents", [row.get("document")])
         good = isinstance(row.get("query"), str) and isinstance(documents, list)
         if not good or not all(isinstance(text, str) for text in documents):
-            raise DataError(
-                f"{path}:{number}: expected a query with a document or documents, the row has {sorted(row)}"
-            )
+            raise DataError(f"{where}: expected a query with a document or documents, the row has {sorted(row)}")
         rows.append(row)
         if len(rows) == _ROWS_AT_ONCE:
             yield rows

@@ -9,12 +9,12 @@ Rows have _id or id, and text, perhaps title (documents) or instruction (queries
 import csv
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyqemb.data.rows import FORMATS, Row, format_of, read_rows, read_text
+from pyqemb.data.rows import FORMATS, Row, format_of, is_blank, number_of, read_rows, read_text
 from pyqemb.data.splits import canonical, choose, data_files, split_of
 from pyqemb.errors import DataError
 
@@ -53,8 +53,8 @@ def splits(folder: Path) -> list[str]:
     return sorted(_judgement_files(folder))
 
 
-def read_beir(folder: Path, split: str) -> Beir:
-    """Read a folder.
+def read_beir(folder: Path, split: str | None) -> Beir:
+    """Read a folder; `split` None: test, or the only one there.
 
     Judged queries and documents that are absent are counted in one warning; such a document stays in `qrels`, as mteb keeps
     it. A pair that is judged twice has its last grade, with a warning where they differ.
@@ -63,7 +63,8 @@ def read_beir(folder: Path, split: str) -> Beir:
         DataError: a file that is missing, an id that occurs twice, a grade that is no finite number, no judgement above 0.
     """
     found = _judgement_files(folder)
-    files = found[choose(folder, found, split)]
+    split = choose(folder, found, split, "test")
+    files = found[split]
     empty_documents: dict[str, str] = {}
     empty_queries: dict[str, str] = {}
     instructions: dict[str, str] = {}
@@ -134,7 +135,7 @@ def _texts(folder: Path, name: str, split: str | None, empty: dict[str, str]) ->
         if key in places:
             raise DataError(f"{where}: the id {key!r} occurs twice; it is that of {places[key]} too")
         places[key] = where
-        if not text:
+        if is_blank(text):
             empty[key] = where
         yield where, key, text, row
     if not places:
@@ -157,8 +158,6 @@ def _rows(folder: Path, files: list[Path], split: str | None) -> Iterator[tuple[
 
 def _tables(folder: Path, name: str) -> list[Path]:
     """NAME.jsonl (or another format), or the files in the folder NAME."""
-    if (folder / name).is_dir():
-        return data_files(folder / name)
     if not folder.is_dir():
         return []
     files = [
@@ -166,9 +165,10 @@ def _tables(folder: Path, name: str) -> list[Path]:
         if path.name.startswith(name + ".") and format_of(path) in FORMATS and path.is_file()
         and path.name.split(".")[0] == name
     ]  # fmt: skip
-    if len(files) > 1:
-        raise DataError(f"{files[1]}: is there beside {files[0].name}; keep one of them")
-    return files
+    parts = data_files(folder / name) if (folder / name).is_dir() else []
+    if len(files) + bool(parts) > 1:
+        raise DataError(f"{(parts or files[1:])[0]}: is there beside {files[0].name}; keep one of them")
+    return parts or files
 
 
 def _judgement_files(folder: Path) -> dict[str, list[Path]]:
@@ -190,7 +190,7 @@ def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -
     absent: dict[str, list[str]] = {"queries": [], "documents": []}
     changed: list[str] = []
     positives = known = 0
-    for where, query, document, grade in _judgements(files):
+    for where, query, document, grade in _judgements(files, lambda name: name in queries or name in corpus):
         if query not in queries:
             absent["queries"].append(f"{where}: query {query!r} is not in queries")
             continue
@@ -223,18 +223,18 @@ def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -
     return qrels
 
 
-def _judgements(files: list[Path]) -> Iterator[tuple[str, str, str, float]]:
-    """(place, query id, document id, grade)"""
+def _judgements(files: list[Path], is_id: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
+    """(place, query id, document id, grade). A line that holds an id, as `is_id` tells, is no header."""
     for path in files:
         if format_of(path) in _TABLES:
-            yield from _judgement_table(path)
+            yield from _judgement_table(path, is_id)
             continue
         for where, row in read_rows(path):
             query, document = (_identifier(row, where, key) for key in _COLUMNS[:2])
             yield where, query, document, _grade(row.get("score"), where)
 
 
-def _judgement_table(path: Path) -> Iterator[tuple[str, str, str, float]]:
+def _judgement_table(path: Path, is_id: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
     """Tabs between query, document, grade, cells quoted as csv does, with or without a header; or TREC: query, iteration,
     document, grade with spaces or tabs between."""
     order = (0, 1, 2)
@@ -251,31 +251,24 @@ def _judgement_table(path: Path) -> Iterator[tuple[str, str, str, float]]:
             fields = [words[0], words[2], words[3]]
         elif first and set(_COLUMNS) <= set(fields):
             order = tuple(map(fields.index, _COLUMNS))  # type: ignore[assignment]
-        header, first = first and _number(fields[-1]) is None, False
+        header, first = first and number_of(fields[-1]) is None and not any(map(is_id, fields)), False
         if header:
             continue
-        if len(fields) != max(3, *(1 + place for place in order)) or _number(fields[order[2]]) is None:
+        if len(fields) != max(3, *(1 + place for place in order)) or number_of(fields[order[2]]) is None:
             raise DataError(
                 f"{where}:1: expected query-id, corpus-id, score with tabs between, or TREC's query, iteration, document, grade; "
                 f"got {line[:80]!r}"
             )
         query, document, grade = (fields[place] for place in order)
-        yield where, query, document, _grade(_number(grade), where)
+        yield where, query, document, _grade(number_of(grade), where)
 
 
 def _grade(value: Any, where: str) -> float:
     if isinstance(value, str):
-        value = _number(value)
+        value = number_of(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise DataError(f"{where}: the grade 'score' must be a finite number, got {value!r}")
     return float(value)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _text(row: Row, key: str, where: str) -> str:

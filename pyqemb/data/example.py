@@ -87,17 +87,22 @@ def to_row(example: Example) -> dict[str, Any]:
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     """Write examples as JSONL (.gz, .bz2 and .xz compress), all or nothing. Returns how many."""
+    return write_rows(path, map(to_row, examples))
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSONL (.gz, .bz2 and .xz compress), all or nothing. Returns how many."""
     check_output(path)
     count = 0
     with atomic_file(path) as temporary, _open_writer(temporary) as file:
-        for example in examples:
-            file.write(json.dumps(to_row(example), ensure_ascii=False).encode() + b"\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             count += 1
     return count
 
 
 def check_output(path: str | Path) -> None:
-    """ConfigError where `write_examples` would write another format than the name tells."""
+    """ConfigError where `write_rows` would write another format than the name tells."""
     if format_of(path) not in (".jsonl", ".json", "") or Path(path).suffix == ".zst":
         raise ConfigError(f"{path}: expected a name that ends with .jsonl, perhaps with .gz, .bz2 or .xz after it")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyqemb.data.rows import Row, kind_of
+from pyqemb.data.rows import Row, is_blank, kind_of, number_of, other_delimiter
 from pyqemb.errors import DataError
 
 LAYOUTS = (
@@ -128,11 +128,11 @@ class _Columns:
     def need(self, key: str) -> str:
         """A column of text that is not empty."""
         if key not in self._row:
-            raise self.bad(key, f"is missing; the row has {sorted(self._row)}; accepted are {LAYOUTS}")
+            raise self.bad(key, f"is missing; the row has {sorted(self._row)}{self._hint()}; accepted are {LAYOUTS}")
         value = self._get(key)
         if not isinstance(value, str) and not (value is None and self._cells):
             raise self.bad(key, f"must be text, got {kind_of(value)}")
-        if not self._allow_empty and not (value or "").strip():
+        if not self._allow_empty and is_blank(value or ""):
             raise self.bad(key, "is empty")
         return value or ""
 
@@ -154,7 +154,7 @@ class _Columns:
         for index, item in enumerate(values):
             if not isinstance(item, str):
                 raise self.bad(key, f"must hold texts, got {kind_of(item)} at index {index}")
-            if needed and not self._allow_empty and not item.strip():
+            if needed and not self._allow_empty and is_blank(item):
                 raise self.bad(key, f"is empty at index {index}")
         if needed and not values:
             raise self.bad(key, "is an empty list")
@@ -169,7 +169,7 @@ class _Columns:
         if not isinstance(values, list):
             raise self.bad(key, f"must be a list of numbers, got {kind_of(value)}")
         if self._cells:
-            values = [_number(item) for item in values]
+            values = [item if (number := number_of(item)) is None else number for item in values]
         for item in values:
             if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
                 raise self.bad(key, f"must hold finite numbers, got {item!r}")
@@ -206,7 +206,7 @@ class _Columns:
         if [turn["role"] for turn in turns] not in (["user"], ["user", "assistant"]):
             raise self.bad(key, "must hold one message of the user, perhaps after a system message or before an answer")
         texts = [turn["content"] for turn in turns]
-        if not self._allow_empty and not all(text.strip() for text in texts):
+        if not self._allow_empty and any(map(is_blank, texts)):
             raise self.bad(key, "has an empty message")
         if len(texts) == 2 and "positive_messages" in self._row:
             raise self.bad(key, "has an answer, and there are positive_messages; give one of them")
@@ -226,6 +226,14 @@ class _Columns:
                 )
         return messages
 
+    def _hint(self) -> str:
+        """What to do about names that are almost known, for the end of an error."""
+        known = {*_QUERY, *_POSITIVE, *_NEGATIVES}
+        renamed = [name for name in self._row if name not in known and name.strip().lower() in known]
+        if renamed:
+            return "; " + ", ".join(f"rename {name!r} to {name.strip().lower()!r}" for name in renamed)
+        return other_delimiter(self._row) if self._cells else ""
+
     def _get(self, key: str) -> Any:
         self._used.add(key)
         value = self._row.get(key)
@@ -234,10 +242,3 @@ class _Columns:
                 key, "is a list, which a cell cannot hold; use JSONL or Parquet, or negative_1 ... negative_n"
             )
         return value
-
-
-def _number(cell: Any) -> Any:
-    try:
-        return float(cell)
-    except ValueError:
-        return cell

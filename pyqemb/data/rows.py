@@ -12,8 +12,9 @@ import io
 import json
 import lzma
 import re
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -141,11 +142,19 @@ def _without_mark(start: bytes, path: Path) -> bytes:
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     """The objects of an array, or of lines."""
     with open_bytes(path) as file:
-        while (start := file.read(1)).isspace():
-            pass
-        if start == codecs.BOM_UTF8[:1]:
-            start = file.read(3).removeprefix(codecs.BOM_UTF8[1:]).lstrip()[:1] or file.read(1)
-    yield from _read_array(path) if start == b"[" else read_lines(path)
+        start = file.read(3).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not start and (more := file.read(_READ)):
+            start = more.lstrip()
+    if start.startswith(b"["):
+        yield from _read_array(path)
+        return
+    for number, line in read_text(path):
+        if line.strip():
+            if start.startswith(b"{") and not line.rstrip().endswith("}"):
+                raise DataError(
+                    f"{path}:{number}: the object does not end on its line; expected an array of objects, [...], or one object a line"
+                )
+            yield number, _object(line, f"{path}:{number}")
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Row]]:
@@ -238,11 +247,22 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
             if len(cells) != len(header):
                 raise DataError(
                     f"{where}: {len(cells)} cells where the header {header} names {len(header)}; "
-                    f"expected {words} between cells and quotes around a cell that holds one"
+                    f"expected {words} between cells and quotes around a cell that holds one{other_delimiter(header)}"
                 )
             yield reader.line_num, {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not {format_of(path)[1:].upper()}: {error}") from error
+
+
+def other_delimiter(header: Iterable[str]) -> str:
+    """A hint, for the end of an error, where the only column of a header looks like several."""
+    name, *more = header
+    found = next((mark for mark in (";", "\t", "|", ",") if not more and mark in name), None)
+    return (
+        f"; {found!r} seems to stand between the cells: save the file with commas (.csv) or tabs (.tsv)"
+        if found
+        else ""
+    )
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -268,6 +288,19 @@ def _open_zstd(path: Path, mode: str) -> IO[bytes]:
 
     stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     return io.BufferedReader(stream)
+
+
+def number_of(cell: str) -> float | None:
+    """The number that the text of a cell is; None where it is none. Python's 1_0 and digits beyond ASCII are none."""
+    try:
+        return float(cell) if cell.isascii() and "_" not in cell else None
+    except ValueError:
+        return None
+
+
+def is_blank(text: str) -> bool:
+    """Whether a reader sees nothing: spaces, control characters, zero-width characters, or no character at all."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
 
 
 def kind_of(value: Any) -> str:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pyqemb.data import strict_json
-from pyqemb.data.machine import raise_if_machine
+from pyqemb.data.machine import unreadable
 from pyqemb.errors import ConfigError, DataError
 
 try:
@@ -53,7 +53,7 @@ class Settings(StrictModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(map(explain, error.errors()))) from error
+            raise ConfigError(explain_all(error, explain)) from error
 
     @classmethod
     def from_file(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | None = None) -> S:
@@ -79,9 +79,10 @@ def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = l
         if len(raw) > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise_if_machine(path, error)
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(path, error, ConfigError) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
     try:
         if path.suffix == ".toml":
             values = tomllib.loads(text)
@@ -139,6 +140,17 @@ def check_plain(values: Any) -> None:
             raise ValueError(
                 f"{name}: expected text, a number, true or false, a list or a table, got {type(value).__name__}"
             )
+
+
+def explain_all(error: ValidationError, one: Callable[[Any], str]) -> str:
+    """What is wrong, in one line: the errors of the innermost keys, by `one`. A list that lost a wrong item is not too short."""
+    found = error.errors()
+    inner = [each for each in found if not any(_is_inside(other["loc"], each["loc"]) for other in found)]
+    return "; ".join(map(one, inner))
+
+
+def _is_inside(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(key) > len(other) and key[: len(other)] == other
 
 
 def explain(error: Any) -> str:

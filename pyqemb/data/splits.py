@@ -2,6 +2,7 @@
 
 A split is recognized by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet, default/dev/0.csv).
 Source: https://huggingface.co/docs/datasets/repository_structure
+Beyond them: compounds (trainset.jsonl, devData.csv) and words in camel case (squadTrain.jsonl).
 """
 
 import logging
@@ -19,6 +20,10 @@ KEYWORDS = {
 }
 _SPLIT_OF = {word: split for split, words in KEYWORDS.items() for word in words}
 _WORDS = re.compile(r"[-._ 0-9]+")
+_COMPOUND = re.compile(rf"({'|'.join(_SPLIT_OF)})(sets?|data|datasets?|splits?|files?|examples|samples|pairs|rows)?")
+# Of camel case only these: HumanEval and DevOps tell no split.
+_HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_IN_CAMEL_CASE = ("train", "training", "test", "testing", "validation")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}.*\..*")
 # Files beside the data that hold no rows.
 _ABOUT = re.compile(
@@ -102,22 +107,30 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
     return files
 
 
-def choose(folder: Path, found: Iterable[str], split: str | None) -> str:
-    """The split among those that are there: `split`, else train, else the only one, which is said."""
+def choose(folder: Path, found: Iterable[str], split: str | None, default: str = "train") -> str:
+    """The split among those that are there: `split`, else `default`, else the only one, which is said."""
     names = sorted(found)
-    wanted = "train" if split is None else split
+    wanted = default if split is None else split
     chosen = [name for name in names if name == wanted] or [n for n in names if canonical(n) == canonical(wanted)]
     if not chosen and split is None and len(names) == 1:
         logging.getLogger("pyqemb").warning("%s: reading split %r, the only one there", folder, names[0])
         return names[0]
     if len(chosen) != 1:
-        raise DataError(f"{folder}: no split {wanted!r}; splits found: {', '.join(names) or 'none'}")
+        hint = ""
+        if names and split is None:
+            of_evaluation = f"evaluate --split {names[0]}, or split = {names[0]!r} in [[eval.datasets]]"
+            of_training = f"split = {names[0]!r} in [[data]], or the path of its file"
+            hint = f"; choose one: {of_evaluation if default == 'test' else of_training}"
+        raise DataError(f"{folder}: no split {wanted!r}; splits found: {', '.join(names) or 'none'}{hint}")
     return chosen[0]
 
 
 def _keywords(path: Path) -> set[str]:
     """The splits that the words of a path name."""
-    return {_SPLIT_OF[word.lower()] for part in path.parts for word in _WORDS.split(part) if word.lower() in _SPLIT_OF}
+    words = [word for part in path.parts for word in _WORDS.split(part)]
+    humps = [hump.lower() for word in words for hump in _HUMPS.split(word)]
+    compounds = filter(None, (_COMPOUND.fullmatch(word.lower()) for word in words))
+    return {_SPLIT_OF[match[1]] for match in compounds} | {_SPLIT_OF[hump] for hump in humps if hump in _IN_CAMEL_CASE}
 
 
 def _configuration(path: Path) -> str:

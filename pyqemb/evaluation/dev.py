@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqemb.data import beir
+from pyqemb.data.splits import canonical, choose
 from pyqemb.errors import ConfigError
 from pyqemb.evaluation.reranking import METRICS, read_ranked_examples
 from pyqemb.evaluation.run import evaluate, metric_names
@@ -17,7 +18,7 @@ from pyqemb.evaluation.tasks import Retrieval, load_task
 class _Dataset:
     name: str
     path: str
-    split: str
+    split: str | None
     instruction: str | None
     metrics: tuple[str, ...]
     queries_have_instructions: bool
@@ -80,9 +81,10 @@ def _read(entry: Any, instruction: str | None, task: str) -> _Dataset:
         if split is not None:
             raise ConfigError(f"eval: {path!r} is a file of examples, which has no split {split!r}")
         examples = read_ranked_examples(path)
-        return _Dataset(name, path, "test", own, METRICS, all(e.instruction is not None for e in examples))
-    if split is None:
-        split = "dev" if Path(path).is_dir() and "dev" in beir.splits(Path(path)) else "test"
+        return _Dataset(name, path, None, own, METRICS, all(e.instruction is not None for e in examples))
+    if split is None and Path(path).is_dir() and beir.is_beir(Path(path)):
+        names = beir.splits(Path(path))
+        split = choose(Path(path), names, "dev" if canonical("dev") in map(canonical, names) else None, "test")
     found = load_task(path, split)
     all_have_one = isinstance(found, Retrieval) and set(found.queries) <= set(found.instructions)
     return _Dataset(name, path, split, own, metric_names(found), all_have_one)

@@ -39,7 +39,7 @@ def evaluate(
     *,
     instruction: str | None = None,
     dim: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def evaluate(
         model: an Embedder, anything with its encode_query and encode_document, a Reranker, or a model folder.
         instruction: for queries; None takes the model's own. Queries of the folder that name theirs keep it.
         dim: use the first `dim` features, normalised again.
-        split: which qrels/SPLIT.tsv of a retrieval folder.
+        split: which qrels/SPLIT.tsv of a retrieval folder; None: test, or the only one there, which is said.
         bootstrap: resamples for the 95 % intervals, 0 for none; seed: of the resampling.
 
     Returns:

@@ -4,14 +4,14 @@ The files of a folder say which kind it is: a corpus, queries and qrels (`data.b
 bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
 """
 
-import contextlib
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyqemb.data import beir
-from pyqemb.data.rows import FORMATS, format_of, read_rows
+from pyqemb.data.rows import FORMATS, format_of, is_blank, number_of, read_rows
 from pyqemb.errors import DataError
 
 
@@ -44,8 +44,14 @@ class Bitext:
 Task = Retrieval | Sts | Bitext
 
 
-def load_task(folder: str | Path, split: str = "test") -> Task:
-    """Read the task of a folder. DataError names the file and line that is wrong, or what was looked for."""
+def load_task(folder: str | Path, split: str | None = None) -> Task:
+    """Read the task of a folder. DataError names the file and line that is wrong, or what was looked for.
+
+    Queries and sentences that are empty are counted in a warning.
+
+    Args:
+        split: which judgements of a retrieval folder; None: test, or the only ones there, which is said.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
@@ -55,16 +61,14 @@ def load_task(folder: str | Path, split: str = "test") -> Task:
             query: {document: grade for document, grade in judged.items() if grade > 0}
             for query, judged in found.qrels.items()
         }
+        _warn_of_empty("judged queries", [at for key, at in found.empty_queries.items() if key in found.queries])
         return Retrieval(found.queries, found.corpus, qrels, found.instructions)
     sts, bitext = find_pairs(folder, "sts"), find_pairs(folder, "bitext")
     if sts is not None:
-        rows = [
-            (_text(row, "sentence1", at), _text(row, "sentence2", at), _number(row, "score", at))
-            for at, row in _rows(sts)
-        ]
+        rows = [(*_sentences(row, at), _number(row, "score", at)) for at, row in _rows(sts)]
         return Sts([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
     if bitext is not None:
-        pairs = [(_text(row, "sentence1", at), _text(row, "sentence2", at)) for at, row in _rows(bitext)]
+        pairs = [_sentences(row, at) for at, row in _rows(bitext)]
         return Bitext([p[0] for p in pairs], [p[1] for p in pairs])
     raise DataError(f"{folder}: expected corpus.jsonl (retrieval), sts.jsonl or bitext.jsonl, found none of them")
 
@@ -81,7 +85,20 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = list(read_rows(path))
     if not rows:
         raise DataError(f"{path}: empty")
+    _warn_of_empty("rows", [at for at, row in rows if any(is_blank(text) for text in _sentences(row, at))])
     return rows
+
+
+def _warn_of_empty(what: str, places: list[str]) -> None:
+    if places:
+        logging.getLogger("pyqemb").warning(
+            "%s: %s %s have an empty text (first: %s); they are measured like the others",
+            places[0].rpartition(":")[0], f"{len(places):,}", what, places[0],
+        )  # fmt: skip
+
+
+def _sentences(row: dict[str, Any], at: str) -> tuple[str, str]:
+    return _text(row, "sentence1", at), _text(row, "sentence2", at)
 
 
 def _text(row: dict[str, Any], key: str, at: str) -> str:
@@ -93,8 +110,7 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
 def _number(row: dict[str, Any], key: str, at: str) -> float:
     value = row.get(key)
     if isinstance(value, str) and format_of(at.rpartition(":")[0]) in (".csv", ".tsv"):
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        value = number_of(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise DataError(f"{at}: {key!r} must be a finite number, got {value!r}")
     return float(value)

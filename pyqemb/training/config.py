@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pyqemb.data.settings import StrictModel, check_plain, explain, parse_yaml, read_settings
+from pyqemb.data.settings import StrictModel, check_plain, explain, explain_all, parse_yaml, read_settings
 from pyqemb.errors import ConfigError
 from pyqemb.model.lora import TARGETS
 
@@ -251,13 +251,13 @@ class TrainConfig(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+            raise ConfigError(explain_all(error, _explain)) from error
 
     @model_validator(mode="after")
     def _fits_a_reranker(self) -> "TrainConfig":
         if self.task == "rerank":
             for name, given in (
-                ("loss.matryoshka", self.loss.matryoshka), ("model.pooling", self.model.pooling),
+                ("loss.tasks", self.loss.tasks or None), ("loss.matryoshka", self.loss.matryoshka), ("model.pooling", self.model.pooling),
                 ("train.documents", self.train.documents if self.train.documents == "ring" else None),
             ):  # fmt: skip
                 if given is not None:

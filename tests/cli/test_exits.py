@@ -243,3 +243,32 @@ def test_an_ignored_signal_stays_ignored():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert cli.KEPT
+
+
+def test_bad_arguments_show_no_progress_bar(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    assert main(["encode", "model", "rows.jsonl", "--out", "x.txt"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("pyqemb encode: x.txt")
+
+
+def test_progress_is_for_terminals_alone(folder, tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("one\ntwo\n")
+    assert main(["encode", str(folder / "model"), str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.npy")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 texts, vectors of") and printed.err == ""
+
+
+def test_an_output_that_is_a_link_stays_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (tmp_path / "store").mkdir()
+    for name in ("x.npy", "m"):
+        (tmp_path / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "x.txt").write_text("one\ntwo\n")
+    for _ in range(2):
+        assert main(["encode", "model", str(tmp_path / "x.txt"), "-o", str(tmp_path / "x.npy")]) == 0
+        assert main(["export", "model", "-o", str(tmp_path / "m")]) == 0
+    assert (tmp_path / "x.npy").is_symlink() and (tmp_path / "m").is_symlink()
+    assert {"x.npy", "m"} <= {path.name for path in (tmp_path / "store").iterdir()}
+    assert not [path for path in tmp_path.rglob("*") if ".partial." in path.name]

@@ -181,3 +181,56 @@ def test_empty_documents_are_measured(beir):
     lines(beir / "corpus.jsonl", [*CORPUS, {"_id": "d3", "text": ""}])
     table(beir / "qrels" / "test.tsv", HEAD + TABS)
     assert load_task(beir).corpus["d3"] == ""
+
+
+@pytest.mark.parametrize(
+    "line", ["q1\td1\tone", "q1\td1\t", "q1\td1\t1x", "q1\tgone\t1_0", "gone\td1\ttwo", "q1 0 d1 one"]
+)
+def test_a_spoiled_first_line_is_no_header(beir, line):
+    table(beir / "qrels" / "test.tsv", f"{line}\n{TABS}")
+    with pytest.raises(DataError, match=r"test\.tsv:1:1: expected query-id, corpus-id, score"):
+        load_task(beir)
+    table(beir / "qrels" / "test.tsv", f"qid\tpid\tgrade\n{TABS}")
+    assert load_task(beir).qrels == GRADES
+
+
+@pytest.mark.parametrize("grade", ["1_0", "\u0661"])
+def test_grades_are_digits(beir, grade):
+    for name, delimiter in (("test.tsv", "\t"), ("test.csv", ",")):
+        table(beir / "qrels" / name, HEAD.replace("\t", delimiter) + delimiter.join(["q1", "d1", grade]) + "\n")
+        with pytest.raises(DataError, match=rf"{name}:2"):
+            load_task(beir)
+        (beir / "qrels" / name).unlink()
+
+
+def test_a_corpus_in_a_file_and_in_a_folder(beir):
+    table(beir / "qrels" / "test.tsv", HEAD + TABS)
+    (beir / "corpus").mkdir()
+    assert load_task(beir).qrels == GRADES  # an empty folder holds no corpus
+    lines(beir / "corpus" / "part.jsonl", CORPUS)
+    with pytest.raises(DataError, match=r"corpus/part\.jsonl: is there beside corpus\.jsonl; keep one of them"):
+        load_task(beir)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\u200b"])
+def test_empty_queries_are_said(beir, caplog, text):
+    """Measured, because public datasets have some; of training they are an error."""
+    lines(beir / "queries.jsonl", [{"_id": "q1", "text": text}, QUERIES[1], {"_id": "unjudged", "text": ""}])
+    table(beir / "qrels" / "test.tsv", HEAD + TABS)
+    assert load_task(beir).qrels == GRADES
+    assert "queries.jsonl: 1 judged queries have an empty text (first: " in caplog.text
+    with pytest.raises(DataError, match=r"queries\.jsonl:1: the query 'q1' is judged and has an empty text"):
+        list(read_examples(beir, "test"))
+
+
+def test_the_only_judgements_are_read_and_said(beir, caplog):
+    table(beir / "qrels" / "dev.tsv", HEAD + TABS)
+    assert load_task(beir).qrels == GRADES
+    assert "reading split 'dev', the only one there" in caplog.text
+    with pytest.raises(DataError, match="no split 'test'; splits found: dev"):
+        load_task(beir, "test")
+    table(beir / "qrels" / "train.tsv", HEAD + TABS)
+    with pytest.raises(DataError, match=r"no split 'test'; splits found: dev, train; choose one: evaluate --split dev"):
+        load_task(beir)
+    table(beir / "qrels" / "test.tsv", HEAD + "q1\td2\t1\n")
+    assert load_task(beir).qrels == {"q1": {"d2": 1.0}}

@@ -74,6 +74,15 @@ def test_layouts(tmp_path, row, expected, caplog):
         ({"query": " \n", "positive": "p"}, "column 'query' is empty"),
         ({"query": "q", "positive": ""}, "column 'positive' is empty"),
         ({"query": "q", "pos": ["p", "\u2003"]}, "column 'pos' is empty at index 1"),
+        ({"query": "\u200b\ufeff", "positive": "p"}, "column 'query' is empty"),
+        ({"query": "q", "positive": "\u00ad"}, "column 'positive' is empty"),
+        ({"query": "q", "pos": ["p", "\u2060"]}, "column 'pos' is empty at index 1"),
+        ({"messages": [user("\u200b")], "positive_messages": [[user("a")]]}, "empty message"),
+        (
+            {"Query": "q", "Positive": "p"},
+            "the row has .*; rename 'Query' to 'query', rename 'Positive' to 'positive'; acc",
+        ),
+        ({"query": "q", " POSITIVE": "p"}, "column 'positive' is missing; .*; rename ' POSITIVE' to 'positive'"),
         ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1]}, "'neg_scores' must hold 1 numbers"),
         ({"messages": "q", "positive_messages": [[user("a")]]}, "'messages' must hold messages like"),
         ({"messages": [user("q"), user("r")], "positive_messages": [[user("a")]]}, "must hold one message of the user"),
@@ -109,6 +118,10 @@ def test_cells_are_text_or_numbers(tmp_path):
         ("query,positive,negatives\na,b,\"['x']\"\n", "'negatives' is a list, which a cell cannot hold"),
         ("query,positive\n,b\n", "rows.csv:2: column 'query' is empty"),
         ("query;positive\na;b\n", "rows.csv:2: column 'query' is missing; the row has \\['query;positive'\\]"),
+        ("query;positive\na;b\n", "; ';' seems to stand between the cells: save the file with commas"),
+        ("query\tpositive\na\tb\n", r"; '\\t' seems to stand between the cells"),
+        ("query,positive,score\na,b,1_0\n", "must hold finite numbers, got '1_0'"),
+        ("query,positive,score\na,b,\u0661\n", "must hold finite numbers, got"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):

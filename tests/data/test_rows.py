@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import resource
 
 import pyarrow as pa
@@ -71,6 +72,18 @@ def test_damaged_compression(tmp_path, compression):
         ("rows.json", b'[{"a": 1},', "rows.json:2: not JSON"),
         ("rows.json", b'[{"a": 1}] {}', "text after the end"),
         ("rows.json", b"[1]", "rows.json:1: not JSON: expected an object"),
+        (
+            "rows.json",
+            b'\n{\n "a": 1\n}\n',
+            "rows.json:2: the object does not end on its line; expected an array of objects",
+        ),
+        ("rows.json", b'{"a": [\n1]}\n', "rows.json:1: the object does not end on its line"),
+        ("rows.json", b'{"a": 1}\n{"a": \n', "rows.json:2: the object does not end on its line"),
+        (
+            "rows.csv",
+            b"a;b\n1,5;2\n",
+            "rows.csv:2: 2 cells where .*; ';' seems to stand between the cells: save the file with",
+        ),
         ("rows.csv", b"a,b\n1,2,3\n", "rows.csv:2: 3 cells where the header"),
         ("rows.csv", b"a,a\n", "names a column twice"),
         ("rows.csv", b'a,b\n"1,2\n', "rows.csv:2: not CSV"),
@@ -83,6 +96,25 @@ def test_what_is_refused(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as error:
         list(read_rows(tmp_path / name))
     assert error.value.exit_code == 3 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("spaces", [b"", b"\n", b"\n\n", b" \r\n\t\n\n\n", b"\n" * (3 << 20)])
+@pytest.mark.parametrize("content", [b'[{"a": 1}]', b'{"a": 1}\n'])
+def test_spaces_before_the_first_row(tmp_path, mark, spaces, content):
+    (tmp_path / "rows.json").write_bytes(mark + spaces + content)
+    assert [row for _, row in read_rows(tmp_path / "rows.json")] == [{"a": 1}]
+
+
+def test_numbers_and_blanks():
+    for text, number in (("1", 1.0), (" 2.5e3\n", 2500.0), ("-0", 0.0), (".5", 0.5), ("inf", math.inf)):
+        assert module.number_of(text) == number
+    for text in ("1_0", "1_000.5", "\u0661\u0662", "\uff11", "0x10", "1,5", "", "one"):
+        assert module.number_of(text) is None
+    for text in ("", " \n", "\u200b", "\u200b\ufeff\u2060", "\u00ad \u200d", "\u202a\u202c", "\x00"):
+        assert module.is_blank(text)
+    for text in ("a", "\u200ba", ".", "\U0001f600", "\u0301", "\ue000"):
+        assert not module.is_blank(text)
 
 
 def test_the_index_of_pandas_has_a_name(tmp_path):

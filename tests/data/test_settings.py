@@ -111,3 +111,23 @@ def test_bad_overrides(tmp_path, value):
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "run.toml", [f"train.steps={value}"])
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_item_of_a_list_is_one_error(tmp_path):
+    (tmp_path / "x.toml").write_text('[model]\nbase = "b"\n[[data]]\npath = "p"\nweigth = 1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "x.toml")
+    assert str(caught.value).endswith("x.toml: data.0.weigth: unknown key; did you mean 'weight'?")
+    (tmp_path / "x.toml").write_text('[model]\nbase = "b"\n[train]\nseed = -1\n[[data]]\nsplit = "train"\n')
+    with pytest.raises(ConfigError, match=r"x\.toml: data\.0\.path: missing; train\.seed: [^;]*$"):
+        load_config(tmp_path / "x.toml")
+    (tmp_path / "x.toml").write_text('data = []\n[model]\nbase = "b"\n')
+    with pytest.raises(ConfigError, match=r"x\.toml: data: "):
+        load_config(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize("verb", LOADERS)
+def test_a_file_that_is_not_there_is_named_once(tmp_path, verb):
+    with pytest.raises(ConfigError) as caught:
+        LOADERS[verb](tmp_path / "none.toml")
+    assert str(caught.value) == f"{tmp_path}/none.toml: cannot be read: No such file or directory"

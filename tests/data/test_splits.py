@@ -44,6 +44,13 @@ def read(folder, split=None):
         (["data/train/a.jsonl.gz", "data/train/b.jsonl.gz"], ["data/test/a.jsonl.gz"]),
         (["my_train_file.json"], ["my file evaluation 2.json"]),
         (["training-1.jsonl"], ["Testing-1.jsonl"]),
+        (["trainset.jsonl"], ["testset.jsonl"]),
+        (["trainData.json"], ["testData.json"]),
+        (["train_set.csv"], ["evalset.csv"]),
+        (["TRAINSET.jsonl"], ["TestFile.jsonl"]),
+        (["squadTrain.jsonl"], ["squadTest.jsonl"]),
+        (["trainPairs.jsonl"], ["testPairs.jsonl"]),
+        (["trainingdata/a.jsonl", "trainingdata/b.jsonl"], ["testingdata/a.jsonl"]),
     ],
 )
 def test_conventions(tmp_path, train, test):
@@ -68,6 +75,22 @@ def test_without_splits_all_is_train(tmp_path):
     assert read(tmp_path) == read(tmp_path, "train") == ["a.jsonl", "b.jsonl"]
     with pytest.raises(DataError, match="no split 'test'"):
         read(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "contest", "trains", "pretrained", "testament", "devices", "values", "evaluate", "HumanEval", "DevOps"],
+)
+def test_words_that_tell_no_split(tmp_path, name):
+    make(tmp_path, f"{name}.jsonl", "other.jsonl")
+    assert sorted(read(tmp_path)) == sorted([f"{name}.jsonl", "other.jsonl"])
+
+
+def test_a_wrong_default_says_how_to_choose(tmp_path):
+    with pytest.raises(
+        DataError, match=r"no split 'train'; splits found: test, validation; choose one: split = 'test' in \[\[data\]\]"
+    ):
+        read(make(tmp_path, "testset.jsonl", "devset.jsonl"))
 
 
 def test_the_only_split_is_said(tmp_path, caplog):

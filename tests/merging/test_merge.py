@@ -151,7 +151,8 @@ def test_command_line(models, capsys):
     assert (
         main(["merge", *folders, "--method", "karcher", "--weights", "1", "2", "1", "--out", str(models / "out")]) == 0
     )
-    assert "angles up to" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "angles up to" in out and "karcher of a 0.250, b 0.500, c 0.250" in out
     assert main(["merge", folders[0], str(models / "none"), "--out", str(models / "x")]) in (2, 3)
     assert "none" in capsys.readouterr().err
     assert main(["merge", *folders, "--method", "sphere", "--out", str(models / "x")]) == 2
@@ -160,3 +161,12 @@ def test_command_line(models, capsys):
 def test_missing_folder(models):
     with pytest.raises(DataError, match="nowhere"):
         pyqemb.merge([models / "a", models / "nowhere"], out=models / "out")
+
+
+def test_models_of_the_same_name_are_told_apart(models, capsys):
+    for name in ("a", "b"):
+        (models / f"run {name}").mkdir()
+        (models / name).rename(models / f"run {name}" / "final")
+    folders = [str(models / f"run {name}" / "final") for name in ("a", "b")]
+    assert main(["merge", *folders, "--out", str(models / "out")]) == 0
+    assert f"slerp of {folders[0]} 0.500, {folders[1]} 0.500" in capsys.readouterr().out

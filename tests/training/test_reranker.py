@@ -1,5 +1,6 @@
 """Rerankers: trained by yes and no, alone and by several processes, merged, measured, used from the command line."""
 
+import gzip
 import json
 import random
 
@@ -140,6 +141,12 @@ def test_command_line(workplace, capsys):
     assert main(["rerank", str(folder), str(pairs), "--out", str(out)]) == 3
     assert "pairs.jsonl:1: expected a query with a document or documents" in capsys.readouterr().err
     assert json.loads(out.read_text().splitlines()[1]) == two
+    assert main(["rerank", str(folder), str(pairs), "--out", str(workplace / "rr.csv")]) == 2
+    assert "rr.csv: expected a name that ends with .jsonl" in capsys.readouterr().err
+    (workplace / "pairs.csv").write_text("query,document\nsun,sea\n")
+    assert main(["rerank", str(folder), str(workplace / "pairs.csv"), "--out", str(workplace / "o.jsonl.gz")]) == 0
+    with gzip.open(workplace / "o.jsonl.gz") as file:
+        assert json.loads(file.read())["score"] == one["score"]
     assert main(["train", str(_written(workplace)), "--dry-run"]) == 0
     assert "yes or no" in (shown := capsys.readouterr().out) and "<Instruct>: Same" in shown
 
