@@ -14,7 +14,7 @@ from pyqemb.errors import CheckpointError, ConfigError, MachineError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import preflight, stage2, state
 from pyqemb.training.config import LossSection
-from pyqemb.training.plan import plan
+from pyqemb.training.dry_run import plan
 from pyqemb.training.state import checkpoints, verify
 
 HIGH, LOW = "Find the number", "Find the word"
