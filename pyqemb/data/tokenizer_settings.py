@@ -109,6 +109,8 @@ _TOKENIZER: dict[str, Rule | None] = {
     "strip_accents": one_of(False, None),
     "fix_mistral_regex": one_of(False, None),
     "trust_remote_code": one_of(False, None),
+    "token": one_of(None),
+    "use_auth_token": one_of(False, None),
     "auto_map": None,  # a whole model folder with one is refused, see pyqemb.model.safety
     **dict.fromkeys(
         # Names of tokens that tokenizer.json holds, or what decoding, padding and chats need: no id of a text depends on them.
@@ -119,7 +121,8 @@ _TOKENIZER: dict[str, Rule | None] = {
          "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "errors", "legacy", "use_default_system_prompt", "use_fast", "backend",
          "is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file",
          "model_input_names", "sp_model_kwargs", "from_slow", "max_length", "max_len", "stride", "truncation", "truncation_strategy",
-         "return_token_type_ids", "return_tensors", "init_inputs", "init_kwargs", "verbose", "revision", "vocab_size", "transformers_version", "_commit_hash", "unsloth_fixed", "unsloth_template", "fill_token", "prefix_token",
+         "return_token_type_ids", "return_tensors", "init_inputs", "init_kwargs", "verbose", "revision", "vocab_size", "transformers_version", "_commit_hash", "unsloth_fixed", "unsloth_template", "fill_token", "prefix_token", "device_map",
+         "cache_dir", "force_download", "resume_download", "proxies", "subfolder", "torch_dtype", "dtype", "low_cpu_mem_usage",
          "middle_token", "suffix_token", "eot_token", "suffix_first"), None
     ),
 }  # fmt: skip

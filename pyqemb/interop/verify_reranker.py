@@ -1,5 +1,6 @@
 """`verify` for a reranker's folder: the scores of other libraries beside ours, and float16."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,21 @@ import numpy as np
 import torch
 
 from pyqemb.data.pairs import PREFIX, SUFFIX
+from pyqemb.errors import ConfigError
 from pyqemb.interop.texts import sample_texts
 from pyqemb.interop.verify import Check, compared, run_check
 from pyqemb.model.reranker import Reranker
 
 
 def verify_reranker(folder: str | Path) -> list[Check]:
-    """sentence-transformers' CrossEncoder and transformers must give Reranker's scores of 50 pairs within 1e-5; float16 must not overflow.
+    """sentence-transformers' CrossEncoder and transformers must give Reranker's scores of up to 50 pairs within 1e-5; float16 must not
+    overflow.
 
     Raises CheckpointError: Reranker itself cannot load it.
     """
-    folder, pairs = Path(folder), sample_pairs()
+    folder = Path(folder)
     ours = Reranker.from_pretrained(folder, dtype="float32", device="cpu")
+    pairs = sample_pairs(ours)
     scores = ours.score(pairs)
     return [
         run_check("sentence-transformers", lambda: _cross_encoder(folder, pairs, scores)),
@@ -27,10 +31,16 @@ def verify_reranker(folder: str | Path) -> list[Check]:
     ]
 
 
-def sample_pairs() -> list[tuple[str, str]]:
-    """50 pairs of texts."""
+def sample_pairs(model: Reranker) -> list[tuple[str, str]]:
+    """Up to 50 pairs of texts, those that the model reads whole: what is too long is truncated elsewhere by each library."""
     texts = sample_texts(100)
-    return list(zip(texts[:50], texts[50:], strict=True))
+    pairs = list(zip(texts[:50], texts[50:], strict=True))
+    limit = model.tokenizer.max_length or math.inf
+    lengths = [len(ids) for ids in model.tokenizer.encode_documents(model.format(pairs))]
+    whole = [pair for pair, length in zip(pairs, lengths, strict=True) if length < limit]
+    if not whole:
+        raise ConfigError(f"max_length {limit} is too short for any of the pairs to verify it by")
+    return whole
 
 
 def open_cross_encoder(folder: Path) -> Any:

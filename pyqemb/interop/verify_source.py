@@ -14,10 +14,9 @@ from pyqemb.interop.verify import Check, compared, open_sentence_transformer, ru
 from pyqemb.interop.verify_reranker import open_cross_encoder, sample_pairs
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.lora import adapted, merge_lora
-from pyqemb.model.portable import read_contract
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.safety import check_safe
-from pyqemb.model.sentence import CONTRACT
+from pyqemb.model.sentence import CONTRACT, read_contract
 from pyqemb.model.source import named_dtype
 
 _ROUNDED = 0.01  # of a score: the classifier's row is the rounded difference of two rows
@@ -51,7 +50,8 @@ def _compare(folder: Path, source: Path, model: Embedder | Reranker) -> Check:
     else:
         reader = library + (", with the exported weights (an adapter was folded in)" if adapted(model) else "")
     _round(theirs, _stored_dtype(folder))
-    pairs = list(zip(_results(exported), _results(theirs), strict=True))
+    texts = sample_pairs(model) if isinstance(model, Reranker) else sample_texts()
+    pairs = list(zip(_results(exported, texts), _results(theirs, texts), strict=True))
     check = compared("source", pairs)
     classifies = reranks and read_contract(folder).get("format") == "seq-cls"
     if classifies and check.outcome == "failed" and np.abs(pairs[0][0] - pairs[0][1]).max() <= _ROUNDED:
@@ -97,13 +97,12 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return named_dtype(read_object(folder, "config.json")["dtype"]) or torch.float32
 
 
-def _results(model: Any) -> list[np.ndarray]:
+def _results(model: Any, texts: list[Any]) -> list[np.ndarray]:
     """Scores of pairs, or vectors of queries, of documents, and of texts with the default prompt."""
     if isinstance(model, Reranker):
-        return [model.score(sample_pairs())]
+        return [model.score(texts)]
     if hasattr(model, "predict"):
-        return [model.predict(sample_pairs(), show_progress_bar=False)]
-    texts = sample_texts()
+        return [model.predict(texts, show_progress_bar=False)]
     return [
         encode(texts, show_progress_bar=False) for encode in (model.encode_query, model.encode_document, model.encode)
     ]

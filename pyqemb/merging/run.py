@@ -20,10 +20,10 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, read_tensors
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.portable import check_digests, portable_folder, read_contract
+from pyqemb.model.portable import check_digests, portable_folder
 from pyqemb.model.portable_reranker import like_reranker, reranker_name
 from pyqemb.model.safety import check_safe
-from pyqemb.model.sentence import check_kind, kind_of, read_instruction, read_sentence_settings
+from pyqemb.model.sentence import check_kind, kind_of, read_contract, read_instruction, read_sentence_settings
 
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,

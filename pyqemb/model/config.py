@@ -142,12 +142,10 @@ class Qwen3Config:
         missing = [name for name in _COUNTS if name not in known and name != "max_position_embeddings"]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
-        eos = values.get("eos_token_id")
-        # Absent means causal, as everywhere in transformers; another library's name for the same choice is honoured.
-        if "is_causal" not in values and "use_bidirectional_attention" in values:
-            known["is_causal"] = not values["use_bidirectional_attention"]
-        known["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
-        dropped = own | {*_ROPE_KEYS, "_attn_implementation_autoset"}
+        if (bidirectional := values.get(_BIDIRECTIONAL)) is not None:
+            known.setdefault("is_causal", not bidirectional)
+        known["eos_token_id"] = _first_id(values.get("eos_token_id"))
+        dropped = own | {*_ROPE_KEYS, *_ATTENTION}
         known["extra"] = {name: value for name, value in values.items() if name not in dropped}
         rope = Rope.from_config(values)
         scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}
@@ -180,9 +178,18 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
+_BIDIRECTIONAL = (
+    "use_bidirectional_attention"  # other libraries' name for is_causal false; without either a model is causal
+)
+_ATTENTION = (
+    "_attn_implementation",
+    "attn_implementation",
+    "_attn_implementation_internal",
+    "_attn_implementation_autoset",
+)
 _CHECKED = (
     "hidden_act", "use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope", "sliding_window", "layer_types",
-    "architectures", "use_bidirectional_attention", "_attn_implementation_autoset",
+    "architectures", _BIDIRECTIONAL, *_ATTENTION,
 )  # fmt: skip
 
 
@@ -200,8 +207,14 @@ def _refuse_unsupported(values: Mapping[str, Any], own: set[str]) -> None:
         if values.get(name):
             raise ConfigError(f"{name} is not supported, got {values[name]!r}")
     window = None if family.sliding_switch else values.get("sliding_window")
-    if window is not None and (type(window) is not int or window < values.get("max_position_embeddings", window + 1)):
+    positions = values.get("max_position_embeddings")
+    if window is not None and (type(window) is not int or type(positions) is not int or window < positions):
         raise ConfigError(f"sliding_window is not supported, got {window!r}")
+    bidirectional = values.get(_BIDIRECTIONAL)
+    if bidirectional is not None and not isinstance(bidirectional, bool):
+        raise ConfigError(f"{_BIDIRECTIONAL} must be true or false, got {bidirectional!r}")
+    if bidirectional is not None and values.get("is_causal") is bidirectional:
+        raise ConfigError(f"is_causal {bidirectional} contradicts {_BIDIRECTIONAL} {bidirectional}: remove one of them")
     _check_layer_types(values)
     _check_architectures(values.get("architectures"))
     try:
@@ -230,6 +243,13 @@ def _check_architectures(architectures: Any) -> None:
         not isinstance(architectures, list) or any(a not in known for a in architectures)
     ):
         raise ConfigError(f"architectures must be among {', '.join(known)}, got {architectures!r}")
+
+
+def _first_id(eos: Any) -> int | None:
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(item) is int for item in ids):
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
+    return ids[0] if ids else None
 
 
 def _rope_theta_inside(values: Mapping[str, Any]) -> bool:

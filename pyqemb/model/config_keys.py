@@ -25,10 +25,12 @@ HARMLESS: dict[str, Rule | None] = {
          "_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "dtype", "torch_dtype", "model_name",
          "unsloth_fixed", "unsloth_version", "name_or_path", "license", "vocab_files", "tokenizer_class", "prefix", "use_bfloat16",
          "torchscript", "tf_legacy_loss", "base_model_name_or_path", "adapters", "base_model_tp_plan", "base_model_pp_plan",
+         "base_model_ep_plan", "is_llama_config", "method",
          # What a call returns and how it is computed.
          "use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores",
            "chunk_size_feed_forward", "pretraining_tp", "gradient_checkpointing", "use_flash_attn", "attention_dropout", "hidden_dropout",
            "resid_pdrop", "embd_pdrop", "attn_pdrop", "max_sequence_length", "seq_length", "seq_len", "tie_encoder_decoder",
+           "_flash_attn_2_enabled", "neftune_noise_alpha", "cache_implementation", "_output_attentions",
          # Ids of tokens and heads on top of the hidden states.
          "bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
            "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "classifier_dropout",

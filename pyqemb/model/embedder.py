@@ -83,8 +83,8 @@ class Embedder(Encoding, nn.Module):
         Raises CheckpointError, naming the file, for anything missing, damaged or unsafe, and for a setting that cannot be honored.
         """
         path = local_folder(folder)
-        config = with_attention(Qwen3Config.from_folder(path), attention)
         check_safe(path)
+        config = with_attention(Qwen3Config.from_folder(path), attention)
         check_kind(path, "embedder")
         tensors = Tensors(path)
         check_sizes(config, tensors)

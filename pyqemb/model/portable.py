@@ -13,12 +13,12 @@ from typing import Any
 
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
-from pyqemb.data.folder import member, read_object
+from pyqemb.data.folder import member
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
 from pyqemb.model.config import Qwen3Config
-from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings
+from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings, read_contract
 
 
 @contextmanager
@@ -73,11 +73,6 @@ def portable_folder(
             _model_card(target.name, config, settings.prompts, tokenizer.end_token, matryoshka, provenance or {}),
             encoding="utf-8",
         )
-
-
-def read_contract(folder: Path) -> dict[str, Any]:
-    """pyqemb.json, empty where there is none."""
-    return read_object(folder, CONTRACT)
 
 
 def check_digests(folder: Path) -> None:

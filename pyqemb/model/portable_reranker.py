@@ -15,8 +15,8 @@ from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, sha256, widest_dtype
 from pyqemb.model.config import FAMILIES, Qwen3Config
-from pyqemb.model.portable import base_model_line, check_replaceable, provenance_section, read_contract
-from pyqemb.model.sentence import CONTRACT, read_instruction
+from pyqemb.model.portable import base_model_line, check_replaceable, provenance_section
+from pyqemb.model.sentence import CONTRACT, read_contract, read_instruction
 
 FORMATS = ("causal-lm", "seq-cls")
 SCORE = "score.weight"

@@ -69,8 +69,8 @@ class Reranker(Scoring, nn.Module):
         with one label; or download one by its hub id. Arguments and errors as of Embedder.from_pretrained; `max_length` None: 8192.
         """
         path = local_folder(folder)
-        config = with_attention(Qwen3Config.from_folder(path), attention)
         check_safe(path)
+        config = with_attention(Qwen3Config.from_folder(path), attention)
         check_kind(path, "reranker")
         tokenizer = PairTokenizer.from_folder(path, max_length)
         check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)

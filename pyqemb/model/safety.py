@@ -45,6 +45,14 @@ _ACTIVATIONS = {
     ),
 }  # fmt: skip
 _ACTIVATION_KEYS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")
+_ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
+# Attention that transformers itself holds; any other name is a repository that it downloads code from.
+_ATTENTIONS = (
+    "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    *(f"paged|{name}" for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")),
+)  # fmt: skip
+_LONGEST_PATH = 255  # bytes, of a module inside the folder
+_ADAPTER = "adapter_config.json"
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "*model*.pkl")
 
 
@@ -53,10 +61,16 @@ def check_safe(folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: modules.json names a class that is not one of sentence-transformers' plain modules, or a path
-            outside the folder; a configuration has `auto_map`, an attention implementation, `trust_remote_code` or an
-            activation that is no plain one of torch; a file is a link that leaves the folder; weights are a pickle.
+            outside the folder; a configuration has `auto_map`, an attention implementation that is not one of transformers'
+            own, `trust_remote_code` or an activation that is no plain one of torch; a file is a link that leaves the folder;
+            weights are a pickle; the folder holds an adapter, which some loaders apply to its weights and others do not.
     """
     folder = Path(folder)
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder / _ADAPTER}: is an adapter, which would not be applied: `pyqemb export` with --adapter folds it "
+            "into the weights of its base model"
+        )
     for place in dict.fromkeys([folder, *(folder / module.path for module in read_modules(folder) or [])]):
         for path in sorted(place.glob("*config*.json")):
             for key, value in _settings(read_json(folder, path.relative_to(folder).as_posix())):
@@ -81,7 +95,10 @@ def makes_loaders_run_code(key: str, value: Any) -> bool:
         return isinstance(value, str) and "." in value and value not in _ACTIVATIONS
     if key == "_attn_implementation_autoset" and isinstance(value, bool):  # a mark that transformers 4 left behind
         return False
-    return key == "auto_map" or key.startswith(("_attn_implementation", "attn_implementation"))
+    if key.startswith(_ATTENTION_KEYS):
+        names = value.values() if isinstance(value, dict) else [value]  # by the name of a sub-configuration
+        return not all(name is None or (isinstance(name, str) and name in _ATTENTIONS) for name in names)
+    return key == "auto_map"
 
 
 class Module(NamedTuple):
@@ -111,7 +128,8 @@ def read_modules(folder: Path) -> list[Module] | None:
                 f"{where}: type {shown(entry.get('type'))} is refused: known are sentence-transformers' "
                 f"{', '.join(_PLACES)}, and loaders import what it names"
             )
-        parts = PurePosixPath(path).parts if isinstance(path, str) else ("..",)
+        named = isinstance(path, str) and "\0" not in path and len(path.encode()) <= _LONGEST_PATH
+        parts = PurePosixPath(path).parts if named else ("..",)
         if ".." in parts or PurePosixPath(*parts).is_absolute() or "\\" in str(path):
             raise CheckpointError(f"{where}: path must lie inside the folder, got {shown(path)}")
         member(folder, str(path))

@@ -85,6 +85,8 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
                 f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and Normalize, got {', '.join(kinds)}"
             )
         _check_root(folder, modules[0])
+        for module in modules[1:]:
+            _check_own_folder(folder, module)
         pooling, normalize = _read_pooling(folder, modules[1].path, hidden_size), len(kinds) == 3
         if pooling is None:
             raise CheckpointError(f"{folder / modules[1].path}: has no config.json of the Pooling module")
@@ -106,6 +108,18 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """pyqemb.json, empty where there is none.
+
+    Raises:
+        CheckpointError: an unknown key, or a value of a key that is read and cannot be. What only records how the folder
+            was made (pooling, attention, lengths) is not compared with the files that decide it.
+    """
+    values = read_object(folder, CONTRACT)
+    check_keys(values, _CONTRACT, folder / CONTRACT)
+    return values
 
 
 def check_kind(folder: Path, wanted: Kind) -> None:
@@ -133,6 +147,7 @@ def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
         )
     _check_root(folder, modules[0])
     for module in modules[1:]:
+        _check_own_folder(folder, module)
         path = f"{module.path}/config.json"
         rules: dict[str, Rule | None] = {
             "true_token_id": one_of(yes_id), "false_token_id": one_of(no_id), "module_input_name": one_of("causal_logits"),
@@ -143,9 +158,9 @@ def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
 
 def read_instruction(folder: Path, default: str) -> str:
     """A reranker's instruction: pyqemb.json's, else the default prompt of config_sentence_transformers.json, else `default`."""
-    stored = read_object(folder, CONTRACT).get("instruction")
+    stored = read_contract(folder).get("instruction")
     if stored:
-        return str(stored)
+        return stored
     values = read_object(folder, SETTINGS)
     check_keys(
         values, {**_SETTINGS, "model_type": one_of("CrossEncoder", None), "activation_fn": None}, folder / SETTINGS
@@ -154,12 +169,8 @@ def read_instruction(folder: Path, default: str) -> str:
 
 
 def _kind(folder: Path) -> tuple[Kind | None, str]:
-    contract = read_json(folder, CONTRACT)
-    if contract is not None:
-        kind = read_object(folder, CONTRACT).get("kind", "embedder")
-        if kind not in ("embedder", "reranker"):
-            raise CheckpointError(f"{folder / CONTRACT}: kind must be embedder or reranker, got {shown(kind)}")
-        return kind, f"{CONTRACT} says so"
+    if read_json(folder, CONTRACT) is not None:
+        return read_contract(folder).get("kind", "embedder"), f"{CONTRACT} says so"
     modules = read_modules(folder)
     model_type = read_object(folder, SETTINGS).get("model_type")
     if model_type == "CrossEncoder" or any(module.kind == "LogitScore" for module in modules or []):
@@ -176,6 +187,13 @@ def _check_root(folder: Path, transformer: Module) -> None:
     if transformer.path not in ("", "."):
         raise CheckpointError(
             f"{folder / 'modules.json'}: the Transformer must lie in the folder itself, got the path {shown(transformer.path)}"
+        )
+
+
+def _check_own_folder(folder: Path, module: Module) -> None:
+    if module.path in ("", "."):
+        raise CheckpointError(
+            f"{folder / 'modules.json'}: the {module.kind} module must have a folder of its own, got the path {shown(module.path)}"
         )
 
 
@@ -196,6 +214,9 @@ def _read_pooling(folder: Path, place: str, hidden_size: int) -> str | None:
         raise CheckpointError(f"{folder / path}: pooling must be one of {', '.join(known)}, got {modes}")
     if values.get("include_prompt") is False and modes != ["lasttoken"]:  # the last token is none of the prompt's
         raise CheckpointError(f"{folder / path}: include_prompt False is not supported with mean pooling")
+    contradicting = [key for mode, key in MODE_KEYS.items() if values.get(key) and mode != modes[0]]
+    if contradicting:
+        raise CheckpointError(f"{folder / path}: {contradicting[0]} true contradicts pooling_mode {shown(modes[0])}")
     return known[modes[0]]
 
 
@@ -213,6 +234,16 @@ _SETTINGS: dict[str, Rule | None] = {
     "similarity_fn_name": one_of(*SIMILARITIES, None),  # read
     "truncate_dim": None,  # read
 }
+_CONTRACT: dict[str, Rule | None] = {
+    "kind": one_of("embedder", "reranker"),  # read
+    "format": one_of("causal-lm", "seq-cls"),  # read
+    "instruction": lambda value: value is None or isinstance(value, str),  # read
+    "sha256": None,  # read
+    **dict.fromkeys(
+        ("pyqemb_version", "pooling", "attention", "dims", "end_token", "end_token_id", "query_template", "max_length",
+         "yes_id", "no_id", "provenance"), None
+    ),
+}  # fmt: skip
 _NORMALIZE: dict[str, Rule | None] = {
     "module_input_name": one_of("sentence_embedding"),
     "module_output_name": one_of("sentence_embedding", None),

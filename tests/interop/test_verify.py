@@ -144,6 +144,15 @@ def test_rerankers(tmp_path, capsys, format):
     assert found == {"sentence-transformers": "failed", "transformers": "passed", "float16": "passed"}
 
 
+def test_rerankers_shorter_than_the_longest_pairs(tmp_path, capsys):
+    base = write_tiny_folder(tmp_path / "base", max_position_embeddings=4096, prefix=True)
+    answering_tokenizer().save(str(base / "tokenizer.json"))
+    folder = Reranker.from_pretrained(base, device="cpu", max_length=700).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert main(["export", str(folder), "--out", str(out), "--dtype", "float32", "--verify"]) == 0
+    assert capsys.readouterr().out.count("passed") == 4
+
+
 def test_source_folders_of_other_layouts_pass(tmp_path):
     source = loud(pooling="mean").save_pretrained(tmp_path / "source")
     (source / "pyqemb.json").unlink()

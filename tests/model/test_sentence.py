@@ -116,6 +116,16 @@ def test_settings_are_read_and_written_again(folder, tmp_path):
         ("config.json", {"hidden_size": 2**30}, "embed_tokens.weight has shape"),
         ("config.json", {"layer_types": 5}, "layer_types must be a list of names, got 5"),
         ("config.json", {"architectures": ["EvilModel"]}, "architectures must be among"),
+        ("config.json", {"is_causal": False, "use_bidirectional_attention": "false"}, "attention must be true or false"),
+        ("config.json", {"use_bidirectional_attention": True}, "is_causal True contradicts use_bidirectional_attention"),
+        ("config.json", {"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
+        ("config.json", {"eos_token_id": [2, 1.5]}, "eos_token_id must be a token id or a list of them"),
+        ("config.json", {"attn_implementation": "somebody/kernel"}, "'attn_implementation' is refused"),
+        ("config.json", {"_attn_implementation": {"text_config": "a/b"}}, "'_attn_implementation' is refused"),
+        ("1_Pooling/config.json", {"pooling_mode": "mean"}, "pooling_mode_lasttoken true contradicts pooling_mode 'mean'"),
+        ("pyqemb.json", {"atention": "causal"}, "the setting 'atention' is not known, got 'causal'"),
+        ("pyqemb.json", {"kind": "embeder"}, "kind 'embeder' is not supported"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "--adapter folds it into the weights of its base model"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honored_is_refused_by_name(folder, file, change, message):
@@ -123,6 +133,40 @@ def test_what_cannot_be_honored_is_refused_by_name(folder, file, change, message
     with pytest.raises(CheckpointError, match=message) as error:
         Embedder.from_pretrained(folder)
     assert file.split("/")[-1] in str(error.value) or "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"is_llama_config": True, "rope_interleaved": False, "_flash_attn_2_enabled": True}),
+        ("config.json", {"neftune_noise_alpha": None, "method": "from_2_way_softmax", "attn_implementation": None}),
+        ("config.json", {"_attn_implementation": "flash_attention_2", "eos_token_id": [2, 3]}),
+        ("config.json", {"is_causal": False, "use_bidirectional_attention": True}),
+        ("generation_config.json", {"attn_implementation": "sdpa"}),
+        ("tokenizer_config.json", {"device_map": "auto", "token": None, "cache_dir": None}),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}),
+    ],
+)
+def test_what_well_known_folders_hold_beside_is_accepted(folder, tmp_path, file, change):
+    edit(folder / file, **change)
+    again = Embedder.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "again")
+    assert "attn_implementation" not in (again / "config.json").read_text()
+
+
+@pytest.mark.parametrize("path", ["1_Pooling\0", "x" * 300, "a/" * 2500 + "b", "", "."])
+def test_a_module_needs_a_folder_of_its_own_inside(folder, path):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"path must lie inside|must have a folder of its own"):
+        Embedder.from_pretrained(folder)
+
+
+def test_positions_that_are_no_number_beside_a_window(tmp_path):
+    folder = write_tiny_folder(tmp_path / "base")
+    edit(folder / "config.json", model_type="mistral", sliding_window=4096, max_position_embeddings="x")
+    with pytest.raises(CheckpointError, match="sliding_window is not supported, got 4096"):
+        Embedder.from_pretrained(folder)
 
 
 def test_other_modules_are_refused_by_name(folder):
