@@ -169,7 +169,10 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> C
             f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over them: move the "
             "folder away, or choose another save.dir"
         )
-    if checkpoint is None or not (auto or _is_within(Path(resume), run)):
+    if checkpoint is None and auto and (run / "best").exists() and not (run / "final").exists():
+        # Killed between its first evaluation and its first checkpoint: a job that a scheduler starts again must go on.
+        warn(f"{run}: the run that left {run / 'best'} has no checkpoint; it starts anew and replaces that model")
+    elif checkpoint is None or not (auto or _is_within(Path(resume), run)):
         _check_vacant(run)
     return checkpoint
 

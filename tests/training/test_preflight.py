@@ -305,8 +305,7 @@ def plan_and_train(place, capsys, *options):
     return found
 
 
-@pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
-@pytest.mark.parametrize("name", ["final", "best"])
+@pytest.mark.parametrize(("name", "options"), [("final", []), ("best", []), ("final", ["--resume", "auto"])])
 def test_a_finished_run_is_not_written_over(place, capsys, options, name):
     run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
     left = place / "run" / name
@@ -316,6 +315,13 @@ def test_a_finished_run_is_not_written_over(place, capsys, options, name):
         assert code == 2 and f"{left}: an earlier run left its model here" in error
         assert "choose another save.dir, or delete" in error
     assert (left / "model.safetensors").read_text() == "mine"
+
+
+def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_starts_anew(place, capsys):
+    run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+    (place / "run" / "best").mkdir(parents=True)
+    for code, error in plan_and_train(place, capsys, "--resume", "auto"):
+        assert code == 0 and "has no checkpoint; it starts anew" in error
 
 
 def test_a_run_is_not_continued_over_another_one(place):
