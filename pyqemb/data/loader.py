@@ -1,4 +1,4 @@
-"""Training batches: each from one set, a pure function of (seed, step).
+"""Training batches: each from one dataset, a pure function of (seed, step).
 
 Legend: B queries, M documents as the loss sees them, S distinct texts of both, K candidates of a query.
 """
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from pyqemb.data.example import Example
-from pyqemb.data.mixing import shares
+from pyqemb.data.mixing import sampling_weights
 from pyqemb.data.order import Order
 from pyqemb.data.pairs import format_pair
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
 
-_LARGE = 1 << 22  # rows of a set from which on its order is computed rather than kept
+_LARGE = 1 << 22  # rows of a dataset from which on its order is computed rather than kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,32 +36,32 @@ class TrainingBatch:
     owner: torch.Tensor  # int64 [M], the query that brought the document
     candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, -1: no more
 
-    def shares(self, count: int) -> list[np.ndarray]:
-        """The texts for each of `count` processes, int64: about as many bytes of text each, the same for all who ask."""
+    def text_partition(self, count: int) -> list[np.ndarray]:
+        """The indices of the texts of each of `count` ranks, int64: about as many bytes of text each. Every rank computes the same."""
         sizes = np.array([len(text.encode()) + 1 for text in self.texts], dtype=np.int64)
         if count == 1:
             return [np.arange(len(sizes))]
         loads = [(0, number) for number in range(count)]
-        shares: list[list[int]] = [[] for _ in range(count)]
+        parts: list[list[int]] = [[] for _ in range(count)]
         for text in np.argsort(-sizes, kind="stable").tolist():
             load, number = heapq.heappop(loads)
-            shares[number].append(text)
+            parts[number].append(text)
             heapq.heappush(loads, (load + int(sizes[text]), number))
-        return [np.array(share, dtype=np.int64) for share in shares]
+        return [np.array(part, dtype=np.int64) for part in parts]
 
 
 class Loader:
-    """Batches of examples: `batch(step)` depends on nothing but the sets, the options and the step.
+    """Batches of examples: `batch(step)` depends on nothing but the datasets, the options and the step.
 
-    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each set's share of
-    batches; a set's batches walk through its examples in an order
-    drawn anew for every pass, so that each is used once before any comes again. A set that is smaller than the batch
+    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each dataset's share of
+    batches; a dataset's batches walk through its examples in an order
+    drawn anew for every pass, so that each is used once before any comes again. A dataset that is smaller than the batch
     gives smaller batches.
     """
 
     def __init__(
         self,
-        sets: Mapping[str, Sequence[Example]],
+        datasets: Mapping[str, Sequence[Example]],
         batch_size: int,
         seed: int = 0,
         num_negatives: int | None = None,
@@ -70,14 +70,14 @@ class Loader:
         max_share: Mapping[str, float] | None = None,
         steps_per_epoch: int | None = None,
     ):
-        if not sets or not all(len(examples) for examples in sets.values()):
-            raise ConfigError(f"expected sets that hold examples, got {[(n, len(s)) for n, s in sets.items()]}")
+        if not datasets or not all(len(examples) for examples in datasets.values()):
+            raise ConfigError(f"expected datasets that hold examples, got {[(n, len(d)) for n, d in datasets.items()]}")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        self.sets, self.seed, self.num_negatives = dict(sets), seed, num_negatives
-        self.names = list(self.sets)
-        self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.sets.items()}
-        self.batches = _batches(self.sets, self.batch_sizes, alpha, weights or {}, max_share or {}, steps_per_epoch)
+        self.datasets, self.seed, self.num_negatives = dict(datasets), seed, num_negatives
+        self.names = list(self.datasets)
+        self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.datasets.items()}
+        self.batches = _batches(self.datasets, self.batch_sizes, alpha, weights or {}, max_share or {}, steps_per_epoch)
         self._order: dict[tuple[str, int], Order | np.ndarray] = {}  # the newest ones only
         self._plan: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -87,13 +87,13 @@ class Loader:
 
     def batch(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0, with at most `num_negatives` negatives each."""
-        examples = self.sets[self.where(step)[0]]
+        examples = self.datasets[self.where(step)[0]]
         return self._with_negatives([examples[row] for row in self.rows(step)], step)
 
     def rows(self, step: int) -> list[int]:
-        """Which examples of its set a step takes."""
+        """Which examples of its dataset a step takes."""
         name, number = self.where(step)
-        count, size = len(self.sets[name]), self.batch_sizes[name]
+        count, size = len(self.datasets[name]), self.batch_sizes[name]
         places = np.arange(number * size, (number + 1) * size)
         rows: list[int] = []
         for one in np.unique(places // count).tolist():  # a batch may end one pass and begin the next
@@ -102,11 +102,11 @@ class Loader:
         return rows
 
     def where(self, step: int) -> tuple[str, int]:
-        """The set of a step, and how many batches of that set came before it."""
+        """The dataset of a step, and how many batches of it came before it."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._plan[0] != epoch:
-            sets = np.repeat(np.arange(len(self.names)), [self.batches[name] for name in self.names])
-            self._plan = epoch, self._generator("epoch", epoch).permutation(sets)
+            numbers = np.repeat(np.arange(len(self.names)), [self.batches[name] for name in self.names])
+            self._plan = epoch, self._generator("epoch", epoch).permutation(numbers)
         plan = self._plan[1]
         name = self.names[plan[place]]
         return name, epoch * self.batches[name] + int((plan[:place] == plan[place]).sum())
@@ -116,7 +116,7 @@ class Loader:
         if (name, number) not in self._order:
             for key in [key for key in self._order if key[0] == name and abs(key[1] - number) > 1]:
                 del self._order[key]
-            generator, count = self._generator("set " + name, number), len(self.sets[name])
+            generator, count = self._generator("set " + name, number), len(self.datasets[name])
             self._order[name, number] = Order(count, generator) if count > _LARGE else generator.permutation(count)
         return self._order[name, number]
 
@@ -202,18 +202,18 @@ def build_pairs(examples: Sequence[Example], instruction: str) -> TrainingBatch:
 
 
 def _batches(
-    sets: Mapping[str, Sequence[Example]],
+    datasets: Mapping[str, Sequence[Example]],
     sizes: Mapping[str, int],
     alpha: float,
     weights: Mapping[str, float],
     max_share: Mapping[str, float],
     steps: int | None,
 ) -> dict[str, int]:
-    """Batches of each set in an epoch of about `steps`. Left to themselves they cover every example."""
-    covering = {name: -(-len(examples) // sizes[name]) for name, examples in sets.items()}
+    """Batches of each dataset in an epoch of about `steps`. Left to themselves they cover every example."""
+    covering = {name: -(-len(examples) // sizes[name]) for name, examples in datasets.items()}
     if alpha == 1 and not weights and not max_share and steps is None:
         return covering
-    rows = {name: len(examples) for name, examples in sets.items()}
-    found = shares(rows, alpha=alpha, weights=weights, max_share=max_share)
+    rows = {name: len(examples) for name, examples in datasets.items()}
+    found = sampling_weights(rows, alpha=alpha, weights=weights, max_share=max_share)
     steps = steps or sum(covering.values())
     return {name: max(1, round(steps * share)) for name, share in found.items()}

@@ -1,4 +1,4 @@
-"""How much of a run each set gets: shares by size or weight, under caps, and what they come to in epochs."""
+"""How often a run samples each dataset: weights by size or as configured, under caps, and the resulting epochs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pyqemb.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class SetShare:
+class MixtureRow:
     """One row of the table that is shown before training. `epochs`: how often each of its rows is expected to be seen."""
 
     name: str
@@ -18,21 +18,21 @@ class SetShare:
     epochs: float
 
 
-def shares(
+def sampling_weights(
     rows: Mapping[str, int],
     *,
     alpha: float = 1.0,
     weights: Mapping[str, float] | None = None,
     max_share: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The share of the steps of each set: proportional to its weight, or to rows ** alpha, but never above its cap; what the caps cut
+    """The share of the steps of each dataset: proportional to its weight, or to rows ** alpha, but at most its cap; what the caps cut
     off goes to the others in the same proportions (so that min(cap, level * mass) adds up to 1).
 
-    Raises ConfigError: a weight for some sets only, or caps that leave no room for all steps.
+    Raises ConfigError: a weight for some datasets only, or caps that leave no room for all steps.
     """
     weights, caps = weights or {}, max_share or {}
     if set(weights) and set(weights) != set(rows):
-        raise ConfigError(f"give a weight for every set or for none; missing: {sorted(set(rows) - set(weights))}")
+        raise ConfigError(f"give a weight for every dataset or for none; missing: {sorted(set(rows) - set(weights))}")
     mass = {name: float(weights.get(name, count**alpha)) for name, count in rows.items()}
     capped: dict[str, float] = {}
     while True:
@@ -41,7 +41,7 @@ def shares(
         if not free:
             if left > 1e-9:
                 raise ConfigError(
-                    f"max_share and max_epochs leave {left:.1%} of the steps to no set; take fewer steps or raise them"
+                    f"max_share and max_epochs leave {left:.1%} of the steps to no dataset; take fewer steps or raise them"
                 )
             return {name: capped[name] for name in rows}
         over = {name: caps[name] for name, value in free.items() if name in caps and left * value / total > caps[name]}
@@ -53,29 +53,29 @@ def shares(
 def caps_of_epochs(
     rows: Mapping[str, int], batch_sizes: Mapping[str, int], max_epochs: Mapping[str, float], steps: int
 ) -> dict[str, float]:
-    """The share of `steps` at which each set has been seen `max_epochs` times."""
+    """The share of `steps` at which each dataset has been seen `max_epochs` times."""
     return {name: epochs * rows[name] / (batch_sizes[name] * steps) for name, epochs in max_epochs.items()}
 
 
 def table(
     rows: Mapping[str, int], batches: Mapping[str, int], batch_sizes: Mapping[str, int], steps: int
-) -> list[SetShare]:
+) -> list[MixtureRow]:
     """What `steps` steps give, with `batches` of each set in a loader's epoch."""
     total = sum(batches.values())
     found = []
     for name, count in rows.items():
         share = batches[name] / total
         found.append(
-            SetShare(name, count, share, batch_sizes[name], steps * share, steps * share * batch_sizes[name] / count)
+            MixtureRow(name, count, share, batch_sizes[name], steps * share, steps * share * batch_sizes[name] / count)
         )
     return found
 
 
-def lines(found: Iterable[SetShare]) -> list[str]:
-    """The table as text, one set a line."""
+def lines(found: Iterable[MixtureRow]) -> list[str]:
+    """The table as text, one dataset a line."""
     found = list(found)
-    width = max(len("set"), *(len(row.name) for row in found))
-    head = f"{'set':{width}}  {'rows':>12}  {'share':>6}  {'batch':>6}  {'steps':>9}  {'epochs':>7}"
+    width = max(len("dataset"), *(len(row.name) for row in found))
+    head = f"{'dataset':{width}}  {'rows':>12}  {'share':>6}  {'batch':>6}  {'steps':>9}  {'epochs':>7}"
     return [head] + [
         f"{row.name:{width}}  {row.rows:>12,}  {row.share:>6.1%}  {row.batch_size:>6}  {row.steps:>9,.0f}  {row.epochs:>7.2f}"
         for row in found

@@ -9,6 +9,12 @@ from torch import Tensor
 from pyqemb.ops import checks
 
 
+def is_ordered(dims: Sequence[int]) -> bool:
+    """Whether Matryoshka dimensions are at least 1 and rise or fall, each once; and there are any."""
+    rising = sorted(set(dims))
+    return bool(rising) and rising[0] >= 1 and list(dims) in (rising, rising[::-1])
+
+
 def prefixes(
     matryoshka: Sequence[int] | None, weights: Sequence[float] | None, size: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -21,17 +27,18 @@ def prefixes(
     dims = [checks.integer("info_nce", f"matryoshka[{at}]", dim) for at, dim in enumerate(given)]
     if not dims or any(dim < 1 or dim > size for dim in dims):
         raise ValueError(f"[info_nce] matryoshka must list dimensions from 1 to {size}, got {list(matryoshka)}")
-    rising = sorted(set(dims))
-    if dims not in (rising, rising[::-1]):
+    if not is_ordered(dims):
         raise ValueError(f"[info_nce] matryoshka must rise or fall, each dimension once, got {list(matryoshka)}")
-    shares = [1 / len(dims)] * len(dims)
+    prefix_weights = [1 / len(dims)] * len(dims)
     if weights is not None:
         given = checks.items("info_nce", "matryoshka_weights", weights, "numbers")
-        shares = [checks.number("info_nce", f"matryoshka_weights[{at}]", weight) for at, weight in enumerate(given)]
-    if len(shares) != len(dims) or not all(math.isfinite(share) and share >= 0 for share in shares):
+        prefix_weights = [
+            checks.number("info_nce", f"matryoshka_weights[{at}]", weight) for at, weight in enumerate(given)
+        ]
+    if len(prefix_weights) != len(dims) or not all(math.isfinite(weight) and weight >= 0 for weight in prefix_weights):
         raise ValueError(f"[info_nce] matryoshka_weights must be {len(dims)} numbers of at least 0, got {weights}")
-    pairs = sorted(zip(dims, shares, strict=True))
-    return tuple(dim for dim, _ in pairs), tuple(share for _, share in pairs)
+    pairs = sorted(zip(dims, prefix_weights, strict=True))
+    return tuple(dim for dim, _ in pairs), tuple(weight for _, weight in pairs)
 
 
 def unit_rows(x: Tensor) -> Tensor:

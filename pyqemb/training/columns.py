@@ -5,35 +5,29 @@ import logging
 from pyqemb.data.layouts import Example, UnusedColumns
 from pyqemb.data.shards import Shards
 from pyqemb.errors import DataError
+from pyqemb.training.objectives import Objective
 
-_POSITIVE_PAIRS = {"info_nce", "classification", "rerank"}  # objectives that take every row for a positive pair
-_TEACHER = ("scores", "query_embedding", "positive_embedding")
-UNUSED = {
-    "info_nce": ("score", *_TEACHER),
-    "classification": ("score", *_TEACHER),
-    "rerank": ("score", *_TEACHER),
-    "cosent": ("negatives", *_TEACHER),
-    "distillation": ("score",),
-}
+_OPTIONAL = ("negatives", "score", "scores", "query_embedding", "positive_embedding")
 
 
 class UnusedByObjective:
     """Counts, for the rows of one task, the columns that its objective leaves out."""
 
-    def __init__(self, task: str | None, objective: str):
+    def __init__(self, task: str | None, objective: type[Objective]):
         self._task, self._objective = task, objective
+        self._columns = [column for column in _OPTIONAL if column not in objective.columns]
         self._unused = UnusedColumns()
 
     def add(self, where: str, example: Example) -> None:
         """Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one."""
-        for column in UNUSED[self._objective]:
+        for column in self._columns:
             value = getattr(example, column)
             if value is None or value == ():
                 continue
-            if column == "score" and self._objective in _POSITIVE_PAIRS:
+            if column == "score" and self._objective.positive_pairs:
                 if value <= 0:
                     raise DataError(
-                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective} takes every pair for a positive "
+                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective.name} takes every pair for a positive "
                         f"one; leave the row out, or train on the scores: {self._hint()}"
                     )
                 if value == 1:
@@ -43,7 +37,7 @@ class UnusedByObjective:
     def add_shards(self, path: str, shards: Shards) -> None:
         """The same for shards, which are read only where their manifest says that there is something to find."""
         counts = shards.summary.__dict__
-        if any(counts.get(column, counts["query_embedding"]) for column in UNUSED[self._objective]):
+        if any(counts.get(column, counts["query_embedding"]) for column in self._columns):
             for number, example in enumerate(shards, start=1):
                 self.add(f"{path}: row {number} of task {self._task!r}", example)
 
@@ -52,7 +46,7 @@ class UnusedByObjective:
         if self._unused:
             hint = f"; to train on the scores: {self._hint()}" if "score" in self._unused else ""
             logging.getLogger("pyqemb").warning(
-                "dataset %r: columns that %s does not use: %s%s", name, self._objective, self._unused, hint
+                "dataset %r: columns that %s does not use: %s%s", name, self._objective.name, self._unused, hint
             )
 
     def _hint(self) -> str:

@@ -8,40 +8,22 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pyqemb.data.settings import StrictModel, check_plain, explain, explain_all, parse_yaml, read_settings
+from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
 from pyqemb.errors import ConfigError
 from pyqemb.model.lora import TARGETS
+from pyqemb.training.objectives.distillation import DistillationSection
+from pyqemb.training.objectives.info_nce import InfoNCESection
+from pyqemb.training.objectives.registry import check_name, check_settings
+from pyqemb.training.section import ALIASES, Section, canonical
 
 STAGE_1: dict[str, dict[str, Any]] = {
     "loss": {"preset": "qwen3"},
     "train": {"global_batch_size": 4096, "learning_rate": 2e-5, "num_negatives": 0},
 }
-ALIASES = {
-    "lr": "learning_rate",
-    "batch_size": "global_batch_size",
-    "mrl_dims": "matryoshka",
-    "gradient_checkpointing": "activation_checkpointing",
-    "dtype": "precision",
-}
-
-
-Group = Literal["own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard"]
-Objective = Literal["info_nce", "classification", "cosent", "distillation"]
-
-
-class Section(StrictModel):
-    """Frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, values: Any) -> Any:
-        return _canonical(cls, values)
 
 
 class ModelSection(Section):
@@ -56,14 +38,14 @@ class ModelSection(Section):
 
 
 class DataSet(Section):
-    """One file or folder of examples. Each task in it becomes a set of its own: no batch mixes sets."""
+    """One file or folder of examples. Each task in it becomes a dataset of its own: no batch mixes datasets."""
 
     path: str
     split: str | None = None  # of a folder; None: train, or the only one there
     name: str | None = None  # None: the file's name
     instruction: str | None = None  # for examples that bring none
     weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
-    max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other sets
+    max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other datasets
     max_epochs: float | None = Field(None, gt=0)  # passes over it in the whole run, at most
     in_batch_negatives: bool | None = None  # None: by task; classification has none
 
@@ -85,46 +67,18 @@ class LoraSection(Section):
         return targets
 
 
-class GroupSection(Section):
-    """How a group of candidates takes part in InfoNCE: pyqemb.ops.Group."""
+class LossSection(InfoNCESection, DistillationSection):
+    """The settings of the objectives, and which objective a task is trained with."""
 
-    mask: Literal["own", "query_document", False] = "own"
-    margin: float | None = None
-    relative: bool = False
-    hardness: float = 0.0
+    tasks: dict[str, Annotated[str, AfterValidator(check_name)]] = Field(default_factory=dict)  # objectives of tasks
+    objectives: dict[str, dict[str, Any]] | None = None  # settings of registered objectives, by name
 
-
-class LossSection(Section):
-    """The objective: InfoNCE unless a set's task has another one."""
-
-    preset: Literal["qwen3", "qwen3_stage2", "mnrl", "ms_swift", "memeff", "classification"] = "qwen3"
-    groups: dict[Group, bool | GroupSection] = Field(default_factory=dict)  # changes to the preset; false: off
-    softmax: Literal["joint", "split"] = "joint"
-    focal: float = Field(0.0, ge=0)
-    temperature: float = Field(0.02, gt=0)
-    learn_temperature: bool = False  # `temperature` is where it starts
-    margin: float | None = 0.1  # a negative above the positive's score plus this is taken for a false one; None: off
-    matryoshka: tuple[int, ...] | None = None  # rising or falling
-    matryoshka_weights: tuple[float, ...] | None = None  # None: their mean
-    teacher_temperature: float = Field(1.0, gt=0)  # of the softmax over a teacher's scores
-    tasks: dict[str, Objective] = Field(default_factory=dict)  # objectives of tasks, beside pyqemb.training.loss.TASKS
-
-    @field_validator("matryoshka")
+    @field_validator("objectives")
     @classmethod
-    def _in_order(cls, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        rising = sorted(set(dims or ()))
-        if dims is not None and (not dims or rising[0] < 1 or list(dims) not in (rising, rising[::-1])):
-            raise ValueError("expected dimensions of at least 1 that rise or fall, each once")
-        return dims
-
-    @model_validator(mode="after")
-    def _as_many_weights(self) -> "LossSection":
-        weights = self.matryoshka_weights
-        if weights is not None and (len(weights) != len(self.matryoshka or ()) or min(weights) < 0):
-            raise ValueError(
-                f"matryoshka_weights: expected {len(self.matryoshka or ())} numbers of at least 0, one a dimension"
-            )
-        return self
+    def _known_settings(cls, objectives: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for name, settings in (objectives or {}).items():
+            check_settings(name, settings)
+        return objectives
 
 
 class TrainSection(Section):
@@ -135,7 +89,7 @@ class TrainSection(Section):
     epochs: float = Field(1.0, gt=0)
     global_batch_size: int = Field(512, ge=1)  # queries a step
     num_negatives: int = Field(7, ge=0)  # hard negatives a query, chosen anew each time when there are more
-    mixing_alpha: float = Field(1.0, ge=0)  # 1: sets in proportion to their rows, 0: all alike
+    mixing_alpha: float = Field(1.0, ge=0)  # 1: datasets in proportion to their rows, 0: all alike
     rank_timeout: float = Field(45.0, ge=3)  # seconds without a sign of life after which a rank counts as lost
     token_cache: str | None = None  # a folder that keeps token ids for later epochs and runs; None: in memory
     tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass, at most; memory, not results, depends on it
@@ -234,6 +188,10 @@ class SaveSection(Section):
     keep: int = Field(2, ge=1)
 
 
+# Settings that a task does not have.
+_NOT_OF = {"embedding": (), "rerank": ("loss.tasks", "loss.matryoshka", "model.pooling", "train.documents")}
+
+
 class TrainConfig(Section):
     """A whole training run. ConfigError names the key that is unknown or wrong."""
 
@@ -254,14 +212,12 @@ class TrainConfig(Section):
             raise ConfigError(explain_all(error, _explain)) from error
 
     @model_validator(mode="after")
-    def _fits_a_reranker(self) -> "TrainConfig":
-        if self.task == "rerank":
-            for name, given in (
-                ("loss.tasks", self.loss.tasks or None), ("loss.matryoshka", self.loss.matryoshka), ("model.pooling", self.model.pooling),
-                ("train.documents", self.train.documents if self.train.documents == "ring" else None),
-            ):  # fmt: skip
-                if given is not None:
-                    raise ValueError(f"task 'rerank' has no {name}")
+    def _fits_the_task(self) -> "TrainConfig":
+        for name in _NOT_OF[self.task]:
+            section_name, _, key = name.partition(".")
+            section = getattr(self, section_name)
+            if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"task {self.task!r} has no {name}")
         return self
 
     @model_validator(mode="before")
@@ -273,7 +229,7 @@ class TrainConfig(Section):
         for name, defaults in STAGE_1.items():
             given = _plain(values.get(name, {}))
             if isinstance(given, Mapping):
-                merged[name] = {**defaults, **_canonical(_SECTIONS[name], given)}
+                merged[name] = {**defaults, **canonical(_SECTIONS[name], given)}
         return merged
 
 
@@ -334,19 +290,6 @@ def _override(values: dict[str, Any], text: str) -> None:
         place[key] = item
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot set {text!r}: {error}") from error
-
-
-def _canonical(section: type[Section], values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        return values
-    renamed: dict[str, Any] = {}
-    for key, value in values.items():
-        name = ALIASES.get(key, key)
-        name = name if name in section.model_fields else key
-        if name in renamed:
-            raise ConfigError(f"{key}: is the same as {name}, give one of them")
-        renamed[name] = value
-    return renamed
 
 
 def _plain(section: Any) -> Any:

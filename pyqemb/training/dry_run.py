@@ -16,13 +16,15 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training import preflight
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.objectives import Objective
+from pyqemb.training.objectives.yes_no import YesNo
 from pyqemb.training.optim import warmup_steps
-from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
-from pyqemb.training.setup import batch_of, load_model, pick_precision
+from pyqemb.training.setup import load_model, pick_precision
 from pyqemb.training.state import find
 
-_SAMPLE = 512  # examples of a set that are tokenised for the estimate
+_SAMPLE = 512  # examples of a dataset that are tokenized for the estimate
 
 
 def plan(config: TrainConfig, evaluate: Any = None, resume: str | Path | None = None) -> Iterator[str]:
@@ -35,15 +37,15 @@ def plan(config: TrainConfig, evaluate: Any = None, resume: str | Path | None = 
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
     model = load_model(config)
     precision = pick_precision(config.train.precision, model.device)
-    sets = read_sets(config)
-    preflight.set_query_instruction(model, config, sets.instructions, evaluate)
+    datasets = read_datasets(config)
+    preflight.set_query_instruction(model, config, datasets.instructions, evaluate)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
     preflight.check_token_cache(config.train.token_cache)
-    loader = make_loader(sets, config)
+    loader = make_loader(datasets, config)
     train = config.train
     steps = num_steps(config, loader)
-    preflight.warn_of_settings(config, model, sets, loader, steps)
+    preflight.warn_of_settings(config, model, datasets, loader, steps)
     kind = f"{model.pooling} pooling" if isinstance(model, Embedder) else "yes or no"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
@@ -51,40 +53,42 @@ def plan(config: TrainConfig, evaluate: Any = None, resume: str | Path | None = 
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield f"device     {model.device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
-    for name, examples in sets.examples.items():
-        here = _mean_tokens(model, examples[:_SAMPLE], train.num_negatives, sets.objectives[name])
+    for name, examples in datasets.examples.items():
+        here = _mean_tokens(model, examples[:_SAMPLE], train.num_negatives, datasets.objectives[name])
         tokens += here * loader.batch_sizes[name] * loader.batches[name] / loader.steps_per_epoch
-        yield f"set        {name}: {len(examples)} rows, {here:.0f} tokens a row"
-    yield from mixing.lines(set_shares(loader, steps))
+        yield f"dataset    {name}: {len(examples)} rows, {here:.0f} tokens a row"
+    yield from mixing.lines(mixture(loader, steps))
     size = max(loader.batch_sizes.values())
-    hard = min(train.num_negatives, sets.most_negatives)
+    hard = min(train.num_negatives, datasets.most_negatives)
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
     yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
     if isinstance(model, Embedder):
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
     # Of the first batch, as training will plan it (less what one rank of several gets).
-    texts = batch_of(model, loader.batch(0), sets.objectives[loader.where(0)[0]]).texts
+    texts = datasets.objectives[loader.where(0)[0]].build_batch(loader.batch(0), model).texts
     cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
     stream = TokenCache(model.tokenizer).pack(texts)
     narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
     preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
     yield f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
-    example = next(iter(sets.examples.values()))[0]
+    example = next(iter(datasets.examples.values()))[0]
     if isinstance(model, Reranker):
-        yield f"example    {PREFIX + batch_of(model, [example], 'rerank').texts[0] + SUFFIX!r}"
+        yield f"example    {PREFIX + YesNo.build_batch([example], model).texts[0] + SUFFIX!r}"
         return
     query = model.tokenizer.format_queries([example.query], example.instruction)[0]
     yield f"example    query {query!r} -> ids {model.tokenizer.encode_documents([query])[0]}"
     yield f"           document {example.positive[:200]!r}"
 
 
-def _mean_tokens(model: Embedder | Reranker, examples: Sequence[Example], num_negatives: int, objective: str) -> float:
+def _mean_tokens(
+    model: Embedder | Reranker, examples: Sequence[Example], num_negatives: int, objective: type[Objective]
+) -> float:
     """Tokens of a row: query, positive, and the negatives that are drawn."""
     texts = [
         text
         for example in examples
-        for text in batch_of(
-            model, [replace(example, negatives=example.negatives[:num_negatives], scores=())], objective
+        for text in objective.build_batch(
+            [replace(example, negatives=example.negatives[:num_negatives], scores=())], model
         ).texts
     ]
     return sum(map(len, model.tokenizer.encode_documents(texts))) / max(len(examples), 1)

@@ -33,7 +33,7 @@ class Optimizer:
     rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the gradients
     of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
 
-    `others` are parameters beside the model's, e.g. of the loss; they stay as they are and do not decay.
+    `extra_parameters` are parameters beside the model's, e.g. of the loss; they keep their dtype and do not decay.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Optimizer:
         model: nn.Module,
         config: TrainSection,
         dtype: torch.dtype = torch.float32,
-        others: dict[str, nn.Parameter] | None = None,
+        extra_parameters: dict[str, nn.Parameter] | None = None,
     ):
         self.config = config
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = dict(self.model)
-        self.others = others or {}
+        self.extra_parameters = extra_parameters or {}
         if dtype != torch.float32:
             self.weights = {name: p.detach() for name, p in self.model.items()}
             model.to(dtype)
@@ -55,7 +55,7 @@ class Optimizer:
         groups = [
             {"params": [p for p in self.weights.values() if p.ndim > 1], "weight_decay": config.weight_decay},
             {
-                "params": [*(p for p in self.weights.values() if p.ndim <= 1), *self.others.values()],
+                "params": [*(p for p in self.weights.values() if p.ndim <= 1), *self.extra_parameters.values()],
                 "weight_decay": 0.0,
             },
         ]
@@ -65,17 +65,17 @@ class Optimizer:
         )  # fmt: skip
 
     @property
-    def holders(self) -> list[torch.Tensor]:
-        """The tensors whose .grad is to hold the gradients."""
-        return [*self.weights.values(), *self.others.values()]
+    def grad_tensors(self) -> list[torch.Tensor]:
+        """The tensors whose .grad holds the gradients."""
+        return [*self.weights.values(), *self.extra_parameters.values()]
 
     def zero_grad(self) -> None:
-        for holder in self.holders:
-            holder.grad = None
+        for tensor in self.grad_tensors:
+            tensor.grad = None
 
     def clip(self) -> float:
         """Scale the gradients down to max_grad_norm; returns their norm before that."""
-        gradients = [holder.grad for holder in self.holders if holder.grad is not None]
+        gradients = [tensor.grad for tensor in self.grad_tensors if tensor.grad is not None]
         norm = global_norm(gradients)
         limit = self.config.max_grad_norm
         if limit is not None and math.isfinite(norm) and norm > limit:
@@ -89,13 +89,13 @@ class Optimizer:
         self._round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`; the others' values as kind `value`."""
+        """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`; the values of the extra parameters as kind `value`."""
         moments = {
             f"{name}/{kind}": value
-            for name, weight in (self.weights | self.others).items()
+            for name, weight in (self.weights | self.extra_parameters).items()
             for kind, value in self.adamw.state.get(weight, {}).items()
         }
-        return moments | {f"{name}/value": parameter.detach() for name, parameter in self.others.items()}
+        return moments | {f"{name}/value": parameter.detach() for name, parameter in self.extra_parameters.items()}
 
     def load(self, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
         """Put back what `weights` and `state_tensors` held."""
@@ -105,7 +105,7 @@ class Optimizer:
         self._round()
         for key, value in state.items():
             name, _, kind = key.rpartition("/")
-            weight = (self.weights | self.others)[name]
+            weight = (self.weights | self.extra_parameters)[name]
             if kind == "value":
                 with torch.no_grad():
                     weight.copy_(value)

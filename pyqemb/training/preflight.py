@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from pyqemb.data.machine import reason
 from pyqemb.errors import ConfigError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
-from pyqemb.ops.groups import GROUPS, PRESETS
-from pyqemb.training.config import LossSection, TrainConfig
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.datasets import Datasets, most_negatives
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
-from pyqemb.training.sets import Sets, most_negatives
 
 _log = logging.getLogger("pyqemb")
 
@@ -186,45 +184,28 @@ def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int
         )  # fmt: skip
 
 
-def warn_of_settings(config: TrainConfig, model: Embedder | Reranker, sets: Sets, loader: Loader, steps: int) -> None:
+def warn_of_settings(
+    config: TrainConfig, model: Embedder | Reranker, datasets: Datasets, loader: Loader, steps: int
+) -> None:
     """Log settings with which a run of `steps` steps does less than they say."""
     train, length, positions = config.train, config.model.max_length, model.config.max_position_embeddings
-    if train.num_negatives and sets.most_negatives == 0 and config.stage == 2:
+    if train.num_negatives and datasets.most_negatives == 0 and config.stage == 2:
         _log.warning(
             "train.num_negatives is %d, but no row has negatives: in-batch negatives alone (`pyqemb mine` adds hard ones)",
             train.num_negatives,
         )
-    for name, objective in sets.objectives.items():
-        negatives = min(train.num_negatives, most_negatives(sets.examples[name]))
-        by_scores = bool(sets.examples[name][0].scores)
-        if not _can_learn(objective, config.loss, loader.batch_sizes[name], negatives, by_scores):
+    for name, objective in datasets.objectives.items():
+        size, negatives = loader.batch_sizes[name], min(train.num_negatives, most_negatives(datasets.examples[name]))
+        if not objective(config.loss).can_learn(size, negatives, datasets.examples[name][0]):
             _log.warning(
-                "set %r: %s has nothing to compare a positive with, its loss is constant: a batch has %d rows, each with up to %d "
-                "negatives (train.global_batch_size, train.num_negatives)", name, objective, loader.batch_sizes[name], negatives,
+                "dataset %r: %s has nothing to compare a positive with, its loss is constant: a batch has %d rows, each with up to %d "
+                "negatives (train.global_batch_size, train.num_negatives)", name, objective.name, size, negatives,
             )  # fmt: skip
     if train.warmup >= 1 and 1 < steps <= train.warmup:
         _log.warning("train.warmup is %d steps of a run of %d: the learning rate only rises", int(train.warmup), steps)
     if length is not None and length > positions:
         effect = "pairs are truncated to them" if isinstance(model, Reranker) else "it was not trained on longer texts"
         _log.warning("model.max_length is %d, but the base model has %d positions: %s", length, positions, effect)
-
-
-def _can_learn(objective: str, loss: LossSection, batch_size: int, negatives: int, by_scores: bool) -> bool:
-    """Whether the loss of a batch depends on the model, given the most negatives of a row; `by_scores` of distillation."""
-    if objective in ("info_nce", "classification"):
-        preset = PRESETS["classification" if objective == "classification" else loss.preset]
-        changes: Mapping[Any, Any] = loss.groups
-        on = {name for name in GROUPS if changes.get(name, name in preset)}
-        in_batch = on & {
-            "batch_positive",
-            "query_query",
-            "doc_positive",
-            *(["batch_hard", "doc_hard"] if negatives else []),
-        }
-        return bool(negatives and on & {"own_hard", "doc_own"}) or bool(batch_size > 1 and in_batch)
-    if objective == "cosent":
-        return batch_size > 1
-    return negatives > 0 or (objective == "distillation" and not by_scores)
 
 
 def in_units(count: float) -> str:

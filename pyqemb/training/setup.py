@@ -1,48 +1,30 @@
-"""What a run starts from: the model on its device, its precision, the seeds."""
+"""Builds the parts of a run: the model on its device, the optimizer, the gradient cache; finds the checkpoint to continue from."""
 
+import logging
 import random
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from pyqemb.data.example import Example
-from pyqemb.data.loader import TrainingBatch, build_batch, build_pairs
-from pyqemb.errors import ConfigError
+from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.lora import LoraConfig, add_lora
 from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.objectives import LossParameters
+from pyqemb.training.optim import Optimizer
+from pyqemb.training.parallel.world import World
+from pyqemb.training.state import Checkpoint, find, remove_leftovers
 
-ModelT = TypeVar("ModelT", Embedder, Reranker)
+log = logging.getLogger("pyqemb")
 
 
 def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Reranker:
     """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss."""
-    model = config.model
-    if config.task == "rerank":
-        reranker = Reranker.from_pretrained(
-            model.base,
-            attention=model.attention,
-            dtype=torch.float32,
-            max_length=model.max_length,
-            device=device or config.train.device,
-        )
-        return _prepared(reranker, config)
-    embedder = Embedder.from_pretrained(
-        model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
-        device=device or config.train.device,
-    )  # fmt: skip
-    size = embedder.config.hidden_size
-    if config.loss.matryoshka is not None:
-        if max(config.loss.matryoshka) > size:
-            raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
-        embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
-    return _prepared(embedder, config)
-
-
-def _prepared(model: ModelT, config: TrainConfig) -> ModelT:
+    model = _LOADERS[config.task](config, device or config.train.device)
     model.model.checkpointing = config.train.activation_checkpointing
     if config.lora is not None:
         model.requires_grad_(False)
@@ -50,11 +32,60 @@ def _prepared(model: ModelT, config: TrainConfig) -> ModelT:
     return model.train()
 
 
-def batch_of(model: Embedder | Reranker, examples: Sequence[Example], objective: str) -> TrainingBatch:
-    """What a step on these examples takes."""
-    if isinstance(model, Reranker):
-        return build_pairs(examples, model.default_instruction)
-    return build_batch(examples, model.tokenizer, own_rows=objective == "classification")
+def _load_reranker(config: TrainConfig, device: str) -> Reranker:
+    model = config.model
+    return Reranker.from_pretrained(
+        model.base, attention=model.attention, dtype=torch.float32, max_length=model.max_length, device=device
+    )
+
+
+def _load_embedder(config: TrainConfig, device: str) -> Embedder:
+    model = config.model
+    embedder = Embedder.from_pretrained(
+        model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
+        device=device,
+    )  # fmt: skip
+    size = embedder.config.hidden_size
+    if config.loss.matryoshka is not None:
+        if max(config.loss.matryoshka) > size:
+            raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
+        embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
+    return embedder
+
+
+_LOADERS: dict[str, Callable[[TrainConfig, str], Embedder | Reranker]] = {
+    "embedding": _load_embedder,
+    "rerank": _load_reranker,
+}
+
+
+def build_optimizer(config: TrainConfig, model: Embedder | Reranker, parameters: LossParameters) -> Optimizer:
+    """AdamW over the model's weights in float32 and the parameters of the loss; the model then computes in `train.precision`."""
+    precision = pick_precision(config.train.precision, model.device)
+    extra_parameters = {f"loss.{name}": p for name, p in parameters.named_parameters()}
+    return Optimizer(model, config.train, precision, extra_parameters)
+
+
+def build_cache(config: TrainConfig, model: Embedder | Reranker, optimizer: Optimizer) -> GradCache:
+    """The gradient cache, whose gradients end up at the optimizer's weights."""
+    train = config.train
+    return GradCache(
+        model, None, train.tokens_per_chunk, memory=train.memory, skip=train.skip_gradients,
+        parameters=optimizer.weights.values(),
+    )  # fmt: skip
+
+
+def find_checkpoint(folder: Path, resume: str | Path | None, world: World) -> Checkpoint | None:
+    """The checkpoint that a run in `folder` continues from, the same on all ranks; see `state.find`."""
+    if world.is_first:
+        remove_leftovers(folder)
+    world.barrier()  # the others look for checkpoints when the leftovers are gone
+    warn = log.warning if world.is_first else log.debug
+    checkpoint = find(folder, resume, warn=warn)
+    step = checkpoint and checkpoint.step
+    if step != (first := world.broadcast_object(step)):
+        raise CheckpointError(f"{folder / 'checkpoints'}: rank {world.rank} found step {step}, rank 0 step {first}")
+    return checkpoint
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

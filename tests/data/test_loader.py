@@ -76,14 +76,14 @@ def test_shares_hold_every_text_once_and_alike(count):
     generator = np.random.default_rng(0)
     examples = [Example("q" * int(n), "d" * int(n * 3 + i)) for i, n in enumerate(generator.integers(1, 60, 12))]
     batch = build_batch(examples, tiny_tokenizer())
-    shares = batch.shares(count)
+    shares = batch.text_partition(count)
     assert len(shares) == count and sorted(np.concatenate(shares).tolist()) == list(range(len(batch.texts)))
     sizes = [sum(len(batch.texts[i]) for i in share) for share in shares]
     assert max(sizes) - min(sizes) <= max(map(len, batch.texts)) + len(batch.texts)
 
 
 def test_bad_arguments():
-    with pytest.raises(ConfigError, match="expected sets that hold examples"):
+    with pytest.raises(ConfigError, match="expected datasets that hold examples"):
         Loader({}, 4)
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         Loader(SETS, 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyqemb.data import loader as loader_module
 from pyqemb.data.example import Example
 from pyqemb.data.loader import Loader
-from pyqemb.data.mixing import caps_of_epochs, lines, shares, table
+from pyqemb.data.mixing import caps_of_epochs, lines, sampling_weights, table
 from pyqemb.data.order import Order
 from pyqemb.errors import ConfigError
 
@@ -38,22 +38,24 @@ def test_shares_equal_a_slow_truth(sets, alpha):
     rows = {name: count for name, (count, _) in sets.items()}
     caps = {name: cap for name, (_, cap) in sets.items() if cap is not None}
     if len(caps) == len(rows) and sum(caps.values()) < 1 - 1e-9:
-        with pytest.raises(ConfigError, match=r"leave .* of the steps to no set"):
-            shares(rows, alpha=alpha, max_share=caps)
+        with pytest.raises(ConfigError, match=r"leave .* of the steps to no dataset"):
+            sampling_weights(rows, alpha=alpha, max_share=caps)
         return
-    found = shares(rows, alpha=alpha, max_share=caps)
+    found = sampling_weights(rows, alpha=alpha, max_share=caps)
     assert sum(found.values()) == pytest.approx(1)
     truth = slow_shares({name: count**alpha for name, count in rows.items()}, caps)
     assert found == pytest.approx(truth, abs=1e-6)
 
 
 def test_alpha_weights_and_caps():
-    assert shares(ROWS) == pytest.approx({"a": 1000 / 1110, "b": 100 / 1110, "c": 10 / 1110})
-    assert shares(ROWS, alpha=0) == pytest.approx(dict.fromkeys("abc", 1 / 3))
-    assert shares(ROWS, weights={"a": 1, "b": 2, "c": 1}) == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25})
-    assert shares(ROWS, max_share={"a": 0.5}) == pytest.approx({"a": 0.5, "b": 0.5 * 100 / 110, "c": 0.5 * 10 / 110})
+    assert sampling_weights(ROWS) == pytest.approx({"a": 1000 / 1110, "b": 100 / 1110, "c": 10 / 1110})
+    assert sampling_weights(ROWS, alpha=0) == pytest.approx(dict.fromkeys("abc", 1 / 3))
+    assert sampling_weights(ROWS, weights={"a": 1, "b": 2, "c": 1}) == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25})
+    assert sampling_weights(ROWS, max_share={"a": 0.5}) == pytest.approx(
+        {"a": 0.5, "b": 0.5 * 100 / 110, "c": 0.5 * 10 / 110}
+    )
     # What the first cap cuts off lifts the second set over its own.
-    assert shares(ROWS, max_share={"a": 0.5, "b": 0.3}) == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2})
+    assert sampling_weights(ROWS, max_share={"a": 0.5, "b": 0.3}) == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2})
     assert caps_of_epochs(ROWS, {"a": 10, "b": 10, "c": 5}, {"c": 2.0}, 40) == {"c": 0.1}
 
 

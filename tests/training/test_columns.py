@@ -11,11 +11,11 @@ from pyqemb.data.example import Example, write_examples
 from pyqemb.data.shards import write_shards
 from pyqemb.errors import DataError
 from pyqemb.training import stage2
-from pyqemb.training.sets import read_sets
+from pyqemb.training.datasets import read_datasets
 
 
 def read(path, **options):
-    return read_sets(stage2(model={"base": "m"}, data=[{"path": str(path), **options.pop("data", {})}], **options))
+    return read_datasets(stage2(model={"base": "m"}, data=[{"path": str(path), **options.pop("data", {})}], **options))
 
 
 def pairs(folder, *scores, task=None):

@@ -53,19 +53,21 @@ if len(paths) > 1:
     torch.distributed.init_process_group("gloo")  # a group of the script's own serves all runs
 rank = int(os.environ["RANK"])
 if options.get("poison"):
-    real, calls = trainer.BatchLoss.__call__, []
-    def poisoned(self, *vectors):
+    from pyqemb.training.objectives.info_nce import InfoNCE
+    real, calls = InfoNCE.loss, []
+    def poisoned(self, *args):
         calls.append(None)
-        loss = real(self, *vectors)
-        return loss * torch.nan if rank == 1 and len(calls) in options["poison"] else loss
-    trainer.BatchLoss.__call__ = poisoned
+        part = real(self, *args)
+        bad = rank == 1 and len(calls) in options["poison"]
+        return part._replace(loss=part.loss * torch.nan) if bad else part
+    InfoNCE.loss = poisoned
 if options.get("stop_at"):
     import signal
     real_step = trainer.Run.train_step
-    def stopping(self, progress):
+    def stopping(self):
         if rank == 1 and self.step == options["stop_at"]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_step(self, progress)
+        return real_step(self)
     trainer.Run.train_step = stopping
 for path in paths:
     try:

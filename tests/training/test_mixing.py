@@ -1,6 +1,7 @@
 """Runs over several sets: shards or lines, caps, negatives by set, tokens kept; the same batches, resumed exactly."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
-from pyqemb.training.sets import make_loader, num_steps, read_sets, set_shares
+from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 
 
 @pytest.fixture
@@ -45,12 +46,13 @@ def both(folder, suffix, **more):
     return [{"path": str(folder / f"{name}{suffix}"), "instruction": "Find", **more} for name in ("large", "small")]
 
 
-def test_shards_train_what_lines_train_and_go_on_exactly(workplace, capsys):
+def test_shards_train_what_lines_train_and_go_on_exactly(workplace, caplog):
+    caplog.set_level(logging.INFO, "pyqemb")
     lines = pyqemb.train(config(workplace, *both(workplace, ".jsonl"), run="lines", mixing_alpha=0.5))
     shards = pyqemb.train(config(workplace, *both(workplace, ""), run="shards", mixing_alpha=0.5))
     assert [row["loss"] for row in lines.metrics] == [row["loss"] for row in shards.metrics]
-    assert {row["set"] for row in shards.metrics} == {"large", "small/one", "small/two"}
-    table = capsys.readouterr().err
+    assert {row["dataset"] for row in shards.metrics} == {"large", "small/one", "small/two"}
+    table = caplog.text
     assert "small/two" in table and "epochs" in table
 
     class Stop(Exception):
@@ -98,9 +100,9 @@ def test_caps(workplace):
 
     def found(*data, **train):
         settings = config(workplace, *data, **train)
-        sets = read_sets(settings)
+        sets = read_datasets(settings)
         loader = make_loader(sets, settings)
-        return {row.name: row for row in set_shares(loader, num_steps(settings, loader))}
+        return {row.name: row for row in mixture(loader, num_steps(settings, loader))}
 
     free = found(large, small, steps=160)
     assert free["large"].share == pytest.approx(0.7, abs=0.06)
@@ -108,7 +110,7 @@ def test_caps(workplace):
     assert capped["large"].share == pytest.approx(0.25, abs=0.04)
     few = found(large, {**small, "max_epochs": 2.0}, steps=160)
     assert few["small/one"].epochs == few["small/two"].epochs == 2.0
-    with pytest.raises(ConfigError, match=r"leave .* of the steps to no set"):
+    with pytest.raises(ConfigError, match=r"leave .* of the steps to no dataset"):
         found({**large, "max_epochs": 1.0}, {**small, "max_epochs": 1.0}, steps=1000)
 
 
@@ -123,23 +125,30 @@ def test_steps_are_not_free_where_shares_depend_on_them(workplace):
 
 def test_in_batch_negatives_by_set(workplace):
     large, small = ({"path": str(workplace / f"{name}.jsonl")} for name in ("large", "small"))
-    sets = read_sets(config(workplace, large, {**small, "in_batch_negatives": False}))
-    assert sets.objectives == {"large": "info_nce", "small/one": "classification", "small/two": "classification"}
+
+    def objectives(*data):
+        return {name: each.name for name, each in read_datasets(config(workplace, *data)).objectives.items()}
+
+    assert objectives(large, {**small, "in_batch_negatives": False}) == {
+        "large": "info_nce",
+        "small/one": "classification",
+        "small/two": "classification",
+    }
     write_examples(workplace / "labels.jsonl", [Example("t", "good", ("bad",), task="classification")])
     labels = {"path": str(workplace / "labels.jsonl")}
-    assert read_sets(config(workplace, labels)).objectives == {"labels": "classification"}
-    assert read_sets(config(workplace, {**labels, "in_batch_negatives": True})).objectives == {"labels": "info_nce"}
+    assert objectives(labels) == {"labels": "classification"}
+    assert objectives({**labels, "in_batch_negatives": True}) == {"labels": "info_nce"}
     write_examples(workplace / "sts.jsonl", [Example("a", "b", task="sts", score=1.0)])
     with pytest.raises(ConfigError, match="set 'sts' is trained by cosent, which knows no negatives"):
-        read_sets(config(workplace, {"path": str(workplace / "sts.jsonl"), "in_batch_negatives": False}))
+        read_datasets(config(workplace, {"path": str(workplace / "sts.jsonl"), "in_batch_negatives": False}))
     rows = pyqemb.train(config(workplace, large, {**small, "in_batch_negatives": False}, run="x")).metrics
-    assert {row["set"] for row in rows} == {"large", "small/one", "small/two"}
+    assert {row["dataset"] for row in rows} == {"large", "small/one", "small/two"}
 
 
 def test_what_shards_lack_is_named(workplace):
     write_shards(workplace / "sts", [Example("a", "b", task="sts", score=1.0), Example("c", "d", task="sts")])
     with pytest.raises(DataError, match="set 'sts': example 2 has no score"):
-        read_sets(config(workplace, {"path": str(workplace / "sts")}))
+        read_datasets(config(workplace, {"path": str(workplace / "sts")}))
 
 
 def test_an_older_checkpoint_goes_on(workplace):
@@ -153,6 +162,6 @@ def test_an_older_checkpoint_goes_on(workplace):
         del state["config"]["train"]["token_cache"]
         before = json.dumps(settings.model_dump(mode="json"))
         assert before != json.dumps(state["config"])
-        from pyqemb.training.trainer import _differences
+        from pyqemb.training.resume import differences
 
-        assert _differences(state["config"], settings.model_dump(mode="json"), set()) == []
+        assert differences(state["config"], settings.model_dump(mode="json"), set()) == []

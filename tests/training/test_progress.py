@@ -9,17 +9,19 @@ from pyqemb.errors import MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage1
-from pyqemb.training.progress import Progress
+from pyqemb.training.callbacks import MetricsFile, TrainInfo
 from pyqemb.training.state import checkpoints, verify
 
 
 def test_a_row_that_cannot_be_written_is_an_error_of_the_machine(tmp_path):
-    with Progress(tmp_path, steps=2) as progress:
-        progress._file.close()
-        progress._file = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        with pytest.raises(MachineError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
-            progress.log({"step": 1, "loss": 1.0})
-        progress.sync()  # a checkpoint can still be saved
+    metrics = MetricsFile()
+    metrics.on_train_begin(TrainInfo(stage1(model={"base": "m"}, data=[{"path": "d"}]), tmp_path, 2))
+    metrics._file.close()
+    metrics._file = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    with pytest.raises(MachineError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        metrics.on_step_end({"step": 1, "loss": 1.0})
+    metrics.sync()  # a checkpoint can still be saved
+    metrics.on_train_end(None)
 
 
 @pytest.mark.parametrize("full", ["metrics", "final"])
@@ -31,7 +33,7 @@ def test_a_full_disk_loses_no_step(tmp_path, monkeypatch, full):
         model={"base": str(tmp_path / "base")}, data=[{"path": str(tmp_path / "pairs.jsonl")}],
         train={"steps": 3, "global_batch_size": 8}, save={"dir": str(tmp_path / "run")},
     )  # fmt: skip
-    log = Progress.log
+    log = MetricsFile.log
 
     def log_to_full_disk(self, row):
         if row["step"] == 2:
@@ -44,7 +46,7 @@ def test_a_full_disk_loses_no_step(tmp_path, monkeypatch, full):
 
     with monkeypatch.context() as patch, pytest.raises(MachineError, match="cannot be written"):
         if full == "metrics":
-            patch.setattr(Progress, "log", log_to_full_disk)
+            patch.setattr(MetricsFile, "log", log_to_full_disk)
         else:
             patch.setattr(Embedder, "save_pretrained", no_room)
         pyqemb.train(config)

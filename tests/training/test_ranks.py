@@ -17,7 +17,7 @@ STEPS = """
     import os, signal, sys, time
     import torch
     from pyqemb.errors import DataError, PyqembError
-    from pyqemb.training.distributed import joined
+    from pyqemb.training.parallel.world import joined
     case, timeout = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
 
@@ -40,10 +40,10 @@ STEPS = """
         with joined("cpu", timeout) as (world, device):
             world.check_equal({"steps": 5 + world.rank * (case == "differ")})
             for step in range(3):
-                world.sum(torch.ones(3))
+                world.all_reduce_(torch.ones(3))
                 if step == 1:
                     misfortune(world.rank)
-            world.wait()
+            world.barrier()
     except PyqembError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

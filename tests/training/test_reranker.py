@@ -18,8 +18,8 @@ from pyqemb.data.pairs import INSTRUCTION, format_pair
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
 from pyqemb.training import stage2
-from pyqemb.training.loss import BatchLoss
-from pyqemb.training.sets import read_sets
+from pyqemb.training.datasets import read_datasets
+from pyqemb.training.objectives import objective_class
 
 WORDS = ["sun", "sea", "tree", "bird", "stone", "cloud"]
 
@@ -70,8 +70,9 @@ def test_the_loss_is_that_of_the_label_tokens(workplace):
     logits = torch.randn(5, 2, dtype=torch.float64)
     loss = config(workplace).loss
     wanted = -torch.stack([logits.log_softmax(1)[i, 0 if i in (0, 3) else 1] for i in range(5)]).mean()
-    whole = BatchLoss(batch, loss, "rerank")(None, logits)
-    parts = [BatchLoss(batch, loss, "rerank", rows=rows)(None, logits) for rows in ((0, 1), (1, 1), (2, 0))]
+    objective = objective_class("rerank")(loss)
+    whole = objective.loss(batch, None, logits, slice(0, 2)).loss
+    parts = [objective.loss(batch, None, logits, rows).loss for rows in (slice(0, 1), slice(1, 2), slice(2, 2))]
     assert torch.allclose(whole, wanted) and torch.allclose(sum(parts), wanted)
 
 
@@ -167,6 +168,6 @@ def test_what_is_refused(workplace):
             stage2(**{"task": "rerank", "model": {"base": "x"}, "data": [{"path": "y"}], **change})
     (workplace / "train.jsonl").write_text('{"query": "a", "positive": "b"}\n')
     with pytest.raises(DataError, match="no example has negatives: every answer would be yes"):
-        read_sets(config(workplace))
+        read_datasets(config(workplace))
     with pytest.raises(DataError, match="no example has negatives to tell the positive from"):
         pyqemb.evaluate(Reranker.from_pretrained(workplace / "base", device="cpu"), workplace / "train.jsonl")

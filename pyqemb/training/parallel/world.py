@@ -1,4 +1,4 @@
-"""Processes that train together (torchrun): who they are and what they tell each other. One process alone is a world of one.
+"""The ranks that train together (torchrun) and their collectives. One process alone is a world of size 1.
 
 Legend: S texts of a batch, E dimension.
 """
@@ -6,7 +6,7 @@ Legend: S texts of a batch, E dimension.
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyqemb.errors import ConfigError, Interrupted, RankError
-from pyqemb.training.heartbeat import Heartbeat, lost_message
+from pyqemb.errors import ConfigError, Interrupted, PyqembError, RankError
+from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
 _FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
@@ -28,7 +28,7 @@ _FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's wo
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; every method is called by all of them alike."""
+    """This rank among `size`. Every method is a collective: all ranks call it."""
 
     rank: int = 0
     size: int = 1
@@ -37,19 +37,19 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> tuple[int, int]:
-        """(first, number) of the part of a range that is this process's."""
-        first, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
-        return first, end - first
+    def local_range(self, count: int) -> slice:
+        """The part of 0..count that belongs to this rank."""
+        start, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
+        return slice(start, end)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes, in place."""
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, tensors: Iterable[Tensor]) -> None:
-        """The .grad of each becomes its sum over all processes, in one message for each dtype; one that is missing counts as zeros."""
+    def all_reduce_gradients(self, tensors: Iterable[Tensor]) -> None:
+        """Replace the .grad of each tensor by its sum over all ranks, one all-reduce for each dtype. A missing .grad counts as zeros."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -58,19 +58,22 @@ class World:
                 tensor.grad = torch.zeros_like(tensor)
             by_dtype.setdefault(tensor.grad.dtype, []).append(tensor.grad)
         for gradients in by_dtype.values():
-            total = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            total = self.all_reduce_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
             parts = total.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
-    def gather(self, own_SE: Tensor, shares: Sequence[np.ndarray]) -> Tensor:
-        """The vectors of all texts, [S, E], in their order, from those of each process's share; differentiable.
+    def all_gather(self, own_SE: Tensor, partition: Sequence[np.ndarray]) -> Tensor:
+        """The vectors of all texts, [S, E], in their order, given those of this rank's texts; differentiable.
 
-        Every process's gradient counts: what comes back is their sum.
+        The gradient of a vector is the sum of its gradients on all ranks.
+
+        Args:
+            partition: the indices of the texts of each rank.
         """
-        return _Gather.apply(own_SE, self, shares) if self.size > 1 else own_SE
+        return _AllGather.apply(own_SE, self, partition) if self.size > 1 else own_SE
 
-    def pass_on(self, tensor: Tensor, rows: int) -> Tensor:
-        """Give a tensor to the next process, get one with `rows` rows from the one before."""
+    def ring_shift(self, tensor: Tensor, rows: int) -> Tensor:
+        """Send a tensor to the next rank, receive one with `rows` rows from the one before."""
         if self.size == 1:
             return tensor
         received = tensor.new_empty(rows, *tensor.shape[1:])
@@ -81,17 +84,36 @@ class World:
             request.wait()
         return received
 
-    def wait(self) -> None:
-        """Until all have come here."""
+    def barrier(self) -> None:
+        """Wait until all ranks have called it."""
         if self.size > 1:
             dist.barrier()
 
-    def of_first(self, value: Value) -> Value:
-        """The first process's value."""
+    def broadcast_object(self, value: Value) -> Value:
+        """The value of rank 0, on all ranks."""
         values: list[Any] = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def raise_together(self, check: Callable[[], None], device: torch.device) -> None:
+        """Run a check that may differ between ranks. Where it raises a PyqembError on one, every rank raises.
+
+        Raises:
+            PyqembError: of this rank. ConfigError: names another rank whose check failed.
+        """
+        error: PyqembError | None = None
+        try:
+            check()
+        except PyqembError as caught:
+            error = caught
+        failed = torch.zeros(self.size, device=device)
+        failed[self.rank] = error is not None
+        failed = self.all_reduce_(failed)
+        if error is not None:
+            raise error
+        if failed.any():
+            raise ConfigError(f"rank {int(failed.nonzero()[0])} cannot start, its message says why")
 
     def check_equal(self, facts: dict[str, Any]) -> None:
         """ConfigError in all ranks where one has another value of a fact than rank 0: it names rank, fact and both values."""
@@ -108,23 +130,23 @@ class World:
                     )
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own_SE: Tensor, world: World, shares: Sequence[np.ndarray]) -> Tensor:
-        width, dim = max(map(len, shares)), own_SE.shape[1]
+    def forward(ctx: Any, own_SE: Tensor, world: World, partition: Sequence[np.ndarray]) -> Tensor:
+        width, dim = max(map(len, partition)), own_SE.shape[1]
         padded = own_SE.new_zeros(width, dim)
         padded[: len(own_SE)] = own_SE
         everything = own_SE.new_empty(world.size * width, dim)
         dist.all_gather_into_tensor(everything, padded)
-        place_S = np.empty(sum(map(len, shares)), dtype=np.int64)
-        for rank, share in enumerate(shares):
-            place_S[share] = rank * width + np.arange(len(share))
-        ctx.world, ctx.share = world, torch.from_numpy(shares[world.rank]).to(own_SE.device)
-        return everything.index_select(0, torch.from_numpy(place_S).to(own_SE.device))
+        row_S = np.empty(sum(map(len, partition)), dtype=np.int64)
+        for rank, texts in enumerate(partition):
+            row_S[texts] = rank * width + np.arange(len(texts))
+        ctx.world, ctx.own = world, torch.from_numpy(partition[world.rank]).to(own_SE.device)
+        return everything.index_select(0, torch.from_numpy(row_S).to(own_SE.device))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.world.sum(grads[0].contiguous().clone()).index_select(0, ctx.share), None, None
+        return ctx.world.all_reduce_(grads[0].contiguous().clone()).index_select(0, ctx.own), None, None
 
 
 @contextmanager
@@ -149,15 +171,15 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     store = _rendezvous(_number("RANK"), size, timeout) if own_group else None
     world = World(_number("RANK"), size) if own_group else World(dist.get_rank(), dist.get_world_size())
 
-    def share(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         """Rank 0's value. No collective where the group is still to be made: that may be where a rank is lost."""
         if store is None:
-            return world.of_first(value)
+            return world.broadcast_object(value)
         if world.is_first:
             store.set("heartbeat", json.dumps(value))
         return json.loads(store.get("heartbeat"))
 
-    heartbeat = Heartbeat(world.rank, world.size, timeout, share) if world.size > 1 else None
+    heartbeat = Heartbeat(world.rank, world.size, timeout, broadcast) if world.size > 1 else None
     failed: BaseException | None = None
     try:
         if own_group:

@@ -1,4 +1,4 @@
-"""The sets that a run trains on: read from the configured files, one set for each task."""
+"""The datasets that a run trains on: read from the configured files, one for each task."""
 
 import hashlib
 import math
@@ -18,23 +18,23 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
 from pyqemb.training.columns import UnusedByObjective
 from pyqemb.training.config import DataSet, TrainConfig
-from pyqemb.training.loss import check_examples, objective_of, with_in_batch_negatives
+from pyqemb.training.objectives import Objective, objective_of, with_in_batch_negatives
 
 
 @dataclass(frozen=True)
-class Sets:
-    """Examples by set name, what was asked for of each set's share (none: by rows), and what each set is trained with."""
+class Datasets:
+    """Examples by dataset, the configured weights (none: by rows) and caps, and the objective of each dataset."""
 
     examples: Mapping[str, Sequence[Example]]
     weights: Mapping[str, float]
-    objectives: Mapping[str, str]
+    objectives: Mapping[str, type[Objective]]
     max_share: Mapping[str, float] = field(default_factory=dict)
     max_epochs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def instructions(self) -> set[str | None]:
         """Of all examples; of those in shards at least two where there are more."""
-        return {instruction for examples in self.examples.values() for instruction in _instructions(examples)}
+        return {each for examples in self.examples.values() for each in _instructions(examples)}
 
     @property
     def most_negatives(self) -> int:
@@ -42,7 +42,7 @@ class Sets:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of every example in order: another set, row or text gives another. Shards bring their own."""
+        """sha256 of every example in order: another dataset, row or text gives another. Shards bring their own."""
         digest = hashlib.sha256()
         for name, examples in self.examples.items():
             digest.update(f"{name}\0{len(examples)}\0".encode())
@@ -54,11 +54,11 @@ class Sets:
         return digest.hexdigest()
 
 
-def read_sets(config: TrainConfig) -> Sets:
-    """Read all data. DataError names file, line and column of a bad row, or what an objective misses in a set."""
+def read_datasets(config: TrainConfig) -> Datasets:
+    """Read all data. DataError names file, line and column of a bad row, or what an objective misses in a dataset."""
     named: dict[str, dict[str, float]] = {"weight": {}, "max_share": {}, "max_epochs": {}}
     examples: dict[str, Sequence[Example]] = {}
-    objectives: dict[str, str] = {}
+    objectives: dict[str, type[Objective]] = {}
     tasks: set[str] = set()
     for entry in config.data:
         by_task = _by_task(entry, config)
@@ -68,38 +68,38 @@ def read_sets(config: TrainConfig) -> Sets:
             base = entry.name or Path(entry.path).name.split(".")[0]
             name = base if len(by_task) == 1 else f"{base}/{task}"
             if name in examples:
-                raise ConfigError(f"data: two sets are called {name!r}; give one of them another name")
+                raise ConfigError(f"data: two datasets are called {name!r}; give one of them another name")
             objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
             examples[name] = rows
-            check_examples(name, rows, objectives[name])
+            objectives[name].check(name, rows)
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
                 if (value := getattr(entry, key)) is not None:
                     named[key][name] = value * part
     if absent := sorted(config.loss.tasks.keys() - tasks):
         raise ConfigError(f"loss.tasks.{absent[0]}: no row has this task; the data have {_tasks(tasks)}")
-    return Sets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"])
+    return Datasets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"])
 
 
-def make_loader(sets: Sets, config: TrainConfig) -> Loader:
+def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
     """The loader that the configuration describes."""
     train = config.train
-    rows = {name: len(examples) for name, examples in sets.examples.items()}
+    rows = {name: len(examples) for name, examples in datasets.examples.items()}
     sizes = {name: min(train.global_batch_size, count) for name, count in rows.items()}
     covering = sum(-(-count // sizes[name]) for name, count in rows.items())
-    caps = dict(sets.max_share)
+    caps = dict(datasets.max_share)
     # A cap in epochs is one of the whole run, which then is a single epoch of the loader: shares are exact to a step.
     steps = train.steps or math.ceil(train.epochs * covering)
-    for name, cap in mixing.caps_of_epochs(rows, sizes, sets.max_epochs, steps).items():
+    for name, cap in mixing.caps_of_epochs(rows, sizes, datasets.max_epochs, steps).items():
         caps[name] = min(cap, caps.get(name, 1.0))
     return Loader(
-        sets.examples,
+        datasets.examples,
         train.global_batch_size,
         seed=train.seed,
         num_negatives=train.num_negatives,
         alpha=train.mixing_alpha,
-        weights=sets.weights,
+        weights=datasets.weights,
         max_share=caps,
-        steps_per_epoch=steps if sets.max_epochs else None,
+        steps_per_epoch=steps if datasets.max_epochs else None,
     )
 
 
@@ -108,9 +108,9 @@ def num_steps(config: TrainConfig, loader: Loader) -> int:
     return config.train.steps or math.ceil((1 if whole_run else config.train.epochs) * loader.steps_per_epoch)
 
 
-def set_shares(loader: Loader, steps: int) -> list[mixing.SetShare]:
-    """What a run of so many steps gives each set."""
-    rows = {name: len(examples) for name, examples in loader.sets.items()}
+def mixture(loader: Loader, steps: int) -> list[mixing.MixtureRow]:
+    """What a run of so many steps gives each dataset."""
+    rows = {name: len(examples) for name, examples in loader.datasets.items()}
     return mixing.table(rows, loader.batches, loader.batch_sizes, steps)
 
 
@@ -156,8 +156,8 @@ def _shards(path: Path, split: str | None) -> Path | None:
     return shards_of_parquet(path, read_examples(path, split), split) if parquet else None
 
 
-def _objective(task: str | None, config: TrainConfig) -> str:
-    return "rerank" if config.task == "rerank" else objective_of(task, config.loss)
+def _objective(task: str | None, config: TrainConfig) -> type[Objective]:
+    return objective_of(task, config.loss, config.task)
 
 
 def _tasks(found: set[str]) -> str:
@@ -169,7 +169,7 @@ def _instructions(examples: Sequence[Example]) -> set[str | None]:
 
 
 def most_negatives(examples: Sequence[Example]) -> int:
-    """Of a row of one set."""
+    """Of a row of one dataset."""
     if isinstance(examples, Shards):
         return examples.summary.most_negatives
     return max((len(example.negatives) for example in examples), default=0)

@@ -41,12 +41,12 @@ class _Peer:
 
 
 class Heartbeat:
-    """Watches the ranks from a thread until `close`. `share` broadcasts rank 0's value to all ranks.
+    """Watches the ranks from a thread until `close`. `broadcast` gives all ranks the value of rank 0.
 
     Raises RankError where rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, share: Callable[[Any], Any]):
+    def __init__(self, rank: int, size: int, timeout: float, broadcast: Callable[[Any], Any]):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.lost: str | None = None  # which rank is gone, and why
         self._name = f"rank {rank} ({platform.node()}, pid {os.getpid()})"
@@ -60,9 +60,9 @@ class Heartbeat:
             self._token = secrets.token_hex(8)
             ports = self._start(self._serve())
             names = list(dict.fromkeys([os.environ.get("MASTER_ADDR", "localhost"), platform.node()]))
-            share((names, ports, self._token, self._name))
+            broadcast((names, ports, self._token, self._name))
         else:
-            names, ports, self._token, first = share(None)
+            names, ports, self._token, first = broadcast(None)
             self._start(self._join(names, ports, first))
 
     def _start(self, watching: Any) -> list[int]:

@@ -9,12 +9,11 @@ from torch.nn.functional import normalize
 import pyqemb
 from pyqemb import ops
 from pyqemb.data.example import Example
-from pyqemb.data.loader import build_batch
 from pyqemb.errors import DataError
-from pyqemb.testing.tiny import tiny_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.config import LossSection
-from pyqemb.training.loss import BatchLoss, LossParameters, check_examples, objective_of, stats_of
+from pyqemb.training.objectives import LossParameters, objective_class, objective_of
 from pyqemb.training.state import Checkpoint, checkpoints
 
 
@@ -50,9 +49,9 @@ def test_tasks_have_objectives():
         "my set": "cosent",
         "sts": "info_nce",
     }
-    assert {task: objective_of(task, config) for task in expected} == expected
-    assert objective_of("sts", LossSection()) == "cosent"
-    assert objective_of("retrieval", LossSection(preset="classification")) == "classification"
+    assert {task: objective_of(task, config).name for task in expected} == expected
+    assert objective_of("sts", LossSection()).name == "cosent"
+    assert objective_of("retrieval", LossSection(preset="classification")).name == "classification"
 
 
 def test_what_an_objective_lacks_is_named():
@@ -63,11 +62,11 @@ def test_what_an_objective_lacks_is_named():
         "distillation": "example 2 has neither scores nor query_embedding",
     }.items():
         with pytest.raises(DataError, match=message):
-            check_examples("x", [examples(1)[0], plain], objective)
+            objective_class(objective).check("x", [examples(1)[0], plain])
     mixed = [Example("q", "p", scores=(1.0,)), Example("q", "p", query_embedding=(1.0,))]
     with pytest.raises(DataError, match="cannot share a batch"):
-        check_examples("x", mixed, "distillation")
-    check_examples("x", [plain], "info_nce")
+        objective_class("distillation").check("x", mixed)
+    objective_class("info_nce").check("x", [plain])
 
 
 def direct(objective, batch, queries, documents, temperature=0.05):
@@ -104,7 +103,8 @@ def batch_of(objective):
             Example(e.query, e.positive, query_embedding=e.query_embedding, positive_embedding=e.positive_embedding)
             for e in rows
         ]
-    return build_batch(rows, tiny_tokenizer(), own_rows=objective == "classification")
+    kind = "distillation" if objective == "vectors" else objective
+    return objective_class(kind).build_batch(rows, tiny_embedder())
 
 
 @pytest.mark.parametrize("dims", [None, (4, 16)])
@@ -119,16 +119,18 @@ def test_parts_of_processes_are_the_loss_of_the_op(objective, dims):
         cut = [[normalize(x[:, :dim], dim=1) for x in leaves] for dim in dims]
         truth = 0.5 * direct(objective, batch, *cut[0]) + 2 * direct(objective, batch, *cut[1])
     kind = "distillation" if objective == "vectors" else objective
-    whole = BatchLoss(batch, config, kind)
-    torch.testing.assert_close(whole(*leaves), truth, rtol=1e-9, atol=1e-12)
-    parts = [BatchLoss(batch, config, kind, rows=rows) for rows in ((0, 4), (4, 5), (9, 0))]
-    losses = [part(*leaves) for part in parts]
+    loss_of = objective_class(kind)(config)
+    whole = loss_of.loss(batch, *leaves, slice(0, 9))
+    torch.testing.assert_close(whole.loss, truth, rtol=1e-9, atol=1e-12)
+    parts = [loss_of.loss(batch, *leaves, rows) for rows in (slice(0, 4), slice(4, 9), slice(9, 9))]
+    losses = [part.loss for part in parts]
     torch.testing.assert_close(sum(losses), truth, rtol=1e-9, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (sum(losses), truth)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
     totals = sum(part.totals for part in parts)
     torch.testing.assert_close(totals, whole.totals, rtol=1e-9, atol=1e-9)
-    stats = stats_of(totals, len(batch.positive))
+    stats = loss_of.stats(totals, len(batch.positive))
+    assert tuple(stats) == loss_of.statistics
     last = leaves if dims is None else cut[1]
     assert stats["positive"] == pytest.approx(float((last[0] * last[1][batch.positive]).sum(1).mean()))
 
@@ -145,13 +147,13 @@ def test_the_configuration_reaches_the_op():
         *leaves, batch.positive, owner=batch.owner, document_ids=batch.document_text, preset="ms_swift", margin=0.2,
         softmax="split", focal=1.0, temperature=0.1, groups=groups,
     )  # fmt: skip
-    assert BatchLoss(batch, config)(*leaves) == truth
+    assert objective_class("info_nce")(config).loss(batch, *leaves, slice(0, 9)).loss == truth
 
 
 def test_a_learned_temperature_gets_a_gradient():
     batch, config = batch_of("info_nce"), LossSection(learn_temperature=True, temperature=0.1)
     parameters = LossParameters(config)
-    BatchLoss(batch, config, parameters=parameters)(*vectors(batch)).backward()
+    objective_class("info_nce")(config, parameters).loss(batch, *vectors(batch), slice(0, 9)).loss.backward()
     assert (
         float(parameters.log_temperature.detach().exp()) == pytest.approx(0.1) and parameters.log_temperature.grad != 0
     )

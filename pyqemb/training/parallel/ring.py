@@ -17,7 +17,7 @@ from torch import Tensor
 from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.ops.infonce import Block, Options, info_nce_block
-from pyqemb.training.distributed import World
+from pyqemb.training.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class _Side:
 class Ring:
     """A batch as the blocks of a ring see it."""
 
-    def __init__(self, world: World, batch: TrainingBatch, shares: Sequence[np.ndarray], device: torch.device):
-        self.world, self.sizes = world, [len(share) for share in shares]
+    def __init__(self, world: World, batch: TrainingBatch, partition: Sequence[np.ndarray], device: torch.device):
+        self.world, self.sizes = world, [len(texts) for texts in partition]
         query_text, document_text = batch.query_text.numpy(), batch.document_text.numpy()
         positive, owner = batch.positive.numpy(), batch.owner.numpy()
         positive_text = document_text[positive]
@@ -49,21 +49,21 @@ class Ring:
         def there(values: np.ndarray) -> Tensor:
             return to_device(torch.from_numpy(values), device)
 
-        def rows_in(share: np.ndarray) -> np.ndarray:
+        def rows_in(texts: np.ndarray) -> np.ndarray:
             row_of[:] = -1
-            row_of[share] = np.arange(len(share))
+            row_of[texts] = np.arange(len(texts))
             return row_of
 
-        anchors = np.flatnonzero(rows_in(shares[world.rank])[query_text] >= 0)
+        anchors = np.flatnonzero(rows_in(partition[world.rank])[query_text] >= 0)
         anchor_of = np.full(len(query_text), -1)
         anchor_of[anchors] = np.arange(len(anchors))
         self.anchors = there(row_of[query_text[anchors]])  # rows of the own block
         self.anchor_text = there(positive_text[anchors])
         self.num_queries = len(query_text)
         self.sides = []
-        for share in shares:
-            rows_in(share)
-            columns, others = (np.flatnonzero(row_of[texts] >= 0) for texts in (document_text, query_text))
+        for texts in partition:
+            rows_in(texts)
+            columns, others = (np.flatnonzero(row_of[each] >= 0) for each in (document_text, query_text))
             here = np.flatnonzero(row_of[positive_text[anchors]] >= 0)
             self.sides.append(
                 _Side(
@@ -90,7 +90,7 @@ class Ring:
         for hop in range(size):
             yield self.sides[(rank - hop) % size], travelling
             rows = self.sizes[(rank - hop - 1) % size]
-            travelling[:] = [self.world.pass_on(tensor, rows) for tensor in travelling]
+            travelling[:] = [self.world.ring_shift(tensor, rows) for tensor in travelling]
 
 
 class _RingLoss(torch.autograd.Function):

@@ -1,0 +1,9 @@
+"""Hooks of a training run: the protocol, and the run's own callbacks."""
+
+from pyqemb.training.callbacks.base import Callback as Callback
+from pyqemb.training.callbacks.base import StepFunction as StepFunction
+from pyqemb.training.callbacks.base import TrainInfo as TrainInfo
+from pyqemb.training.callbacks.metrics import MetricsFile as MetricsFile
+from pyqemb.training.callbacks.progress import ProgressDisplay as ProgressDisplay
+from pyqemb.training.callbacks.progress import Throughput as Throughput
+from pyqemb.training.callbacks.tensorboard import TensorBoard as TensorBoard

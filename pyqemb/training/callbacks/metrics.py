@@ -1,0 +1,65 @@
+"""metrics.jsonl: one row for each logged step and evaluation."""
+
+import json
+import os
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyqemb.data.files import atomic_file
+from pyqemb.errors import MachineError
+from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
+
+if TYPE_CHECKING:
+    from pyqemb.training.trainer import TrainResult
+
+
+class MetricsFile(RowLogger):
+    """Appends rows to the file; a resumed run first drops those after its step."""
+
+    def on_train_begin(self, info: TrainInfo) -> None:
+        super().on_train_begin(info)
+        self.path = info.folder / "metrics.jsonl"
+        truncate_metrics(self.path, info.step)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._lost = False  # a row could not be written
+
+    def log(self, row: Row) -> None:
+        """Write one row. MachineError where it cannot be written."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self._lost = True
+            raise MachineError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Flush the rows to the disk: a checkpoint must not be newer than its metrics.
+
+        After a lost row nothing is written: a checkpoint without its metrics is better than no checkpoint.
+        """
+        if not self._lost:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def on_train_end(self, result: "TrainResult | None") -> None:
+        with suppress(OSError) if self._lost else nullcontext():  # closing writes the lost row once more
+            self._file.close()
+
+    def describe(self, hook: str) -> str:
+        return f"writing {self.path.name}"
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step` (a resumed run writes the later ones again), drop a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+            kept.append(line + b"\n")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"".join(kept))

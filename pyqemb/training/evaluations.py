@@ -1,0 +1,61 @@
+"""Evaluations while a model trains: which one is the best, and when to stop early."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyqemb.errors import ConfigError
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.reranker import Reranker
+from pyqemb.training.config import EvalSection
+
+Evaluate = Callable[[Embedder | Reranker], Mapping[str, float]]
+
+
+class Evaluations:
+    """The evaluations of a run.
+
+    Attributes:
+        results: the finite numbers of the last one, for the model card.
+        best: {"metric", "value", "step"} of the best one.
+        since_best: how many came after the best one.
+    """
+
+    def __init__(self, section: EvalSection, evaluate: Evaluate | None):
+        self.section, self.evaluate = section, evaluate
+        self.results: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.since_best = 0
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to evaluate after a step."""
+        every = self.section.every
+        return self.evaluate is not None and (step == steps or (every is not None and step % every == 0))
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.section.patience is not None and self.since_best >= self.section.patience
+
+    def measure(self, model: Embedder | Reranker) -> dict[str, float]:
+        """Evaluate a model; the numbers by name."""
+        assert self.evaluate is not None
+        model.eval()
+        values = {name: float(value) for name, value in self.evaluate(model).items()}
+        model.train()
+        self.results = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values
+
+    def is_best(self, values: Mapping[str, float], step: int) -> bool:
+        """Whether these are better than those of all steps before; counts the evaluation. ConfigError where eval.metric is missing."""
+        metric = self.section.metric or next(iter(values), None)
+        if metric is None:
+            return False
+        if metric not in values:
+            raise ConfigError(f"eval.metric: {metric!r} is not among what was measured: {', '.join(values)}")
+        value, before = values[metric], None if self.best is None else self.best["value"]
+        better = before is None or (value > before if self.section.mode == "max" else value < before)
+        if math.isfinite(value) and better:
+            self.best, self.since_best = {"metric": metric, "value": value, "step": step}, 0
+            return True
+        self.since_best += 1
+        return False

@@ -1,0 +1,191 @@
+"""What an objective is: the settings, the examples it needs, the loss of a batch and its statistics.
+
+Legend: B queries, M documents, R queries of this rank, S texts of this rank, E dimension.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from pyqemb.data.batch import to_device
+from pyqemb.data.example import Example
+from pyqemb.data.loader import TrainingBatch, build_batch
+from pyqemb.data.shards import Shards, Summary
+from pyqemb.errors import DataError
+from pyqemb.model.protocols import TextEncoder
+from pyqemb.ops.prefixes import is_ordered, over_prefixes, prefixes
+from pyqemb.training.parallel.ring import Ring
+from pyqemb.training.section import Section
+
+if TYPE_CHECKING:
+    from pyqemb.training.config import LossSection
+
+
+class LossPart(NamedTuple):
+    """This rank's part of a batch: parts of all ranks add up."""
+
+    loss: Tensor  # scalar, differentiable
+    totals: Tensor  # float64 [n], what `Objective.stats` makes the statistics of
+
+
+class EmbeddingSection(Section):
+    """Settings that all objectives of embeddings share."""
+
+    temperature: float = Field(0.02, gt=0)
+    learn_temperature: bool = False  # `temperature` is where it starts
+    matryoshka: tuple[int, ...] | None = None  # rising or falling
+    matryoshka_weights: tuple[float, ...] | None = None  # None: their mean
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _in_order(cls, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if dims is not None and not is_ordered(dims):
+            raise ValueError("expected dimensions of at least 1 that rise or fall, each once")
+        return dims
+
+    @model_validator(mode="after")
+    def _as_many_weights(self) -> "EmbeddingSection":
+        weights = self.matryoshka_weights
+        if weights is not None and (len(weights) != len(self.matryoshka or ()) or min(weights) < 0):
+            raise ValueError(
+                f"matryoshka_weights: expected {len(self.matryoshka or ())} numbers of at least 0, one a dimension"
+            )
+        return self
+
+
+class LossParameters(torch.nn.Module):
+    """Parameters of the loss itself: none, or the logarithm of its temperature."""
+
+    def __init__(self, section: EmbeddingSection):
+        super().__init__()
+        if section.learn_temperature:
+            self.log_temperature = torch.nn.Parameter(torch.tensor(section.temperature).log())
+
+
+class Objective:
+    """How a dataset is trained. A subclass is one objective; `register_objective` makes it known by its name.
+
+    Attributes:
+        name: in `[loss.tasks]`, in messages.
+        tasks: the `task` of examples that are trained with this objective unless `[loss.tasks]` says otherwise.
+        model: the kind of model that it trains, the `task` of the configuration.
+        columns: columns of an example that it uses, beside query, positive and instruction. Rows that have others are reported.
+        positive_pairs: every row is taken for a positive pair; a row whose score is 0 is refused.
+        with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it has no negatives.
+        can_ring: whether `ring_loss` exists, for `train.documents = "ring"`.
+        statistics: columns of metrics.jsonl.
+        Settings: the section of its settings. That of a registered objective is `[loss.objectives.NAME]`.
+
+    Args:
+        loss: the section `loss` of the configuration.
+        parameters: parameters of the loss, shared by the objectives of a run.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]] = ()
+    model: ClassVar[str] = "embedding"
+    columns: ClassVar[tuple[str, ...]] = ()
+    positive_pairs: ClassVar[bool] = True
+    with_in_batch_negatives: ClassVar[Mapping[bool, str]] = {}
+    can_ring: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
+    Settings: ClassVar[type[Section]] = Section
+
+    def __init__(self, loss: "LossSection", parameters: LossParameters | None = None):
+        own = isinstance(loss, self.Settings)
+        self.settings: Any = loss if own else self.Settings(**(loss.objectives or {}).get(self.name, {}))
+        self.section = loss
+        self.parameters = parameters or LossParameters(loss)
+
+    @classmethod
+    def chosen(cls, loss: "LossSection") -> str:
+        """The name of the objective that the settings ask for: another one where a setting turns this one into it."""
+        return cls.name
+
+    @classmethod
+    def missing(cls, example: Example) -> str | None:
+        """What an example lacks, as the end of a sentence: "has no negatives, which ..."; None: nothing."""
+        return None
+
+    @classmethod
+    def missing_in(cls, examples: Sequence[Example]) -> str | None:
+        """What a dataset lacks as a whole; None: nothing."""
+        return None
+
+    @classmethod
+    def may_miss(cls, summary: Summary) -> bool:
+        """Whether shards with these counts may hold a row that lacks something. False: they are not read for `check`."""
+        return True
+
+    @classmethod
+    def check(cls, dataset: str, examples: Sequence[Example]) -> None:
+        """Raise DataError naming the dataset and the first row that lacks something."""
+        if isinstance(examples, Shards) and not cls.may_miss(examples.summary):
+            return
+        for number, example in enumerate(examples, start=1):
+            if (missing := cls.missing(example)) is not None:
+                raise DataError(f"dataset {dataset!r}: example {number} {missing}")
+        if (missing := cls.missing_in(examples)) is not None:
+            raise DataError(f"dataset {dataset!r}: {missing}")
+
+    @classmethod
+    def build_batch(cls, examples: Sequence[Example], model: TextEncoder) -> TrainingBatch:
+        """The texts of a step and how they belong together."""
+        return build_batch(examples, model.tokenizer)
+
+    def can_learn(self, batch_size: int, negatives: int, example: Example) -> bool:
+        """Whether the loss of a batch depends on the model, given the most negatives of a row and one row of the dataset."""
+        return True
+
+    def loss(self, batch: TrainingBatch, queries_BE: Tensor, documents_ME: Tensor, rows: slice) -> LossPart:
+        """This rank's part of the loss, given the unit vectors of all queries and documents of the batch.
+
+        Args:
+            batch: `positive` and `candidates` say which documents belong to a query, `examples` are the rows.
+            rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual part.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def ring_loss(self, ring: Ring, own_SE: Tensor) -> LossPart:
+        """The same without gathering: of the queries that this rank has encoded, given the vectors of its own texts."""
+        raise NotImplementedError(f"{type(self).__name__} cannot run around a ring")
+
+    def stats(self, totals: Tensor, num_queries: int) -> dict[str, float]:
+        """The statistics of a batch of `num_queries`, given the totals of all ranks: their means over the queries."""
+        return {name: total / max(num_queries, 1) for name, total in zip(self.statistics, totals.tolist(), strict=True)}
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The configured temperature, or the learned one."""
+        learned = getattr(self.parameters, "log_temperature", None)
+        return self.section.temperature if learned is None else learned.exp()
+
+    def over_prefixes(self, part: Callable[..., LossPart], *vectors: Tensor) -> LossPart:
+        """The part of the vectors; with Matryoshka dimensions the weighted sum over the normalized prefixes, with the totals of the
+        longest."""
+        dims, weights = self.section.matryoshka, self.section.matryoshka_weights
+        if dims is None:
+            return part(*vectors)
+        parts: list[LossPart] = []
+
+        def loss(*prefixes: Tensor) -> Tensor:
+            parts.append(part(*prefixes))
+            return parts[-1].loss
+
+        total = over_prefixes(loss, *prefixes(dims, weights, vectors[0].shape[1]), *vectors)
+        return LossPart(total, parts[-1].totals)
+
+
+def number(temperature: float | Tensor) -> float:
+    """A temperature without its gradient."""
+    return float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
+
+
+def positive_totals(batch: TrainingBatch, queries_BE: Tensor, documents_ME: Tensor, rows: slice) -> Tensor:
+    """The sum of the cosines of this rank's queries with their positives, float64 [1]."""
+    positives_BE = documents_ME[to_device(batch.positive, documents_ME.device)]
+    with torch.no_grad():
+        return (queries_BE[rows] * positives_BE[rows]).sum().double().reshape(1)

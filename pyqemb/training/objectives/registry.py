@@ -1,0 +1,91 @@
+"""The objectives by name, and which one a dataset is trained with."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import ValidationError
+
+from pyqemb.data.settings import explain
+from pyqemb.errors import ConfigError
+from pyqemb.training.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from pyqemb.training.config import LossSection
+
+ObjectiveT = TypeVar("ObjectiveT", bound=type[Objective])
+_BY_NAME: dict[str, type[Objective]] = {}
+_DEFAULTS = {"embedding": "info_nce", "rerank": "rerank"}  # by kind of model, for examples without a task of their own
+
+
+def register_objective(objective: ObjectiveT) -> ObjectiveT:
+    """Make an objective known by its `name`, for `[loss.tasks]`, and for the tasks that it lists. Use as a decorator of the class.
+
+    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. Registering a class again, as a
+    notebook does, replaces it.
+
+    Raises:
+        TypeError: not a subclass of Objective with a `name` and a `loss`.
+        ValueError: another class has its name or one of its tasks.
+    """
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
+        raise TypeError(f"[register_objective] expected a subclass of Objective, got {objective!r:.100}")
+    name = getattr(objective, "name", None)
+    if not isinstance(name, str) or not name or objective.loss is Objective.loss:
+        raise TypeError(f"[register_objective] {objective.__name__} needs a `name` and a method `loss`")
+    for other in _BY_NAME.values():
+        if (other.__module__, other.__qualname__) == (objective.__module__, objective.__qualname__):
+            continue
+        if other.name == name:
+            raise ValueError(f"[register_objective] {other.__qualname__} is called {name!r} already")
+        if shared := set(other.tasks) & set(objective.tasks):
+            raise ValueError(f"[register_objective] task {min(shared)!r} belongs to {other.name!r}; use [loss.tasks]")
+    _BY_NAME[name] = objective
+    return objective
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective of a name. ConfigError where none is registered."""
+    if name not in _BY_NAME:
+        raise ConfigError(f"no objective is called {name!r}; expected one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[name]
+
+
+def check_name(name: str) -> str:
+    """For `[loss.tasks]`: the name of an objective that trains embeddings."""
+    known = [each.name for each in _BY_NAME.values() if each.model == "embedding"]
+    if name not in known:
+        raise ValueError(f"expected one of {', '.join(known)}, or a name given to pyqemb.training.register_objective")
+    return name
+
+
+def check_settings(name: str, settings: object) -> None:
+    """For `[loss.objectives.NAME]`. ValueError where the objective or one of its settings is not known."""
+    objective = _BY_NAME.get(name)
+    if objective is None:
+        raise ValueError(f"{name}: no objective is called that; see pyqemb.training.register_objective")
+    try:
+        objective.Settings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError("; ".join(f"{name}.{explain(item)}" for item in error.errors())) from error
+
+
+def objective_of(task: str | None, loss: "LossSection", model: str = "embedding") -> type[Objective]:
+    """The objective of the examples of a task.
+
+    As `[loss.tasks]` says, then the objective that lists the task, then the default of the kind of model.
+    """
+    listed = {each: objective.name for objective in _BY_NAME.values() for each in objective.tasks}
+    name = {**listed, **loss.tasks}.get(task or "", _DEFAULTS[model])
+    if objective_class(name).model != model:
+        name = _DEFAULTS[model]
+    return objective_class(objective_class(name).chosen(loss))
+
+
+def with_in_batch_negatives(dataset: str, objective: type[Objective], wanted: bool | None) -> type[Objective]:
+    """The objective of a dataset that asks for in-batch negatives, or for none. ConfigError where it has no negatives at all."""
+    if wanted is None:
+        return objective
+    if wanted not in objective.with_in_batch_negatives:
+        raise ConfigError(
+            f"data: in_batch_negatives: dataset {dataset!r} is trained by {objective.name}, which knows no negatives"
+        )
+    return objective_class(objective.with_in_batch_negatives[wanted])

@@ -1,0 +1,1 @@
+"""Training on several ranks: the world, the ring, lost ranks."""

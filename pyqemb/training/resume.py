@@ -1,0 +1,60 @@
+"""Whether a checkpoint continues with a configuration."""
+
+from typing import Any
+
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.state import Checkpoint
+
+# A resumed run may change these; anything else would make it another run.
+_FREE = {
+    "eval",
+    "save",
+    "train.log_every",
+    "train.tensorboard",
+    "train.max_bad_steps",
+    "train.token_cache",
+    "train.rank_timeout",
+}
+_LENGTH = {"train.steps", "train.epochs"}  # free too, unless the sampling weights depend on it
+
+
+def check_continues(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, weights: set[str]) -> None:
+    """Raise where the checkpoint is of another run.
+
+    Args:
+        fingerprint: of the training data.
+        weights: names of the tensors that are trained.
+
+    Raises:
+        ConfigError: the configuration or the data are other ones.
+        CheckpointError: the tensors are other ones.
+    """
+    free = _FREE | (set() if any(entry.max_epochs for entry in config.data) else _LENGTH)
+    changed = differences(checkpoint.state["config"], config.model_dump(mode="json"), free)
+    if changed:
+        raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
+    if checkpoint.state["data"] != fingerprint:
+        raise ConfigError("cannot resume: the training data are not those of the checkpoint")
+    if set(checkpoint.weights) != weights:
+        raise CheckpointError(f"step {checkpoint.step}: its tensors are not those of {config.model.base}")
+
+
+def differences(before: Any, now: Any, free: set[str], path: str = "") -> list[str]:
+    """The differences of two configurations, apart from the keys in `free`."""
+    if path in free:
+        return []
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = (dict(enumerate(values)) for values in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [x for k in keys for x in differences(before.get(k), now.get(k), free, f"{path}.{k}".lstrip("."))]
+    return [] if before == now else [f"{path} was {before!r}, now {now!r}"]
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        settings |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return settings

@@ -1,0 +1,54 @@
+"""The base class of the sections of a configuration, and the values that are one name of a list."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import AfterValidator, ConfigDict, model_validator
+
+from pyqemb.data.settings import StrictModel
+from pyqemb.errors import ConfigError
+
+ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "mrl_dims": "matryoshka",
+    "gradient_checkpointing": "activation_checkpointing",
+    "dtype": "precision",
+}
+
+
+class Section(StrictModel):
+    """Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, values: Any) -> Any:
+        return canonical(cls, values)
+
+
+def canonical(section: type[Section], values: Any) -> Any:
+    """The values under the names of the section's fields instead of their aliases."""
+    if not isinstance(values, Mapping):
+        return values
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        name = name if name in section.model_fields else key
+        if name in renamed:
+            raise ConfigError(f"{key}: is the same as {name}, give one of them")
+        renamed[name] = value
+    return renamed
+
+
+def one_of(names: Iterable[str]) -> AfterValidator:
+    """For `Annotated[str, one_of(names)]`: a value that is one of these names."""
+    known = tuple(names)
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)

@@ -1,0 +1,100 @@
+"""What one step trains on, and the facts that its ranks agree on.
+
+Legend: S texts of a batch, E dimension.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyqemb.data.batch import PackedBatch, to_device
+from pyqemb.data.loader import TrainingBatch
+from pyqemb.model.protocols import TextEncoder
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.datasets import Datasets, make_loader, num_steps, token_cache
+from pyqemb.training.objectives import LossParameters, LossPart, Objective
+from pyqemb.training.parallel.ring import Ring
+from pyqemb.training.parallel.world import World
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The batch of a step: whose texts belong together, how they are trained, and the tokens of this rank's texts."""
+
+    dataset: str
+    number: int  # batches of the dataset before this one
+    objective: Objective
+    texts: TrainingBatch
+    partition: list[np.ndarray]  # the texts of each rank
+    stream: PackedBatch  # of this rank
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.texts.positive)
+
+    def loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
+        """This rank's part of the loss, given the vectors of its own texts.
+
+        All ranks' vectors are gathered, or with `ring`, where the objective can, blocks of them go around the ranks.
+        """
+        batch, device = self.texts, own_SE.device
+        if ring and self.objective.can_ring:
+            return self.objective.ring_loss(Ring(world, batch, self.partition, device), own_SE)
+        vectors_SE = world.all_gather(own_SE, self.partition)
+        queries_BE, documents_ME = (
+            vectors_SE.index_select(0, to_device(texts, device)) for texts in (batch.query_text, batch.document_text)
+        )
+        return self.objective.loss(batch, queries_BE, documents_ME, world.local_range(self.num_queries))
+
+
+class StepLoader:
+    """Loads the batch of each step, a pure function of the configuration, the data and the step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: Datasets,
+        model: TextEncoder,
+        parameters: LossParameters,
+        world: World,
+    ):
+        self.loader = make_loader(datasets, config)
+        self.steps = num_steps(config, self.loader)
+        self._objectives = {name: each(config.loss, parameters) for name, each in datasets.objectives.items()}
+        self._tokens = token_cache(config, model.tokenizer)
+        self._model, self._world = model, world
+
+    def load(self, step: int) -> StepBatch:
+        """The batch of a step, counted from 0."""
+        dataset, number = self.loader.where(step)
+        objective = self._objectives[dataset]
+        texts = objective.build_batch(self.loader.batch(step), self._model)
+        partition = texts.text_partition(self._world.size)
+        stream = self._tokens.pack([texts.texts[text] for text in partition[self._world.rank]])
+        return StepBatch(dataset, number, objective, texts, partition, stream)
+
+
+class StepStats(NamedTuple):
+    """Sums over the ranks that are known before the gradients."""
+
+    loss: float
+    stop: bool  # a rank has been asked to stop
+    tokens: int
+    totals: Tensor  # of the objective's statistics
+
+    @classmethod
+    def reduce(cls, part: LossPart, stop: bool, tokens: int, world: World) -> "StepStats":
+        """One all-reduce of the facts of every rank."""
+        facts = torch.tensor([float(part.loss.detach()), stop, tokens], dtype=torch.float64)
+        message = torch.cat([facts, part.totals.cpu()]).to(part.loss.device)
+        loss, stopping, tokens, *totals = world.all_reduce_(message).tolist()
+        return cls(loss, stopping > 0, int(tokens), torch.tensor(totals, dtype=torch.float64))
+
+    @property
+    def is_finite(self) -> bool:
+        """If the loss is not finite on any rank, the sum is not finite either."""
+        return math.isfinite(self.loss)
