@@ -70,6 +70,8 @@ class LoraSection(Section):
 class LossSection(InfoNCESection, DistillationSection):
     """The settings of the objectives, and which objective a task is trained with."""
 
+    # of examples whose task has no objective; None: info_nce
+    objective: Annotated[str, AfterValidator(check_name)] | None = None
     tasks: dict[str, Annotated[str, AfterValidator(check_name)]] = Field(default_factory=dict)  # objectives of tasks
     objectives: dict[str, dict[str, Any]] | None = None  # settings of registered objectives, by name
 
@@ -189,7 +191,10 @@ class SaveSection(Section):
 
 
 # Settings that a task does not have.
-_NOT_OF = {"embedding": (), "rerank": ("loss.tasks", "loss.matryoshka", "model.pooling", "train.documents")}
+_NOT_OF = {
+    "embedding": (),
+    "rerank": ("loss.objective", "loss.tasks", "loss.matryoshka", "model.pooling", "train.documents"),
+}
 
 
 class TrainConfig(Section):

@@ -93,6 +93,8 @@ def test_every_block_runs(page, workplace):
     assert blocks
     for language, title, code in blocks:
         if language == "python":
+            if title:
+                Path(title).write_text(code)
             exec(compile(code, f"{page.name}", "exec"), names)
         elif language == "console":
             for line in filter(None, map(str.strip, code.splitlines())):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,9 @@ options = json.loads(options)
 if len(paths) > 1:
     torch.distributed.init_process_group("gloo")  # a group of the script's own serves all runs
 rank = int(os.environ["RANK"])
+if options.get("script"):
+    import runpy
+    runpy.run_path(options["script"])
 if options.get("poison"):
     from pyqemb.training.objectives.info_nce import InfoNCE
     real, calls = InfoNCE.loss, []
@@ -189,3 +194,18 @@ def test_all_stop_with_one_and_continue(workplace, alone):
     assert [path.name for path in (workplace / "stopped" / "checkpoints").iterdir()] == ["step_00000002"]
     run(2, workplace, config(workplace, "stopped"), resume="auto")
     assert_same(weights(workplace, "stopped"), alone)
+
+
+def test_an_objective_of_a_script_trains_alike_on_several_ranks(workplace):
+    """The example of docs/how-to/objective.md."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "objective.md").read_text()
+    script = workplace / "sigmoid.py"
+    script.write_text(page.split('```python title="sigmoid.py"\n')[1].split("```")[0])
+    runpy.run_path(str(script))
+    loss = {"objective": "sigmoid", "objectives": {"sigmoid": {"bias": -5.0}}, "temperature": 0.1}
+    pyqemb.train(config(workplace, "sigmoid_1", loss))
+    run(2, workplace, config(workplace, "sigmoid_2", loss), script=str(script))
+    assert_same(weights(workplace, "sigmoid_1"), weights(workplace, "sigmoid_2"))
+    one, two = (metrics(workplace, f"sigmoid_{count}") for count in (1, 2))
+    assert [row["accuracy"] for row in one] == [row["accuracy"] for row in two]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-5)

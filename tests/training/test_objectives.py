@@ -9,11 +9,11 @@ from torch.nn.functional import normalize
 import pyqemb
 from pyqemb import ops
 from pyqemb.data.example import Example
-from pyqemb.errors import DataError
+from pyqemb.errors import ConfigError, DataError
 from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
-from pyqemb.training import stage2
+from pyqemb.training import LossPart, Objective, Section, register_objective, stage2
 from pyqemb.training.config import LossSection
-from pyqemb.training.objectives import LossParameters, objective_class, objective_of
+from pyqemb.training.objectives import LossParameters, objective_class, objective_of, registry
 from pyqemb.training.state import Checkpoint, checkpoints
 
 
@@ -225,3 +225,93 @@ def test_a_set_without_its_columns_stops_before_training(workplace):
     with pytest.raises(DataError, match="set 'sts': example 1 has neither scores nor query_embedding"):
         run(workplace, "sts", loss={"tasks": {"sts": "distillation"}})
     assert not (workplace / "run_sts" / "final").exists()
+
+
+class Settings(Section):
+    slope: float = 1.0
+
+
+@pytest.fixture
+def mean_objective():
+    """Pulls every query to its positive; with settings, a required column and a statistic of its own."""
+
+    @register_objective
+    class Mean(Objective):
+        name, tasks, columns, statistics = "mean", ("mean",), ("negatives",), ("distance",)
+        Settings = Settings
+
+        @classmethod
+        def missing(cls, example):
+            return None if example.negatives else "has no negatives, which the mean counts"
+
+        def loss(self, batch, queries_BE, documents_ME, rows):
+            def part(queries_BE, documents_ME):
+                distance_R = 1 - (queries_BE[rows] * documents_ME[batch.positive[rows]]).sum(1)
+                total = distance_R.sum()
+                return LossPart(self.settings.slope * total / len(queries_BE), total.detach().double().reshape(1))
+
+            return self.over_prefixes(part, queries_BE, documents_ME)
+
+    yield Mean
+    registry._BY_NAME.pop("mean", None)
+
+
+def test_a_registered_objective_trains(workplace, mean_objective):
+    rows = [json.loads(line) | {"task": "mean"} for line in (workplace / "classification.jsonl").open()]
+    (workplace / "mean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(workplace, "mean", {"objectives": {"mean": {"slope": 2.0}}, "matryoshka": [8, 32]})
+    distances = [row["distance"] for row in result.metrics]
+    assert distances[-1] < 0.5 * distances[0] and "positive" not in result.metrics[0]
+    assert result.metrics[0]["loss"] != pytest.approx(distances[0])  # two prefixes, twice the slope
+    rows[3]["negatives"] = []
+    (workplace / "mean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="dataset 'mean': example 4 has no negatives, which the mean counts"):
+        run(workplace, "mean", name="other")
+
+
+def test_a_registered_objective_is_chosen(mean_objective):
+    assert objective_of("mean", LossSection()) is mean_objective
+    assert objective_of(None, LossSection(objective="mean")) is mean_objective
+    assert objective_of("x", LossSection(tasks={"x": "mean"}, objective="cosent")) is mean_objective
+    assert mean_objective(LossSection()).settings.slope == 1.0
+    assert mean_objective(LossSection(objectives={"mean": {"slope": 3}})).settings.slope == 3.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"objective": "none"}, "loss.objective: expected one of info_nce, .*register_objective, got 'none'"),
+        ({"objectives": {"none": {}}}, "loss.objectives: none: no objective is called that"),
+        ({"objectives": {"mean": {"slop": 1}}}, "loss.objectives: mean.slop: unknown key"),
+        ({"objectives": {"mean": {"slope": "steep"}}}, "loss.objectives: mean.slope: "),
+        ({"objectives": {"info_nce": {"focal": 1.0}}}, "loss.objectives: info_nce: its settings are those of .loss."),
+    ],
+)
+def test_unknown_objectives_and_settings_are_refused(mean_objective, loss, message):
+    with pytest.raises(ConfigError, match=message):
+        stage2(model={"base": "m"}, data=[{"path": "d"}], loss=loss)
+
+
+def test_what_cannot_be_registered(mean_objective):
+    class Other(mean_objective):
+        pass
+
+    class NoLoss(Objective):
+        name = "no loss"
+
+    class InfoNCE(mean_objective):
+        name = "info_nce"
+
+    class Sts(mean_objective):
+        name, tasks = "mine", ("sts",)
+
+    for given, error, message in (
+        (5, TypeError, "expected a subclass of Objective, got 5"),
+        (NoLoss, TypeError, "NoLoss needs a `name` and a method `loss`"),
+        (Other, ValueError, "Mean is called 'mean' already"),
+        (InfoNCE, ValueError, "InfoNCE is called 'info_nce' already"),
+        (Sts, ValueError, "task 'sts' belongs to 'cosent'"),
+    ):
+        with pytest.raises(error, match=message):
+            register_objective(given)
+    register_objective(mean_objective)

@@ -19,8 +19,8 @@ _DEFAULTS = {"embedding": "info_nce", "rerank": "rerank"}  # by kind of model, f
 def register_objective(objective: ObjectiveT) -> ObjectiveT:
     """Make an objective known by its `name`, for `[loss.tasks]`, and for the tasks that it lists. Use as a decorator of the class.
 
-    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. Registering a class again, as a
-    notebook does, replaces it.
+    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. A class of the same qualified name
+    replaces one of your own, as when the cell of a notebook runs again.
 
     Raises:
         TypeError: not a subclass of Objective with a `name` and a `loss`.
@@ -32,7 +32,7 @@ def register_objective(objective: ObjectiveT) -> ObjectiveT:
     if not isinstance(name, str) or not name or objective.loss is Objective.loss:
         raise TypeError(f"[register_objective] {objective.__name__} needs a `name` and a method `loss`")
     for other in _BY_NAME.values():
-        if (other.__module__, other.__qualname__) == (objective.__module__, objective.__qualname__):
+        if other.__qualname__ == objective.__qualname__ and not other.__module__.startswith("pyqemb."):
             continue
         if other.name == name:
             raise ValueError(f"[register_objective] {other.__qualname__} is called {name!r} already")
@@ -62,6 +62,8 @@ def check_settings(name: str, settings: object) -> None:
     objective = _BY_NAME.get(name)
     if objective is None:
         raise ValueError(f"{name}: no objective is called that; see pyqemb.training.register_objective")
+    if objective.__module__.startswith("pyqemb."):
+        raise ValueError(f"{name}: its settings are those of [loss]")
     try:
         objective.Settings.model_validate(settings)
     except ValidationError as error:
@@ -71,10 +73,10 @@ def check_settings(name: str, settings: object) -> None:
 def objective_of(task: str | None, loss: "LossSection", model: str = "embedding") -> type[Objective]:
     """The objective of the examples of a task.
 
-    As `[loss.tasks]` says, then the objective that lists the task, then the default of the kind of model.
+    As `[loss.tasks]` says, then the objective that lists the task, then `loss.objective`, then the default of the kind of model.
     """
     listed = {each: objective.name for objective in _BY_NAME.values() for each in objective.tasks}
-    name = {**listed, **loss.tasks}.get(task or "", _DEFAULTS[model])
+    name = {**listed, **loss.tasks}.get(task or "", loss.objective or _DEFAULTS[model])
     if objective_class(name).model != model:
         name = _DEFAULTS[model]
     return objective_class(objective_class(name).chosen(loss))
