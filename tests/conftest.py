@@ -1,4 +1,4 @@
-"""Shared fixtures: a seed for every test, the devices that this machine has, a chat server that misbehaves on request."""
+"""Shared fixtures: a seed for every test, a cache folder of its own, a chat server that misbehaves on request."""
 
 import importlib.util
 from pathlib import Path
@@ -16,13 +16,6 @@ def seed():
 def cache(tmp_path_factory, monkeypatch):
     """The user's cache is a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        pytest.skip("CUDA kernels are not part of this version")
-    return request.param
 
 
 @pytest.fixture

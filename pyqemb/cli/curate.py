@@ -1,7 +1,12 @@
 """`pyqemb curate FILE.toml`: filter, de-duplicate and decontaminate training pairs, with a report."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyqemb.curation.ledger import Ledger
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     ) as bar:  # fmt: skip
         task = bar.add_task("reading", total=None)
 
-        def show(ledgers) -> None:
+        def show(ledgers: "Sequence[Ledger]") -> None:
             bar.update(task, description=", ".join(f"{x.name} {x.kept:,}/{x.counts.total():,}" for x in ledgers))
 
         result = curate(config, on_progress=show)

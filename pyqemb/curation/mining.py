@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pyqemb.curation.rules import Rules
-from pyqemb.curation.search import Search, approximate, exact
+from pyqemb.curation.search import Search
+from pyqemb.curation.search import approximate as approximate_search
+from pyqemb.curation.search import exact as exact_search
 from pyqemb.curation.vectors import CachedEncoder, chunks
 from pyqemb.data.example import Example
 from pyqemb.errors import DataError
@@ -38,6 +40,24 @@ class Mined:
 
     examples: list[Example]
     report: MiningReport
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """indices [N, k] int64, -1 for none; scores [N, k] float32, -inf for none; positive_scores [N]."""
+
+    indices: np.ndarray
+    scores: np.ndarray
+    positive_scores: np.ndarray
+
+    @classmethod
+    def none(cls, count: int, k: int) -> "Negatives":
+        """Of so many rows, before any is found; to be filled in."""
+        return cls(
+            np.full((count, k), -1, dtype=np.int64),
+            np.full((count, k), -np.inf, dtype=np.float32),
+            np.empty(count, dtype=np.float32),
+        )
 
 
 def mine(
@@ -94,9 +114,7 @@ def mine(
     if not examples:
         raise DataError("no examples to mine negatives for")
     _warn_of_losses(examples)
-    if cache is not None:
-        model = CachedEncoder(model, cache)
-    model = unit_encoder(model)
+    model = unit_encoder(model if cache is None else CachedEncoder(model, cache))
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
@@ -104,14 +122,12 @@ def mine(
     excluded = _positives_of_each_text(examples, place)
     positives = np.array([place[e.positive] for e in examples])
 
-    def rescore(row: int, found: np.ndarray) -> np.ndarray:
+    def rescore(row: int, chosen: np.ndarray) -> np.ndarray:
         assert reranker is not None
-        texts = [documents[i] for i in found]
+        texts = [documents[i] for i in chosen]
         return np.asarray(reranker([(examples[row].query, text) for text in texts]), dtype=np.float32)
 
-    chosen = np.full((len(examples), k), -1, dtype=np.int64)
-    scores = np.full((len(examples), k), -np.inf, dtype=np.float32)
-    positive_scores = np.empty(len(examples), dtype=np.float32)
+    found = Negatives.none(len(examples), k)
     generator = np.random.default_rng(seed)
     for rows, members in _pools(positives, documents, pool_of):
         mined = search_negatives(
@@ -121,24 +137,28 @@ def mine(
             generator=generator, device=search_device(model), approximate_by=approximate,
             rescore=None if reranker is None else _Rescoring(rescore, rows, members),
         )  # fmt: skip
-        positive_scores[rows], scores[rows] = mined.positive_scores, mined.scores
-        chosen[rows] = mined.indices if members is None else np.where(mined.indices < 0, -1, members[mined.indices])
+        found.positive_scores[rows], found.scores[rows] = mined.positive_scores, mined.scores
+        indices = mined.indices if members is None else np.where(mined.indices < 0, -1, members[mined.indices])
+        found.indices[rows] = indices
     finished = [
         replace(example, negatives=tuple(documents[i] for i in indices if i >= 0), scores=())
-        for example, indices in zip(examples, chosen.tolist(), strict=True)
+        for example, indices in zip(examples, found.indices.tolist(), strict=True)
     ]
-    there = chosen >= 0
+    return Mined(finished, _report(len(documents), found))
+
+
+def _report(num_documents: int, found: Negatives) -> MiningReport:
+    there = found.indices >= 0
     counts = there.sum(axis=1)
     some = counts > 0
-    means = np.where(there, scores, 0).sum(axis=1)[some] / counts[some]
-    report = MiningReport(
-        rows=len(finished),
-        documents=len(documents),
-        short=int((counts < k).sum()),
-        positive_score=float(positive_scores[some].mean()) if some.any() else float("nan"),
+    means = np.where(there, found.scores, 0).sum(axis=1)[some] / counts[some]
+    return MiningReport(
+        rows=len(found.indices),
+        documents=num_documents,
+        short=int((counts < found.indices.shape[1]).sum()),
+        positive_score=float(found.positive_scores[some].mean()) if some.any() else float("nan"),
         negative_score=float(means.mean()) if some.any() else float("nan"),
     )
-    return Mined(finished, report)
 
 
 def _warn_of_losses(examples: Sequence[Example]) -> None:
@@ -155,15 +175,6 @@ def _warn_of_losses(examples: Sequence[Example]) -> None:
             f"{scored:,}",
             f"{len(examples):,}",
         )
-
-
-@dataclass(frozen=True)
-class Negatives:
-    """indices [N, k] int64, -1 for none; scores [N, k] float32, -inf for none; positive_scores [N]."""
-
-    indices: np.ndarray
-    scores: np.ndarray
-    positive_scores: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -195,10 +206,10 @@ def search_negatives(
     disk); positives [N] and excluded [N, X] (all positives of the row's query, -1 for none) are indices of documents.
     """
     count = len(query_rows)
-    search: Search = approximate(documents, approximate_by) if approximate_by else exact(documents, device)
-    indices = np.full((count, rules.k), -1, dtype=np.int64)
-    scores = np.full((count, rules.k), -np.inf, dtype=np.float32)
-    positive_scores = np.empty(count, dtype=np.float32)
+    search: Search = (
+        approximate_search(documents, approximate_by) if approximate_by else exact_search(documents, device)
+    )
+    result = Negatives.none(count, rules.k)
     wanted = min(rules.depth + rules.skip_top, len(documents))
     for part in chunks(count, _TILE if rescore is None else _JUDGED):
         queries = query_vectors[query_rows[part]]
@@ -209,11 +220,11 @@ def search_negatives(
         else:
             found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
             own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], excluded[part], found)
-        positive_scores[part] = own
+        result.positive_scores[part] = own
         places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
-        indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
-        scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
-    return Negatives(indices, scores, positive_scores)
+        result.indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
+        result.scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
+    return result
 
 
 def _rescored(
@@ -230,9 +241,9 @@ def _rescored(
     indices = np.full(found.shape, -1, dtype=np.int64)
     for row, (candidates, positive, others) in enumerate(zip(found, positives, excluded, strict=True)):
         candidates, others = candidates[candidates >= 0], others[others >= 0]
-        given = rescore(start + row, np.concatenate([[positive], others, candidates]))
-        own[row], mean = given[0], given[1 : 1 + len(others)].mean()
-        values = given[1 + len(others) :]
+        given = rescore(start + row, np.concatenate([others, candidates]))  # the positive is one of `others`
+        positives_scores, values = given[: len(others)], given[len(others) :]
+        own[row], mean = positives_scores[others == positive][0], positives_scores.mean()
         order = np.argsort(-values, kind="stable")
         order = order[values[order] <= rules.ceilings(own[row : row + 1], np.array([mean]))[0]]
         scores[row, : len(order)], indices[row, : len(order)] = values[order], candidates[order]

@@ -45,7 +45,7 @@ def read_located(
     path: str | Path, split: str | None = None, allow_empty: bool = False
 ) -> Iterator[tuple[str, Example]]:
     """`read_examples` with the place of each: "file:line" or "file:row"."""
-    from pyqemb.data.shards import is_shards, read_shards
+    from pyqemb.data.shards import is_shards, read_shards  # imports pyarrow
 
     path = Path(path)
     if not path.exists():

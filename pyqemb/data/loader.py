@@ -143,62 +143,71 @@ def _only(example: Example, chosen: Sequence[int]) -> Example:
 
 
 def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: bool = False) -> TrainingBatch:
-    """What belongs together in a batch.
+    """The batch of an embedder.
 
     Equal documents are one candidate of the loss, owned by the first query that brought it. With `own_rows` they stay
     candidates of their own, as a loss over own negatives only needs them.
     """
-    texts: dict[str, int] = {}
+    builder = _Builder()
     rows: dict[str, int] = {}
-    owner: list[int] = []
-    document_text: list[int] = []
-    candidates: list[list[int]] = []
+
+    def row_of(query: int, text: str) -> int:
+        if own_rows or text not in rows:
+            rows[text] = builder.document(query, text)
+        return rows[text]
+
     queries = tokenizer.format_queries([e.query for e in examples], [e.instruction for e in examples])
-    query_text = [texts.setdefault(text, len(texts)) for text in queries]
+    query_text = [builder.text(text) for text in queries]
     for query, example in enumerate(examples):
-        candidates.append([])
-        for text in (example.positive, *example.negatives):
-            row = len(owner) if own_rows else rows.setdefault(text, len(owner))
-            if row == len(owner):
-                owner.append(query)
-                document_text.append(texts.setdefault(text, len(texts)))
-            candidates[-1].append(row)
-    width = max(map(len, candidates), default=0)
-
-    def integers(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64)
-
-    return TrainingBatch(
-        list(examples), list(texts), integers(query_text), integers(document_text),
-        integers([row[0] for row in candidates]), integers(owner),
-        torch.tensor([row + [-1] * (width - len(row)) for row in candidates], dtype=torch.int64).reshape(-1, width),
-    )  # fmt: skip
+        builder.candidates.append([row_of(query, text) for text in (example.positive, *example.negatives)])
+    return builder.batch(examples, query_text)
 
 
 def build_pairs(examples: Sequence[Example], instruction: str) -> TrainingBatch:
-    """The same for a reranker: a text is a query with one of its documents, and what the loss sees for it is a candidate of its own.
+    """The batch of a reranker: a text is a query with one of its documents, each a candidate of its own.
 
-    `instruction` is for examples that bring none; `query_text` are the texts of the positives.
+    `instruction` is for examples without one; `query_text` are the texts of the positives.
     """
-    texts: dict[str, int] = {}
-    places: list[int] = []
-    owner: list[int] = []
-    candidates: list[list[int]] = []
+    builder = _Builder()
     for query, example in enumerate(examples):
         task = instruction if example.instruction is None else example.instruction
-        candidates.append([])
-        for document in (example.positive, *example.negatives):
-            candidates[-1].append(len(owner))
-            owner.append(query)
-            text = format_pair(example.query, document, task)
-            places.append(texts.setdefault(text, len(texts)))
-    width = max(map(len, candidates), default=0)
-    positive = torch.tensor([row[0] for row in candidates], dtype=torch.int64)
-    document_text = torch.tensor(places, dtype=torch.int64)
-    return TrainingBatch(
-        list(examples), list(texts), document_text[positive], document_text, positive, torch.tensor(owner, dtype=torch.int64),
-        torch.tensor([row + [-1] * (width - len(row)) for row in candidates], dtype=torch.int64).reshape(-1, width),
-    )  # fmt: skip
+        pairs = (format_pair(example.query, document, task) for document in (example.positive, *example.negatives))
+        builder.candidates.append([builder.document(query, pair) for pair in pairs])
+    positives = [candidates[0] for candidates in builder.candidates]
+    return builder.batch(examples, [builder.document_text[positive] for positive in positives])
+
+
+class _Builder:
+    """Collects the texts of a batch, each once, and its documents."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+        self.owner: list[int] = []
+        self.document_text: list[int] = []
+        self.candidates: list[list[int]] = []  # documents of each query, the positive first
+
+    def text(self, text: str) -> int:
+        """The id of a text."""
+        return self.texts.setdefault(text, len(self.texts))
+
+    def document(self, query: int, text: str) -> int:
+        """The index of a new document of a query."""
+        self.owner.append(query)
+        self.document_text.append(self.text(text))
+        return len(self.owner) - 1
+
+    def batch(self, examples: Sequence[Example], query_text: list[int]) -> TrainingBatch:
+        width = max(map(len, self.candidates), default=0)
+        padded = [row + [-1] * (width - len(row)) for row in self.candidates]
+
+        def integers(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        return TrainingBatch(
+            list(examples), list(self.texts), integers(query_text), integers(self.document_text),
+            integers([row[0] for row in self.candidates]), integers(self.owner),
+            torch.tensor(padded, dtype=torch.int64).reshape(-1, width),
+        )  # fmt: skip
 
 
 def _batches(

@@ -21,8 +21,8 @@ from typing import Any, overload
 
 import pyarrow as pa
 
-from pyqemb.data.example import Example
 from pyqemb.data.files import atomic_folder
+from pyqemb.data.layouts import Example
 from pyqemb.data.machine import unreadable, unwritable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.splits import dataset_files

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from pyqemb.model.reranker import Reranker
 from pyqemb.training import preflight
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
+from pyqemb.training.evaluations import Evaluate
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.objectives import Objective
 from pyqemb.training.objectives.yes_no import YesNo
@@ -27,7 +27,7 @@ from pyqemb.training.state import find
 _SAMPLE = 512  # examples of a dataset that are tokenized for the estimate
 
 
-def plan(config: TrainConfig, evaluate: Any = None, resume: str | Path | None = None) -> Iterator[str]:
+def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Path | None = None) -> Iterator[str]:
     """Lines to print. Makes every check of a run but the trial save, so whatever is wrong shows here.
 
     Args:

@@ -5,7 +5,6 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets, most_negatives
+from pyqemb.training.evaluations import Evaluate
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
@@ -26,7 +26,7 @@ _log = logging.getLogger("pyqemb")
 
 
 def set_query_instruction(
-    model: Embedder | Reranker, config: TrainConfig, instructions: set[str | None], evaluate: Any = None
+    model: Embedder | Reranker, config: TrainConfig, instructions: set[str | None], evaluate: Evaluate | None = None
 ) -> None:
     """Give the model the query prompt that is saved with it, and that evaluation uses for queries without an instruction.
 
@@ -58,7 +58,7 @@ def set_query_instruction(
     )  # fmt: skip
 
 
-def check_evaluation(config: TrainConfig, evaluate: Any) -> None:
+def check_evaluation(config: TrainConfig, evaluate: Evaluate | None) -> None:
     """Log settings of `eval` that nothing uses without `evaluate`.
 
     Raises:

@@ -25,13 +25,11 @@ class Section(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, values: Any) -> Any:
-        return canonical(cls, values)
+        return canonical(cls, values) if isinstance(values, Mapping) else values
 
 
-def canonical(section: type[Section], values: Any) -> Any:
+def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under the names of the section's fields instead of their aliases."""
-    if not isinstance(values, Mapping):
-        return values
     renamed: dict[str, Any] = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)

@@ -100,6 +100,7 @@ def test_a_pool_of_its_own():
 def test_a_reranker_decides():
     def reranker(pairs):
         """Likes even angles; the positive is 40."""
+        assert len(set(pairs)) == len(pairs), "a pair is scored twice"
         angles = np.array([float(text.split()[-1]) for _, text in pairs])
         return np.where(angles % 20 == 0, 1.0, 0.1) - angles / 1000
 

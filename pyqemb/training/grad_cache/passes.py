@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,38 +169,38 @@ def rechunk(
     return PassRecord(record.vectors_UE[rows_U], chunks, record.autocast, None, graphs), cache_UE[rows_U]
 
 
-def device_of(model: Any, chunks: Sequence[PackedBatch]) -> torch.device:
+def device_of(model: Model, chunks: Sequence[PackedBatch]) -> torch.device:
     """Where the model draws its random numbers."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return chunks[0].device if parameter is None else parameter.device
 
 
-def is_stochastic(model: Any) -> bool:
+def is_stochastic(model: Model) -> bool:
     """Whether two passes of the model differ unless the random state is put back."""
     if not isinstance(model, nn.Module):
         return False
     return any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
-def takes_boundaries(model: Any) -> bool:
+def takes_boundaries(model: Model) -> bool:
     function = model.forward if isinstance(model, nn.Module) else model
     return "boundaries" in inspect.signature(function).parameters
 
 
 @contextmanager
-def checkpointing(model: Any, on: bool) -> Iterator[None]:
+def checkpointing(model: Model, on: bool) -> Iterator[None]:
     """Activation checkpointing in the parts of a model that have it, where it is not on already."""
     switched = [m for m in checkpointed_parts(model) if on and not m.checkpointing]
     for part in switched:
-        part.checkpointing = True
+        part.checkpointing = True  # type: ignore[assignment]
     try:
         yield
     finally:
         for part in switched:
-            part.checkpointing = False
+            part.checkpointing = False  # type: ignore[assignment]
 
 
-def checkpointed_parts(model: Any) -> list[Any]:
+def checkpointed_parts(model: Model) -> list[nn.Module]:
     """The modules that have a switch `checkpointing`."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [m for m in modules if isinstance(getattr(m, "checkpointing", None), bool)]
