@@ -17,7 +17,7 @@ from pyqemb import _C, __version__
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.help_data import load_rows
 from pyqemb.demo.tokenizer import train_tokenizer
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing import bench
 

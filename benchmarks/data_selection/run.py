@@ -26,7 +26,7 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.evaluation import rank
 from pyqemb.evaluation.metrics import ndcg_at_k
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.encoder import open_encoder
 from pyqemb.training import stage2, train

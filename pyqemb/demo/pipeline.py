@@ -25,8 +25,8 @@ from pyqemb.demo.report import write_report
 from pyqemb.demo.results import Results, Row, Step, markdown
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.merging import merge
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.training import stage1, stage2, train
 
 Say = Callable[[str], None]

@@ -12,6 +12,7 @@ from pyqemb.errors import ConfigError
 from pyqemb.evaluation.reranking import METRICS, read_ranked_examples
 from pyqemb.evaluation.run import evaluate, metric_names
 from pyqemb.evaluation.tasks import Retrieval, load_task
+from pyqemb.model.protocols import PairScorer, VectorEncoder
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DevSets:
             dataset.instruction is None and not dataset.queries_have_instructions for dataset in self._datasets
         )
 
-    def __call__(self, model: Any) -> dict[str, float]:
+    def __call__(self, model: VectorEncoder | PairScorer) -> dict[str, float]:
         reports = {}
         for dataset in self._datasets:
             report = evaluate(model, dataset.path, instruction=dataset.instruction, split=dataset.split, bootstrap=0)

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
+from pyqemb.model.protocols import PairScorer
 
 METRICS = ("accuracy@1", "mrr@10", "ndcg@10", "accuracy")
 
 
-def measure_reranker(model: Any, path: str | Path, instruction: str | None = None) -> dict[str, np.ndarray]:
+def measure_reranker(model: PairScorer, path: str | Path, instruction: str | None = None) -> dict[str, np.ndarray]:
     """{metric: a value for each example with negatives}: the positive's place among them, equal scores counted against it; and
     `accuracy`, the share of pairs that are judged rightly by a score of one half.
 
@@ -40,7 +40,7 @@ def read_ranked_examples(path: str | Path) -> list[Example]:
     return examples
 
 
-def _scores(model: Any, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:
+def _scores(model: PairScorer, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:
     """Of each example, its positive first."""
     pairs = [(e.query, document) for e in examples for document in (e.positive, *e.negatives)]
     instructions = [e.instruction or instruction for e in examples for _ in range(1 + len(e.negatives))]

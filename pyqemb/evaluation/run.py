@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from pyqemb import ops
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
 from pyqemb.evaluation.reranking import measure_reranker
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, load_task
+from pyqemb.model.device import search_device
 from pyqemb.model.encoder import open_model, unit_encoder
+from pyqemb.model.protocols import PairScorer, VectorEncoder
 
 _DEPTH = 100
 _PER_QUERY = {
@@ -34,7 +38,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
 
 
 def evaluate(
-    model: Any,
+    model: VectorEncoder | PairScorer | str | Path,
     folder: str | Path,
     *,
     instruction: str | None = None,
@@ -64,8 +68,7 @@ def evaluate(
     task = None if Path(folder).is_file() else load_task(folder, split)
     if isinstance(model, (str, Path)):
         model = open_model(model)
-    model = unit_encoder(model)
-    if hasattr(model, "score"):
+    if isinstance(model, PairScorer):
         rows = measure_reranker(model, folder, instruction)
         intervals = {key: bootstrap_interval(list(row), bootstrap, seed) for key, row in rows.items()}
         return {
@@ -77,7 +80,7 @@ def evaluate(
         }
     if task is None:
         raise DataError(f"{folder}: expected a folder; a file of examples is for a reranker")
-    name, count, values, per_query = _measure(model, task, instruction, dim, bootstrap, seed)
+    name, count, values, per_query = _measure(unit_encoder(model), task, instruction, dim, bootstrap, seed)
     return {
         "task": name,
         "folder": str(folder),
@@ -92,13 +95,9 @@ def rank(
     document_vectors: np.ndarray,
     k: int = _DEPTH,
     exclude: np.ndarray | None = None,
-    device: Any = "cpu",
+    device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, indices) [B, min(k, M)] of the best documents by dot product, searched for on `device`; `exclude` as in ops.top_k."""
-    import torch
-
-    from pyqemb import ops
-
     queries, documents = (
         torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
         for x in (query_vectors, document_vectors)
@@ -118,7 +117,7 @@ def score_rankings(
 
 
 def retrieve(
-    model: Any, task: Retrieval, instruction: str | None = None, dim: int | None = None
+    model: VectorEncoder, task: Retrieval, instruction: str | None = None, dim: int | None = None
 ) -> dict[str, list[str]]:
     """The first hundred document ids of every query. A document with the query's own id is passed over, as BEIR does."""
     documents, groups = list(task.corpus), _groups(task)
@@ -129,12 +128,12 @@ def retrieve(
     place = {document: index for index, document in enumerate(documents)}
     own = np.array([[place.get(query, -1)] for query in queries], dtype=np.int64)
     vectors = _finite("documents", model.encode_document([task.corpus[d] for d in documents], dim=dim))
-    _, indices = rank(query_vectors, vectors, exclude=own, device=_search_device(model))
+    _, indices = rank(query_vectors, vectors, exclude=own, device=search_device(model))
     return {query: [documents[i] for i in row if i >= 0] for query, row in zip(queries, indices, strict=True)}
 
 
 def _measure(
-    model: Any, task: Task, instruction: str | None, dim: int | None, bootstrap: int, seed: int
+    model: VectorEncoder, task: Task, instruction: str | None, dim: int | None, bootstrap: int, seed: int
 ) -> tuple[str, int, dict[str, Interval], dict[str, dict[str, float]]]:
     if isinstance(task, Retrieval):
         per_query = score_rankings(retrieve(model, task, instruction, dim), task.qrels)
@@ -149,7 +148,7 @@ def _measure(
         }
         return "sts", len(scores), values, {}
     assert isinstance(task, Bitext)
-    matched = _match(first, second, task, _search_device(model))
+    matched = _match(first, second, task, search_device(model))
     right = (matched == np.arange(len(matched))).astype(float)
     values = {
         "accuracy": bootstrap_interval(right, bootstrap, seed),
@@ -164,17 +163,11 @@ def _correlation(
     return bootstrap_statistic(lambda rows: function(x[rows], y[rows]), len(x), bootstrap, seed)
 
 
-def _match(first: np.ndarray, second: np.ndarray, task: Bitext, device: Any) -> np.ndarray:
+def _match(first: np.ndarray, second: np.ndarray, task: Bitext, device: torch.device) -> np.ndarray:
     """The nearest second sentence of each first one; any sentence with the text of the right one is right."""
     matched = rank(first, second, k=1, device=device)[1][:, 0]
     same = [task.second[guess] == task.second[i] for i, guess in enumerate(matched)]
     return np.where(same, np.arange(len(matched)), matched)
-
-
-def _search_device(model: Any) -> Any:
-    from pyqemb.model.device import search_device
-
-    return search_device(model)
 
 
 def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:
@@ -185,7 +178,7 @@ def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:
     return list(groups.items())
 
 
-def _encode_queries(model: Any, texts: list[str], instruction: str | None, dim: int | None) -> np.ndarray:
+def _encode_queries(model: VectorEncoder, texts: list[str], instruction: str | None, dim: int | None) -> np.ndarray:
     return _finite("queries", model.encode_query(texts, instruction=instruction, dim=dim))
 
 

@@ -3,8 +3,9 @@
 Legend: B rows, Q queries and S keys of a row, T and U of them that take part in one of the N sequences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -102,20 +103,8 @@ def layout_of_mask(
             batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
             attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
         )  # fmt: skip
-
-        def visible(first: int, last: int) -> Tensor:
-            """What "sdpa" would be given, [B, last - first, S]."""
-            from transformers.masking_utils import sdpa_mask
-
-            where: dict[str, Any] = dict(
-                q_length=last - first, q_offset=q_offset + first, use_vmap=use_vmap, device=device
-            )
-            if cache_position is not None:
-                where = dict(cache_position=cache_position[first:last], allow_torch_fix=False)
-            mask: Any = sdpa_mask(**options, **where)
-            return mask[:, 0]
-
-        bounds = _bounds(visible, len(at_Q), real_BS)
+        queries: dict[str, Any] = dict(q_offset=q_offset, use_vmap=use_vmap, device=device)
+        bounds = _bounds(partial(_visible, options, queries, cache_position), len(at_Q), real_BS)
     found = None if bounds is None else _layout(*bounds, at_Q, real_BS, torch.device(device))
     if found is None:
         window = "" if local_size is None else f" with a window or chunks of {local_size} tokens"
@@ -124,6 +113,19 @@ def layout_of_mask(
             ' load the model with attn_implementation="sdpa" or "eager"'
         )
     return found
+
+
+def _visible(
+    options: Mapping[str, Any], queries: Mapping[str, Any], cache_position: Tensor | None, first: int, last: int
+) -> Tensor:
+    """The mask that "sdpa" would be given for some of the queries, [B, last - first, S]."""
+    from transformers.masking_utils import sdpa_mask
+
+    where = {**queries, "q_length": last - first, "q_offset": queries["q_offset"] + first}
+    if cache_position is not None:
+        where = dict(cache_position=cache_position[first:last], allow_torch_fix=False)
+    mask: Any = sdpa_mask(**options, **where)
+    return mask[:, 0]
 
 
 def full_rows(sizes: tuple[int, int, int], device: torch.device) -> Layout:

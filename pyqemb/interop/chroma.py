@@ -1,6 +1,8 @@
 """Embedder as an embedding function of Chroma."""
 
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from pyqemb.errors import ConfigError
 from pyqemb.model.embedder import Embedder
@@ -19,10 +21,10 @@ class ChromaEmbedding(EmbeddingFunction[Documents]):
     def __init__(self, folder: str):
         self.folder, self.model = str(folder), Embedder.from_pretrained(folder)
 
-    def __call__(self, input: Documents) -> Any:
+    def __call__(self, input: Documents) -> list[np.ndarray]:
         return list(self.model.encode_document(input))
 
-    def embed_query(self, input: Documents) -> Any:
+    def embed_query(self, input: Documents) -> list[np.ndarray]:
         """With the model's query prompt."""
         return list(self.model.encode_query(input))
 
@@ -30,7 +32,7 @@ class ChromaEmbedding(EmbeddingFunction[Documents]):
     def name() -> str:
         return "pyqemb"
 
-    def default_space(self) -> Any:
+    def default_space(self) -> Literal["cosine"]:
         return "cosine"
 
     def get_config(self) -> dict[str, Any]:

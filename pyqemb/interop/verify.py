@@ -4,15 +4,18 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from pyqemb.errors import PyqembError
 from pyqemb.interop.texts import sample_texts
-from pyqemb.model.config import FAMILIES
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families import FAMILIES
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 TOLERANCE = 1e-5  # of a float32 vector's components
 _BIDIRECTIONAL = (5, 3)  # transformers from which on is_causal in config.json counts
@@ -70,7 +73,7 @@ def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     return Check(name, outcome, f"{count} results differ by {worst:.1e} at most")
 
 
-def open_sentence_transformer(folder: Path) -> Any:
+def open_sentence_transformer(folder: Path) -> "SentenceTransformer":
     """A SentenceTransformer in float32 on the CPU, of local safetensors alone."""
     from sentence_transformers import SentenceTransformer
 
@@ -120,7 +123,7 @@ def _half(folder: Path, texts: list[str], documents: np.ndarray) -> Check:
 
 def _vllm(folder: Path) -> Iterator[str]:
     config = _json(folder, "config.json")
-    if config.get("architectures") not in [[family.architecture] for family in FAMILIES.values()]:
+    if config.get("architectures") not in [[family.config.architectures[0]] for family in FAMILIES.values()]:
         yield f"config.json: architectures {config.get('architectures')}"
     types = [module.get("type") for module in _json(folder, "modules.json")]
     if types != [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from pyqemb.errors import ConfigError
 from pyqemb.interop.texts import sample_texts
 from pyqemb.interop.verify import Check, compared, run_check
 from pyqemb.model.reranker import Reranker
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
 
 
 def verify_reranker(folder: str | Path) -> list[Check]:
@@ -43,7 +46,7 @@ def sample_pairs(model: Reranker) -> list[tuple[str, str]]:
     return whole
 
 
-def open_cross_encoder(folder: Path) -> Any:
+def open_cross_encoder(folder: Path) -> "CrossEncoder":
     """A CrossEncoder in float32 on the CPU, of local safetensors alone."""
     from sentence_transformers import CrossEncoder
 

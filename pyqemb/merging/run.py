@@ -19,7 +19,8 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, read_tensors
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.families import read_config
 from pyqemb.model.portable import check_digests, portable_folder
 from pyqemb.model.portable_reranker import like_reranker, reranker_name
 from pyqemb.model.safety import check_safe
@@ -182,9 +183,9 @@ def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[flo
     return [weight / sum(weights) for weight in weights]
 
 
-def _common_config(folders: Sequence[Path], pooled: bool) -> Qwen3Config:
+def _common_config(folders: Sequence[Path], pooled: bool) -> DecoderConfig:
     """The configuration that all share; what differs between them is named."""
-    configs = [Qwen3Config.from_folder(folder) for folder in folders]
+    configs = [read_config(folder) for folder in folders]
     poolings = [
         read_sentence_settings(folder, configs[0].hidden_size).pooling if pooled else None for folder in folders
     ]
@@ -201,7 +202,7 @@ def _common_config(folders: Sequence[Path], pooled: bool) -> Qwen3Config:
 
 
 def _settings_folder(
-    folders: Sequence[Path], settings_from: str | Path | None, reranks: bool, config: Qwen3Config
+    folders: Sequence[Path], settings_from: str | Path | None, reranks: bool, config: DecoderConfig
 ) -> Path:
     """The checkpoint whose settings the merged model gets; ConfigError where they differ and none was chosen."""
     if settings_from is not None:
@@ -220,7 +221,7 @@ def _settings_folder(
     return folders[0]
 
 
-def _settings(folder: Path, reranks: bool, config: Qwen3Config) -> dict[str, Any]:
+def _settings(folder: Path, reranks: bool, config: DecoderConfig) -> dict[str, Any]:
     tokenizer = PairTokenizer.from_folder(folder) if reranks else Tokenizer.from_folder(folder)
     found: dict[str, Any] = {
         "max_length": tokenizer.max_length or config.max_position_embeddings, "do_lower_case": tokenizer.lower_case,
@@ -229,7 +230,7 @@ def _settings(folder: Path, reranks: bool, config: Qwen3Config) -> dict[str, Any
     if reranks:
         return {"instruction": read_instruction(folder, INSTRUCTION), **found}
     own = vars(read_sentence_settings(folder, config.hidden_size))
-    return {**own, "matryoshka_dimensions": Qwen3Config.from_folder(folder).extra.get("matryoshka_dimensions"), **found}
+    return {**own, "matryoshka_dimensions": read_config(folder).extra.get("matryoshka_dimensions"), **found}
 
 
 def _checked_tensors(folder: Path, heads: Collection[str]) -> Tensors:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
 from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Decoder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,7 +112,7 @@ def read_tensors(folder: str | Path) -> Tensors:
     return Tensors(folder)
 
 
-def check_sizes(config: Qwen3Config, tensors: Tensors) -> None:
+def check_sizes(config: DecoderConfig, tensors: Tensors) -> None:
     """Compare config.json with the headers of the weights, before anything is allocated.
 
     Raises:
@@ -135,25 +135,26 @@ def check_sizes(config: Qwen3Config, tensors: Tensors) -> None:
             _check_shape(tensors, name, shape)
 
 
-def load_weights(module: nn.Module, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
-    """Fill `module` (it may live on the meta device) from a folder; dtype None keeps the stored one.
+def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
+    """Fill a decoder (it may live on the meta device) from a folder; dtype None keeps the stored one.
 
     CheckpointError, naming the tensor, for missing and surplus names, other shapes or dtypes, NaN and infinity.
     """
     tensors = source if isinstance(source, Tensors) else read_tensors(source)
-    wanted = dict(module.named_parameters())
+    wanted = {module.family.stored_name(name): (name, parameter) for name, parameter in module.named_parameters()}
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or surplus:
         raise CheckpointError(
             f"{tensors.folder}: the weights are not those of config.json: "
             f"missing {_some(missing)}, surplus {_some(surplus)}"
         )
-    for name, parameter in wanted.items():
-        tensors.dtype(name)
-        _check_shape(tensors, name, tuple(parameter.shape))
+    for stored, (_, parameter) in wanted.items():
+        tensors.dtype(stored)
+        _check_shape(tensors, stored, tuple(parameter.shape))
     dtype = widest_dtype(tensors) if dtype is None else dtype
     # Copies: the mapped file may be replaced or changed while the model lives.
-    module.load_state_dict({name: _finite(tensors, name).to(dtype, copy=True) for name in wanted}, assign=True)
+    copies = {name: _finite(tensors, stored).to(dtype, copy=True) for stored, (name, _) in wanted.items()}
+    module.load_state_dict(copies, assign=True)
     module.requires_grad_(True)
 
 

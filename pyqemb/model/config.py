@@ -1,43 +1,25 @@
-"""Qwen3Config: the shape of the model, read from and written to a Hugging Face config.json."""
+"""DecoderConfig: the shape of a decoder, read from and written to a Hugging Face config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, TypeVar
 
-from pyqemb.data.folder import check_keys, read_json
+from pyqemb.data.folder import Rule, check_keys
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.config_keys import HARMLESS
 from pyqemb.model.rope import Rope
-from pyqemb.model.safety import makes_loaders_run_code
 
 _MAX_HEAD_DIM = 256
 _MAX_COUNT = 2**31 - 1  # of every size; a product of two fits into 64 bits
 _MAX_LAYERS = 4096
 
-
-class Family(NamedTuple):
-    """What a model_type fixes, next to what its config.json says."""
-
-    architecture: str
-    qk_norm: bool = False
-    qkv_bias: bool | None = False  # None: as attention_bias says, which then holds for o_proj too
-    reads_mlp_bias: bool = False
-    sliding_switch: bool = True  # sliding_window counts only where use_sliding_window does
-
-
-FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, qkv_bias=None),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "llama": Family("LlamaForCausalLM", qkv_bias=None, reads_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", sliding_switch=False),
-}
+Config = TypeVar("Config", bound="DecoderConfig")
 
 
 @dataclass(frozen=True)
-class Qwen3Config:
-    """Sizes and constants of a Qwen3 decoder, or of a neighbour (`model_type` "qwen2", "llama" or "mistral").
+class DecoderConfig:
+    """Sizes and constants of a decoder. Each family has a subclass, see `pyqemb.model.families`.
 
     `is_causal` False makes its attention bidirectional. `rope_scaling` is the scaled rotary embedding of config.json, None for the
     plain one. `extra` keeps the other keys of the config.json that it was read from, so that writing it again loses nothing.
@@ -57,15 +39,21 @@ class Qwen3Config:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     eos_token_id: int | None = None
-    model_type: str = "qwen3"
+    model_type: str = ""
     attention_bias: bool = False
     mlp_bias: bool = False
     rope_scaling: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    architectures: ClassVar[Sequence[str]] = ()  # of transformers; the first is written
+    keys: ClassVar[Mapping[str, Rule | None]] = {}  # settings of config.json that are understood, beside the fields
+    written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # those that are written where they are absent
+    qk_norm: ClassVar[bool] = False  # whether each head of q and k is normed
+    reads_mlp_bias: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
-            raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {self.model_type!r}")
+        if self.model_type != type(self).model_type:
+            raise ConfigError(f"model_type must be {type(self).model_type!r}, got {self.model_type!r}")
         for name in _COUNTS:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -95,50 +83,25 @@ class Qwen3Config:
         return Rope(self.rope_theta, scaling.pop("rope_type", "default"), scaling)
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether each head of q and k is normed."""
-        return FAMILIES[self.model_type].qk_norm
-
-    @property
     def qkv_bias(self) -> bool:
-        fixed = FAMILIES[self.model_type].qkv_bias
-        return self.attention_bias if fixed is None else fixed
+        """Whether q_proj, k_proj and v_proj have biases."""
+        return False
 
     @property
     def output_bias(self) -> bool:
-        """Of o_proj."""
-        return self.attention_bias and FAMILIES[self.model_type].qkv_bias is None
+        """Whether o_proj has one."""
+        return False
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Qwen3Config":
-        """Read `config.json` of a model folder; CheckpointError names it when it is not one that we can run."""
-        path = Path(folder) / "config.json"
-        values = read_json(Path(folder), "config.json")
-        if values is None:
-            raise CheckpointError(f"{folder}: has no config.json")
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Qwen3Config":
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Read the keys of a Hugging Face config; ConfigError for anything that would change the arithmetic."""
         own = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
-        _refuse_unsupported(values, own)
+        cls.check_settings(values)
+        _check_known(values, {**dict.fromkeys(own), **cls.keys})
         absent = {name for name in ("head_dim", "num_key_value_heads") if values.get(name) is None}
-        known = {name: values[name] for name in own - absent if name in values}
-        if not FAMILIES[values["model_type"]].reads_mlp_bias:
-            known.pop("mlp_bias", None)
-        if known["model_type"] != "qwen3":  # where these may be absent, with these meanings
-            known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
-            heads = known.get("num_attention_heads")
-            if type(heads) is int and heads > 0 and type(known.get("hidden_size")) is int:
-                known.setdefault("head_dim", known["hidden_size"] // heads)
-            values = {"rope_theta": None if _rope_theta_inside(values) else 10_000.0, **values}
-            known.setdefault("tie_word_embeddings", False)
+        values = {**cls.defaults(values), **{name: value for name, value in values.items() if name not in absent}}
+        unread = set() if cls.reads_mlp_bias else {"mlp_bias"}
+        known = {name: values[name] for name in own - unread if name in values}
         missing = [name for name in _COUNTS if name not in known and name != "max_position_embeddings"]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
@@ -151,13 +114,36 @@ class Qwen3Config:
         scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}
         return cls(rope_theta=rope.theta, rope_scaling=scaling, **known)
 
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the keys that a config.json leaves out stand for, where they may be left out."""
+        return {}
+
+    @classmethod
+    def check_settings(cls, values: Mapping[str, Any]) -> None:
+        """ConfigError for a setting whose arithmetic the decoder does not have."""
+        if values.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
+        for name in ("use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope"):
+            if values.get(name):
+                raise ConfigError(f"{name} is not supported, got {values[name]!r}")
+        bidirectional = values.get(_BIDIRECTIONAL)
+        if bidirectional is not None and not isinstance(bidirectional, bool):
+            raise ConfigError(f"{_BIDIRECTIONAL} must be true or false, got {bidirectional!r}")
+        if bidirectional is not None and values.get("is_causal") is bidirectional:
+            raise ConfigError(
+                f"is_causal {bidirectional} contradicts {_BIDIRECTIONAL} {bidirectional}: remove one of them"
+            )
+        _check_layer_types(values)
+
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json, the rotary embedding under both of its names: each version of transformers reads only one."""
-        family = FAMILIES[self.model_type]
-        values: dict[str, Any] = {"architectures": [family.architecture]}
-        values |= {"hidden_act": "silu", "attention_dropout": 0.0}
-        values |= {"use_sliding_window": False} if family.sliding_switch else {"sliding_window": None}
-        values |= self.extra
+        values: dict[str, Any] = {
+            "architectures": [self.architectures[0]],
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+        }
+        values |= {**self.written, **self.extra}
         values |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
         values["rope_parameters"] = self.rope.to_dict()
         if self.is_causal:
@@ -193,32 +179,9 @@ _CHECKED = (
 )  # fmt: skip
 
 
-def _refuse_unsupported(values: Mapping[str, Any], own: set[str]) -> None:
-    for name, value in values.items():
-        if makes_loaders_run_code(name, value):
-            raise ConfigError(f"{name!r} is refused: it makes loaders run code that comes with the model")
-    model_type = values.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
-    for name in ("use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope"):
-        if values.get(name):
-            raise ConfigError(f"{name} is not supported, got {values[name]!r}")
-    window = None if family.sliding_switch else values.get("sliding_window")
-    positions = values.get("max_position_embeddings")
-    if window is not None and (type(window) is not int or type(positions) is not int or window < positions):
-        raise ConfigError(f"sliding_window is not supported, got {window!r}")
-    bidirectional = values.get(_BIDIRECTIONAL)
-    if bidirectional is not None and not isinstance(bidirectional, bool):
-        raise ConfigError(f"{_BIDIRECTIONAL} must be true or false, got {bidirectional!r}")
-    if bidirectional is not None and values.get("is_causal") is bidirectional:
-        raise ConfigError(f"is_causal {bidirectional} contradicts {_BIDIRECTIONAL} {bidirectional}: remove one of them")
-    _check_layer_types(values)
-    _check_architectures(values.get("architectures"))
+def _check_known(values: Mapping[str, Any], rules: Mapping[str, Rule | None]) -> None:
     try:
-        check_keys(values, {**HARMLESS, **dict.fromkeys([*own, *_ROPE_KEYS, *_CHECKED])}, "")
+        check_keys(values, {**HARMLESS, **dict.fromkeys([*_ROPE_KEYS, *_CHECKED]), **rules}, "")
     except CheckpointError as error:
         raise ConfigError(str(error).removeprefix(": ")) from error
 
@@ -236,22 +199,8 @@ def _check_layer_types(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"layer_types must name each of num_hidden_layers ({layers}), got {len(kinds)} names")
 
 
-def _check_architectures(architectures: Any) -> None:
-    stems = [family.architecture.removesuffix("ForCausalLM") for family in FAMILIES.values()]
-    known = [f"{stem}{head}" for stem in stems for head in ("ForCausalLM", "Model", "ForSequenceClassification")]
-    if architectures is not None and (
-        not isinstance(architectures, list) or any(a not in known for a in architectures)
-    ):
-        raise ConfigError(f"architectures must be among {', '.join(known)}, got {architectures!r}")
-
-
 def _first_id(eos: Any) -> int | None:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(item) is int for item in ids):
         raise ConfigError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
     return ids[0] if ids else None
-
-
-def _rope_theta_inside(values: Mapping[str, Any]) -> bool:
-    inner = [values.get(name) for name in _ROPE_KEYS[1:]]
-    return any(isinstance(given, Mapping) and "rope_theta" in given for given in inner)

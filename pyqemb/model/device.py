@@ -1,17 +1,15 @@
 """Where a model runs, and in which precision when nothing says so."""
 
-from typing import Any
-
 import torch
 
 from pyqemb import ops
 from pyqemb.errors import ConfigError
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
 
 _CUDA_HEAD_DIMS = 64, 128  # of the CUDA attention
 
 
-def pick_device(name: torch.device | str | None, config: Qwen3Config) -> torch.device:
+def pick_device(name: torch.device | str | None, config: DecoderConfig) -> torch.device:
     """The device of that name; None and "auto": the GPU where there is one that can run the model, else the CPU."""
     if name is None or name == "auto":
         fits = config.head_dim in _CUDA_HEAD_DIMS
@@ -26,7 +24,7 @@ def pick_device(name: torch.device | str | None, config: Qwen3Config) -> torch.d
     return device
 
 
-def search_device(model: Any) -> torch.device:
+def search_device(model: object) -> torch.device:
     """Where to search among a model's vectors: on its GPU, for the CPU and anything else on the CPU."""
     device = torch.device(getattr(model, "device", None) or "cpu")
     return device if device.type == "cuda" and _cuda_is_there() else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Embedder: the packed Qwen3, its tokenizer and its pooling. Texts or packed tokens in, unit vectors out.
+"""Embedder: the packed decoder, its tokenizer and its pooling. Texts or packed tokens in, unit vectors out.
 
 Legend: B sequences, T packed tokens, E hidden size.
 """
@@ -9,30 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
-from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import WEIGHTS, Tensors, check_sizes, load_weights, write_safetensors
-from pyqemb.model.config import Qwen3Config
-from pyqemb.model.device import pick_device
+from pyqemb.errors import ConfigError
+from pyqemb.model.checkpoint import WEIGHTS, write_safetensors
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Decoder
 from pyqemb.model.encoding import Encoding
-from pyqemb.model.lora import merged_parameters
+from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.portable import check_digests, portable_folder
-from pyqemb.model.qwen3 import Boundaries, Qwen3Model
-from pyqemb.model.safety import check_safe
-from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, check_kind, read_sentence_settings
-from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
+from pyqemb.model.packed_model import open_folder, stored_as
+from pyqemb.model.portable import portable_folder
+from pyqemb.model.residual_stream import Boundaries
+from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
+from pyqemb.model.source import Attention, named_dtype, with_attention
 from pyqemb.ops.prefixes import unit_rows
 
 
-class Embedder(Encoding, nn.Module):
+class Embedder(Encoding):
     """A text embedding model.
 
-    `model` is the Qwen3Model; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
+    `model` is the Decoder; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
     text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
 
     Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
@@ -41,20 +40,17 @@ class Embedder(Encoding, nn.Module):
 
     def __init__(
         self,
-        model: Qwen3Model,
+        model: Decoder,
         tokenizer: Tokenizer,
         pooling: str = "last",
         prompts: Mapping[str, str] = DEFAULT_PROMPTS,
         matryoshka: Sequence[int] | None = None,
     ):
-        super().__init__()
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-        config = model.config
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-        self.model, self.config, self.pooling = model, config, pooling
-        self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or config.max_position_embeddings)
+        super().__init__(model, tokenizer)
+        self.pooling = pooling
+        self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or model.config.max_position_embeddings)
         self.prompts = dict(prompts)
         self.matryoshka = tuple(matryoshka) if matryoshka else None
         self.normalize, self.plain = True, False
@@ -82,35 +78,23 @@ class Embedder(Encoding, nn.Module):
         `dtype` says otherwise.
         Raises CheckpointError, naming the file, for anything missing, damaged or unsafe, and for a setting that cannot be honored.
         """
-        path = local_folder(folder)
-        check_safe(path)
-        config = with_attention(Qwen3Config.from_folder(path), attention)
-        check_kind(path, "embedder")
-        tensors = Tensors(path)
-        check_sizes(config, tensors)
+        path, model, tensors = open_folder(folder, "embedder", attention)
         tokenizer = Tokenizer.from_folder(path, max_length)
-        settings = read_sentence_settings(path, config.hidden_size)
+        settings = read_sentence_settings(path, model.config.hidden_size)
         if pooling is not None:
             settings = replace(settings, pooling=pooling)
-        with torch.device("meta"):
-            model = Qwen3Model(config)
-        matryoshka = config.extra.get("matryoshka_dimensions")
+        matryoshka = model.config.extra.get("matryoshka_dimensions")
         embedder = cls(model, tokenizer, settings.pooling, settings.prompts, matryoshka)
         embedder.normalize, embedder.truncate_dim = settings.normalize, settings.truncate_dim
         embedder.default_prompt_name = settings.default_prompt_name
         embedder.similarity_fn_name = settings.similarity_fn_name
         embedder.plain = not (path / "modules.json").is_file()
-        check_digests(path)
-        load_weights(model, tensors, named_dtype(dtype))
-        place = pick_device(device, config)
-        if place.type == "cuda" and dtype is None and embedder.dtype.itemsize > 2:
-            model.to(torch.bfloat16)
-        return embedder.to(place)
+        return embedder._load(tensors, dtype, device)
 
     @classmethod
     def from_config(
         cls,
-        config: Qwen3Config,
+        config: DecoderConfig,
         tokenizer: Tokenizer,
         seed: int = 0,
         attention: Attention | None = None,
@@ -123,7 +107,7 @@ class Embedder(Encoding, nn.Module):
         """
         config = with_attention(config, attention)
         with torch.device("meta"):
-            model = Qwen3Model(config)
+            model = build_decoder(config)
         model.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -140,18 +124,6 @@ class Embedder(Encoding, nn.Module):
         return SentenceSettings(
             self.pooling, self.prompts, self.default_prompt_name, self.similarity_fn_name, self.truncate_dim, self.normalize
         )  # fmt: skip
-
-    @property
-    def attention(self) -> Attention:
-        return "causal" if self.config.is_causal else "bidirectional"
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
 
     @property
     def default_instruction(self) -> str | None:
@@ -172,20 +144,19 @@ class Embedder(Encoding, nn.Module):
         first components and normalises them again (Matryoshka). Empty `boundaries` are filled with what spares a second pass
         over this batch a third of its products; filled ones are used.
         """
-        self._check(batch, dim)
-        batch = batch.to(self.device)
+        self._check_dim(dim)
+        batch = self._checked(batch)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch, boundaries=boundaries), batch, dim)
         # Only the last tokens leave the last layer: the rest of its work would be thrown away.
         hidden_BE = _wide(self.model(batch, last_only=True, boundaries=boundaries))
         _, cu_last = batch.last_tokens()
         norm = self.model.norm
-        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.weight), eps=norm.eps, dim=dim)
+        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.scale), eps=norm.eps, dim=dim)
 
     def pooled(self, batch: PackedBatch) -> torch.Tensor:
         """Vectors [B, E] before they are normalized, else as `forward` gives them."""
-        self._check(batch, None)
-        batch = batch.to(self.device)
+        batch = self._checked(batch)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch), batch, None, normalize=False)
         hidden_BE = self.model.norm(_wide(self.model(batch, last_only=True)))
@@ -196,8 +167,7 @@ class Embedder(Encoding, nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states [T, E] after the final norm."""
-        self._check(batch, None)
-        return self.model(batch.to(self.device))
+        return self.model(self._checked(batch))
 
     def save_pretrained(
         self,
@@ -210,11 +180,7 @@ class Embedder(Encoding, nn.Module):
         `dtype` None keeps the parameters' own. An existing model folder is replaced when the new one is complete;
         any other non-empty folder is refused (ConfigError). Adapters are folded in. `provenance` is kept in pyqemb.json.
         """
-        stored = named_dtype(dtype) or self.dtype
-        weights = {name: tensor.to(stored) for name, tensor in merged_parameters(self.model).items()}
-        for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {stored}")
+        weights = stored_as(self._decoder_weights(), named_dtype(dtype) or self.dtype, folder)
         with portable_folder(
             folder,
             config=self.config,
@@ -225,17 +191,6 @@ class Embedder(Encoding, nn.Module):
         ) as temporary:
             write_safetensors(temporary / WEIGHTS, weights)
         return Path(folder)
-
-    def _check(self, batch: PackedBatch, dim: int | None) -> None:
-        if not isinstance(batch, PackedBatch):
-            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
-        self._check_dim(dim)
-        ids = batch.input_ids_T
-        if ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
-            low, high = (int(value) for value in torch.aminmax(ids))
-            if low < 0 or high >= self.config.vocab_size:
-                wrong = low if low < 0 else high
-                raise IndexError(f"input_ids_T must lie in 0..{self.config.vocab_size - 1} (vocab_size), got {wrong}")
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

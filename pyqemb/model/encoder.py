@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pyqemb.data.folder import read_object
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.config import FAMILIES
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families import FAMILIES
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import CONTRACT, check_kind, kind_of
 from pyqemb.model.source import local_folder
+
+Encoder = TypeVar("Encoder")
 
 
 class SentenceTransformerEncoder:
@@ -66,10 +68,11 @@ class UnitEncoder:
         return self.model.encode_document(texts, dim=dim, normalize_embeddings=True)
 
 
-def unit_encoder(model: Any) -> Any:
+def unit_encoder(model: Encoder) -> "Encoder | UnitEncoder":
     """The model itself, or one that gives the unit vectors of an Embedder that does not."""
-    as_is = not isinstance(model, Embedder) or (model.normalize and model.truncate_dim is None)
-    return model if as_is else UnitEncoder(model)
+    if isinstance(model, Embedder) and not (model.normalize and model.truncate_dim is None):
+        return UnitEncoder(model)
+    return model
 
 
 def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:

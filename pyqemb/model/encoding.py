@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size, register_with_langchain
+from pyqemb.model.packed_model import PackedModel
 from pyqemb.model.pool import Pool, Pooled, as_tensors
 from pyqemb.model.progress import progress_bar
 from pyqemb.model.quantize import quantize
@@ -27,25 +26,20 @@ _TEXTS_AT_ONCE = 8192  # sorted and tokenized together, so that a large corpus n
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 _log = logging.getLogger("pyqemb")
 
+# An array or a tensor; a list of tensors, or of details, one for each text; the details of one text.
+Encoded = np.ndarray | torch.Tensor | list[Any] | dict[str, Any]
 
-class Encoding(Pooled):
+
+class Encoding(Pooled, PackedModel):
     """The methods; the class that has them is called with a PackedBatch and a dim, and has what is named here."""
 
-    tokenizer: Tokenizer
     prompts: dict[str, str]
     default_prompt_name: str | None
     truncate_dim: int | None
     normalize: bool
     plain: bool
-    config: Qwen3Config
-    __call__: Callable[..., Any]
-    to: Callable[..., Any]
     hidden: Callable[[PackedBatch], torch.Tensor]
     pooled: Callable[[PackedBatch], torch.Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
 
     @also_called("texts", "sentences", "inputs")
     def encode(
@@ -69,7 +63,7 @@ class Encoding(Pooled):
         dim: int | None = None,
         tokens_per_chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
-    ) -> Any:
+    ) -> Encoded:
         """Vectors [len(texts), E] in the order of the texts; [E] for a single text; shape (0,) for no text.
 
         The arguments are those of SentenceTransformer.encode, in its order, and four of pyqemb's own.
@@ -110,14 +104,8 @@ class Encoding(Pooled):
         """
         single = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else _text_list(texts)
-        if output_value not in _OUTPUTS:
-            raise ConfigError(f"output_value must be one of {', '.join(map(str, _OUTPUTS))}, got {output_value!r}")
         precision = precision or "float32"
-        quantize(np.empty((0, 1), dtype=np.float32), precision)
-        if precision != "float32" and output_value != "sentence_embedding":
-            raise ConfigError(f"precision must be float32 for output_value {output_value!r}, got {precision!r}")
-        if precision.endswith("int8") and len(texts) == 1:
-            raise ConfigError(f"precision {precision!r} needs the value ranges of several texts, got one text")
+        _check_output(output_value, precision, len(texts))
         check_batch_size(batch_size)
         width = self._width(dim, truncate_dim)
         texts = self._prompted(texts, instruction, prompt_name, prompt)
@@ -132,17 +120,11 @@ class Encoding(Pooled):
                     truncate_dim=width if dim is None else None, tokens_per_chunk=tokens_per_chunk,
                 )  # fmt: skip
                 parts = self.in_processes("encode", texts, options, device, pool, chunk_size, advance)
-                if output_value == "sentence_embedding":
-                    results = np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
-                else:
-                    results = as_tensors([item for part in parts for item in part])
+                results = _joined(parts, width, output_value)
             elif output_value == "sentence_embedding":
                 forward = self._vectors_of(dim, truncate_dim, normalize_embeddings)
-                results = np.zeros((len(texts), width), dtype=np.float32)
-                for rows, window in self._windows(texts, forward, tokens_per_chunk, advance):
-                    results[rows] = window.cpu().numpy()
-                    if on_progress is not None:
-                        on_progress(rows.stop)
+                windows = self._windows(texts, forward, tokens_per_chunk, advance)
+                results = _filled(windows, (len(texts), width), on_progress)
             else:
                 forward = self._vectors_of(dim, truncate_dim, None if self.plain else False)
                 details = self._details_of(output_value, forward)
@@ -169,7 +151,7 @@ class Encoding(Pooled):
         *rest: Any,
         instruction: str | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> Encoded:
         """`encode` for queries: with the model's prompt "query" unless a prompt or an instruction is given."""
         if prompt_name is None and prompt is None and instruction is None and "query" in self.prompts:
             prompt_name = "query"
@@ -183,7 +165,7 @@ class Encoding(Pooled):
         prompt: str | None = None,
         *rest: Any,
         **options: Any,
-    ) -> Any:
+    ) -> Encoded:
         """`encode` for documents: with the model's prompt "document" unless another prompt is given."""
         if prompt_name is None and prompt is None and "document" in self.prompts:
             prompt_name = "document"
@@ -307,7 +289,7 @@ class Encoding(Pooled):
 
         return details
 
-    def _converted(self, vectors: np.ndarray, to_numpy: bool, to_tensor: bool) -> Any:
+    def _converted(self, vectors: np.ndarray, to_numpy: bool, to_tensor: bool) -> Encoded:
         if not len(vectors):
             vectors = np.array([], dtype=np.float32 if to_tensor else np.float64)  # of sentence-transformers' dtype
         if to_numpy and not to_tensor:
@@ -351,13 +333,42 @@ class Encoding(Pooled):
             raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
 
 
+def _check_output(output_value: str | None, precision: str, texts: int) -> None:
+    if output_value not in _OUTPUTS:
+        raise ConfigError(f"output_value must be one of {', '.join(map(str, _OUTPUTS))}, got {output_value!r}")
+    quantize(np.empty((0, 1), dtype=np.float32), precision)
+    if precision != "float32" and output_value != "sentence_embedding":
+        raise ConfigError(f"precision must be float32 for output_value {output_value!r}, got {precision!r}")
+    if precision.endswith("int8") and texts == 1:
+        raise ConfigError(f"precision {precision!r} needs the value ranges of several texts, got one text")
+
+
+def _joined(parts: list[Any], width: int, output_value: str | None) -> np.ndarray | list[Any]:
+    """The results of several processes as those of one."""
+    if output_value == "sentence_embedding":
+        return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
+    return as_tensors([item for part in parts for item in part])
+
+
+def _filled(
+    windows: Iterator[tuple[slice, torch.Tensor]], shape: tuple[int, int], on_progress: Callable[[int], None] | None
+) -> np.ndarray:
+    """All vectors in one array."""
+    vectors = np.zeros(shape, dtype=np.float32)
+    for rows, window in windows:
+        vectors[rows] = window.cpu().numpy()
+        if on_progress is not None:
+            on_progress(rows.stop)
+    return vectors
+
+
 @torch.inference_mode()
 def _in_order(
     tokens: list[list[int]],
     forward: Callable[[PackedBatch], Any],
     tokens_per_chunk: int,
     advance: Callable[[int], None],
-) -> Any:
+) -> torch.Tensor | list[Any]:
     """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
 
     The sequences are sorted by length, so that those of a chunk are alike.

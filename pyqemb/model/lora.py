@@ -18,7 +18,8 @@ from pyqemb.data.files import atomic_folder
 from pyqemb.data.folder import Rule, check_keys, one_of, read_object
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, write_safetensors
-from pyqemb.model.qwen3 import Linear, Lora, Qwen3Model
+from pyqemb.model.decoder import Decoder
+from pyqemb.model.linear import Linear, Lora
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,7 +81,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
-def add_lora(model: Qwen3Model, config: LoraConfig, seed: int = 0) -> None:
+def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
     """Freeze the model and give its targets new adapters, which change nothing yet (B is zero). The same for the same seed."""
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
@@ -99,7 +100,7 @@ def adapted(model: nn.Module) -> dict[str, Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora is not None}
 
 
-def merged_parameters(model: Qwen3Model) -> dict[str, torch.Tensor]:
+def merged_parameters(model: Decoder) -> dict[str, torch.Tensor]:
     """The parameters by name as if the adapters had been folded in; detached."""
     layers = adapted(model)
     merged = {name: p.detach() for name, p in model.named_parameters() if ".lora." not in name}
@@ -108,7 +109,7 @@ def merged_parameters(model: Qwen3Model) -> dict[str, torch.Tensor]:
     return merged
 
 
-def merge_lora(model: Qwen3Model) -> None:
+def merge_lora(model: Decoder) -> None:
     """Fold the adapters into the weights, which can be trained again."""
     with torch.no_grad():
         for linear in adapted(model).values():
@@ -118,7 +119,7 @@ def merge_lora(model: Qwen3Model) -> None:
 
 
 def save_adapter(
-    model: Qwen3Model, folder: str | Path, base: str | None = None, task_type: str = "FEATURE_EXTRACTION"
+    model: Decoder, folder: str | Path, base: str | None = None, task_type: str = "FEATURE_EXTRACTION"
 ) -> Path:
     """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
 
@@ -147,7 +148,7 @@ def save_adapter(
     return _write(folder, tensors, settings)
 
 
-def load_adapter(model: Qwen3Model, folder: str | Path) -> None:
+def load_adapter(model: Decoder, folder: str | Path) -> None:
     """Give the model the adapters of a peft folder, plain LoRA on its projections; the model is frozen but for them.
 
     Raises CheckpointError, naming the file: a setting that would change the arithmetic, a tensor that is missing, surplus, or of another
@@ -265,7 +266,7 @@ def _write(folder: str | Path, tensors: Mapping[str, torch.Tensor], settings: Ma
     return folder
 
 
-def _targets(model: Qwen3Model, names: Sequence[str]) -> list[tuple[str, Linear]]:
+def _targets(model: Decoder, names: Sequence[str]) -> list[tuple[str, Linear]]:
     return [
         (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and name.rpartition(".")[2] in names
     ]

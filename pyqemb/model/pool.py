@@ -113,7 +113,7 @@ def _next(pool: Pool) -> Any:
                 raise RuntimeError(f"worker processes died: {', '.join(dead)}; start a new pool") from None
 
 
-def _work(device: str, threads: int, model: Any, tasks: Any, results: Any) -> None:
+def _work(device: str, threads: int, model: torch.nn.Module, tasks: Any, results: Any) -> None:
     if device == "cpu":
         torch.set_num_threads(threads)
     moved = False
@@ -138,10 +138,14 @@ def _arrays(value: Any) -> Any:
     return [_arrays(item) for item in value] if isinstance(value, list) else value
 
 
-def as_tensors(value: Any) -> Any:
-    """Numpy arrays as tensors again."""
+def as_tensors(values: list[Any]) -> list[Any]:
+    """The same list with tensors in place of numpy arrays, at every level."""
+    return [_tensors(value) for value in values]
+
+
+def _tensors(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, dict):
-        return {name: as_tensors(item) for name, item in value.items()}
-    return [as_tensors(item) for item in value] if isinstance(value, list) else value
+        return {name: _tensors(item) for name, item in value.items()}
+    return as_tensors(value) if isinstance(value, list) else value

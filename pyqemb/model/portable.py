@@ -5,7 +5,6 @@ before 5.4, the rotary base under both of its names, weights without prefix, a t
 Newer names would be refused, or silently misread, by installations that are still in use.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,8 @@ from pyqemb.data.folder import member
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, sha256, widest_dtype
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.model_card import contract, model_card, write_json_files
 from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings, read_contract
 
 
@@ -25,7 +25,7 @@ from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, Sente
 def portable_folder(
     target: str | Path,
     *,
-    config: Qwen3Config,
+    config: DecoderConfig,
     tokenizer: Tokenizer,
     settings: SentenceSettings,
     matryoshka: Sequence[int] | None = None,
@@ -44,35 +44,29 @@ def portable_folder(
         dtype = str(widest_dtype(tensors)).removeprefix("torch.")
         max_length = tokenizer.max_length or config.max_position_embeddings
         tokenizer.with_max_length(max_length).save(folder)
-        files: dict[str, Any] = {
+        facts = {
+            "pooling": settings.pooling,
+            "attention": "causal" if config.is_causal else "bidirectional",
+            "dims": list(matryoshka or [config.hidden_size]),
+            "end_token": tokenizer.end_token,
+            "end_token_id": tokenizer.end_id,
+            "query_template": TEMPLATE,
+            "max_length": max_length,
+        }
+        files = {
             "config.json": _config_json(config, tokenizer.end_id, dtype, matryoshka),
             "modules.json": _modules_json(settings.normalize),
             "1_Pooling/config.json": _pooling_json(config.hidden_size, settings.pooling),
             "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": tokenizer.lower_case},
             SETTINGS: _settings_json(settings),
-            CONTRACT: {
-                "pyqemb_version": __version__,
-                "pooling": settings.pooling,
-                "attention": "causal" if config.is_causal else "bidirectional",
-                "dims": list(matryoshka or [config.hidden_size]),
-                "end_token": tokenizer.end_token,
-                "end_token_id": tokenizer.end_id,
-                "query_template": TEMPLATE,
-                "max_length": max_length,
-                "sha256": {path.name: sha256(path) for path in tensors.files},
-                "provenance": dict(provenance or {}),
-            },
+            CONTRACT: contract(tensors, provenance, facts),
         }
         if settings.normalize:
             (folder / "2_Normalize").mkdir()
-        (folder / "1_Pooling").mkdir()
-        for name, content in files.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(
-            _model_card(target.name, config, settings.prompts, tokenizer.end_token, matryoshka, provenance or {}),
-            encoding="utf-8",
-        )
+        write_json_files(folder, files)
+        body = _card_body(target.name, config, settings.prompts, tokenizer.end_token, matryoshka)
+        card = model_card(target.name, "feature-extraction", ("feature-extraction",), body, provenance or {})
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_digests(folder: Path) -> None:
@@ -101,7 +95,7 @@ def check_replaceable(target: Path) -> None:
         raise ConfigError(f"{target}: is not empty and not a model folder; refusing to replace it")
 
 
-def _config_json(config: Qwen3Config, end_id: int, dtype: str, matryoshka: Sequence[int] | None) -> dict[str, Any]:
+def _config_json(config: DecoderConfig, end_id: int, dtype: str, matryoshka: Sequence[int] | None) -> dict[str, Any]:
     values = config.to_dict()
     values["eos_token_id"] = end_id if config.eos_token_id is None else config.eos_token_id
     values["dtype"] = values["torch_dtype"] = dtype
@@ -133,28 +127,12 @@ def _settings_json(settings: SentenceSettings) -> dict[str, Any]:
     }
 
 
-def _model_card(
-    name: str,
-    config: Qwen3Config,
-    prompts: Mapping[str, str],
-    end_token: str,
-    matryoshka: Sequence[int] | None,
-    provenance: Mapping[str, Any],
+def _card_body(
+    name: str, config: DecoderConfig, prompts: Mapping[str, str], end_token: str, matryoshka: Sequence[int] | None
 ) -> str:
     attention = "causal" if config.is_causal else "bidirectional"
     dims = f" (or {', '.join(map(str, sorted(matryoshka, reverse=True)))})" if matryoshka else ""
-    needs = "" if config.is_causal else BIDIRECTIONAL
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: feature-extraction
-{base_model_line(provenance)}tags:
-- sentence-transformers
-- feature-extraction
-- pyqemb
----
-# {name}
-
-A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention, trained with pyqemb {__version__}.
+    return f"""A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention, trained with pyqemb {__version__}.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -167,31 +145,10 @@ print(model.similarity(queries, documents))
 
 Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get("document", "")!r}`;
 `{end_token}` is appended to both by the tokenizer.
-{needs}{provenance_section(provenance)}"""
+{"" if config.is_causal else BIDIRECTIONAL}"""
 
 
 BIDIRECTIONAL = """
 Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`). transformers knows that from 5.3 on, vLLM
 by the same key; a library that does not would compute other vectors without a word.
 """
-
-
-def base_model_line(provenance: Mapping[str, Any]) -> str:
-    """Of a model card's head, where the base is a model on the hub."""
-    base = str(provenance.get("base") or "")
-    return f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
-
-
-def provenance_section(provenance: Mapping[str, Any]) -> str:
-    """What a model came from and what was measured, as the last part of its card."""
-    facts = {key: value for key, value in provenance.items() if key not in ("results", "data") and value is not None}
-    results = provenance.get("results") or {}
-    text = (
-        "\n## Where it comes from\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items())
-        if facts
-        else ""
-    )
-    if results:
-        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
-        text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"
-    return text

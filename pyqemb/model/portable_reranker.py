@@ -13,9 +13,10 @@ from typing import Any
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
-from pyqemb.model.checkpoint import LM_HEAD, Tensors, sha256, widest_dtype
-from pyqemb.model.config import FAMILIES, Qwen3Config
-from pyqemb.model.portable import base_model_line, check_replaceable, provenance_section
+from pyqemb.model.checkpoint import LM_HEAD, Tensors, widest_dtype
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.model_card import contract, model_card, write_json_files
+from pyqemb.model.portable import check_replaceable
 from pyqemb.model.sentence import CONTRACT, read_contract, read_instruction
 
 FORMATS = ("causal-lm", "seq-cls")
@@ -27,7 +28,7 @@ def reranker_folder(
     target: str | Path,
     *,
     format: str,
-    config: Qwen3Config,
+    config: DecoderConfig,
     tokenizer: PairTokenizer,
     tied: bool,
     instruction: str,
@@ -42,30 +43,27 @@ def reranker_folder(
         dtype = str(widest_dtype(tensors)).removeprefix("torch.")
         tokenizer.save(folder)
         (folder / "chat_template.jinja").write_text(chat_template(instruction), encoding="utf-8")
-        files: dict[str, Any] = {
-            "config.json": _config_json(config, tokenizer, format, tied, dtype),
-            CONTRACT: {
-                "pyqemb_version": __version__,
-                "kind": "reranker",
-                "format": format,
-                "instruction": instruction,
-                "yes_id": tokenizer.yes_id,
-                "no_id": tokenizer.no_id,
-                "end_token": tokenizer.end_token,
-                "max_length": tokenizer.max_length,
-                "sha256": {path.name: sha256(path) for path in tensors.files},
-                "provenance": dict(provenance or {}),
-            },
+        facts = {
+            "kind": "reranker",
+            "format": format,
+            "instruction": instruction,
+            "yes_id": tokenizer.yes_id,
+            "no_id": tokenizer.no_id,
+            "end_token": tokenizer.end_token,
+            "max_length": tokenizer.max_length,
         }
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(
-            _model_card(target.name, format, instruction, provenance or {}), encoding="utf-8"
-        )
+        files = {
+            "config.json": _config_json(config, tokenizer, format, tied, dtype),
+            CONTRACT: contract(tensors, provenance, facts),
+        }
+        write_json_files(folder, files)
+        body = _card_body(target.name, format, instruction)
+        card = model_card(target.name, "text-ranking", ("cross-encoder", "reranker"), body, provenance or {})
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def like_reranker(
-    folder: Path, target: str | Path, config: Qwen3Config, provenance: Mapping[str, Any]
+    folder: Path, target: str | Path, config: DecoderConfig, provenance: Mapping[str, Any]
 ) -> AbstractContextManager[Path]:
     """`reranker_folder` for other weights of the reranker in `folder`."""
     return reranker_folder(
@@ -96,9 +94,11 @@ def chat_template(instruction: str) -> str:
     )
 
 
-def _config_json(config: Qwen3Config, tokenizer: PairTokenizer, format: str, tied: bool, dtype: str) -> dict[str, Any]:
+def _config_json(
+    config: DecoderConfig, tokenizer: PairTokenizer, format: str, tied: bool, dtype: str
+) -> dict[str, Any]:
     values = config.to_dict()
-    architecture = FAMILIES[config.model_type].architecture
+    architecture = config.architectures[0]
     if format == "seq-cls":
         architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
         values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -110,21 +110,10 @@ def _config_json(config: Qwen3Config, tokenizer: PairTokenizer, format: str, tie
     return values
 
 
-def _model_card(name: str, format: str, instruction: str, provenance: Mapping[str, Any]) -> str:
+def _card_body(name: str, format: str, instruction: str) -> str:
     overrides = '{"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": true}'
     serve = f"vllm serve {name} --runner pooling" + (f" --hf-overrides '{overrides}'" if format == "causal-lm" else "")
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: text-ranking
-{base_model_line(provenance)}tags:
-- sentence-transformers
-- cross-encoder
-- reranker
-- pyqemb
----
-# {name}
-
-A reranker that answers yes or no, trained with pyqemb {__version__}.
+    return f"""A reranker that answers yes or no, trained with pyqemb {__version__}.
 
 ```python
 from sentence_transformers import CrossEncoder  # 6.0 or later: it renders pairs by the chat template
@@ -139,4 +128,4 @@ print(model.predict([("query", "document")], prompt="{instruction}"))
 
 Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of `system` for the instruction,
 through `chat_template.jinja`. The score is sigmoid(logit of yes - logit of no) at its last token.
-{provenance_section(provenance)}"""
+"""

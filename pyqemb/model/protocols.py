@@ -1,7 +1,7 @@
 """What the jobs need of a model. Embedder and Reranker have it; so has any other class with these methods."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,17 +32,20 @@ class TextEncoder(Protocol):
 
 
 class VectorEncoder(Protocol):
-    """Texts to vectors: what searching, mining and evaluation need."""
+    """Texts to vectors: what evaluation needs."""
 
-    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None) -> np.ndarray:
-        """float32 [len(texts), E]; `instruction` None: the model's own."""
+    def encode_query(
+        self, texts: Sequence[str], *, instruction: str | None = None, dim: int | None = None
+    ) -> np.ndarray:
+        """float32 [len(texts), dim or E]; `instruction` None: the model's own."""
         ...
 
-    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [len(texts), E]."""
+    def encode_document(self, texts: Sequence[str], *, dim: int | None = None) -> np.ndarray:
+        """float32 [len(texts), dim or E]."""
         ...
 
 
+@runtime_checkable
 class PairScorer(Protocol):
     """(query, document) pairs to scores: what evaluating a reranker needs."""
 

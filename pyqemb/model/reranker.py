@@ -14,45 +14,39 @@ from torch import nn
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer, format_pair
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, check_sizes, load_weights, write_safetensors
-from pyqemb.model.config import Qwen3Config
-from pyqemb.model.device import pick_device
-from pyqemb.model.lora import merged_parameters
-from pyqemb.model.portable import check_digests
+from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, write_safetensors
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Decoder
+from pyqemb.model.packed_model import open_folder, stored_as
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_folder, reranker_name
-from pyqemb.model.qwen3 import Boundaries, Qwen3Model
-from pyqemb.model.safety import check_safe
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
-from pyqemb.model.sentence import check_kind, check_reranker_modules, read_instruction
-from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
+from pyqemb.model.sentence import check_reranker_modules, read_instruction
+from pyqemb.model.source import Attention, named_dtype
 
 _PAIRS_AT_ONCE = 4096  # tokenised together
 _TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 
 
-class Reranker(Scoring, nn.Module):
+class Reranker(Scoring):
     """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
 
-    `model` is the Qwen3Model. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
+    `model` is the Decoder. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
     token embeddings. `default_instruction` None: that of the model card.
     """
 
     def __init__(
         self,
-        model: Qwen3Model,
+        model: Decoder,
         tokenizer: PairTokenizer,
         head: torch.Tensor | None = None,
         lm_head: torch.Tensor | None = None,
         default_instruction: str | None = None,
     ):
-        super().__init__()
-        config = model.config
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-        self.model, self.config = model, config
+        super().__init__(model, tokenizer)
         self.default_instruction = default_instruction
-        longest = min(tokenizer.max_length or config.max_position_embeddings, config.max_position_embeddings)
-        self.tokenizer = tokenizer.with_max_length(longest)
+        longest = model.config.max_position_embeddings
+        self.tokenizer: PairTokenizer = tokenizer.with_max_length(min(tokenizer.max_length or longest, longest))
         self.head = None if head is None else nn.Parameter(head)
         self._lm_head = lm_head  # the rest of an untied head, to be written again
 
@@ -68,27 +62,12 @@ class Reranker(Scoring, nn.Module):
         """Load a folder of a causal language model (a base model too: it is then untrained as a reranker), or of a sequence classifier
         with one label; or download one by its hub id. Arguments and errors as of Embedder.from_pretrained; `max_length` None: 8192.
         """
-        path = local_folder(folder)
-        check_safe(path)
-        config = with_attention(Qwen3Config.from_folder(path), attention)
-        check_kind(path, "reranker")
+        path, model, tensors = open_folder(folder, "reranker", attention, heads=(LM_HEAD, SCORE))
         tokenizer = PairTokenizer.from_folder(path, max_length)
         check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)
-        check_digests(path)
-        tensors = Tensors(path, heads=(LM_HEAD, SCORE))
-        check_sizes(config, tensors)
-        head, lm_head = _read_head(tensors, config, tokenizer)
-        with torch.device("meta"):
-            model = Qwen3Model(config)
-        load_weights(model, tensors, named_dtype(dtype))
-        own = model.embed_tokens.weight.dtype
-        reranker = cls(
-            model, tokenizer, None if head is None else head.to(own), lm_head, read_instruction(path, INSTRUCTION)
-        )
-        place = pick_device(device, config)
-        if place.type == "cuda" and dtype is None and own.itemsize > 2:
-            reranker.to(torch.bfloat16)
-        return reranker.to(place)
+        head, lm_head = _read_head(tensors, model.config, tokenizer)
+        reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
+        return reranker._load(tensors, dtype, device)
 
     @property
     def default_instruction(self) -> str:
@@ -99,28 +78,14 @@ class Reranker(Scoring, nn.Module):
     def default_instruction(self, task: str | None) -> None:
         self._instruction = INSTRUCTION if task is None else task
 
-    @property
-    def attention(self) -> Attention:
-        return "causal" if self.config.is_causal else "bidirectional"
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
-
     def forward(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> torch.Tensor:
         """Logits [B, 2] of yes and no after packed pairs (`tokenizer.encode_documents`), differentiable; float32, or float64.
 
         Only the last token of each pair leaves the last layer, and of the vocabulary only two rows are multiplied.
         """
-        if not isinstance(batch, PackedBatch):
-            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
+        batch = self._checked(batch)
         if batch.num_sequences and not bool((batch.cu_seqlens_cpu.diff() > 0).all()):
             raise ValueError("expected pairs of at least one token, got an empty sequence")
-        batch = batch.to(self.device)
         hidden_BE = self.model.norm(self.model(batch, last_only=True, boundaries=boundaries))
         wide = torch.promote_types(hidden_BE.dtype, torch.float32)
         return hidden_BE.to(wide) @ self._rows().to(wide).T
@@ -200,9 +165,7 @@ class Reranker(Scoring, nn.Module):
                 "format: a reranker that was loaded as a classifier has no language-model head to write; use 'seq-cls'"
             )
         stored = named_dtype(dtype) or self.dtype
-        weights: dict[str, torch.Tensor] = {
-            reranker_name(name): tensor for name, tensor in merged_parameters(self.model).items()
-        }
+        weights = {reranker_name(name): tensor for name, tensor in self._decoder_weights().items()}
         rows = self._rows().detach().double()
         if format == "seq-cls":
             weights[SCORE] = (rows[:1] - rows[1:]).float()
@@ -210,10 +173,7 @@ class Reranker(Scoring, nn.Module):
             full = self._lm_head.to(stored, copy=True)
             full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = rows.to(stored).cpu()
             weights[LM_HEAD] = full
-        weights = {name: tensor.detach().to(stored) for name, tensor in weights.items()}
-        for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {stored}")
+        weights = stored_as(weights, stored, folder)
         with reranker_folder(
             folder, format=format, config=self.config, tokenizer=self.tokenizer, tied=self.head is None,
             instruction=self.default_instruction, provenance=provenance,
@@ -242,7 +202,7 @@ class Reranker(Scoring, nn.Module):
 
 
 def _read_head(
-    tensors: Tensors, config: Qwen3Config, tokenizer: PairTokenizer
+    tensors: Tensors, config: DecoderConfig, tokenizer: PairTokenizer
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(rows of yes and no, the whole head); both None where the head is that of the embeddings."""
     score = tensors.head(SCORE)

@@ -1,4 +1,4 @@
-"""The frequencies of the rotary embedding, as config.json scales them. Legend: H = head_dim / 2."""
+"""The rotary embedding: its frequencies, as config.json scales them, and the angles of tokens. Legend: T tokens, H = head_dim / 2."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -41,6 +41,9 @@ class Rope:
                 raise ConfigError(
                     f"{name} of rope type {self.kind!r} must be a positive number, got {self.settings.get(name)!r}"
                 )
+
+    def __hash__(self) -> int:
+        return hash((self.theta, self.kind, *sorted(self.settings.items())))
 
     def frequencies(self, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
         """float32 [H]: radians by which each pair of features turns from one position to the next."""
@@ -89,6 +92,42 @@ class Rope:
     def to_dict(self) -> dict[str, Any]:
         """rope_parameters of config.json."""
         return {"rope_type": self.kind, "rope_theta": self.theta, **self.settings}
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin of every token's position, [T, H]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def at(self, tokens: torch.Tensor) -> "Rotary":
+        """Of some tokens."""
+        return Rotary(self.cos[tokens], self.sin[tokens])
+
+
+class RotaryTables:
+    """The angles of a batch's tokens: made once for all layers that turn by the same frequencies."""
+
+    def __init__(self, positions_T: torch.Tensor, dtype: torch.dtype):
+        self._positions_T = positions_T
+        # bf16 and fp16 heads are turned in float32; float64 ones keep the float32 angles that the checkpoints know.
+        self._dtype = torch.promote_types(dtype, torch.float32)
+        self._made: dict[tuple[Rope, int], Rotary] = {}
+
+    def __call__(self, rope: Rope, head_dim: int) -> Rotary:
+        """Of heads of that size."""
+        key = rope, head_dim
+        if key not in self._made:
+            angles_TH = self._positions_T.float()[:, None] * rope.frequencies(head_dim, self._positions_T.device)
+            self._made[key] = Rotary(*((x * rope.scale).to(self._dtype) for x in (angles_TH.cos(), angles_TH.sin())))
+        return self._made[key]
+
+
+def has_base(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json names rope_theta inside rope_parameters or rope_scaling."""
+    inner = [values.get(name) for name in ("rope_scaling", "rope_parameters")]
+    return any(isinstance(given, Mapping) and "rope_theta" in given for given in inner)
 
 
 def _positive(value: Any) -> bool:

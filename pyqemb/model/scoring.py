@@ -8,24 +8,18 @@ import numpy as np
 import torch
 
 from pyqemb.errors import ConfigError
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.device import pick_device
 from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size
+from pyqemb.model.packed_model import PackedModel
 from pyqemb.model.pool import Pool, Pooled
 from pyqemb.model.progress import progress_bar
 
 
-class Scoring(Pooled):
+class Scoring(Pooled, PackedModel):
     """The methods; the class that has them has what is named here."""
 
     num_labels = 1
-    config: Qwen3Config
     margins: Callable[..., np.ndarray]
-    to: Callable[..., Any]
-
-    @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
 
     @cached_property
     def model_card_data(self) -> ModelCardData:
@@ -47,7 +41,7 @@ class Scoring(Pooled):
         device: str | torch.device | Sequence[str] | None = None,
         pool: Pool | None = None,
         chunk_size: int | None = None,
-    ) -> Any:
+    ) -> np.ndarray | np.floating | torch.Tensor | list[torch.Tensor]:
         """Scores [len(pairs)] of (query, document) pairs; one score for a single pair.
 
         The arguments are those of CrossEncoder.predict, in its order.

@@ -9,7 +9,7 @@ import torch
 
 from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
 
 Attention = Literal["causal", "bidirectional"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,7 +37,7 @@ def local_folder(folder: str | Path) -> Path:
         raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error
 
 
-def with_attention(config: Qwen3Config, attention: str | None) -> Qwen3Config:
+def with_attention(config: DecoderConfig, attention: str | None) -> DecoderConfig:
     """The config with that mask; None leaves it."""
     if attention not in (None, "causal", "bidirectional"):
         raise ConfigError(f"attention must be 'causal', 'bidirectional' or None, got {attention!r}")

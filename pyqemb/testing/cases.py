@@ -1,9 +1,12 @@
 """The shapes that tests and benchmarks share."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from pyqemb.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ ATTENTION_CASES = [
 ]
 
 
-def cu_seqlens(lengths) -> torch.Tensor:
+def cu_seqlens(lengths: Iterable[int]) -> torch.Tensor:
     """[0, ..., T] int32 of the lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
@@ -50,7 +53,7 @@ def heavy_tailed(count: int, median: float, sigma: float = 0.8, cap: int = 512, 
     return [int(x) for x in (median * draws.exp()).round().clamp(1, cap)]
 
 
-def texts_of(words, tokenizer, lengths, seed=0):
+def texts_of(words: str, tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list[str]:
     """Stretches of real text of about these many tokens."""
     ids = tokenizer.backend.encode(words[:400_000], add_special_tokens=False).ids
     starts = np.random.default_rng(seed).integers(0, len(ids) - 600, len(lengths))

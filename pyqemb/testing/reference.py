@@ -3,13 +3,23 @@
 Run in float32 or bfloat16 the same functions give torch's own error, the yardstick of the kernels' tolerance.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from pyqemb.ops.groups import PRESETS
+from pyqemb.ops.groups import PRESETS, Group
 
 
-def attention(q, k, v, cu_seqlens, cu_seqlens_k=None, causal=False, scale=None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
     """[T, N, D]: softmax(scale q k^T) v, one sequence at a time; causal is aligned to the bottom right."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -28,7 +38,14 @@ def attention(q, k, v, cu_seqlens, cu_seqlens_k=None, causal=False, scale=None) 
     return torch.cat(out) if out else q * 0
 
 
-def pool(hidden, cu_seqlens, norm_weight=None, eps=1e-6, dim=None, normalize=True) -> Tensor:
+def pool(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    dim: int | None = None,
+    normalize: bool = True,
+) -> Tensor:
     """[B, dim]: the last token, RMSNorm, cut, L2 norm; zeros for a sequence without tokens."""
     rows = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -41,8 +58,9 @@ def pool(hidden, cu_seqlens, norm_weight=None, eps=1e-6, dim=None, normalize=Tru
 
 
 def info_nce(
-    queries, documents, positive, owner=None, document_ids=None, temperature=0.02, margin=0.1, groups=None,
-    split=False, focal=0.0, rows=None,
+    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None = None, document_ids: Tensor | None = None,
+    temperature: float | Tensor = 0.02, margin: float | None = 0.1, groups: Mapping[str, Group] | None = None,
+    split: bool = False, focal: float = 0.0, rows: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
     groups = PRESETS["qwen3"] if groups is None else groups
@@ -83,29 +101,29 @@ def info_nce(
     return loss[first : first + count].sum() / B
 
 
-def top_k(queries, documents, k) -> tuple[Tensor, Tensor]:
+def top_k(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best first, equal scores by lower index."""
     order = torch.sort(queries @ documents.T, dim=1, descending=True, stable=True)
     return order.values[:, :k], order.indices[:, :k]
 
 
-def rms_norm(x, weight, eps=1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) * weight."""
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
-def qk_norm_rope(x, weight, cos, sin, eps=1e-6) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
     """RMSNorm of each head, then `rope`."""
     return rope(rms_norm(x, weight, eps), cos, sin)
 
 
-def rope(x, cos, sin) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Feature i turned with feature i + D / 2."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def swiglu(gate, up) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     return gate * torch.sigmoid(gate) * up

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from pyqemb.data.tokenizer import END_TOKEN, Tokenizer
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.config import DecoderConfig
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families import FAMILIES
 
 TEXTS = (
     "The capital of China is Beijing.",
@@ -27,7 +28,7 @@ TEXTS = (
 )
 
 
-def tiny_config(**changes: Any) -> Qwen3Config:
+def tiny_config(model_type: str = "qwen3", **changes: Any) -> DecoderConfig:
     """Two layers, hidden 32, 4 query heads over 2 key heads of 16; keyword arguments replace fields."""
     sizes = dict(
         vocab_size=384,
@@ -41,7 +42,7 @@ def tiny_config(**changes: Any) -> Qwen3Config:
         rope_theta=10_000.0,
         eos_token_id=tiny_tokenizer().end_id,
     )
-    return Qwen3Config(**{**sizes, **changes})
+    return FAMILIES[model_type].config(**{**sizes, **changes})
 
 
 def tiny_tokenizer(max_length: int | None = 128) -> Tokenizer:

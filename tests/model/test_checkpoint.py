@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model import checkpoint
 from pyqemb.model.checkpoint import load_weights, read_tensors, write_safetensors
-from pyqemb.model.qwen3 import Qwen3Model
+from pyqemb.model.decoder import Decoder
+from pyqemb.model.families import build_decoder
 from pyqemb.testing.tiny import tiny_config, tiny_embedder, write_tiny_folder
 
 INDEX = "model.safetensors.index.json"
 
 
-def empty_model(**changes) -> Qwen3Model:
+def empty_model(**changes) -> Decoder:
     with torch.device("meta"):
-        return Qwen3Model(tiny_config(**changes))
+        return build_decoder(tiny_config(**changes))
 
 
 def edit(folder: Path, change) -> None:

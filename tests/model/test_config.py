@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.config import Qwen3Config
+from pyqemb.model.families import parse_config, read_config
 from pyqemb.testing.tiny import tiny_config
 
 # Qwen3-Embedding-4B as released, which has a head_dim that is not hidden / heads.
@@ -43,26 +43,26 @@ def without(*names: str) -> dict:
 
 
 def test_a_released_config_keeps_everything():
-    config = Qwen3Config.from_dict(RELEASED)
+    config = parse_config(RELEASED)
     assert config.head_dim == 128 and config.is_causal and config.rope_theta == 1_000_000
     written = config.to_dict()
     assert {**RELEASED, **written} == written | {"rope_scaling": None}
     assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 1_000_000}
-    assert Qwen3Config.from_dict(written) == config
+    assert parse_config(written) == config
 
 
 def test_the_rotary_base_is_found_at_both_places():
     inner = {"rope_type": "default", "rope_theta": 5e5}
-    assert Qwen3Config.from_dict(without("rope_theta") | {"rope_parameters": inner}).rope_theta == 5e5
+    assert parse_config(without("rope_theta") | {"rope_parameters": inner}).rope_theta == 5e5
     with pytest.raises(ConfigError, match="rope_theta is given twice with different values"):
-        Qwen3Config.from_dict(RELEASED | {"rope_parameters": inner})
+        parse_config(RELEASED | {"rope_parameters": inner})
     with pytest.raises(ConfigError, match="missing rope_theta"):
-        Qwen3Config.from_dict(without("rope_theta"))
+        parse_config(without("rope_theta"))
 
 
 def test_the_mask_is_stored_and_read_back():
-    assert not Qwen3Config.from_dict(RELEASED | {"is_causal": False}).is_causal
-    assert not Qwen3Config.from_dict(RELEASED | {"use_bidirectional_attention": True}).is_causal
+    assert not parse_config(RELEASED | {"is_causal": False}).is_causal
+    assert not parse_config(RELEASED | {"use_bidirectional_attention": True}).is_causal
     written = tiny_config(is_causal=False).to_dict()
     assert written["is_causal"] is False and written["use_bidirectional_attention"] is True
 
@@ -100,26 +100,26 @@ def test_the_mask_is_stored_and_read_back():
 )
 def test_what_would_change_the_arithmetic_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
-        Qwen3Config.from_dict(RELEASED | change)
+        parse_config(RELEASED | change)
     (tmp_path / "config.json").write_text(json.dumps(RELEASED | change))
     if change.get("rms_norm_eps"):
         message = "NaN is not a number in JSON"  # refused by the reader already
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
-        Qwen3Config.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_missing_sizes_are_named():
     with pytest.raises(ConfigError, match="missing hidden_size, head_dim"):
-        Qwen3Config.from_dict(without("hidden_size", "head_dim"))
+        parse_config(without("hidden_size", "head_dim"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]"])
 def test_unreadable_files_are_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        Qwen3Config.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        Qwen3Config.from_folder(tmp_path)
+        read_config(tmp_path)

@@ -20,7 +20,7 @@ from pyqemb.model.lora import (
     merged_parameters,
     save_adapter,
 )
-from pyqemb.model.qwen3 import Boundaries
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.testing.tiny import TEXTS, tiny_embedder
 
 TEXTS = [text for text in TEXTS if text]

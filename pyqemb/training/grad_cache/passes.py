@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyqemb.data.batch import PackedBatch, to_device
-from pyqemb.model.qwen3 import Boundaries
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.training.grad_cache.chunks import chunk as pack_into_chunks
 
 Model = Callable[..., torch.Tensor]
@@ -85,7 +85,7 @@ def embed_without_graph(
     Args:
         model: PackedBatch [B] -> vectors [B, E].
         kept: so many chunks, the last, keep their graph, as long as `may_keep` says so.
-        boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.qwen3.Boundaries).
+        boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.residual_stream.Boundaries).
     """
     device = device_of(model, chunks)
     record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.model.qwen3 import Boundaries
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_boundaries
 
 # Tokens of the two probes: primes, so that no activation is taken for the gradient of a weight by its size.

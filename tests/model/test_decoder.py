@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.model import qwen3
-from pyqemb.model.config import Qwen3Config
-from pyqemb.model.qwen3 import Boundaries, Qwen3Model
+from pyqemb.model import decoder
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Decoder
+from pyqemb.model.families import build_decoder
+from pyqemb.model.families.qwen3 import Qwen3Config
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.testing.tiny import tiny_config
 
 REAL_SHAPE = Qwen3Config(  # Qwen3-Embedding-0.6B, but four layers and a small vocabulary
@@ -23,9 +26,9 @@ REAL_SHAPE = Qwen3Config(  # Qwen3-Embedding-0.6B, but four layers and a small v
 MASKS = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def random_model(config: Qwen3Config, dtype: torch.dtype = torch.float32, deviation: float = 0.05) -> Qwen3Model:
+def random_model(config: DecoderConfig, dtype: torch.dtype = torch.float32, deviation: float = 0.05) -> Decoder:
     generator = torch.Generator().manual_seed(1)
-    model = Qwen3Model(config).to(dtype)
+    model = build_decoder(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             centre = 1.0 if parameter.ndim == 1 else 0.0
@@ -39,7 +42,7 @@ def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def transformers_hidden(model: Qwen3Model, ids: list[list[int]]) -> torch.Tensor:
+def transformers_hidden(model: Decoder, ids: list[list[int]]) -> torch.Tensor:
     """Last hidden states [T, E] of transformers' Qwen3Model with the same weights, right-padded, padding removed."""
     transformers = pytest.importorskip("transformers")
     config = model.config.to_dict() | {"use_cache": False}
@@ -158,8 +161,8 @@ def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, 
     results = []
     for share in (True, False):
         if not share:
-            monkeypatch.setattr(qwen3, "_distinct", lambda ids: (ids, None))
-        assert (qwen3._distinct(batch.input_ids_T)[1] is not None) == share
+            monkeypatch.setattr(decoder, "distinct", lambda ids: (ids, None))
+        assert (decoder.distinct(batch.input_ids_T)[1] is not None) == share
         model.zero_grad()
         rows = model(batch, last_only=last_only)
         (rows * torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).view_as(rows)).sum().backward()
@@ -216,7 +219,7 @@ def test_gradients_by_finite_differences():
 
 
 def test_names_are_those_of_hugging_face():
-    names = set(Qwen3Model(tiny_config(num_hidden_layers=1)).state_dict())
+    names = set(build_decoder(tiny_config(num_hidden_layers=1)).state_dict())
     layer = {"input_layernorm", "post_attention_layernorm"}
     layer |= {f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
     layer |= {f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")}

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.errors import ConfigError, DataError
-from pyqemb.model.config import Qwen3Config
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.qwen3 import Boundaries
+from pyqemb.model.families import parse_config
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.testing.tiny import TEXTS, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -107,15 +107,15 @@ def test_saved_and_loaded_elsewhere(folder, tmp_path):
 
 def test_what_is_absent_means_what_transformers_takes_it_for():
     old = {**SIZES, "model_type": "llama"}  # Llama 1: no key heads, no head_dim, no rotary base
-    config = Qwen3Config.from_dict(old)
+    config = parse_config(old)
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 16, 10_000.0)
     assert not config.tie_word_embeddings and not config.qkv_bias
-    qwen2 = Qwen3Config.from_dict({**old, "model_type": "qwen2", "attention_bias": False})
+    qwen2 = parse_config({**old, "model_type": "qwen2", "attention_bias": False})
     assert qwen2.qkv_bias and not qwen2.output_bias
     windowed = {**old, "model_type": "mistral", "sliding_window": 64}
     with pytest.raises(ConfigError, match="sliding_window is not supported, got 64"):
-        Qwen3Config.from_dict(windowed)
-    assert Qwen3Config.from_dict({**windowed, "sliding_window": 4096}).head_dim == 16
+        parse_config(windowed)
+    assert parse_config({**windowed, "sliding_window": 4096}).head_dim == 16
 
 
 def test_a_tokenizer_with_another_end(tmp_path):

@@ -1,0 +1,60 @@
+"""The decoder families, one file for each: how config.json is read, and which parts and weight names the decoder has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyqemb.data.folder import read_json
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Decoder, Family
+from pyqemb.model.families import llama, mistral, qwen2, qwen3
+from pyqemb.model.safety import makes_loaders_run_code
+
+FAMILIES: dict[str, Family] = {
+    family.config.model_type: family for family in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY)
+}
+
+
+def build_decoder(config: DecoderConfig) -> Decoder:
+    """The decoder of a configuration, with the weights that torch's initialization gives."""
+    return Decoder(config, FAMILIES[config.model_type])
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """Read `config.json` of a model folder; CheckpointError names it when it is not one that we can run."""
+    path = Path(folder) / "config.json"
+    values = read_json(Path(folder), "config.json")
+    if values is None:
+        raise CheckpointError(f"{folder}: has no config.json")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    try:
+        return parse_config(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def parse_config(values: Mapping[str, Any]) -> DecoderConfig:
+    """The configuration that the keys of a Hugging Face config say.
+
+    Raises:
+        ConfigError: a model_type that is not among the families, a setting that is not known or not supported.
+    """
+    for name, value in values.items():
+        if makes_loaders_run_code(name, value):
+            raise ConfigError(f"{name!r} is refused: it makes loaders run code that comes with the model")
+    model_type = values.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+    _check_architectures(values.get("architectures"))
+    return family.config.from_dict(values)
+
+
+def _check_architectures(architectures: Any) -> None:
+    known = [name for family in FAMILIES.values() for name in family.config.architectures]
+    if architectures is not None and (
+        not isinstance(architectures, list) or any(a not in known for a in architectures)
+    ):
+        raise ConfigError(f"architectures must be among {', '.join(known)}, got {architectures!r}")

@@ -1,0 +1,48 @@
+"""Llama: no norm of q and k; biases of attention and MLP where config.json says so.
+
+Source: Llama 2, arXiv 2307.09288, section 2; Llama 3, arXiv 2407.21783, section 3.2.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Family
+from pyqemb.model.rope import has_base
+
+
+@dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """`model_type` "llama"."""
+
+    model_type: str = "llama"
+
+    architectures: ClassVar[Sequence[str]] = ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification")
+    reads_mlp_bias: ClassVar[bool] = True
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention_bias
+
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        return older_defaults(values)
+
+
+def older_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What Llama, Qwen2 and Mistral take for absent keys: as many key heads as query heads, hidden_size divided among the heads."""
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    found = {"num_key_value_heads": heads, "tie_word_embeddings": False}
+    if type(heads) is int and heads > 0 and type(hidden) is int:
+        found["head_dim"] = hidden // heads
+    if not has_base(values):
+        found["rope_theta"] = 10_000.0
+    return found
+
+
+FAMILY = Family(LlamaConfig)

@@ -1,0 +1,32 @@
+"""Qwen3: a norm of each head of q and k; biases of the attention where config.json says so.
+
+Source: Qwen3 technical report, arXiv 2505.09388, section 2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Family
+
+
+@dataclass(frozen=True)
+class Qwen3Config(DecoderConfig):
+    """`model_type` "qwen3"."""
+
+    model_type: str = "qwen3"
+
+    architectures: ClassVar[Sequence[str]] = ("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification")
+    qk_norm: ClassVar[bool] = True
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention_bias
+
+
+FAMILY = Family(Qwen3Config)

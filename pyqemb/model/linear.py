@@ -1,0 +1,42 @@
+"""The matrix products of a decoder, each with room for a low-rank adapter. Legend: R rank, I and O features in and out."""
+
+import torch
+from torch import nn
+
+from pyqemb import ops
+from pyqemb.ops.linear import linear_onto_known
+
+
+class Lora(nn.Module):
+    """What a low-rank adapter adds to a product: scale (x A^T) B^T."""
+
+    def __init__(self, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.A, self.B, self.scale, self.dropout = nn.Parameter(a_RI), nn.Parameter(b_OR), scale, nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(ops.linear(self.dropout(x), self.A), self.B) * self.scale
+
+
+class Linear(nn.Linear):
+    """x W^T (+ b) on the library's op; plus what the adapter adds where it has one."""
+
+    lora: Lora | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__(inputs, outputs, bias)
+        self.lora = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = ops.linear(x, self.weight)
+        if self.bias is not None:
+            product = product + self.bias.to(product.dtype)
+        return product if self.lora is None else product + self.lora(x)
+
+    def add_known_output(self, x: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """residual + x W^T (+ b), known to be `total`: without the product, with its gradients."""
+        if self.bias is not None:
+            residual = residual + self.bias.to(residual.dtype)
+        if self.lora is not None:
+            residual = residual + self.lora(x)
+        return linear_onto_known(x, self.weight.to(x.dtype), residual, total)  # they differ under autocast

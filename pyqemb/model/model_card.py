@@ -1,0 +1,63 @@
+"""The README.md and the pyqemb.json of a model folder, and its other JSON files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyqemb import __version__
+from pyqemb.model.checkpoint import Tensors, sha256
+
+
+def model_card(name: str, task: str, tags: Sequence[str], body: str, provenance: Mapping[str, Any]) -> str:
+    """A model card for the hub.
+
+    Args:
+        name: of the model. body: what it is and how it is used.
+        task: pipeline_tag of the hub; tags: further ones.
+        provenance: what the model came from, and its "results" by metric.
+    """
+    lines = "".join(f"- {tag}\n" for tag in ("sentence-transformers", *tags, "pyqemb"))
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: {task}
+{_base_model_line(provenance)}tags:
+{lines}---
+# {name}
+
+{body}{_provenance_section(provenance)}"""
+
+
+def contract(tensors: Tensors, provenance: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of pyqemb.json: facts of the model, the digests of its weight files, what it came from."""
+    digests = {path.name: sha256(path) for path in tensors.files}
+    return {"pyqemb_version": __version__, **facts, "sha256": digests, "provenance": dict(provenance or {})}
+
+
+def write_json_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write each content under its name inside the folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _base_model_line(provenance: Mapping[str, Any]) -> str:
+    """Where the base is a model on the hub."""
+    base = str(provenance.get("base") or "")
+    return f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
+
+
+def _provenance_section(provenance: Mapping[str, Any]) -> str:
+    """What a model came from and what was measured."""
+    facts = {key: value for key, value in provenance.items() if key not in ("results", "data") and value is not None}
+    results = provenance.get("results") or {}
+    text = (
+        "\n## Where it comes from\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items())
+        if facts
+        else ""
+    )
+    if results:
+        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
+        text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"
+    return text

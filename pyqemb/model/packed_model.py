@@ -1,0 +1,112 @@
+"""What an Embedder and a Reranker share: a decoder and its tokenizer, read from and written to a folder, on one device."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.data.tokenizer import Tokenizer
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_sizes, load_weights
+from pyqemb.model.decoder import Decoder
+from pyqemb.model.device import pick_device
+from pyqemb.model.families import build_decoder, read_config
+from pyqemb.model.lora import merged_parameters
+from pyqemb.model.portable import check_digests
+from pyqemb.model.safety import check_safe
+from pyqemb.model.sentence import Kind, check_kind
+from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
+
+Model = TypeVar("Model", bound="PackedModel")
+
+
+class Opened(NamedTuple):
+    """A model folder whose files have been checked, before its weights are read; `model` has none yet."""
+
+    path: Path
+    model: Decoder
+    tensors: Tensors
+
+
+def open_folder(
+    folder: str | Path, kind: Kind, attention: Attention | None, heads: Collection[str] = (LM_HEAD,)
+) -> Opened:
+    """Open a folder, or a hub id, that is to hold a model of that kind. CheckpointError names the file that is wrong."""
+    path = local_folder(folder)
+    check_safe(path)
+    config = with_attention(read_config(path), attention)
+    check_kind(path, kind)
+    tensors = Tensors(path, heads)
+    check_sizes(config, tensors)
+    with torch.device("meta"):
+        return Opened(path, build_decoder(config), tensors)
+
+
+class PackedModel(nn.Module):
+    """A decoder with its tokenizer.
+
+    Attributes:
+        model: the Decoder; config: its configuration.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+        super().__init__()
+        vocab_size = model.config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+        self.model, self.config = model, model.config
+
+    @property
+    def attention(self) -> Attention:
+        """The mask: causal, or every token sees its whole sequence."""
+        return "causal" if self.config.is_causal else "bidirectional"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.model.parameters()).dtype
+
+    def _load(
+        self: Model, tensors: Tensors, dtype: torch.dtype | str | None, device: torch.device | str | None
+    ) -> Model:
+        """Read the weights and move the model to its device: wide ones become bfloat16 on a GPU unless `dtype` says otherwise."""
+        check_digests(tensors.folder)
+        load_weights(self.model, tensors, named_dtype(dtype))
+        place = pick_device(device, self.config)
+        narrows = place.type == "cuda" and dtype is None and self.dtype.itemsize > 2
+        return self.to(place, torch.bfloat16 if narrows else self.dtype)
+
+    def _decoder_weights(self) -> dict[str, torch.Tensor]:
+        """The decoder's parameters as a checkpoint names them, adapters folded in."""
+        return {self.model.family.stored_name(name): x for name, x in merged_parameters(self.model).items()}
+
+    def _checked(self, batch: PackedBatch) -> PackedBatch:
+        """The batch where the model is."""
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
+        ids = batch.input_ids_T
+        if ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
+            low, high = (int(value) for value in torch.aminmax(ids))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise IndexError(f"input_ids_T must lie in 0..{self.config.vocab_size - 1} (vocab_size), got {wrong}")
+        return batch.to(self.device)
+
+
+def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype, folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in the dtype of a folder to be written; CheckpointError: NaN or infinity."""
+    stored = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {dtype}")
+    return stored
