@@ -1,1 +1,1 @@
-"""The packed Qwen3, the embedder around it, and the folders that both are read from and written to."""
+"""The packed decoder and its families, Embedder and Reranker around it, and the folders that they are read from and written to."""

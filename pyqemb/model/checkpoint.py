@@ -15,7 +15,7 @@ from pyqemb.data.folder import member, read_json
 from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError
 from pyqemb.model.config import DecoderConfig
-from pyqemb.model.decoder import Decoder
+from pyqemb.model.decoder import Decoder, Family
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,13 +112,14 @@ def read_tensors(folder: str | Path) -> Tensors:
     return Tensors(folder)
 
 
-def check_sizes(config: DecoderConfig, tensors: Tensors) -> None:
+def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None:
     """Compare config.json with the headers of the weights, before anything is allocated.
 
     Raises:
         CheckpointError: another number of layers, or sizes that are not those of the first layer and the embeddings.
     """
-    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    prefix = family.stored_name("layers.")
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
     if len(layers) != config.num_hidden_layers:
         raise CheckpointError(
             f"{tensors.folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights hold {len(layers)} layers"
@@ -131,8 +132,9 @@ def check_sizes(config: DecoderConfig, tensors: Tensors) -> None:
         "layers.0.mlp.gate_proj.weight": (config.intermediate_size, hidden),
     }
     for name, shape in shapes.items():
-        if name in tensors:
-            _check_shape(tensors, name, shape)
+        stored = family.stored_name(name)
+        if stored in tensors:
+            _check_shape(tensors, stored, shape)
 
 
 def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:

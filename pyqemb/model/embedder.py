@@ -69,7 +69,7 @@ class Embedder(Encoding):
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> "Embedder":
-        """Load a Hugging Face Qwen3 folder, or download one by its hub id (`org/name`).
+        """Load a Hugging Face folder of a decoder family (Qwen3, Qwen2, Llama, Mistral), or download one by its hub id (`org/name`).
 
         None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by the Pooling
         module of modules.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json or

@@ -135,7 +135,7 @@ def save_adapter(
         raise ConfigError("the adapters differ in rank or scale; peft's plain format holds one of each")
     inner = "model." if task_type == "CAUSAL_LM" else ""
     tensors = {
-        f"{_PREFIX}{inner}{name}.lora_{side}.weight": getattr(lora, side)
+        f"{_PREFIX}{inner}{model.family.stored_name(name)}.lora_{side}.weight": getattr(lora, side)
         for name, lora in loras.items()
         for side in "AB"
     }
@@ -157,7 +157,7 @@ def load_adapter(model: Decoder, folder: str | Path) -> None:
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
     adapter = read_adapter(folder)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    layers = {model.family.stored_name(name): m for name, m in model.named_modules() if isinstance(m, Linear)}
     for name, (a_RI, b_OR) in adapter.pairs.items():
         linear = layers.get(name)
         if linear is None:

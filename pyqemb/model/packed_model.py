@@ -13,7 +13,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_sizes, load_weights
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.device import pick_device
-from pyqemb.model.families import build_decoder, read_config
+from pyqemb.model.families import FAMILIES, build_decoder, read_config
 from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import check_digests
 from pyqemb.model.safety import check_safe
@@ -40,7 +40,7 @@ def open_folder(
     config = with_attention(read_config(path), attention)
     check_kind(path, kind)
     tensors = Tensors(path, heads)
-    check_sizes(config, tensors)
+    check_sizes(config, FAMILIES[config.model_type], tensors)
     with torch.device("meta"):
         return Opened(path, build_decoder(config), tensors)
 

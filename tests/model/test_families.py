@@ -1,15 +1,30 @@
 """Llama, Qwen2 and Mistral on the packed model against transformers: biases, no q/k norm, scaled rotary embeddings."""
 
+import json
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from pyqemb.data.batch import PackedBatch
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import CheckpointError, ConfigError, DataError
+from pyqemb.model import decoder
+from pyqemb.model.config import DecoderConfig
+from pyqemb.model.decoder import Block, Family, TokenEmbedding
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.families import parse_config
+from pyqemb.model.families import FAMILIES, parse_config
+from pyqemb.model.families.qwen3 import Qwen3Config
+from pyqemb.model.lora import LoraConfig, adapted, add_lora, load_adapter, save_adapter
 from pyqemb.model.residual_stream import Boundaries
-from pyqemb.testing.tiny import TEXTS, tiny_tokenizer
+from pyqemb.testing.tiny import TEXTS, tiny_config, tiny_embedder, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -136,3 +151,122 @@ def test_a_tokenizer_with_another_end(tmp_path):
     config.write_text(config.read_text().replace('"llama"', '"qwen3"'))
     with pytest.raises(DataError, match=r"has no token '<\|endoftext\|>'"):
         Embedder.from_pretrained(tmp_path)
+
+
+def test_a_configuration_belongs_to_one_family():
+    for model_type, family in FAMILIES.items():
+        config = tiny_config(model_type=model_type)
+        assert type(config) is family.config and config.model_type == model_type
+        assert type(parse_config(config.to_dict())) is family.config and parse_config(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="model_type must be 'qwen3', got 'llama'"):
+        Qwen3Config(**{**SIZES, "num_key_value_heads": 2, "head_dim": 16, "model_type": "llama"})
+
+
+@dataclass(frozen=True)
+class OtherConfig(DecoderConfig):
+    """A family with a setting and weight names of its own, whose layers normalize what they add."""
+
+    model_type: str = "other"
+    embedding_scale: float = 1.0
+
+    architectures: ClassVar[tuple[str, ...]] = ("OtherModel",)
+    qk_norm: ClassVar[bool] = True
+
+
+class OtherBlock(Block):
+    def forward(self, x_TE, tokens, stream):
+        x_SE = tokens.queries(x_TE) + self.input_layernorm(self.self_attn.o_proj(self.self_attn(x_TE, tokens)))
+        return stream.add(x_SE, self.mlp.down_proj, self.mlp(self.post_attention_layernorm(x_SE)))
+
+
+class ScaledEmbedding(TokenEmbedding):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = config.embedding_scale
+
+    def forward(self, batch):
+        rows, inverse_T = super().forward(batch)
+        return rows * self.scale, inverse_T
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """An embedder of a family that is registered for the test."""
+    names = {"embed_tokens": "embeddings.words", "layers.": "encoder.layer.", "self_attn.q_proj": "attention.query"}
+    family = Family(OtherConfig, block=OtherBlock, embedding=ScaledEmbedding, weight_names=names)
+    monkeypatch.setitem(FAMILIES, "other", family)
+    return tiny_embedder(model_type="other", embedding_scale=3.0)
+
+
+def test_a_family_names_its_weights(other, tmp_path):
+    folder = other.save_pretrained(tmp_path / "out")
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(stored["encoder.layer.1.attention.query.weight"], other.model.layers[1].self_attn.q_proj.weight)
+    assert "embeddings.words.weight" in stored and not any(
+        name.startswith(("layers", "embed_tokens")) for name in stored
+    )
+    again = Embedder.from_pretrained(folder, device="cpu")
+    assert again.config == other.config and again.config.embedding_scale == 3.0
+    assert (again.encode(TEXTS) == other.encode(TEXTS)).all()
+    add_lora(other.model, LoraConfig(rank=2, targets=("q_proj",)))
+    adapter = save_adapter(other.model, tmp_path / "adapter")
+    assert "base_model.model.encoder.layer.0.attention.query.lora_A.weight" in load_file(
+        adapter / "adapter_model.safetensors"
+    )
+    load_adapter(again.model, adapter)
+    assert len(adapted(again.model)) == 2
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (folder / "pyqemb.json").unlink()
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 3, the weights hold 2 layers"):
+        Embedder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_mechanisms_serve_a_family_with_a_block_of_its_own(other, pooling, monkeypatch):
+    """Query subset, distinct tokens, boundaries and checkpointing change no gradient."""
+    embedder = other.double()
+    embedder.pooling = pooling
+    batch = PackedBatch.pack([[5, 5, 7, 5], [7], [], [9, 7, 5, 9, 5, 5]])
+    weights = torch.randn(4, 32, dtype=torch.float64)
+
+    def gradients(boundaries=None, checkpointing=False):
+        embedder.model.checkpointing = checkpointing
+        embedder.zero_grad()
+        (embedder(batch, boundaries=boundaries) * weights).sum().backward()
+        return [p.grad.clone() for p in embedder.parameters()]
+
+    filled = Boundaries()
+    with torch.no_grad():
+        embedder(batch, boundaries=filled)
+    assert [len(sums) for sums in filled.layers] == [1, 1]
+    found = [gradients(), gradients(filled), gradients(checkpointing=True), gradients(Boundaries(), checkpointing=True)]
+    monkeypatch.setattr(decoder, "distinct", lambda ids: (ids, None))
+    found.append(gradients())
+    rows = F.normalize(embedder.hidden(batch)[batch.last_tokens()[0]], dim=-1)
+    if pooling == "last":
+        embedder.zero_grad()
+        (rows * weights[[0, 1, 3]]).sum().backward()
+        found.append([p.grad.clone() for p in embedder.parameters()])
+    for other_gradients in found[1:]:
+        for first, second in zip(found[0], other_gradients, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-10)
+
+
+def test_the_documented_example_of_a_family(monkeypatch, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "dev" / "adding.md"
+    section = page.read_text(encoding="utf-8").partition("## A decoder family")[2]
+    code = textwrap.dedent(re.search(r"^ *```python\n(.*?)^ *```", section, re.DOTALL | re.MULTILINE)[1])
+    module = ModuleType("example_family")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code, str(page), "exec"), module.__dict__)
+    monkeypatch.setitem(FAMILIES, "example", module.FAMILY)
+    embedder = tiny_embedder(model_type="example", embedding_scale=3.0)
+    folder = embedder.save_pretrained(tmp_path / "out")
+    assert "blocks.1.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
+    again = Embedder.from_pretrained(folder, device="cpu")
+    assert again.config.embedding_scale == 3.0 and (again.encode(TEXTS) == embedder.encode(TEXTS)).all()
+    values = json.loads((folder / "config.json").read_text())
+    assert parse_config({**values, "logit_softcap": None, "num_key_value_heads": None}).num_key_value_heads == 4
+    with pytest.raises(ConfigError, match="logit_softcap 30.0 is not supported"):
+        parse_config({**values, "logit_softcap": 30.0})
