@@ -90,7 +90,7 @@ def merge(
     Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
-    shares = _checked_weights(folders, method, weights)
+    scaled = _checked_weights(folders, method, weights)
     root = None if base is None else Path(base)
     everything = folders if root is None else [*folders, root]
     for folder in everything:
@@ -114,7 +114,7 @@ def merge(
     merged: list[MergedTensor] = []
     provenance = {
         "merged": {
-            "method": method, "checkpoints": [str(f) for f in folders], "weights": shares, "base": None if root is None else str(root),
+            "method": method, "checkpoints": [str(f) for f in folders], "weights": scaled, "base": None if root is None else str(root),
         }
     }  # fmt: skip
     named: Callable[[str], str] = reranker_name if reranks else str
@@ -127,11 +127,11 @@ def merge(
         )  # fmt: skip
     with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
         for name in first:
-            result = _blend_one(name, sources, len(folders), blend, shares)
+            result = _blend_one(name, sources, len(folders), blend, scaled)
             file.write(_bytes_of(result.tensor.to(first.dtype(name))))
             merged.append(MergedTensor(name, result.angle, result.lerp))
     report = MergeReport(
-        str(out), method, [str(f) for f in folders], shares, None if root is None else str(root), merged
+        str(out), method, [str(f) for f in folders], scaled, None if root is None else str(root), merged
     )
     with atomic_file(Path(out) / "merge_report.json") as path:
         path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

@@ -58,9 +58,9 @@ class DecoderConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-            most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
-            if value > most:
-                raise ConfigError(f"{name} must be at most {most}, got {value}")
+            limit = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_COUNT
+            if value > limit:
+                raise ConfigError(f"{name} must be at most {limit}, got {value}")
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):

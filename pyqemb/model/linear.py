@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from pyqemb import ops
-from pyqemb.ops.linear import linear_onto_known
+from pyqemb.ops.linear import add_known_output
 
 
 class Lora(nn.Module):
@@ -39,4 +39,4 @@ class Linear(nn.Linear):
             residual = residual + self.bias.to(residual.dtype)
         if self.lora is not None:
             residual = residual + self.lora(x)
-        return linear_onto_known(x, self.weight.to(x.dtype), residual, total)  # they differ under autocast
+        return add_known_output(x, self.weight.to(x.dtype), residual, total)  # they differ under autocast

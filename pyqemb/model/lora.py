@@ -186,9 +186,9 @@ def merge_adapters(
     """
     if len(folders) < 2:
         raise ConfigError(f"adapters: two or more are needed, got {len(folders)}")
-    shares = [1 / len(folders)] * len(folders) if weights is None else list(weights)
-    if len(shares) != len(folders) or not all(map(math.isfinite, shares)):
-        raise ConfigError(f"weights: one number for each of the {len(folders)} adapters is needed, got {shares}")
+    factors = [1 / len(folders)] * len(folders) if weights is None else list(weights)
+    if len(factors) != len(folders) or not all(map(math.isfinite, factors)):
+        raise ConfigError(f"weights: one number for each of the {len(folders)} adapters is needed, got {factors}")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, got {rank}")
     adapters = [read_adapter(folder) for folder in folders]
@@ -201,7 +201,8 @@ def merge_adapters(
     for name in first.pairs:
         a_RI = torch.cat([adapter.pairs[name][0].float() for adapter in adapters])
         b_OR = torch.cat(
-            [share * one.scale * one.pairs[name][1].float() for share, one in zip(shares, adapters, strict=True)], dim=1
+            [factor * one.scale * one.pairs[name][1].float() for factor, one in zip(factors, adapters, strict=True)],
+            dim=1,
         )
         if rank is not None:
             a_RI, b_OR = _nearest(a_RI, b_OR, rank)

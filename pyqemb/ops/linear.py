@@ -39,13 +39,13 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return _Linear.apply(x_TI, weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI, weight_OI)
 
 
-def linear_onto_known(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:
+def add_known_output(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:
     """residual + x W^T where that sum is known from an earlier pass: `sum_TO` itself, with the gradients of the sum.
 
     Args:
         x_TI: [T, I]. weight_OI: [O, I] of the same dtype. residual_TO, sum_TO: [T, O] of one dtype, under autocast of another one.
     """
-    return _LinearOntoKnown.apply(x_TI, weight_OI, residual_TO, sum_TO)
+    return _AddKnownOutput.apply(x_TI, weight_OI, residual_TO, sum_TO)
 
 
 class _Linear(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         return _gradients(ctx, dy, *ctx.saved_tensors)
 
 
-class _LinearOntoKnown(torch.autograd.Function):
+class _AddKnownOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor, total: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
