@@ -78,7 +78,7 @@ def merge(
         checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity. Names and
             dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint it was rounded from is merged in that one's float32.
         method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
-        weights: one for each checkpoint, not negative; equal when None. They are scaled to sum to 1.
+        weights: one for each checkpoint, not negative; equal when None. They are normalized to sum to 1.
         base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
         settings_from: one of the checkpoints, whose settings the merged model gets where they differ. None: they must not differ.
         out: where the merged model goes; an older model folder there is replaced once the new one is complete.
@@ -90,7 +90,7 @@ def merge(
     Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
-    scaled = _checked_weights(folders, method, weights)
+    normalized = _checked_weights(folders, method, weights)
     root = None if base is None else Path(base)
     everything = folders if root is None else [*folders, root]
     for folder in everything:
@@ -114,7 +114,7 @@ def merge(
     merged: list[MergedTensor] = []
     provenance = {
         "merged": {
-            "method": method, "checkpoints": [str(f) for f in folders], "weights": scaled, "base": None if root is None else str(root),
+            "method": method, "checkpoints": [str(f) for f in folders], "weights": normalized, "base": None if root is None else str(root),
         }
     }  # fmt: skip
     named: Callable[[str], str] = reranker_name if reranks else str
@@ -127,11 +127,11 @@ def merge(
         )  # fmt: skip
     with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
         for name in first:
-            result = _blend_one(name, sources, len(folders), blend, scaled)
+            result = _blend_one(name, sources, len(folders), blend, normalized)
             file.write(_bytes_of(result.tensor.to(first.dtype(name))))
             merged.append(MergedTensor(name, result.angle, result.lerp))
     report = MergeReport(
-        str(out), method, [str(f) for f in folders], scaled, None if root is None else str(root), merged
+        str(out), method, [str(f) for f in folders], normalized, None if root is None else str(root), merged
     )
     with atomic_file(Path(out) / "merge_report.json") as path:
         path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

@@ -25,9 +25,9 @@ class Blend:
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Blend:
     """sum_k w_k x_k with the weights scaled to sum to 1. The angle reported is the widest to the first tensor."""
-    shares = _shares(weights)
+    normalized = _normalized(weights)
     angles = [angle(tensors[0], other) for other in tensors[1:]]
-    return Blend(_combine(tensors, shares), max(angles, default=0.0), False)
+    return Blend(_combine(tensors, normalized), max(angles, default=0.0), False)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Blend:
@@ -62,9 +62,9 @@ def fold(tensors: Iterator[Tensor], weights: Sequence[float]) -> Blend:
 
     Only two tensors are held at a time. For more than two the result depends a little on the order; `karcher` does not.
     """
-    shares = _shares(weights)
-    result, total, widest, lerp = next(tensors), shares[0], 0.0, False
-    for weight, tensor in zip(shares[1:], tensors, strict=True):
+    normalized = _normalized(weights)
+    result, total, widest, lerp = next(tensors), normalized[0], 0.0, False
+    for weight, tensor in zip(normalized[1:], tensors, strict=True):
         total += weight
         step = slerp(result, tensor, weight / total if total else 0.0)
         result, widest, lerp = step.tensor, max(widest, step.angle), lerp or step.lerp
@@ -81,18 +81,18 @@ def karcher(
     `tolerance` radians. The mean always lies in the span of the tensors, so the iteration runs on its coefficients over their
     Gram matrix: no copies of the tensors. Tensors of zeros take no part in the direction. ValueError for opposite tensors.
     """
-    shares = _shares(weights)
+    normalized = _normalized(weights)
     gram = _gram(tensors)
     norms = gram.diagonal().clamp_min(0).sqrt()
-    size = float(torch.tensor(shares, dtype=torch.float64) @ norms)
-    live = [k for k in range(len(tensors)) if norms[k] > 0 and shares[k] > 0]
+    size = float(torch.tensor(normalized, dtype=torch.float64) @ norms)
+    live = [k for k in range(len(tensors)) if norms[k] > 0 and normalized[k] > 0]
     widest = max(
         (_degrees(gram, norms, 0, k) for k in range(1, len(tensors)) if norms[0] > 0 and norms[k] > 0), default=0.0
     )
     if not live:
-        return Blend(_combine(tensors, shares), widest, True)
+        return Blend(_combine(tensors, normalized), widest, True)
     unit = gram[live][:, live] / torch.outer(norms[live], norms[live])
-    weight = torch.tensor([shares[k] for k in live], dtype=torch.float64)
+    weight = torch.tensor([normalized[k] for k in live], dtype=torch.float64)
     weight = weight / weight.sum()
     mean = _unit(weight, unit)
     for _ in range(iterations):
@@ -119,7 +119,7 @@ def angle(a: Tensor, b: Tensor) -> float:
     return 0.0 if cosine is None else math.degrees(math.acos(cosine))
 
 
-def _shares(weights: Sequence[float]) -> list[float]:
+def _normalized(weights: Sequence[float]) -> list[float]:
     total = math.fsum(weights)
     if not weights or not math.isfinite(total) or total <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be finite, not negative and not all zero, got {list(weights)}")

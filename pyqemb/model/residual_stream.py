@@ -10,7 +10,7 @@ import torch
 
 from pyqemb.model.linear import Linear
 
-Sums = dict[Linear, torch.Tensor]  # x + W y by its projection W
+SavedStream = dict[Linear, torch.Tensor]  # x + W y by its projection W
 
 
 class AddingNorm(Protocol):
@@ -31,7 +31,7 @@ class ResidualStream:
         kept: filled with the sums of this pass.
     """
 
-    def __init__(self, known: Sums | None = None, kept: Sums | None = None):
+    def __init__(self, known: SavedStream | None = None, kept: SavedStream | None = None):
         self._known, self._kept = known or {}, kept
 
     def add(self, x: torch.Tensor, projection: Linear, y: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Boundaries:
     """
 
     def __init__(self) -> None:
-        self.layers: list[Sums] = []
+        self.layers: list[SavedStream] = []
 
     def streams(self, layers: int) -> list[ResidualStream]:
         """The residual stream of each layer of a pass."""
