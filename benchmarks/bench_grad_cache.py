@@ -12,8 +12,8 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.cases import heavy_tailed, texts_of
-from pyqemb.training.grad_cache.chunks import chunk
 from pyqemb.training.grad_cache import GradCache, Plan
+from pyqemb.training.grad_cache.chunks import chunk
 
 PAIRS, BUDGET, ALL = 256, 4096, 10**6  # of the global batch; tokens of a chunk; more chunks than there are
 

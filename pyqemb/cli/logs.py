@@ -11,6 +11,7 @@ class StderrHandler(logging.Handler):
     """Writes to sys.stderr as it is when the message comes: a live display may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one message as a line."""
         print(self.format(record), file=sys.stderr)
 
 

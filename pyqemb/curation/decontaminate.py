@@ -41,6 +41,7 @@ class Decontaminate(Step):
     max_similarity: float = Field(0.95, ge=-1, le=1)
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the examples that share no text with the evaluation, in their order."""
         queries, documents = self._texts()
         ledger.notes.update({"evaluation queries": len(queries), "evaluation documents": len(documents)})
         known = np.unique(ops.shingles([plain(text) for text in (*queries, *documents)], self.ngram)[0])
@@ -114,7 +115,7 @@ def evaluation_examples(path: Path) -> Iterator[Example]:
 
 
 def _any_known(hashes: np.ndarray, counts: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """bool [N]: whether one of each text's hashes is known."""
+    """Whether one of each text's hashes is known: bool [N]."""
     if not len(known) or not len(hashes):
         return np.zeros(len(counts), dtype=bool)
     found = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes

@@ -27,6 +27,7 @@ class Exact(Step):
     on: On = "pair"
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the first example of each group of equal texts, in their order."""
         seen = Seen()
         for window in windows(examples, WINDOW):
             new = seen.add(_keys(window, self.on))
@@ -52,6 +53,7 @@ class Near(Step):
     num_hashes: int = Field(128, ge=16)
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the first example of each cluster of similar texts, in their order."""
         rows = rows_of_band(self.num_hashes, self.threshold)
         ledger.notes.update({"bands": self.num_hashes // rows, "rows of a band": rows})
         with work_folder(ledger.folder) as folder:

@@ -30,7 +30,22 @@ def consistency(
 ) -> Filtered:
     """Keep a pair when its document is among the `top` nearest of its query, out of all positives and `pool`.
 
-    Equal texts are one document. Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
+    Equal texts are one document.
+
+    Args:
+        model: an Embedder, or any object with `encode_query` and `encode_document`.
+        examples: the pairs to judge, in their order.
+        top: the lowest rank that is kept, counted from 1 (default 20).
+        pool: further documents to rank the positives among (default: none).
+        instruction: instruction for queries, used for those without their own (default: the model's query prompt).
+
+    Returns:
+        The pairs that were kept, and how many were dropped for which reason.
+
+    Raises:
+        ConfigError: `top` is below 1.
+
+    Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
     """
     if top < 1:
         raise ConfigError(f"top must be at least 1, got {top}")
@@ -48,7 +63,19 @@ def similarity(
 ) -> Filtered:
     """Keep a pair when the score of query and document lies between the bounds.
 
-    min_sim 0.7 is the report's (arXiv 2506.05176, section 3.3); what a score means depends on the model.
+    Args:
+        model: an Embedder, or any object with `encode_query` and `encode_document`.
+        examples: the pairs to judge, in their order.
+        min_sim: the lowest cosine similarity that is kept. The default, 0.7, is the report's (arXiv 2506.05176,
+            section 3.3); what a score means depends on the model. None: no lower bound.
+        max_sim: the highest cosine similarity that is kept (default: no upper bound).
+        instruction: instruction for queries, used for those without their own (default: the model's query prompt).
+
+    Returns:
+        The pairs that were kept, and how many were dropped for which reason.
+
+    Raises:
+        ConfigError: `min_sim` is above `max_sim`.
     """
     if min_sim is not None and max_sim is not None and min_sim > max_sim:
         raise ConfigError(f"min_sim must not be above max_sim, got {min_sim} and {max_sim}")
@@ -57,7 +84,14 @@ def similarity(
 
 
 def distinct(examples: Iterable[Example]) -> Filtered:
-    """Keep the first of each (query, positive), told apart by every character."""
+    """Keep the first of each (query, positive). Two texts are equal if all of their characters are.
+
+    Args:
+        examples: the pairs to judge, in their order.
+
+    Returns:
+        The pairs that were kept, and how many were dropped.
+    """
 
     def judged(ledger: Ledger) -> Iterator[Example]:
         seen = set()

@@ -22,10 +22,12 @@ class Histogram:
         self.counts: dict[int, Counter[str]] = defaultdict(Counter)
 
     def add(self, value: float, outcome: str) -> None:
+        """Count one value under an outcome: "kept", or the reason for which the example was dropped."""
         place = value / self.width if self.width else 8 * math.log2(max(value, 1))
         self.counts[math.floor(place + 1e-6)][outcome] += 1
 
     def start_of(self, index: int) -> float:
+        """Return the lower bound of the bin with this index."""
         return index * self.width if self.width else 2 ** (index / 8)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -35,6 +37,8 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Sample:
+    """An example of the report, with the values that the step measured for it."""
+
     example: Example
     values: dict[str, float]
 
@@ -60,16 +64,22 @@ class Ledger:
         self._random = random.Random(f"{self.seed} {self.name}")
 
     def keep(self, example: Example, **values: float) -> Example:
+        """Count an example as kept and return it. `values` holds what the step measured, by name."""
         self._record(example, KEPT, values)
         return example
 
     def drop(self, example: Example, reason: str, **values: float) -> None:
+        """Count an example as dropped for a reason and call `on_drop`."""
         self._record(example, reason, values)
         if self.on_drop is not None:
             self.on_drop(example, reason, values)
 
     def judge(self, example: Example, reason: str | None, **values: float) -> bool:
-        """Drop for the reason, or keep where there is none. Whether it was kept."""
+        """Drop the example for the reason, or keep it if the reason is None.
+
+        Returns:
+            Whether the example was kept.
+        """
         if reason is None:
             self.keep(example, **values)
         else:
@@ -78,13 +88,16 @@ class Ledger:
 
     @property
     def kept(self) -> int:
+        """How many examples were kept."""
         return self.counts[KEPT]
 
     @property
     def dropped(self) -> Counter[str]:
+        """How many examples were dropped, by reason."""
         return Counter({reason: count for reason, count in self.counts.items() if reason != KEPT})
 
     def summary(self) -> dict[str, Any]:
+        """Return the entry of this step in report.json: counts, notes and histograms."""
         return {
             "step": self.name,
             "seen": self.counts.total(),

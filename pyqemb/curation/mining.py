@@ -81,29 +81,42 @@ def mine(
     approximate: str | None = None,
     cache: str | Path | None = None,
 ) -> Mined:
-    """Give every example up to k hard negatives. Those that it has, and a teacher's scores, are left out, with a warning that counts them.
+    """Give every example up to `k` hard negatives, hardest first.
+
+    Negatives that the examples already have are replaced, and a teacher's scores are dropped; a warning counts both.
 
     Args:
-        model: an Embedder, or anything with its encode_query and encode_document.
-        examples: queries with their positives. All positives of one query text are excluded, by text.
-        corpus: further documents to choose from; the positives always belong to the pool. Equal texts are one document.
-        max_positive_ratio: a negative scores at most this share of the positive (TopK-PercPos; below a negative positive
-            score by the same share of its size). None: no such limit.
-        margin: a negative scores at most the positive's score minus this.
-        max_score: a negative scores at most this.
-        mean_margin: a negative scores at most the mean of the query's positives plus this (Qwen3-VL-Embedding, 3.3).
-        skip_top: leave out so many of the best that qualify.
-        depth: how many that qualify, after those, are looked at.
-        sampling: the best k of them, or k drawn by `seed`: all alike, or in proportion to exp(score / sampling_temperature).
-        instruction: for examples that bring none.
-        pool_of: tells the pool (say, the language) of a document; a query's negatives come from the pool of its positive.
-        reranker: scores (query, document) pairs; the positive and the best skip_top + depth by the model are scored again, and
-            the rules hold for these scores.
-        approximate: a faiss index_factory string in place of exact search.
-        cache: a folder that keeps the vectors (`CachedEncoder`).
+        model: an Embedder, or any object with `encode_query` and `encode_document`.
+        examples: queries with their positives. No positive of a query becomes its negative; queries are compared by
+            text.
+        corpus: further documents to choose from, besides the positives of all examples. Equal texts are one document.
+        k: how many negatives each example gets at most (default 7).
+        max_positive_ratio: a negative scores at most this ratio of the positive's score (TopK-PercPos): at most
+            positive - (1 - ratio) * |positive|. Above 0 and at most 2 (default 0.95). None: no such limit.
+        margin: a negative scores at most the positive's score minus this cosine similarity (default: no such limit).
+        max_score: a negative scores at most this cosine similarity (default: no such limit).
+        mean_margin: a negative scores at most the mean score of the query's positives plus this (default: no such
+            limit; Qwen3-VL-Embedding, section 3.3).
+        skip_top: how many of the best candidates within these limits are skipped (default 0).
+        depth: how many candidates behind the skipped ones are considered, at least `k` (default 100).
+        sampling: which of the candidates are taken: "top", the best `k` (default); "random", `k` drawn uniformly;
+            "softmax", `k` drawn without replacement in proportion to exp(score / sampling_temperature).
+        sampling_temperature: temperature of the "softmax" sampling, above 0 (default 0.05).
+        seed: seed of the "random" and "softmax" sampling (default 0).
+        instruction: instruction for queries, used for examples without their own (default: the model's query prompt).
+        pool_of: maps a document to the name of its pool, e.g. its language. The negatives of a query come from the pool
+            of its positive (default: one pool).
+        reranker: scores (query, document) pairs. The positives and the best skip_top + depth candidates of the model
+            are scored again, and all limits apply to these scores (default: no reranker).
+        approximate: a faiss index_factory string such as "HNSW32" (default: exact search).
+        cache: a folder that keeps the vectors between calls (`CachedEncoder`; default: no cache).
+
+    Returns:
+        The examples in their order, with their negatives, and a report of the mining.
 
     Raises:
-        ConfigError: an argument is out of range. DataError: no examples, or vectors that are not finite.
+        ConfigError: an argument is out of range.
+        DataError: there are no examples, or the model returns vectors that are not finite.
 
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """
@@ -202,8 +215,19 @@ def search_negatives(
     approximate_by: str | None = None,
     rescore: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Negatives:
-    """`mine` on vectors: query_vectors [Q, E], query_rows [N] into them, documents [M, E], all float32 (they may be mapped from the
-    disk); positives [N] and excluded [N, X] (all positives of the row's query, -1 for none) are indices of documents.
+    """Mine on vectors: `mine` after the texts are encoded.
+
+    Args:
+        query_vectors: float32 [Q, E], the unit vectors of the distinct queries.
+        query_rows: int64 [N], the row of each example in `query_vectors`.
+        documents: float32 [M, E], the unit vectors of the documents; the array may be memory-mapped.
+        rules: the limits that a negative must keep, and how negatives are chosen.
+        excluded: int64 [N, X], the indices of all positives of the row's query, padded with -1.
+        positives: int64 [N], the index of each example's positive in `documents`.
+        generator: draws the negatives if the rules sample them.
+        device: where the exact search runs (default "cpu").
+        approximate_by: a faiss index_factory string (default: exact search).
+        rescore: maps (row, document indices) to new scores of these documents for the row's query (default: none).
     """
     count = len(query_rows)
     search: Search = (

@@ -29,18 +29,26 @@ class Curated:
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
-        """step -> reason -> count"""
+        """How many examples each step dropped: {step: {reason: count}}."""
         return {ledger.name: dict(ledger.dropped) for ledger in self.ledgers}
 
 
 def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | None = None) -> Curated:
     """Pass every example through the steps in their order. Examples stream: memory does not grow with their texts.
 
-    Results appear when all is done; those of an earlier run stay until then.
+    The results appear when all steps are done; those of an earlier run stay until then.
+
+    Args:
+        config: the inputs, the output folder and the steps, as a CurateConfig or a dict of its fields.
+        on_progress: called with the ledgers of all steps after every 256 examples and at the end (default: not called).
+
+    Returns:
+        The output folder, the counts, and the ledger of each step.
 
     Raises:
-        ConfigError: a setting, or a model or package that is not there. DataError: an input that cannot be read, or nothing in
-        it. MachineError: a full disk or another error of the machine.
+        ConfigError: a setting is wrong, or a model or package is missing.
+        DataError: an input cannot be read or is empty.
+        MachineError: the disk is full, or another error of the machine.
     """
     config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
     out = config.out

@@ -12,13 +12,13 @@ from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.spool import windows, work_folder
 from pyqemb.curation.steps import Step, encoder
 from pyqemb.data.example import Example
-from pyqemb.llm import Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
+from pyqemb.llm import Asker, Endpoint, MalformedAnswerError, Request, Store, parse, run_in_order
 from pyqemb.llm.prompt import prompt
 
 _WINDOW = 512  # examples judged together
 
 
-class Judgement(BaseModel):
+class Judgement(BaseModel):  # noqa: D101  a docstring would become part of the schema that the model is sent
     relevant: bool
 
 
@@ -41,6 +41,7 @@ class Relabel(Step):
     instruction: str | None = None
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the examples after the language model has judged their suspected negatives."""
         ledger.notes.update({"judged": 0, "relevant": 0, "malformed": 0})
         loop = asyncio.new_event_loop()
         with work_folder(ledger.folder) as temporary:
@@ -98,7 +99,7 @@ class Relabel(Step):
             request = Request(messages, attempt, Judgement.model_json_schema())
             try:
                 return parse(await ask(request), Judgement).relevant
-            except Malformed:
+            except MalformedAnswerError:
                 ledger.notes["malformed"] += 1
         return False
 

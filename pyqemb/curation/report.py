@@ -22,6 +22,7 @@ td.n,th.n{text-align:right}h2{margin-top:2em;border-top:1px solid #ccc;padding-t
 
 
 def write_report(out: Path, config: CurateConfig, ledgers: list[Ledger]) -> None:
+    """Write report.json and report.html into `out`. `ledgers` holds one ledger for each step of `config`."""
     settings = [step.model_dump(mode="json", exclude_defaults=True, fallback=_name) for step in config.step]
     record = {
         "input": [str(path) for path in config.input],

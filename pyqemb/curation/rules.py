@@ -37,7 +37,12 @@ class Rules:
             raise ConfigError(f"sampling_temperature must be above 0, got {self.sampling_temperature}")
 
     def ceilings(self, positive_N: np.ndarray, mean_N: np.ndarray) -> np.ndarray:
-        """float32 [N]: what a negative may score, given the positive's score and the mean of the query's positives."""
+        """Return the highest score that a negative of each query may have: float32 [N].
+
+        Args:
+            positive_N: float32 [N], the score of each query with its positive.
+            mean_N: float32 [N], the mean score of each query with all of its positives.
+        """
         ceilings = np.full(len(positive_N), np.inf, dtype=np.float32)
         if self.max_positive_ratio is not None:
             ceilings = np.minimum(ceilings, positive_N - (1 - self.max_positive_ratio) * np.abs(positive_N))
@@ -50,8 +55,14 @@ class Rules:
         return ceilings.astype(np.float32)
 
     def choose(self, scores_NC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Places [N, at most k] in the rows of candidates that qualify, whose scores these are, best first, -inf behind the last; the
-        places rise.
+        """Choose up to `k` candidates of each query.
+
+        Args:
+            scores_NC: float32 [N, C], the scores of the candidates that qualify, best first, padded with -inf.
+            generator: draws the candidates if `sampling` is "random" or "softmax".
+
+        Returns:
+            int64 [N, at most k]: columns of `scores_NC`, in rising order.
         """
         scores_NC = scores_NC[:, self.skip_top : self.skip_top + self.depth]
         if self.sampling == "top" or scores_NC.shape[1] <= self.k:

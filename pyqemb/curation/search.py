@@ -15,6 +15,7 @@ _MORE = 4  # faiss knows neither ceilings nor excluded documents: where too few 
 
 
 def exact(documents: np.ndarray, device: torch.device) -> Search:
+    """Search all `documents`, float32 [M, E], by dot product on `device`."""
     pool = torch.from_numpy(documents).to(device)
 
     def search(

@@ -44,6 +44,7 @@ class Similarity(Step):
         return self
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the examples whose similarity lies between the bounds, in their order."""
         scored = self._scored(examples)
         if self.min_quantile is None and self.max_quantile is None:
             yield from self._judge(scored, ledger, self.min_sim, self.max_sim)

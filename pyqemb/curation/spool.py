@@ -69,7 +69,14 @@ class Seen:
         self._runs: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """bool [N]: which of them are new. Of equal ones within `hashes` the first is."""
+        """Add hashes and tell which of them are new.
+
+        Args:
+            hashes: uint64 [N]; of equal ones only the first can be new.
+
+        Returns:
+            bool [N].
+        """
         distinct, first = np.unique(hashes, return_index=True)
         known = np.zeros(len(distinct), dtype=bool)
         for run in self._runs:

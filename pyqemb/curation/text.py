@@ -31,6 +31,7 @@ class Length(Step):
         return self
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the examples whose query and positive have an allowed length, in their order."""
         for example in examples:
             query, positive = example.query.strip(), example.positive.strip()
             reason = self._reason("query", len(query)) or self._reason("positive", len(positive))
@@ -60,6 +61,7 @@ class Language(Step):
     min_confidence: float = Field(0.8, ge=0, le=1)
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
+        """Yield the examples in the named languages, in their order."""
         identifier, wanted = _identifier(), set(self.languages)
         if unknown := wanted - set(identifier.labels):
             raise ConfigError(f"languages: {sorted(unknown)[0]!r} is no language that py3langid tells, e.g. 'en'")

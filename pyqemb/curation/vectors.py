@@ -36,10 +36,12 @@ class CachedEncoder:
         return getattr(self.model, name)
 
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """Return the model's query vectors, float32 [N, E]; texts that the folder has are not encoded again."""
         used = getattr(self.model, "default_instruction", None) if instruction is None else instruction
         return self._vectors("query", used, texts, lambda some: self.model.encode_query(some, instruction=instruction))
 
     def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the model's document vectors, float32 [N, E]; texts that the folder has are not encoded again."""
         return self._vectors("document", None, texts, self.model.encode_document)
 
     def _vectors(self, side: str, instruction: str | None, texts: Sequence[str], encode: Any) -> np.ndarray:
@@ -96,4 +98,5 @@ def fingerprint(model: Any) -> str:
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover range(count)."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

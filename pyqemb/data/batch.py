@@ -122,14 +122,17 @@ class PackedBatch:
 
     @property
     def device(self) -> torch.device:
+        """The device of all tensors but `cu_seqlens_cpu`."""
         return self.input_ids_T.device
 
     @property
     def num_sequences(self) -> int:
+        """The number of sequences, B; empty ones count."""
         return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens of all sequences together, T."""
         return len(self.input_ids_T)
 
     @property

@@ -25,8 +25,11 @@ _COLUMNS = ("query-id", "corpus-id", "score")
 
 @dataclass(frozen=True)
 class Beir:
-    """`qrels[query id][document id]` is a grade as the file has it, also of documents that the corpus lacks; queries that are
-    judged are among `queries`, those without a document above 0 too. `empty`: places of texts that are empty, by id.
+    """A BEIR folder in memory.
+
+    `qrels[query id][document id]` is a grade as the file has it, also of documents that the corpus lacks. `queries`
+    holds all queries that are judged, also those without a document above 0. `empty_documents` and `empty_queries` hold
+    the place (file:line) of each text that is empty, by id.
     """
 
     corpus: dict[str, str]
@@ -235,8 +238,11 @@ def _judgements(files: list[Path], is_id: Callable[[str], bool]) -> Iterator[tup
 
 
 def _judgement_table(path: Path, is_id: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
-    """Tabs between query, document, grade, cells quoted as csv does, with or without a header; or TREC: query, iteration,
-    document, grade with spaces or tabs between."""
+    """Yield the judgements of a file without named columns, as `_judgements` does.
+
+    A line holds query, document and grade with tabs between them, quoted as in CSV, with or without a header; or, as in
+    TREC, query, iteration, document and grade with spaces or tabs between them.
+    """
     order = (0, 1, 2)
     first = True
     for number, line in read_text(path):

@@ -122,7 +122,9 @@ class Blocks:
         """Add values under distinct keys.
 
         Args:
-            data: their bytes, one value after the other. `lengths`: how many bytes each of them has.
+            keys: [N] of dtype KEY, the keys of the values.
+            data: the bytes of the values, one value after the other.
+            lengths: int64 [N], how many bytes each value has.
             align: the place of a value in its file is a multiple of this many bytes, if all lengths are.
         """
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

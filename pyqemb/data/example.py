@@ -19,7 +19,7 @@ __all__ = ["Example", "read_examples", "read_lines", "read_located", "read_text"
 
 
 def read_examples(path: str | Path, split: str | None = None, *, allow_empty: bool = False) -> Iterator[Example]:
-    """Yield the examples of a file or a folder.
+    r"""Yield the examples of a file or a folder.
 
     A list of positives gives one example each. Columns that no layout knows are left out, with one warning that counts them.
 
@@ -34,7 +34,7 @@ def read_examples(path: str | Path, split: str | None = None, *, allow_empty: bo
 
     Example:
         >>> from pathlib import Path
-        >>> _ = Path("pairs.jsonl").write_text('{"query": "q", "positive": "p", "negatives": ["n"]}\\n')
+        >>> _ = Path("pairs.jsonl").write_text('{"query": "q", "positive": "p", "negatives": ["n"]}\n')
         >>> [example.positive for example in read_examples("pairs.jsonl")]
         ['p']
     """
@@ -86,7 +86,18 @@ def to_row(example: Example) -> dict[str, Any]:
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
-    """Write examples as JSONL (.gz, .bz2 and .xz compress), all or nothing. Returns how many."""
+    """Write examples as JSONL, all or nothing.
+
+    Args:
+        path: the file; a name that ends with .gz, .bz2 or .xz compresses it.
+        examples: the examples, in the order of the lines.
+
+    Returns:
+        How many examples were written.
+
+    Raises:
+        ConfigError: the name ends with another format.
+    """
     return write_rows(path, map(to_row, examples))
 
 

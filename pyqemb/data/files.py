@@ -104,8 +104,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder that never stands half removed under its name, of a symbolic link the link. What died processes left of
-    it goes too.
+    """Remove a folder at once: it never stands half removed under its name. Of a symbolic link, remove the link.
+
+    What processes that died have left of it is removed too.
     """
     _remove_leftovers(path)
     doomed = path.with_name(_partial(path.name))

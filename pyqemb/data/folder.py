@@ -77,7 +77,7 @@ def check_keys(values: Mapping[str, Any], rules: Mapping[str, Rule | None], wher
 
 
 def one_of(*values: Any) -> Rule:
-    """A rule: the value is one of these. (0 is not False, and 1 not True.)"""
+    """Return a rule: the value is one of these, where 0 is not False and 1 is not True."""
     return lambda value: any(type(value) is type(own) and value == own for own in values)
 
 

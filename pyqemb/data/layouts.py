@@ -50,6 +50,7 @@ class UnusedColumns:
     _found: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, names: set[str], where: str) -> None:
+        """Count the columns `names` of one row; `where` is its place, "file:line"."""
         for name in sorted(names):
             self._found.setdefault(name, [0, where])[0] += 1
 

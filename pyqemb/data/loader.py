@@ -83,6 +83,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
+        """How many batches one epoch has, those of all datasets together."""
         return sum(self.batches.values())
 
     def batch(self, step: int) -> list[Example]:

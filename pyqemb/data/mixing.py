@@ -25,10 +25,19 @@ def sampling_weights(
     weights: Mapping[str, float] | None = None,
     max_share: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The share of the steps of each dataset: proportional to its weight, or to rows ** alpha, but at most its cap; what the caps cut
-    off goes to the others in the same proportions (so that min(cap, level * mass) adds up to 1).
+    """Return the fraction of the steps that each dataset gets.
 
-    Raises ConfigError: a weight for some datasets only, or caps that leave no room for all steps.
+    It is proportional to the dataset's weight, or to rows ** alpha, but never above its cap. What the caps cut off goes to
+    the other datasets in the same proportions, so that min(cap, level * mass) adds up to 1.
+
+    Args:
+        rows: the number of rows of each dataset.
+        alpha: the exponent of the rows: 1 is proportional to size, 0 is uniform (default 1).
+        weights: a weight for each dataset in place of its rows ** alpha (default: none).
+        max_share: the highest fraction of some of the datasets (default: none).
+
+    Raises:
+        ConfigError: only some datasets have a weight, or the caps leave steps that no dataset may take.
     """
     weights, caps = weights or {}, max_share or {}
     if set(weights) and set(weights) != set(rows):

@@ -13,6 +13,7 @@ class Order:
         self._keys = generator.integers(0, 2**64, _ROUNDS, dtype=np.uint64)
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
+        """Return the row at each place: int64 places in [0, n) -> int64 rows."""
         found = self._shuffled(np.asarray(places, dtype=np.uint64))
         while (outside := found >= self._count).any():
             found[outside] = self._shuffled(found[outside])

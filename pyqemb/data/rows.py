@@ -1,7 +1,7 @@
-"""Rows of JSONL, JSON, CSV, TSV and Parquet files, and lines of text files, each with its place for error messages.
+r"""Rows of JSONL, JSON, CSV, TSV and Parquet files, and lines of text files, each with its place for error messages.
 
 The last suffix may name a compression (.gz, .bz2, .xz, .zst), the one before it the format: none is JSONL, any other is refused.
-Text is UTF-8; a byte-order mark is skipped. A line ends with "\\n" or "\\r\\n" and nothing else.
+Text is UTF-8; a byte-order mark is skipped. A line ends with "\n" or "\r\n" and nothing else.
 """
 
 import bz2
@@ -47,7 +47,7 @@ def format_of(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a file of rows; the place is "file:line", of Parquet and JSON arrays "file:row", from 1.
+    r"""Yield (place, row) of a file of rows; the place is "file:line", of Parquet and JSON arrays "file:row", from 1.
 
     The cells of CSV and TSV are text under the names of the header; an empty cell is None.
 
@@ -56,7 +56,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 
     Example:
         >>> from pathlib import Path
-        >>> _ = Path("rows.csv").write_text("query,positive\\nq,p\\n")
+        >>> _ = Path("rows.csv").write_text("query,positive\nq,p\n")
         >>> list(read_rows("rows.csv"))
         [('rows.csv:2', {'query': 'q', 'positive': 'p'})]
     """

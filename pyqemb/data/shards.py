@@ -116,6 +116,7 @@ class Shards(Sequence[Example]):
 
     @property
     def instructions(self) -> set[str | None]:
+        """The instructions that the rows have, after `with_instruction`; None stands for a row without one."""
         return {self.instruction if own is None else own for own in self.summary.instructions}
 
     def _columns(self, at: int) -> list[Any]:

@@ -46,7 +46,7 @@ def parse(text: str | bytes, where: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         problem = f"not JSON: {error.msg}"
         raise JsonError(where, problem, error.colno, f"{problem} ({line}column {error.colno})") from error
-    except _Refused as error:
+    except _InvalidJsonError as error:
         raise JsonError(where, str(error)) from error
     except RecursionError as error:
         raise JsonError(where, "nested too deeply") from error
@@ -63,7 +63,7 @@ class JsonError(DataError):
         self.problem, self.column = problem, column
 
 
-class _Refused(ValueError):
+class _InvalidJsonError(ValueError):
     pass
 
 
@@ -72,18 +72,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Refused(f"the key {twice[:80]!r} occurs twice")
+        raise _InvalidJsonError(f"the key {twice[:80]!r} occurs twice")
     return values
 
 
 def _constant(name: str) -> Any:
-    raise _Refused(f"{name} is not a number in JSON")
+    raise _InvalidJsonError(f"{name} is not a number in JSON")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise _Refused(f"the number {digits[:20]} is too large")
+        raise _InvalidJsonError(f"the number {digits[:20]} is too large")
     return value
 
 

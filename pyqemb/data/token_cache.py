@@ -30,6 +30,7 @@ class TokenCache:
             self._ids[text] = array("i", ids)
 
     def pack(self, texts: Sequence[str]) -> PackedBatch:
+        """Return the token ids of the texts as one batch; new texts are tokenized first."""
         self.warm(texts)
         return PackedBatch.pack([self._ids[text] for text in texts])
 
@@ -65,6 +66,11 @@ class TokenFolder:
             raise MachineError(f"{error}; the tokens so far are kept") from error
 
     def pack(self, texts: Sequence[str]) -> PackedBatch:
+        """Return the token ids of the texts as one batch; new texts are tokenized first.
+
+        Raises:
+            MachineError: the folder cannot be read or written.
+        """
         keys = keys_of(texts)
         rows = self._blocks.rows(keys)
         if (rows < 0).any():

@@ -112,7 +112,7 @@ class Tokenizer:
     def encode_queries(
         self, texts: Sequence[str], instruction: str | Sequence[str | None] | None = None
     ) -> list[list[int]]:
-        """Token ids of `Instruct: {task}\\nQuery:{query}`, end token last.
+        r"""Token ids of `Instruct: {task}\nQuery:{query}`, end token last.
 
         One instruction serves all texts, or one comes with each; None leaves the query raw.
         """

@@ -36,6 +36,8 @@ def read_text_settings(
     """Read sentence_bert_config.json (or one of its older names) and tokenizer_config.json.
 
     Args:
+        folder: the model folder.
+        backend: the tokenizer of the folder's tokenizer.json, which the settings must agree with.
         transformer: other rules than an embedding model's for some settings of sentence_bert_config.json.
 
     Raises:

@@ -13,6 +13,8 @@ from pyqemb.model.embedder import Embedder
 
 @dataclass(frozen=True)
 class Answer:
+    """A document that was found: its cosine similarity with the question, the name of its source, and its text."""
+
     score: float
     source: str
     text: str

@@ -25,12 +25,13 @@ class ModelSearch:
         self._vectors: dict[str, np.ndarray] = {}
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of documents [len(texts), E]."""
+        """Return the unit vectors of the texts as documents: float32 [len(texts), E]."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         self._vectors.update(zip(new, self.embedder.encode_document(new), strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
     def __call__(self, questions: Sequence[str], corpus: Sequence[Document], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (scores, indices) [len(questions), k] of the best documents of each question."""
         return rank(self.embedder.encode_query(list(questions)), self.vectors([d.text for d in corpus]), k)
 
 

@@ -58,6 +58,8 @@ class Found:
 
 @dataclass
 class Results:
+    """Everything that the report of a demo shows; `save` writes it as JSON."""
+
     data: str
     groups: list[str]
     corpora: list[str]
@@ -83,6 +85,7 @@ class Results:
         return row.scores[self.corpora[0]][MEAN][metric]
 
     def save(self, path: Path) -> None:
+        """Write all fields as JSON, all or nothing."""
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -32,6 +32,8 @@ Progress = Callable[[int, int], None]  # rows and bytes of text that are done
 
 @dataclass(frozen=True)
 class Encoded:
+    """What `encode_file` wrote: the file, its number of rows, and the dimension of a vector."""
+
     out: Path
     rows: int
     dim: int
@@ -54,19 +56,38 @@ def encode_file(
     rows_per_part: int = 8192,
     on_progress: Progress | None = None,
 ) -> Encoded:
-    """Encode the texts of a file, in its order. A killed job goes on from its last finished part. Damaged parts are made again.
+    """Encode the texts of a file, in its order. A job that was killed continues behind its last finished part.
+
+    A finished part that is damaged is encoded again.
 
     Args:
         model: a model folder or hub id.
-        path: rows (.jsonl, .json, .csv, .tsv, .parquet) with a column `field`, or a .txt file of lines; also compressed.
-        out: .npy, .safetensors ("embeddings") or .parquet ("id", "embedding"); ids of the first two go to OUT.ids.
-        side: which of the model's prompts stands before a text; "raw": none. `instruction`: in place of the query's.
-        precision: float32, int8, uint8, binary or ubinary; the ranges of int8 and uint8 are those of all vectors of the file.
-        devices: a process each, e.g. ("cuda:0", "cuda:1"), or ("cpu", "cpu"); a single one works in this process.
+        path: a file of rows (.jsonl, .json, .csv, .tsv, .parquet) with a column `field`, or a .txt file with one text a
+            line; each may be compressed.
+        out: the file to write: .npy, .safetensors ("embeddings") or .parquet ("id", "embedding"). The ids of the first
+            two formats go to OUT.ids.
+        side: which of the model's prompts is put before each text: "query", "document" (default), or "raw" for none.
+        instruction: the instruction of the query prompt (default: the model's own). Only for side "query".
+        field: the column that holds the texts (default "text").
+        dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: the model's own).
+        precision: "float32" (default), "int8", "uint8", "binary" or "ubinary". The ranges of int8 and uint8 are those
+            of all vectors of the file; they go to OUT.ranges.npy.
+        max_length: texts are truncated to this many tokens (default: the model's own limit).
+        dtype: the dtype of the model's weights and products, e.g. "bfloat16" (default: as `Embedder.from_pretrained`).
+        devices: one process for each device, e.g. ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single device is used in
+            this process (default: the GPU if there is one, else the CPU).
+        rows_per_part: how many rows a part has, which is what a kill can cost (default 8192).
+        on_progress: called after each part with the number of rows and of bytes of text that this call has encoded
+            (default: not called).
+
+    Returns:
+        The file, its number of rows, the dimension of a vector, and how many rows an earlier run had finished.
 
     Raises:
-        ConfigError: an argument out of range, parts of another job beside `out`, another process at work at `out`. DataError: the
-        input cannot be used. MachineError: a full disk or another error of the machine. Finished parts are kept.
+        ConfigError: an argument is out of range, the parts beside `out` belong to another job, or another process is
+            writing to `out`.
+        DataError: the input cannot be used.
+        MachineError: the disk is full, or another error of the machine. Finished parts are kept.
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)

@@ -94,6 +94,7 @@ class PartFiles:
 
 
 def texts_digest(rows: Sequence[Row]) -> str:
+    """Return the sha256 of the ids and texts of rows, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -67,6 +67,7 @@ class Workers:
         self.pool.shutdown(cancel_futures=True)
 
     def submit(self, target: PartFiles, part: list[Row]) -> "Future[None]":
+        """Encode the rows of a part into its files, on the next free device; the future has no result."""
         if self.pool is not None:
             return self.pool.submit(_encode_part, target, part)
         if self.model is None:

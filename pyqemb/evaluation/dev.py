@@ -26,16 +26,21 @@ class _Dataset:
 
 
 class DevSets:
-    """Call it with a model: {metric: value}, of eval.data as `ndcg@10`, of eval.datasets as `NAME/ndcg@10` and their mean as `ndcg@10`.
+    """A function of a model that measures it on the datasets of the [eval] section: {metric: value}.
+
+    The metrics of eval.data are named like `ndcg@10`. Those of eval.datasets are named like `NAME/ndcg@10`, and
+    `ndcg@10` is their mean.
 
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
         task: "embedding" or "rerank".
 
-    `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction`: some queries are measured with the model's own prompt.
+    `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction` says whether
+    some queries are measured with the model's own prompt.
 
     Raises:
-        ConfigError: a split of a file of examples. DataError: a dataset cannot be read.
+        ConfigError: a file of examples is given a split.
+        DataError: a dataset cannot be read.
 
     Example:
         >>> config = pyqemb.training.load_config("run.toml")                         # doctest: +SKIP
@@ -52,6 +57,7 @@ class DevSets:
         )
 
     def __call__(self, model: VectorEncoder | PairScorer) -> dict[str, float]:
+        """Measure the model on every dataset."""
         reports = {}
         for dataset in self._datasets:
             report = evaluate(model, dataset.path, instruction=dataset.instruction, split=dataset.split, bootstrap=0)

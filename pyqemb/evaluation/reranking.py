@@ -13,10 +13,19 @@ METRICS = ("accuracy@1", "mrr@10", "ndcg@10", "accuracy")
 
 
 def measure_reranker(model: PairScorer, path: str | Path, instruction: str | None = None) -> dict[str, np.ndarray]:
-    """{metric: a value for each example with negatives}: the positive's place among them, equal scores counted against it; and
-    `accuracy`, the share of pairs that are judged rightly by a score of one half.
+    """Measure how a reranker ranks each example's positive among its negatives.
 
-    Raises DataError: a file that cannot be read, or no example with negatives.
+    Args:
+        model: a Reranker, or any object with its `score`.
+        path: a file of examples; those without negatives are skipped.
+        instruction: instruction for examples without their own (default: the model's).
+
+    Returns:
+        {metric: float64 [N]}, a value for each example with negatives. Ranks count equal scores against the positive.
+        `accuracy` is the fraction of the example's pairs that a threshold of 0.5 classifies correctly.
+
+    Raises:
+        DataError: the file cannot be read, no example has negatives, or a score is not finite.
     """
     examples = read_ranked_examples(path)
     scores = _scores(model, examples, instruction)

@@ -47,21 +47,26 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a model on a folder (see `tasks`), a reranker on a file of examples (see `reranking`).
+    """Measure a model on a folder (see `tasks`), or a reranker on a file of examples (see `reranking`).
 
     Args:
-        model: an Embedder, anything with its encode_query and encode_document, a Reranker, or a model folder.
-        instruction: for queries; None takes the model's own. Queries of the folder that name theirs keep it.
-        dim: use the first `dim` features, normalised again.
-        split: which qrels/SPLIT.tsv of a retrieval folder; None: test, or the only one there, which is said.
-        bootstrap: resamples for the 95 % intervals, 0 for none; seed: of the resampling.
+        model: an Embedder, any object with `encode_query` and `encode_document`, a Reranker, or a model folder.
+        folder: a retrieval (BEIR), STS or bitext folder; for a reranker, a file of examples with negatives.
+        instruction: instruction for queries (default: the model's own). Queries with an instruction in the folder keep
+            it.
+        dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: the model's own).
+        split: the split of a retrieval folder, as in qrels/SPLIT.tsv (default: test, or the only one that the folder
+            has, which is logged).
+        bootstrap: the number of resamples for the 95 % intervals, 0 for none (default 1000).
+        seed: seed of the resampling (default 0).
 
     Returns:
-        {"task", "folder", "count", "metrics": {name: {"value", "low", "high"}}, "per_query": {name: {id: value}}}; per_query
-        is empty for STS.
+        {"task", "folder", "count", "metrics": {name: {"value", "low", "high"}}, "per_query": {name: {id: value}}}.
+        Values are from 0 to 1, correlations from -1 to 1. "per_query" is empty for STS.
 
     Raises:
-        DataError: the folder cannot be read. ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range.
+        DataError: the folder cannot be read, or the model returns values that are not finite.
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
@@ -97,7 +102,15 @@ def rank(
     exclude: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, indices) [B, min(k, M)] of the best documents by dot product, searched for on `device`; `exclude` as in ops.top_k."""
+    """Return (scores, indices) [B, min(k, M)] of the best documents of each query by dot product.
+
+    Args:
+        query_vectors: float32 [B, E].
+        document_vectors: float32 [M, E].
+        k: how many documents each query gets (default 100).
+        exclude: int64 [B, X], indices of documents that a query must not get, padded with -1 (default: none).
+        device: where the search runs (default "cpu").
+    """
     queries, documents = (
         torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
         for x in (query_vectors, document_vectors)
@@ -110,7 +123,15 @@ def rank(
 def score_rankings(
     rankings: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """{metric: {query id: value}} for nDCG@10, recall@10 and @100, MRR@10, accuracy@1."""
+    """Score rankings by nDCG@10, recall@10 and @100, MRR@10 and accuracy@1.
+
+    Args:
+        rankings: {query id: document ids, best first}.
+        qrels: {query id: {document id: grade}}; grades above 0 are relevant.
+
+    Returns:
+        {metric: {query id: value}}, with a value for each query of `qrels`.
+    """
     return {
         name: {query: score(rankings[query], qrels[query]) for query in qrels} for name, score in _PER_QUERY.items()
     }
@@ -119,7 +140,16 @@ def score_rankings(
 def retrieve(
     model: VectorEncoder, task: Retrieval, instruction: str | None = None, dim: int | None = None
 ) -> dict[str, list[str]]:
-    """The first hundred document ids of every query. A document with the query's own id is passed over, as BEIR does."""
+    """Return the ids of the best 100 documents of each query.
+
+    A query never gets the document with its own id, as in BEIR.
+
+    Args:
+        model: an Embedder, or any object with `encode_query` and `encode_document`.
+        task: the queries and the corpus.
+        instruction: instruction for queries without their own (default: the model's).
+        dim: the Matryoshka dimension (default: the model's own).
+    """
     documents, groups = list(task.corpus), _groups(task)
     queries = [query for _, group in groups for query in group]
     query_vectors = np.concatenate(

@@ -30,6 +30,8 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Sts:
+    """Graded sentence pairs: `scores[i]` says how similar `first[i]` and `second[i]` are, higher is more similar."""
+
     first: list[str]
     second: list[str]
     scores: list[float]
@@ -37,6 +39,8 @@ class Sts:
 
 @dataclass(frozen=True)
 class Bitext:
+    """Translations: `second[i]` is the translation of `first[i]`."""
+
     first: list[str]
     second: list[str]
 
@@ -50,6 +54,7 @@ def load_task(folder: str | Path, split: str | None = None) -> Task:
     Queries and sentences that are empty are counted in a warning.
 
     Args:
+        folder: a retrieval (BEIR), STS or bitext folder.
         split: which judgements of a retrieval folder; None: test, or the only ones there, which is said.
     """
     folder = Path(folder)

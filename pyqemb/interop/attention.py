@@ -57,7 +57,7 @@ def register_transformers() -> None:
 
 
 def _refusing(choose: Any) -> Any:
-    """transformers' check of a requested implementation, which also refuses classes that would not call it."""
+    """Wrap transformers' check of a requested implementation, so that it refuses classes that would not call it."""
 
     @functools.wraps(choose)
     def check(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:

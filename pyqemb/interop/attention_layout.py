@@ -19,8 +19,11 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (row, head, query, key) ->
 BLOCK = 1 << 24  # elements of a mask that are looked at together
 
 
-class NotATensor(AttributeError, ValueError):
-    """An AttributeError, because libraries ask with hasattr what an input can do."""
+class MaskAccessError(AttributeError, ValueError):
+    """The model computes with its attention mask.
+
+    It is an AttributeError, because libraries ask with hasattr what an input can do.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class Layout:
 
 
 def _refuse_computing(what: str) -> NoReturn:
-    raise NotATensor(
+    raise MaskAccessError(
         f"[{NAME}] the model computes with its attention mask ({what}), which is no tensor here: load it with"
         ' attn_implementation="sdpa" or "eager"'
     )

@@ -22,22 +22,27 @@ class ChromaEmbedding(EmbeddingFunction[Documents]):
         self.folder, self.model = str(folder), Embedder.from_pretrained(folder)
 
     def __call__(self, input: Documents) -> list[np.ndarray]:
+        """Return the vectors of documents."""
         return list(self.model.encode_document(input))
 
     def embed_query(self, input: Documents) -> list[np.ndarray]:
-        """With the model's query prompt."""
+        """Return the vectors of queries, made with the model's query prompt."""
         return list(self.model.encode_query(input))
 
     @staticmethod
     def name() -> str:
+        """Return the name under which Chroma registers this embedding function."""
         return "pyqemb"
 
     def default_space(self) -> Literal["cosine"]:
+        """Return the distance of new collections."""
         return "cosine"
 
     def get_config(self) -> dict[str, Any]:
+        """Return what a collection stores to load the model again: its folder."""
         return {"folder": self.folder}
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> "ChromaEmbedding":
+        """Load the model that `get_config` describes."""
         return ChromaEmbedding(config["folder"])

@@ -25,13 +25,15 @@ class LanceEmbedding(EmbeddingFunction):
         self._model = Embedder.from_pretrained(self.folder)
 
     def ndims(self) -> int:
+        """Return the dimension of a vector."""
         return self._model.get_embedding_dimension()
 
     def compute_query_embeddings(self, query: str, *args: Any, **options: Any) -> list[Any]:
-        """With the model's query prompt."""
+        """Return the vector of a query, made with the model's query prompt."""
         return [self._model.encode_query(query)]
 
     def compute_source_embeddings(self, texts: Any, *args: Any, **options: Any) -> list[Any]:
+        """Return the vectors of documents: one text, a list, or an Arrow array."""
         texts = [texts] if isinstance(texts, str) else texts
         texts = texts.to_pylist() if hasattr(texts, "to_pylist") else list(texts)
         return list(self._model.encode_document(texts))

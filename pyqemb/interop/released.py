@@ -1,4 +1,4 @@
-"""Is this Qwen3-Embedding what its model card says? `python -m pyqemb.interop.released FOLDER`
+"""Check that a folder holds the Qwen3-Embedding of its model card: `python -m pyqemb.interop.released FOLDER`.
 
 The card of the 0.6B model gives four similarities; the larger models have others, close to them.
 """

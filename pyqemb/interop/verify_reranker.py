@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def verify_reranker(folder: str | Path) -> list[Check]:
-    """sentence-transformers' CrossEncoder and transformers must give Reranker's scores of up to 50 pairs within 1e-5; float16 must not
-    overflow.
+    """Check that other libraries give Reranker's scores within 1e-5, and that float16 does not overflow.
 
-    Raises CheckpointError: Reranker itself cannot load it.
+    Up to 50 pairs are scored by sentence-transformers (CrossEncoder) and transformers.
+
+    Raises:
+        CheckpointError: Reranker itself cannot load the folder.
     """
     folder = Path(folder)
     ours = Reranker.from_pretrained(folder, dtype="float32", device="cpu")

@@ -4,7 +4,7 @@ from pyqemb.llm.ask import Asker as Asker
 from pyqemb.llm.ask import run_in_order as run_in_order
 from pyqemb.llm.request import Answer as Answer
 from pyqemb.llm.request import Endpoint as Endpoint
-from pyqemb.llm.request import Malformed as Malformed
+from pyqemb.llm.request import MalformedAnswerError as MalformedAnswerError
 from pyqemb.llm.request import Request as Request
 from pyqemb.llm.request import parse as parse
 from pyqemb.llm.store import Store as Store

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pyqemb.errors import DataError
-from pyqemb.llm.request import Answer, Endpoint, Malformed, Request
+from pyqemb.llm.request import Answer, Endpoint, MalformedAnswerError, Request
 from pyqemb.llm.store import Store
 
 T = TypeVar("T")
@@ -25,14 +25,15 @@ class Usage:
     retries: Counter[str] = field(default_factory=Counter)
 
     def cost(self, endpoint: Endpoint) -> float:
+        """Return the cost of this run at the endpoint's prices, in their currency."""
         return (self.prompt_tokens * endpoint.price_in + self.completion_tokens * endpoint.price_out) / 1e6
 
 
 class Asker:
     """`await asker(request)`: from the store, else from the endpoint, which is then stored. Equal requests are asked once.
 
-    Raises Malformed where one request stays without an answer, DataError when `give_up_after` in a row do, ConfigError where the
-    server refuses; what was answered is stored.
+    Raises MalformedAnswerError where one request stays without an answer, DataError when `give_up_after` in a row do,
+    ConfigError where the server refuses; what was answered is stored.
     """
 
     def __init__(self, endpoint: Endpoint, store: Store):
@@ -43,6 +44,7 @@ class Asker:
         self._failed_in_a_row = 0
 
     async def __call__(self, request: Request) -> Answer:
+        """Return the answer to a request, from the store if it is there."""
         key = request.key(self.endpoint)
         known = self.store.get(key)
         if known is not None:
@@ -59,6 +61,7 @@ class Asker:
             done.exception()  # somebody has it, or nobody waits any more: no complaint from asyncio
 
     async def close(self) -> None:
+        """Cancel the requests under way and close the client."""
         for task in self._under_way.values():
             task.cancel()
         if self._client is not None:
@@ -69,7 +72,7 @@ class Asker:
             client = self._opened()
             try:
                 answer = await client.answer(request)
-            except Malformed as error:
+            except MalformedAnswerError as error:
                 self._failed_in_a_row += error.reason.startswith("no answer")
                 if self._failed_in_a_row >= self.endpoint.give_up_after:
                     where = self.endpoint.base_url or self.endpoint.model
@@ -77,7 +80,7 @@ class Asker:
                         f"{where} does not answer ({error.reason}): {self._failed_in_a_row} requests in a row, each tried "
                         f"{self.endpoint.retries + 1} times; the answers so far are in {self.store.path}"
                     ) from error
-                raise Malformed(error.reason, error.text, key) from error
+                raise MalformedAnswerError(error.reason, error.text, key) from error
             self._failed_in_a_row = 0
         self.store.put(key, request.body(self.endpoint), answer)
         self.usage.asked += 1

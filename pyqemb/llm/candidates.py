@@ -27,6 +27,8 @@ _MAX_FAILED_CHARACTERS = 4_000_000
 
 
 class Candidates(NamedTuple):
+    """What an answer holds outside of the model's thoughts."""
+
     objects: list[dict[str, Any]]  # in their order
     prose: str  # what stands outside of thoughts and objects
     unfinished: bool  # the answer ends inside a thought, or an object begins after the last complete one

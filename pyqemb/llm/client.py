@@ -11,8 +11,8 @@ from time import time
 from typing import Any
 
 from pyqemb.errors import ConfigError
-from pyqemb.llm.request import OMITTABLE, Answer, Endpoint, Malformed, Request
-from pyqemb.llm.response import Again, answer_of, clean, words_of
+from pyqemb.llm.request import OMITTABLE, Answer, Endpoint, MalformedAnswerError, Request
+from pyqemb.llm.response import RetryableError, answer_of, clean, words_of
 
 _LEVELS = ("json_schema", "json_object", "off")
 _STRUCTURE = ("response_format", "json_schema", "json_object")  # in the words of a server that does not know them
@@ -41,20 +41,25 @@ class ServerClient:
         )
 
     async def answer(self, request: Request) -> Answer:
-        """Raises ConfigError for what no further try would change (key, model, request), Malformed("no answer: ...") when the
-        tries are used up."""
+        """Ask until the server answers or the retries are used up.
+
+        Raises:
+            ConfigError: the key, the model or the request is refused, which no retry would change.
+            MalformedAnswerError: "no answer: ..." after the last retry, or "request too long".
+        """
         for attempt in range(self.endpoint.retries + 1):
             try:
                 return await self._once(request)
-            except Again as again:
+            except RetryableError as again:
                 if attempt == self.endpoint.retries:
-                    raise Malformed(f"no answer: {again.reason}") from again
+                    raise MalformedAnswerError(f"no answer: {again.reason}") from again
                 self._on_retry(again.reason)
                 wait = again.wait if again.wait is not None else _FIRST_WAIT * 2**attempt * self._random.uniform(0.5, 1)
                 await asyncio.sleep(min(wait, self.endpoint.max_wait))
         raise AssertionError
 
     async def close(self) -> None:
+        """Close the connections to the server."""
         await self._client.close()
 
     async def _once(self, request: Request) -> Answer:
@@ -72,13 +77,13 @@ class ServerClient:
             asked = self._client.chat.completions.create(**body, extra_body=extra)
             completion = await asyncio.wait_for(asked, self.endpoint.timeout)
         except (openai.APITimeoutError, asyncio.TimeoutError) as error:
-            raise Again("timeout") from error
+            raise RetryableError("timeout") from error
         except openai.APIConnectionError as error:
-            raise Again("connection") from error
+            raise RetryableError("connection") from error
         except openai.APIStatusError as error:
             return await self._refused(error, request, level, {**body, **(extra or {})})
         except (json.JSONDecodeError, openai.APIResponseValidationError, UnicodeDecodeError) as error:
-            raise Again("broken response") from error
+            raise RetryableError("broken response") from error
         return answer_of(completion, str(self._client.base_url))
 
     async def _refused(self, error: Any, request: Request, level: int, sent: dict[str, Any]) -> Answer:
@@ -93,9 +98,9 @@ class ServerClient:
             self._level = max(self._level, level + 1)  # the server knows no such structure: never again
             return await self._once(request)
         if (status == 429 and not quota) or status >= 500 or status in (408, 409):
-            raise Again(f"status {status}", _retry_after(error.response.headers)) from error
+            raise RetryableError(f"status {status}", _retry_after(error.response.headers)) from error
         if status in (400, 413, 422) and _too_long(status, words):
-            raise Malformed("request too long") from error
+            raise MalformedAnswerError("request too long") from error
         message = f"the server at {self._client.base_url} refuses (status {status}): {words}"
         if status in (401, 403):
             message += f"; the key is read from {self.endpoint.api_key_env}"

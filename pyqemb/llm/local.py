@@ -52,6 +52,7 @@ class LocalClient:
         self._runner: asyncio.Task[None] | None = None
 
     async def answer(self, request: Request) -> Answer:
+        """Return the answer to one request; requests that wait at the same time are generated as one batch."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._runner is None or self._runner.done():
@@ -59,6 +60,7 @@ class LocalClient:
         return await future
 
     async def close(self) -> None:
+        """Stop generating answers."""
         if self._runner is not None:
             self._runner.cancel()
 

@@ -85,6 +85,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
+    """An answer as the server gave it, with the tokens that it cost."""
+
     text: str
     finish: str = "stop"  # "length": cut off at max_tokens
     prompt_tokens: int = 0
@@ -92,10 +94,11 @@ class Answer:
     refusal: str | None = None  # the words of a model that declined to answer
 
     def row(self) -> dict[str, Any]:
+        """Return the fields as the store keeps them."""
         return asdict(self)
 
 
-class Malformed(Exception):
+class MalformedAnswerError(Exception):
     """An answer that cannot be used. `reason` is one of few, to be counted."""
 
     def __init__(self, reason: str, text: str = "", key: str = ""):
@@ -106,17 +109,17 @@ class Malformed(Exception):
 def parse(answer: Answer, kind: type[T]) -> T:
     """The last JSON object of an answer that fits `kind`, wherever it stands outside of the model's thoughts.
 
-    Raises Malformed: "empty", "cut off", "refused", "no JSON", "no object", "FIELD missing", "FIELD wrong".
+    Raises MalformedAnswerError: "empty", "cut off", "refused", "no JSON", "no object", "FIELD missing", "FIELD wrong".
     """
     if answer.refusal is not None:
-        raise Malformed("refused", answer.refusal)
+        raise MalformedAnswerError("refused", answer.refusal)
     found = candidates(answer.text)
     if answer.finish == "length" and (found.unfinished or not found.objects):
-        raise Malformed("cut off", answer.text)
+        raise MalformedAnswerError("cut off", answer.text)
     if not found.objects:
         if not found.prose:
-            raise Malformed("empty" if not answer.text.strip() else "no JSON", answer.text)
-        raise Malformed("no object" if _is_json(found.prose) else "no JSON", answer.text)
+            raise MalformedAnswerError("empty" if not answer.text.strip() else "no JSON", answer.text)
+        raise MalformedAnswerError("no object" if _is_json(found.prose) else "no JSON", answer.text)
     reasons = []
     for value in reversed(found.objects):
         try:
@@ -125,7 +128,7 @@ def parse(answer: Answer, kind: type[T]) -> T:
             reasons.append(error.errors()[0])
     last = reasons[0]
     field = str(last["loc"][0]) if last["loc"] else "answer"
-    raise Malformed(f"{field} {'missing' if last['type'] == 'missing' else 'wrong'}", answer.text)
+    raise MalformedAnswerError(f"{field} {'missing' if last['type'] == 'missing' else 'wrong'}", answer.text)
 
 
 def _is_json(text: str) -> bool:

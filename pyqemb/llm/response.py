@@ -3,15 +3,15 @@
 from typing import Any
 
 from pyqemb.errors import ConfigError
-from pyqemb.llm.request import Answer, Malformed
+from pyqemb.llm.request import Answer, MalformedAnswerError
 
 _MAX_WORDS = 300  # characters of a server's message that are shown
 _THOUGHTS = {"thinking", "reasoning", "redacted_thinking", "reasoning_content"}  # parts of a content that are no answer
 _CUT_OFF = {"length", "max_tokens", "max_output_tokens", "model_length"}
 
 
-class Again(Exception):
-    """Worth another try, after `wait` seconds where the server said so."""
+class RetryableError(Exception):
+    """The request may succeed if it is sent again, after `wait` seconds where the server said so."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -22,8 +22,8 @@ def answer_of(completion: Any, server: str) -> Answer:
     """The answer in a chat completion, as the client of `openai` gives it.
 
     Raises:
-        Again: no answer, worth another try. ConfigError: an error that no further try would change.
-        Malformed: a content that is neither text nor parts of text.
+        RetryableError: no answer, worth another try. ConfigError: an error that no further try would change.
+        MalformedAnswerError: a content that is neither text nor parts of text.
     """
     choice = _first(completion)
     error = _get(choice, "error") or (_error_of(completion) if choice is None else None)
@@ -31,10 +31,10 @@ def answer_of(completion: Any, server: str) -> Answer:
         words, code = words_of(error), _get(error, "code")
         if str(code) in ("400", "401", "402", "403", "404", "413", "422"):
             raise ConfigError(f"the server at {server} refuses (code {code}): {words}")
-        raise Again(f"the server says: {words}")
+        raise RetryableError(f"the server says: {words}")
     message = _get(choice, "message")
     if message is None:
-        raise Again("broken response")
+        raise RetryableError("broken response")
     text, refusal = _text(_get(message, "content"))
     refusal = _get(message, "refusal") or refusal
     finish = str(_get(choice, "finish_reason") or "stop").lower()
@@ -79,7 +79,7 @@ def _error_of(completion: Any) -> Any:
 
 
 def _text(content: Any) -> tuple[str, str | None]:
-    """(the text of a content, the words of a refusal in it)"""
+    """Return (the text of a content, the words of a refusal in it)."""
     if content is None or isinstance(content, str):
         return content or "", None
     texts, refusal = [], None
@@ -88,12 +88,12 @@ def _text(content: Any) -> tuple[str, str | None]:
         if kind in ("text", "output_text"):
             text = part if isinstance(part, str) else _get(part, "text")
             if not isinstance(text, str):
-                raise Malformed("content part without text")
+                raise MalformedAnswerError("content part without text")
             texts.append(text)
         elif kind == "refusal":
             refusal = str(_get(part, "refusal"))
         elif kind not in _THOUGHTS:
-            raise Malformed(clean(f"content of type {kind or type(part).__name__}"))
+            raise MalformedAnswerError(clean(f"content of type {kind or type(part).__name__}"))
     return "".join(texts), refusal
 
 

@@ -64,11 +64,13 @@ class Store:
         run("commit")
 
     def get(self, key: str) -> Answer | None:
+        """Return the stored answer of a request's key; None if there is none or it is damaged."""
         with self._named():
             row = self._run("select key, request, answer, digest from answers where key = ?", (key,)).fetchone()
         return Answer(**json.loads(row[2])) if row is not None and self._is_sound(row) else None
 
     def put(self, key: str, request: dict[str, Any], answer: Answer) -> None:
+        """Store a request and its answer under the request's key; an older answer is replaced."""
         row = (key, *(json.dumps(value, ensure_ascii=False) for value in (request, answer.row())))
         self._run("insert or replace into answers values (?, ?, ?, ?)", (*row, _digest(*row)))
 
@@ -90,6 +92,7 @@ class Store:
         return sound
 
     def close(self) -> None:
+        """Close the file."""
         self._connection.close()
 
     def _run(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:

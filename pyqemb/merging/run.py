@@ -56,10 +56,12 @@ class MergeReport:
 
     @property
     def max_angle(self) -> float:
+        """The largest angle between the tensors of one name, in degrees."""
         return max((tensor.angle for tensor in self.tensors), default=0.0)
 
     @property
     def num_lerp(self) -> int:
+        """How many tensors were interpolated linearly in place of slerp."""
         return sum(tensor.lerp for tensor in self.tensors)
 
 
@@ -75,8 +77,9 @@ def merge(
     """Blend checkpoints of one architecture into the model folder `out`.
 
     Args:
-        checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity. Names and
-            dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint it was rounded from is merged in that one's float32.
+        checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity.
+            Names and dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint
+            it was rounded from is merged in that checkpoint's float32.
         method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
         weights: one for each checkpoint, not negative; equal when None. They are normalized to sum to 1.
         base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
@@ -84,8 +87,9 @@ def merge(
         out: where the merged model goes; an older model folder there is replaced once the new one is complete.
 
     Raises:
-        ConfigError: arguments, architectures or settings that do not fit, by name. CheckpointError: tensors that are missing, of another shape,
-        not finite, or opposite to each other; the tensor is named. Nothing is written then.
+        ConfigError: arguments, architectures or settings that do not fit, by name.
+        CheckpointError: a tensor is missing, has another shape, is not finite or is opposite to another; the tensor is
+            named. Nothing is written then.
 
     Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
     """

@@ -74,12 +74,21 @@ def fold(tensors: Iterator[Tensor], weights: Sequence[float]) -> Blend:
 def karcher(
     tensors: Sequence[Tensor], weights: Sequence[float], iterations: int = 50, tolerance: float = 1e-10
 ) -> Blend:
-    """The point of the sphere with the least weighted sum of squared angles to the tensors' directions, times the weighted
-    mean of their norms.
+    """Blend tensors by the weighted Karcher mean of their directions, times the weighted mean of their norms.
 
-    Iterates m <- exp_m(sum_k w_k log_m(u_k)) from the direction of the weighted mean (Karcher 1977) until the step is below
-    `tolerance` radians. The mean always lies in the span of the tensors, so the iteration runs on its coefficients over their
-    Gram matrix: no copies of the tensors. Tensors of zeros take no part in the direction. ValueError for opposite tensors.
+    The mean is the point of the sphere with the least weighted sum of squared angles to the tensors' directions. It
+    iterates m <- exp_m(sum_k w_k log_m(u_k)) from the direction of the weighted mean (Karcher 1977) until the step is
+    below `tolerance` radians. The mean always lies in the span of the tensors, so the iteration runs on its
+    coefficients over their Gram matrix: no copies of the tensors. A tensor of zeros has no influence on the direction.
+
+    Args:
+        tensors: tensors of one shape.
+        weights: one for each tensor, not negative; they are scaled to sum to 1.
+        iterations: the most iterations (default 50).
+        tolerance: the length of the last step, in radians (default 1e-10).
+
+    Raises:
+        ValueError: a tensor is opposite to the mean, or the tensors cancel each other.
     """
     normalized = _normalized(weights)
     gram = _gram(tensors)

@@ -22,8 +22,11 @@ Shares = Annotated[dict[str, float], AfterValidator(_weights)]  # name -> weight
 
 
 class Personas(Settings):
-    """Who asks. `file`: one description a line, or JSONL with `persona`. With a `model` the `top` most relevant to each passage are
-    offered, as in the report; without one, so many drawn at random."""
+    """The personas that queries are written for.
+
+    `file` holds one description a line, or JSONL with `persona`. With a `model`, each passage is offered the `top`
+    personas most relevant to it, as in the report; without one, `top` personas drawn at random.
+    """
 
     file: Path
     model: str | None = None
@@ -69,4 +72,5 @@ class SynthesisConfig(Settings):
 
 
 def draw(shares: Mapping[str, float], generator: random.Random) -> str:
+    """Draw one name in proportion to its weight."""
     return generator.choices(list(shares), list(shares.values()))[0]

@@ -12,7 +12,7 @@ from typing import Any
 from pyqemb.data.example import Example, to_row
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import writing
-from pyqemb.llm import Asker, Malformed, Store, run_in_order
+from pyqemb.llm import Asker, MalformedAnswerError, Store, run_in_order
 from pyqemb.llm.ask import Usage
 from pyqemb.synthesis.config import SynthesisConfig
 from pyqemb.synthesis.passages import Source, read_sources
@@ -36,6 +36,7 @@ class Synthesis:
     seconds: float = 0.0
 
     def report(self, config: SynthesisConfig) -> dict[str, Any]:
+        """Return the content of report.json: counts, tokens, cost, seconds and the configuration."""
         usage = self.usage
         return {
             "examples": self.examples, "by task": dict(self.by_task), "given up": self.failed,
@@ -49,14 +50,25 @@ class Synthesis:
 def synthesize(
     config: SynthesisConfig | dict[str, Any], *, on_progress: Callable[[Synthesis], None] | None = None
 ) -> Synthesis:
-    """Write `per_passage` examples for each passage; the order is that of the passages, whatever the server's.
+    """Write `per_passage` examples for each passage, in the order of the passages.
 
-    Started again after a kill it goes through the same requests and takes from the store what was answered; with more `attempts`
-    only malformed answers are asked again.
+    After a kill, a second run makes the same requests and takes the answers that the first one got from the store. With
+    more `attempts`, only malformed answers are requested again.
+
+    Args:
+        config: the passages, the output folder, the endpoint and the tasks, as a SynthesisConfig or a dict of its
+            fields.
+        on_progress: called with the result so far after each example (default: not called).
+
+    Returns:
+        The output folder, and the counts of examples, answers and tokens.
 
     Raises:
-        ConfigError: a setting, a refused key, model or request. DataError: passages or personas that cannot be read, a server that does
-        not answer. MachineError: a full disk or another error of the machine. All answers are kept, after a KeyboardInterrupt too.
+        ConfigError: a setting is wrong, or the server refuses the key, the model or the request.
+        DataError: passages or personas cannot be read, or the server does not answer.
+        MachineError: the disk is full, or another error of the machine.
+
+    All answers are kept, also after an error or a KeyboardInterrupt.
     """
     config = config if isinstance(config, SynthesisConfig) else SynthesisConfig(**config)
     with writing(config.out):
@@ -77,7 +89,7 @@ async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis]
                 failed.open("w", encoding="utf-8", errors="replace") as bad,
             ):
 
-                def on_malformed(prompt: str, error: Malformed) -> None:
+                def on_malformed(prompt: str, error: MalformedAnswerError) -> None:
                     result.malformed[error.reason] += 1
                     if error.reason == "refused":
                         result.refusal = result.refusal or error.text
@@ -89,7 +101,7 @@ async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis]
                 async def write(item: tuple[Source, int]) -> Example | None:
                     try:
                         return await writer.write(*item)
-                    except Malformed:
+                    except MalformedAnswerError:
                         return None
 
                 window = max(_AHEAD * config.endpoint.concurrency, 1)

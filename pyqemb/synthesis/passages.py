@@ -60,6 +60,7 @@ class People:
             self._vectors = self._embed(settings.model, folder)
 
     def offer(self, sources: list[Source]) -> Iterator[Source]:
+        """Yield each source with its personas: the most relevant ones, or ones drawn by the seed and the text."""
         if not sources:
             return
         if self._model is None:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from pyqemb.data.example import Example
-from pyqemb.llm import Answer, Asker, Malformed, Request, parse
+from pyqemb.llm import Answer, Asker, MalformedAnswerError, Request, parse
 from pyqemb.llm.prompt import prompt
 from pyqemb.synthesis.config import SynthesisConfig, draw
 from pyqemb.synthesis.kinds import (
@@ -25,7 +25,7 @@ R = TypeVar("R", bound=Reply)
 _ANYONE = "Somebody who needs what this passage says"
 _MOST_WORDS = 3  # times what was asked for
 
-OnMalformed = Callable[[str, Malformed], None]  # (name of the prompt, what came)
+OnMalformed = Callable[[str, MalformedAnswerError], None]  # (name of the prompt, what came)
 
 
 class Writer:
@@ -37,7 +37,7 @@ class Writer:
     async def write(self, source: Source, number: int = 0) -> Example:
         """The `number`th example of a passage; what is drawn depends on the seed, the passage and that alone.
 
-        Raises Malformed when an answer stays unusable after all attempts.
+        Raises MalformedAnswerError when an answer stays unusable after all attempts.
         """
         generator = random.Random(f"{self.config.seed} {number} {source.text}")
         task = draw(self.config.tasks, generator)
@@ -78,7 +78,7 @@ class Writer:
     async def _bitext(self, source: Source, generator: random.Random) -> Example:
         languages = {name: share for name, share in self.config.languages.items() if name != source.language}
         if not any(languages.values()):
-            raise Malformed("no other language to translate into")
+            raise MalformedAnswerError("no other language to translate into")
         reply = await self._reply(
             "bitext", Translation, generator, language=draw(languages, generator), of_language=_of(source), passage=source.text,
             check=lambda reply: "translation is the text" if _same(reply.translation, source.text) else None,
@@ -118,10 +118,10 @@ class Writer:
                 answer: Answer = await self._ask(request)
                 reply = parse(answer, kind)
                 if reason := check(reply):
-                    raise Malformed(reason, answer.text)
+                    raise MalformedAnswerError(reason, answer.text)
                 return reply
-            except Malformed as error:
-                last = Malformed(error.reason, error.text, request.key(self._ask.endpoint))
+            except MalformedAnswerError as error:
+                last = MalformedAnswerError(error.reason, error.text, request.key(self._ask.endpoint))
                 self._on_malformed(name, last)
         raise last
 

@@ -11,6 +11,8 @@ from pyqemb.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class AttentionCase:
+    """The shapes of one attention call; without `key_lengths` the keys are as many as the queries."""
+
     name: str
     lengths: tuple[int, ...]
     heads: int = 4

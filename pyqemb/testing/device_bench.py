@@ -143,6 +143,7 @@ class Meter:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def synchronize(self) -> None:
+        """Wait until the device has finished all work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -211,9 +212,11 @@ class Report:
     found: list[Measurement] = field(default_factory=list)
 
     def table(self) -> str:
+        """Return the Markdown table of all measurements."""
         return "\n".join([HEADER, *(row for x in self.found for row in x.rows())])
 
     def write(self, folder: Path, name: str) -> None:
+        """Write NAME.md and NAME.json into the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         text = (

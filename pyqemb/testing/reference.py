@@ -108,7 +108,7 @@ def top_k(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) * weight."""
+    """Return x / rms(x) * weight."""
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 

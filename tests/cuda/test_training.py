@@ -77,14 +77,14 @@ def test_training_repeats_and_resumes_bit_by_bit(workplace):
     again, same = train(workplace, "two")
     assert torch.equal(losses, again) and all(torch.equal(weights[name], same[name]) for name in weights)
 
-    class Stop(Exception):
+    class StopTrainingError(Exception):
         pass
 
     def stop(row):
         if row["step"] == 3:
-            raise Stop
+            raise StopTrainingError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopTrainingError):
         train(workplace, "three", on_step=stop)
     _, resumed = train(workplace, "three", resume="auto")
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)

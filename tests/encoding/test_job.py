@@ -196,9 +196,10 @@ def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
 def stopped(model, jsonl, tmp_path, monkeypatch):
     """All parts of a job that did not come to join them: (out, its folder of parts, the right vectors)."""
     out = tmp_path / "x.npy"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        encode_file(model, jsonl, out, rows_per_part=5)
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(model, jsonl, out, rows_per_part=5)
     return out, tmp_path / "x.npy.parts", Embedder.from_pretrained(model).encode_document(ROWS)
 
 
@@ -245,9 +246,10 @@ def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
 
 def test_parts_of_another_output_are_made_again(model, jsonl, stopped, tmp_path):
     out, folder, wanted = stopped
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        encode_file(model, jsonl, tmp_path / "y.npy", rows_per_part=5, side="raw")
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(model, jsonl, tmp_path / "y.npy", rows_per_part=5, side="raw")
     for path in (tmp_path / "y.npy.parts").glob("00000003.*"):
         path.replace(folder / path.name)
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 5

@@ -132,9 +132,7 @@ def test_what_it_does_not_know_is_refused():
     ):
         ours(IDS, attention_mask=torch.zeros(3, 1, 20, 20))
     with pytest.raises(ValueError, match="shorter than the 20 tokens"):
-        from pyqemb.interop.attention import _attend
-
-        _attend(ours, *(torch.zeros(1, 2, 20, 8),) * 3, None, sliding_window=4)
+        attention._attend(ours, *(torch.zeros(1, 2, 20, 8),) * 3, None, sliding_window=4)
 
 
 def encoder_decoder(**changes):
@@ -240,7 +238,7 @@ def test_values_narrower_than_queries():
 )
 def test_unknown_arguments_are_refused(name, value, shown):
     _, ours = models("llama")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="is not supported") as refused:
         ours(IDS, **{name: value})
     assert str(refused.value) == f"[pyqemb] {name} is not supported, got {shown}"
 

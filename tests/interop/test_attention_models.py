@@ -312,8 +312,12 @@ def test_more_equal_eager(name, calls):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name):
     with pytest.raises(ValueError, match=r"^\[pyqemb\] .*" + REFUSED[name]):
-        _, ours = small_pair(name)
-        outputs_of(ours, next(inputs for inputs in inputs_of(ours, None) if runs(ours.config, inputs)))
+        open_and_run(name)
+
+
+def open_and_run(name):
+    _, ours = small_pair(name)
+    outputs_of(ours, next(inputs for inputs in inputs_of(ours, None) if runs(ours.config, inputs)))
 
 
 def runs(config, inputs):

@@ -12,11 +12,11 @@ import pytest
 from pydantic import BaseModel
 
 from pyqemb.errors import ConfigError, DataError, MachineError
-from pyqemb.llm import Answer, Asker, Endpoint, Malformed, Request, Store, parse, run_in_order
+from pyqemb.llm import Answer, Asker, Endpoint, MalformedAnswerError, Request, Store, parse, run_in_order
 
 
 def ask_all(server, tmp_path, requests, **settings):
-    """[answer or Malformed], the asker"""
+    """[answer or MalformedAnswerError], the asker"""
     options = {"model": "m", "base_url": server.url, "timeout": 1.0, "retries": 3, "max_wait": 0.05, **settings}
     store = Store(tmp_path / "answers.sqlite")
 
@@ -26,7 +26,7 @@ def ask_all(server, tmp_path, requests, **settings):
         async def one(request):
             try:
                 return (await ask(request)).text
-            except Malformed as error:
+            except MalformedAnswerError as error:
                 return error.reason
 
         try:
@@ -195,21 +195,22 @@ class Reply(BaseModel):
 )
 def test_parse(text, expected):
     try:
-        assert parse(Answer(text), Reply).query == expected
-    except Malformed as error:
-        assert error.reason == expected and error.text == text
+        found = parse(Answer(text), Reply).query, text
+    except MalformedAnswerError as error:
+        found = error.reason, error.text
+    assert found == (expected, text)
 
 
 @pytest.mark.parametrize("text", ['{"query": "a', "", '<think>{"query": "no"}', '{"query": "a"} Better: {"query": "b'])
 def test_an_answer_that_was_cut_off(text):
-    with pytest.raises(Malformed, match="cut off"):
+    with pytest.raises(MalformedAnswerError, match="cut off"):
         parse(Answer(text, finish="length"), Reply)
 
 
 @pytest.mark.parametrize("piece", ["{", '{"', '{"a":', '{"a":"', "{ ", "<think", "<|channel|>", '{"a":['])
 def test_a_hostile_answer_takes_no_minutes(piece):
     start = time.perf_counter()
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedAnswerError):
         parse(Answer(piece * (1_000_000 // len(piece))), Reply)
     assert time.perf_counter() - start < 20
 
@@ -245,7 +246,7 @@ def test_content_in_parts(serve, tmp_path, content, expected):
 def test_a_refusal_is_malformed_with_its_words(serve, tmp_path, message):
     respond(serve, tmp_path, chat(message))
     ((_, _, answer),) = Store(tmp_path / "answers.sqlite")
-    with pytest.raises(Malformed, match=r"^refused$") as error:
+    with pytest.raises(MalformedAnswerError, match=r"^refused$") as error:
         parse(answer, Reply)
     assert error.value.text == "I cannot"
 
@@ -253,7 +254,7 @@ def test_a_refusal_is_malformed_with_its_words(serve, tmp_path, message):
 def test_thoughts_without_an_answer(serve, tmp_path):
     respond(serve, tmp_path, chat({"content": None, "reasoning_content": "let me think"}, "length"))
     ((_, _, answer),) = Store(tmp_path / "answers.sqlite")
-    with pytest.raises(Malformed, match="cut off"):
+    with pytest.raises(MalformedAnswerError, match="cut off"):
         parse(answer, Reply)
 
 

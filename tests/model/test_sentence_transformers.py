@@ -303,9 +303,9 @@ def test_a_prediction_is_the_same(rerankers, name):
 def test_predictions_that_are_refused(rerankers):
     ours, theirs = rerankers
     for model in rerankers:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"(?i)^prompt.name"):
             model.predict(PAIRS, prompt_name="query")
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="batch_size"):
             model.predict(PAIRS, batch_size=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'instruct'"):
         ours.predict(PAIRS, instruct="x")

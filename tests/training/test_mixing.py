@@ -55,15 +55,15 @@ def test_shards_train_what_lines_train_and_go_on_exactly(workplace, caplog):
     table = caplog.text
     assert "small/two" in table and "epochs" in table
 
-    class Stop(Exception):
+    class StopTrainingError(Exception):
         pass
 
     def stop(row):
         if row["step"] == 7:
-            raise Stop
+            raise StopTrainingError
 
     again = config(workplace, *both(workplace, ""), run="again", mixing_alpha=0.5)
-    with pytest.raises(Stop):
+    with pytest.raises(StopTrainingError):
         pyqemb.train(again, on_step=stop)
     resumed = pyqemb.train(again, resume="auto")
     a, b = (load_file(result.folder / "model.safetensors") for result in (shards, resumed))

@@ -98,18 +98,18 @@ def test_bfloat16_learns_like_float32(workplace):
 def test_resumed_runs_are_bit_identical(workplace, precision):
     pyqemb.train(config(workplace, "straight", precision=precision))
 
-    class Stop(Exception):
+    class StopTrainingError(Exception):
         pass
 
     def stop_at(step):
         def on_step(row):
             if row["step"] == step:
-                raise Stop
+                raise StopTrainingError
 
         return on_step
 
     for step in (4, 8, 11):  # stopped three times, each after the last checkpoint
-        with pytest.raises(Stop):
+        with pytest.raises(StopTrainingError):
             pyqemb.train(config(workplace, "stopped", precision=precision), on_step=stop_at(step), resume="auto")
     pyqemb.train(config(workplace, "stopped", precision=precision), resume="auto")
     assert same(weights(workplace / "straight"), weights(workplace / "stopped"))
