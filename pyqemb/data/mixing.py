@@ -27,8 +27,8 @@ def sampling_weights(
 ) -> dict[str, float]:
     """Return the fraction of the steps that each dataset gets.
 
-    It is proportional to the dataset's weight, or to rows ** alpha, but never above its cap. What the caps cut off goes to
-    the other datasets in the same proportions, so that min(cap, level * mass) adds up to 1.
+    It is proportional to the dataset's weight, or to rows ** alpha, but never above its cap. What the caps cut off goes
+    to the other datasets in the same proportions, so that min(cap, level * mass) adds up to 1.
 
     Args:
         rows: the number of rows of each dataset.
