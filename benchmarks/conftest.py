@@ -17,8 +17,8 @@ from pyqemb import _C, __version__
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.help_data import load_rows
 from pyqemb.demo.tokenizer import train_tokenizer
-from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.testing import bench
 
 _FOLDER = Path(__file__).parent

@@ -10,8 +10,8 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.tokenizer import train_tokenizer
-from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.model.embedder import Embedder
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.testing.cases import heavy_tailed, texts_of
 from pyqemb.testing.device_bench import OURS
 from pyqemb.training.config import TrainSection

@@ -26,9 +26,9 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.evaluation import rank
 from pyqemb.evaluation.metrics import ndcg_at_k
-from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.encoder import open_encoder
+from pyqemb.model.families.qwen3 import Qwen3Config
 from pyqemb.training import stage2, train
 
 LONGEST = 400  # characters of a text

@@ -80,11 +80,16 @@ def merge(
         checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity.
             Names and dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint
             it was rounded from is merged in that checkpoint's float32.
-        method: slerp (folded in order, see merging.slerp.fold), linear, or karcher (weighted Riemannian mean).
-        weights: one for each checkpoint, not negative; equal when None. They are normalized to sum to 1.
-        base: blend the differences from this checkpoint instead of the weights, and add the result to it (task vectors).
-        settings_from: one of the checkpoints, whose settings the merged model gets where they differ. None: they must not differ.
-        out: where the merged model goes; an older model folder there is replaced once the new one is complete.
+        method: "slerp" (default; folded in order, see `merging.slerp.fold`), "linear", or "karcher" (weighted
+            Riemannian mean).
+        weights: one for each checkpoint, not negative; they are normalized to sum to 1 (default: equal weights).
+        base: a model folder. The differences from it are blended instead of the weights, and the result is added to
+            it (task vectors; default: none).
+        out: the folder of the merged model; an older model folder there is replaced once the new one is complete.
+        settings_from: the checkpoint whose settings the merged model gets (default: the settings must not differ).
+
+    Returns:
+        The arguments, and the angle of each tensor; merge_report.json in the merged folder holds the same.
 
     Raises:
         ConfigError: arguments, architectures or settings that do not fit, by name.
