@@ -141,7 +141,7 @@ class Embedder(Encoding):
         """Unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
 
         The batch may lie anywhere; the vectors are where the model is. An empty sequence gives a zero row. `dim` keeps the
-        first components and normalises them again (Matryoshka). Empty `boundaries` are filled with what spares a second pass
+        first components and normalizes them again (Matryoshka). Empty `boundaries` are filled with what spares a second pass
         over this batch a third of its products; filled ones are used.
         """
         self._check_dim(dim)

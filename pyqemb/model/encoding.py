@@ -15,13 +15,12 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.errors import ConfigError
 from pyqemb.model.device import pick_device
 from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size, register_with_langchain
-from pyqemb.model.packed_model import PackedModel
+from pyqemb.model.packed_model import PackedModel, in_order
 from pyqemb.model.pool import Pool, Pooled, as_tensors
 from pyqemb.model.progress import progress_bar
 from pyqemb.model.quantize import quantize
 from pyqemb.model.similarity import check_similarity, similarity, similarity_pairwise
 
-_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 _TEXTS_AT_ONCE = 8192  # sorted and tokenized together, so that a large corpus never lies in memory as token lists
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 _log = logging.getLogger("pyqemb")
@@ -248,8 +247,6 @@ class Encoding(Pooled, PackedModel):
         tokens_per_chunk: int | None,
         advance: Callable[[int], None],
     ) -> Iterator[tuple[slice, Any]]:
-        if tokens_per_chunk is None:
-            tokens_per_chunk = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
         windows = [
             slice(first, min(first + _TEXTS_AT_ONCE, len(texts))) for first in range(0, len(texts), _TEXTS_AT_ONCE)
         ]
@@ -261,7 +258,7 @@ class Encoding(Pooled, PackedModel):
                 tokens = ahead.result()
                 if after is not None:
                     ahead = background.submit(self.tokenizer.encode_documents, texts[after])
-                yield rows, _in_order(tokens, forward, tokens_per_chunk, advance)
+                yield rows, in_order(tokens, forward, self._chunk_size(tokens_per_chunk), advance)
 
     def _vectors_of(
         self, dim: int | None, truncate_dim: int | None, normalize_embeddings: bool | None
@@ -360,33 +357,6 @@ def _filled(
         if on_progress is not None:
             on_progress(rows.stop)
     return vectors
-
-
-@torch.inference_mode()
-def _in_order(
-    tokens: list[list[int]],
-    forward: Callable[[PackedBatch], Any],
-    tokens_per_chunk: int,
-    advance: Callable[[int], None],
-) -> torch.Tensor | list[Any]:
-    """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
-
-    The sequences are sorted by length, so that those of a chunk are alike.
-    """
-    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-    results = []
-    for chunk in PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk):
-        results.append(forward(chunk))
-        advance(chunk.num_sequences)
-    if isinstance(results[0], torch.Tensor):
-        sorted_BE = torch.cat([result.float() for result in results])
-        vectors_BE = torch.empty_like(sorted_BE)
-        vectors_BE[order] = sorted_BE
-        return vectors_BE
-    items: list[Any] = [None] * len(tokens)
-    for index, item in zip(order, (item for result in results for item in result), strict=True):
-        items[index] = item
-    return items
 
 
 def _text_list(texts: Any) -> list[str]:

@@ -1,8 +1,8 @@
 """What an Embedder and a Reranker share: a decoder and its tokenizer, read from and written to a folder, on one device."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,10 @@ from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import Kind, check_kind
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
+_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
+
 Model = TypeVar("Model", bound="PackedModel")
+Results = TypeVar("Results", torch.Tensor, list[Any])
 
 
 class Opened(NamedTuple):
@@ -90,6 +93,12 @@ class PackedModel(nn.Module):
         """The decoder's parameters as a checkpoint names them, adapters folded in."""
         return {self.model.family.stored_name(name): x for name, x in merged_parameters(self.model).items()}
 
+    def _chunk_size(self, tokens_per_chunk: int | None) -> int:
+        """The number of tokens in one forward pass; None: what suits the device."""
+        if tokens_per_chunk is not None:
+            return tokens_per_chunk
+        return _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
+
     def _checked(self, batch: PackedBatch) -> PackedBatch:
         """The batch where the model is."""
         if not isinstance(batch, PackedBatch):
@@ -110,3 +119,30 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype, folder: s
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {dtype}")
     return stored
+
+
+@torch.inference_mode()
+def in_order(
+    tokens: list[list[int]],
+    forward: Callable[[PackedBatch], Results],
+    tokens_per_chunk: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Results:
+    """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
+
+    The sequences are sorted by length, so that those of a chunk are alike.
+    """
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    results = []
+    for chunk in PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk):
+        results.append(forward(chunk))
+        advance(chunk.num_sequences)
+    if isinstance(results[0], torch.Tensor):
+        sorted_BE = torch.cat([result.float() for result in results])
+        vectors_BE = torch.empty_like(sorted_BE)
+        vectors_BE[order] = sorted_BE
+        return vectors_BE
+    items: list[Any] = [None] * len(tokens)
+    for index, item in zip(order, (item for result in results for item in result), strict=True):
+        items[index] = item
+    return items

@@ -78,7 +78,7 @@ def reranker_name(name: str) -> str:
 
 
 def chat_template(instruction: str) -> str:
-    """Messages of the roles query and document, and of system for another instruction, to the text that is tokenised.
+    """Messages of the roles query and document, and of system for another instruction, to the text that is tokenized.
 
     All of it is in string literals: Jinja drops a newline at a template's end, and the suffix ends with two.
     """

@@ -17,15 +17,14 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, write_safetensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import open_folder, stored_as
+from pyqemb.model.packed_model import in_order, open_folder, stored_as
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_folder, reranker_name
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
 from pyqemb.model.sentence import check_reranker_modules, read_instruction
 from pyqemb.model.source import Attention, named_dtype
 
-_PAIRS_AT_ONCE = 4096  # tokenised together
-_TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
+_PAIRS_AT_ONCE = 4096  # tokenized together
 
 
 class Reranker(Scoring):
@@ -188,17 +187,11 @@ class Reranker(Scoring):
         ids = torch.tensor([self.tokenizer.yes_id, self.tokenizer.no_id], device=self.device)
         return self.model.embed_tokens.weight.index_select(0, ids)
 
-    @torch.inference_mode()
     def _margins(self, bodies: Sequence[str], tokens_per_chunk: int | None) -> np.ndarray:
-        """Sorted by length, so that a chunk's pairs are alike, and put back in order at the end."""
-        limit = tokens_per_chunk or (_TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE)
         tokens = self.tokenizer.encode_documents(bodies)
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-        chunks = PackedBatch.pack([tokens[index] for index in order]).split(limit)
-        logits_B2 = torch.cat([self(chunk).float() for chunk in chunks]).cpu().numpy()
-        margins = np.empty(len(bodies), dtype=np.float32)
-        margins[order] = logits_B2[:, 0] - logits_B2[:, 1]
-        return margins
+        forward: Callable[[PackedBatch], torch.Tensor] = self
+        logits_B2 = in_order(tokens, forward, self._chunk_size(tokens_per_chunk)).cpu().numpy()
+        return logits_B2[:, 0] - logits_B2[:, 1]
 
 
 def _read_head(
