@@ -141,13 +141,17 @@ class Run:
     def train(self) -> TrainResult:
         """The whole run, its callbacks around it."""
         result: TrainResult | None = None
+        begun: list[Callback] = []
         try:
-            self._call("on_train_begin", TrainInfo(self.config, self.folder, self.steps, self.step))
+            for callback in self.callbacks if self.world.is_first else []:
+                callback.on_train_begin(TrainInfo(self.config, self.folder, self.steps, self.step))
+                begun.append(callback)
             self.loop()
             best = self.folder / "best" if self.evaluations.best is not None else None
             result = TrainResult(self.folder / "final", best, self.step, self.metrics)
         finally:
-            self._call("on_train_end", result)
+            for callback in begun:
+                callback.on_train_end(result)
         return result
 
     def loop(self) -> None:
@@ -325,12 +329,9 @@ class Run:
                 preflight.check_memory(self.cache, stream, moments, self.model.device)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of all callbacks, on the first rank. An exception between the first and the last step costs no training."""
-        if not self.world.is_first:
-            return
-        for callback in self.callbacks:
-            at_a_step = hook in ("on_step_end", "on_evaluate", "on_save")
-            with self._saving_on_error(callback.describe(hook)) if at_a_step else nullcontext():
+        """Call a hook of all callbacks, on the first rank; an exception costs no training."""
+        for callback in self.callbacks if self.world.is_first else []:
+            with self._saving_on_error(callback.describe(hook)):
                 getattr(callback, hook)(*arguments)
 
     @contextmanager

@@ -116,9 +116,19 @@ def test_only_the_first_rank_calls_them(place):
     calls = []
     run = Run(config(place), None, World(), "cpu", StopRequest(), callbacks=[Recorder(calls)])
     run.world = World(1, 2)
-    for hook in ("on_train_begin", "on_step_end", "on_evaluate", "on_save", "on_train_end"):
+    for hook in ("on_step_end", "on_evaluate", "on_save"):
         run._call(hook, None)
-    assert not calls
+    run.step = run.steps
+    run.loop = lambda: None
+    assert run.train().steps == 4 and not calls
+
+
+def test_an_exception_before_the_first_step_ends_those_that_began(place):
+    calls = []
+    first, second, third = Recorder(calls, "a"), Recorder(calls, "b", fail=("begin", 0)), Recorder(calls, "c")
+    with pytest.raises(KeyError, match="mine"):
+        pyqemb.train(config(place), callbacks=[first, second, third])
+    assert calls == [("a", "begin", 0), ("b", "begin", 0), ("a", "end", None)]
 
 
 class Terminal:
