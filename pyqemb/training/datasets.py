@@ -38,6 +38,7 @@ class Datasets:
 
     @property
     def most_negatives(self) -> int:
+        """Of any row."""
         return max(map(most_negatives, self.examples.values()), default=0)
 
     @property
@@ -104,6 +105,7 @@ def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
 
 
 def num_steps(config: TrainConfig, loader: Loader) -> int:
+    """Steps of the whole run."""
     whole_run = any(entry.max_epochs for entry in config.data)  # is one epoch of the loader
     return config.train.steps or math.ceil((1 if whole_run else config.train.epochs) * loader.steps_per_epoch)
 

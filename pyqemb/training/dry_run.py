@@ -31,7 +31,9 @@ def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Pa
     """Lines to print. Makes every check of a run but the trial save, so whatever is wrong shows here.
 
     Args:
-        evaluate, resume: as of `train`.
+        config: of the run.
+        evaluate: as of `train`.
+        resume: as of `train`.
     """
     preflight.check_evaluation(config, evaluate)
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)

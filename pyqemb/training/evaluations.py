@@ -34,6 +34,7 @@ class Evaluations:
 
     @property
     def out_of_patience(self) -> bool:
+        """Whether `eval.patience` evaluations in a row have brought nothing better."""
         return self.section.patience is not None and self.since_best >= self.section.patience
 
     def measure(self, model: Embedder | Reranker) -> dict[str, float]:

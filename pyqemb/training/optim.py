@@ -70,6 +70,7 @@ class Optimizer:
         return [*self.weights.values(), *self.extra_parameters.values()]
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         for tensor in self.grad_tensors:
             tensor.grad = None
 
@@ -83,6 +84,7 @@ class Optimizer:
         return norm
 
     def step(self, rate: float) -> None:
+        """Update the weights at a learning rate."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()

@@ -34,6 +34,8 @@ def set_query_instruction(
     with a warning.
 
     Args:
+        model: to be trained.
+        config: of the run.
         instructions: of all training rows; None stands for rows without one.
         evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own prompt.
 
@@ -144,6 +146,9 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
     """Whether a step over `stream` fits into memory.
 
     Args:
+        cache: plans the step.
+        stream: the texts of the step.
+        device: whose memory it takes.
         moments: bytes that the optimizer will still take.
 
     Raises:

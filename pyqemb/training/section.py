@@ -41,7 +41,7 @@ def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
 
 
 def one_of(names: Iterable[str]) -> AfterValidator:
-    """For `Annotated[str, one_of(names)]`: a value that is one of these names."""
+    """A validator for `Annotated[str, ...]`: the value is one of these names."""
     known = tuple(names)
 
     def check(value: str) -> str:

@@ -60,6 +60,7 @@ def give_back(device: torch.device) -> None:
 
 
 def is_allocation_failure(error: BaseException) -> bool:
+    """Whether torch, the native code or Python could not allocate memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -74,7 +75,7 @@ class CaughtError:
 
 @contextmanager
 def catch_oom() -> Iterator[CaughtError]:
-    """`with catch_oom() as caught`: a failed allocation ends the block, and is `caught.error`."""
+    """A failed allocation ends the block, and is the `error` of what the block got."""
     caught = CaughtError()
     try:
         yield caught
@@ -118,6 +119,7 @@ class PeakMemory:
         self.device, self.peak_bytes = device, 0
 
     def start(self) -> None:
+        """Begin to measure."""
         self._sampler: _Sampler | None = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -127,6 +129,7 @@ class PeakMemory:
         self._start = used_bytes(self.device)
 
     def stop(self) -> None:
+        """End, and set `peak_bytes`."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -29,9 +29,11 @@ class RngState(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> "RngState":
+        """The state of this moment."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def restore(self, device: torch.device) -> None:
+        """Put the generators back to it."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
@@ -47,12 +49,14 @@ class Autocast(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> "Autocast":
+        """The state of this moment."""
         kind = device.type
         return cls(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
         )
 
     def entered(self) -> torch.autocast:
+        """A context with this state."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
 
 
@@ -84,8 +88,10 @@ def embed_without_graph(
 
     Args:
         model: PackedBatch [B] -> vectors [B, E].
+        chunks: of whole sequences.
         kept: so many chunks, the last, keep their graph, as long as `may_keep` says so.
         boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.residual_stream.Boundaries).
+        may_keep: whether there is memory for the graph of a chunk.
     """
     device = device_of(model, chunks)
     record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
@@ -183,6 +189,7 @@ def is_stochastic(model: Model) -> bool:
 
 
 def takes_boundaries(model: Model) -> bool:
+    """Whether the model has a parameter `boundaries`."""
     function = model.forward if isinstance(model, nn.Module) else model
     return "boundaries" in inspect.signature(function).parameters
 

@@ -85,7 +85,10 @@ def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, s
     """The growth of memory over the start of a step, at its highest, in bytes.
 
     Args:
+        plan: of the step.
         tokens: of each chunk, in order.
+        costs: of a token.
+        sizes: of what does not depend on the chunks.
     """
     return int(max(_phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes))) + sizes.overhead
 
@@ -130,12 +133,14 @@ def choose(
 
     Args:
         budget: bytes that the step may take over its start.
-        largest_chunk: tokens of a chunk that make it as fast as it gets. longest: tokens of the longest sequence.
+        largest_chunk: tokens of a chunk that make it as fast as it gets.
+        longest: tokens of the longest sequence.
         chunks_of: tokens_per_chunk -> the tokens of each chunk.
+        costs: of a token.
+        sizes: of what does not depend on the chunks.
         checkpointed: measures the costs with activation checkpointing; None where the model has none.
         may_save: whether boundary tensors may be used.
     """
-
     tried = [largest_chunk]
     while tried[-1] > longest:
         tried.append(max(tried[-1] // 2, longest))

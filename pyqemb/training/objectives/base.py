@@ -144,6 +144,8 @@ class Objective:
         """This rank's part of the loss, given the unit vectors of all queries and documents of the batch.
 
         Args:
+            queries_BE: of the whole batch.
+            documents_ME: of the whole batch; equal texts are one document.
             batch: `positive` and `candidates` say which documents belong to a query, `examples` are the rows.
             rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual part.
         """
@@ -164,8 +166,10 @@ class Objective:
         return self.section.temperature if learned is None else learned.exp()
 
     def over_prefixes(self, part: Callable[..., LossPart], *vectors: Tensor) -> LossPart:
-        """The part of the vectors; with Matryoshka dimensions the weighted sum over the normalized prefixes, with the totals of the
-        longest."""
+        """The part of the vectors; with Matryoshka dimensions the weighted sum over the normalized prefixes.
+
+        The totals are those of the longest prefix.
+        """
         dims, weights = self.section.matryoshka, self.section.matryoshka_weights
         if dims is None:
             return part(*vectors)

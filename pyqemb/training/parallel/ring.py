@@ -83,8 +83,10 @@ class Ring:
         return _RingLoss.apply(own_SE, tau, self, options)
 
     def round(self, *own: Tensor) -> Iterator[tuple[_Side, list[Tensor]]]:
-        """Each block once, the own first: what it is, and what travels, for the receiver to change in place. At the end of the
-        iteration the own block's tensors are home again, in the list that came last."""
+        """Each block once, the own first: what it is, and what travels, for the receiver to change in place.
+
+        At the end of the iteration the own block's tensors are home again, in the list that came last.
+        """
         rank, size = self.world.rank, self.world.size
         travelling = list(own)
         for hop in range(size):
