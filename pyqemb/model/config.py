@@ -79,6 +79,7 @@ class DecoderConfig:
 
     @cached_property
     def rope(self) -> Rope:
+        """The rotary embedding that `rope_theta` and `rope_scaling` describe."""
         scaling = dict(self.rope_scaling or {})
         return Rope(self.rope_theta, scaling.pop("rope_type", "default"), scaling)
 

@@ -39,6 +39,7 @@ class RMSNorm(nn.Module):
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x / rms(x) * scale, of the shape and dtype of x."""
         return ops.rms_norm(x, self.scale.to(x.dtype), self.eps)  # they differ under autocast
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +52,7 @@ class HeadNorm(RMSNorm):
     """RMSNorm of each head of q or k, then the rotary embedding."""
 
     def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:  # type: ignore[override]
+        """Normalize and rotate each head: [T, N, D] -> [T, N, D]."""
         return ops.qk_norm_rope(x_TND, self.scale.to(x_TND.dtype), rotary.cos, rotary.sin, self.eps)
 
 
@@ -58,6 +60,7 @@ class Rotation(nn.Module):
     """The rotary embedding alone."""
 
     def forward(self, x_TND: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Rotate each head: [T, N, D] -> [T, N, D]."""
         return ops.rope(x_TND, rotary.cos, rotary.sin)
 
 

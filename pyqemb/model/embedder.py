@@ -69,14 +69,21 @@ class Embedder(Encoding):
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> "Embedder":
-        """Load a Hugging Face folder of a decoder family (Qwen3, Qwen2, Llama, Mistral), or download one by its hub id (`org/name`).
+        """Load a Hugging Face folder of a decoder family, or download one by its hub id (`org/name`).
 
-        None means what the checkpoint says: `attention` by is_causal in config.json (absent: causal), `pooling` by the Pooling
-        module of modules.json (absent: last), `dtype` by the stored weights, `max_length` by sentence_bert_config.json or
-        tokenizer_config.json.
-        `device` None takes a GPU where there is one that can run the model; float32 weights become bfloat16 there unless
-        `dtype` says otherwise.
-        Raises CheckpointError, naming the file, for anything missing, damaged or unsafe, and for a setting that cannot be honored.
+        The families are Qwen3, Qwen2, Llama and Mistral.
+
+        Args:
+            folder: a model folder or hub id.
+            attention: "causal" or "bidirectional" (default: `is_causal` of config.json; absent: causal).
+            pooling: "last" or "mean" (default: the Pooling module of modules.json; absent: last).
+            dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
+            max_length: texts are truncated to this many tokens (default: sentence_bert_config.json or
+                tokenizer_config.json).
+            device: where the model goes (default: a GPU that can run the model, else the CPU).
+
+        Raises:
+            CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
         """
         path, model, tensors = open_folder(folder, "embedder", attention)
         tokenizer = Tokenizer.from_folder(path, max_length)
@@ -138,11 +145,15 @@ class Embedder(Encoding):
         self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
 
     def forward(self, batch: PackedBatch, dim: int | None = None, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
+        """Return unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
 
-        The batch may lie anywhere; the vectors are where the model is. An empty sequence gives a zero row. `dim` keeps the
-        first components and normalizes them again (Matryoshka). Empty `boundaries` are filled with what spares a second pass
-        over this batch a third of its products; filled ones are used.
+        An empty sequence gives a zero row.
+
+        Args:
+            batch: B sequences, on any device; the vectors are on the model's.
+            dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: E).
+            boundaries: an empty object is filled with what saves a second pass over this batch a third of its products;
+                a filled one is used (default: neither).
         """
         self._check_dim(dim)
         batch = self._checked(batch)
@@ -177,8 +188,20 @@ class Embedder(Encoding):
     ) -> Path:
         """Write the folder that sentence-transformers, transformers, vLLM and TEI load, all or nothing.
 
-        `dtype` None keeps the parameters' own. An existing model folder is replaced when the new one is complete;
-        any other non-empty folder is refused (ConfigError). Adapters are folded in. `provenance` is kept in pyqemb.json.
+        Adapters are folded in.
+
+        Args:
+            folder: the folder to write. An older model folder there is replaced once the new one is complete; any other
+                non-empty folder is refused.
+            dtype: the dtype of the weights (default: the parameters' own).
+            provenance: what the model came from; pyqemb.json keeps it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: the folder is not empty and no model folder.
+            CheckpointError: a weight is not finite.
         """
         weights = stored_as(self._decoder_weights(), named_dtype(dtype) or self.dtype, folder)
         with portable_folder(

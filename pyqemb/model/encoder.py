@@ -98,8 +98,14 @@ def open_model(folder: str | Path, device: str | None = None) -> Embedder | Rera
 
 
 def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], np.ndarray]:
-    """Scores of (query, document) pairs by a Reranker folder, or a cross-encoder of sentence-transformers, read from the disk, safetensors
-    only.
+    """Open a reranker folder as a function that scores (query, document) pairs: float32 [number of pairs].
+
+    The folder holds a Reranker, or a cross-encoder of sentence-transformers; the weights are read from the disk, from
+    safetensors files only.
+
+    Raises:
+        CheckpointError: the folder is not a reranker, is unsafe to open, or has no safetensors file.
+        ConfigError: a cross-encoder needs sentence-transformers, which is not installed.
     """
     folder = Path(folder)
     check_kind(folder, "reranker")

@@ -69,8 +69,9 @@ class Encoding(Pooled, PackedModel):
 
         Args:
             texts: one text or a list of texts; `sentences` and `inputs` are other names of this argument.
-            prompt_name, prompt: what precedes each text, by its name in `prompts` or itself. Without both,
-                `default_prompt_name` is used where the model has one.
+            prompt_name: the name in `prompts` of what precedes each text (default: `default_prompt_name`, where the
+                model has one).
+            prompt: what precedes each text, in place of a named prompt.
             batch_size: checked and otherwise unused; forward passes are bounded by `tokens_per_chunk`.
             show_progress_bar: True shows a bar on stderr.
             output_value: "token_embeddings" gives a tensor [tokens, E] for each text, None gives a dict of input_ids,
@@ -84,7 +85,8 @@ class Encoding(Pooled, PackedModel):
                 pooling gives, and None, the default, gives unit vectors.
             truncate_dim: keep the first components only; they are normalized again only by `normalize_embeddings=True`.
                 None: the model's own `truncate_dim`.
-            pool, chunk_size: encode in the processes of `start_multi_process_pool`, so many texts at a time.
+            pool: the processes of `start_multi_process_pool`, which encode the texts (default: this process).
+            chunk_size: how many texts a process of the pool gets at a time.
             instruction: one, or one for each text, formats the texts as queries.
             dim: the first so many components, normalized again (Matryoshka).
             tokens_per_chunk: tokens in one forward pass; None: 4096 on the CPU, 16384 elsewhere.

@@ -15,6 +15,7 @@ class Lora(nn.Module):
         self.A, self.B, self.scale, self.dropout = nn.Parameter(a_RI), nn.Parameter(b_OR), scale, nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scale (x A^T) B^T: [..., I] -> [..., O]; dropout applies to x while training."""
         return ops.linear(ops.linear(self.dropout(x), self.A), self.B) * self.scale
 
 
@@ -28,13 +29,17 @@ class Linear(nn.Linear):
         self.lora = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T (+ b), plus the adapter's product where there is one: [..., I] -> [..., O]."""
         product = ops.linear(x, self.weight)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
         return product if self.lora is None else product + self.lora(x)
 
     def add_known_output(self, x: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """residual + x W^T (+ b), known to be `total`: without the product, with its gradients."""
+        """Return the sum of the residual and x W^T (+ b), which is known to be `total`.
+
+        The forward pass skips the product; the backward pass computes its gradients.
+        """
         if self.bias is not None:
             residual = residual + self.bias.to(residual.dtype)
         if self.lora is not None:

@@ -78,6 +78,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """The factor of the adapter's product."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
@@ -176,13 +177,21 @@ def load_adapter(model: Decoder, folder: str | Path) -> None:
 def merge_adapters(
     folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, out: str | Path, rank: int | None = None
 ) -> Path:
-    """The weighted sum of adapters of one base model as one adapter.
+    """Write the weighted sum of adapters of one base model as one adapter.
 
     Args:
-        weights: one for each; equal, adding up to 1, when None. They may be negative.
-        rank: of the result, the nearest in the Frobenius norm (by SVD). None: the sum of the ranks, and exact.
+        folders: two or more adapter folders.
+        weights: one for each adapter, which may be negative (default: equal ones that add up to 1).
+        out: the folder of the merged adapter.
+        rank: the rank of the result, which then is the nearest in the Frobenius norm, by SVD (default: the sum of the
+            ranks, which is exact).
 
-    Raises ConfigError: fewer than two, weights that do not fit. CheckpointError as of load_adapter, or adapters of other modules.
+    Returns:
+        The folder of the merged adapter.
+
+    Raises:
+        ConfigError: there are fewer than two adapters, or the weights do not fit.
+        CheckpointError: as `load_adapter`, or the adapters are for different modules.
     """
     if len(folders) < 2:
         raise ConfigError(f"adapters: two or more are needed, got {len(folders)}")

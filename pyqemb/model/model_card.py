@@ -10,11 +10,13 @@ from pyqemb.model.checkpoint import Tensors, sha256
 
 
 def model_card(name: str, task: str, tags: Sequence[str], body: str, provenance: Mapping[str, Any]) -> str:
-    """A model card for the hub.
+    """Return the text of a model card for the hub.
 
     Args:
-        name: of the model. body: what it is and how it is used.
-        task: pipeline_tag of the hub; tags: further ones.
+        name: the name of the model.
+        task: the hub's pipeline_tag.
+        tags: further tags.
+        body: Markdown that says what the model is and how to use it.
         provenance: what the model came from, and its "results" by metric.
     """
     lines = "".join(f"- {tag}\n" for tag in ("sentence-transformers", *tags, "pyqemb"))

@@ -19,6 +19,7 @@ class ModelCardData:
     def set_evaluation_metrics(
         self, evaluator: Any, metrics: Mapping[str, float], epoch: int = 0, step: int = 0
     ) -> None:
+        """Store the metrics of an evaluator; later values replace earlier ones of the same name."""
         self.metrics.update(metrics)
 
 
@@ -41,6 +42,7 @@ def also_called(name: str, *others: str) -> Callable[[Callable[..., Any]], Calla
 
 
 def check_batch_size(batch_size: int | None) -> None:
+    """Raise a ConfigError if `batch_size` is neither None nor a positive integer."""
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(f"batch_size must be a positive number, got {batch_size!r}")
 

@@ -58,8 +58,10 @@ class Reranker(Scoring):
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> "Reranker":
-        """Load a folder of a causal language model (a base model too: it is then untrained as a reranker), or of a sequence classifier
-        with one label; or download one by its hub id. Arguments and errors as of Embedder.from_pretrained; `max_length` None: 8192.
+        """Load a folder of a causal language model or of a classifier with one label, or download one by its hub id.
+
+        A causal language model may be a base model; it is then untrained as a reranker. Arguments and errors are those
+        of `Embedder.from_pretrained`; the default of `max_length` is 8192 tokens.
         """
         path, model, tensors = open_folder(folder, "reranker", attention, heads=(LM_HEAD, SCORE))
         tokenizer = PairTokenizer.from_folder(path, max_length)
@@ -95,9 +97,18 @@ class Reranker(Scoring):
         instruction: str | Sequence[str | None] | None = None,
         tokens_per_chunk: int | None = None,
     ) -> np.ndarray:
-        """float32 [len(pairs)]: the probability of yes against no for each (query, document).
+        """Return the probability of yes against no for each (query, document): float32 [len(pairs)].
 
-        `instruction` for all, or one a pair; None takes `default_instruction`. Source: report, section 2.
+        Args:
+            pairs: (query, document) texts.
+            instruction: the task sentence of all pairs, or one for each pair (default: `default_instruction`).
+            tokens_per_chunk: tokens in one forward pass (default: by the device).
+
+        Raises:
+            TypeError: not pairs of two texts.
+            ValueError: another number of instructions than pairs.
+
+        Source: the Qwen3 Embedding report (arXiv 2506.05176), section 2.
         """
         margins = self.margins(pairs, instruction, tokens_per_chunk)
         return (1 / (1 + np.exp(-margins.astype(np.float64)))).astype(np.float32)
@@ -152,10 +163,21 @@ class Reranker(Scoring):
         provenance: Mapping[str, Any] | None = None,
         format: str = "causal-lm",
     ) -> Path:
-        """Write a folder, all or nothing: a causal language model as Qwen3-Reranker's, or ("seq-cls") a classifier whose one label is
-        scored by the difference of the two rows. transformers, sentence-transformers' CrossEncoder and vLLM load both.
+        """Write a model folder that transformers, sentence-transformers' CrossEncoder and vLLM load, all or nothing.
 
-        Raises ConfigError: another format; "causal-lm" for a model that came as a classifier. CheckpointError: NaN or infinity.
+        Args:
+            folder: the folder to write; an older model folder there is replaced once the new one is complete.
+            dtype: the dtype of the weights (default: the parameters' own).
+            provenance: what the model came from; pyqemb.json keeps it.
+            format: "causal-lm" (default), a causal language model like Qwen3-Reranker, or "seq-cls", a classifier with
+                one label, whose row is the difference of the head's two rows.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: the format is unknown, or "causal-lm" for a model that was loaded as a classifier.
+            CheckpointError: a weight is not finite.
         """
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

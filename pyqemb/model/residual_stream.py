@@ -16,7 +16,9 @@ SavedStream = dict[Linear, torch.Tensor]  # x + W y by its projection W
 class AddingNorm(Protocol):
     """A norm that can take the sum of two tensors in the same pass over memory."""
 
-    def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        """The norm of x."""
+        ...
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the sum, and the sum."""
@@ -35,7 +37,7 @@ class ResidualStream:
         self._known, self._kept = known or {}, kept
 
     def add(self, x: torch.Tensor, projection: Linear, y: torch.Tensor) -> torch.Tensor:
-        """x + projection(y)."""
+        """Return the sum of x and projection(y)."""
         known = self._known.get(projection)
         if known is not None:
             return projection.add_known_output(y, x, known)

@@ -48,7 +48,8 @@ class Scoring(Pooled, PackedModel):
 
         Args:
             pairs: a list of pairs or one pair; `sentences` and `inputs` are other names of this argument.
-            prompt: the instruction; None: `default_instruction`. A reranker has no named prompts: `prompt_name` is refused.
+            prompt_name: must be None; a reranker has no named prompts.
+            prompt: the instruction (default: `default_instruction`).
             batch_size: checked and otherwise unused; forward passes are bounded by their tokens.
             show_progress_bar: True shows a bar on stderr.
             activation_fn: applied to the difference of the logits of yes and no; None: the sigmoid.
@@ -56,7 +57,8 @@ class Scoring(Pooled, PackedModel):
             convert_to_numpy: False gives a list of tensors.
             convert_to_tensor: True gives one tensor.
             device: move the model there first. A list of devices scores in one process for each.
-            pool, chunk_size: score in the processes of `start_multi_process_pool`, so many pairs at a time.
+            pool: the processes of `start_multi_process_pool`, which score the pairs (default: this process).
+            chunk_size: how many pairs a process of the pool gets at a time.
 
         Raises:
             TypeError: not pairs of two texts. ConfigError (a ValueError): a value that an argument cannot take.

@@ -38,7 +38,7 @@ class Datasets:
 
     @property
     def most_negatives(self) -> int:
-        """Of any row."""
+        """The most negatives that an example of any dataset has."""
         return max(map(most_negatives, self.examples.values()), default=0)
 
     @property
@@ -105,7 +105,7 @@ def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
 
 
 def num_steps(config: TrainConfig, loader: Loader) -> int:
-    """Steps of the whole run."""
+    """Return how many steps the run has: `train.steps`, or what `train.epochs` comes to."""
     whole_run = any(entry.max_epochs for entry in config.data)  # is one epoch of the loader
     return config.train.steps or math.ceil((1 if whole_run else config.train.epochs) * loader.steps_per_epoch)
 

@@ -28,12 +28,15 @@ _SAMPLE = 512  # examples of a dataset that are tokenized for the estimate
 
 
 def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Path | None = None) -> Iterator[str]:
-    """Lines to print. Makes every check of a run but the trial save, so whatever is wrong shows here.
+    """Yield the lines that describe a run, after all of its checks but the trial save.
 
     Args:
-        config: of the run.
-        evaluate: as of `train`.
-        resume: as of `train`.
+        config: the configuration of the run.
+        evaluate: as for `train` (default: no evaluation).
+        resume: as for `train` (default: a new run).
+
+    Raises:
+        PyqembError: what `train` would raise before its first step.
     """
     preflight.check_evaluation(config, evaluate)
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)

@@ -34,7 +34,7 @@ class Evaluations:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether `eval.patience` evaluations in a row have brought nothing better."""
+        """Whether `eval.patience` evaluations in a row have not been better than the best one."""
         return self.section.patience is not None and self.since_best >= self.section.patience
 
     def measure(self, model: Embedder | Reranker) -> dict[str, float]:

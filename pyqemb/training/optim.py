@@ -70,7 +70,7 @@ class Optimizer:
         return [*self.weights.values(), *self.extra_parameters.values()]
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Set all gradients to None."""
         for tensor in self.grad_tensors:
             tensor.grad = None
 
@@ -84,7 +84,7 @@ class Optimizer:
         return norm
 
     def step(self, rate: float) -> None:
-        """Update the weights at a learning rate."""
+        """Update the weights with this learning rate."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()

@@ -34,8 +34,8 @@ def set_query_instruction(
     with a warning.
 
     Args:
-        model: to be trained.
-        config: of the run.
+        model: its `default_instruction` is set.
+        config: the configuration of the run.
         instructions: of all training rows; None stands for rows without one.
         evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own prompt.
 
@@ -148,8 +148,8 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
     Args:
         cache: plans the step.
         stream: the texts of the step.
-        device: whose memory it takes.
-        moments: bytes that the optimizer will still take.
+        moments: bytes that the optimizer will still allocate.
+        device: the device of the model.
 
     Raises:
         ConfigError: with the numbers, where the plan takes more than there is, or more than train.memory.

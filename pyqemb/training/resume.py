@@ -23,8 +23,8 @@ def check_continues(checkpoint: Checkpoint, config: TrainConfig, fingerprint: st
     """Raise where the checkpoint is of another run.
 
     Args:
-        checkpoint: found for the run.
-        config: of the run.
+        checkpoint: the checkpoint to continue from.
+        config: the configuration of the resumed run.
         fingerprint: of the training data.
         weights: names of the tensors that are trained.
 

@@ -41,7 +41,7 @@ def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
 
 
 def one_of(names: Iterable[str]) -> AfterValidator:
-    """A validator for `Annotated[str, ...]`: the value is one of these names."""
+    """Return a validator for annotated types: the value must be one of the names."""
     known = tuple(names)
 
     def check(value: str) -> str:

@@ -98,7 +98,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def seed_everything(seed: int) -> None:
-    """python, numpy and torch. (The loader draws from generators of its own.)"""
+    """Seed python, numpy and torch. The loader draws from generators of its own."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -34,7 +34,7 @@ class StepBatch:
 
     @property
     def num_queries(self) -> int:
-        """Of the batch of all ranks."""
+        """The number of queries of all ranks."""
         return len(self.texts.positive)
 
     def loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:

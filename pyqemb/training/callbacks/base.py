@@ -84,4 +84,5 @@ class RowLogger(Callback):
         self.log(row)
 
     def log(self, row: Row) -> None:
+        """Write one row. A subclass defines it."""
         raise NotImplementedError

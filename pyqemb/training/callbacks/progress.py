@@ -34,6 +34,7 @@ class Throughput:
 
     @property
     def seconds_per_step(self) -> float:
+        """The mean seconds of the last steps."""
         return (self._times[-1][0] - self._times[0][0]) / max(len(self._times) - 1, 1)
 
 

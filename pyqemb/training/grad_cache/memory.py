@@ -60,7 +60,7 @@ def give_back(device: torch.device) -> None:
 
 
 def is_allocation_failure(error: BaseException) -> bool:
-    """Whether torch, the native code or Python could not allocate memory."""
+    """Whether an error says that memory could not be allocated, on the CPU or on a GPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -75,7 +75,7 @@ class CaughtError:
 
 @contextmanager
 def catch_oom() -> Iterator[CaughtError]:
-    """A failed allocation ends the block, and is the `error` of what the block got."""
+    """End the block at a failed allocation; the yielded object then holds the error."""
     caught = CaughtError()
     try:
         yield caught
@@ -119,7 +119,7 @@ class PeakMemory:
         self.device, self.peak_bytes = device, 0
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start measuring."""
         self._sampler: _Sampler | None = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -129,7 +129,7 @@ class PeakMemory:
         self._start = used_bytes(self.device)
 
     def stop(self) -> None:
-        """End, and set `peak_bytes`."""
+        """Stop measuring and set `peak_bytes`."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -29,11 +29,11 @@ class RngState(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> "RngState":
-        """The state of this moment."""
+        """Return the current state of the generators of the CPU and of `device`."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def restore(self, device: torch.device) -> None:
-        """Put the generators back to it."""
+        """Put the generators of the CPU and of `device` back into this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
@@ -49,14 +49,14 @@ class Autocast(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> "Autocast":
-        """The state of this moment."""
+        """Return the autocast state of `device`."""
         kind = device.type
         return cls(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
         )
 
     def entered(self) -> torch.autocast:
-        """A context with this state."""
+        """Return a context in which autocast has this state."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
 
 
@@ -88,10 +88,11 @@ def embed_without_graph(
 
     Args:
         model: PackedBatch [B] -> vectors [B, E].
-        chunks: of whole sequences.
-        kept: so many chunks, the last, keep their graph, as long as `may_keep` says so.
-        boundaries: so many of the chunks before them leave their boundary tensors (see pyqemb.model.residual_stream.Boundaries).
-        may_keep: whether there is memory for the graph of a chunk.
+        chunks: the sequences, in the order of the vectors.
+        kept: how many chunks keep their graph, counted from the last.
+        boundaries: how many of the chunks before them save their boundary tensors (see
+            `pyqemb.model.residual_stream.Boundaries`).
+        may_keep: whether the graph of one of the last `kept` chunks may be kept after all.
     """
     device = device_of(model, chunks)
     record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
@@ -189,7 +190,7 @@ def is_stochastic(model: Model) -> bool:
 
 
 def takes_boundaries(model: Model) -> bool:
-    """Whether the model has a parameter `boundaries`."""
+    """Whether the model's forward pass has an argument `boundaries`."""
     function = model.forward if isinstance(model, nn.Module) else model
     return "boundaries" in inspect.signature(function).parameters
 

@@ -85,10 +85,10 @@ def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, s
     """The growth of memory over the start of a step, at its highest, in bytes.
 
     Args:
-        plan: of the step.
-        tokens: of each chunk, in order.
-        costs: of a token.
-        sizes: of what does not depend on the chunks.
+        plan: how the step uses its memory.
+        tokens: the number of tokens of each chunk, in order.
+        costs: bytes for each token.
+        sizes: bytes that do not depend on the chunks.
     """
     return int(max(_phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes))) + sizes.overhead
 
@@ -133,11 +133,11 @@ def choose(
 
     Args:
         budget: bytes that the step may take over its start.
-        largest_chunk: tokens of a chunk that make it as fast as it gets.
-        longest: tokens of the longest sequence.
+        largest_chunk: the number of tokens from which a larger chunk is no faster.
+        longest: the number of tokens of the longest sequence.
         chunks_of: tokens_per_chunk -> the tokens of each chunk.
-        costs: of a token.
-        sizes: of what does not depend on the chunks.
+        costs: bytes for each token, without activation checkpointing.
+        sizes: bytes that do not depend on the chunks.
         checkpointed: measures the costs with activation checkpointing; None where the model has none.
         may_save: whether boundary tensors may be used.
     """

@@ -144,9 +144,9 @@ class Objective:
         """This rank's part of the loss, given the unit vectors of all queries and documents of the batch.
 
         Args:
-            queries_BE: of the whole batch.
-            documents_ME: of the whole batch; equal texts are one document.
             batch: `positive` and `candidates` say which documents belong to a query, `examples` are the rows.
+            queries_BE: the vectors of all queries of the batch.
+            documents_ME: the vectors of all documents of the batch; equal texts are one document.
             rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual part.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
@@ -166,9 +166,14 @@ class Objective:
         return self.section.temperature if learned is None else learned.exp()
 
     def over_prefixes(self, part: Callable[..., LossPart], *vectors: Tensor) -> LossPart:
-        """The part of the vectors; with Matryoshka dimensions the weighted sum over the normalized prefixes.
+        """Return the part of the vectors; with Matryoshka dimensions, the weighted sum over the normalized prefixes.
 
-        The totals are those of the longest prefix.
+        Args:
+            part: computes the part from vectors of any dimension.
+            vectors: [n, E] each.
+
+        Returns:
+            The loss of all prefixes, and the totals of the longest one.
         """
         dims, weights = self.section.matryoshka, self.section.matryoshka_weights
         if dims is None:

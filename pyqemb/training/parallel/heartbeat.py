@@ -196,7 +196,7 @@ class Heartbeat:
 
 
 def lost_message(rank: int, lost: str) -> str:
-    """The line of a rank that stops because another one is lost."""
+    """Return the error message of a rank that stops because another one is lost."""
     return f"{lost}; rank {rank} stops; continue from the last checkpoint with --resume auto"
 
 

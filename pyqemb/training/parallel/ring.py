@@ -83,9 +83,10 @@ class Ring:
         return _RingLoss.apply(own_SE, tau, self, options)
 
     def round(self, *own: Tensor) -> Iterator[tuple[_Side, list[Tensor]]]:
-        """Each block once, the own first: what it is, and what travels, for the receiver to change in place.
+        """Yield each block once, this rank's own first: its side, and the tensors that travel with it.
 
-        At the end of the iteration the own block's tensors are home again, in the list that came last.
+        The receiver may change these tensors in place. After the iteration the list that came last holds the own
+        block's tensors again.
         """
         rank, size = self.world.rank, self.world.size
         travelling = list(own)

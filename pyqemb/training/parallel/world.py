@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes and evaluates."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def local_range(self, count: int) -> slice:
@@ -69,7 +69,7 @@ class World:
         The gradient of a vector is the sum of its gradients on all ranks.
 
         Args:
-            own_SE: the vectors of this rank's texts.
+            own_SE: the vectors of this rank's texts, in the order of its part of `partition`.
             partition: the indices of the texts of each rank.
         """
         return _AllGather.apply(own_SE, self, partition) if self.size > 1 else own_SE
