@@ -24,7 +24,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQEMB_PYTHON=ON",
-            f"-DPYQEMB_CUDA={os.environ.get('PYQEMB_CUDA', 'auto')}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPYQEMB_CUDA={os.environ.get('PYQEMB_CUDA', 'auto')}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
         result = subprocess.run(configure, capture_output=True, text=True)
         if result.returncode:

@@ -1,4 +1,6 @@
-"""info_nce against the formula in torch and the loss stage of sentence-transformers' cached loss, with prefixes too; top_k."""
+"""info_nce against the formula in torch and the loss stage of sentence-transformers' cached loss, with prefixes too;
+top_k.
+"""
 
 import pytest
 import torch
@@ -102,7 +104,8 @@ def test_matryoshka(compare, their_model, preset):
     def naive(prefix):
         return gradients(
             lambda *vectors: reference.info_nce(
-                *(F.normalize(x[:, :prefix], dim=1) for x in vectors), positive, positive, temperature=0.05, groups=groups
+                *(F.normalize(x[:, :prefix], dim=1) for x in vectors), positive, positive, temperature=0.05,
+                groups=groups
             ),
             queries, documents,
         )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Hard negatives on vectors that are there already: against faiss-cpu with the same rule, and sentence-transformers' mine_hard_negatives."""
+"""Hard negatives on vectors that are there already: against faiss-cpu with the same rule, and sentence-transformers'
+mine_hard_negatives.
+"""
 
 from types import SimpleNamespace
 
@@ -47,7 +49,8 @@ def test_against_faiss(compare, count, documents):
     same = (ours() == by_faiss(index, q, d, own)).mean()
     assert same > 0.999, same  # neighbours whose scores differ in the last bit may change places
     compare(
-        f"mine, PercPos, {count} x {documents} x {DIM}", ours, {"faiss-cpu IndexFlatIP": lambda: by_faiss(index, q, d, own)},
+        f"mine, PercPos, {count} x {documents} x {DIM}", ours,
+        {"faiss-cpu IndexFlatIP": lambda: by_faiss(index, q, d, own)},
         rounds=3, gflop=2 * count * documents * DIM / 1e9,
     )  # fmt: skip
 

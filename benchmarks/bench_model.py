@@ -68,7 +68,10 @@ def test_encode(compare, words, folder, ours, theirs):
 
 
 def test_cached_step(compare, words, ours, theirs):
-    """Loss and gradients of all weights; no optimizer. The same weights, texts and loss (multiple negatives ranking)."""
+    """Loss and gradients of all weights; no optimizer.
+
+    The same weights, texts and loss (multiple negatives ranking).
+    """
     count, budget = 16, 1024
     sides = [
         texts_of(words, ours.tokenizer, heavy_tailed(count, median=median, seed=seed), seed)

@@ -95,7 +95,8 @@ def pytest_terminal_summary(terminalreporter, config):
     facts = ", ".join(f"{key} {value}" for key, value in environment.items())
     text = (
         f"# `make bench`, {_C.current_isa()}, {date.today()}\n\n{facts}.\n\n"
-        "Medians of interleaved rounds in one process; a ratio says how many times as long the peer takes. Extra memory is the growth of the process during the first call. The ceiling is a large float32"
+        "Medians of interleaved rounds in one process; a ratio says how many times as long the peer takes. Extra "
+        "memory is the growth of the process during the first call. The ceiling is a large float32"
         f" matrix product (GFLOP/s) or copy (GB/s), timed between the rounds.\n\n{table}\n"
     )
     (results / f"{name}.md").write_text(text)

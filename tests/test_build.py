@@ -48,8 +48,8 @@ def test_without_nvcc_the_build_says_so(tmp_path, option, says):
     cmake = shutil.which("cmake") or pytest.skip("no cmake")
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     command = [
-        cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DQEMB_PYTHON=OFF",
-        f"-DPYQEMB_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+        cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        "-DQEMB_PYTHON=OFF", f"-DPYQEMB_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert says in " ".join((result.stdout + result.stderr).split())

@@ -77,7 +77,9 @@ def test_only_ops_reach_the_native_library():
 
 
 def test_nothing_unsafe():
-    """No pickle, no code from data, no shell, no network but the model hub's official client and the ranks of a run among themselves."""
+    """No pickle, no code from data, no shell, no network but the model hub's official client and the ranks of a run
+    among themselves.
+    """
     network = {"socket", "socketserver", "http", "urllib", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
     connections = {"asyncio.open_connection", "asyncio.start_server", "asyncio.open_unix_connection"}
     for path in (ROOT / "pyqemb").rglob("*.py"):

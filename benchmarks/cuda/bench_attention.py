@@ -1,4 +1,6 @@
-"""varlen_attention, forward and backward: torch's varlen attention, its SDPA backends, FlexAttention, flash-attn if there."""
+"""varlen_attention, forward and backward: torch's varlen attention, its SDPA backends, FlexAttention, flash-attn if
+there.
+"""
 
 import inspect
 

@@ -39,8 +39,8 @@ class Sizes:
 
 
 TINY = Sizes(
-    tokens=128, heads=4, kv_heads=2, head_dim=64, hidden=64, intermediate=96, layers=1, loss_rows=48, many_rows=96, search=(8, 300),
-    pairs=4, compiled=False,
+    tokens=128, heads=4, kv_heads=2, head_dim=64, hidden=64, intermediate=96, layers=1, loss_rows=48, many_rows=96,
+    search=(8, 300), pairs=4, compiled=False,
 )  # fmt: skip
 
 

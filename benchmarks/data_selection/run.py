@@ -2,8 +2,8 @@
 
     python benchmarks/data_selection/run.py --data FOLDER --teacher FOLDER --out runs.jsonl [--seeds 3] [--only filters]
 
-Each line of the output is one trained and measured model; a run that is there already is not made again. `table.py` makes the tables
-of docs/data.md from it.
+Each line of the output is one trained and measured model; a run that is there already is not made again. `table.py`
+makes the tables of docs/data.md from it.
 """
 
 import argparse
@@ -145,16 +145,16 @@ class Lab:
             model = self._train(Path(folder), data, tasks, seed, **facts)
             scores = {task.name: self._measure(model, task) for task in tasks}
         row = {
-            "key": key, "experiment": experiment, "tasks": names, "variant": variant, "seed": seed, "rows": sum(map(len, data)),
-            "ndcg@10": scores, "seconds": round(time.time() - start, 1), **facts,
+            "key": key, "experiment": experiment, "tasks": names, "variant": variant, "seed": seed,
+            "rows": sum(map(len, data)), "ndcg@10": scores, "seconds": round(time.time() - start, 1), **facts,
         }  # fmt: skip
         with self.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(key, {name: round(score, 4) for name, score in scores.items()}, row["rows"], row["seconds"], flush=True)
 
     def _train(
-        self, folder: Path, data: list[list[Example]], tasks: list[Task], seed: int, alpha: float = 1.0, num_negatives: int = 1,
-        steps: int = 150, **_,
+        self, folder: Path, data: list[list[Example]], tasks: list[Task], seed: int, alpha: float = 1.0,
+        num_negatives: int = 1, steps: int = 150, **_,
     ) -> Embedder:  # fmt: skip
         texts = [text for task in tasks for e in task.train for text in (e.query, e.positive)]
         tokenizer = Tokenizer(train_tokenizer(texts, vocab_size=8000), 64)
@@ -173,8 +173,9 @@ class Lab:
         result = train(stage2(
             model={"base": str(folder / "base"), "max_length": 64}, data=paths, loss={"temperature": 0.05},
             train={
-                "steps": steps, "global_batch_size": 256, "num_negatives": num_negatives, "learning_rate": 5e-3, "betas": (0.9, 0.95),
-                "seed": seed, "schedule": "linear", "tokens_per_chunk": 65536, "log_every": 1000, "mixing_alpha": alpha,
+                "steps": steps, "global_batch_size": 256, "num_negatives": num_negatives, "learning_rate": 5e-3,
+                "betas": (0.9, 0.95), "seed": seed, "schedule": "linear", "tokens_per_chunk": 65536, "log_every": 1000,
+                "mixing_alpha": alpha,
             },
             save={"dir": str(folder / "run"), "every": None},
         ))  # fmt: skip

@@ -1,4 +1,5 @@
-"""Tables of runs.jsonl: means over seeds with 95 % intervals (Student's t), and differences to the first variant, paired by seed.
+"""Tables of runs.jsonl: means over seeds with 95 % intervals (Student's t), and differences to the first variant,
+paired by seed.
 
 python benchmarks/data_selection/table.py runs.jsonl
 """

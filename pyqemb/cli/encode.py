@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         done = encode_file(
-            args.model, args.texts, args.out, side="query" if args.instruction else args.side, instruction=args.instruction,
-            field=args.field, dim=args.dim, precision=args.precision, max_length=args.max_length, dtype=args.dtype,
-            devices=devices, rows_per_part=args.rows_per_part, on_progress=show,
+            args.model, args.texts, args.out, side="query" if args.instruction else args.side,
+            instruction=args.instruction, field=args.field, dim=args.dim, precision=args.precision,
+            max_length=args.max_length, dtype=args.dtype, devices=devices, rows_per_part=args.rows_per_part,
+            on_progress=show,
         )  # fmt: skip
     finally:
         bar.stop()

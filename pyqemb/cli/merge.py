@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="blend the differences from this checkpoint (task vectors)")
     parser.add_argument(
         "--settings-from", type=Path, metavar="CHECKPOINT",
-        help="whose prompts, tokenizer and longest text the merged model gets where they differ; without it they must not differ",
+        help="whose prompts, tokenizer and longest text the merged model gets where they differ; without it they must "
+        "not differ",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     shares = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, report.weights, strict=True))
     print(f"{report.method} of {shares}" + (f", as differences from {report.base}" if report.base else ""))
     print(
-        f"{len(report.tensors)} tensors, angles up to {report.max_angle:.3f} degrees, {report.num_lerp} by lerp (nearly parallel)"
+        f"{len(report.tensors)} tensors, angles up to {report.max_angle:.3f} degrees, {report.num_lerp} by lerp "
+        "(nearly parallel)"
     )
     print(f"written to {args.out}")
     return 0

@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     mined = mine(
         open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
         margin=args.margin, max_score=args.max_score, skip_top=args.skip_top, depth=args.depth, sampling=args.sampling,
-        seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin, sampling_temperature=args.sampling_temperature,
-        pool_of=language_of if args.by_language else None, approximate=args.approximate, cache=args.cache,
+        seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin,
+        sampling_temperature=args.sampling_temperature, pool_of=language_of if args.by_language else None,
+        approximate=args.approximate, cache=args.cache,
         reranker=None if args.reranker is None else open_reranker(args.reranker),
     )  # fmt: skip
     write_examples(args.out, mined.examples)

@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
         def show(so_far: Synthesis) -> None:
             done = so_far.examples + so_far.failed
             usage, rate = so_far.usage, done / max(so_far.seconds, 1e-9)
-            status = f"{rate:.1f}/s, {usage.prompt_tokens + usage.completion_tokens:,} tokens, cost {usage.cost(config.endpoint):.4f}"
+            status = (
+                f"{rate:.1f}/s, {usage.prompt_tokens + usage.completion_tokens:,} tokens, cost "
+                f"{usage.cost(config.endpoint):.4f}"
+            )
             bar.update(task, completed=done, description=f"{status}, {so_far.malformed.total()} malformed")
 
         result = synthesize(config, on_progress=show)

@@ -20,7 +20,10 @@ AnyStep = Annotated[
 
 
 class CurateConfig(Settings):
-    """`input`: one or several files or folders of examples, read one after the other. `out`: the folder of the results."""
+    """`input`: one or several files or folders of examples, read one after the other.
+
+    `out`: the folder of the results.
+    """
 
     input: list[Path] = Field(min_length=1)
     out: Path

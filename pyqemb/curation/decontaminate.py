@@ -26,9 +26,9 @@ class Decontaminate(Step):
 
     Words are compared as `normalize.plain` leaves them: without accents, invisible characters and HTML entities.
 
-    The evaluation's texts are its queries and, unless `documents` is off, the documents judged relevant to them: documents that
-    nobody is asked for may be trained on. With a `model`, an example is also dropped when its query scores above `max_similarity` against a
-    query of the evaluation, or its positive against such a document.
+    The evaluation's texts are its queries and, unless `documents` is off, the documents judged relevant to them:
+    documents that nobody is asked for may be trained on. With a `model`, an example is also dropped when its query
+    scores above `max_similarity` against a query of the evaluation, or its positive against such a document.
 
     `folders`: retrieval (BEIR; every split but train), STS or bitext folders, or files of examples.
     """

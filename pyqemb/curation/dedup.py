@@ -39,9 +39,9 @@ class Exact(Step):
 class Near(Step):
     """Keep the first of each cluster of texts whose sets of word n-grams are alike.
 
-    Pairs are proposed by bands of MinHash signatures (LSH) and joined where the signatures agree in at least `threshold` of their
-    places, an estimate of the Jaccard similarity with an error of 0.5 / sqrt(num_hashes). Signatures lie on disk, 4 bytes times num_hashes
-    an example; memory is about 40 bytes an example.
+    Pairs are proposed by bands of MinHash signatures (LSH) and joined where the signatures agree in at least
+    `threshold` of their places, an estimate of the Jaccard similarity with an error of 0.5 / sqrt(num_hashes).
+    Signatures lie on disk, 4 bytes times num_hashes an example; memory is about 40 bytes an example.
 
     Source: Broder (1997); bands: Leskovec et al., Mining of Massive Datasets, section 3.4.
     """

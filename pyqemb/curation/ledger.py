@@ -45,7 +45,9 @@ class Sample:
 
 @dataclass
 class Ledger:
-    """The account of one step. `folder` is for files that the step needs while it runs; `on_drop` sees every dropped example.
+    """The account of one step.
+
+    `folder` is for files that the step needs while it runs; `on_drop` sees every dropped example.
 
     `samples` of each outcome are kept, drawn evenly by `seed` whatever their number (reservoir sampling).
     """

@@ -96,7 +96,10 @@ class Consistency(_Ranked):
 
 
 class Rank(_Ranked):
-    """Keep a pair when the rank of its positive in the pool lies in a window: 1 is the nearest. Ranks below `min_rank` are too easy."""
+    """Keep a pair when the rank of its positive in the pool lies in a window: 1 is the nearest.
+
+    Ranks below `min_rank` are too easy.
+    """
 
     kind: Literal["rank"] = "rank"
     min_rank: int = Field(1, ge=1)

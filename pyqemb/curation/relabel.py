@@ -25,9 +25,9 @@ class Judgement(BaseModel):  # noqa: D101  a docstring would become part of the 
 class Relabel(Step):
     """Judge the negatives that score at least `suspect` times their positive by `model`; without a model, all of them.
 
-    `action` with one that is relevant: "promote" makes it the positive of one more example, "remove" takes it out of the negatives, "drop"
-    drops the example. An answer that stays malformed leaves the negative where it is. Answers are kept in the output folder: a second run
-    asks only what is new.
+    `action` with one that is relevant: "promote" makes it the positive of one more example, "remove" takes it out of
+    the negatives, "drop" drops the example. An answer that stays malformed leaves the negative where it is. Answers are
+    kept in the output folder: a second run asks only what is new.
 
     Source: RLHN (arXiv 2505.16967), which found promoting better than dropping.
     """

@@ -43,7 +43,8 @@ def _name(value: Any) -> str:
 def _page(record: dict[str, Any], ledgers: list[Ledger]) -> str:
     seen, kept = record["seen"], record["kept"]
     rows = "".join(
-        f'<tr><td><a href="#{index}">{escape(ledger.name)}</a><td class="n">{ledger.counts.total():,}<td class="n">{ledger.kept:,}'
+        f'<tr><td><a href="#{index}">{escape(ledger.name)}</a><td class="n">{ledger.counts.total():,}'
+        f'<td class="n">{ledger.kept:,}'
         f'<td class="n">{_share(ledger.kept, ledger.counts.total())}<td class="n">{_share(ledger.kept, seen)}'
         for index, ledger in enumerate(ledgers)
     )
@@ -65,7 +66,8 @@ def _section(index: int, ledger: Ledger, settings: dict[str, Any]) -> str:
     colors = {outcome: _COLORS[min(place, len(_COLORS) - 1)] for place, outcome in enumerate(outcomes)}
     summary = ", ".join(f"{key} = {value}" for key, value in {**settings, **ledger.notes}.items() if key != "kind")
     counts = "".join(
-        f'<tr><td><span style="color:{colors[outcome]}">&#9632;</span> {escape(outcome)}<td class="n">{ledger.counts[outcome]:,}'
+        f'<tr><td><span style="color:{colors[outcome]}">&#9632;</span> {escape(outcome)}'
+        f'<td class="n">{ledger.counts[outcome]:,}'
         f'<td class="n">{_share(ledger.counts[outcome], ledger.counts.total())}'
         for outcome in outcomes
     )
@@ -77,7 +79,10 @@ def _section(index: int, ledger: Ledger, settings: dict[str, Any]) -> str:
         for outcome in outcomes
         if ledger.drawn.get(outcome)
     )
-    return f'<h2 id="{index}">{escape(ledger.name)}</h2><p class="small">{escape(summary)}</p><table>{counts}</table>{charts}{samples}'
+    return (
+        f'<h2 id="{index}">{escape(ledger.name)}</h2><p class="small">{escape(summary)}</p><table>{counts}'
+        f"</table>{charts}{samples}"
+    )
 
 
 def _chart(name: str, histogram: Histogram, colors: dict[str, str]) -> str:
@@ -94,8 +99,10 @@ def _chart(name: str, histogram: Histogram, colors: dict[str, str]) -> str:
             height = _HEIGHT * counts[outcome] / tallest
             top -= height
             bars.append(
-                f'<rect x="{(index - first) * width:.1f}" y="{top:.1f}" width="{max(width - 0.5, 0.5):.1f}" height="{height:.1f}" '
-                f'fill="{color}"><title>from {histogram.start_of(index):.3g}: {counts[outcome]:,} {escape(outcome)}</title></rect>'
+                f'<rect x="{(index - first) * width:.1f}" y="{top:.1f}" width="{max(width - 0.5, 0.5):.1f}" '
+                f'height="{height:.1f}" '
+                f'fill="{color}"><title>from {histogram.start_of(index):.3g}: {counts[outcome]:,} {escape(outcome)}'
+                "</title></rect>"
             )
     marks = "".join(
         f'<text x="{(index - first) * width:.1f}" y="{_HEIGHT + 14}">{histogram.start_of(index):.3g}</text>'
@@ -103,7 +110,8 @@ def _chart(name: str, histogram: Histogram, colors: dict[str, str]) -> str:
     )
     label = escape(name.replace("_", " "))
     return (
-        f'<p class="small">{label}, most in a bar: {tallest:,}</p><svg viewBox="0 0 {_WIDTH + 30} {_HEIGHT + 20}" width="100%" '
+        f'<p class="small">{label}, most in a bar: {tallest:,}</p>'
+        f'<svg viewBox="0 0 {_WIDTH + 30} {_HEIGHT + 20}" width="100%" '
         f'role="img" aria-label="histogram of {label}">{"".join(bars)}{marks}</svg>'
     )
 

@@ -9,9 +9,11 @@ import torch
 from pyqemb import ops
 from pyqemb.errors import ConfigError
 
-# (queries [B, E], excluded [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where none is left
+# (queries [B, E], excluded [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where
+# none is left
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-_MORE = 4  # faiss knows neither ceilings nor excluded documents: where too few are left, so many times as many are asked for
+# faiss knows neither ceilings nor excluded documents: where too few are left, so many times as many are asked for
+_MORE = 4
 
 
 def exact(documents: np.ndarray, device: torch.device) -> Search:
@@ -31,7 +33,10 @@ def exact(documents: np.ndarray, device: torch.device) -> Search:
 
 
 def approximate(documents: np.ndarray, factory: str) -> Search:
-    """By an index of faiss's index_factory, e.g. "HNSW32" or "IVF1024,Flat". Some of the best are missed; scores are the index's."""
+    """By an index of faiss's index_factory, e.g. "HNSW32" or "IVF1024,Flat".
+
+    Some of the best are missed; scores are the index's.
+    """
     try:
         import faiss
     except ModuleNotFoundError as error:

@@ -17,8 +17,9 @@ from pyqemb.data.example import Example
 class Similarity(Step):
     """Keep a pair when the score of query and positive lies between the bounds.
 
-    min_sim 0.7 is the report's (arXiv 2506.05176, section 3.3). What a score means depends on the model: with another one, look at the
-    histogram, or give shares of the data instead, which are found by scoring all of it first: `min_quantile` 0.2 drops the lowest fifth.
+    min_sim 0.7 is the report's (arXiv 2506.05176, section 3.3). What a score means depends on the model: with another
+    one, look at the histogram, or give shares of the data instead, which are found by scoring all of it first:
+    `min_quantile` 0.2 drops the lowest fifth.
     """
 
     kind: Literal["similarity"] = "similarity"

@@ -16,7 +16,10 @@ WINDOW = 4096  # examples looked at together
 
 
 class Step(StrictModel):
-    """Settings, and `run`. Where a step has a `model`: a folder or hub name, or an object with encode_query and encode_document."""
+    """Settings, and `run`.
+
+    Where a step has a `model`: a folder or hub name, or an object with encode_query and encode_document.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 

@@ -13,7 +13,10 @@ from pyqemb.errors import ConfigError
 
 
 class Length(Step):
-    """Lengths in characters, without the spaces at the ends. A query that is its own positive is dropped unless allowed."""
+    """Lengths in characters, without the spaces at the ends.
+
+    A query that is its own positive is dropped unless allowed.
+    """
 
     kind: Literal["length"] = "length"
     min_query: int = Field(1, ge=0)
@@ -50,8 +53,8 @@ class Length(Step):
 class Language(Step):
     """Keep texts in the named languages (ISO 639-1), as py3langid tells them.
 
-    Short texts carry too little to judge: one with fewer than `min_letters` letters passes, as does one whose best language is less sure
-    than `min_confidence`.
+    Short texts carry too little to judge: one with fewer than `min_letters` letters passes, as does one whose best
+    language is less sure than `min_confidence`.
     """
 
     kind: Literal["language"] = "language"

@@ -21,11 +21,13 @@ _CHUNK = 4096  # texts embedded between two writes: what a kill can cost
 class CachedEncoder:
     """A model whose vectors are kept in a folder, memory-mapped. Same methods as the model's; also what it has besides.
 
-    Each model (by its weights), side and instruction has a folder of its own with checksummed blocks of vectors (`data/blocks.py`). A killed
-    job goes on behind the last finished chunk. Several processes may share a folder. Vectors that the disk has damaged are made again.
+    Each model (by its weights), side and instruction has a folder of its own with checksummed blocks of vectors
+    (`data/blocks.py`). A killed job goes on behind the last finished chunk. Several processes may share a folder.
+    Vectors that the disk has damaged are made again.
 
     Raises:
-        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: a folder of vectors of another dimension.
+        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: a folder of vectors
+            of another dimension.
         MachineError: the folder cannot be read or written, or its disk is full; finished chunks are kept.
     """
 

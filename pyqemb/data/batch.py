@@ -59,7 +59,8 @@ class PackedBatch:
             raise ValueError(f"[PackedBatch] cu_seqlens_cpu must be on the CPU, got {self.cu_seqlens_cpu.device}")
         if self.positions_T.shape != self.input_ids_T.shape:
             raise ValueError(
-                f"[PackedBatch] input_ids_T and positions_T must have one shape, got {list(self.input_ids_T.shape)} and "
+                f"[PackedBatch] input_ids_T and positions_T must have one shape, got {list(self.input_ids_T.shape)} "
+                "and "
                 f"{list(self.positions_T.shape)}"
             )
         if self.cu_seqlens_cpu.shape != self.cu_seqlens.shape:
@@ -182,7 +183,8 @@ class PackedBatch:
             raise TypeError(f"[PackedBatch.select] indices must be integers on the CPU: {error}") from error
         if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
             raise TypeError(
-                f"[PackedBatch.select] indices must be a list of integers, got {chosen.dtype} of shape {list(chosen.shape)}"
+                f"[PackedBatch.select] indices must be a list of integers, got {chosen.dtype} of shape "
+                f"{list(chosen.shape)}"
             )
         chosen = chosen.astype(np.int64)
         count = self.num_sequences

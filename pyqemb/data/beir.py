@@ -3,7 +3,8 @@
 FOLDER/corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv        BEIR; any format of rows, any compression; TREC qrels
 FOLDER/corpus/, queries/, qrels/ (or data/, default/)      the repositories of mteb on the hub: Parquet files or others
 
-Rows have _id or id, and text, perhaps title (documents) or instruction (queries); judgements query-id, corpus-id, score.
+Rows have _id or id, and text, perhaps title (documents) or instruction (queries); judgements query-id, corpus-id,
+score.
 """
 
 import csv
@@ -59,11 +60,12 @@ def splits(folder: Path) -> list[str]:
 def read_beir(folder: Path, split: str | None) -> Beir:
     """Read a folder; `split` None: test, or the only one there.
 
-    Judged queries and documents that are absent are counted in one warning; such a document stays in `qrels`, as mteb keeps
-    it. A pair that is judged twice has its last grade, with a warning where they differ.
+    Judged queries and documents that are absent are counted in one warning; such a document stays in `qrels`, as mteb
+    keeps it. A pair that is judged twice has its last grade, with a warning where they differ.
 
     Raises:
-        DataError: a file that is missing, an id that occurs twice, a grade that is no finite number, no judgement above 0.
+        DataError: a file that is missing, an id that occurs twice, a grade that is no finite number, no judgement above
+            0.
     """
     found = _judgement_files(folder)
     split = choose(folder, found, split, "test")
@@ -262,7 +264,8 @@ def _judgement_table(path: Path, is_id: Callable[[str], bool]) -> Iterator[tuple
             continue
         if len(fields) != max(3, *(1 + place for place in order)) or number_of(fields[order[2]]) is None:
             raise DataError(
-                f"{where}:1: expected query-id, corpus-id, score with tabs between, or TREC's query, iteration, document, grade; "
+                f"{where}:1: expected query-id, corpus-id, score with tabs between, or TREC's query, iteration, "
+                "document, grade; "
                 f"got {line[:80]!r}"
             )
         query, document, grade = (fields[place] for place in order)

@@ -3,8 +3,8 @@
 FOLDER/0000.data     the values, block after block
 FOLDER/0000.index    a record for each block: its place and checksum, the keys and lengths of its values, a digest of the record
 
-A process writes to a pair of files of its own, which it locks, and reads all pairs. No file is ever truncated or rewritten: whatever
-a kill has torn or the disk has damaged is skipped, and what it held is added again.
+A process writes to a pair of files of its own, which it locks, and reads all pairs. No file is ever truncated or
+rewritten: whatever a kill has torn or the disk has damaged is skipped, and what it held is added again.
 """
 
 import fcntl
@@ -39,8 +39,8 @@ log = logging.getLogger("pyqemb")
 class Blocks:
     """Byte strings by key: `rows` finds them, `append` adds some, `values` and `matrix` read them.
 
-    `identity` says what the values depend on: blocks of another identity are not seen. A block's checksum is verified when one of its values is looked up for the first time; a damaged block is logged, and its values
-    count as missing.
+    `identity` says what the values depend on: blocks of another identity are not seen. A block's checksum is verified
+    when one of its values is looked up for the first time; a damaged block is logged, and its values count as missing.
 
     Raises MachineError: the disk is full, or cannot be read or written. What the folder holds stays.
     """
@@ -151,7 +151,10 @@ class Blocks:
         os.fdatasync(files.index)
 
     def _load(self, files: "_Files") -> None:
-        """Add the sound records behind those that were read. A torn one at the end is looked at again: it may be on its way."""
+        """Add the sound records behind those that were read.
+
+        A torn one at the end is looked at again: it may be on its way.
+        """
         raw, at = files.unread(), 0
         read = 0
         while (at := raw.find(_MAGIC, at)) >= 0:

@@ -21,12 +21,14 @@ __all__ = ["Example", "read_examples", "read_lines", "read_located", "read_text"
 def read_examples(path: str | Path, split: str | None = None, *, allow_empty: bool = False) -> Iterator[Example]:
     r"""Yield the examples of a file or a folder.
 
-    A list of positives gives one example each. Columns that no layout knows are left out, with one warning that counts them.
+    A list of positives gives one example each. Columns that no layout knows are left out, with one warning that counts
+    them.
 
     Args:
         path: a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed), or a folder: of such files in the
             layout of a dataset on the hub, in BEIR's layout, or of shards.
-        split: of a folder: train, validation, test or another that its file names tell; None: train, or the only one there.
+        split: of a folder: train, validation, test or another that its file names tell; None: train, or the only one
+            there.
         allow_empty: accept empty queries and positives, for curation, which drops them.
 
     Raises:

@@ -54,8 +54,8 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; when the block ends well it becomes `path`, else it is removed.
 
-    A symbolic link stays, and the file it points to is written. Leftovers of processes that died while they wrote the same
-    file are removed. Raises MachineError naming `path` where the machine does not let it be written.
+    A symbolic link stays, and the file it points to is written. Leftovers of processes that died while they wrote the
+    same file are removed. Raises MachineError naming `path` where the machine does not let it be written.
     """
     path = _followed(Path(path))
     temporary = path.with_name(_partial(path.name))
@@ -80,9 +80,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new empty folder beside `target`; when the block ends well it becomes `target`, else it is removed.
 
-    An old `target` disappears only after the new folder is complete and on the disk. A symbolic link stays, and the folder it
-    points to is written. Leftovers of processes that died while they wrote the same target are removed. Raises MachineError
-    naming `target` where the machine does not let it be written.
+    An old `target` disappears only after the new folder is complete and on the disk. A symbolic link stays, and the
+    folder it points to is written. Leftovers of processes that died while they wrote the same target are removed.
+    Raises MachineError naming `target` where the machine does not let it be written.
     """
     target = _followed(Path(target).absolute())
     temporary = target.with_name(_partial(target.name))

@@ -11,8 +11,8 @@ from pyqemb.data.rows import Row, is_blank, kind_of, number_of, other_delimiter
 from pyqemb.errors import DataError
 
 LAYOUTS = (
-    "query, positive, negative(s); anchor, positive, negative or negative_1 ... negative_n; sentence1, sentence2, score or label; "
-    "question, answer; query, answer (sentence-transformers); query, pos, neg (FlagEmbedding); "
+    "query, positive, negative(s); anchor, positive, negative or negative_1 ... negative_n; sentence1, sentence2, "
+    "score or label; question, answer; query, answer (sentence-transformers); query, pos, neg (FlagEmbedding); "
     "messages, positive_messages, negative_messages; query, response, rejected_response (ms-swift)"
 )
 _QUERY = ("query", "anchor", "sentence1", "question", "messages")
@@ -74,7 +74,8 @@ def examples_of(
 ) -> Iterator[Example]:
     """The examples of a row, one for each of its positives. `cells`: all values are text (CSV).
 
-    Raises DataError naming the place and the column that is missing or wrong; a layout that is not known with those that are.
+    Raises DataError naming the place and the column that is missing or wrong; a layout that is not known with those
+    that are.
     """
     columns = _Columns(row, where, cells, allow_empty)
     query_key, positive_key = columns.first_of(*_QUERY), columns.first_of(*_POSITIVE)

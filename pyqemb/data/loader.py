@@ -37,7 +37,10 @@ class TrainingBatch:
     candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, -1: no more
 
     def text_partition(self, count: int) -> list[np.ndarray]:
-        """The indices of the texts of each of `count` ranks, int64: about as many bytes of text each. Every rank computes the same."""
+        """The indices of the texts of each of `count` ranks, int64: about as many bytes of text each.
+
+        Every rank computes the same.
+        """
         sizes = np.array([len(text.encode()) + 1 for text in self.texts], dtype=np.int64)
         if count == 1:
             return [np.arange(len(sizes))]
@@ -53,10 +56,9 @@ class TrainingBatch:
 class Loader:
     """Batches of examples: `batch(step)` depends on nothing but the datasets, the options and the step.
 
-    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each dataset's share of
-    batches; a dataset's batches walk through its examples in an order
-    drawn anew for every pass, so that each is used once before any comes again. A dataset that is smaller than the batch
-    gives smaller batches.
+    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each
+    dataset's share of batches; a dataset's batches walk through its examples in an order drawn anew for every pass, so
+    that each is used once before any comes again. A dataset that is smaller than the batch gives smaller batches.
     """
 
     def __init__(

@@ -8,7 +8,10 @@ from pyqemb.errors import ConfigError
 
 @dataclass(frozen=True)
 class MixtureRow:
-    """One row of the table that is shown before training. `epochs`: how often each of its rows is expected to be seen."""
+    """One row of the table that is shown before training.
+
+    `epochs`: how often each of its rows is expected to be seen.
+    """
 
     name: str
     rows: int
@@ -50,7 +53,8 @@ def sampling_weights(
         if not free:
             if left > 1e-9:
                 raise ConfigError(
-                    f"max_share and max_epochs leave {left:.1%} of the steps to no dataset; take fewer steps or raise them"
+                    f"max_share and max_epochs leave {left:.1%} of the steps to no dataset; take fewer steps or raise "
+                    "them"
                 )
             return {name: capped[name] for name in rows}
         over = {name: caps[name] for name, value in free.items() if name in caps and left * value / total > caps[name]}
@@ -86,6 +90,7 @@ def lines(found: Iterable[MixtureRow]) -> list[str]:
     width = max(len("dataset"), *(len(row.name) for row in found))
     head = f"{'dataset':{width}}  {'rows':>12}  {'share':>6}  {'batch':>6}  {'steps':>9}  {'epochs':>7}"
     return [head] + [
-        f"{row.name:{width}}  {row.rows:>12,}  {row.share:>6.1%}  {row.batch_size:>6}  {row.steps:>9,.0f}  {row.epochs:>7.2f}"
+        f"{row.name:{width}}  {row.rows:>12,}  {row.share:>6.1%}  {row.batch_size:>6}  {row.steps:>9,.0f}  "
+        f"{row.epochs:>7.2f}"
         for row in found
     ]

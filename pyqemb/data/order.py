@@ -6,7 +6,10 @@ _ROUNDS = 6
 
 
 class Order:
-    """`order(places)`: int64 places -> int64 rows. A Feistel network on 2b bits; what falls outside [0, n) walks on until it is inside."""
+    """`order(places)`: int64 places -> int64 rows.
+
+    A Feistel network on 2b bits; what falls outside [0, n) walks on until it is inside.
+    """
 
     def __init__(self, count: int, generator: np.random.Generator):
         self._count, self._bits = count, max(1, (max(count - 1, 1).bit_length() + 1) // 2)

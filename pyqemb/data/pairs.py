@@ -1,6 +1,7 @@
 """What a reranker reads: a query and a document in the fixed words of a chat that asks for yes or no.
 
-Source: Qwen3 Embedding report (arXiv 2506.05176), section 2; the exact characters are those of Qwen3-Reranker's model card.
+Source: Qwen3 Embedding report (arXiv 2506.05176), section 2; the exact characters are those of Qwen3-Reranker's model
+card.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from pyqemb.data.tokenizer_settings import TextSettings
 from pyqemb.errors import ConfigError, DataError
 
 PREFIX = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    "provided. "
     'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -32,7 +34,8 @@ def format_pair(query: str, document: str, instruction: str | None = None) -> st
 class PairTokenizer(Tokenizer):
     """Bodies to token ids, prefix and suffix around each; a body that is too long is cut, never the words around it.
 
-    `max_length` counts all of it. Raises DataError where "yes" or "no" is no single token, ConfigError where no body would fit.
+    `max_length` counts all of it. Raises DataError where "yes" or "no" is no single token, ConfigError where no body
+    would fit.
     """
 
     # sentence-transformers' CrossEncoder: the chat template around a pair, or a classifier.

@@ -1,7 +1,7 @@
 r"""Rows of JSONL, JSON, CSV, TSV and Parquet files, and lines of text files, each with its place for error messages.
 
-The last suffix may name a compression (.gz, .bz2, .xz, .zst), the one before it the format: none is JSONL, any other is refused.
-Text is UTF-8; a byte-order mark is skipped. A line ends with "\n" or "\r\n" and nothing else.
+The last suffix may name a compression (.gz, .bz2, .xz, .zst), the one before it the format: none is JSONL, any other is
+refused. Text is UTF-8; a byte-order mark is skipped. A line ends with "\n" or "\r\n" and nothing else.
 """
 
 import bz2
@@ -62,7 +62,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-        ".jsonl": read_lines, "": read_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet,
+        ".jsonl": read_lines, "": read_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv,
+        ".parquet": _read_parquet,
     }  # fmt: skip
     reader = readers.get(format_of(path))
     if reader is None:
@@ -152,7 +153,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
         if line.strip():
             if start.startswith(b"{") and not line.rstrip().endswith("}"):
                 raise DataError(
-                    f"{path}:{number}: the object does not end on its line; expected an array of objects, [...], or one object a line"
+                    f"{path}:{number}: the object does not end on its line; expected an array of objects, [...], or "
+                    "one object a line"
                 )
             yield number, _object(line, f"{path}:{number}")
 

@@ -143,7 +143,10 @@ def check_plain(values: Any) -> None:
 
 
 def explain_all(error: ValidationError, one: Callable[[Any], str]) -> str:
-    """What is wrong, in one line: the errors of the innermost keys, by `one`. A list that lost a wrong item is not too short."""
+    """What is wrong, in one line: the errors of the innermost keys, by `one`.
+
+    A list that lost a wrong item is not too short.
+    """
     found = error.errors()
     inner = [each for each in found if not any(_is_inside(other["loc"], each["loc"]) for other in found)]
     return "; ".join(map(one, inner))

@@ -35,7 +35,8 @@ _OPEN = 4096  # record batches whose columns are at hand
 _NUMBERS = pa.list_(pa.float64())
 _SCHEMA = pa.schema(
     [
-        ("query", pa.string()), ("positive", pa.string()), ("negatives", pa.list_(pa.string())), ("instruction", pa.string()), ("task", pa.string()),
+        ("query", pa.string()), ("positive", pa.string()), ("negatives", pa.list_(pa.string())),
+        ("instruction", pa.string()), ("task", pa.string()),
         ("score", pa.float64()), ("scores", _NUMBERS), ("query_embedding", _NUMBERS), ("positive_embedding", _NUMBERS),
     ]
 )  # fmt: skip
@@ -142,7 +143,10 @@ class Shards(Sequence[Example]):
 
 
 class _File:
-    """An Arrow file, mapped. Of Arrow's own framing only the record batches are used, each checked before its first use."""
+    """An Arrow file, mapped.
+
+    Of Arrow's own framing only the record batches are used, each checked before its first use.
+    """
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path, self.batches = path, facts["batches"]

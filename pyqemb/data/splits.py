@@ -1,6 +1,7 @@
 """Which files of a folder are train, validation and test, by the conventions of datasets on the hub.
 
-A split is recognized by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet, default/dev/0.csv).
+A split is recognized by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet,
+default/dev/0.csv).
 Source: https://huggingface.co/docs/datasets/repository_structure
 Beyond them: compounds (trainset.jsonl, devData.csv) and words in camel case (squadTrain.jsonl).
 """
@@ -55,7 +56,9 @@ def split_of(path: Path, shards: bool = False) -> str | None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder and its subfolders, in order. Hidden names and files about the data are passed over.
+    """The files of rows in a folder and its subfolders, in order.
+
+    Hidden names and files about the data are passed over.
 
     Raises DataError naming a file of another kind.
     """
@@ -82,7 +85,8 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
         by_split.setdefault(split_of(path.relative_to(folder)), []).append(path)
     if not by_split:
         raise DataError(
-            f"{folder}: needs qrels/train.tsv beside a corpus and queries (BEIR), or files that end with {describe_formats()}; found none"
+            f"{folder}: needs qrels/train.tsv beside a corpus and queries (BEIR), or files that end with "
+            f"{describe_formats()}; found none"
         )
     if None in by_split and len(by_split) > 1:
         raise DataError(
@@ -102,7 +106,8 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
     configurations = sorted({_configuration(path.relative_to(folder)) for path in files})
     if len(configurations) > 1:
         raise DataError(
-            f"{folder}: holds several configurations ({', '.join(map(repr, configurations))}); give the path of one of them"
+            f"{folder}: holds several configurations ({', '.join(map(repr, configurations))}); give the path of one of "
+            "them"
         )
     return files
 

@@ -38,8 +38,8 @@ class TokenCache:
 class TokenFolder:
     """The same in a folder, in checksummed blocks (`data/blocks.py`). No text is held in memory.
 
-    Each tokenizer and max_length has a folder of its own inside. Several processes may share it: each sees what the others have
-    tokenized. Damage is found when a text is read, and the text is tokenized again.
+    Each tokenizer and max_length has a folder of its own inside. Several processes may share it: each sees what the
+    others have tokenized. Damage is found when a text is read, and the text is tokenized again.
 
     Raises MachineError: the folder cannot be read or written, or its disk is full. What it holds stays.
     """

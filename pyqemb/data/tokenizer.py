@@ -64,8 +64,9 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Self":
         """Read a folder's tokenizer.json. `max_length` None: what the folder says, else no limit.
 
-        The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with its eos_token.
-        It is appended in folders without modules.json; with one, texts end as sentence-transformers ends them.
+        The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with
+        its eos_token. It is appended in folders without modules.json; with one, texts end as sentence-transformers ends
+        them.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"

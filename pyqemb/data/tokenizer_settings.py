@@ -41,7 +41,8 @@ def read_text_settings(
         transformer: other rules than an embedding model's for some settings of sentence_bert_config.json.
 
     Raises:
-        CheckpointError: a setting that is not known, or that the tokenizer cannot follow. File, key and value are named.
+        CheckpointError: a setting that is not known, or that the tokenizer cannot follow. File, key and value are
+            named.
     """
     name = next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), SENTENCE_CONFIGS[0])
     sentence, tokenizer = read_object(folder, name), read_object(folder, "tokenizer_config.json")
@@ -50,7 +51,8 @@ def read_text_settings(
     adds_bos = tokenizer.get("add_bos_token") and _token(tokenizer.get("bos_token"))
     if adds_bos and backend.encode("a").tokens[:1] != [adds_bos]:
         raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: add_bos_token true is not supported: tokenizer.json does not add {adds_bos!r}"
+            f"{folder / 'tokenizer_config.json'}: add_bos_token true is not supported: tokenizer.json does not add "
+            f"{adds_bos!r}"
         )
     prefix_space = tokenizer.get("add_prefix_space")
     if prefix_space is not None and backend.pre_tokenizer is not None:
@@ -115,16 +117,20 @@ _TOKENIZER: dict[str, Rule | None] = {
     "use_auth_token": one_of(False, None),
     "auto_map": None,  # a whole model folder with one is refused, see pyqemb.model.safety
     **dict.fromkeys(
-        # Names of tokens that tokenizer.json holds, or what decoding, padding and chats need: no id of a text depends on them.
+        # Names of tokens that tokenizer.json holds, or what decoding, padding and chats need: no id of a text depends
+        # on them.
         ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token", "video_token",
          "audio_token", "vision_bos_token", "vision_eos_token", "additional_special_tokens", "extra_special_tokens",
          "model_specific_special_tokens", "added_tokens_decoder", "tokenizer_class", "processor_class", "chat_template",
-         "response_template", "response_schema", "clean_up_tokenization_spaces", "spaces_between_special_tokens", "padding_side", "padding",
-         "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "errors", "legacy", "use_default_system_prompt", "use_fast", "backend",
-         "is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file",
-         "model_input_names", "sp_model_kwargs", "from_slow", "max_length", "max_len", "stride", "truncation", "truncation_strategy",
-         "return_token_type_ids", "return_tensors", "init_inputs", "init_kwargs", "verbose", "revision", "vocab_size", "transformers_version", "_commit_hash", "unsloth_fixed", "unsloth_template", "fill_token", "prefix_token", "device_map",
-         "cache_dir", "force_download", "resume_download", "proxies", "subfolder", "torch_dtype", "dtype", "low_cpu_mem_usage",
-         "middle_token", "suffix_token", "eot_token", "suffix_first"), None
+         "response_template", "response_schema", "clean_up_tokenization_spaces", "spaces_between_special_tokens",
+         "padding_side", "padding", "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "errors", "legacy",
+         "use_default_system_prompt", "use_fast", "backend",
+         "is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file", "merges_file",
+         "special_tokens_map_file", "model_input_names", "sp_model_kwargs", "from_slow", "max_length", "max_len",
+         "stride", "truncation", "truncation_strategy", "return_token_type_ids", "return_tensors", "init_inputs",
+         "init_kwargs", "verbose", "revision", "vocab_size", "transformers_version", "_commit_hash", "unsloth_fixed",
+         "unsloth_template", "fill_token", "prefix_token", "device_map",
+         "cache_dir", "force_download", "resume_download", "proxies", "subfolder", "torch_dtype", "dtype",
+         "low_cpu_mem_usage", "middle_token", "suffix_token", "eot_token", "suffix_first"), None
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The data that ships with pyqemb: paragraphs of the LibreOffice help with their human translations, split by page.
 
-Training sees the pages of train.jsonl.xz only; questions come from the pages of dev.jsonl.xz. The few texts that stand word for
-word on both sides are left out of training as well.
+Training sees the pages of train.jsonl.xz only; questions come from the pages of dev.jsonl.xz. The few texts that stand
+word for word on both sides are left out of training as well.
 """
 
 import random
@@ -95,7 +95,10 @@ def supervised_pairs(rows: Sequence[Row]) -> list[Example]:
 
 
 def questions(train: Sequence[Row], dev: Sequence[Row]) -> list[Question]:
-    """Held-out translations and titles. Every paragraph counts as an answer whose text, or whose translation, is equal."""
+    """Held-out translations and titles.
+
+    Every paragraph counts as an answer whose text, or whose translation, is equal.
+    """
     asked = [(key, row[key]) for row in dev for key in LANGUAGES if key in row]
     asked += [(TITLES, row["title"]) for row in dev if row["title"]]
     answers: dict[tuple[str, str], set[str]] = {pair: set() for pair in asked}

@@ -31,8 +31,9 @@ class Question:
 class Material:
     """Training texts and pairs, held-out questions, and the corpora in which their answers are searched.
 
-    `texts` are all training texts (the tokenizer learns from nothing else). `groups` are the columns that the mean is taken
-    over; questions of other groups are reported beside it. The first corpus is the one that the ordering is read from.
+    `texts` are all training texts (the tokenizer learns from nothing else). `groups` are the columns that the mean is
+    taken over; questions of other groups are reported beside it. The first corpus is the one that the ordering is read
+    from.
     """
 
     name: str

@@ -127,8 +127,9 @@ class _Demo:
             )
         config = Qwen3Config(
             vocab_size=tokenizer.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
-            num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim,
-            max_position_embeddings=512, rope_theta=10_000.0, is_causal=False, eos_token_id=tokenizer.end_id,
+            num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
+            head_dim=s.head_dim, max_position_embeddings=512, rope_theta=10_000.0, is_causal=False,
+            eos_token_id=tokenizer.end_id,
         )  # fmt: skip
         embedder = Embedder.from_config(config, tokenizer, seed=s.seed)
         embedder.default_instruction = None
@@ -148,7 +149,8 @@ class _Demo:
             loss={"temperature": temperature},
             train={
                 "steps": steps, "global_batch_size": s.batch, "num_negatives": s.negatives, "learning_rate": rate,
-                "betas": (0.9, 0.95), "seed": s.seed + seed, "log_every": 50, "schedule": "linear", "tokens_per_chunk": 65536,
+                "betas": (0.9, 0.95), "seed": s.seed + seed, "log_every": 50, "schedule": "linear",
+                "tokens_per_chunk": 65536,
             },
             save={"dir": str(self.work / name.replace(" ", "_").replace(",", "")), "every": None},
         )  # fmt: skip

@@ -96,7 +96,8 @@ def functions_of(code: str, *, library: str, file: str) -> Iterator[Function]:
             continue
         summary = " ".join(docstring.split("\n\n")[0].split())
         first = node.body[0]
-        # The statement that ends a one-line body shares its line with others: nothing can be cut out of such a function.
+        # The statement that ends a one-line body shares its line with others: nothing can be cut out of such a
+        # function.
         if len(summary) < 20 or first.lineno <= node.lineno or node.body[1].lineno <= (first.end_lineno or 0):
             continue
         kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]

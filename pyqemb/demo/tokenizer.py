@@ -15,7 +15,10 @@ _SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 16_000) -> tokenizers.Tokenizer:
-    """Learn at most `vocab_size` tokens. `<|endoftext|>` has id 0 and is appended to every text by the tokenizer itself."""
+    """Learn at most `vocab_size` tokens.
+
+    `<|endoftext|>` has id 0 and is appended to every text by the tokenizer itself.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -23,8 +23,8 @@ def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
 
     A title is put before the text, as in a BEIR corpus. Ids that occur again are counted in a warning.
 
-    Raises DataError naming file and row: a text that is missing, an id that some rows have and others lack, or that is no
-    single line of text.
+    Raises DataError naming file and row: a text that is missing, an id that some rows have and others lack, or that is
+    no single line of text.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")

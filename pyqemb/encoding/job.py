@@ -190,8 +190,8 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
         changed = [name for name in facts if before.get(name) != facts[name]]
         if changed and any(folder.glob("*.npy")):
             raise ConfigError(
-                f"{folder}: holds parts of another job ({changed[0]} was {before.get(changed[0])!r}, now {facts[changed[0]]!r}); "
-                "remove it to begin anew"
+                f"{folder}: holds parts of another job ({changed[0]} was {before.get(changed[0])!r}, now "
+                f"{facts[changed[0]]!r}); remove it to begin anew"
             )
         if not changed:
             return job

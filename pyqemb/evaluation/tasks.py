@@ -1,7 +1,7 @@
 """What there is to measure on: retrieval (BEIR layout), graded sentence pairs (STS), and translations (bitext).
 
-The files of a folder say which kind it is: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1, sentence2, score;
-bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
+The files of a folder say which kind it is: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1,
+sentence2, score; bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
 """
 
 import logging

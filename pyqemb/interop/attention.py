@@ -20,17 +20,18 @@ from pyqemb.interop.attention_layout import NAME, Layout, full_rows, layout_of_m
 # What models hand on to attention that no attention function of transformers reads: lengths that the layout has
 # already, switches of other outputs, and model inputs that `**kwargs` carries along.
 IGNORED = {
-    "cache_position", "deterministic", "input_ids", "labels", "layer_idx", "logits_to_keep", "max_length_k", "max_length_q",
-    "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
-    "token_type_ids", "use_cache",
+    "cache_position", "deterministic", "input_ids", "labels", "layer_idx", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
+    "seq_idx", "token_type_ids", "use_cache",
 }  # fmt: skip
 
 
 def register_transformers() -> None:
     """Make `attn_implementation="pyqemb"` known to transformers.
 
-    A model gives what it gives with "eager", forward and backward, or is refused with a ValueError that names the argument, the mask
-    or the class that cannot be served. Padding keys are left out. Queries without keys, and the padding of causal sequences, give zeros.
+    A model gives what it gives with "eager", forward and backward, or is refused with a ValueError that names the
+    argument, the mask or the class that cannot be served. Padding keys are left out. Queries without keys, and the
+    padding of causal sequences, give zeros.
 
     Raises ConfigError: transformers is not there, or older than 4.57.
 
@@ -63,7 +64,8 @@ def _refusing(choose: Any) -> Any:
     def check(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == NAME and not _calls_attention_functions(type(self)):
             raise ValueError(
-                f"[{NAME}] {type(self).__name__} has an attention of its own that does not call transformers' attention functions:"
+                f"[{NAME}] {type(self).__name__} has an attention of its own that does not call transformers' "
+                "attention functions:"
                 f' load it with attn_implementation="eager"'
             )
         return choose(self, requested_attention, is_init_check)

@@ -167,7 +167,10 @@ def _known_bounds(mask: MaskFunction, at_Q: Tensor, real_BS: Tensor) -> tuple[Te
 
 
 def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(first, last) [B, Q]: the keys that a query sees are numbers first to last - 1 among the row's real keys. None: not a range."""
+    """(first, last) [B, Q]: the keys that a query sees are numbers first to last - 1 among the row's real keys.
+
+    None: not a range.
+    """
     batch, keys = real_BS.shape
     number_BS = real_BS.cumsum(1) - 1
     found = []
@@ -186,7 +189,8 @@ def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor
 def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, device: torch.device) -> Layout | None:
     """The sequences in which every query sees all keys or, where those are none, its own and all before. None: neither.
 
-    A query of a causal sequence is the key at its place and padding with it; of others nothing is known, they are computed.
+    A query of a causal sequence is the key at its place and padding with it; of others nothing is known, they are
+    computed.
     """
     batch, keys = real_BS.shape
     row_start_B1 = F.pad(real_BS.sum(1).cumsum(0), (1, 0))[:-1, None]

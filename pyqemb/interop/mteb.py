@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
 class MtebEncoder(AbsEncoder):
     """`mteb.evaluate(MtebEncoder(model), tasks)`.
 
-    `instructions` by task name, task type or "query"; without one a task's own prompt in mteb is taken. Documents get the model's document
-    prompt, both sides of symmetric tasks the instruction, as in the evaluation of Qwen3 Embedding.
+    `instructions` by task name, task type or "query"; without one a task's own prompt in mteb is taken. Documents get
+    the model's document prompt, both sides of symmetric tasks the instruction, as in the evaluation of Qwen3 Embedding.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class MtebReranker:
 def run_suite(
     model: Embedder | Reranker, suite: str, name: str = "pyqemb/model", tasks: Sequence[Any] | None = None
 ) -> dict[str, float]:
-    """{task: main score} of an mteb benchmark ("MTEB(eng, v2)") or of tasks by name, separated by commas. The data come from mteb's hub.
+    """{task: main score} of an mteb benchmark ("MTEB(eng, v2)") or of tasks by name, separated by commas.
+
+    The data come from mteb's hub.
 
     Raises ConfigError: mteb knows no such benchmark or task. DataError: its data cannot be had.
     """
@@ -112,7 +114,8 @@ def _meta(name: str, model: Embedder | Reranker, dim: int | None) -> Any:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = dict(
         name=name, revision=__version__, n_parameters=parameters, embed_dim=dim, max_tokens=model.tokenizer.max_length,
-        similarity_fn_name=ScoringFunction.COSINE if dim else None, framework=["PyTorch"], open_weights=True, use_instructions=True,
+        similarity_fn_name=ScoringFunction.COSINE if dim else None, framework=["PyTorch"], open_weights=True,
+        use_instructions=True,
     )  # fmt: skip
     return ModelMeta.create_empty(facts)
 

@@ -15,8 +15,8 @@ from pyqemb.model.sentence import DEFAULT_INSTRUCTION
 QUERIES = ("What is the capital of China?", "Explain gravity")
 DOCUMENTS = (
     "The capital of China is Beijing.",
-    "Gravity is a force that attracts two bodies towards each other. It gives weight to physical objects and is responsible for the movement of "
-    "planets around the sun.",
+    "Gravity is a force that attracts two bodies towards each other. It gives weight to physical objects and is "
+    "responsible for the movement of planets around the sun.",
 )
 EXPECTED = np.array([[0.7646, 0.1414], [0.1355, 0.6000]])
 TOLERANCE = 0.005
@@ -28,7 +28,10 @@ def similarities(model: Embedder) -> np.ndarray:
 
 
 def check(folder: str | Path, device: str | None = None) -> list[tuple[str, str, float, float, bool]]:
-    """(query, document, expected, found, whether they agree within TOLERANCE) of each pair. CheckpointError: no such model."""
+    """(query, document, expected, found, whether they agree within TOLERANCE) of each pair.
+
+    CheckpointError: no such model.
+    """
     found = similarities(Embedder.from_pretrained(folder, device=device))
     return [
         (

@@ -1,4 +1,7 @@
-"""Does a model folder work elsewhere? Loaded in other libraries, its keys compared with what servers read, run once in float16."""
+"""Does a model folder work elsewhere?
+
+Loaded in other libraries, its keys compared with what servers read, run once in float16.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,8 +36,8 @@ class Check:
 def verify(folder: str | Path) -> list[Check]:
     """Check an embedding model's folder.
 
-    sentence-transformers and transformers load it and must give Embedder's vectors of 200 texts within 1e-5 (float32); vLLM and TEI must
-    find the keys that they need; float16 must not overflow.
+    sentence-transformers and transformers load it and must give Embedder's vectors of 200 texts within 1e-5 (float32);
+    vLLM and TEI must find the keys that they need; float16 must not overflow.
 
     Raises CheckpointError: Embedder itself cannot load it.
     """

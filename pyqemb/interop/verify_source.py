@@ -1,4 +1,7 @@
-"""Does an exported folder give the results of its source? Both are read by sentence-transformers, where it can open the source."""
+"""Does an exported folder give the results of its source?
+
+Both are read by sentence-transformers, where it can open the source.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +28,14 @@ _ROUNDED = 0.01  # of a score: the classifier's row is the rounded difference of
 def verify_source(folder: str | Path, source: str | Path, model: Embedder | Reranker) -> Check:
     """Compare the results of an exported folder with those of the folder that it was exported from, within 1e-5.
 
-    sentence-transformers reads both. Where it cannot open the source, `model` stands for the source, and the check says so.
-    The weights of the source are rounded to the dtype of the export before they are compared.
+    sentence-transformers reads both. Where it cannot open the source, `model` stands for the source, and the check says
+    so. The weights of the source are rounded to the dtype of the export before they are compared.
 
     Args:
         folder: the exported folder.
         source: the folder that it was exported from.
-        model: the source as pyqemb read it, on the CPU, with its adapter. Its adapter is folded in, and its weights are rounded.
+        model: the source as pyqemb read it, on the CPU, with its adapter. Its adapter is folded in, and its weights are
+            rounded.
     """
     return run_check("source", lambda: _compare(Path(folder), Path(source), model))
 

@@ -30,7 +30,9 @@ class Usage:
 
 
 class Asker:
-    """`await asker(request)`: from the store, else from the endpoint, which is then stored. Equal requests are asked once.
+    """`await asker(request)`: from the store, else from the endpoint, which is then stored.
+
+    Equal requests are asked once.
 
     Raises MalformedAnswerError where one request stays without an answer, DataError when `give_up_after` in a row do,
     ConfigError where the server refuses; what was answered is stored.
@@ -77,7 +79,8 @@ class Asker:
                 if self._failed_in_a_row >= self.endpoint.give_up_after:
                     where = self.endpoint.base_url or self.endpoint.model
                     raise DataError(
-                        f"{where} does not answer ({error.reason}): {self._failed_in_a_row} requests in a row, each tried "
+                        f"{where} does not answer ({error.reason}): {self._failed_in_a_row} requests in a row, each "
+                        "tried "
                         f"{self.endpoint.retries + 1} times; the answers so far are in {self.store.path}"
                     ) from error
                 raise MalformedAnswerError(error.reason, error.text, key) from error
@@ -108,7 +111,10 @@ class Asker:
 async def run_in_order(
     items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
 ) -> AsyncIterator[tuple[T, R]]:
-    """(item, its result) in the order of the items, with up to `window` under way. The first error ends it and cancels the rest."""
+    """(item, its result) in the order of the items, with up to `window` under way.
+
+    The first error ends it and cancels the rest.
+    """
     waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
     try:
         for item in items:

@@ -9,7 +9,8 @@ from pyqemb.data import strict_json
 _TAGS = (
     "think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad|seed:think|seed:cot_budget_reflect"
 )
-# What opens and what closes a thought: DeepSeek, Qwen and most others; Magistral; Kimi; OpenThinker; Command A; Apertus; Gemma.
+# What opens and what closes a thought: DeepSeek, Qwen and most others; Magistral; Kimi; OpenThinker; Command A;
+# Apertus; Gemma.
 _OPEN = (
     rf"<(?:{_TAGS})\b[^<>]*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|inner_prefix\|>"
     r"|<\|channel>(?!\s*final)"
@@ -37,8 +38,8 @@ class Candidates(NamedTuple):
 def candidates(text: str) -> Candidates:
     """Every complete JSON object outside of thoughts, the outermost ones.
 
-    A thought that is not closed has no end; before a closing marker without an opening one everything is thought. Markers
-    inside of JSON strings are text. Objects that `strict_json` refuses are none.
+    A thought that is not closed has no end; before a closing marker without an opening one everything is thought.
+    Markers inside of JSON strings are text. Objects that `strict_json` refuses are none.
     """
     objects: list[dict[str, Any]] = []
     prose: list[str] = []

@@ -67,7 +67,10 @@ class Request:
     schema: dict[str, Any] | None = None
 
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
-        """Everything that the answer depends on. The seed is there though it is omitted: it tells one try from the next."""
+        """Everything that the answer depends on.
+
+        The seed is there though it is omitted: it tells one try from the next.
+        """
         sampling = {name: getattr(endpoint, name) for name in ("temperature", "top_p", "max_tokens")}
         return {
             "model": endpoint.model,

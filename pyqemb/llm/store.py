@@ -23,8 +23,8 @@ class Store:
 
     Each answer has a digest: one that the disk has damaged counts as missing, and is asked for again.
 
-    Raises DataError naming the file where it cannot be opened, is no store or is damaged, MachineError where its disk is
-    full or fails; what it holds stays.
+    Raises DataError naming the file where it cannot be opened, is no store or is damaged, MachineError where its disk
+    is full or fails; what it holds stays.
     """
 
     def __init__(self, path: str | Path):
@@ -53,8 +53,8 @@ class Store:
             raise DataError(f"{self.path}: is of version {version}, this version reads {_VERSION}")
         if version < _VERSION:
             run(
-                "create table if not exists answers (key text primary key, request text not null, answer text not null) "
-                "without rowid"
+                "create table if not exists answers (key text primary key, request text not null, answer text not "
+                "null) without rowid"
             )
             if "digest" not in [column[1] for column in run("pragma table_info(answers)")]:
                 run("alter table answers add column digest blob")

@@ -123,7 +123,8 @@ def merge(
     merged: list[MergedTensor] = []
     provenance = {
         "merged": {
-            "method": method, "checkpoints": [str(f) for f in folders], "weights": normalized, "base": None if root is None else str(root),
+            "method": method, "checkpoints": [str(f) for f in folders], "weights": normalized,
+            "base": None if root is None else str(root),
         }
     }  # fmt: skip
     named: Callable[[str], str] = reranker_name if reranks else str
@@ -131,7 +132,8 @@ def merge(
         target = like_reranker(chosen, out, config, provenance)
     else:
         target = portable_folder(
-            out, config=config, tokenizer=Tokenizer.from_folder(chosen), settings=read_sentence_settings(chosen, config.hidden_size),
+            out, config=config, tokenizer=Tokenizer.from_folder(chosen),
+            settings=read_sentence_settings(chosen, config.hidden_size),
             matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
         )  # fmt: skip
     with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
@@ -225,7 +227,8 @@ def _settings_folder(
             if settings[key] != value:
                 seen = "" if key == "tokenizer" else f": {shown(settings[key])}, {shown(value)}"
                 raise ConfigError(
-                    f"{folder}: {key} differs from {folders[0]}{seen}; choose with settings_from whose settings the merged model gets"
+                    f"{folder}: {key} differs from {folders[0]}{seen}; choose with settings_from whose settings the "
+                    "merged model gets"
                 )
     return folders[0]
 
@@ -287,7 +290,10 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
 
 @contextmanager
 def _weight_file(path: Path, tensors: Tensors, named: Callable[[str], str]) -> Iterator[BinaryIO]:
-    """A safetensors file after its head: where each tensor will stand is known before any tensor is. `named`: as it is called there."""
+    """A safetensors file after its head: where each tensor will stand is known before any tensor is.
+
+    `named`: as it is called there.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in tensors:

@@ -30,8 +30,8 @@ _SHOWN = 5  # names in an error before "and n more"
 class Tensors(Mapping[str, torch.Tensor]):
     """A folder's tensors by name; each is read from the disk when it is asked for.
 
-    Names come without the `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file` None: the model's, one or in shards.
-    CheckpointError names the file that is missing, damaged or outside the folder.
+    Names come without the `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file` None:
+    the model's, one or in shards. CheckpointError names the file that is missing, damaged or outside the folder.
     """
 
     def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,), file: str | None = None):
@@ -122,7 +122,8 @@ def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None
     layers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
     if len(layers) != config.num_hidden_layers:
         raise CheckpointError(
-            f"{tensors.folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights hold {len(layers)} layers"
+            f"{tensors.folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights hold "
+            f"{len(layers)} layers"
         )
     hidden, heads, keys = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     shapes = {

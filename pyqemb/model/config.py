@@ -21,8 +21,9 @@ Config = TypeVar("Config", bound="DecoderConfig")
 class DecoderConfig:
     """Sizes and constants of a decoder. Each family has a subclass, see `pyqemb.model.families`.
 
-    `is_causal` False makes its attention bidirectional. `rope_scaling` is the scaled rotary embedding of config.json, None for the
-    plain one. `extra` keeps the other keys of the config.json that it was read from, so that writing it again loses nothing.
+    `is_causal` False makes its attention bidirectional. `rope_scaling` is the scaled rotary embedding of config.json,
+    None for the plain one. `extra` keeps the other keys of the config.json that it was read from, so that writing it
+    again loses nothing.
     """
 
     vocab_size: int
@@ -175,8 +176,8 @@ _ATTENTION = (
     "_attn_implementation_autoset",
 )
 _CHECKED = (
-    "hidden_act", "use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope", "sliding_window", "layer_types",
-    "architectures", _BIDIRECTIONAL, *_ATTENTION,
+    "hidden_act", "use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope", "sliding_window",
+    "layer_types", "architectures", _BIDIRECTIONAL, *_ATTENTION,
 )  # fmt: skip
 
 

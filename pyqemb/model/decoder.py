@@ -1,9 +1,10 @@
 """The packed decoder: embedding, blocks of attention and MLP around a residual stream, final norm.
 
-The parts here are those of Qwen3; `families/` says which a model type has. Parameter names are those of Hugging Face's Qwen3Model.
+The parts here are those of Qwen3; `families/` says which a model type has. Parameter names are those of Hugging Face's
+Qwen3Model.
 
-Legend: T packed tokens, B sequences, S queries (T, or the last token of each sequence), U distinct ids, N query heads, K key heads,
-D head dim, E hidden, I intermediate.
+Legend: T packed tokens, B sequences, S queries (T, or the last token of each sequence), U distinct ids, N query heads,
+K key heads, D head dim, E hidden, I intermediate.
 Source: Qwen3 technical report, arXiv 2505.09388, section 2.
 """
 

@@ -35,7 +35,8 @@ class Embedder(Encoding):
     text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
 
     Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
-    (whether the folder has a Normalize module), `plain` (whether it is a base model's, without modules.json), `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
+    (whether the folder has a Normalize module), `plain` (whether it is a base model's, without modules.json),
+    `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class Embedder(Encoding):
     def settings(self) -> SentenceSettings:
         """What a saved folder says beside the decoder. ConfigError: values that do not go together."""
         return SentenceSettings(
-            self.pooling, self.prompts, self.default_prompt_name, self.similarity_fn_name, self.truncate_dim, self.normalize
+            self.pooling, self.prompts, self.default_prompt_name, self.similarity_fn_name, self.truncate_dim,
+            self.normalize
         )  # fmt: skip
 
     @property

@@ -21,7 +21,8 @@ Encoder = TypeVar("Encoder")
 class SentenceTransformerEncoder:
     """A sentence-transformers folder, read from the disk alone, safetensors only.
 
-    Its own query prompt is used where it has one; an `instruction` is not, for such models were trained with other templates.
+    Its own query prompt is used where it has one; an `instruction` is not, for such models were trained with other
+    templates.
     """
 
     def __init__(self, folder: str | Path):

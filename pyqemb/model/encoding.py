@@ -1,4 +1,7 @@
-"""Texts to vectors, whatever their number, with the methods and arguments of SentenceTransformer. Legend: B texts, T tokens, E hidden size."""
+"""Texts to vectors, whatever their number, with the methods and arguments of SentenceTransformer.
+
+Legend: B texts, T tokens, E hidden size.
+"""
 
 import asyncio
 import logging
@@ -80,9 +83,9 @@ class Encoding(Pooled, PackedModel):
             convert_to_numpy: False gives a list of tensors.
             convert_to_tensor: True gives one tensor.
             device: move the model there first. A list of devices encodes in one process for each.
-            normalize_embeddings: True gives unit vectors. Otherwise a model whose folder has a Normalize module gives unit vectors, and a
-                model without one gives what its pooling gives. For a base model (a folder without modules.json), False gives what its
-                pooling gives, and None, the default, gives unit vectors.
+            normalize_embeddings: True gives unit vectors. Otherwise a model whose folder has a Normalize module gives
+                unit vectors, and a model without one gives what its pooling gives. For a base model (a folder without
+                modules.json), False gives what its pooling gives, and None, the default, gives unit vectors.
             truncate_dim: keep the first components only; they are normalized again only by `normalize_embeddings=True`.
                 None: the model's own `truncate_dim`.
             pool: the processes of `start_multi_process_pool`, which encode the texts (default: this process).

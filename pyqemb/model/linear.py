@@ -1,4 +1,7 @@
-"""The matrix products of a decoder, each with room for a low-rank adapter. Legend: R rank, I and O features in and out."""
+"""The matrix products of a decoder, each with room for a low-rank adapter.
+
+Legend: R rank, I and O features in and out.
+"""
 
 import torch
 from torch import nn

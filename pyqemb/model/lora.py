@@ -26,7 +26,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NOTHING: Rule = lambda value: not value  # noqa: E731
 _NAMES: Rule = lambda value: value is None or isinstance(value, str | list)  # noqa: E731
-# Every setting of peft's LoraConfig (and of its base classes), and the values with which an adapter is x W^T + scale (x A^T) B^T.
+# Every setting of peft's LoraConfig (and of its base classes), and the values with which an adapter is x W^T + scale (x
+# A^T) B^T.
 _SETTINGS: dict[str, Rule | None] = {
     "peft_type": one_of("LORA"),
     "r": lambda value: type(value) is int and value > 0,
@@ -50,9 +51,9 @@ _SETTINGS: dict[str, Rule | None] = {
     "runtime_config": None,
     **dict.fromkeys(
         ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
-         "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "auto_mapping", "loftq_config",
-         "corda_config", "lora_ga_config", "velora_config", "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
-         "megatron_config", "ensure_weight_tying"), _NOTHING
+         "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "auto_mapping",
+         "loftq_config", "corda_config", "lora_ga_config", "velora_config", "use_qalora", "monteclora_config",
+         "use_bdlora", "arrow_config", "kasa_config", "megatron_config", "ensure_weight_tying"), _NOTHING
     ),
 }  # fmt: skip
 
@@ -83,7 +84,10 @@ class LoraConfig:
 
 
 def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
-    """Freeze the model and give its targets new adapters, which change nothing yet (B is zero). The same for the same seed."""
+    """Freeze the model and give its targets new adapters, which change nothing yet (B is zero).
+
+    The same for the same seed.
+    """
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
     model.requires_grad_(False)
@@ -124,7 +128,8 @@ def save_adapter(
 ) -> Path:
     """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
 
-    `base`: what adapter_config.json calls the base model. `task_type` "CAUSAL_LM": for the same decoder under a language-model head.
+    `base`: what adapter_config.json calls the base model. `task_type` "CAUSAL_LM": for the same decoder under a
+    language-model head.
     Raises ConfigError: the model has no adapters, or ones of several ranks.
     """
     layers = adapted(model)
@@ -141,8 +146,9 @@ def save_adapter(
         for side in "AB"
     }
     settings: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base, "r": rank, "lora_alpha": scale * rank,
-        "lora_dropout": next(iter(loras.values())).dropout.p, "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": scale * rank, "lora_dropout": next(iter(loras.values())).dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
         "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
@@ -152,8 +158,8 @@ def save_adapter(
 def load_adapter(model: Decoder, folder: str | Path) -> None:
     """Give the model the adapters of a peft folder, plain LoRA on its projections; the model is frozen but for them.
 
-    Raises CheckpointError, naming the file: a setting that would change the arithmetic, a tensor that is missing, surplus, or of another
-    shape. ConfigError: the model has adapters already.
+    Raises CheckpointError, naming the file: a setting that would change the arithmetic, a tensor that is missing,
+    surplus, or of another shape. ConfigError: the model has adapters already.
     """
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
@@ -166,7 +172,8 @@ def load_adapter(model: Decoder, folder: str | Path) -> None:
         wanted = (b_OR.shape[0], a_RI.shape[1])
         if tuple(linear.weight.shape) != wanted or a_RI.shape[0] != b_OR.shape[1]:
             raise CheckpointError(
-                f"{folder}: the adapter of {name} is for a weight of shape {list(wanted)}, the model has {list(linear.weight.shape)}"
+                f"{folder}: the adapter of {name} is for a weight of shape {list(wanted)}, the model has "
+                f"{list(linear.weight.shape)}"
             )
     model.requires_grad_(False)
     for name, (a_RI, b_OR) in adapter.pairs.items():

@@ -37,7 +37,10 @@ class Opened(NamedTuple):
 def open_folder(
     folder: str | Path, kind: Kind, attention: Attention | None, heads: Collection[str] = (LM_HEAD,)
 ) -> Opened:
-    """Open a folder, or a hub id, that is to hold a model of that kind. CheckpointError names the file that is wrong."""
+    """Open a folder, or a hub id, that is to hold a model of that kind.
+
+    CheckpointError names the file that is wrong.
+    """
     path = local_folder(folder)
     check_safe(path)
     config = with_attention(read_config(path), attention)

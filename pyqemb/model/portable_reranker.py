@@ -1,7 +1,7 @@
 """The reranker's folder: a causal language model, or a sequence classifier, with the template as a chat template.
 
-No modules.json: sentence-transformers' CrossEncoder finds out what a folder is by its architecture, in every version, and renders pairs by
-the chat template where it knows how (from 6.0 on); older versions want the rendered text.
+No modules.json: sentence-transformers' CrossEncoder finds out what a folder is by its architecture, in every version,
+and renders pairs by the chat template where it knows how (from 6.0 on); older versions want the rendered text.
 """
 
 import json
@@ -67,8 +67,9 @@ def like_reranker(
 ) -> AbstractContextManager[Path]:
     """`reranker_folder` for other weights of the reranker in `folder`."""
     return reranker_folder(
-        target, format=read_contract(folder).get("format", FORMATS[0]), config=config, tokenizer=PairTokenizer.from_folder(folder),
-        tied=config.tie_word_embeddings, instruction=read_instruction(folder, INSTRUCTION), provenance=provenance,
+        target, format=read_contract(folder).get("format", FORMATS[0]), config=config,
+        tokenizer=PairTokenizer.from_folder(folder), tied=config.tie_word_embeddings,
+        instruction=read_instruction(folder, INSTRUCTION), provenance=provenance,
     )  # fmt: skip
 
 
@@ -111,7 +112,10 @@ def _config_json(
 
 
 def _card_body(name: str, format: str, instruction: str) -> str:
-    overrides = '{"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": true}'
+    overrides = (
+        '{"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"], '
+        '"is_original_qwen3_reranker": true}'
+    )
     serve = f"vllm serve {name} --runner pooling" + (f" --hf-overrides '{overrides}'" if format == "causal-lm" else "")
     return f"""A reranker that answers yes or no, trained with pyqemb {__version__}.
 

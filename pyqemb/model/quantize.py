@@ -13,9 +13,9 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 def quantize(vectors_NE: np.ndarray, precision: str, ranges_2E: np.ndarray | None = None) -> np.ndarray:
     """float32 vectors in another precision.
 
-    int8, uint8: 256 steps between the least and the greatest value of each feature, `ranges_2E`, or those of these vectors. Give the same
-    ranges to queries and documents that are to be compared. binary, ubinary: the signs, eight features a byte, [N, ceil(E / 8)], as int8 (less
-    128) or uint8.
+    int8, uint8: 256 steps between the least and the greatest value of each feature, `ranges_2E`, or those of these
+    vectors. Give the same ranges to queries and documents that are to be compared. binary, ubinary: the signs, eight
+    features a byte, [N, ceil(E / 8)], as int8 (less 128) or uint8.
 
     Raises ConfigError: an unknown precision, ranges of another shape.
     """

@@ -30,8 +30,8 @@ _PAIRS_AT_ONCE = 4096  # tokenized together
 class Reranker(Scoring):
     """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
 
-    `model` is the Decoder. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are tied to the
-    token embeddings. `default_instruction` None: that of the model card.
+    `model` is the Decoder. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are
+    tied to the token embeddings. `default_instruction` None: that of the model card.
     """
 
     def __init__(
@@ -120,7 +120,10 @@ class Reranker(Scoring):
         tokens_per_chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`score` before the sigmoid: how far the logit of yes lies above that of no. `on_progress` takes the number of new margins."""
+        """`score` before the sigmoid: how far the logit of yes lies above that of no.
+
+        `on_progress` takes the number of new margins.
+        """
         bodies = self.format(pairs, instruction)
         margins = np.empty(len(bodies), dtype=np.float32)
         for first in range(0, len(bodies), _PAIRS_AT_ONCE):
@@ -234,6 +237,7 @@ def _read_head(
         raise CheckpointError(f"{tensors.folder}: {LM_HEAD} is missing, and config.json says that it is not tied")
     if lm_head.shape != (config.vocab_size, config.hidden_size):
         raise CheckpointError(
-            f"{tensors.folder}: {LM_HEAD} has shape {list(lm_head.shape)}, expected [{config.vocab_size}, {config.hidden_size}]"
+            f"{tensors.folder}: {LM_HEAD} has shape {list(lm_head.shape)}, expected [{config.vocab_size}, "
+            f"{config.hidden_size}]"
         )
     return lm_head[[tokenizer.yes_id, tokenizer.no_id]].clone(), lm_head.clone()

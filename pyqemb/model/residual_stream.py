@@ -1,7 +1,7 @@
 """Residual-stream reuse: a second pass over the same batch leaves out the products that end in the residual stream.
 
-A first pass keeps the stream after each of them. A second pass that needs gradients takes the stream from there: the value of
-x + W y is known, only its gradients are computed. Same bits, a third of the products less.
+A first pass keeps the stream after each of them. A second pass that needs gradients takes the stream from there: the
+value of x + W y is known, only its gradients are computed. Same bits, a third of the products less.
 """
 
 from typing import Protocol

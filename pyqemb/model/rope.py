@@ -1,4 +1,7 @@
-"""The rotary embedding: its frequencies, as config.json scales them, and the angles of tokens. Legend: T tokens, H = head_dim / 2."""
+"""The rotary embedding: its frequencies, as config.json scales them, and the angles of tokens.
+
+Legend: T tokens, H = head_dim / 2.
+"""
 
 import math
 from collections.abc import Callable, Mapping

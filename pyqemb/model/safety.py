@@ -61,9 +61,10 @@ def check_safe(folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: modules.json names a class that is not one of sentence-transformers' plain modules, or a path
-            outside the folder; a configuration has `auto_map`, an attention implementation that is not one of transformers'
-            own, `trust_remote_code` or an activation that is no plain one of torch; a file is a link that leaves the folder;
-            weights are a pickle; the folder holds an adapter, which some loaders apply to its weights and others do not.
+            outside the folder; a configuration has `auto_map`, an attention implementation that is not one of
+            transformers' own, `trust_remote_code` or an activation that is no plain one of torch; a file is a link that
+            leaves the folder; weights are a pickle; the folder holds an adapter, which some loaders apply to its
+            weights and others do not.
     """
     folder = Path(folder)
     if (folder / _ADAPTER).exists():
@@ -112,7 +113,8 @@ def read_modules(folder: Path) -> list[Module] | None:
     """modules.json in its order; None where there is none.
 
     Raises:
-        CheckpointError: not a list of modules, an unknown key, a class that is not on the list, a path that leaves the folder.
+        CheckpointError: not a list of modules, an unknown key, a class that is not on the list, a path that leaves the
+            folder.
     """
     where, entries = folder / "modules.json", read_json(folder, "modules.json")
     if entries is None:

@@ -1,4 +1,7 @@
-"""What a folder says beside the decoder: pooling, normalization, prompts, similarity. Every setting is honored or refused by name."""
+"""What a folder says beside the decoder: pooling, normalization, prompts, similarity.
+
+Every setting is honored or refused by name.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +58,8 @@ class SentenceSettings:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
             raise ConfigError(
-                f"default_prompt_name must be one of the prompts {', '.join(self.prompts)}, got {self.default_prompt_name!r}"
+                f"default_prompt_name must be one of the prompts {', '.join(self.prompts)}, got "
+                f"{self.default_prompt_name!r}"
             )
         check_similarity(self.similarity_fn_name)
         if not self.normalize and self.similarity_fn_name != "cosine":  # mining and evaluation compare unit vectors
@@ -82,7 +86,8 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
         kinds = [module.kind for module in modules]
         if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
             raise CheckpointError(
-                f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and Normalize, got {', '.join(kinds)}"
+                f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and Normalize, got "
+                f"{', '.join(kinds)}"
             )
         _check_root(folder, modules[0])
         for module in modules[1:]:
@@ -114,8 +119,8 @@ def read_contract(folder: Path) -> dict[str, Any]:
     """pyqemb.json, empty where there is none.
 
     Raises:
-        CheckpointError: an unknown key, or a value of a key that is read and cannot be. What only records how the folder
-            was made (pooling, attention, lengths) is not compared with the files that decide it.
+        CheckpointError: an unknown key, or a value of a key that is read and cannot be. What only records how the
+            folder was made (pooling, attention, lengths) is not compared with the files that decide it.
     """
     values = read_object(folder, CONTRACT)
     check_keys(values, _CONTRACT, folder / CONTRACT)
@@ -150,7 +155,8 @@ def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
         _check_own_folder(folder, module)
         path = f"{module.path}/config.json"
         rules: dict[str, Rule | None] = {
-            "true_token_id": one_of(yes_id), "false_token_id": one_of(no_id), "module_input_name": one_of("causal_logits"),
+            "true_token_id": one_of(yes_id), "false_token_id": one_of(no_id),
+            "module_input_name": one_of("causal_logits"),
         }  # fmt: skip
         values = {"true_token_id": None, "false_token_id": None, **read_object(folder, path)}
         check_keys(values, rules, folder / path)
@@ -186,14 +192,16 @@ def _kind(folder: Path) -> tuple[Kind | None, str]:
 def _check_root(folder: Path, transformer: Module) -> None:
     if transformer.path not in ("", "."):
         raise CheckpointError(
-            f"{folder / 'modules.json'}: the Transformer must lie in the folder itself, got the path {shown(transformer.path)}"
+            f"{folder / 'modules.json'}: the Transformer must lie in the folder itself, got the path "
+            f"{shown(transformer.path)}"
         )
 
 
 def _check_own_folder(folder: Path, module: Module) -> None:
     if module.path in ("", "."):
         raise CheckpointError(
-            f"{folder / 'modules.json'}: the {module.kind} module must have a folder of its own, got the path {shown(module.path)}"
+            f"{folder / 'modules.json'}: the {module.kind} module must have a folder of its own, got the path "
+            f"{shown(module.path)}"
         )
 
 

@@ -40,10 +40,10 @@ class Synthesis:
         usage = self.usage
         return {
             "examples": self.examples, "by task": dict(self.by_task), "given up": self.failed,
-            "malformed answers": dict(self.malformed.most_common()), "asked": usage.asked, "from the store": usage.stored,
-            "retries": dict(usage.retries), "prompt tokens": usage.prompt_tokens, "completion tokens": usage.completion_tokens,
-            "cost": round(usage.cost(config.endpoint), 6), "seconds": round(self.seconds, 1),
-            "config": config.model_dump(mode="json"),
+            "malformed answers": dict(self.malformed.most_common()), "asked": usage.asked,
+            "from the store": usage.stored, "retries": dict(usage.retries), "prompt tokens": usage.prompt_tokens,
+            "completion tokens": usage.completion_tokens, "cost": round(usage.cost(config.endpoint), 6),
+            "seconds": round(self.seconds, 1), "config": config.model_dump(mode="json"),
         }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ DIFFICULTIES = ("high_school", "university", "phd")
 TASKS = ("retrieval", "bitext", "sts", "classification")
 SCORES = {
     "0": "nothing in common", "1": "only the subject in common", "2": "not the same, with some details in common",
-    "3": "about the same, with important information different or missing", "4": "the same but for details that do not matter", "5": "the same in other words",
+    "3": "about the same, with important information different or missing",
+    "4": "the same but for details that do not matter", "5": "the same in other words",
 }  # fmt: skip
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 

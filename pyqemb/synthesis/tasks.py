@@ -29,7 +29,10 @@ OnMalformed = Callable[[str, MalformedAnswerError], None]  # (name of the prompt
 
 
 class Writer:
-    """Writes the examples of one configuration. Each malformed answer is passed to `on_malformed` before it is asked again."""
+    """Writes the examples of one configuration.
+
+    Each malformed answer is passed to `on_malformed` before it is asked again.
+    """
 
     def __init__(self, config: SynthesisConfig, ask: Asker, on_malformed: OnMalformed):
         self.config, self._ask, self._on_malformed = config, ask, on_malformed
@@ -42,7 +45,8 @@ class Writer:
         generator = random.Random(f"{self.config.seed} {number} {source.text}")
         task = draw(self.config.tasks, generator)
         tasks: dict[str, Callable[[Source, random.Random], Awaitable[Example]]] = {
-            "retrieval": self._retrieval, "bitext": self._bitext, "sts": self._sts, "classification": self._classification,
+            "retrieval": self._retrieval, "bitext": self._bitext, "sts": self._sts,
+            "classification": self._classification,
         }  # fmt: skip
         return await tasks[task](source, generator)
 
@@ -62,8 +66,8 @@ class Writer:
         written = await self._reply(
             "retrieval_generation", Query, generator,
             character=chosen.character, type=chosen.question_type, meaning=QUESTION_TYPES[chosen.question_type],
-            difficulty=chosen.difficulty, length=length, language=language, of_language=_of(source), passage=source.text,
-            check=lambda reply: _query_reason(reply.query, source.text, length),
+            difficulty=chosen.difficulty, length=length, language=language, of_language=_of(source),
+            passage=source.text, check=lambda reply: _query_reason(reply.query, source.text, length),
         )  # fmt: skip
         negatives: list[str] = []
         for _ in range(config.negatives):
@@ -80,7 +84,8 @@ class Writer:
         if not any(languages.values()):
             raise MalformedAnswerError("no other language to translate into")
         reply = await self._reply(
-            "bitext", Translation, generator, language=draw(languages, generator), of_language=_of(source), passage=source.text,
+            "bitext", Translation, generator, language=draw(languages, generator), of_language=_of(source),
+            passage=source.text,
             check=lambda reply: "translation is the text" if _same(reply.translation, source.text) else None,
         )  # fmt: skip
         return Example(source.text, reply.translation, instruction="Retrieve parallel sentences", task="bitext")
@@ -89,8 +94,8 @@ class Writer:
         config = self.config
         score = draw(config.scores, generator)
         reply = await self._reply(
-            "sts", Sentences, generator, language=draw(config.languages, generator), length=draw(config.lengths, generator),
-            score=score, meaning=SCORES[score], passage=source.text,
+            "sts", Sentences, generator, language=draw(config.languages, generator),
+            length=draw(config.lengths, generator), score=score, meaning=SCORES[score], passage=source.text,
             check=lambda reply: "sentences are the same" if _same(reply.sentence1, reply.sentence2) else None,
         )  # fmt: skip
         instruction = "Retrieve semantically similar text"
@@ -100,7 +105,8 @@ class Writer:
         config = self.config
         reply = await self._reply(
             "classification", Labelled, generator, language=draw(config.languages, generator),
-            length=draw(config.lengths, generator), count=config.wrong_labels, difficulty=draw(config.difficulties, generator), passage=source.text,
+            length=draw(config.lengths, generator), count=config.wrong_labels,
+            difficulty=draw(config.difficulties, generator), passage=source.text,
             check=_label_reason,
         )  # fmt: skip
         wrong = tuple(dict.fromkeys(reply.wrong_labels))[: config.wrong_labels]

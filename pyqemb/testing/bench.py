@@ -49,7 +49,8 @@ class Comparison:
         speed = f"{self.speed:.0f} {unit} | {self.speed / self.ceiling:.0%}" if self.gflop or self.gbyte else "- | -"
         ours = f"{1e3 * self.ours.seconds:.1f} | {self.ours.extra_bytes / 2**20:.0f} | {speed}"
         rows = [
-            f"| {self.case} | {ours} | {name} | {1e3 * peer.seconds:.1f} | {peer.extra_bytes / 2**20:.0f} | {self.ratio(name):.2f}x |"
+            f"| {self.case} | {ours} | {name} | {1e3 * peer.seconds:.1f} | {peer.extra_bytes / 2**20:.0f} | "
+            f"{self.ratio(name):.2f}x |"
             for name, peer in self.peers.items()
         ]
         return rows or [f"| {self.case} | {ours} | none | - | - | - |"]
@@ -80,7 +81,10 @@ def compare(
     gflop: float = 0.0,
     gbyte: float = 0.0,
 ) -> Comparison:
-    """Each round calls the ceiling, every peer and, timed by `clock`, ours; medians. A first call warms up and shows the memory."""
+    """Each round calls the ceiling, every peer and, timed by `clock`, ours; medians.
+
+    A first call warms up and shows the memory.
+    """
     ceiling, amount = _copy() if gbyte else _gemm()
     extra = {name: peak_bytes(work) for name, work in {"": ours, **peers}.items()}
     others = {"": ceiling, **peers}

@@ -9,7 +9,8 @@ _FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch
 def assert_close_as(actual: Tensor, low: Tensor, truth: Tensor, name: str = "value", factor: float = 2.0) -> None:
     """Fail when `actual` is farther from the float64 `truth` than `factor` times the low-precision `low` is.
 
-    The floor is one rounding of the storage dtype at the size of the truth, or of unit inputs where the truth cancels to zero.
+    The floor is one rounding of the storage dtype at the size of the truth, or of unit inputs where the truth cancels
+    to zero.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(truth.shape)}"
     if not actual.numel():

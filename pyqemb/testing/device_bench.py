@@ -1,4 +1,7 @@
-"""Timing on a GPU against peers: events, cold caches, all contenders in turn. On the CPU the same code with a wall clock."""
+"""Timing on a GPU against peers: events, cold caches, all contenders in turn.
+
+On the CPU the same code with a wall clock.
+"""
 
 import gc
 import json
@@ -220,9 +223,10 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         facts = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         text = (
-            f"# {self.title}\n\n{facts}.\n\nMedians of interleaved rounds in one process, times on the device by events, caches "
-            "cold. Ceilings are a matrix product of 8192 in the case's dtype and a copy of 256 MiB, timed in the same rounds. "
-            "Host: the caller's time a call. Extra: device memory on top of the inputs. The last column is the difference of "
+            f"# {self.title}\n\n{facts}.\n\nMedians of interleaved rounds in one process, times on the device by "
+            "events, caches cold. Ceilings are a matrix product of 8192 in the case's dtype and a copy of 256 MiB, "
+            "timed in the same rounds. Host: the caller's time a call. Extra: device memory on top of the inputs. The "
+            "last column is the difference of "
             f"the outputs from ours.\n\n{self.table()}\n"
         )
         (folder / f"{name}.md").write_text(text)

@@ -58,9 +58,10 @@ def pool(
 
 
 def info_nce(
-    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None = None, document_ids: Tensor | None = None,
-    temperature: float | Tensor = 0.02, margin: float | None = 0.1, groups: Mapping[str, Group] | None = None,
-    split: bool = False, focal: float = 0.0, rows: tuple[int, int] | None = None,
+    queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None = None,
+    document_ids: Tensor | None = None, temperature: float | Tensor = 0.02, margin: float | None = 0.1,
+    groups: Mapping[str, Group] | None = None, split: bool = False, focal: float = 0.0,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
     groups = PRESETS["qwen3"] if groups is None else groups
@@ -75,9 +76,10 @@ def info_nce(
     others = (query[None, :] != query[:, None]) & (ids[positive][None, :] != ids[positive][:, None])
     kinds = {"own": own, "positive": ~own & is_positive, "hard": ~own & ~is_positive}
     candidates = {
-        "own_hard": (qd, kinds["own"], 0), "batch_positive": (qd, kinds["positive"], 1), "batch_hard": (qd, kinds["hard"], 1),
-        "query_query": (qq, others, 2),
-        "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3), "doc_hard": (dd, kinds["hard"], 3),
+        "own_hard": (qd, kinds["own"], 0), "batch_positive": (qd, kinds["positive"], 1),
+        "batch_hard": (qd, kinds["hard"], 1), "query_query": (qq, others, 2),
+        "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3),
+        "doc_hard": (dd, kinds["hard"], 3),
     }  # fmt: skip
     logits: dict[int, list[Tensor]] = {}
     for name, group in groups.items():

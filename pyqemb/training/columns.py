@@ -27,7 +27,8 @@ class UnusedByObjective:
             if column == "score" and self._objective.positive_pairs:
                 if value <= 0:
                     raise DataError(
-                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective.name} takes every pair for a positive "
+                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective.name} takes every "
+                        "pair for a positive "
                         f"one; leave the row out, or train on the scores: {self._hint()}"
                     )
                 if value == 1:

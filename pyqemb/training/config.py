@@ -1,6 +1,7 @@
 """The training configuration: every hyper-parameter and its default, from Python, TOML or YAML.
 
-The class defaults are those of stage 2 (hard negatives, task-pure batches); `stage = 1` puts STAGE_1 under what is given.
+The class defaults are those of stage 2 (hard negatives, task-pure batches); `stage = 1` puts STAGE_1 under what is
+given.
 """
 
 import difflib
@@ -33,7 +34,8 @@ class ModelSection(Section):
     attention: Literal["causal", "bidirectional"] | None = None  # None: what the checkpoint says
     pooling: Literal["last", "mean"] | None = None
     max_length: int | None = Field(None, ge=2)  # tokens of a text, with the end token
-    # Task sentence in the query prompt that is saved with the model; "": no prompt. None: the one instruction of the data
+    # Task sentence in the query prompt that is saved with the model; "": no prompt. None: the one instruction of the
+    # data
     instruction: str | None = None
 
 
@@ -108,8 +110,8 @@ class TrainSection(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # auto: a GPU where there is one that can run the model
     activation_checkpointing: bool = False
-    # What a step may take: "auto" (nine tenths of what is free), bytes, or a size like "12GB"; chunks are planned and graphs
-    # kept for it. None or "none": chunks of tokens_per_chunk, nothing kept
+    # What a step may take: "auto" (nine tenths of what is free), bytes, or a size like "12GB"; chunks are planned and
+    # graphs kept for it. None or "none": chunks of tokens_per_chunk, nothing kept
     memory: Literal["auto"] | int | None = "auto"
     skip_gradients: float = Field(
         0.0, ge=0, lt=1
@@ -250,7 +252,10 @@ _SECTIONS: dict[str, type[Section]] = {
 
 
 def stage1(**sections: Any) -> TrainConfig:
-    """Large batches, in-batch negatives only. `stage1(model={"base": ...}, data=[{"path": ...}], train={"lr": 1e-4})`."""
+    """Large batches, in-batch negatives only.
+
+    `stage1(model={"base": ...}, data=[{"path": ...}], train={"lr": 1e-4})`.
+    """
     return TrainConfig(**{**sections, "stage": 1})
 
 

@@ -66,7 +66,10 @@ def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Pa
     size = max(loader.batch_sizes.values())
     hard = min(train.num_negatives, datasets.most_negatives)
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"
-    yield f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of {train.tokens_per_chunk}"
+    yield (
+        f"batch      {size} queries, up to {hard} hard negatives each, about {tokens:,.0f} tokens in chunks of "
+        f"{train.tokens_per_chunk}"
+    )
     if isinstance(model, Embedder):
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
     # Of the first batch, as training will plan it (less what one rank of several gets).

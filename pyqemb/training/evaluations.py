@@ -47,7 +47,10 @@ class Evaluations:
         return values
 
     def is_best(self, values: Mapping[str, float], step: int) -> bool:
-        """Whether these are better than those of all steps before; counts the evaluation. ConfigError where eval.metric is missing."""
+        """Whether these are better than those of all steps before; counts the evaluation.
+
+        ConfigError where eval.metric is missing.
+        """
         metric = self.section.metric or next(iter(values), None)
         if metric is None:
             return False

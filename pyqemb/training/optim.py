@@ -29,9 +29,9 @@ def warmup_steps(steps: int, config: TrainSection) -> int:
 class Optimizer:
     """AdamW; norms and other vectors do not decay.
 
-    It takes a float32 model. With a narrower `dtype` it keeps the float32 weights for itself and the model computes with
-    rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the gradients
-    of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
+    It takes a float32 model. With a narrower `dtype` it keeps the float32 weights for itself and the model computes
+    with rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the
+    gradients of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
 
     `extra_parameters` are parameters beside the model's, e.g. of the loss; they keep their dtype and do not decay.
     """

@@ -30,14 +30,15 @@ def set_query_instruction(
 ) -> None:
     """Give the model the query prompt that is saved with it, and that evaluation uses for queries without an instruction.
 
-    model.instruction; else the one instruction that all data share; else eval.instruction; else the base model's prompt stays,
-    with a warning.
+    model.instruction; else the one instruction that all data share; else eval.instruction; else the base model's prompt
+    stays, with a warning.
 
     Args:
         model: its `default_instruction` is set.
         config: the configuration of the run.
         instructions: of all training rows; None stands for rows without one.
-        evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own prompt.
+        evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own
+            prompt.
 
     Raises:
         ConfigError: the data have several instructions, none is chosen, and evaluation depends on it.
@@ -51,11 +52,12 @@ def set_query_instruction(
     found = ", ".join(sorted("none" if instruction is None else repr(instruction) for instruction in instructions))
     if getattr(evaluate, "needs_instruction", False):
         raise ConfigError(
-            f"eval.instruction: the data have several instructions ({found}); say which one the evaluation's queries get: set "
-            "eval.instruction, or instruction of each dataset, or model.instruction"
+            f"eval.instruction: the data have several instructions ({found}); say which one the evaluation's queries "
+            "get: set eval.instruction, or instruction of each dataset, or model.instruction"
         )
     _log.warning(
-        "the data have several instructions (%s): the saved model keeps the query prompt of its base, %r; model.instruction chooses another",
+        "the data have several instructions (%s): the saved model keeps the query prompt of its base, %r; "
+        "model.instruction chooses another",
         found, model.default_instruction,
     )  # fmt: skip
 
@@ -70,7 +72,8 @@ def check_evaluation(config: TrainConfig, evaluate: Evaluate | None) -> None:
     if evaluate is None:
         if given := unused_evaluation(config):
             _log.warning(
-                "eval.%s: nothing is evaluated; give train(evaluate=...), for example pyqemb.evaluation.DevSets(config.eval, config.task)", given
+                "eval.%s: nothing is evaluated; give train(evaluate=...), for example "
+                "pyqemb.evaluation.DevSets(config.eval, config.task)", given
             )  # fmt: skip
         return
     names = getattr(evaluate, "metric_names", None)
@@ -109,7 +112,8 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
     free = shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.glob("checkpoints/step_*/*"))
     if free < 2 * needed:
         raise MachineError(
-            f"{folder}: two checkpoints of {in_units(needed)} do not fit into the {in_units(free)} that are free (save.dir)"
+            f"{folder}: two checkpoints of {in_units(needed)} do not fit into the {in_units(free)} that are free "
+            "(save.dir)"
         )
     if trial:
         target = folder / f"trial-{uuid.uuid4().hex[:8]}"
@@ -159,14 +163,16 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
     free = free_bytes(device)
     if isinstance(cache.memory, int) and plan.peak_bytes > cache.memory:
         raise ConfigError(
-            f"train.memory: the smallest plan of a step takes {in_units(plan.peak_bytes)}, more than the {in_units(cache.memory)} given; "
-            "give more, a smaller train.global_batch_size or model.max_length"
+            f"train.memory: the smallest plan of a step takes {in_units(plan.peak_bytes)}, more than the "
+            f"{in_units(cache.memory)} given; give more, a smaller train.global_batch_size or model.max_length"
         )
     if plan.peak_bytes + moments > free:
         hint = " or let memory be planned (train.memory = 'auto')" if cache.memory is None else ""
         raise ConfigError(
-            f"train.memory: a step takes {in_units(plan.peak_bytes)} and the optimizer {in_units(moments)}, more than the {in_units(free)} that "
-            f"are free on {device}; choose a smaller train.tokens_per_chunk, train.global_batch_size or model.max_length, train "
+            f"train.memory: a step takes {in_units(plan.peak_bytes)} and the optimizer {in_units(moments)}, more than "
+            f"the {in_units(free)} that "
+            f"are free on {device}; choose a smaller train.tokens_per_chunk, train.global_batch_size or "
+            "model.max_length, train "
             f"[lora] adapters,{hint} or set activation_checkpointing"
         )
 
@@ -183,8 +189,8 @@ def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int
     old, new = learning_rate(min(step, before - 1), before, config.train), learning_rate(step, now, config.train)
     if abs(old - new) > 1e-6 * config.train.learning_rate:
         _log.warning(
-            "the run had %d steps and now has %d: at step %d the learning rate changes from %.3g to %.3g; for a clean schedule start "
-            "a new run with model.base = the final model",
+            "the run had %d steps and now has %d: at step %d the learning rate changes from %.3g to %.3g; for a clean "
+            "schedule start a new run with model.base = the final model",
             before, now, step + 1, old, new,
         )  # fmt: skip
 
@@ -196,15 +202,17 @@ def warn_of_settings(
     train, length, positions = config.train, config.model.max_length, model.config.max_position_embeddings
     if train.num_negatives and datasets.most_negatives == 0 and config.stage == 2:
         _log.warning(
-            "train.num_negatives is %d, but no row has negatives: in-batch negatives alone (`pyqemb mine` adds hard ones)",
+            "train.num_negatives is %d, but no row has negatives: in-batch negatives alone (`pyqemb mine` adds hard "
+            "ones)",
             train.num_negatives,
         )
     for name, objective in datasets.objectives.items():
         size, negatives = loader.batch_sizes[name], min(train.num_negatives, most_negatives(datasets.examples[name]))
         if not objective(config.loss).can_learn(size, negatives, datasets.examples[name][0]):
             _log.warning(
-                "dataset %r: %s has nothing to compare a positive with, its loss is constant: a batch has %d rows, each with up to %d "
-                "negatives (train.global_batch_size, train.num_negatives)", name, objective.name, size, negatives,
+                "dataset %r: %s has nothing to compare a positive with, its loss is constant: a batch has %d rows, "
+                "each with up to %d negatives (train.global_batch_size, train.num_negatives)", name, objective.name,
+                size, negatives,
             )  # fmt: skip
     if train.warmup >= 1 and 1 < steps <= train.warmup:
         _log.warning("train.warmup is %d steps of a run of %d: the learning rate only rises", int(train.warmup), steps)

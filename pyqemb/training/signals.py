@@ -10,7 +10,10 @@ _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class StopRequest:
-    """`name` is the signal that came, None before. Signals are taken in the main thread only (Python allows no other)."""
+    """`name` is the signal that came, None before.
+
+    Signals are taken in the main thread only (Python allows no other).
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None

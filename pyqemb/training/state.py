@@ -1,7 +1,7 @@
 """Checkpoints that continue bit by bit: weights, optimiser, random states, position; damaged ones are found and passed over.
 
-A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written beside its place, synced and renamed; its
-manifest.json, written last, names every file's size and sha256.
+A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written beside its place, synced and renamed;
+its manifest.json, written last, names every file's size and sha256.
 """
 
 import json
@@ -30,8 +30,8 @@ from pyqemb.model.checkpoint import sha256, write_safetensors
 MANIFEST = "manifest.json"
 FORMAT = 2
 _FILES = "model.safetensors", "optimizer.safetensors", "state.json"
-# Key -> type: configuration, data fingerprint, random states, best evaluation, skipped steps in a row, evaluations in a row
-# without a better value, steps of the whole run.
+# Key -> type: configuration, data fingerprint, random states, best evaluation, skipped steps in a row, evaluations in a
+# row without a better value, steps of the whole run.
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": str,
@@ -143,11 +143,12 @@ def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
 def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from.
 
-    "auto": the newest sound one of the run folder, None where there was no run. A path: that checkpoint, or the newest sound one
-    of that folder. None: no checkpoint.
+    "auto": the newest sound one of the run folder, None where there was no run. A path: that checkpoint, or the newest
+    sound one of that folder. None: no checkpoint.
 
     Raises:
-        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file where a folder has to be.
+        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file where a folder
+            has to be.
         CheckpointError: there are checkpoints and none is sound, or the path holds none.
         MachineError: one cannot be read; it may be sound, so no older one is taken in its place.
     """
@@ -166,8 +167,8 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> C
         raise CheckpointError(f"{resume}: holds no sound checkpoint")
     if checkpoint is None and (found := checkpoints(run / "checkpoints")):
         raise CheckpointError(
-            f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over them: move the "
-            "folder away, or choose another save.dir"
+            f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over "
+            "them: move the folder away, or choose another save.dir"
         )
     if checkpoint is None and auto and (run / "best").exists() and not (run / "final").exists():
         # Killed between its first evaluation and its first checkpoint: a job that a scheduler starts again must go on.
@@ -213,7 +214,8 @@ def _check_vacant(run: Path) -> None:
     for path in (run / name for name in _MODELS):
         if path.exists():
             raise ConfigError(
-                f"{path}: an earlier run left its model here and no checkpoint to continue from; choose another save.dir, or "
+                f"{path}: an earlier run left its model here and no checkpoint to continue from; choose another "
+                "save.dir, or "
                 f"delete {path}"
             )
 

@@ -54,26 +54,30 @@ def train(
 ) -> TrainResult:
     """Train a model and write it to `save.dir`/final.
 
-    Under torchrun the ranks share each batch and take the same steps as one process would; the first rank writes and evaluates.
+    Under torchrun the ranks share each batch and take the same steps as one process would; the first rank writes and
+    evaluates.
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
-        evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by name. An
-            attribute `metric_names` lets eval.metric be checked before the first step; pyqemb.evaluation.DevSets, which measures
-            the datasets of the `eval` section, has it. Every rank gives one, the first calls it.
+        evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by
+            name. An attribute `metric_names` lets eval.metric be checked before the first step;
+            pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one,
+            the first calls it.
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
-        resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew. A folder
-            with checkpoints or models of a run that would not be continued is refused.
+        resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
+            A folder with checkpoints or models of a run that would not be continued is refused.
 
     Raises:
-        ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder, or a step
-            does not fit into memory; nothing was trained.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues bit by bit.
+        ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder,
+            or a step does not fit into memory; nothing was trained.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues
+            bit by bit.
 
     What `evaluate`, `on_step` or a callback raises goes on to the caller, after a checkpoint has been saved.
 
-    The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory plan.
+    The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
+    plan.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
     preflight.check_place(Path(config.save.dir))
@@ -183,7 +187,10 @@ class Run:
         self.world.barrier()
 
     def train_step(self) -> StepResult:
-        """Batch -> gradients -> weights. If the loss or the gradient is not finite on any rank, every rank skips the step."""
+        """Batch -> gradients -> weights.
+
+        If the loss or the gradient is not finite on any rank, every rank skips the step.
+        """
         train, world = self.config.train, self.world
         batch = self.batches.load(self.step)
         self.optimizer.zero_grad()

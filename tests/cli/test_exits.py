@@ -89,7 +89,8 @@ def test_help_and_page_list_every_code(capsys, request):
 
 def command(*arguments, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "pyqemb", *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
+        [sys.executable, "-m", "pyqemb", *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        **options
     )  # fmt: skip
 
 

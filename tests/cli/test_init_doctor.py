@@ -84,6 +84,9 @@ def test_completion(shell, capsys):
 
 
 def test_every_verb_explains_itself_quickly():
-    code = "import sys, pyqemb.cli as c; [c.import_module(f'pyqemb.cli.{v}') for v in c.VERBS]; c.whole_parser(); print('torch' in sys.modules)"
+    code = (
+        "import sys, pyqemb.cli as c; [c.import_module(f'pyqemb.cli.{v}') for v in c.VERBS]; c.whole_parser(); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

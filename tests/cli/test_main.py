@@ -18,7 +18,10 @@ def test_help_is_quick_and_imports_no_torch():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_without_torch(verb):
-    code = f"import sys; from pyqemb.cli import main\ntry: main(['{verb}', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; from pyqemb.cli import main\ntry: main(['{verb}', '--help'])\nfinally: assert 'torch' not in "
+        "sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"pyqemb {verb}" in result.stdout

@@ -50,8 +50,9 @@ def slow(queries, rows, documents, rules, spared, positives):
 
 
 RULES = [
-    Rules(k=3), Rules(k=3, max_positive_ratio=None), Rules(k=5, margin=0.2), Rules(k=2, max_score=0.1), Rules(k=4, skip_top=6, max_positive_ratio=1.1),
-    Rules(k=3, max_positive_ratio=None, mean_margin=0.05), Rules(k=30, depth=30),
+    Rules(k=3), Rules(k=3, max_positive_ratio=None), Rules(k=5, margin=0.2), Rules(k=2, max_score=0.1),
+    Rules(k=4, skip_top=6, max_positive_ratio=1.1), Rules(k=3, max_positive_ratio=None, mean_margin=0.05),
+    Rules(k=30, depth=30),
 ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from pyqemb.data.example import Example, read_examples, write_examples
 from pyqemb.errors import ConfigError, DataError
 
 EXAMPLES = [
-    Example("the first query", "its <b>positive</b>", ("a negative",)), Example("", "empty query"), Example("The FIRST query", "its b positive b"),
-    Example("second", "third"), Example("x" * 50, "too long"),
+    Example("the first query", "its <b>positive</b>", ("a negative",)), Example("", "empty query"),
+    Example("The FIRST query", "its b positive b"), Example("second", "third"), Example("x" * 50, "too long"),
 ]  # fmt: skip
 
 
@@ -66,9 +66,11 @@ def test_nothing_is_replaced_before_all_is_done(config, tmp_path):
         ({"step": []}, ConfigError, "step: "),
         ({"step": [{"kind": "lenght"}]}, ConfigError, "lenght"),
         ({"step": [{"kind": "length", "max_qery": 4}]}, ConfigError, "step.0.length.max_qery: unknown key"),
-        ({"step": [{"kind": "length", "min_query": 9, "max_query": 4}]}, ConfigError, "min_query must not be above max_query, got 9 and 4"),
+        ({"step": [{"kind": "length", "min_query": 9, "max_query": 4}]}, ConfigError,
+         "min_query must not be above max_query, got 9 and 4"),
         ({"step": [{"kind": "similarity"}]}, ConfigError, "step.0.similarity.model: missing"),
-        ({"step": [{"kind": "similarity", "model": "m", "min_sim": 0.9, "max_sim": 0.8}]}, ConfigError, "min_sim must not be above max_sim"),
+        ({"step": [{"kind": "similarity", "model": "m", "min_sim": 0.9, "max_sim": 0.8}]}, ConfigError,
+         "min_sim must not be above max_sim"),
         ({"step": [{"kind": "near", "threshold": 0}]}, ConfigError, "threshold: input should be greater than 0, got 0"),
         ({"input": []}, ConfigError, "input: "),
         ({"input": "nowhere.jsonl"}, DataError, "nowhere.jsonl: no such file or folder"),
@@ -118,5 +120,6 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, check=True
     )
-    # 50,000 further examples of 400 characters are 20 MB, in Python objects 40; their hashes and places 5. Signatures lie on disk.
+    # 50,000 further examples of 400 characters are 20 MB, in Python objects 40; their hashes and places 5. Signatures
+    # lie on disk.
     assert int(done.stdout) < 16_000

@@ -254,7 +254,8 @@ def test_decontaminate_names_what_is_missing(tmp_path):
 
 def test_spooled_examples_come_back_whole(tmp_path):
     examples = [
-        Example("q\n\u2028", "p", ("n", ""), "i", "t", 0.5, (1.0, 2.0, 3.0)), Example("", "😀é", query_embedding=(0.1,), positive_embedding=(0.2,)),
+        Example("q\n\u2028", "p", ("n", ""), "i", "t", 0.5, (1.0, 2.0, 3.0)),
+        Example("", "😀é", query_embedding=(0.1,), positive_embedding=(0.2,)),
     ]  # fmt: skip
     spool = Spool(tmp_path)
     assert list(spool.fill(examples)) == list(spool) == examples and len(spool) == 2

@@ -1,4 +1,6 @@
-"""Damage to any byte of a cache is found and mended; several processes write at once; a kill costs what was being written."""
+"""Damage to any byte of a cache is found and mended; several processes write at once; a kill costs what was being
+written.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""The pages that tell how to do something: every block runs, in order, on a tiny model under the name of a real one; the site builds."""
+"""The pages that tell how to do something: every block runs, in order, on a tiny model under the name of a real one;
+the site builds.
+"""
 
 import json
 import random

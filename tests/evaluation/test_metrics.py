@@ -7,7 +7,9 @@ from pyqemb.evaluation import metrics
 
 
 def random_rankings(seed=0):
-    """Graded judgements, some of documents that were never returned, and distinct scores (trec_eval breaks ties its way)."""
+    """Graded judgements, some of documents that were never returned, and distinct scores (trec_eval breaks ties its
+    way).
+    """
     generator = np.random.default_rng(seed)
     run, qrels = {}, {}
     for query in range(40):

@@ -1,4 +1,6 @@
-"""attn_implementation="pyqemb" against "eager": padded, packed and cached, causal, full and across; its arguments, one by one."""
+"""attn_implementation="pyqemb" against "eager": padded, packed and cached, causal, full and across; its arguments, one
+by one.
+"""
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ causal_mask_function = transformers.masking_utils.causal_mask_function
 pyqemb.register_transformers()
 
 SIZES = dict(
-    vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=128, attention_dropout=0.0, pad_token_id=0, sliding_window=None,
+    vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, attention_dropout=0.0, pad_token_id=0,
+    sliding_window=None,
 )  # fmt: skip
 IDS = torch.arange(1, 61).view(3, 20)
 PADDING = {
@@ -138,8 +141,9 @@ def test_what_it_does_not_know_is_refused():
 def encoder_decoder(**changes):
     """(eager, pyqemb) of BART."""
     sizes = dict(
-        vocab_size=101, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0, max_position_embeddings=64, pad_token_id=0,
+        vocab_size=101, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0, max_position_embeddings=64,
+        pad_token_id=0,
     )  # fmt: skip
     config = transformers.BartConfig(**{**sizes, **changes})
     both = []
@@ -172,8 +176,8 @@ def test_cross_attention(padding, length):
 def test_generation_of_an_encoder_decoder(cache):
     answers = [
         model.generate(
-            IDS, attention_mask=PADDING["right"].long(), max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1,
-            cache_implementation=cache, disable_compile=True,
+            IDS, attention_mask=PADDING["right"].long(), max_new_tokens=6, min_new_tokens=6, do_sample=False,
+            num_beams=1, cache_implementation=cache, disable_compile=True,
         )
         for model in encoder_decoder()
     ]  # fmt: skip
@@ -183,7 +187,8 @@ def test_generation_of_an_encoder_decoder(cache):
 def bert(implementation):
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, attention_probs_dropout_prob=0.0
+        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        attention_probs_dropout_prob=0.0
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 

@@ -31,7 +31,8 @@ def check(mask, queries=10, keys=10, q_offset=0, kv_offset=0, padding=None):
     """Against softmax with the dense mask, forward and backward, at queries that see a key and are no padding."""
     torch.manual_seed(0)
     places = dict(
-        batch_size=4, q_length=queries, kv_length=keys, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask, attention_mask=padding
+        batch_size=4, q_length=queries, kv_length=keys, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask,
+        attention_mask=padding
     )  # fmt: skip
     layout = layout_of_mask(**places)
     dense = masking.sdpa_mask(**places, allow_is_causal_skip=False)

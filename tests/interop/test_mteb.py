@@ -1,4 +1,6 @@
-"""mteb itself on local tasks made of the help pages that ship: scores equal to those of sentence-transformers on the same weights."""
+"""mteb itself on local tasks made of the help pages that ship: scores equal to those of sentence-transformers on the
+same weights.
+"""
 
 import random
 
@@ -18,9 +20,10 @@ from mteb.models.instruct_wrapper import InstructSentenceTransformerModel  # noq
 
 ROWS = [row for row in load_rows("dev") if "de" in row and len(row["en"]) < 400][:120]
 FACTS = dict(
-    description="Help pages.", reference="https://example.org", dataset={"path": "local", "revision": "1"}, category="t2t", eval_splits=["test"],
-    eval_langs=["eng-Latn"], date=("2020-01-01", "2020-01-01"), dialect=[], domains=[], task_subtypes=[], license="mpl-2.0",
-    annotations_creators="derived", modalities=["text"], sample_creation="found", bibtex_citation="",
+    description="Help pages.", reference="https://example.org", dataset={"path": "local", "revision": "1"},
+    category="t2t", eval_splits=["test"], eval_langs=["eng-Latn"], date=("2020-01-01", "2020-01-01"), dialect=[],
+    domains=[], task_subtypes=[], license="mpl-2.0", annotations_creators="derived", modalities=["text"],
+    sample_creation="found", bibtex_citation="",
 )  # fmt: skip
 
 

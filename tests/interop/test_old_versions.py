@@ -1,4 +1,6 @@
-"""What we write, read by sentence-transformers 5.1 with transformers 4.57, in a process that sees those alone: equal to 1e-5."""
+"""What we write, read by sentence-transformers 5.1 with transformers 4.57, in a process that sees those alone: equal to
+1e-5.
+"""
 
 import subprocess
 import sys
@@ -13,8 +15,8 @@ from pyqemb import Reranker
 from pyqemb.testing.tiny import TEXTS, answering_tokenizer, tiny_embedder, write_tiny_folder
 
 OLD = [
-    "sentence-transformers==5.1.2", "transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "requests", "urllib3",
-    "certifi", "idna", "charset-normalizer",
+    "sentence-transformers==5.1.2", "transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "requests",
+    "urllib3", "certifi", "idna", "charset-normalizer",
 ]  # fmt: skip
 NEWER = (
     "sentence_transformers",

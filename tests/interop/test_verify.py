@@ -57,7 +57,8 @@ def test_what_is_spoilt_is_found(tmp_path):
     found = outcomes(folder)
     assert found["vLLM's"] == (
         "failed",
-        "ValueError: sentence_bert_config.json: max_seq_length and do_lower_case; 1_Pooling/config.json: pooling_mode_cls_token",
+        "ValueError: sentence_bert_config.json: max_seq_length and do_lower_case; 1_Pooling/config.json: "
+        "pooling_mode_cls_token",
     )
     assert found["TEI's"][0] == "failed" and "config.json: eos_token_id None" in found["TEI's"][1]
     folder = loud().save_pretrained(tmp_path / "other")

@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeServer:
-    """`script`: what to do with each request in turn ("ok" once it is used up): ok, slow, silent, cut, cut body, not json, no choices,
-    prose, a status, or a body. `reply(prompt)` makes the text. `seen` holds the bodies that got an answer or an error."""
+    """`script`: what to do with each request in turn ("ok" once it is used up): ok, slow, silent, cut, cut body, not
+    json, no choices, prose, a status, or a body. `reply(prompt)` makes the text. `seen` holds the bodies that got an
+    answer or an error.
+    """
 
     def __init__(
         self,

@@ -261,7 +261,8 @@ def test_thoughts_without_an_answer(serve, tmp_path):
 @pytest.mark.parametrize(
     ("body", "error", "words"),
     [
-        ({"error": {"message": "No\x1b[1m credits\nleft", "code": 402}}, ConfigError, r"refuses \(code 402\): No \[1m credits left"),
+        ({"error": {"message": "No\x1b[1m credits\nleft", "code": 402}}, ConfigError,
+         r"refuses \(code 402\): No \[1m credits left"),
         ({"error": "busy"}, DataError, "the server says: busy"),
         ({"object": "error", "message": "busy" * 999}, DataError, r"the server says: (busy)+\.\.\."),
         ({"choices": [{"error": {"message": "upstream", "code": 502}}]}, DataError, "the server says: upstream"),

@@ -84,7 +84,14 @@ def test_peft_loads_what_we_write(base, tmp_path, rank_stabilised):
 def test_we_load_what_peft_writes(base, tmp_path, head, rslora):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "gate_proj"], use_rslora=rslora, init_lora_weights=False, task_type="CAUSAL_LM" if head else "FEATURE_EXTRACTION")  # fmt: skip
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "v_proj", "gate_proj"],
+        use_rslora=rslora,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM" if head else "FEATURE_EXTRACTION",
+    )
     model = peft.get_peft_model(kind.from_pretrained(base), config).eval()
     model.save_pretrained(tmp_path / "adapter")
     embedder = loaded(base)
@@ -162,7 +169,11 @@ def test_merging_adapters(base, tmp_path):
 
 
 def test_what_is_refused(base, tmp_path):
-    for options, message in (({"rank": 0}, "lora.rank must be at least 1"), ({"targets": ("lm_head",)}, "lora.targets must be among"), ({"dropout": 1.0}, "lora.dropout must lie in")):  # fmt: skip
+    for options, message in (
+        ({"rank": 0}, "lora.rank must be at least 1"),
+        ({"targets": ("lm_head",)}, "lora.targets must be among"),
+        ({"dropout": 1.0}, "lora.dropout must lie in"),
+    ):
         with pytest.raises(ConfigError, match=message):
             LoraConfig(**options)
     assert set(LoraConfig().targets) == set(TARGETS)

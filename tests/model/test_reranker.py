@@ -39,7 +39,8 @@ def folder(request, tmp_path):
 def rendered(pairs, instruction="Given a web search query, retrieve relevant passages that answer the query"):
     """The official template, spelled out once more."""
     return [
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        "provided. Note that "
         'the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
         f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

@@ -1,4 +1,6 @@
-"""The same calls on SentenceTransformer(folder) and Embedder.from_pretrained(folder), CrossEncoder and Reranker: types, shapes, dtypes, values."""
+"""The same calls on SentenceTransformer(folder) and Embedder.from_pretrained(folder), CrossEncoder and Reranker: types,
+shapes, dtypes, values.
+"""
 
 import json
 import random

@@ -46,7 +46,8 @@ def url():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port), "--n_ctx", "2048", "--n_threads", "2", "--interrupt_requests", "false",
+        sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port), "--n_ctx", "2048",
+        "--n_threads", "2", "--interrupt_requests", "false",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
@@ -66,7 +67,8 @@ def url():
 def test_a_weak_model_is_lived_with(url, tmp_path):
     (tmp_path / "passages.txt").write_text("\n".join(PASSAGES))
     settings = {
-        "passages": tmp_path / "passages.txt", "out": tmp_path / "out", "attempts": 2, "tasks": {"retrieval": 2, "bitext": 1}, "languages": {"French": 1},
+        "passages": tmp_path / "passages.txt", "out": tmp_path / "out", "attempts": 2,
+        "tasks": {"retrieval": 2, "bitext": 1}, "languages": {"French": 1},
         "endpoint": {"model": "smollm2", "base_url": url, "timeout": 120, "max_tokens": 96, "concurrency": 2, "temperature": 0.2},
     }  # fmt: skip
     result = synthesize(settings)

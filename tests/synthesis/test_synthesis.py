@@ -61,7 +61,8 @@ def settings(tmp_path, server):
     )
     (tmp_path / "personas.txt").write_text("\n".join(PERSONAS))
     return {
-        "passages": tmp_path / "passages.jsonl", "out": tmp_path / "out", "personas": {"file": tmp_path / "personas.txt"},
+        "passages": tmp_path / "passages.jsonl", "out": tmp_path / "out",
+        "personas": {"file": tmp_path / "personas.txt"},
         "endpoint": {"model": "m", "base_url": server.url, "timeout": 2, "price_in": 1.0, "price_out": 2.0},
     }  # fmt: skip
 
@@ -196,7 +197,8 @@ def test_a_killed_job_goes_on_and_asks_nothing_twice(settings, server, tmp_path)
 def test_command_line(settings, tmp_path, capsys):
     config = tmp_path / "c.toml"
     config.write_text(
-        f'passages = "{settings["passages"]}"\nout = "{settings["out"]}"\n[endpoint]\nmodel = "m"\nbase_url = "{settings["endpoint"]["base_url"]}"\n'
+        f'passages = "{settings["passages"]}"\nout = "{settings["out"]}"\n[endpoint]\nmodel = "m"\nbase_url = '
+        f'"{settings["endpoint"]["base_url"]}"\n'
     )
     assert main(["synthesize", str(config), "--limit", "2", "--out", str(tmp_path / "other")]) == 0
     out = capsys.readouterr().out

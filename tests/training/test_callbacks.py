@@ -30,7 +30,8 @@ def place(tmp_path):
 def config(place, name="run", **sections):
     return stage1(
         model={"base": str(place / "base")}, data=[{"path": str(place / "pairs.jsonl")}],
-        train={"steps": 4, "global_batch_size": 8, "learning_rate": 1e-3}, save={"dir": str(place / name), "every": 2}, **sections,
+        train={"steps": 4, "global_batch_size": 8, "learning_rate": 1e-3}, save={"dir": str(place / name), "every": 2},
+        **sections,
     )  # fmt: skip
 
 

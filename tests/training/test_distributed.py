@@ -35,7 +35,8 @@ def config(
     folder, run, loss=None, data="pairs.jsonl", save=None, base="base", task="embedding", lora=None, **train
 ) -> TrainConfig:
     defaults = {
-        "steps": 4, "global_batch_size": 12, "learning_rate": 1e-4, "epsilon": 1e-4, "num_negatives": 2, "tokens_per_chunk": 60, "device": "cpu",
+        "steps": 4, "global_batch_size": 12, "learning_rate": 1e-4, "epsilon": 1e-4, "num_negatives": 2,
+        "tokens_per_chunk": 60, "device": "cpu",
     }  # fmt: skip
     return stage2(
         task=task, lora=lora, model={"base": str(folder / base)}, data=[{"path": str(folder / data)}], loss=loss or {},

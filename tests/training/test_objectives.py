@@ -88,8 +88,8 @@ def direct(objective, batch, queries, documents, temperature=0.05):
         ) / 2
     preset = "classification" if objective == "classification" else "qwen3"
     return ops.info_nce(
-        queries, documents, batch.positive, owner=batch.owner, document_ids=batch.document_text, temperature=temperature,
-        preset=preset,
+        queries, documents, batch.positive, owner=batch.owner, document_ids=batch.document_text,
+        temperature=temperature, preset=preset,
     )  # fmt: skip
 
 

@@ -188,7 +188,8 @@ def _steps_within(budgets):
 
 def test_measured_peaks_are_as_predicted():
     budgets = (300 << 20, 600 << 20, 6 << 30)
-    # In a process of its own: holes that other tests left in the heap serve a step in part, and what they do not serve comes on top.
+    # In a process of its own: holes that other tests left in the heap serve a step in part, and what they do not serve
+    # comes on top.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         reports = pool.submit(_steps_within, budgets).result()
     for budget, report in zip(budgets, reports, strict=True):

@@ -70,14 +70,18 @@ dir = "{place / "run"}"
     return str(place / "run.toml")
 
 
-TWO = '[[data]]\npath = "{0}/one.jsonl"\ninstruction = "Find the number"\n[[data]]\npath = "{0}/two.jsonl"\ninstruction = "Find the word"\n'
+TWO = (
+    '[[data]]\npath = "{0}/one.jsonl"\ninstruction = "Find the number"\n[[data]]\npath = '
+    '"{0}/two.jsonl"\ninstruction = "Find the word"\n'
+)
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("section", "code", "message"),
     [
-        ('data = "{0}/dev"\nmetric = "ndcg@20"', 2, "eval.metric: 'ndcg@20' is not measured here; expected one of ndcg@10"),
+        ('data = "{0}/dev"\nmetric = "ndcg@20"', 2,
+         "eval.metric: 'ndcg@20' is not measured here; expected one of ndcg@10"),
         ('data = "{0}/none"', 3, "none: no such folder"),
         ("every = 2", 2, "eval.every: nothing is evaluated"),
         ('metric = "ndcg@10"', 2, "eval.metric: nothing is evaluated"),

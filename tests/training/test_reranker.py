@@ -48,8 +48,10 @@ def config(folder, name="run", **train):
         **train,
     }
     return stage2(
-        task="rerank", model={"base": str(folder / "base"), "max_length": 400}, data=[{"path": str(folder / "train.jsonl"), "instruction": "Same"}],
-        train=settings, save={"dir": str(folder / name)}, eval={"data": str(folder / "dev.jsonl"), "metric": "accuracy"},
+        task="rerank", model={"base": str(folder / "base"), "max_length": 400},
+        data=[{"path": str(folder / "train.jsonl"), "instruction": "Same"}],
+        train=settings, save={"dir": str(folder / name)},
+        eval={"data": str(folder / "dev.jsonl"), "metric": "accuracy"},
     )  # fmt: skip
 
 

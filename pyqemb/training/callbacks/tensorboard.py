@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(RowLogger):
-    """Writes the numbers of each row to the folder `tensorboard` of the run. ConfigError where TensorBoard is not installed."""
+    """Writes the numbers of each row to the folder `tensorboard` of the run.
+
+    ConfigError where TensorBoard is not installed.
+    """
 
     def __init__(self) -> None:
         try:

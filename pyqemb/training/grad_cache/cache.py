@@ -59,11 +59,12 @@ class ForwardRecord:
 class GradCache:
     """Train on batches of any size in bounded memory.
 
-    The gradients equal those of the same loss without caching up to rounding, whatever the chunks and whatever is kept. Equal token
-    sequences are encoded once, unless the model draws random numbers. A step that runs out of memory is repeated with smaller chunks.
+    The gradients equal those of the same loss without caching up to rounding, whatever the chunks and whatever is kept.
+    Equal token sequences are encoded once, unless the model draws random numbers. A step that runs out of memory is
+    repeated with smaller chunks.
 
-    A step has three phases, which `step` runs for a loss of queries and documents. Run them yourself where the loss needs more,
-    such as a reduction over ranks:
+    A step has three phases, which `step` runs for a loss of queries and documents. Run them yourself where the loss
+    needs more, such as a reduction over ranks:
 
         >>> record = cache.forward(stream)                                      # doctest: +SKIP
         >>> embeddings = record.embeddings.requires_grad_()                     # doctest: +SKIP
@@ -71,21 +72,24 @@ class GradCache:
         >>> cache.backward(record, torch.autograd.grad(loss, embeddings)[0])    # doctest: +SKIP
 
     Args:
-        model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare recomputation.
-        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. `step` and calls need
-            it, the phases and `step_stream` do not.
+        model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare
+            recomputation.
+        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. `step` and calls
+            need it, the phases and `step_stream` do not.
         tokens_per_chunk: tokens of one pass, with `memory` at most; a longer sequence has one of its own.
         plan: what to do with the memory, taken as it is.
-        memory: bytes that a step may take over its start, or "auto": nine tenths of what is free. The planner then chooses
-            chunks, kept graphs, boundary tensors and checkpointing. None: nothing is kept.
+        memory: bytes that a step may take over its start, or "auto": nine tenths of what is free. The planner then
+            chooses chunks, kept graphs, boundary tensors and checkpointing. None: nothing is kept.
         skip: share of the summed norm of the cached gradients that may be left out: the texts with the smallest have no
             second pass. Not exact; 0 skips nothing.
         parameters: the tensors whose .grad the gradients end up in, where they are not those of the model.
 
     Raises:
-        ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that draws random numbers; `plan` beside `memory`.
+        ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that draws random numbers; `plan` beside
+            `memory`.
 
-    `last` is the StepReport of the last step. The logger "pyqemb" gets a line when the plan changes, or when a step runs out of memory.
+    `last` is the StepReport of the last step. The logger "pyqemb" gets a line when the plan changes, or when a step
+    runs out of memory.
     """
 
     def __init__(
@@ -145,8 +149,8 @@ class GradCache:
     def __call__(self, queries: PackedBatch, documents: PackedBatch) -> torch.Tensor:
         """The loss; its backward runs the second pass.
 
-        So it can be scaled, added to other losses, and several can be computed before one backward. Memory is planned but its peak
-        is not measured.
+        So it can be scaled, added to other losses, and several can be computed before one backward. Memory is planned
+        but its peak is not measured.
         """
         joined, loss_of = _joined(queries, documents), self._pair_loss(queries)
         record = self._forward(joined)
@@ -156,7 +160,10 @@ class GradCache:
         return loss_of(embeddings_SE)
 
     def forward(self, stream: PackedBatch) -> ForwardRecord:
-        """First phase: embed every text of the stream, which may be empty. End the step with `backward` or `discard`."""
+        """First phase: embed every text of the stream, which may be empty.
+
+        End the step with `backward` or `discard`.
+        """
         _check_batch("stream", stream)
         peak = None
         if self.memory is not None:

@@ -28,8 +28,8 @@ def distinct(stream: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
 def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Indices of the sequences of each chunk: best-fit decreasing.
 
-    Every sequence goes, longest first, where it leaves the least room; what fits nowhere opens a chunk. A sequence longer than
-    the budget has a chunk of its own. At least one chunk, which is empty where there are no sequences.
+    Every sequence goes, longest first, where it leaves the least room; what fits nowhere opens a chunk. A sequence
+    longer than the budget has a chunk of its own. At least one chunk, which is empty where there are no sequences.
     """
     if budget < 1:
         raise ValueError(f"tokens_per_chunk must be at least 1, got {budget}")

@@ -44,7 +44,10 @@ def _left_in_cgroup(otherwise: int) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """What this process holds now; on the CPU without the blocks that are kept for the next results. 0 where nobody knows."""
+    """What this process holds now; on the CPU without the blocks that are kept for the next results.
+
+    0 where nobody knows.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _resident() - kept_memory.kept_bytes()
@@ -87,7 +90,10 @@ def catch_oom() -> Iterator[CaughtError]:
 
 @contextmanager
 def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """Gradients made inside are added at the end to those from before; an error drops them. What it yields drops them too."""
+    """Gradients made inside are added at the end to those from before; an error drops them.
+
+    What it yields drops them too.
+    """
     tensors = list(tensors)
     before = [x.grad for x in tensors]
 
@@ -111,8 +117,9 @@ def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], No
 class PeakMemory:
     """How far memory rises above its start: `with PeakMemory(device) as peak`, or `start()` and `stop()`; then `peak_bytes`.
 
-    On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be reset; the allocators' free memory
-    is returned first, or it would hide what the work needs. On a GPU it is the most that torch has allocated.
+    On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be reset; the allocators'
+    free memory is returned first, or it would hide what the work needs. On a GPU it is the most that torch has
+    allocated.
     """
 
     def __init__(self, device: torch.device):

@@ -1,6 +1,7 @@
 """The three functions of gradient caching, and what the first leaves for the third.
 
-embed_without_graph -> PassRecord; loss_and_cache -> the gradient at the vectors; embed_with_cache gives each chunk its part.
+embed_without_graph -> PassRecord; loss_and_cache -> the gradient at the vectors; embed_with_cache gives each chunk its
+part.
 Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimension.
 """
 
@@ -139,8 +140,9 @@ def gradient_at(leaves_UE: torch.Tensor, loss: torch.Tensor, scale: float = 1.0)
 def embed_with_cache(model: Model, record: PassRecord, cache_UE: torch.Tensor) -> None:
     """Let each chunk's part of the cached gradient flow back to the parameters.
 
-    First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as they were
-    the first time: under the same autocast, from the same random state. The record's graphs and boundaries are used up.
+    First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as
+    they were the first time: under the same autocast, from the same random state. The record's graphs and boundaries
+    are used up.
     """
     device = device_of(model, record.chunks)
     after = RngState.now(device) if record.states is not None else None

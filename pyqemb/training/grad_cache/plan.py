@@ -24,7 +24,8 @@ class Plan:
     Attributes:
         tokens_per_chunk: of one pass through the model; a longer sequence has a chunk of its own.
         kept: so many chunks keep the graph of their first pass; more than there are: all.
-        boundaries: so many of the other chunks leave boundary tensors, which spare their second pass a third of its work.
+        boundaries: so many of the other chunks leave boundary tensors, which spare their second pass a third of its
+            work.
         checkpointing: activations are recomputed in the backward pass.
         peak_bytes: the predicted growth of memory over the start of the step; None where nobody predicted.
     """
@@ -103,8 +104,8 @@ def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> 
     yield sizes.vectors + boundaries + graphs + costs.forward * tokens.max(initial=0)
     # 2. The loss: the vectors in the caller's order, their gradients, and as much again for what the loss holds.
     yield 6 * sizes.vectors + boundaries + graphs
-    # The largest gradient, that of the token embeddings, and the next chunk's share of it are no blocks of the graph's making:
-    # what the graph has left does not serve them.
+    # The largest gradient, that of the token embeddings, and the next chunk's share of it are no blocks of the graph's
+    # making: what the graph has left does not serve them.
     held = 2 * sizes.vectors + boundaries + sizes.largest * min(len(tokens), 2)
     gradients = sizes.gradients - sizes.largest
     # 3. Backward through the kept graphs, the last first. The first of them makes the gradients while its graph goes.

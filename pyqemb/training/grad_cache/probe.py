@@ -71,10 +71,12 @@ def _run(model: Model, batch: PackedBatch, parameters: list[torch.Tensor]) -> tu
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that torch makes and frees. Gradients of `parameters`, known by their size, are left out.
+    """Counts the bytes of the storages that torch makes and frees.
 
-    Results of this library's ops and torch's own are counted apart: on the CPU they come from two allocators, and what one has left
-    does not serve the other. So the peak is the sum of two.
+    Gradients of `parameters`, known by their size, are left out.
+
+    Results of this library's ops and torch's own are counted apart: on the CPU they come from two allocators, and what
+    one has left does not serve the other. So the peak is the sum of two.
     """
 
     def __init__(self, existing: list[torch.Tensor]):

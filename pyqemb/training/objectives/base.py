@@ -72,7 +72,8 @@ class Objective:
         name: in `[loss.tasks]`, in messages.
         tasks: the `task` of examples that are trained with this objective unless `[loss.tasks]` says otherwise.
         model: the kind of model that it trains, the `task` of the configuration.
-        columns: columns of an example that it uses, beside query, positive and instruction. Rows that have others are reported.
+        columns: columns of an example that it uses, beside query, positive and instruction. Rows that have others are
+            reported.
         positive_pairs: every row is taken for a positive pair; a row whose score is 0 is refused.
         with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it has no negatives.
         can_ring: whether `ring_loss` exists, for `train.documents = "ring"`.
@@ -117,7 +118,10 @@ class Objective:
 
     @classmethod
     def may_miss(cls, summary: Summary) -> bool:
-        """Whether shards with these counts may hold a row that lacks something. False: they are not read for `check`."""
+        """Whether shards with these counts may hold a row that lacks something.
+
+        False: they are not read for `check`.
+        """
         return True
 
     @classmethod
@@ -147,7 +151,8 @@ class Objective:
             batch: `positive` and `candidates` say which documents belong to a query, `examples` are the rows.
             queries_BE: the vectors of all queries of the batch.
             documents_ME: the vectors of all documents of the batch; equal texts are one document.
-            rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual part.
+            rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual
+                part.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 

@@ -17,10 +17,12 @@ _DEFAULTS = {"embedding": "info_nce", "rerank": "rerank"}  # by kind of model, f
 
 
 def register_objective(objective: ObjectiveT) -> ObjectiveT:
-    """Make an objective known by its `name`, for `[loss.tasks]`, and for the tasks that it lists. Use as a decorator of the class.
+    """Make an objective known by its `name`, for `[loss.tasks]`, and for the tasks that it lists.
 
-    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. A class of the same qualified name
-    replaces one of your own, as when the cell of a notebook runs again.
+    Use as a decorator of the class.
+
+    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. A class of the same
+    qualified name replaces one of your own, as when the cell of a notebook runs again.
 
     Raises:
         TypeError: not a subclass of Objective with a `name` and a `loss`.
@@ -73,7 +75,8 @@ def check_settings(name: str, settings: object) -> None:
 def objective_of(task: str | None, loss: "LossSection", model: str = "embedding") -> type[Objective]:
     """The objective of the examples of a task.
 
-    As `[loss.tasks]` says, then the objective that lists the task, then `loss.objective`, then the default of the kind of model.
+    As `[loss.tasks]` says, then the objective that lists the task, then `loss.objective`, then the default of the kind
+    of model.
     """
     listed = {each: objective.name for objective in _BY_NAME.values() for each in objective.tasks}
     name = {**listed, **loss.tasks}.get(task or "", loss.objective or _DEFAULTS[model])
@@ -83,7 +86,10 @@ def objective_of(task: str | None, loss: "LossSection", model: str = "embedding"
 
 
 def with_in_batch_negatives(dataset: str, objective: type[Objective], wanted: bool | None) -> type[Objective]:
-    """The objective of a dataset that asks for in-batch negatives, or for none. ConfigError where it has no negatives at all."""
+    """The objective of a dataset that asks for in-batch negatives, or for none.
+
+    ConfigError where it has no negatives at all.
+    """
     if wanted is None:
         return objective
     if wanted not in objective.with_in_batch_negatives:

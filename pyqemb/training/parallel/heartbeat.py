@@ -1,8 +1,9 @@
 """Who of the ranks is still there: a thread in each rank sends a beat every second over a connection of its own to rank 0.
 
-Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the others; these
-notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the collectives themselves need no
-timeout. A rank that waits in a collective cannot be reached by an exception: its process ends with RankError's exit code.
+Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the
+others; these notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the
+collectives themselves need no timeout. A rank that waits in a collective cannot be reached by an exception: its process
+ends with RankError's exit code.
 """
 
 import asyncio
@@ -25,7 +26,8 @@ from pyqemb.errors import RankError
 
 _INTERVAL = 1.0  # seconds between two beats
 _GRACE = 5.0  # seconds for the main thread to leave by itself: its own error says more, or a collective fails
-_PAUSED = 5.0  # a loop that took longer than this did not run at all (a stopped process, a sleeping machine): time did not count
+# a loop that took longer than this did not run at all (a stopped process, a sleeping machine): time did not count
+_PAUSED = 5.0
 
 
 @dataclass

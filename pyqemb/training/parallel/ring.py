@@ -1,8 +1,8 @@
 """InfoNCE without gathering: blocks of vectors go round the processes, each meets the anchors of all.
 
-No process ever holds more than its own vectors and one other block. The anchors of a process are the queries that it has encoded.
-Four rounds: the positives of the anchors are picked up; each row's sum over its candidates is added up; with the sums known,
-gradients are made and travel home with their block; so do those of the positives.
+No process ever holds more than its own vectors and one other block. The anchors of a process are the queries that it
+has encoded. Four rounds: the positives of the anchors are picked up; each row's sum over its candidates is added up;
+with the sums known, gradients are made and travel home with their block; so do those of the positives.
 Legend: R anchors of this process, n vectors of a block, E dimension.
 """
 
@@ -22,7 +22,10 @@ from pyqemb.training.parallel.world import World
 
 @dataclass(frozen=True)
 class _Side:
-    """What a block is to the batch: which documents and queries its vectors are. Indices on the device of the vectors."""
+    """What a block is to the batch: which documents and queries its vectors are.
+
+    Indices on the device of the vectors.
+    """
 
     columns: Tensor  # row of the block of each document
     column_text: Tensor

@@ -50,7 +50,10 @@ class World:
         return tensor
 
     def all_reduce_gradients(self, tensors: Iterable[Tensor]) -> None:
-        """Replace the .grad of each tensor by its sum over all ranks, one all-reduce for each dtype. A missing .grad counts as zeros."""
+        """Replace the .grad of each tensor by its sum over all ranks, one all-reduce for each dtype.
+
+        A missing .grad counts as zeros.
+        """
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -155,9 +158,10 @@ class _AllGather(torch.autograd.Function):
 def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     """The world that the environment describes (torchrun: RANK, WORLD_SIZE, LOCAL_RANK), and the device of this process.
 
-    A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds, dies, or is not heard of
-    for so long is named by a RankError in every other rank, or where a rank waits in a collective by a line on stderr and
-    RankError's exit code. When a rank leaves with an error of its own, the others name that error and leave in the same way.
+    A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds,
+    dies, or is not heard of for so long is named by a RankError in every other rank, or where a rank waits in a
+    collective by a line on stderr and RankError's exit code. When a rank leaves with an error of its own, the others
+    name that error and leave in the same way.
     """
     size = _number("WORLD_SIZE", 1)
     if not dist.is_available() or (size == 1 and not dist.is_initialized()):
@@ -200,8 +204,8 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     finally:
         if heartbeat is not None:
             heartbeat.close(None if isinstance(failed, Interrupted) else failed)  # all leave after the same step
-        # Hazard: a thread of gloo needs the interpreter's lock to let go of the last message. If it still waits for it when Python shuts
-        # down, the process aborts.
+        # Hazard: a thread of gloo needs the interpreter's lock to let go of the last message. If it still waits for it
+        # when Python shuts down, the process aborts.
         time.sleep(0.05)
         if own_group and dist.is_initialized():
             dist.destroy_process_group()
