@@ -20,7 +20,9 @@ PAIRS, BUDGET, ALL = 256, 4096, 10**6  # of the global batch; tokens of a chunk;
 
 
 def test_cost_over_an_uncached_step(compare, words, folder):
-    """Loss and gradients of all weights, no optimizer; the same weights, texts and loss (multiple negatives ranking)."""
+    """Loss and gradients of all weights, no optimizer; the same weights, texts and loss (multiple negatives
+    ranking).
+    """
     ours = Embedder.from_pretrained(folder).train()
     theirs = SentenceTransformer(str(folder), device="cpu").train()
     sides = [

@@ -31,7 +31,11 @@ def test_info_nce(compare, count, dim, rounds):
     compare(
         f"info_nce fwd+bwd, qwen3, N = M = {count}, d = {dim}",
         lambda: gradients(lambda q, d: ops.info_nce(q, d, positive, owner=positive), queries, documents),
-        {"naive torch": lambda: gradients(lambda q, d: reference.info_nce(q, d, positive, positive), queries, documents)},
+        {
+            "naive torch": lambda: gradients(
+                lambda q, d: reference.info_nce(q, d, positive, positive), queries, documents
+            )
+        },
         rounds=rounds, gflop=18 * count * count * dim / 1e9,
     )  # fmt: skip
 

@@ -34,7 +34,9 @@ def test_no_torch_library_is_linked():
 
 
 def test_the_module_imports_without_a_gpu():
-    """Whether or not it was built with CUDA: cudart is linked statically, the driver is looked for when it is needed."""
+    """Whether or not it was built with CUDA: cudart is linked statically, the driver is looked for when it is
+    needed.
+    """
     code = "from pyqemb import _C, ops; print(_C.cuda_is_built(), _C.cuda_device_count(), ops.cuda_is_built())"
     result = run_python(code, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0 and result.stdout.split()[1] == "0", result.stdout + result.stderr

@@ -61,7 +61,9 @@ def base_model(folder: Path) -> Path:
 
 
 def load(path: Path, count: int) -> tuple[list[Example], list[Example], list[str]]:
-    """Pairs to train on, pairs to test on, and the documents that these are searched in; no document is on both sides."""
+    """Pairs to train on, pairs to test on, and the documents that these are searched in; no document is on both
+    sides.
+    """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     pairs = {row["positive"][:300]: row["query"] for row in rows}
@@ -129,7 +131,10 @@ def run(
         two = stage2(
             model={**model, "base": str(first)}, data=[{"path": str(folder / "mined.jsonl")}], lora=lora,
             loss={"temperature": 0.05},
-            train={**settings, "learning_rate": rate / 2, "steps": args.steps2, "global_batch_size": args.batch // 2, "num_negatives": 1, "seed": seed},
+            train={
+                **settings, "learning_rate": rate / 2, "steps": args.steps2, "global_batch_size": args.batch // 2,
+                "num_negatives": 1, "seed": seed,
+            },
             save={"dir": str(folder / f"two{seed}"), "every": None},
         )  # fmt: skip
         finals.append(pyqemb.train(two).folder)

@@ -10,7 +10,10 @@ from pyqemb.errors import DataError
 
 
 def read_corpus(path: str | Path) -> Iterator[str]:
-    """Texts of a corpus: rows with `text` (and `title`, `_id`), the corpus of a BEIR folder, or the positives of examples.
+    """Yield the texts of a corpus.
+
+    A corpus is a file of rows with `text` (and `title`, `_id`), the corpus of a BEIR folder, or the positives of
+    examples.
 
     Raises DataError naming file and line: a row without text, an id that is there twice.
     """

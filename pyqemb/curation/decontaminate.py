@@ -22,7 +22,10 @@ from pyqemb.errors import DataError
 
 
 class Decontaminate(Step):
-    """Drop an example whose query or positive shares `ngram` words in a row with a text of the evaluation, or all of a shorter text's.
+    """Drop an example that shares text with the evaluation.
+
+    It does if its query or its positive shares `ngram` words in a row with a text of the evaluation, or all words of a
+    shorter text.
 
     Words are compared as `normalize.plain` leaves them: without accents, invisible characters and HTML entities.
 

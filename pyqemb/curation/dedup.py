@@ -18,7 +18,9 @@ _WHOLE = 1 << 40  # words: every text is one n-gram
 
 
 class Exact(Step):
-    """Keep the first of equal texts; words alone count (`ops.shingles`), so case, spaces and punctuation do not tell texts apart.
+    """Keep the first of equal texts.
+
+    Only words are compared (`ops.shingles`): texts that differ in case, spaces or punctuation are equal.
 
     Needs 8 bytes for each example.
     """

@@ -1,4 +1,7 @@
-"""What a step did: how many examples it kept and dropped for which reason, what it measured, and some of both to read."""
+"""What a step did: how many examples it kept and dropped, and for which reason.
+
+It also holds histograms of what the step measured, and some examples of both outcomes to read.
+"""
 
 import math
 import random

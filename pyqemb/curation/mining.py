@@ -259,7 +259,10 @@ def _rescored(
     excluded: np.ndarray,
     found: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scores of the positives, scores, indices) by the reranker, best first; what lies above its ceiling becomes -1."""
+    """Return (scores of the positives, scores, indices) by the reranker, best first.
+
+    The index of a document above its ceiling becomes -1.
+    """
     own = np.empty(len(positives), dtype=np.float32)
     scores = np.full(found.shape, -np.inf, dtype=np.float32)
     indices = np.full(found.shape, -1, dtype=np.int64)

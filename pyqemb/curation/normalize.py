@@ -10,7 +10,10 @@ _ENTITY = re.compile(r"&(?:#?\w{1,32});")
 
 
 def plain(text: str) -> str:
-    """Without HTML entities, zero-width characters, soft hyphens, accents, case, compatibility forms and repeated spaces.
+    """Normalize a text for comparison.
+
+    HTML entities are decoded; zero-width characters, soft hyphens, accents, case, compatibility forms and repeated
+    spaces are removed.
 
     Example:
         >>> plain("Caf\u00e9&nbsp;\u200bo\u00adle\u0301")

@@ -18,7 +18,11 @@ from pyqemb.data.example import Example, read_examples
 
 
 class _Ranked(Step):
-    """The pool: all positives and those of the files `pool`, equal texts once, at most `pool_size` of them (the same ones every time)."""
+    """Ranks positives in a pool of documents.
+
+    The pool holds all positives and those of the files `pool`. Equal texts are one document. It has at most `pool_size`
+    documents, the same ones every time.
+    """
 
     model: Any
     pool: list[Path] = Field([])

@@ -16,7 +16,8 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right}h2{margin-top:2em;border-top:1px solid #ccc;padding-top:.8em}
-.pair{margin:.5em 0;padding:.5em .7em;background:#f6f6f4;border-left:4px solid}.pair p{margin:.1em 0;overflow-wrap:anywhere}
+.pair{margin:.5em 0;padding:.5em .7em;background:#f6f6f4;border-left:4px solid}
+.pair p{margin:.1em 0;overflow-wrap:anywhere}
 .small{color:#666;font-size:13px}summary{cursor:pointer;margin:.4em 0}svg text{font:11px system-ui,sans-serif;fill:#555}
 """
 

@@ -57,7 +57,10 @@ class Similarity(Step):
                 return
             found = np.frombuffer(scores, dtype=np.float32)
             low, high = (
-                max((x for x in (bound, None if q is None else float(np.quantile(found, q))) if x is not None), key=sign, default=None)
+                max(
+                    (x for x in (bound, None if q is None else float(np.quantile(found, q))) if x is not None),
+                    key=sign, default=None,
+                )
                 for bound, q, sign in (
                     (self.min_sim, self.min_quantile, lambda x: x), (self.max_sim, self.max_quantile, lambda x: -x),
                 )

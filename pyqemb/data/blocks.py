@@ -1,7 +1,8 @@
 """A folder of values by key that only grows, for several processes at once: append-only files of checksummed blocks.
 
 FOLDER/0000.data     the values, block after block
-FOLDER/0000.index    a record for each block: its place and checksum, the keys and lengths of its values, a digest of the record
+FOLDER/0000.index    a record for each block: its place and checksum, the keys and lengths of its values, a digest of
+                     the record
 
 A process writes to a pair of files of its own, which it locks, and reads all pairs. No file is ever truncated or
 rewritten: whatever a kill has torn or the disk has damaged is skipped, and what it held is added again.
@@ -99,7 +100,11 @@ class Blocks:
         return int(self._lengths.values[0]) if len(self) else None
 
     def matrix(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [N, width] of values that are all of one width and aligned to it; mapped where they lie one behind the other."""
+        """Return values of one width as a matrix: uint8 [N, width].
+
+        All values must have that width and be aligned to it. The matrix is memory-mapped where they lie one behind the
+        other.
+        """
         assert self.width is not None
         numbers, inverse = np.unique(self._block.values[rows], return_inverse=True)
         ends: dict[_Files, int] = {}
@@ -205,7 +210,10 @@ class _Block:
 
 
 class _Files:
-    """An index and its data, held open: removing or replacing the folder takes nothing away from a process that works with it."""
+    """An index and its data, held open.
+
+    Removing or replacing the folder takes nothing away from a process that works with it.
+    """
 
     def __init__(self, index: Path, flags: int):
         self.path = index.with_suffix(".data")

@@ -1,4 +1,7 @@
-"""Training examples in and out of files and folders; `layouts` says which columns rows may have, `rows` which formats there are."""
+"""Training examples in and out of files and folders.
+
+`layouts` says which columns rows may have, `rows` which formats there are.
+"""
 
 import bz2
 import gzip

@@ -37,7 +37,10 @@ def fsync_file(path: Path) -> None:
 
 
 def check_writable(path: str | Path, folder: bool = False) -> None:
-    """Raise MachineError now, before hours of work, where the file (or folder) `path` could not be written then; ConfigError for "/"."""
+    """Raise a MachineError now, before hours of work, if the file (or folder) `path` could not be written later.
+
+    For the root folder "/" raise a ConfigError.
+    """
     path = _followed(Path(path).absolute())
     if not path.name:
         raise ConfigError(
@@ -115,7 +118,10 @@ def remove_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that it holds, or a symbolic link and not what it points to; nothing if there is none."""
+    """Remove a file, a folder with its contents, or a symbolic link but not its target.
+
+    Nothing happens if there is none.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -168,7 +174,10 @@ def _followed(path: Path) -> Path:
 
 
 def _check_kind(path: Path, folder: bool) -> None:
-    """MachineError for a folder in place of a file, the reverse, and a link to itself; ConfigError for a device or a pipe."""
+    """Raise a MachineError for a folder in place of a file, the reverse, and a link to itself.
+
+    For a device or a pipe raise a ConfigError.
+    """
     if not os.path.lexists(path):
         return
     if path.is_symlink() or path.is_dir() != folder:  # _followed leaves a link where it leads to itself

@@ -1,4 +1,7 @@
-"""The columns that training rows come with: pyqemb's own, and those of sentence-transformers, FlagEmbedding and ms-swift."""
+"""The columns that training rows come with.
+
+They are pyqemb's own, and those of sentence-transformers, FlagEmbedding and ms-swift.
+"""
 
 import logging
 import math

@@ -1,4 +1,7 @@
-"""Errors of the machine in words: a full or read-only disk, a permission, an input/output error, whichever library met it."""
+"""Errors of the machine in words, whichever library met them.
+
+They are a full or read-only disk, a permission, an input/output error.
+"""
 
 import errno
 import os
@@ -22,7 +25,10 @@ _LIBRARIES = ("safetensors", "pyarrow", "sqlite3")
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The error number of the machine behind an OSError, or behind an error of safetensors, Arrow or SQLite; None for any other."""
+    """Return the machine's error number behind an error; None if there is none.
+
+    It is that of an OSError, or of the one behind an error of safetensors, Arrow or SQLite.
+    """
     if isinstance(error, OSError):
         return error.errno
     if not type(error).__module__.startswith(_LIBRARIES):
@@ -45,13 +51,19 @@ def unwritable(path: str | Path, error: BaseException) -> MachineError:
 
 
 def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] = DataError) -> PyqembError:
-    """The error to raise where `path` cannot be read: MachineError, or `kind` where the path or the content is at fault."""
+    """Return the error to raise where `path` cannot be read.
+
+    It is a MachineError, or a `kind` where the path or the content is at fault.
+    """
     raise_if_machine(path, error)
     return kind(f"{path}: cannot be read: {reason(error)}")
 
 
 def raise_if_machine(path: str | Path, error: BaseException) -> None:
-    """Raise MachineError where the machine does not let `path` be read; return where the path or the content is at fault."""
+    """Raise a MachineError where the machine does not let `path` be read.
+
+    Return where the path or the content is at fault.
+    """
     number = errno_of(error)
     if number is not None and number not in _WRONG_PATH:
         raise MachineError(f"{path}: cannot be read: {reason(error)}", number, str(path)) from error
@@ -59,7 +71,9 @@ def raise_if_machine(path: str | Path, error: BaseException) -> None:
 
 @contextmanager
 def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
-    """Errors of the machine inside the block become a MachineError that names `path`; those about a file elsewhere pass.
+    """Turn errors of the machine inside the block into a MachineError that names `path`.
+
+    Errors about a file elsewhere pass unchanged.
 
     Args:
         path: the file or folder that is being written.

@@ -66,7 +66,9 @@ class Settings(StrictModel):
 
 
 def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = lambda values: None) -> dict[str, Any]:
-    """The values of a .toml, .yaml, .yml or .json file, after `change`; all are text, numbers, true or false, lists, tables.
+    """Return the values of a .toml, .yaml, .yml or .json file, after `change`.
+
+    All values are text, numbers, true or false, lists, or tables.
 
     Raises ConfigError naming the file, and the place or the key that is wrong.
     """

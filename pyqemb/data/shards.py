@@ -1,6 +1,7 @@
 """Training data larger than memory: examples in memory-mapped Arrow files, by task, with a manifest of what they hold.
 
-FOLDER/manifest.json        sealed (`data/sealed.py`): of each file its size, of each record batch its place, rows and checksum
+FOLDER/manifest.json        sealed (`data/sealed.py`): of each file its size, of each record batch its place, rows and
+                            checksum
 FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most 1024 rows
 
 A batch reaches Arrow only after its bytes were found to be those that were written.
@@ -233,7 +234,9 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
 
 
 def shards_of_parquet(folder: Path, examples: Iterable[Example], split: str | None = None) -> Path:
-    """A folder of shards of the Parquet files of a folder's split, made at its first use and whenever the files have changed.
+    """Return a folder of shards of the Parquet files of a folder's split.
+
+    It is written at its first use and whenever the files have changed.
 
     It lies in the user's cache, $XDG_CACHE_HOME/pyqemb or ~/.cache/pyqemb: the data folder is only read.
     """

@@ -28,7 +28,8 @@ _IN_CAMEL_CASE = ("train", "training", "test", "testing", "validation")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}.*\..*")
 # Files beside the data that hold no rows.
 _ABOUT = re.compile(
-    r"(readme|license|licence|notice|citation|changelog|authors)(\..*)?|makefile|.*\.(md|rst|bib|cff|py|png|jpe?g|svg|pdf)|"
+    r"(readme|license|licence|notice|citation|changelog|authors)(\..*)?|makefile|"
+    r".*\.(md|rst|bib|cff|py|png|jpe?g|svg|pdf)|"
     r"dataset_infos?\.json|dataset_dict\.json|croissant\.json",
     re.IGNORECASE,
 )

@@ -12,7 +12,8 @@ from pyqemb.errors import CheckpointError, DataError
 
 # sentence-transformers reads the first of these that is there.
 SENTENCE_CONFIGS = tuple(
-    f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )  # fmt: skip
 # Classes that transformers 4.57 and 5 both load, from the same tokenizer.json.
 CLASSES = (
@@ -68,7 +69,10 @@ def read_text_settings(
 
 
 def _max_length(folder: Path, name: str, sentence: dict[str, Any], tokenizer: dict[str, Any]) -> int | None:
-    """As sentence-transformers 6: `max_seq_length`, else `model_max_length` of the tokenizer up to the model's positions."""
+    """Return the longest text in tokens, as sentence-transformers 6 finds it.
+
+    It is `max_seq_length`, else `model_max_length` of the tokenizer up to the model's positions.
+    """
     own = sentence.get("max_seq_length")
     if own is not None and (type(own) is not int or own < 1):
         raise DataError(f"{folder / name}: max_seq_length must be a positive number, got {shown(own)}")
@@ -98,8 +102,8 @@ _SENTENCE: dict[str, Rule | None] = {
     "module_output_name": one_of("token_embeddings", None),
     "unpad_inputs": _FLAG,  # how batches are laid out
     **dict.fromkeys(
-        ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs", "processing_kwargs",
-         "query_length", "document_length", "query_expansion", "tokenizer_name_or_path"), _NOTHING
+        ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs",
+         "processing_kwargs", "query_length", "document_length", "query_expansion", "tokenizer_name_or_path"), _NOTHING
     ),
 }  # fmt: skip
 _TOKENIZER: dict[str, Rule | None] = {
@@ -119,12 +123,12 @@ _TOKENIZER: dict[str, Rule | None] = {
     **dict.fromkeys(
         # Names of tokens that tokenizer.json holds, or what decoding, padding and chats need: no id of a text depends
         # on them.
-        ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token", "video_token",
-         "audio_token", "vision_bos_token", "vision_eos_token", "additional_special_tokens", "extra_special_tokens",
-         "model_specific_special_tokens", "added_tokens_decoder", "tokenizer_class", "processor_class", "chat_template",
-         "response_template", "response_schema", "clean_up_tokenization_spaces", "spaces_between_special_tokens",
-         "padding_side", "padding", "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "errors", "legacy",
-         "use_default_system_prompt", "use_fast", "backend",
+        ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token",
+         "video_token", "audio_token", "vision_bos_token", "vision_eos_token", "additional_special_tokens",
+         "extra_special_tokens", "model_specific_special_tokens", "added_tokens_decoder", "tokenizer_class",
+         "processor_class", "chat_template", "response_template", "response_schema", "clean_up_tokenization_spaces",
+         "spaces_between_special_tokens", "padding_side", "padding", "pad_to_multiple_of", "pad_token_type_id",
+         "pad_token_id", "errors", "legacy", "use_default_system_prompt", "use_fast", "backend",
          "is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file", "merges_file",
          "special_tokens_map_file", "model_input_names", "sp_model_kwargs", "from_slow", "max_length", "max_len",
          "stride", "truncation", "truncation_strategy", "return_token_type_ids", "return_tensors", "init_inputs",

@@ -14,7 +14,9 @@ _IS_SPACELESS = re.compile(rf"[{_SPACELESS}]")
 
 
 def bm25_ranking(queries: Sequence[str], corpus: Sequence[str], k: int) -> np.ndarray:
-    """Indices [len(queries), k] of the best documents by BM25 (Lucene's form, k1 1.5, b 0.75), best first; -1 where none is.
+    """Return the indices [len(queries), k] of the best documents by BM25, best first; -1 where there is none.
+
+    The formula is Lucene's, with k1 1.5 and b 0.75.
 
     A document that shares no word with the query is never returned.
     """

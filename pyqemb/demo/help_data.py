@@ -49,7 +49,9 @@ def load_rows(split: str) -> list[Row]:
 
 
 def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
-    """Pairs that need no label: title -> paragraph, half -> half, and neighbours on a page in one language and across two.
+    """Return pairs that need no label.
+
+    They are title -> paragraph, half -> half, and neighbors on a page in one language and across two.
 
     Batches hold one task. Each task has one language on a side: were several mixed, the language alone would tell most
     negatives from the positive, and the model would learn languages in place of meaning (docs/log.md).
@@ -74,7 +76,10 @@ def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
 
 
 def _neighbours_across(pages: Iterable[Sequence[Row]], languages: Sequence[str], seed: int) -> Iterator[Example]:
-    """A paragraph in one language asks for another paragraph of its page, never its own translation, in a second one."""
+    """Pair a paragraph in one language with another paragraph of its page in a second language.
+
+    A paragraph is never paired with its own translation.
+    """
     rng = random.Random(seed)
     for page in pages:
         for one, other in permutations(languages, 2):

@@ -60,7 +60,10 @@ def measure(name: str, search: Search, material: Material, seed: int = 0, folder
 
 
 def best_and_worst(search: ModelSearch, material: Material, count: int = 10) -> tuple[list[Found], list[Found]]:
-    """The questions answered most and least clearly on the first corpus: by the answer's score less the best wrong one's."""
+    """Return the questions answered most and least clearly on the first corpus.
+
+    Clarity is the answer's score minus the score of the best wrong document.
+    """
     corpus = next(iter(material.corpora.values()))
     questions = [question for question in material.questions if question.group in material.groups]
     scores, indices = search([question.text for question in questions], corpus, 100)

@@ -1,4 +1,7 @@
-"""The recipe on files of one's own: training pairs in any form that pyqemb reads, and a BEIR folder to be measured on."""
+"""The recipe on files of one's own.
+
+It takes training pairs in any form that pyqemb reads, and a BEIR folder to be measured on.
+"""
 
 from pathlib import Path
 

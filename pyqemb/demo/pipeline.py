@@ -71,7 +71,10 @@ class Settings:
 
 
 def run_demo(material: Material, out: Path, settings: Settings, say: Say = print) -> Results:
-    """Train, merge and measure on a material; writes model/, corpus.jsonl, results.json, table.md and report.html to `out`."""
+    """Train, merge and measure on a material.
+
+    Writes model/, corpus.jsonl, results.json, table.md and report.html to `out`.
+    """
     demo = _Demo(material, out, settings, say)
     demo.run()
     return demo.results

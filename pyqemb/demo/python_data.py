@@ -1,4 +1,6 @@
-"""Code search over the Python that is installed: the first paragraph of a docstring asks for the function's source without it.
+"""Code search over the Python that is installed.
+
+The query is the first paragraph of a docstring, the positive is the function's source without it.
 
 Files are parsed with `ast`, never imported or run. Split by file: a held-out file gives no training pair.
 """

@@ -16,7 +16,8 @@ th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.n small { color: #777; display: block; } tr.last td { font-weight: 600; }
 img { max-width: 100%; } pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; }
-details { border-left: 3px solid #ddd; padding-left: 0.8rem; margin: 0.6rem 0; } .hit { color: #00734d; } .miss { color: #555; }
+details { border-left: 3px solid #ddd; padding-left: 0.8rem; margin: 0.6rem 0; }
+.hit { color: #00734d; } .miss { color: #555; }
 """
 
 

@@ -1,4 +1,7 @@
-"""What a demo run found out, in one object that is written as results.json and read by the table, the plots and the report."""
+"""What a demo run found out.
+
+One object is written as results.json and read by the table, the plots and the report.
+"""
 
 import json
 from collections.abc import Iterable

@@ -19,7 +19,9 @@ class Row(NamedTuple):
 
 
 def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
-    """Rows of a file with a column `field` and perhaps _id or id, or the lines of a .txt file; all of them also compressed.
+    """Yield the rows of a file with a column `field` and perhaps _id or id, or the lines of a .txt file.
+
+    The file may be compressed.
 
     A title is put before the text, as in a BEIR corpus. Ids that occur again are counted in a warning.
 

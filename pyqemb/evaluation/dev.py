@@ -1,4 +1,7 @@
-"""Measuring while training: the datasets of the [eval] section as a function of the model, checked before the first step."""
+"""Measuring while training.
+
+The datasets of the [eval] section become a function of the model; they are checked before the first step.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence

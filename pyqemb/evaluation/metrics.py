@@ -68,7 +68,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def matching_f1(matched: np.ndarray, rows: np.ndarray | None = None) -> float:
-    """F1 of nearest-neighbour matching, 2PR / (P + R): `matched[i]` is the partner guessed for source i, the right one is i.
+    """Return the F1 of nearest-neighbor matching, 2PR / (P + R).
+
+    `matched[i]` is the partner guessed for source i; the right one is i.
 
     P is over distinct guesses, R over the sources; `rows` restricts both to some sources (a resample).
     """

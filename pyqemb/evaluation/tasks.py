@@ -17,7 +17,10 @@ from pyqemb.errors import DataError
 
 @dataclass(frozen=True)
 class Retrieval:
-    """`qrels[query id][document id]` is a grade above 0, of documents that the corpus lacks too; `queries` are those that are judged.
+    """A retrieval task.
+
+    `qrels[query id][document id]` is a grade above 0, also of documents that the corpus lacks. `queries` are those that
+    are judged.
 
     A query without a document above 0 counts, with every metric 0, as in trec_eval.
     """

@@ -74,7 +74,10 @@ def _refusing(choose: Any) -> Any:
 
 
 def _calls_attention_functions(model_class: type) -> bool:
-    """Whether the attention classes of a model's file look up their function; a file without any hands on to other models."""
+    """Whether the attention classes of a model's file look up their attention function.
+
+    A file without any attention class hands its inputs to other models.
+    """
     for parent in model_class.__mro__:
         try:
             source = inspect.getsource(sys.modules[parent.__module__])
@@ -99,7 +102,10 @@ def _attend(
     cu_seq_lens_k: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' layers: query [B, N, Q, D], key and value [B, K, S, D] -> [B, Q, N, D]."""
+    """The attention function of transformers' layers.
+
+    It maps query [B, N, Q, D], key and value [B, K, S, D] to [B, Q, N, D].
+    """
     if not module.training:
         dropout = 0.0
     for name, given in {"dropout": dropout or None, **options}.items():
@@ -134,7 +140,10 @@ def _check_layout(
     causal: bool,
     device: torch.device,
 ) -> Layout:
-    """The mask that was made for this layer; where none was, rows without padding, or packed ones as flash attention reads them."""
+    """Return the mask that was made for this layer.
+
+    Where none was made, the rows have no padding, or they are packed as flash attention reads them.
+    """
     if isinstance(mask, Layout):
         if mask.sizes != sizes and not mask.unmasked:
             raise ValueError(

@@ -79,7 +79,9 @@ def layout_of_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Layout:
-    """What transformers calls to make a mask; version 4 gives `cache_position` in place of q_length, q_offset and device.
+    """Make the layout that transformers takes for a mask.
+
+    transformers calls this; version 4 gives `cache_position` in place of q_length, q_offset and device.
 
     Raises ValueError: the mask is not made of sequences, each causal or each full.
     """

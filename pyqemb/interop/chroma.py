@@ -16,7 +16,10 @@ except ModuleNotFoundError as error:
 
 @register_embedding_function
 class ChromaEmbedding(EmbeddingFunction[Documents]):
-    """`create_collection(name, embedding_function=ChromaEmbedding(folder))`; a collection stores the folder's name and loads it again."""
+    """An embedding function for `create_collection(name, embedding_function=ChromaEmbedding(folder))`.
+
+    A collection stores the folder's name and loads it again.
+    """
 
     def __init__(self, folder: str):
         self.folder, self.model = str(folder), Embedder.from_pretrained(folder)

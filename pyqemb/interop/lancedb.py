@@ -15,7 +15,10 @@ except ModuleNotFoundError as error:
 
 @register("pyqemb")
 class LanceEmbedding(EmbeddingFunction):
-    """`LanceEmbedding.create(folder=folder)`; a table stores the folder's name and loads it again, once this module is imported."""
+    """An embedding function for tables: `LanceEmbedding.create(folder=folder)`.
+
+    A table stores the folder's name and loads it again, once this module is imported.
+    """
 
     folder: str
     _model: Embedder = PrivateAttr()

@@ -1,4 +1,7 @@
-"""Embedder and Reranker as mteb sees models: an instruction for each task, Qwen's template, nothing before documents."""
+"""Embedder and Reranker as mteb sees models.
+
+Each task has an instruction in Qwen's template; documents have no prompt.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

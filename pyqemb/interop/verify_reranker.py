@@ -37,7 +37,10 @@ def verify_reranker(folder: str | Path) -> list[Check]:
 
 
 def sample_pairs(model: Reranker) -> list[tuple[str, str]]:
-    """Up to 50 pairs of texts, those that the model reads whole: what is too long is truncated elsewhere by each library."""
+    """Return up to 50 pairs of texts that the model reads whole.
+
+    Each library truncates texts that are too long in its own way.
+    """
     texts = sample_texts(100)
     pairs = list(zip(texts[:50], texts[50:], strict=True))
     limit = model.tokenizer.max_length or math.inf

@@ -15,7 +15,10 @@ _OPEN = (
     rf"<(?:{_TAGS})\b[^<>]*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|inner_prefix\|>"
     r"|<\|channel>(?!\s*final)"
 )
-_CLOSE = rf"</(?:{_TAGS})\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|inner_suffix\|>|<channel\|>"
+_CLOSE = (
+    rf"</(?:{_TAGS})\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|inner_suffix\|>"
+    r"|<channel\|>"
+)
 # gpt-oss switches between channels; only the final one is an answer.
 _PIECE = re.compile(
     rf"(?P<final><\|channel\|>\s*final)|(?P<channel><\|channel\|>)|(?P<open>{_OPEN})|(?P<close>{_CLOSE})"

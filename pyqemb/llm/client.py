@@ -1,4 +1,7 @@
-"""A server that speaks OpenAI's protocol, through the official client: retries, structured output, what a refusal means."""
+"""A server that speaks OpenAI's protocol, through the official client.
+
+It handles retries, structured output, and what a refusal means.
+"""
 
 import asyncio
 import json

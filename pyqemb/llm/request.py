@@ -21,7 +21,10 @@ _OWN_FIELDS = {"model", "messages", "stream", "n", *OMITTABLE}
 
 
 class Endpoint(BaseModel):
-    """Where answers come from: a server that speaks OpenAI's protocol (vLLM, SGLang, llama.cpp, a hosted one), or a local folder."""
+    """Where answers come from: a server, or a local folder.
+
+    The server speaks OpenAI's protocol (vLLM, SGLang, llama.cpp, a hosted one).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

@@ -16,7 +16,11 @@ _PIECE = 1 << 20  # elements held in float64 at a time
 
 @dataclass(frozen=True)
 class Blend:
-    """A blended tensor (float32, or float64 where an input is), the widest angle met in degrees, and whether lerp stood in."""
+    """A blended tensor.
+
+    It is float32, or float64 where an input is. `angle` is the widest angle met, in degrees; `lerp` says whether linear
+    interpolation stood in for slerp.
+    """
 
     tensor: Tensor
     angle: float

@@ -1,1 +1,4 @@
-"""The packed decoder and its families, Embedder and Reranker around it, and the folders that they are read from and written to."""
+"""The packed decoder and its families, and the models around it.
+
+Embedder and Reranker are read from folders and written to them.
+"""

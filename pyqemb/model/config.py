@@ -139,7 +139,10 @@ class DecoderConfig:
         _check_layer_types(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json, the rotary embedding under both of its names: each version of transformers reads only one."""
+        """Return the keys of config.json.
+
+        The rotary embedding has both of its names: each version of transformers reads only one.
+        """
         values: dict[str, Any] = {
             "architectures": [self.architectures[0]],
             "hidden_act": "silu",

@@ -1,4 +1,7 @@
-"""The settings of config.json that change no hidden state: transformers and others write them, and they are written again."""
+"""The settings of config.json that change no hidden state.
+
+transformers and others write them, and they are written again.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Distinct-token projection: before the first attention a token is its id alone, so the first layer projects each id once.
+"""Distinct-token projection: the first layer projects each distinct id once.
+
+Before the first attention a token is its id alone.
 
 Legend: T tokens, U distinct ids, F features in, G features out.
 """

@@ -147,7 +147,9 @@ class Embedder(Encoding):
         self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
 
     def forward(self, batch: PackedBatch, dim: int | None = None, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Return unit vectors [B, dim or E] of packed token ids, differentiable; float32, or float64 for a float64 model.
+        """Return unit vectors [B, dim or E] of packed token ids, differentiable.
+
+        They are float32, or float64 for a float64 model.
 
         An empty sequence gives a zero row.
 

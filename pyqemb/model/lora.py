@@ -32,7 +32,9 @@ _SETTINGS: dict[str, Rule | None] = {
     "peft_type": one_of("LORA"),
     "r": lambda value: type(value) is int and value > 0,
     "lora_alpha": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "lora_dropout": lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1),
+    "lora_dropout": lambda value: (
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1)
+    ),
     "use_rslora": one_of(True, False, None),
     "target_modules": _NAMES,  # the tensors say which modules have an adapter
     "exclude_modules": _NAMES,
@@ -50,10 +52,11 @@ _SETTINGS: dict[str, Rule | None] = {
     "qalora_group_size": None,  # counts only with use_qalora
     "runtime_config": None,
     **dict.fromkeys(
-        ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
-         "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "auto_mapping",
-         "loftq_config", "corda_config", "lora_ga_config", "velora_config", "use_qalora", "monteclora_config",
-         "use_bdlora", "arrow_config", "kasa_config", "megatron_config", "ensure_weight_tying"), _NOTHING
+        ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+         "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
+         "auto_mapping", "loftq_config", "corda_config", "lora_ga_config", "velora_config", "use_qalora",
+         "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
+         "ensure_weight_tying"), _NOTHING
     ),
 }  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""What an Embedder and a Reranker share: a decoder and its tokenizer, read from and written to a folder, on one device."""
+"""What an Embedder and a Reranker share.
+
+It is a decoder and its tokenizer, read from and written to a folder, on one device.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -85,7 +88,10 @@ class PackedModel(nn.Module):
     def _load(
         self: Model, tensors: Tensors, dtype: torch.dtype | str | None, device: torch.device | str | None
     ) -> Model:
-        """Read the weights and move the model to its device: wide ones become bfloat16 on a GPU unless `dtype` says otherwise."""
+        """Read the weights and move the model to its device.
+
+        On a GPU, wide weights become bfloat16 unless `dtype` says otherwise.
+        """
         check_digests(tensors.folder)
         load_weights(self.model, tensors, named_dtype(dtype))
         place = pick_device(device, self.config)

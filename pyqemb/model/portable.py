@@ -132,7 +132,8 @@ def _card_body(
 ) -> str:
     attention = "causal" if config.is_causal else "bidirectional"
     dims = f" (or {', '.join(map(str, sorted(matryoshka, reverse=True)))})" if matryoshka else ""
-    return f"""A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention, trained with pyqemb {__version__}.
+    return f"""A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention,
+trained with pyqemb {__version__}.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -149,6 +150,7 @@ Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get(
 
 
 BIDIRECTIONAL = """
-Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`). transformers knows that from 5.3 on, vLLM
-by the same key; a library that does not would compute other vectors without a word.
+Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`).
+transformers knows that from 5.3 on, vLLM by the same key; a library that does not would compute other vectors
+without a word.
 """

@@ -130,6 +130,7 @@ print(model.predict([("query", "document")], prompt="{instruction}"))
 {serve}
 ```
 
-Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of `system` for the instruction,
-through `chat_template.jinja`. The score is sigmoid(logit of yes - logit of no) at its last token.
+Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of
+`system` for the instruction, through `chat_template.jinja`. The score is
+sigmoid(logit of yes - logit of no) at its last token.
 """

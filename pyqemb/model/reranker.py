@@ -80,7 +80,9 @@ class Reranker(Scoring):
         self._instruction = INSTRUCTION if task is None else task
 
     def forward(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Logits [B, 2] of yes and no after packed pairs (`tokenizer.encode_documents`), differentiable; float32, or float64.
+        """Return the logits [B, 2] of yes and no after packed pairs, differentiable; float32, or float64.
+
+        The pairs are those of `tokenizer.encode_documents`.
 
         Only the last token of each pair leaves the last layer, and of the vocabulary only two rows are multiplied.
         """

@@ -15,7 +15,10 @@ from pyqemb.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rope:
-    """`kind` is the rope type of transformers ("default", "linear", "llama3" or "yarn"), `settings` the numbers that go with it.
+    """A rotary embedding.
+
+    `kind` is the rope type of transformers ("default", "linear", "llama3" or "yarn"), `settings` holds the numbers that
+    go with it.
 
     Raises ConfigError: another kind, a number that is missing or not positive.
     """

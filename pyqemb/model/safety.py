@@ -1,4 +1,6 @@
-"""No folder reaches another library before this: loaders run code that a model folder names, and this refuses such folders.
+"""Check a model folder before another library opens it.
+
+Loaders run code that a model folder names; this refuses such folders.
 
 sentence-transformers before 6 imports whatever `type` modules.json names and whatever activation a Dense module names;
 transformers before 5.3 downloads kernels that config.json names.
@@ -41,7 +43,10 @@ _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity",
     *(
         f"torch.nn.modules.activation.{name}"
-        for name in ("Tanh", "GELU", "ReLU", "ReLU6", "LeakyReLU", "ELU", "SiLU", "Sigmoid", "Mish", "Softplus", "Hardtanh", "LogSigmoid", "SELU")
+        for name in (
+            "Tanh", "GELU", "ReLU", "ReLU6", "LeakyReLU", "ELU", "SiLU", "Sigmoid", "Mish", "Softplus", "Hardtanh",
+            "LogSigmoid", "SELU",
+        )
     ),
 }  # fmt: skip
 _ACTIVATION_KEYS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")

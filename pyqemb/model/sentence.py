@@ -163,7 +163,10 @@ def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
 
 
 def read_instruction(folder: Path, default: str) -> str:
-    """A reranker's instruction: pyqemb.json's, else the default prompt of config_sentence_transformers.json, else `default`."""
+    """Return a reranker's instruction.
+
+    It is that of pyqemb.json, else the default prompt of config_sentence_transformers.json, else `default`.
+    """
     stored = read_contract(folder).get("instruction")
     if stored:
         return stored

@@ -1,4 +1,7 @@
-"""The configuration of a synthesis: passages, model, tasks, and what is drawn for each example, from Python or a TOML file."""
+"""The configuration of a synthesis, from Python or a TOML file.
+
+It names the passages, the model, the tasks, and what is drawn for each example.
+"""
 
 import random
 from collections.abc import Mapping
@@ -34,7 +37,11 @@ class Personas(Settings):
 
 
 class SynthesisConfig(Settings):
-    """`passages`: JSONL with `text` (and `title`, `language`), a BEIR corpus folder, examples (their positives), or plain text, one a line."""
+    """The configuration of a synthesis.
+
+    `passages` is JSONL with `text` (and `title`, `language`), a BEIR corpus folder, examples (their positives), or
+    plain text, one a line.
+    """
 
     passages: Path
     out: Path

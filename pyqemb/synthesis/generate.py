@@ -24,7 +24,11 @@ _AHEAD = 4  # examples begun for each request that may be under way: a slow one 
 
 @dataclass
 class Synthesis:
-    """`folder` holds examples.jsonl, malformed.jsonl (reason, prompt, text), report.json and answers.sqlite (all that was asked)."""
+    """What a synthesis wrote.
+
+    `folder` holds examples.jsonl, malformed.jsonl (reason, prompt, text), report.json and answers.sqlite (all that was
+    asked).
+    """
 
     folder: Path
     examples: int = 0

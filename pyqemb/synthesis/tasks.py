@@ -61,7 +61,9 @@ class Writer:
             "retrieval_configuration", Configuration, generator,
             types="\n".join(f"   - {name}: {QUESTION_TYPES[name]}" for name in offered), difficulties=", ".join(levels),
             personas="\n".join(f"- {persona}" for persona in personas), passage=source.text,
-            check=lambda c: _among("question_type", c.question_type, offered) or _among("difficulty", c.difficulty, levels),
+            check=lambda c: (
+                _among("question_type", c.question_type, offered) or _among("difficulty", c.difficulty, levels)
+            ),
         )  # fmt: skip
         written = await self._reply(
             "retrieval_generation", Query, generator,

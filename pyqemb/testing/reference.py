@@ -1,4 +1,6 @@
-"""Every op again in a few lines of plain torch, in the dtype of its inputs: float64 is the truth that the kernels are held to.
+"""Every op again in a few lines of plain torch, in the dtype of its inputs.
+
+In float64 the results are the truth that the kernels are compared with.
 
 Run in float32 or bfloat16 the same functions give torch's own error, the yardstick of the kernels' tolerance.
 """

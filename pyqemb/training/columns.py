@@ -1,4 +1,7 @@
-"""Which columns of its rows a dataset is not trained on: reported before the first step, refused where they say that a pair is none."""
+"""Which columns of its rows a dataset is not trained on.
+
+They are reported before the first step, and refused where they say that a pair is not a positive one.
+"""
 
 import logging
 
@@ -19,7 +22,10 @@ class UnusedByObjective:
         self._unused = UnusedColumns()
 
     def add(self, where: str, example: Example) -> None:
-        """Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one."""
+        """Count the columns of a row that the objective does not use.
+
+        Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one.
+        """
         for column in self._columns:
             value = getattr(example, column)
             if value is None or value == ():

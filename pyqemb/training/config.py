@@ -53,7 +53,10 @@ class DataSet(Section):
 
 
 class LoraSection(Section):
-    """Train low-rank adapters in place of all weights; the run also writes them, in peft's form, to save.dir/adapter."""
+    """Train low-rank adapters in place of all weights.
+
+    The run also writes them, in peft's form, to save.dir/adapter.
+    """
 
     rank: int = Field(16, ge=1)
     alpha: float = 32.0

@@ -1,4 +1,7 @@
-"""AdamW on float32 weights, also for a model that computes in bfloat16; the learning-rate schedule, gradient clipping."""
+"""AdamW on float32 weights, also for a model that computes in bfloat16.
+
+Also the learning-rate schedule and gradient clipping.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,7 +13,10 @@ from pyqemb.training.config import TrainSection
 
 
 def learning_rate(step: int, steps: int, config: TrainSection) -> float:
-    """The rate of a step (from 0) of `steps`: linear warm-up, then cosine or linear decay to `final_share`, or constant."""
+    """Return the learning rate of a step (from 0) of `steps`.
+
+    A linear warm-up comes first, then cosine or linear decay to `final_share`, or a constant rate.
+    """
     warmup = warmup_steps(steps, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -91,7 +97,10 @@ class Optimizer:
         self._round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`; the values of the extra parameters as kind `value`."""
+        """Return the moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`.
+
+        The values of the extra parameters have the kind `value`.
+        """
         moments = {
             f"{name}/{kind}": value
             for name, weight in (self.weights | self.extra_parameters).items()

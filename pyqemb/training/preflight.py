@@ -1,4 +1,7 @@
-"""What is checked before the first step, and by --dry-run, so that no run is lost or measured wrongly by what could be known."""
+"""What is checked before the first step, and by --dry-run.
+
+No run should be lost or measured wrongly by what could be known before.
+"""
 
 import logging
 import os
@@ -28,9 +31,11 @@ _log = logging.getLogger("pyqemb")
 def set_query_instruction(
     model: Embedder | Reranker, config: TrainConfig, instructions: set[str | None], evaluate: Evaluate | None = None
 ) -> None:
-    """Give the model the query prompt that is saved with it, and that evaluation uses for queries without an instruction.
+    """Give the model the query prompt that is saved with it.
 
-    model.instruction; else the one instruction that all data share; else eval.instruction; else the base model's prompt
+    Evaluation uses it for queries without an instruction. The first of these that is there is taken:
+
+    model.instruction; the one instruction that all data share; eval.instruction. Without any, the base model's prompt
     stays, with a warning.
 
     Args:

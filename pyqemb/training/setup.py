@@ -1,4 +1,7 @@
-"""Builds the parts of a run: the model on its device, the optimizer, the gradient cache; finds the checkpoint to continue from."""
+"""Builds the parts of a run: the model on its device, the optimizer, the gradient cache.
+
+Finds the checkpoint to continue from.
+"""
 
 import logging
 import random
@@ -60,7 +63,10 @@ _LOADERS: dict[str, Callable[[TrainConfig, str], Embedder | Reranker]] = {
 
 
 def build_optimizer(config: TrainConfig, model: Embedder | Reranker, parameters: LossParameters) -> Optimizer:
-    """AdamW over the model's weights in float32 and the parameters of the loss; the model then computes in `train.precision`."""
+    """Return AdamW over the model's weights in float32 and the parameters of the loss.
+
+    The model then computes in `train.precision`.
+    """
     precision = pick_precision(config.train.precision, model.device)
     extra_parameters = {f"loss.{name}": p for name, p in parameters.named_parameters()}
     return Optimizer(model, config.train, precision, extra_parameters)

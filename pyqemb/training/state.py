@@ -1,4 +1,6 @@
-"""Checkpoints that continue bit by bit: weights, optimiser, random states, position; damaged ones are found and passed over.
+"""Checkpoints that continue bit by bit: weights, optimizer, random states, position.
+
+Damaged ones are found and skipped.
 
 A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written beside its place, synced and renamed;
 its manifest.json, written last, names every file's size and sha256.
@@ -57,7 +59,9 @@ class Checkpoint:
     state: dict[str, Any]
 
     def save(self, folder: Path, keep: int) -> Path:
-        """Write it as `folder/step_XXXXXXXX`; then delete all but the `keep` newest, once the new one has been verified.
+        """Write the checkpoint as `folder/step_XXXXXXXX`; then delete all but the `keep` newest.
+
+        Older ones are deleted only once the new one has been verified.
 
         A checkpoint is only deleted when it verifies: one that is damaged or cannot be read is left where it is.
         Raises MachineError, with every older checkpoint intact, where it cannot be written.
@@ -184,7 +188,10 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def _newest(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint at `path`, or the newest sound one in it or in its folder `checkpoints`; None where none is sound."""
+    """Return the checkpoint at `path`, or the newest sound one in it or in its folder `checkpoints`.
+
+    None where none is sound.
+    """
     if _NAME.fullmatch(path.name):
         return Checkpoint.load(path)
     for each in reversed(checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)):

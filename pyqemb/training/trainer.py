@@ -252,7 +252,11 @@ class Run:
         return row
 
     def _end_step(self, result: StepResult) -> None:
-        """Report a step. Skipped steps leave the weights as they were; too many in a row, or all of a run, end it, the last checkpoint intact."""
+        """Report a step.
+
+        Skipped steps leave the weights as they were. Too many in a row, or all of a run, end it with the last
+        checkpoint intact.
+        """
         row, skipped = result
         self.metrics.append(row)
         self.bad_steps = 0 if skipped is None else self.bad_steps + 1

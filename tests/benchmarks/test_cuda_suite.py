@@ -1,4 +1,6 @@
-"""The CUDA benchmarks where there is no GPU: the same code runs on the CPU with tiny sizes, and skips when it should."""
+"""The CUDA benchmarks where there is no GPU: the same code runs on the CPU with tiny sizes, and skips when it
+should.
+"""
 
 import json
 import subprocess

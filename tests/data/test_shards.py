@@ -15,9 +15,17 @@ from pyqemb.data.shards import is_shards, read_shards, shards_of_parquet, write_
 from pyqemb.errors import DataError
 
 EXAMPLES = [
-    Example(f"q{i}\n…", f"p{i}", tuple(f"n{j}" for j in range(i % 4)), "Find" if i % 2 else None, None if i % 3 else "sts", 0.5 * i if i % 3 == 0 else None)
+    Example(
+        f"q{i}\n…", f"p{i}", tuple(f"n{j}" for j in range(i % 4)), "Find" if i % 2 else None,
+        None if i % 3 else "sts", 0.5 * i if i % 3 == 0 else None,
+    )
     for i in range(40)
-] + [Example("t", "p", ("n",), task="distillation", scores=(1.0, -0.25), query_embedding=(0.1, 0.2), positive_embedding=(0.3, 0.4))]  # fmt: skip
+] + [
+    Example(
+        "t", "p", ("n",), task="distillation", scores=(1.0, -0.25), query_embedding=(0.1, 0.2),
+        positive_embedding=(0.3, 0.4),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -111,8 +111,8 @@ for name in ("llama", "qwen3", "qwen2", "mistral"):
     for implementation in ("eager", "pyqemb"):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(
-            name, vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            max_position_embeddings=128, sliding_window=None, pad_token_id=0,
+            name, vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=128, sliding_window=None, pad_token_id=0,
         )
         config._attn_implementation = implementation
         model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -70,7 +70,10 @@ def no_end_token(folder):
         short_texts,
         no_end_token,
     ],
-    ids=["lower-case", "no-prompts", "passage", "no-settings", "include-prompt", "pooling-path", "new-names", "max-length", "no-end"],
+    ids=[
+        "lower-case", "no-prompts", "passage", "no-settings", "include-prompt", "pooling-path", "new-names",
+        "max-length", "no-end",
+    ],
 )  # fmt: skip
 def test_vectors_are_those_of_sentence_transformers(folder, tmp_path, change):
     st = pytest.importorskip("sentence_transformers")

@@ -69,7 +69,9 @@ def test_a_weak_model_is_lived_with(url, tmp_path):
     settings = {
         "passages": tmp_path / "passages.txt", "out": tmp_path / "out", "attempts": 2,
         "tasks": {"retrieval": 2, "bitext": 1}, "languages": {"French": 1},
-        "endpoint": {"model": "smollm2", "base_url": url, "timeout": 120, "max_tokens": 96, "concurrency": 2, "temperature": 0.2},
+        "endpoint": {
+            "model": "smollm2", "base_url": url, "timeout": 120, "max_tokens": 96, "concurrency": 2, "temperature": 0.2,
+        },
     }  # fmt: skip
     result = synthesize(settings)
     assert result.examples + result.failed == 3

@@ -1,4 +1,6 @@
-"""A run is not lost or measured wrongly by what can be known before its first step, nor by what the user's code raises."""
+"""A run is not lost or measured wrongly by what can be known before its first step, nor by what the user's code
+raises.
+"""
 
 import json
 import logging
@@ -71,8 +73,8 @@ dir = "{place / "run"}"
 
 
 TWO = (
-    '[[data]]\npath = "{0}/one.jsonl"\ninstruction = "Find the number"\n[[data]]\npath = '
-    '"{0}/two.jsonl"\ninstruction = "Find the word"\n'
+    '[[data]]\npath = "{0}/one.jsonl"\ninstruction = "Find the number"\n'
+    '[[data]]\npath = "{0}/two.jsonl"\ninstruction = "Find the word"\n'
 )
 
 

@@ -1,4 +1,7 @@
-"""The decoder families, one file for each: how config.json is read, and which parts and weight names the decoder has."""
+"""The decoder families, one file for each.
+
+A file says how config.json is read, and which parts and weight names the decoder has.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

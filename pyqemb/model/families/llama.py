@@ -35,7 +35,10 @@ class LlamaConfig(DecoderConfig):
 
 
 def older_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What Llama, Qwen2 and Mistral take for absent keys: as many key heads as query heads, hidden_size divided among the heads."""
+    """Return what Llama, Qwen2 and Mistral take for absent keys.
+
+    There are as many key heads as query heads, and hidden_size is divided among the heads.
+    """
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     found = {"num_key_value_heads": heads, "tie_word_embeddings": False}
     if type(heads) is int and heads > 0 and type(hidden) is int:

@@ -254,7 +254,10 @@ class GradCache:
                 random.restore(device)
 
     def _backward(self, forward: ForwardRecord, gradient_SE: torch.Tensor) -> None:
-        """embed_with_cache, repeated with smaller plans, from the gradients as they were, while memory does not suffice."""
+        """Run embed_with_cache, and repeat it with smaller plans while memory does not suffice.
+
+        Each attempt starts from the gradients as they were.
+        """
         record, report = forward.encoded, forward.report
         plan = report.plan
         cache_UE = torch.zeros_like(record.vectors_UE).index_add_(0, forward.row_S, gradient_SE)

@@ -18,7 +18,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process could still take: of the GPU, or of the machine and its control group (Linux), shared by its local ranks.
+    """Return the bytes that this process could still allocate.
+
+    They are those of the GPU, or those of the machine and its control group (Linux), divided among its local ranks.
 
     Raises:
         ValueError: the system does not tell.
@@ -115,7 +117,9 @@ def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], No
 
 
 class PeakMemory:
-    """How far memory rises above its start: `with PeakMemory(device) as peak`, or `start()` and `stop()`; then `peak_bytes`.
+    """How far memory rises above its start.
+
+    Use it as `with PeakMemory(device) as peak`, or call `start()` and `stop()`; then read `peak_bytes`.
 
     On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be reset; the allocators'
     free memory is returned first, or it would hide what the work needs. On a GPU it is the most that torch has

@@ -164,7 +164,9 @@ def embed_with_cache(model: Model, record: PassRecord, cache_UE: torch.Tensor) -
 def rechunk(
     record: PassRecord, cache_UE: torch.Tensor, chosen: np.ndarray, budget: int
 ) -> tuple[PassRecord, torch.Tensor]:
-    """A record, and its cache, of the sequences `chosen` (rows of the cache) in new chunks, beside those that kept their graph.
+    """Return a record and its cache with the sequences `chosen` in new chunks.
+
+    `chosen` are rows of the cache. The chunks that kept their graph stay beside the new ones.
 
     Not for models that draw random numbers: these belong to the old chunks.
     """

@@ -37,7 +37,10 @@ class Plan:
     peak_bytes: int | None = None
 
     def smaller(self, longest: int, can_checkpoint: bool) -> "Plan | None":
-        """What to try when this one did not fit: fewer graphs, no boundary tensors, smaller chunks, checkpointing, in this order."""
+        """Return the plan to try when this one did not fit.
+
+        It has fewer graphs, no boundary tensors, smaller chunks, or checkpointing, in this order.
+        """
         if self.kept:
             return replace(self, kept=self.kept // 2, peak_bytes=None)
         if self.boundaries:

@@ -141,7 +141,10 @@ class Objective:
         return build_batch(examples, model.tokenizer)
 
     def can_learn(self, batch_size: int, negatives: int, example: Example) -> bool:
-        """Whether the loss of a batch depends on the model, given the most negatives of a row and one row of the dataset."""
+        """Whether the loss of a batch depends on the model.
+
+        It is given the most negatives of a row, and one row of the dataset.
+        """
         return True
 
     def loss(self, batch: TrainingBatch, queries_BE: Tensor, documents_ME: Tensor, rows: slice) -> LossPart:

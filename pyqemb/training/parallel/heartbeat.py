@@ -1,4 +1,6 @@
-"""Who of the ranks is still there: a thread in each rank sends a beat every second over a connection of its own to rank 0.
+"""Which ranks are still there.
+
+A thread in each rank sends a beat every second over a connection of its own to rank 0.
 
 Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the
 others; these notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the
@@ -73,7 +75,10 @@ class Heartbeat:
         return self._ready.result()
 
     def wait_for_loss(self, seconds: float) -> str | None:
-        """Which rank is gone, for a main thread whose collective has failed: the connection may say so a moment later."""
+        """Return which rank is gone, for a main thread whose collective has failed.
+
+        The connection may say so a moment later.
+        """
         self._noticed.wait(seconds)
         return self.lost
 

@@ -121,7 +121,10 @@ class World:
             raise ConfigError(f"rank {int(failed.nonzero()[0])} cannot start, its message says why")
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """ConfigError in all ranks where one has another value of a fact than rank 0: it names rank, fact and both values."""
+        """Raise a ConfigError on all ranks if a rank has another value of a fact than rank 0.
+
+        The error names the rank, the fact and both values.
+        """
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
@@ -156,7 +159,9 @@ class _AllGather(torch.autograd.Function):
 
 @contextmanager
 def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
-    """The world that the environment describes (torchrun: RANK, WORLD_SIZE, LOCAL_RANK), and the device of this process.
+    """Yield the world that the environment describes, and the device of this process.
+
+    torchrun sets the environment: RANK, WORLD_SIZE, LOCAL_RANK.
 
     A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds,
     dies, or is not heard of for so long is named by a RankError in every other rank, or where a rank waits in a
