@@ -22,7 +22,8 @@ def config(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return stage2(
         model={"base": str(tmp_path / "base")}, data=[{"path": str(tmp_path / "pairs.jsonl")}],
-        loss={"learn_temperature": True}, train={"steps": 5, "global_batch_size": 8, "precision": "bfloat16", "device": "cpu"},
+        loss={"learn_temperature": True},
+        train={"steps": 5, "global_batch_size": 8, "precision": "bfloat16", "device": "cpu"},
         save={"dir": str(tmp_path / "run")},
     )  # fmt: skip
 
