@@ -4,7 +4,7 @@
 #include <array>
 #include <cmath>
 
-#include "bindings/tensor_view.h"
+#include "bindings/module.h"
 
 namespace qemb {
 namespace {

@@ -1,7 +1,8 @@
 // pyqemb._C: numbers in, numbers out. Every function writes into tensors that Python allocated.
+#include "bindings/module.h"
+
 #include <utility>
 
-#include "bindings/tensor_view.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -20,8 +21,6 @@ struct Block {
     Block(const Block&) = delete;
     Block& operator=(const Block&) = delete;
 };
-
-}  // namespace
 
 void bind_runtime(py::module_& m) {
     m.def("available_isas", &cpu::available_isas);
@@ -42,14 +41,18 @@ void bind_runtime(py::module_& m) {
     m.def("release_kept", &cpu::release_kept);
 }
 
+}  // namespace
+
 }  // namespace qemb
 
 PYBIND11_MODULE(_C, m) {
     qemb::bind_attention(m);
-    qemb::bind_pooling(m);
-    qemb::bind_infonce(m);
-    qemb::bind_topk(m);
-    qemb::bind_small_ops(m);
+    qemb::bind_info_nce(m);
+    qemb::bind_last_token_pool(m);
+    qemb::bind_qk_norm_rope(m);
+    qemb::bind_rms_norm(m);
     qemb::bind_shingles(m);
+    qemb::bind_swiglu(m);
+    qemb::bind_top_k(m);
     qemb::bind_runtime(m);
 }

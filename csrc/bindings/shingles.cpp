@@ -1,7 +1,7 @@
 // Checks the arguments of word n-grams and MinHash and fills their structs by name.
 #include "ops/shingles.h"
 
-#include "bindings/tensor_view.h"
+#include "bindings/module.h"
 
 namespace qemb {
 namespace {

@@ -111,6 +111,12 @@ const Argument& Argument::like(const Argument& other) const {
     return *this;
 }
 
+const Argument& Argument::same(const Argument& other) const {
+    QEMB_CHECK(view.shape == other->shape, "[", op, "] ", name, " must have the shape of ", other.name, ", ",
+               other->shape_text(), ", got ", view.shape_text());
+    return like(other).contiguous();
+}
+
 const Argument& Argument::contiguous() const {
     QEMB_CHECK(view.contiguous(), "[", op, "] ", name, " must be contiguous");
     return *this;
@@ -130,6 +136,14 @@ const Argument& Argument::shape(std::initializer_list<int64_t> wanted, const cha
     }
     return *this;
 }
+
+void* optional_gradient(Call& call, const char* name, py::handle gradient, std::initializer_list<int64_t> shape,
+                        const Argument& x) {
+    if (gradient.is_none()) return nullptr;
+    return Argument(call, name, gradient).shape(shape).type(x.arithmetic(), "the arithmetic type").contiguous()->data;
+}
+
+void check_eps(const char* op, double eps) { QEMB_CHECK(eps >= 0, "[", op, "] eps must not be negative, got ", eps); }
 
 const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total, const char* of) {
     cu_seqlens.type(ScalarType::kInt32, "int32").rank(1, "[num_sequences + 1]").contiguous();

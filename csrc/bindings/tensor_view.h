@@ -98,6 +98,7 @@ struct Argument {
     const Argument& floating() const;
     const Argument& type(ScalarType wanted, const char* wanted_name) const;
     const Argument& like(const Argument& other) const;  // same dtype
+    const Argument& same(const Argument& other) const;  // same shape and dtype, contiguous
     const Argument& contiguous() const;
     const Argument& last_contiguous() const;
     const Argument& shape(std::initializer_list<int64_t> wanted, const char* why = "") const;  // why: ends the message
@@ -112,12 +113,10 @@ struct Argument {
 // values are not looked at: the host would have to wait.
 const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total = -1, const char* of = "");
 
-void bind_attention(py::module_& m);
-void bind_pooling(py::module_& m);
-void bind_infonce(py::module_& m);
-void bind_topk(py::module_& m);
-void bind_small_ops(py::module_& m);
-void bind_shingles(py::module_& m);
-void bind_runtime(py::module_& m);
+// A gradient that may not be wanted (None): of that shape, in the arithmetic type of x.
+void* optional_gradient(Call& call, const char* name, py::handle gradient, std::initializer_list<int64_t> shape,
+                        const Argument& x);
+
+void check_eps(const char* op, double eps);
 
 }  // namespace qemb

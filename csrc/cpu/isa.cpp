@@ -56,8 +56,8 @@ void set_isa(const std::string& name) {
 
 QEMB_FORWARD(attention_forward, AttentionForward)
 QEMB_FORWARD(attention_backward, AttentionBackward)
-QEMB_FORWARD(pool_forward, PoolForward)
-QEMB_FORWARD(pool_backward, PoolBackward)
+QEMB_FORWARD(last_token_pool_forward, LastTokenPoolForward)
+QEMB_FORWARD(last_token_pool_backward, LastTokenPoolBackward)
 QEMB_FORWARD(info_nce, InfoNce)
 QEMB_FORWARD(top_k, TopK)
 QEMB_FORWARD(rms_norm_forward, RmsNormForward)

@@ -2,12 +2,12 @@
 #include "common/check.h"
 #include "cuda/runtime.h"
 #include "ops/attention.h"
-#include "ops/infonce.h"
-#include "ops/pooling.h"
+#include "ops/info_nce.h"
+#include "ops/last_token_pool.h"
 #include "ops/qk_norm_rope.h"
 #include "ops/rms_norm.h"
 #include "ops/swiglu.h"
-#include "ops/topk.h"
+#include "ops/top_k.h"
 
 namespace qemb {
 namespace {
@@ -37,9 +37,9 @@ int64_t attention_backward_scratch(const AttentionBackward&) { missing("varlen_a
 void attention_forward(const AttentionForward&) { missing("varlen_attention"); }
 void attention_backward(const AttentionBackward&) { missing("varlen_attention"); }
 
-int64_t pool_backward_scratch(const PoolBackward&) { missing("last_token_pool"); }
-void pool_forward(const PoolForward&) { missing("last_token_pool"); }
-void pool_backward(const PoolBackward&) { missing("last_token_pool"); }
+int64_t last_token_pool_backward_scratch(const LastTokenPoolBackward&) { missing("last_token_pool"); }
+void last_token_pool_forward(const LastTokenPoolForward&) { missing("last_token_pool"); }
+void last_token_pool_backward(const LastTokenPoolBackward&) { missing("last_token_pool"); }
 
 int64_t info_nce_scratch(const InfoNce&) { missing("info_nce"); }
 void info_nce(const InfoNce&) { missing("info_nce"); }

@@ -16,13 +16,15 @@ except ImportError as error:
 
 from pyqemb.ops.attention import AttentionPlan, attention_plan, varlen_attention
 from pyqemb.ops.groups import Group
-from pyqemb.ops.infonce import info_nce
+from pyqemb.ops.info_nce import info_nce
+from pyqemb.ops.last_token_pool import last_token_pool
 from pyqemb.ops.linear import linear
 from pyqemb.ops.losses import cosent, distill_embeddings, distill_scores, yes_no
-from pyqemb.ops.pooling import last_token_pool
+from pyqemb.ops.qk_norm_rope import qk_norm_rope, rope
+from pyqemb.ops.rms_norm import rms_norm
 from pyqemb.ops.shingles import min_hash, shingles
-from pyqemb.ops.small_ops import qk_norm_rope, rms_norm, rope, swiglu
-from pyqemb.ops.topk import top_k
+from pyqemb.ops.swiglu import swiglu
+from pyqemb.ops.top_k import top_k
 
 
 def cuda_is_built() -> bool:

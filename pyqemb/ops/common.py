@@ -121,3 +121,8 @@ def new_rows(x: Tensor) -> Tensor:
 def new_gradient(weight: Tensor, wanted: bool) -> Tensor:
     """Where a kernel sums the gradient of a weight; without elements where nobody wants it."""
     return weight.new_empty(weight.shape if wanted else (0,), dtype=arithmetic(weight.dtype))
+
+
+def rounded(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor | None:
+    """The gradient of a weight in the weight's dtype; None where nobody wants it."""
+    return dweight.to(weight.dtype) if wanted else None

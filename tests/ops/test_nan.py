@@ -8,7 +8,8 @@ from torch.nn.functional import normalize
 
 from pyqemb import _C, ops
 from pyqemb.ops import Group
-from pyqemb.ops.groups import GROUPS, PRESETS
+from pyqemb.ops.groups import GROUPS, PRESETS, Options
+from pyqemb.ops.info_nce import info_nce_block
 
 QUERIES, DOCUMENTS, DIM = 5, 300, 16
 POSITIVE = torch.arange(QUERIES)
@@ -115,8 +116,8 @@ def test_blocks_of_a_ring_keep_it():
     queries, documents = vectors(torch.float64)
     columns = with_nan(documents[QUERIES:], 100)
     count = len(columns)
-    options = ops.infonce.Options.of("mnrl", None, 0.1, None, "joint", 0.0, 0.1, 1.0)
-    block = ops.infonce.info_nce_block(
+    options = Options.of("mnrl", None, 0.1, None, "joint", 0.0, 0.1, 1.0)
+    block = info_nce_block(
         queries, documents[:QUERIES], POSITIVE, columns, torch.arange(QUERIES, QUERIES + count),
         torch.zeros(count, dtype=torch.uint8), torch.full((count,), -1), queries[:0], POSITIVE[:0], options,
     )  # fmt: skip

@@ -2,20 +2,20 @@
 #pragma once
 
 #include "ops/attention.h"
-#include "ops/infonce.h"
-#include "ops/pooling.h"
+#include "ops/info_nce.h"
+#include "ops/last_token_pool.h"
 #include "ops/qk_norm_rope.h"
 #include "ops/rms_norm.h"
 #include "ops/shingles.h"
 #include "ops/swiglu.h"
-#include "ops/topk.h"
+#include "ops/top_k.h"
 
 #define QEMB_DECLARE_KERNELS(isa) \
     namespace qemb::cpu::isa { \
     void attention_forward(const AttentionForward& p); \
     void attention_backward(const AttentionBackward& p); \
-    void pool_forward(const PoolForward& p); \
-    void pool_backward(const PoolBackward& p); \
+    void last_token_pool_forward(const LastTokenPoolForward& p); \
+    void last_token_pool_backward(const LastTokenPoolBackward& p); \
     void info_nce(const InfoNce& p); \
     void top_k(const TopK& p); \
     void rms_norm_forward(const RmsNormForward& p); \

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
-from pyqemb.ops.infonce import Block, Options, info_nce_block
+from pyqemb.ops.info_nce import Block, Options, info_nce_block
 from pyqemb.training.parallel.world import World
 
 

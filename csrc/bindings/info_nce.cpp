@@ -1,0 +1,138 @@
+// Checks the arguments of InfoNCE and fills its struct by name.
+#include "ops/info_nce.h"
+
+#include <cmath>
+
+#include "bindings/module.h"
+
+namespace qemb {
+namespace {
+
+constexpr const char* kOp = "info_nce";
+
+// On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a positive must
+// be in range, the kernels read and write at it.
+const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of,
+                               const char* why = "") {
+    x.type(ScalarType::kInt64, "int64").shape({count}, why).contiguous();
+    const auto* values = static_cast<const int64_t*>(x->data);
+    for (int64_t i = 0; x->device < 0 && i < count; ++i)
+        QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (",
+                   of, "), got ", values[i], " at ", i);
+    return values;
+}
+
+void checked_vectors(const Argument& q, const Argument& d) {
+    q.rank(2, "[num_queries, dim]").floating().contiguous();
+    d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
+               " and ", d->size(1));
+}
+
+// What the caller gave, before anything is made of it.
+void check_info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner, py::handle document_ids) {
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive);
+    checked_vectors(q, d);
+    const int64_t num_queries = q->size(0), num_documents = d->size(0);
+    QEMB_CHECK(num_queries > 0, "[", kOp, "] queries must hold at least one query, got shape ", q->shape_text());
+    checked_indices(pos, num_queries, 0, num_documents, "an index of documents: each query has a positive",
+                    " (one for each of queries)");
+    if (!owner.is_none())
+        checked_indices(Argument(call, "owner", owner), num_documents, -1, num_queries, "an index of queries, or -1",
+                        " (one for each of documents)");
+    if (!document_ids.is_none())
+        Argument(call, "document_ids", document_ids)
+            .type(ScalarType::kInt64, "int64")
+            .shape({num_documents}, " (one for each of documents)");
+}
+
+// [kNumGroups, 5]: on, mask, relative, margin, hardness
+void fill_groups(const std::vector<double>& values, Group* groups) {
+    QEMB_CHECK(values.size() == kNumGroups * 5, "[", kOp, "] groups must have ", kNumGroups * 5, " values, got ",
+               values.size());
+    for (int i = 0; i < kNumGroups; ++i) {
+        const double* v = &values[static_cast<size_t>(i) * 5];
+        QEMB_CHECK(!std::isnan(v[3]), "[", kOp, "] margin must be a number, got nan");
+        QEMB_CHECK(std::isfinite(v[4]), "[", kOp, "] hardness must be finite, got ", v[4]);
+        groups[i] = {v[0] != 0, static_cast<ScoreMask>(static_cast<int>(v[1])), v[2] != 0, v[3], v[4]};
+    }
+}
+
+void info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle query_text, py::handle document_text,
+              py::handle role, py::handle owner, py::handle own_starts, py::handle own_documents, py::handle loss,
+              py::handle stats, py::handle d_queries, py::handle d_documents, py::handle d_temperature,
+              py::handle log_negatives, bool given, bool pull, int64_t first_row, int64_t num_rows, int64_t first_column,
+              const std::vector<double>& groups, bool split, double focal, double temperature, double scale,
+              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights) {
+    Call call(kOp);
+    const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
+        l(call, "loss", loss), totals(call, "stats", stats);
+    checked_vectors(q, d);
+    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
+               temperature);
+    QEMB_CHECK(std::isfinite(focal) && focal >= 0, "[", kOp, "] focal must be finite and at least 0, got ", focal);
+    const int64_t num_queries = q->size(0), num_documents = d->size(0);
+    QEMB_CHECK(first_row >= 0 && num_rows >= 0 && first_row + num_rows <= num_queries, "[", kOp, "] rows must lie in 0 to ",
+               num_queries, ", got ", first_row, " to ", first_row + num_rows);
+    QEMB_CHECK(dims.size() == dim_weights.size(), "[", kOp, "] a weight for each of ", dims.size(), " dims, got ",
+               dim_weights.size());
+    QEMB_CHECK(!call.cuda() || dims.size() <= kMaxPrefixes, "[", kOp, "] at most ", kMaxPrefixes, " dims on CUDA, got ",
+               dims.size());
+    const auto integers = [&](const char* name, py::handle object, int64_t count) {
+        const Argument x(call, name, object);
+        return static_cast<const int64_t*>(x.type(ScalarType::kInt64, "int64").shape({count}).contiguous()->data);
+    };
+    const auto doubles = [&](const Argument& x, std::initializer_list<int64_t> shape) {
+        return static_cast<double*>(x.shape(shape).type(ScalarType::kFloat64, "float64").contiguous()->data);
+    };
+    const Argument roles(call, "role", role);
+    InfoNce p{
+        .queries = q->data,
+        .documents = d->data,
+        .positive = checked_indices(pos, num_queries, 0, num_documents, "an index of documents"),
+        .query_text = integers("query_text", query_text, num_queries),
+        .document_text = integers("document_text", document_text, num_documents),
+        .role = static_cast<const uint8_t*>(roles.type(ScalarType::kUInt8, "uint8").shape({num_documents}).contiguous()->data),
+        .owner = integers("owner", owner, num_documents),
+        .own_starts = integers("own_starts", own_starts, num_queries + 1),
+        .own_documents = integers("own_documents", own_documents, num_documents),
+        .num_queries = num_queries,
+        .num_documents = num_documents,
+        .dim = q->size(1),
+        .first_row = first_row,
+        .num_rows = num_rows,
+        .first_column = first_column,
+        .groups = {},
+        .split = split,
+        .temperature = temperature,
+        .focal = focal,
+        .scale = scale,
+        .dims = dims.data(),
+        .dim_weights = dim_weights.data(),
+        .num_dims = static_cast<int64_t>(dims.size()),
+        .loss = doubles(l, {num_rows}),
+        .d_queries = optional_gradient(call, "d_queries", d_queries, {q->size(0), q->size(1)}, q),
+        .d_documents = optional_gradient(call, "d_documents", d_documents, {d->size(0), d->size(1)}, d),
+        .d_temperature = d_temperature.is_none() ? nullptr : doubles(Argument(call, "d_temperature", d_temperature), {1}),
+        .stats = doubles(totals, {5}),
+        .log_negatives = log_negatives.is_none()
+                             ? nullptr
+                             : doubles(Argument(call, "log_negatives", log_negatives), {num_rows, kMaxSoftmaxes}),
+        .given = given,
+        .pull = pull,
+        .dtype = q->dtype(),
+    };
+    fill_groups(groups, p.groups);
+    call.run(p, cpu::info_nce, cuda::info_nce, cuda::info_nce_scratch);
+}
+
+}  // namespace
+
+void bind_info_nce(py::module_& m) {
+    m.def("check_info_nce", &check_info_nce);
+    m.def("info_nce", &info_nce);
+    m.attr("MAX_PREFIXES") = kMaxPrefixes;
+}
+
+}  // namespace qemb

@@ -1,0 +1,53 @@
+// The last token of each packed sequence -> (RMSNorm) -> first `dim` features (Matryoshka) -> (L2 norm), in one pass.
+#pragma once
+
+#include "common/types.h"
+
+namespace qemb {
+
+// A sequence without tokens gives a row of zeros and no gradient.
+struct LastTokenPoolForward {
+    const void* hidden;         // [T, embed], rows contiguous, row stride in elements below
+    const void* norm_weight;    // [embed] or null: no RMSNorm
+    void* out;                  // [num_seqs, dim]
+    const int32_t* cu_seqlens;  // [num_seqs + 1]
+    int64_t num_seqs;
+    int64_t embed;
+    int64_t dim;
+    int64_t hidden_stride;
+    double eps;
+    bool normalize;
+    DType dtype;
+    void* stream = nullptr;
+};
+
+struct LastTokenPoolBackward {
+    const void* hidden;
+    const void* norm_weight;
+    const void* dout;    // [num_seqs, dim], contiguous
+    void* dhidden;       // [T, embed], contiguous, zero on entry; only the last tokens are written
+    void* dnorm_weight;  // [embed] in the arithmetic type, written whole, or null
+    const int32_t* cu_seqlens;
+    int64_t num_seqs;
+    int64_t embed;
+    int64_t dim;
+    int64_t hidden_stride;
+    double eps;
+    bool normalize;
+    DType dtype;
+    void* scratch = nullptr;  // cuda: last_token_pool_backward_scratch(p) bytes
+    void* stream = nullptr;
+};
+
+namespace cpu {
+void last_token_pool_forward(const LastTokenPoolForward& p);
+void last_token_pool_backward(const LastTokenPoolBackward& p);
+}  // namespace cpu
+
+namespace cuda {
+int64_t last_token_pool_backward_scratch(const LastTokenPoolBackward& p);
+void last_token_pool_forward(const LastTokenPoolForward& p);
+void last_token_pool_backward(const LastTokenPoolBackward& p);
+}  // namespace cuda
+
+}  // namespace qemb

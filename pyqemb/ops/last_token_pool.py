@@ -1,0 +1,97 @@
+"""Packed hidden states -> one vector per sequence."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyqemb import _C
+from pyqemb.ops.checks import flag, not_negative, optional_tensor, tensor
+from pyqemb.ops.common import at_kernels, differentiable, native, new, new_gradient, rounded
+
+
+def last_token_pool(
+    hidden_TE: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    dim: int | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """The last token of each sequence -> RMSNorm -> first `dim` features -> L2 norm, in one pass, differentiable once.
+
+    Args:
+        hidden_TE: [T, E] float32, bfloat16, float16 or float64.
+        cu_seqlens: [B + 1] int32, `[0, ..., T]`. The pooled token is the last of each sequence, never searched for.
+        norm_weight: [E] of the final RMSNorm (over all E features, before the cut); None: hidden_TE is already normed.
+        eps: of the RMSNorm.
+        dim: features kept (Matryoshka); E when None.
+        normalize: divide by the L2 norm, at any magnitude. A row of zeros stays zero, and so is its gradient.
+
+    Returns:
+        [B, dim], dtype of hidden_TE. A sequence without tokens gives zeros.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, shapes or cu_seqlens that do not fit.
+
+    Source: Qwen3 Embedding technical report (arXiv 2506.05176), section 2; Matryoshka, Kusupati et al. 2022.
+    """
+    op = "last_token_pool"
+    hidden_TE, norm_weight = tensor(op, "hidden", hidden_TE), optional_tensor(op, "norm_weight", norm_weight)
+    eps, normalize = not_negative(op, "eps", eps), flag(op, "normalize", normalize)
+    if hidden_TE.dim() != 2:
+        raise ValueError(f"[{op}] hidden must have shape [tokens, embed], got {list(hidden_TE.shape)}")
+    cut = hidden_TE.shape[1] if dim is None else dim
+    if dim is not None and (not isinstance(cut, int) or isinstance(cut, bool) or cut < 1):
+        raise ValueError(f"[{op}] dim must be a positive integer, got {dim!r:.100}")
+    if cut > hidden_TE.shape[1] or cut < 1:
+        raise ValueError(f"[{op}] dim must be from 1 to {hidden_TE.shape[1]}, got {cut!s:.100}")
+    cu_seqlens = at_kernels(op, "cu_seqlens", cu_seqlens, len(hidden_TE), "hidden", hidden_TE.device)
+    hidden_TE = hidden_TE if hidden_TE.stride(1) == 1 else hidden_TE.contiguous()
+    return _pool(hidden_TE, norm_weight, cu_seqlens, eps, cut, normalize)
+
+
+def _new_vectors(hidden: Tensor, cu: Tensor, dim: int) -> Tensor:
+    return hidden.new_empty(max(cu.numel() - 1, 0), dim)
+
+
+@native(
+    "last_token_pool(Tensor hidden, Tensor? weight, Tensor cu_seqlens, float eps, SymInt dim, bool normalize) -> Tensor",
+    lambda hidden, weight, cu, eps, dim, normalize: _new_vectors(hidden, cu, dim),
+)
+def _forward(hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool) -> Tensor:
+    out = _new_vectors(hidden, cu, dim)
+    _C.pool_forward(hidden, cu, weight, out, eps, normalize)
+    return out
+
+
+@native(
+    "last_token_pool_backward(Tensor hidden, Tensor? weight, Tensor cu_seqlens, Tensor dout, float eps, bool normalize,"
+    " bool wanted) -> (Tensor, Tensor)",
+    lambda hidden, weight, cu, dout, eps, normalize, wanted: (
+        new(hidden),
+        new_gradient(hidden if weight is None else weight, wanted),
+    ),
+)
+def _gradient(
+    hidden: Tensor, weight: Tensor | None, cu: Tensor, dout: Tensor, eps: float, normalize: bool, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dhidden = hidden.new_zeros(hidden.shape)
+    dweight = new_gradient(hidden if weight is None else weight, wanted)
+    _C.pool_backward(hidden, cu, weight, dout.contiguous(), dhidden, dweight if wanted else None, eps, normalize)
+    return dhidden, dweight
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.eps, ctx.normalize = inputs[3], inputs[5]
+
+
+def _backward(gradient: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, cu = ctx.saved_tensors
+    wanted = weight is not None and ctx.needs_input_grad[1]
+    dhidden, dweight = gradient(hidden, weight, cu, dout, ctx.eps, ctx.normalize, wanted)
+    return dhidden, rounded(dweight, weight, wanted), None, None, None, None
+
+
+_pool = differentiable("last_token_pool", _forward, _gradient, _keep, _backward)

@@ -1,0 +1,84 @@
+"""RMSNorm of each head and the rotary embedding: one pass over memory forward and one backward."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyqemb import _C
+from pyqemb.ops.checks import not_negative, tensor
+from pyqemb.ops.common import differentiable, empty_like, native, new, new_gradient, new_rows, rounded
+
+
+def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Tensor, eps: float = 1e-6) -> Tensor:
+    """What Qwen3 does to q and to k before attention: RMSNorm of each head, then rotary embedding; differentiable once.
+
+    Args:
+        x_TND: [T, N, D] float32, bfloat16, float16 or float64, D even.
+        norm_weight: [D] of the same dtype.
+        cos_TH, sin_TH: [T, D / 2] of each token's angles, float32 (float64 for float64); feature i turns with i + D / 2.
+        eps: of the RMSNorm.
+
+    Returns:
+        [T, N, D], dtype of x.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
+
+    Source: Qwen3 technical report (arXiv 2505.09388), section 2; rotary embedding, Su et al. 2021, equation 34.
+    """
+    return _rotated("qk_norm_rope", x_TND, norm_weight, cos_TH, sin_TH, eps)
+
+
+def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """The rotary embedding alone, as in Llama and Qwen2: `qk_norm_rope` without its norm.
+
+    Source: Su et al. 2021, equation 34.
+    """
+    return _rotated("rope", x_TND, None, cos_TH, sin_TH, 0.0)
+
+
+def _rotated(op: str, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    if op == "qk_norm_rope":
+        weight = tensor(op, "norm_weight", weight)
+    x, cos, sin = tensor(op, "x", x), tensor(op, "cos", cos), tensor(op, "sin", sin)
+    return _qk_norm_rope(x.contiguous(), weight, cos, sin, not_negative(op, "eps", eps))[0]
+
+
+@native(
+    "qk_norm_rope(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, cos, sin, eps: (new(x), new_rows(x)),
+)
+def _qk_norm_rope_forward(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    y, rstd = empty_like(x), new_rows(x)
+    _C.qk_norm_rope_forward(x, weight, cos, sin, y, rstd, eps)
+    return y, rstd
+
+
+@native(
+    "qk_norm_rope_backward(Tensor x, Tensor? weight, Tensor cos, Tensor sin, Tensor rstd, Tensor dy, bool wanted)"
+    " -> (Tensor, Tensor)",
+    lambda x, weight, cos, sin, rstd, dy, wanted: (new(x), new_gradient(x if weight is None else weight, wanted)),
+)
+def _qk_norm_rope_gradient(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, rstd: Tensor, dy: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = empty_like(x), new_gradient(x if weight is None else weight, wanted)
+    _C.qk_norm_rope_backward(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight if wanted else None)
+    return dx, dweight
+
+
+def _keep_qk_norm_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+
+
+def _qk_norm_rope_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under checkpointing each reading computes them again
+    dx, dweight = gradient(*saved, dy, ctx.needs_input_grad[1])
+    return dx, rounded(dweight, saved[1], ctx.needs_input_grad[1]), None, None, None
+
+
+_qk_norm_rope = differentiable(
+    "qk_norm_rope", _qk_norm_rope_forward, _qk_norm_rope_gradient, _keep_qk_norm_rope, _qk_norm_rope_backward
+)

@@ -1,0 +1,462 @@
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from pyqemb import _C, ops
+from pyqemb.ops import Group
+from pyqemb.ops.groups import GROUPS, PRESETS, Options
+from pyqemb.ops.info_nce import info_nce_block
+from pyqemb.testing import reference
+
+
+def batch(num_queries=70, num_documents=300, dim=48, noise=0.6, seed=0):
+    """Queries near their positives, hard negatives near them too, shared positives, texts that occur twice."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = normalize(torch.randn(num_documents, dim, dtype=torch.float64, generator=generator), dim=1)
+    positive = torch.randint(0, num_documents, (num_queries,), generator=generator)
+    queries = normalize(
+        documents[positive]
+        + noise * normalize(torch.randn(num_queries, dim, dtype=torch.float64, generator=generator), dim=1),
+        dim=1,
+    )
+    owner = torch.full((num_documents,), -1)
+    for document in range(num_documents // 3):
+        query = int(torch.randint(0, num_queries, (1,), generator=generator))
+        owner[document] = query
+        documents[document] = normalize(documents[document] + documents[positive[query]], dim=0)
+    owner[positive] = torch.arange(num_queries)
+    ids = torch.arange(num_documents)
+    ids[:20] = ids[20:40]
+    return queries, documents, positive, owner, ids
+
+
+def both(
+    data, dtype=torch.float64, temperature=0.05, preset="qwen3", margin=0.1, groups=None, softmax="joint", focal=0.0, **options
+):  # fmt: skip
+    """(loss, gradients) of the op in `dtype` and of the dense formula in float64, on the same rounded vectors."""
+    queries, documents, positive, owner, ids = data
+    low = [x.to(dtype).requires_grad_() for x in (queries, documents)]
+    loss = ops.info_nce(
+        *low, positive, owner=owner, document_ids=ids, temperature=temperature, preset=preset, margin=margin,
+        groups=groups, softmax=softmax, focal=focal, **options,
+    )  # fmt: skip
+    grads = torch.autograd.grad(loss, low)
+    exact = [x.detach().double().requires_grad_() for x in low]
+    chosen = {name: group for name, group in {**PRESETS[preset], **(groups or {})}.items() if group}
+    truth = reference.info_nce(
+        *exact, positive, owner, ids, temperature, margin, chosen, softmax == "split", focal, **options
+    )  # fmt: skip
+    return (loss.detach(), *grads), (truth.detach(), *torch.autograd.grad(truth, exact))
+
+
+def relative(actual, exact):
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def assert_equal(results, tolerance):
+    for actual, exact in zip(*results, strict=True):
+        assert relative(actual, exact) < tolerance
+
+
+OFF = dict.fromkeys(GROUPS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+@pytest.mark.parametrize("focal", [0.0, 0.7, 2.0])
+def test_equals_the_dense_formula(preset, softmax, focal):
+    assert_equal(both(batch(), preset=preset, softmax=softmax, focal=focal), 1e-11)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "group",
+    [
+        Group(mask=None),
+        Group(margin=-0.1),
+        Group(margin=0.05, relative=True),
+        Group(margin=-0.1, relative=True, hardness=5.0),
+        Group(mask="query_document", margin=0.0),
+        Group(mask=None, hardness=-3.0),
+    ],
+    ids=str,
+)
+def test_each_group_alone_and_among_others(name, group):
+    if name == "query_query" and group.mask == "query_document":
+        pytest.skip("has no query-document score")
+    assert_equal(both(batch(), groups={**OFF, name: group}), 1e-11)
+    assert_equal(both(batch(), groups={name: group}), 1e-11)
+    assert_equal(both(batch(), groups={name: group}, softmax="split", preset="mnrl"), 1e-11)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_each_group_off(name):
+    assert_equal(both(batch(), preset="ms_swift", groups={name: False}), 1e-11)
+
+
+def test_every_group_its_own_way():
+    """Other columns of a tile, other rules, in all four softmaxes; in float32 too."""
+    kinds = [Group(margin=0.1 * i - 0.2, relative=i % 2 == 1, hardness=i - 2.0) for i in range(len(GROUPS))]
+    groups = dict(zip(GROUPS, kinds, strict=True))
+    for softmax in ("joint", "split"):
+        assert_equal(both(batch(200, 900), groups=groups, softmax=softmax, focal=1.5), 1e-11)
+        assert_equal(both(batch(200, 900), torch.float32, groups=groups, softmax=softmax, focal=1.5), 2e-6)
+
+
+@pytest.mark.parametrize("doc_mask", ["query_document", "own", "none"])
+def test_doc_mask_changes_the_document_groups(doc_mask):
+    queries, documents, positive, owner, ids = batch()
+    mask = None if doc_mask == "none" else doc_mask
+    groups = {name: Group(mask=mask) for name in ("doc_positive", "doc_hard")}
+    arguments = dict(owner=owner, document_ids=ids, margin=0.0)
+    by_name = ops.info_nce(queries, documents, positive, doc_mask=doc_mask, **arguments)
+    assert by_name == ops.info_nce(queries, documents, positive, groups=groups, **arguments)
+
+
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+@pytest.mark.parametrize(
+    "groups", [None, {"batch_hard": Group(hardness=4.0), "own_hard": Group(hardness=2.0)}], ids=str
+)
+def test_temperature_gradient(softmax, groups):
+    queries, documents, positive, owner, ids = batch()
+    tau, exact = (torch.tensor(0.07, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = ops.info_nce(
+        queries, documents, positive, owner=owner, document_ids=ids, temperature=tau, softmax=softmax, groups=groups, focal=1.0
+    )  # fmt: skip
+    truth = reference.info_nce(
+        queries, documents, positive, owner, ids, exact, groups={**PRESETS["qwen3"], **(groups or {})},
+        split=softmax == "split", focal=1.0,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, tau)[0], torch.autograd.grad(truth, exact)[0], rtol=1e-10, atol=0
+    )
+    learned = torch.tensor([-2.6], requires_grad=True)  # its logarithm, as one would train it
+    ops.info_nce(queries.float(), documents.float(), positive, temperature=learned.exp()).backward()
+    assert learned.grad.shape == (1,) and learned.grad != 0
+
+
+@pytest.mark.parametrize("preset", ["qwen3", "classification"])
+def test_rows_of_several_processes_add_up(preset):
+    data = batch(100, 500)
+    queries, documents, positive, owner, ids = data
+    whole = both(data, preset=preset)[0]
+    parts = [both(data, preset=preset, rows=rows) for rows in ((0, 37), (37, 60), (97, 3), (100, 0))]
+    for part, truth in parts[:3]:
+        assert_equal((part, truth), 1e-11)
+    for index, value in enumerate(whole):
+        torch.testing.assert_close(sum(part[0][index] for part in parts), value, rtol=1e-11, atol=1e-14)
+    with pytest.raises(ValueError, match="rows must lie in 0 to 100, got 90 to 101"):
+        ops.info_nce(queries, documents, positive, rows=(90, 11))
+
+
+def test_reductions():
+    queries, documents, positive, owner, _ = (
+        x.clone().requires_grad_() if x.is_floating_point() else x for x in batch()
+    )
+    mean, total = (ops.info_nce(queries, documents, positive, owner=owner, reduction=r) for r in ("mean", "sum"))
+    torch.testing.assert_close(total, mean * len(queries))
+    for a, b in zip(*(torch.autograd.grad(x, (queries, documents)) for x in (total, mean)), strict=True):
+        torch.testing.assert_close(a, b * len(queries))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 5, 3), (5, 5, 100), (97, 256, 33), (385, 257, 40), (400, 1100, 130)])
+def test_shapes_around_the_panels(shape):
+    num_queries, num_documents, dim = shape
+    data = batch(num_queries, max(num_documents, 41), dim)
+    assert_equal(both(data), 1e-11)
+    assert_equal(both(data, preset="memeff", softmax="split"), 1e-11)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
+@pytest.mark.parametrize("dim", [64, 128, 1024])
+@pytest.mark.parametrize("noise", [0.3, 0.8, 1.5])
+def test_float32_at_low_temperature(temperature, dim, noise):
+    """Sure rows and unsure ones. Single products in float32 are off by 5e-8, which is 5e-6 of a weight at tau = 0.01."""
+    ours, truth = both(batch(256, 1024, dim, noise=noise), torch.float32, temperature)
+    assert abs(float(ours[0]) - float(truth[0])) < 1e-6
+    for actual, exact in zip(ours[1:], truth[1:], strict=True):
+        assert relative(actual, exact) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_storage_costs_only_the_rounding_of_the_gradient(dtype):
+    ours, truth = both(batch(), dtype)
+    assert abs(float(ours[0]) - float(truth[0])) < 1e-5
+    for actual, exact in zip(ours[1:], truth[1:], strict=True):
+        assert relative(actual, exact) < 4e-3
+
+
+def test_confident_rows_keep_a_relative_error_in_their_gradient():
+    """P of the positive is near 1: forming P - 1 would lose everything that is left."""
+    ours, truth = both(batch(64, 128, 64, noise=0.15), torch.float32, 0.02, preset="mnrl")
+    rows = (ours[1].double() - truth[1]).norm(dim=1) / truth[1].norm(dim=1)
+    assert rows.median() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0115, 0.005, 0.001])
+def test_very_low_temperature_without_any_similarity(temperature):
+    queries = normalize(torch.randn(40, 64) * torch.tensor([1.0] * 32 + [0] * 32), dim=1)
+    documents = normalize(torch.randn(40, 64) * torch.tensor([0.0] * 32 + [1] * 32) - 0.05 * queries, dim=1)
+    queries.requires_grad_()
+    loss = ops.info_nce(queries, documents, torch.arange(40), temperature=temperature)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(queries.grad).all() and queries.grad.abs().sum() > 0
+
+
+def test_every_negative_masked_gives_zero_loss():
+    document = normalize(torch.randn(1, 16), dim=1).repeat(8, 1)
+    queries = document.clone().requires_grad_()
+    loss = ops.info_nce(queries, document, torch.arange(8), document_ids=torch.zeros(8, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and (queries.grad == 0).all()
+
+
+def test_margin_masks_false_negatives():
+    queries = torch.eye(4)[:2]
+    documents = torch.stack([torch.tensor([0.6, 0.0, 0.8, 0.0]), torch.eye(4)[1], torch.eye(4)[0]])
+    arguments = (queries, documents, torch.tensor([0, 1]))
+    masked = ops.info_nce(*arguments, preset="qwen3_stage2", temperature=0.1)
+    kept = ops.info_nce(*arguments, preset="qwen3_stage2", temperature=0.1, margin=0.5)
+    assert masked < 0.01 < 1 < kept
+
+
+def dense_prefixes(data, dims, weights, groups, temperature=0.05, **options):
+    """(loss, gradients) in float64: a weighted sum of losses of prefixes that are normalised again."""
+    queries, documents, *rest = data
+    leaves = [x.detach().double().requires_grad_() for x in (queries, documents)]
+    losses = [
+        weight * reference.info_nce(*(normalize(x[:, :dim], dim=1) for x in leaves), *rest, temperature, groups=groups, **options)
+        for dim, weight in zip(dims, weights, strict=True)
+    ]  # fmt: skip
+    return sum(losses).detach(), *torch.autograd.grad(sum(losses), leaves)
+
+
+def prefixes(data, dtype, dims, temperature=0.05, **options):
+    queries, documents, positive, owner, ids = data
+    leaves = [x.to(dtype).requires_grad_() for x in (queries, documents)]
+    loss = ops.info_nce(
+        *leaves, positive, owner=owner, document_ids=ids, temperature=temperature, matryoshka=dims, **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dims", [[48], [48, 16], [5, 16, 33], [1, 2, 3, 17, 31, 47, 48]], ids=str)
+def test_matryoshka_equals_renormalised_prefixes(preset, dims):
+    data = batch(70, 300)
+    truth = dense_prefixes(data, dims, [1 / len(dims)] * len(dims), PRESETS[preset])
+    assert_equal((prefixes(data, torch.float64, dims, preset=preset), truth), 1e-10)
+
+
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+def test_matryoshka_with_everything_else(softmax):
+    data, dims, weights = batch(130, 600, 96), [8, 40, 96], [0.2, 0.0, 1.5]
+    groups = {"own_hard": Group(hardness=3.0), "batch_hard": Group(margin=-0.1, relative=True), "doc_own": Group()}
+    options = dict(focal=1.5, rows=(10, 100))
+    truth = dense_prefixes(
+        data, dims, weights, {**PRESETS["qwen3"], **groups}, split=softmax == "split", **options
+    )  # fmt: skip
+    ours = prefixes(
+        data, torch.float64, dims, matryoshka_weights=weights, groups=groups, softmax=softmax, **options
+    )  # fmt: skip
+    assert_equal((ours, truth), 1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
+def test_matryoshka_in_float32(temperature):
+    dims = [32, 64, 128, 256]
+    data = tuple(x.float() if x.is_floating_point() else x for x in batch(256, 700, 256, noise=0.8))
+    truth = dense_prefixes(data, dims, [0.25] * 4, PRESETS["qwen3"], temperature)
+    ours = prefixes(data, torch.float32, dims, temperature)
+    assert abs(float(ours[0]) - float(truth[0])) < 1e-6
+    assert_equal((ours[1:], truth[1:]), 2e-6)
+
+
+def test_matryoshka_temperature_gradient():
+    queries, documents, positive, owner, _ = batch()
+    tau, exact = (torch.tensor(0.07, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = ops.info_nce(queries, documents, positive, owner=owner, temperature=tau, matryoshka=[48, 16])
+    cut = [[normalize(x[:, :dim], dim=1) for x in (queries, documents)] for dim in (48, 16)]
+    truth = sum(reference.info_nce(*vectors, positive, owner, temperature=exact) for vectors in cut) / 2
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, t)[0] for x, t in ((loss, tau), (truth, exact))), rtol=1e-10, atol=0
+    )
+
+
+def test_matryoshka_weights_go_with_their_dimensions():
+    queries, documents, positive, owner, _ = batch()
+    rising, falling = (
+        ops.info_nce(queries, documents, positive, owner=owner, matryoshka=dims, matryoshka_weights=weights)
+        for dims, weights in (([8, 48], [0.2, 1.5]), ([48, 8], [1.5, 0.2]))
+    )
+    swapped = ops.info_nce(queries, documents, positive, owner=owner, matryoshka=[8, 48], matryoshka_weights=[1.5, 0.2])
+    assert rising == falling != swapped
+
+
+def test_a_prefix_of_zeros_stays_finite():
+    queries, documents, positive, owner, _ = batch()
+    queries, documents = queries.float(), documents.float()
+    queries[3, :16] = documents[7, :16] = 0
+    leaves = [queries.requires_grad_(), documents.requires_grad_()]
+    loss = ops.info_nce(*leaves, positive, owner=owner, matryoshka=[16, 48])
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(x.grad).all() for x in leaves)
+
+
+def test_blocks_of_a_ring_add_up_to_the_whole():
+    """Two rounds over blocks of documents and queries: log sums, then gradients."""
+    queries, documents, positive, owner, ids = batch(60, 310)
+    options = Options.of("qwen3", {"doc_own": Group()}, 0.1, None, "split", 0.5, 0.05, 1 / 60)
+    role = torch.zeros(310, dtype=torch.uint8).index_fill(0, positive, 1)
+    anchors = (queries, documents[positive], ids[positive])
+    cuts = [(slice(0, 100), slice(0, 30)), (slice(100, 310), slice(30, 60)), (slice(310, 310), slice(60, 60))]
+
+    def blocks(**given):
+        for number, (d, q) in enumerate(cuts):
+            columns = documents[d], ids[d], role[d], owner[d]
+            others = queries[q], ids[positive][q]
+            yield info_nce_block(*anchors, *columns, *others, options, pull=number == 0, **given)
+
+    sums = torch.stack([block.log_negatives_RS for block in blocks()])
+    totals = torch.logsumexp(sums, dim=0)
+    results = list(blocks(log_negatives_RS=totals, gradients=True))
+    d_queries = sum(block.d_anchors_RE for block in results) + torch.cat([block.d_others_QE for block in results])
+    d_documents = torch.cat([block.d_columns_CE for block in results])
+    d_documents.index_add_(0, positive, sum(block.d_positives_RE for block in results))
+
+    leaves = [
+        queries.requires_grad_(),
+        documents.requires_grad_(),
+        torch.tensor(0.05, dtype=torch.float64, requires_grad=True),
+    ]
+    whole = ops.info_nce(
+        *leaves[:2], positive, owner=owner, document_ids=ids, groups={"doc_own": Group()}, softmax="split", focal=0.5,
+        temperature=leaves[2],
+    )  # fmt: skip
+    ours = (results[0].losses_R.mean(), d_queries, d_documents, sum(block.d_temperature for block in results))
+    assert_equal((ours, (whole.detach(), *torch.autograd.grad(whole, leaves))), 1e-10)
+
+
+def test_stats():
+    queries, documents, positive, owner, ids = batch()
+    _, stats = ops.info_nce(queries, documents, positive, owner=owner, document_ids=ids, return_stats=True)
+    assert stats["positive"] == pytest.approx(float((queries * documents[positive]).sum(1).mean()))
+    assert stats["negative"] < stats["positive"] and 0 < stats["masked"] < 1
+
+
+@pytest.mark.parametrize("margin", [0.1, -0.8])  # none and many of the strangers are over
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_stats_count_every_candidate(dtype, margin):
+    """Whole tiles of strangers are masked by vectors, the others one by one; the counts must not tell them apart."""
+    queries, documents, positive, owner, ids = batch(60, 1100)
+    queries, documents = queries.to(dtype), documents.to(dtype)
+    scores = queries @ documents.T
+    limit = scores.gather(1, positive[:, None]) + margin
+    candidate = torch.arange(1100)[None] != positive[:, None]
+    dropped = candidate & ((scores > limit) | (ids[None] == ids[positive][:, None]))
+    _, stats = ops.info_nce(
+        queries,
+        documents,
+        positive,
+        owner=owner,
+        document_ids=ids,
+        preset="qwen3_stage2",
+        margin=margin,
+        return_stats=True,
+    )
+    assert stats["masked"] == pytest.approx(int(dropped.sum()) / int(candidate.sum()), rel=1e-12)
+    assert stats["negative"] == pytest.approx(float(scores[candidate & ~dropped].double().mean()), rel=1e-4)
+
+
+def test_gradcheck():
+    queries, documents, positive, owner, ids = batch(4, 41, 3)
+    arguments = [x.clone().requires_grad_() for x in (queries, documents)]
+    torch.autograd.gradcheck(
+        lambda q, d: ops.info_nce(q, d, positive, owner=owner, document_ids=ids, temperature=0.2, margin=0.5), arguments
+    )
+
+
+def test_same_bits_for_any_thread_count_and_scaled_by_the_outer_gradient():
+    queries, documents, positive, owner, ids = (x.float() if x.is_floating_point() else x for x in batch(200, 600, 40))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = [queries.clone().requires_grad_(), documents.clone().requires_grad_()]
+            loss = ops.info_nce(*leaves, positive, owner=owner, document_ids=ids)
+            results.append((loss.detach(), *torch.autograd.grad(3 * loss, leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    leaves = [queries.clone().requires_grad_(), documents.clone().requires_grad_()]
+    plain = torch.autograd.grad(ops.info_nce(*leaves, positive, owner=owner, document_ids=ids), leaves)
+    torch.testing.assert_close(results[0][1], 3 * plain[0])
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_every_instruction_set(isa):
+    best = _C.current_isa()
+    try:
+        _C.set_isa(isa)
+        ours, truth = both(batch(), torch.float32)
+    finally:
+        _C.set_isa(best)
+    assert all(relative(actual, exact) < 4e-6 for actual, exact in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"preset": "best"}, ValueError, "preset must be one of qwen3"),
+        ({"doc_mask": "all"}, ValueError, "doc_mask must be one of"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be positive"),
+        ({"margin": float("nan")}, ValueError, "margin must be a number"),
+        ({"positive": torch.tensor([0, 1, 4])}, ValueError, "positive must be from 0 to 3 .*, got 4 at 2"),
+        ({"positive": torch.tensor([0, -1, 2])}, ValueError, "got -1 at 1"),
+        ({"positive": torch.tensor([0, 1])}, ValueError, r"positive must have shape \[3\], got \[2\]"),
+        ({"positive": torch.tensor([0, 1, 2], dtype=torch.int32)}, TypeError, "positive must be int64"),
+        ({"owner": torch.tensor([0, 1, 2])}, ValueError, r"owner must have shape \[4\]"),
+        ({"owner": torch.tensor([0, 1, 2, 3])}, ValueError, "owner must be from -1 to 2"),
+        ({"document_ids": torch.zeros(2, dtype=torch.int64)}, ValueError, "document_ids must have shape"),
+        ({"queries": torch.zeros(3, 5)}, ValueError, "share their dimension, got 5 and 8"),
+        ({"queries": torch.zeros(8)}, ValueError, "queries must have shape"),
+        ({"queries": torch.zeros(3, 8).double()}, TypeError, "documents must have the dtype of queries"),
+        ({"matryoshka": []}, ValueError, "matryoshka must list"),
+        ({"matryoshka": [9]}, ValueError, "from 1 to 8"),
+        ({"matryoshka": [4, 8, 2]}, ValueError, r"must rise or fall, each dimension once, got \[4, 8, 2\]"),
+        ({"matryoshka": [4, 4]}, ValueError, "must rise or fall"),
+        ({"matryoshka": [4, 8], "matryoshka_weights": [1.0]}, ValueError, "must be 2 numbers of at least 0"),
+        ({"matryoshka_weights": [1.0]}, ValueError, "need matryoshka"),
+        (
+            {"queries": torch.zeros(0, 8), "positive": torch.zeros(0, dtype=torch.int64)},
+            ValueError,
+            "at least one query",
+        ),
+        ({"groups": {"best": True}}, ValueError, "a group is one of own_hard, .*, got 'best'"),
+        ({"groups": {"own_hard": 0.1}}, TypeError, "own_hard must be a Group, True, False or None, got float"),
+        ({"groups": {"query_query": Group(mask="query_document")}}, ValueError, "no query-document score"),
+        ({"groups": {"own_hard": Group(hardness=-50.0)}}, ValueError, "hardness of own_hard must be above"),
+        ({"softmax": "both"}, ValueError, "softmax must be 'joint' or 'split', got 'both'"),
+        ({"focal": -1.0}, ValueError, "focal must be finite and at least 0"),
+        ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+        ({"temperature": torch.tensor(-0.1)}, ValueError, "temperature must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    arguments = {
+        "queries": torch.zeros(3, 8),
+        "documents": torch.zeros(4, 8),
+        "positive": torch.tensor([0, 1, 2]),
+    } | changes
+    required = [arguments.pop(name) for name in ("queries", "documents", "positive")]
+    with pytest.raises(error, match=message):
+        ops.info_nce(*required, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"mask": "all"}, {"margin": float("nan")}, {"hardness": float("inf")}])
+def test_a_bad_group_is_named(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Group(**arguments)
