@@ -12,13 +12,13 @@ def attention_forward(
     v: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
+    *,
     out: Tensor,
     lse: Tensor,
     scale: float,
     causal: bool,
     plan: Tensor | None,
     sizes: _Sizes,
-    /,
 ) -> None: ...
 def attention_backward(
     q: Tensor,
@@ -26,6 +26,7 @@ def attention_backward(
     v: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
+    *,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
@@ -36,16 +37,15 @@ def attention_backward(
     causal: bool,
     plan: Tensor | None,
     sizes: _Sizes,
-    /,
 ) -> None: ...
 def size_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, /) -> list[int]: ...
 def fill_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, sizes: _Sizes, data: Tensor, /) -> None: ...
 def largest_plan(num_seqs: int, tokens: int, tokens_k: int, /) -> list[int]: ...
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, of: str, /) -> None: ...
-def pool_forward(
+def last_token_pool_forward(
     hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor | None, out: Tensor, eps: float, normalize: bool, /
 ) -> None: ...
-def pool_backward(
+def last_token_pool_backward(
     hidden: Tensor,
     cu_seqlens: Tensor,
     norm_weight: Tensor | None,
@@ -57,12 +57,20 @@ def pool_backward(
     /,
 ) -> None: ...
 
+INFO_NCE_GROUPS: tuple[str, ...]  # their names
 MAX_PREFIXES: int  # of a sweep of info_nce on CUDA
 
 def check_info_nce(
     queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, document_ids: Tensor | None, /
 ) -> None: ...
+
+class InfoNceOptions:
+    def __init__(self, *, temperature: float, split: bool, focal: float, scale: float) -> None: ...
+    def turn_on(self, group: str, *, mask: str, margin: float, relative: bool, hardness: float) -> None: ...
+
 def info_nce(
+    options: InfoNceOptions,
+    *,
     queries: Tensor,
     documents: Tensor,
     positive: Tensor,
@@ -72,25 +80,19 @@ def info_nce(
     owner: Tensor,
     own_starts: Tensor,
     own_documents: Tensor,
+    first_row: int,
+    num_rows: int,
+    first_column: int,
+    dims: Sequence[int],
+    dim_weights: Sequence[float],
     loss: Tensor,
     stats: Tensor,
     d_queries: Tensor | None,
     d_documents: Tensor | None,
     d_temperature: Tensor | None,
     log_negatives: Tensor | None,
-    given: bool,
-    pull: bool,
-    first_row: int,
-    num_rows: int,
-    first_column: int,
-    groups: Sequence[float],
-    split: bool,
-    focal: float,
-    temperature: float,
-    scale: float,
-    dims: Sequence[int],
-    dim_weights: Sequence[float],
-    /,
+    log_negatives_given: bool,
+    adds_positive: bool,
 ) -> None: ...
 def top_k(
     queries: Tensor,

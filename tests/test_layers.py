@@ -101,3 +101,11 @@ def test_nothing_unsafe():
                 for keyword in node.keywords:
                     unsafe = {"trust_remote_code", "shell", "allow_pickle"}
                     assert not (keyword.arg in unsafe and ast.unparse(keyword.value) == "True"), (path, called)
+
+
+def test_no_call_has_more_than_eight_positional_arguments():
+    for path in sorted((ROOT / "pyqemb").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert len(node.args) <= 8, f"{where}: {ast.unparse(node.func)} takes {len(node.args)}: name them"

@@ -24,13 +24,32 @@ void check_for_cuda(const Argument& x) {
     QEMB_CHECK(fits, "[", kOp, "] ", x.name, " must start at a multiple of 16 bytes for each token and head on CUDA");
 }
 
+// Of a plan: tiles, blocks, key blocks and summed blocks; 1 where no sequence has more than one query.
+using Sizes = std::array<int64_t, 5>;
+
+Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.summed, plan.single}; }
+
+AttentionPlan plan_of(const Sizes& sizes) {
+    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .summed = sizes[3], .single = sizes[4] != 0};
+}
+
+// The CPU needs none.
+AttentionPlan checked_plan(Call& call, py::handle data, const Sizes& sizes) {
+    if (!call.cuda()) return {};
+    AttentionPlan plan = plan_of(sizes);
+    plan.data = static_cast<const int32_t*>(
+        Argument(call, "plan", data).type(ScalarType::kInt32, "int32").shape({plan.size()}).contiguous()->data);
+    return plan;
+}
+
 // What forward and backward share: q, k, v, the lengths, and everything that follows from them.
 struct Inputs {
     Call call{kOp};
     Argument q, k, v, cu_q, cu_k;
-    const int32_t *cu_seqlens_q, *cu_seqlens_k;
+    Attention problem;
 
-    Inputs(py::handle q_, py::handle k_, py::handle v_, py::handle cu_q_, py::handle cu_k_, double scale)
+    Inputs(py::handle q_, py::handle k_, py::handle v_, py::handle cu_q_, py::handle cu_k_, double scale, bool causal,
+           py::handle plan, const Sizes& sizes)
         : q(call, "q", q_),
           k(call, "k", k_),
           v(call, "v", v_),
@@ -50,105 +69,64 @@ struct Inputs {
         QEMB_CHECK(k->size(1) > 0 && q->size(1) > 0 && q->size(1) % k->size(1) == 0, "[", kOp,
                    "] the heads of q must be a multiple of the heads of k, got ", q->size(1), " and ", k->size(1));
         QEMB_CHECK(std::isfinite(scale), "[", kOp, "] scale must be finite, got ", scale);
-        cu_seqlens_q = checked_cu_seqlens(cu_q, q->size(0), "q");
-        cu_seqlens_k = checked_cu_seqlens(cu_k, k->size(0), "k");
+        const int32_t* const cu_seqlens_q = checked_cu_seqlens(cu_q, q->size(0), "q");
+        const int32_t* const cu_seqlens_k = checked_cu_seqlens(cu_k, k->size(0), "k");
         QEMB_CHECK(cu_q->size(0) == cu_k->size(0), "[", kOp, "] cu_seqlens and cu_seqlens_k must have as many entries, got ",
                    cu_q->size(0), " and ", cu_k->size(0));
+        problem = {
+            .q = q->data,
+            .k = k->data,
+            .v = v->data,
+            .cu_seqlens_q = cu_seqlens_q,
+            .cu_seqlens_k = cu_seqlens_k,
+            .num_tokens = q->size(0),
+            .num_keys = k->size(0),
+            .num_seqs = cu_q->size(0) - 1,
+            .num_heads = q->size(1),
+            .num_kv_heads = k->size(1),
+            .head_dim = dim,
+            .q_token_stride = q->stride[0],
+            .q_head_stride = q->stride[1],
+            .k_token_stride = k->stride[0],
+            .k_head_stride = k->stride[1],
+            .v_token_stride = v->stride[0],
+            .v_head_stride = v->stride[1],
+            .scale = scale,
+            .causal = causal,
+            .dtype = q->dtype(),
+            .plan = checked_plan(call, plan, sizes),
+        };
+    }
+
+    // A tensor of the shape and dtype of q, or of k and v.
+    void* like_q(const char* name, py::handle x) { return Argument(call, name, x).same(q)->data; }
+    void* like_k(const char* name, py::handle x) { return Argument(call, name, x).same(k)->data; }
+    void* row_of_q(const char* name, py::handle x) {
+        const Argument rows(call, name, x);
+        return rows.shape({q->size(0), q->size(1)}).type(q.arithmetic(), "the arithmetic type").contiguous()->data;
     }
 };
 
-// Of a plan: tiles, blocks, key blocks and summed blocks; 1 where no sequence has more than one query.
-using Sizes = std::array<int64_t, 5>;
-
-Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.summed, plan.single}; }
-
-AttentionPlan plan_of(const Sizes& sizes) {
-    return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .summed = sizes[3], .single = sizes[4] != 0};
-}
-
-// The CPU needs none.
-AttentionPlan checked_plan(Call& call, py::handle data, const Sizes& sizes) {
-    if (!call.cuda()) return {};
-    AttentionPlan plan = plan_of(sizes);
-    plan.data = static_cast<const int32_t*>(
-        Argument(call, "plan", data).type(ScalarType::kInt32, "int32").shape({plan.size()}).contiguous()->data);
-    return plan;
-}
-
 void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,
              py::handle lse, double scale, bool causal, py::handle plan, const Sizes& sizes) {
-    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
-    const Argument o(in.call, "out", out), l(in.call, "lse", lse);
-    o.shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
-    l.shape({in.q->size(0), in.q->size(1)}).type(in.q.arithmetic(), "the arithmetic type").contiguous();
-    AttentionForward p{
-        .q = in.q->data,
-        .k = in.k->data,
-        .v = in.v->data,
-        .out = o->data,
-        .lse = l->data,
-        .cu_seqlens_q = in.cu_seqlens_q,
-        .cu_seqlens_k = in.cu_seqlens_k,
-        .num_tokens = in.q->size(0),
-        .num_keys = in.k->size(0),
-        .num_seqs = in.cu_q->size(0) - 1,
-        .num_heads = in.q->size(1),
-        .num_kv_heads = in.k->size(1),
-        .head_dim = in.q->size(2),
-        .q_token_stride = in.q->stride[0],
-        .q_head_stride = in.q->stride[1],
-        .k_token_stride = in.k->stride[0],
-        .k_head_stride = in.k->stride[1],
-        .v_token_stride = in.v->stride[0],
-        .v_head_stride = in.v->stride[1],
-        .scale = scale,
-        .causal = causal,
-        .dtype = in.q->dtype(),
-        .plan = checked_plan(in.call, plan, sizes),
-    };
+    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale, causal, plan, sizes);
+    AttentionForward p{in.problem};
+    p.out = in.like_q("out", out);
+    p.lse = in.row_of_q("lse", lse);
     in.call.run(p, cpu::attention_forward, cuda::attention_forward);
 }
 
 void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,
               py::handle lse, py::handle dout, py::handle dq, py::handle dk, py::handle dv, double scale, bool causal,
               py::handle plan, const Sizes& sizes) {
-    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale);
-    const Argument o(in.call, "out", out), l(in.call, "lse", lse), d_o(in.call, "dout", dout), d_q(in.call, "dq", dq),
-        d_k(in.call, "dk", dk), d_v(in.call, "dv", dv);
-    for (const Argument* like_q : {&o, &d_o, &d_q})
-        like_q->shape({in.q->size(0), in.q->size(1), in.q->size(2)}).like(in.q).contiguous();
-    for (const Argument* like_k : {&d_k, &d_v})
-        like_k->shape({in.k->size(0), in.k->size(1), in.k->size(2)}).like(in.q).contiguous();
-    l.shape({in.q->size(0), in.q->size(1)}).type(in.q.arithmetic(), "the arithmetic type").contiguous();
-    AttentionBackward p{
-        .q = in.q->data,
-        .k = in.k->data,
-        .v = in.v->data,
-        .out = o->data,
-        .dout = d_o->data,
-        .lse = l->data,
-        .dq = d_q->data,
-        .dk = d_k->data,
-        .dv = d_v->data,
-        .cu_seqlens_q = in.cu_seqlens_q,
-        .cu_seqlens_k = in.cu_seqlens_k,
-        .num_tokens = in.q->size(0),
-        .num_keys = in.k->size(0),
-        .num_seqs = in.cu_q->size(0) - 1,
-        .num_heads = in.q->size(1),
-        .num_kv_heads = in.k->size(1),
-        .head_dim = in.q->size(2),
-        .q_token_stride = in.q->stride[0],
-        .q_head_stride = in.q->stride[1],
-        .k_token_stride = in.k->stride[0],
-        .k_head_stride = in.k->stride[1],
-        .v_token_stride = in.v->stride[0],
-        .v_head_stride = in.v->stride[1],
-        .scale = scale,
-        .causal = causal,
-        .dtype = in.q->dtype(),
-        .plan = checked_plan(in.call, plan, sizes),
-    };
+    Inputs in(q, k, v, cu_seqlens, cu_seqlens_k, scale, causal, plan, sizes);
+    AttentionBackward p{in.problem};
+    p.out = in.like_q("out", out);
+    p.dout = in.like_q("dout", dout);
+    p.lse = in.row_of_q("lse", lse);
+    p.dq = in.like_q("dq", dq);
+    p.dk = in.like_k("dk", dk);
+    p.dv = in.like_k("dv", dv);
     in.call.run(p, cpu::attention_backward, cuda::attention_backward, cuda::attention_backward_scratch);
 }
 
@@ -191,8 +169,12 @@ Sizes largest(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    m.def("attention_forward", &forward);
-    m.def("attention_backward", &backward);
+    using py::arg;
+    m.def("attention_forward", &forward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"), py::kw_only(),
+          arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("plan"), arg("sizes"));
+    m.def("attention_backward", &backward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"), py::kw_only(),
+          arg("out"), arg("lse"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("scale"), arg("causal"), arg("plan"),
+          arg("sizes"));
     m.def("size_plan", &size);
     m.def("fill_plan", &fill);
     m.def("largest_plan", &largest);

@@ -2,6 +2,7 @@
 #include "ops/info_nce.h"
 
 #include <cmath>
+#include <iterator>
 
 #include "bindings/module.h"
 
@@ -47,31 +48,49 @@ void check_info_nce(py::handle queries, py::handle documents, py::handle positiv
             .shape({num_documents}, " (one for each of documents)");
 }
 
-// [kNumGroups, 5]: on, mask, relative, margin, hardness
-void fill_groups(const std::vector<double>& values, Group* groups) {
-    QEMB_CHECK(values.size() == kNumGroups * 5, "[", kOp, "] groups must have ", kNumGroups * 5, " values, got ",
-               values.size());
-    for (int i = 0; i < kNumGroups; ++i) {
-        const double* v = &values[static_cast<size_t>(i) * 5];
-        QEMB_CHECK(!std::isnan(v[3]), "[", kOp, "] margin must be a number, got nan");
-        QEMB_CHECK(std::isfinite(v[4]), "[", kOp, "] hardness must be finite, got ", v[4]);
-        groups[i] = {v[0] != 0, static_cast<ScoreMask>(static_cast<int>(v[1])), v[2] != 0, v[3], v[4]};
+int index_in(const char* what, const std::string& name, const char* const* names, int count) {
+    std::string known;
+    for (int i = 0; i < count; ++i) {
+        if (name == names[i]) return i;
+        known += (i ? ", " : "") + std::string(names[i]);
     }
+    QEMB_CHECK(false, "[", kOp, "] ", what, " must be one of ", known, ", got '", name, "'");
+    return -1;
 }
 
-void info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle query_text, py::handle document_text,
-              py::handle role, py::handle owner, py::handle own_starts, py::handle own_documents, py::handle loss,
-              py::handle stats, py::handle d_queries, py::handle d_documents, py::handle d_temperature,
-              py::handle log_negatives, bool given, bool pull, int64_t first_row, int64_t num_rows, int64_t first_column,
-              const std::vector<double>& groups, bool split, double focal, double temperature, double scale,
-              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights) {
+std::vector<const char*> group_names() {
+    std::vector<const char*> names;
+    for (const GroupRow& row : kGroupTable) names.push_back(row.name);
+    return names;
+}
+
+// Options without a group that is on.
+InfoNceOptions make_options(double temperature, bool split, double focal, double scale) {
+    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
+               temperature);
+    QEMB_CHECK(std::isfinite(focal) && focal >= 0, "[", kOp, "] focal must be finite and at least 0, got ", focal);
+    return {.groups = {}, .split = split, .temperature = temperature, .focal = focal, .scale = scale};
+}
+
+void turn_on(InfoNceOptions& options, const std::string& group, const std::string& mask, double margin, bool relative,
+             double hardness) {
+    QEMB_CHECK(!std::isnan(margin), "[", kOp, "] margin must be a number, got nan");
+    QEMB_CHECK(std::isfinite(hardness), "[", kOp, "] hardness must be finite, got ", hardness);
+    options.groups[index_in("group", group, group_names().data(), kNumGroups)] = {
+        true, static_cast<ScoreMask>(index_in("mask", mask, kMaskNames, static_cast<int>(std::size(kMaskNames)))), relative,
+        margin, hardness};
+}
+
+void info_nce(const InfoNceOptions& options, py::handle queries, py::handle documents, py::handle positive,
+              py::handle query_text, py::handle document_text, py::handle role, py::handle owner, py::handle own_starts,
+              py::handle own_documents, int64_t first_row, int64_t num_rows, int64_t first_column,
+              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights, py::handle loss, py::handle stats,
+              py::handle d_queries, py::handle d_documents, py::handle d_temperature, py::handle log_negatives,
+              bool log_negatives_given, bool adds_positive) {
     Call call(kOp);
     const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
         l(call, "loss", loss), totals(call, "stats", stats);
     checked_vectors(q, d);
-    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
-               temperature);
-    QEMB_CHECK(std::isfinite(focal) && focal >= 0, "[", kOp, "] focal must be finite and at least 0, got ", focal);
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
     QEMB_CHECK(first_row >= 0 && num_rows >= 0 && first_row + num_rows <= num_queries, "[", kOp, "] rows must lie in 0 to ",
                num_queries, ", got ", first_row, " to ", first_row + num_rows);
@@ -103,11 +122,7 @@ void info_nce(py::handle queries, py::handle documents, py::handle positive, py:
         .first_row = first_row,
         .num_rows = num_rows,
         .first_column = first_column,
-        .groups = {},
-        .split = split,
-        .temperature = temperature,
-        .focal = focal,
-        .scale = scale,
+        .options = options,
         .dims = dims.data(),
         .dim_weights = dim_weights.data(),
         .num_dims = static_cast<int64_t>(dims.size()),
@@ -119,19 +134,27 @@ void info_nce(py::handle queries, py::handle documents, py::handle positive, py:
         .log_negatives = log_negatives.is_none()
                              ? nullptr
                              : doubles(Argument(call, "log_negatives", log_negatives), {num_rows, kMaxSoftmaxes}),
-        .given = given,
-        .pull = pull,
+        .log_negatives_given = log_negatives_given,
+        .adds_positive = adds_positive,
         .dtype = q->dtype(),
     };
-    fill_groups(groups, p.groups);
     call.run(p, cpu::info_nce, cuda::info_nce, cuda::info_nce_scratch);
 }
 
 }  // namespace
 
 void bind_info_nce(py::module_& m) {
+    using py::arg;
+    py::class_<InfoNceOptions>(m, "InfoNceOptions")
+        .def(py::init(&make_options), py::kw_only(), arg("temperature"), arg("split"), arg("focal"), arg("scale"))
+        .def("turn_on", &turn_on, arg("group"), py::kw_only(), arg("mask"), arg("margin"), arg("relative"), arg("hardness"));
     m.def("check_info_nce", &check_info_nce);
-    m.def("info_nce", &info_nce);
+    m.def("info_nce", &info_nce, arg("options"), py::kw_only(), arg("queries"), arg("documents"), arg("positive"),
+          arg("query_text"), arg("document_text"), arg("role"), arg("owner"), arg("own_starts"), arg("own_documents"),
+          arg("first_row"), arg("num_rows"), arg("first_column"), arg("dims"), arg("dim_weights"), arg("loss"), arg("stats"),
+          arg("d_queries"), arg("d_documents"), arg("d_temperature"), arg("log_negatives"), arg("log_negatives_given"),
+          arg("adds_positive"));
+    m.attr("INFO_NCE_GROUPS") = py::tuple(py::cast(group_names()));
     m.attr("MAX_PREFIXES") = kMaxPrefixes;
 }
 

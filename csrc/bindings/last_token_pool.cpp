@@ -12,71 +12,60 @@ constexpr const char* kOp = "last_token_pool";
 struct Inputs {
     Call call{kOp};
     Argument hidden, cu, rows;
-    std::optional<Argument> weight;
-    const int32_t* cu_seqlens;
+    LastTokenPool problem;
 
-    Inputs(py::handle hidden_, py::handle cu_, py::handle weight_, const char* rows_name, py::handle rows_, double eps)
+    Inputs(py::handle hidden_, py::handle cu_, py::handle weight_, const char* rows_name, py::handle rows_, double eps,
+           bool normalize)
         : hidden(call, "hidden", hidden_), cu(call, "cu_seqlens", cu_), rows(call, rows_name, rows_) {
         rows.rank(2, "[num_sequences, dim]").contiguous();
         hidden.rank(2, "[tokens, embed]").floating().last_contiguous();
         const int64_t dim = rows->size(1);
         QEMB_CHECK(dim >= 1 && dim <= hidden->size(1), "[", kOp, "] dim must be from 1 to ", hidden->size(1), ", got ", dim);
         check_eps(kOp, eps);
+        const void* weight = nullptr;
         if (!weight_.is_none()) {
-            weight.emplace(call, "norm_weight", weight_);
-            weight->shape({hidden->size(1)}, " (one for each feature of hidden)").like(hidden).contiguous();
+            const Argument given(call, "norm_weight", weight_);
+            weight = given.shape({hidden->size(1)}, " (one for each feature of hidden)").like(hidden).contiguous()->data;
         }
-        cu_seqlens = checked_cu_seqlens(cu, hidden->size(0), "hidden");
+        const int32_t* const cu_seqlens = checked_cu_seqlens(cu, hidden->size(0), "hidden");
         rows.shape({cu->size(0) - 1, dim}).like(hidden);
+        problem = {
+            .hidden = hidden->data,
+            .norm_weight = weight,
+            .cu_seqlens = cu_seqlens,
+            .num_seqs = rows->size(0),
+            .embed = hidden->size(1),
+            .dim = dim,
+            .hidden_stride = hidden->stride[0],
+            .eps = eps,
+            .normalize = normalize,
+            .dtype = hidden->dtype(),
+        };
     }
 };
 
 void forward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, py::handle out, double eps, bool normalize) {
-    Inputs in(hidden, cu_seqlens, norm_weight, "out", out, eps);
-    LastTokenPoolForward p{
-        .hidden = in.hidden->data,
-        .norm_weight = in.weight ? (*in.weight)->data : nullptr,
-        .out = in.rows->data,
-        .cu_seqlens = in.cu_seqlens,
-        .num_seqs = in.rows->size(0),
-        .embed = in.hidden->size(1),
-        .dim = in.rows->size(1),
-        .hidden_stride = in.hidden->stride[0],
-        .eps = eps,
-        .normalize = normalize,
-        .dtype = in.hidden->dtype(),
-    };
+    Inputs in(hidden, cu_seqlens, norm_weight, "out", out, eps, normalize);
+    LastTokenPoolForward p{in.problem};
+    p.out = in.rows->data;
     in.call.run(p, cpu::last_token_pool_forward, cuda::last_token_pool_forward);
 }
 
 void backward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, py::handle dout, py::handle dhidden,
               py::handle dnorm_weight, double eps, bool normalize) {
-    Inputs in(hidden, cu_seqlens, norm_weight, "dout", dout, eps);
-    const Argument d_h(in.call, "dhidden", dhidden);
-    d_h.shape({in.hidden->size(0), in.hidden->size(1)}).like(in.hidden).contiguous();
-    LastTokenPoolBackward p{
-        .hidden = in.hidden->data,
-        .norm_weight = in.weight ? (*in.weight)->data : nullptr,
-        .dout = in.rows->data,
-        .dhidden = d_h->data,
-        .dnorm_weight = optional_gradient(in.call, "dnorm_weight", dnorm_weight, {in.hidden->size(1)}, in.hidden),
-        .cu_seqlens = in.cu_seqlens,
-        .num_seqs = in.rows->size(0),
-        .embed = in.hidden->size(1),
-        .dim = in.rows->size(1),
-        .hidden_stride = in.hidden->stride[0],
-        .eps = eps,
-        .normalize = normalize,
-        .dtype = in.hidden->dtype(),
-    };
+    Inputs in(hidden, cu_seqlens, norm_weight, "dout", dout, eps, normalize);
+    LastTokenPoolBackward p{in.problem};
+    p.dout = in.rows->data;
+    p.dhidden = Argument(in.call, "dhidden", dhidden).same(in.hidden)->data;
+    p.dnorm_weight = optional_gradient(in.call, "dnorm_weight", dnorm_weight, {in.hidden->size(1)}, in.hidden);
     in.call.run(p, cpu::last_token_pool_backward, cuda::last_token_pool_backward, cuda::last_token_pool_backward_scratch);
 }
 
 }  // namespace
 
 void bind_last_token_pool(py::module_& m) {
-    m.def("pool_forward", &forward);
-    m.def("pool_backward", &backward);
+    m.def("last_token_pool_forward", &forward);
+    m.def("last_token_pool_backward", &backward);
 }
 
 }  // namespace qemb

@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
     const SlotMap::Slot mine = map.q[warp];
     if (mine.count == 0) return;
     const int num_keys = mine.other_length, row = lane / 4;
-    const int seen0 = visible_keys(mine.offset + row, mine.length, num_keys, p.causal);
-    const int seen1 = visible_keys(mine.offset + row + 8, mine.length, num_keys, p.causal);
+    const int seen[2] = {visible_keys(mine.offset + row, mine.length, num_keys, p.causal),
+                         visible_keys(mine.offset + row + 8, mine.length, num_keys, p.causal)};
     const float scale = static_cast<float>(p.scale) * kLog2E;
     const uint32_t my_q = shared_address(q_tile) + warp * kSlot * D * 2;
     const uint32_t my_k = k_tile + mine.other * kSlot * D * 2, my_v = v_tile + mine.other * kSlot * D * 2;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
         cp_async_wait<0>();
         sync_warp();
 
-        float out[D / 8][4], most0 = -INFINITY, most1 = -INFINITY, sum0 = 0, sum1 = 0;
+        float out[D / 8][4], row_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < D / 8; ++i)
 #pragma unroll
@@ -79,42 +79,23 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
                         multiply_rows<T, D, 1>(&s[2 * i], a, my_k + start * D * 2, i * kSlot, k, lane);
             }
 
-            // Online softmax in base 2.
-            float best0 = most0, best1 = most1;
+            // Weights.
 #pragma unroll
-            for (int i = 0; i < 2 * kAtOnce; ++i) {
+            for (int i = 0; i < 2 * kAtOnce; ++i)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int key = start + i * 8 + lane % 4 * 2 + j;
-                    s[i][j] = key < seen0 ? s[i][j] * scale : -INFINITY;
-                    s[i][j + 2] = key < seen1 ? s[i][j + 2] * scale : -INFINITY;
-                    best0 = fmaxf(best0, s[i][j]);
-                    best1 = fmaxf(best1, s[i][j + 2]);
+                    s[i][j] = key < seen[0] ? s[i][j] * scale : -INFINITY;
+                    s[i][j + 2] = key < seen[1] ? s[i][j + 2] * scale : -INFINITY;
                 }
-            }
-            best0 = lanes_max<4>(best0);
-            best1 = lanes_max<4>(best1);
-            const float base0 = best0 == -INFINITY ? 0 : best0, base1 = best1 == -INFINITY ? 0 : best1;
-            const float factor0 = exp2_approx(most0 - base0), factor1 = exp2_approx(most1 - base1);
-            most0 = best0;
-            most1 = best1;
-            sum0 *= factor0;
-            sum1 *= factor1;
 #pragma unroll
-            for (int i = 0; i < D / 8; ++i) {
-                out[i][0] *= factor0;
-                out[i][1] *= factor0;
-                out[i][2] *= factor1;
-                out[i][3] *= factor1;
-            }
+            for (int half = 0; half < 2; ++half) {
+                const float factor = online_softmax<4 * kAtOnce>(row_max[half], sum[half], 1,
+                                                                 [&](int i) -> float& { return s[i / 2][2 * half + i % 2]; });
 #pragma unroll
-            for (int i = 0; i < 2 * kAtOnce; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    s[i][j] = exp2_approx(s[i][j] - base0);
-                    s[i][j + 2] = exp2_approx(s[i][j + 2] - base1);
-                    sum0 += s[i][j];
-                    sum1 += s[i][j + 2];
+                for (int i = 0; i < D / 8; ++i) {
+                    out[i][2 * half] *= factor;
+                    out[i][2 * half + 1] *= factor;
                 }
             }
 
@@ -128,13 +109,12 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
         }
 
         // Write the output and lse.
-        sum0 = lanes_sum<4>(sum0);
-        sum1 = lanes_sum<4>(sum1);
+        const float sum0 = lanes_sum<4>(sum[0]), sum1 = lanes_sum<4>(sum[1]);
         store_rows<T, D>(static_cast<T*>(p.out) + (static_cast<int64_t>(mine.token) * p.num_heads + head) * D, p.num_heads * D,
                          mine.count, out, sum0 > 0 ? 1 / sum0 : 0, sum1 > 0 ? 1 / sum1 : 0, my_q, lane);
         float* lse = static_cast<float*>(p.lse) + static_cast<int64_t>(mine.token) * p.num_heads + head;
-        if (lane % 4 == 0 && row < mine.count) lse[row * p.num_heads] = most0 * kLn2 + logf(sum0);
-        if (lane % 4 == 0 && row + 8 < mine.count) lse[(row + 8) * p.num_heads] = most1 * kLn2 + logf(sum1);
+        if (lane % 4 == 0 && row < mine.count) lse[row * p.num_heads] = row_max[0] * kLn2 + logf(sum0);
+        if (lane % 4 == 0 && row + 8 < mine.count) lse[(row + 8) * p.num_heads] = row_max[1] * kLn2 + logf(sum1);
     }
 }
 
@@ -182,10 +162,10 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
         count, thread);
     load_block(0);
 
-    float out[2][D / 8][4], most[4], sum[4];
+    float out[2][D / 8][4], row_max[4], sum[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        most[i] = -INFINITY;
+        row_max[i] = -INFINITY;
         sum[i] = 0;
     }
     const int seen_by_all = visible_keys(first + warp * 32, span.num_q, span.num_k, p.causal);
@@ -228,38 +208,23 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
             }
         }
 
-        // Online softmax in base 2. Only blocks that some row does not see whole are masked.
+        // Weights. Only blocks that some row does not see whole are masked.
         const int start = block * kBlockKeys<D>;
         const bool edge = start + kBlockKeys<D> > seen_by_all;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int m = i / 2, half = i % 2 * 2;
             const int seen = visible_keys(first + warp * 32 + i * 8 + row, span.num_q, span.num_k, p.causal);
-            float best = most[i];
 #pragma unroll
-            for (int n = 0; n < kBlockKeys<D> / 8; ++n) {
+            for (int n = 0; n < kBlockKeys<D> / 8; ++n)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float& x = s[m][n][half + j];
                     x = edge && start + n * 8 + lane % 4 * 2 + j >= seen ? -INFINITY : x * scale;
-                    best = fmaxf(best, x);
                 }
-            }
-            best = lanes_max<4>(best);
-            const float base = best == -INFINITY ? 0 : best, factor = exp2_approx(most[i] - base);
-            const bool rescale = any_lane(best > most[i]);  // seldom, once the first blocks are done
-            most[i] = best;
-            float total = 0;
-#pragma unroll
-            for (int n = 0; n < kBlockKeys<D> / 8; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float& x = s[m][n][half + j];
-                    x = exp2_approx(x - base);
-                    total += x;
-                }
-            }
-            sum[i] = sum[i] * factor + total;
+            const float factor = online_softmax<kBlockKeys<D> / 4>(
+                row_max[i], sum[i], 1, [&](int at) -> float& { return s[m][at / 2][half + at % 2]; });
+            const bool rescale = any_lane(factor != 1);  // seldom, once the first blocks are done
             if (!rescale) continue;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
@@ -301,9 +266,9 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
         const float sum0 = lanes_sum<4>(sum[2 * m]), sum1 = lanes_sum<4>(sum[2 * m + 1]);
         store_rows<T, D>(to + start * p.num_heads * D, p.num_heads * D, count - start, out[m], sum0 > 0 ? 1 / sum0 : 0,
                          sum1 > 0 ? 1 / sum1 : 0, q_tile + start * D * 2, lane);
-        if (lane % 4 == 0 && start + row < count) lse[(start + row) * p.num_heads] = most[2 * m] * kLn2 + logf(sum0);
+        if (lane % 4 == 0 && start + row < count) lse[(start + row) * p.num_heads] = row_max[2 * m] * kLn2 + logf(sum0);
         if (lane % 4 == 0 && start + row + 8 < count)
-            lse[(start + row + 8) * p.num_heads] = most[2 * m + 1] * kLn2 + logf(sum1);
+            lse[(start + row + 8) * p.num_heads] = row_max[2 * m + 1] * kLn2 + logf(sum1);
     }
 }
 

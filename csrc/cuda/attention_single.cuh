@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
     const float scale = static_cast<float>(p.scale) * kLog2E;
 
     Packed<T, 8> q[kGroup];
-    float out[kGroup][8], most[kGroup], sum[kGroup];
+    float out[kGroup][8], row_max[kGroup], sum[kGroup];
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
         q[g] = load<8>(static_cast<const T*>(p.q) + span.q * p.q_token_stride + (head + g) * p.q_head_stride + column);
-        most[g] = -INFINITY;
+        row_max[g] = -INFINITY;
         sum[g] = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[g][i] = 0;
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
         for (int g = 0; g < kGroup; ++g) {
             const float score = row_dot<D>(q[g], k) * scale;
             if (!valid) continue;
-            const float best = fmaxf(most[g], score), base = best == -INFINITY ? 0 : best;
-            const float factor = exp2_approx(most[g] - base), weight = exp2_approx(score - base);
-            most[g] = best;
+            const float best = fmaxf(row_max[g], score), base = best == -INFINITY ? 0 : best;
+            const float factor = exp2_approx(row_max[g] - base), weight = exp2_approx(score - base);
+            row_max[g] = best;
             sum[g] = sum[g] * factor + weight;
 #pragma unroll
             for (int i = 0; i < 8; ++i) out[g][i] = out[g][i] * factor + weight * v[i];
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[column + i] = out[g][i];
         if (column == 0) {
-            part[D] = most[g];
+            part[D] = row_max[g];
             part[D + 1] = sum[g];
         }
     }

@@ -43,6 +43,27 @@ QEMB_DEVICE void as_left(const float (&low)[4], const float (&high)[4], uint32_t
     a[3] = pack<T>(high[2], high[3]);
 }
 
+// Online softmax of a thread's kScores scores of one row, in base 2: with `scale` they become weights, relative to the largest
+// score of the row so far. A quad of lanes shares the row. -> what the sums so far are multiplied by
+template <int kScores, class Score>
+QEMB_DEVICE float online_softmax(float& row_max, float& sum, float scale, const Score& score) {
+    float best = row_max;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) best = fmaxf(best, score(i));
+    best = lanes_max<4>(best);
+    const float base = best == -INFINITY ? 0 : best * scale, factor = exp2_approx(row_max * scale - base);
+    row_max = best;
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        float& x = score(i);
+        x = exp2_approx(fmaf(x, scale, -base));
+        total += x;
+    }
+    sum = sum * factor + total;
+    return factor;
+}
+
 // d[2j], d[2j + 1] (+)= a B, B's columns 16 j, j < kPairs, from rows of n (scores) or rows of k (outputs).
 template <class T, int D, int kPairs>
 QEMB_DEVICE void multiply_rows(float (*d)[4], const uint32_t (&a)[4], uint32_t tile, int n, int k, int lane) {

@@ -34,8 +34,8 @@ void run(const InfoNce& p) {
         start(find_norms<T>, ceil_div(p.num_documents, 4), 128, 0, static_cast<const T*>(p.documents), p.num_documents,
               a.doc_norm);
         const int64_t bytes = a.gradients() ? a.layers * kTile * int64_t(sizeof(float)) : 0;
-        zero_out(a.query_along, a.query_tiles * bytes);
-        zero_out(a.doc_along, a.doc_tiles * bytes);
+        zero_out(a.query_radial_grad, a.query_tiles * bytes);
+        zero_out(a.doc_radial_grad, a.doc_tiles * bytes);
     }
     const auto score_tiles = [&](bool of_documents) {
         const int64_t tiles = a.row_tiles * (of_documents ? a.doc_tiles : a.query_tiles);
@@ -65,7 +65,7 @@ void run(const InfoNce& p) {
         if (a.prefixes) {
             start(merge_rows<T>, ceil_div(a.count, kMergeThreads), kMergeThreads, 0);
             start(merge_layers<T>, a.first_tile[kNumKinds] * a.row_tiles, kMergeThreads, merge_bytes<T>(a.layers));
-            start(add_along<T>, a.layers * (a.doc_tiles + a.query_tiles), kTile, 0);
+            start(add_radial_grads<T>, a.layers * (a.doc_tiles + a.query_tiles), kTile, 0);
         }
         start(pack_anchors<T>, a.num_parts * padded, 128, 0, padded);
         if (hopper)

@@ -101,23 +101,23 @@ QEMB_DEVICE void backward_row(const LastTokenPoolBackward& p, int64_t seq, float
     T* dhidden = static_cast<T*>(p.dhidden) + row * p.embed;
 
     // z = y / |y|: dy = (dz - z (z . dz)) / |y|
-    float along = 0;
+    float radial_grad = 0;
     if (p.normalize) {
         for_each<kLanes>(p.dim, [&](int64_t at) {
             const auto dz = load<kLanes>(dout + at);
             float y[kLanes];
             pooled.read(at, y);
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) along = fmaf(y[i] * pooled.unit, dz[i], along);
+            for (int i = 0; i < kLanes; ++i) radial_grad = fmaf(y[i] * pooled.unit, dz[i], radial_grad);
         });
-        along = sum_over_block(along) * pooled.scale * pooled.scale;
+        radial_grad = sum_over_block(radial_grad) * pooled.scale * pooled.scale;
     }
     const auto dy_at = [&](int64_t at, float (&dy)[kLanes]) {
         const auto dz = load<kLanes>(dout + at);
         float y[kLanes];
         pooled.read(at, y);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) dy[i] = (dz[i] - y[i] * pooled.unit * along) * pooled.scale * pooled.unit;
+        for (int i = 0; i < kLanes; ++i) dy[i] = (dz[i] - y[i] * pooled.unit * radial_grad) * pooled.scale * pooled.unit;
     };
 
     // RMSNorm: dx = rstd (w dy - n mean(w dy n)) with n = x rstd

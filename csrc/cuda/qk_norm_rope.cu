@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
             const float rstd = valid ? static_cast<const float*>(p.rstd)[row] : 0.0f;
 
             // dy turned back, and how much of w dn lies along x
-            float dn[S::kSlots][2][kLanes], along = 0;
+            float dn[S::kSlots][2][kLanes], radial_grad = 0;
 #pragma unroll
             for (int slot = 0; slot < S::kSlots; ++slot)
 #pragma unroll
@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         const float product = dn[slot][h][i] * (x.value[slot][h][i] * rstd);  // n first: dn x may overflow
-                        along = fmaf(product, weight.value[slot][h][i], along);
+                        radial_grad = fmaf(product, weight.value[slot][h][i], radial_grad);
                         dweight[slot][h][i] += product;
                     }
                 }
-            const float mean = S::sum(along) / static_cast<float>(2 * shape.half);
+            const float mean = S::sum(radial_grad) / static_cast<float>(2 * shape.half);
             const float back = p.weight ? mean : 0.0f;
 
             // Result

@@ -135,18 +135,18 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
         if (S::kHold > 0) S::for_each(size, load_at);
 
         // How much of w dy lies along s
-        float along = 0;
+        float radial_grad = 0;
         S::for_each(size, [&](int slot, int64_t at) {
             if (S::kHold == 0) load_at(slot, at);
             const auto w = load<kLanes>(weight + at);
 #pragma unroll
             for (int i = 0; i < kLanes; ++i) {
                 const float product = dy[slot][i] * (s[slot][i] * rstd);  // n first: dy s may overflow
-                along = fmaf(product, w[i], along);
+                radial_grad = fmaf(product, w[i], radial_grad);
                 if (S::kHold > 0) dweight[slot][i] += product;
             }
         });
-        const float back = S::sum(along) / static_cast<float>(size);
+        const float back = S::sum(radial_grad) / static_cast<float>(size);
 
         // Result
         S::for_each(size, [&](int slot, int64_t at) {

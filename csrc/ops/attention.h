@@ -25,14 +25,12 @@ struct AttentionPlan {
     int64_t size() const { return 4 + 2 * (tiles + blocks) + 3 * key_blocks; }
 };
 
-// Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the bottom right: query i of
-// num_q sees key j of num_k when j <= i + num_k - num_q. A query that sees no key gets zeros and lse = -inf.
-struct AttentionForward {
+// What both passes take. Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the bottom
+// right: query i of num_q sees key j of num_k when j <= i + num_k - num_q.
+struct Attention {
     const void* q;                // [T, num_heads, head_dim]
     const void* k;                // [S, num_kv_heads, head_dim]
     const void* v;                // [S, num_kv_heads, head_dim]
-    void* out;                    // [T, num_heads, head_dim], contiguous
-    void* lse;                    // [T, num_heads] natural log, float (double for float64)
     const int32_t* cu_seqlens_q;  // [num_seqs + 1], on the host for the CPU
     const int32_t* cu_seqlens_k;  // [num_seqs + 1]
     int64_t num_tokens;           // T
@@ -48,35 +46,23 @@ struct AttentionForward {
     bool causal;
     DType dtype;
     AttentionPlan plan{};  // cuda
+};
+
+// A query that sees no key gets zeros and lse = -inf.
+struct AttentionForward : Attention {
+    void* out = nullptr;  // [T, num_heads, head_dim], contiguous
+    void* lse = nullptr;  // [T, num_heads] natural log, float (double for float64)
     void* stream = nullptr;
 };
 
-struct AttentionBackward {
-    const void* q;
-    const void* k;
-    const void* v;
-    const void* out;   // [T, num_heads, head_dim], contiguous
-    const void* dout;  // [T, num_heads, head_dim], contiguous
-    const void* lse;   // [T, num_heads]
-    void* dq;          // [T, num_heads, head_dim], contiguous, written whole
-    void* dk;          // [S, num_kv_heads, head_dim], contiguous, written whole
-    void* dv;          // [S, num_kv_heads, head_dim], contiguous, written whole
-    const int32_t* cu_seqlens_q;
-    const int32_t* cu_seqlens_k;
-    int64_t num_tokens;  // T
-    int64_t num_keys;    // S
-    int64_t num_seqs;
-    int64_t num_heads;
-    int64_t num_kv_heads;
-    int64_t head_dim;
-    int64_t q_token_stride, q_head_stride;
-    int64_t k_token_stride, k_head_stride;
-    int64_t v_token_stride, v_head_stride;
-    double scale;
-    bool causal;
-    DType dtype;
-    AttentionPlan plan{};     // cuda
-    void* scratch = nullptr;  // cuda: attention_backward_scratch(p) bytes
+struct AttentionBackward : Attention {
+    const void* out = nullptr;   // [T, num_heads, head_dim], contiguous
+    const void* dout = nullptr;  // [T, num_heads, head_dim], contiguous
+    const void* lse = nullptr;   // [T, num_heads]
+    void* dq = nullptr;          // [T, num_heads, head_dim], contiguous, written whole
+    void* dk = nullptr;          // [S, num_kv_heads, head_dim], contiguous, written whole
+    void* dv = nullptr;          // [S, num_kv_heads, head_dim], contiguous, written whole
+    void* scratch = nullptr;     // cuda: attention_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 

@@ -5,11 +5,10 @@
 
 namespace qemb {
 
-// A sequence without tokens gives a row of zeros and no gradient.
-struct LastTokenPoolForward {
+// What both passes take. A sequence without tokens gives a row of zeros and no gradient.
+struct LastTokenPool {
     const void* hidden;         // [T, embed], rows contiguous, row stride in elements below
     const void* norm_weight;    // [embed] or null: no RMSNorm
-    void* out;                  // [num_seqs, dim]
     const int32_t* cu_seqlens;  // [num_seqs + 1]
     int64_t num_seqs;
     int64_t embed;
@@ -18,24 +17,18 @@ struct LastTokenPoolForward {
     double eps;
     bool normalize;
     DType dtype;
+};
+
+struct LastTokenPoolForward : LastTokenPool {
+    void* out = nullptr;  // [num_seqs, dim]
     void* stream = nullptr;
 };
 
-struct LastTokenPoolBackward {
-    const void* hidden;
-    const void* norm_weight;
-    const void* dout;    // [num_seqs, dim], contiguous
-    void* dhidden;       // [T, embed], contiguous, zero on entry; only the last tokens are written
-    void* dnorm_weight;  // [embed] in the arithmetic type, written whole, or null
-    const int32_t* cu_seqlens;
-    int64_t num_seqs;
-    int64_t embed;
-    int64_t dim;
-    int64_t hidden_stride;
-    double eps;
-    bool normalize;
-    DType dtype;
-    void* scratch = nullptr;  // cuda: last_token_pool_backward_scratch(p) bytes
+struct LastTokenPoolBackward : LastTokenPool {
+    const void* dout = nullptr;    // [num_seqs, dim], contiguous
+    void* dhidden = nullptr;       // [T, embed], contiguous, zero on entry; only the last tokens are written
+    void* dnorm_weight = nullptr;  // [embed] in the arithmetic type, written whole, or null
+    void* scratch = nullptr;       // cuda: last_token_pool_backward_scratch(p) bytes
     void* stream = nullptr;
 };
 

@@ -121,7 +121,15 @@ def mine(
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """
     rules = Rules(
-        k, max_positive_ratio, margin, max_score, mean_margin, skip_top, depth, sampling, sampling_temperature
+        k=k,
+        max_positive_ratio=max_positive_ratio,
+        margin=margin,
+        max_score=max_score,
+        mean_margin=mean_margin,
+        skip_top=skip_top,
+        depth=depth,
+        sampling=sampling,
+        sampling_temperature=sampling_temperature,
     )
     examples = list(examples)
     if not examples:

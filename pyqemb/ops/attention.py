@@ -207,8 +207,8 @@ def _forward(
     scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_like(q), new_rows(q)
-    work = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal, *work)
+    plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
+    _C.attention_forward(q, k, v, cu_q, cu_k, out=out, lse=lse, scale=scale, causal=causal, plan=plan, sizes=sizes)
     return out, lse
 
 
@@ -223,8 +223,11 @@ def _gradient(
     scale: float, causal: bool, out: Tensor, lse: Tensor, dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (empty_like(x) for x in (q, k, v))
-    work = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, scale, causal, *work)
+    plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
+    _C.attention_backward(
+        q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal, plan=plan,
+        sizes=sizes,
+    )  # fmt: skip
     return dq, dk, dv
 
 

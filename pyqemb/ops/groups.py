@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from pyqemb import _C
 from pyqemb.ops import checks
 
 _OP = "info_nce"
-_MASKS = {None: 0, "own": 1, "query_document": 2}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Group:
     hardness: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.mask is None or isinstance(self.mask, str)) or self.mask not in _MASKS:
+        if not (self.mask is None or isinstance(self.mask, str)) or self.mask not in (None, "own", "query_document"):
             raise ValueError(f"[info_nce] mask must be 'own', 'query_document' or None, got {self.mask!r}")
         if self.margin is not None:
             checks.finite(_OP, "margin of a group", self.margin)
@@ -36,8 +36,8 @@ class Group:
         checks.finite(_OP, "hardness of a group", self.hardness)
 
 
-GROUPS = ("own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard")
-_DOC_GROUPS = GROUPS[4:]
+GROUPS: tuple[str, ...] = _C.INFO_NCE_GROUPS  # the table is csrc/ops/info_nce_rules.h
+_DOC_GROUPS = tuple(name for name in GROUPS if name.startswith("doc_"))
 
 
 def _preset(masked: Sequence[str] = (), by_query: Sequence[str] = (), plain: Sequence[str] = ()) -> Mapping[str, Group]:
@@ -65,9 +65,13 @@ PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
 
 
 class Options(NamedTuple):
-    """What the kernels take besides tensors; `groups` holds on, mask, relative, margin, hardness of each of GROUPS."""
+    """What the kernels take besides tensors, in types that an op of torch may have: the groups that are on, a list for each field."""
 
-    groups: tuple[float, ...]
+    groups: Sequence[str]
+    masks: Sequence[str]
+    margins: Sequence[float]
+    relative: Sequence[bool]
+    hardness: Sequence[float]
     split: bool
     focal: float
     temperature: float
@@ -93,8 +97,30 @@ class Options(NamedTuple):
                     f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores rise, "
                     f"got {group.hardness}"
                 )
-        values = (x for name in GROUPS for x in _as_numbers(chosen.get(name), margin))
-        return cls(tuple(values), softmax == "split", focal, temperature, scale)
+        limits = [margin if group.margin is None else group.margin for group in chosen.values()]
+        return cls(
+            groups=tuple(chosen),
+            masks=tuple(
+                "none" if limit is None else group.mask or "none"
+                for group, limit in zip(chosen.values(), limits, strict=True)
+            ),
+            margins=tuple(0.0 if limit is None else float(limit) for limit in limits),
+            relative=tuple(group.relative for group in chosen.values()),
+            hardness=tuple(group.hardness for group in chosen.values()),
+            split=softmax == "split",
+            focal=focal,
+            temperature=temperature,
+            scale=scale,
+        )
+
+    def native(self) -> _C.InfoNceOptions:
+        """The options object of the native module."""
+        options = _C.InfoNceOptions(temperature=self.temperature, split=self.split, focal=self.focal, scale=self.scale)
+        for group, mask, margin, relative, hardness in zip(
+            self.groups, self.masks, self.margins, self.relative, self.hardness, strict=True
+        ):
+            options.turn_on(group, mask=mask, margin=margin, relative=relative, hardness=hardness)
+        return options
 
 
 def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: str | None) -> dict[str, Group]:
@@ -125,11 +151,3 @@ def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: s
             "[info_nce] groups: query_query has no query-document score to mask by, got mask 'query_document'"
         )
     return chosen
-
-
-def _as_numbers(group: Group | None, margin: float | None) -> tuple[float, ...]:
-    if group is None:
-        return 0, 0, 0, 0, 0
-    limit = margin if group.margin is None else group.margin
-    mask = None if limit is None else group.mask
-    return 1, _MASKS[mask], group.relative, 0.0 if limit is None else float(limit), group.hardness

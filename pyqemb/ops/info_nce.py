@@ -111,14 +111,26 @@ def info_nce(
     wanted = torch.is_grad_enabled()
     differs = wanted and (queries_BE.requires_grad or documents_ME.requires_grad)
     learns = wanted and tau is not None and tau.requires_grad
-    fixed = positive, owner, document_ids, first, count, *options
 
     totals = queries_BE.new_empty(0)
 
     def once(queries: Tensor, documents: Tensor, dims: Sequence[int] = (), weights: Sequence[float] = ()) -> Tensor:
         nonlocal totals
-        results = _info_nce(queries.contiguous(), documents.contiguous(), tau, *fixed, dims, weights, differs, learns)
-        loss, totals = results[:2]
+        inputs = _Inputs(
+            queries=queries.contiguous(),
+            documents=documents.contiguous(),
+            tau=tau,
+            positive=positive,
+            owner=owner,
+            ids=document_ids,
+            first_row=first,
+            num_rows=count,
+            dims=dims,
+            dim_weights=weights,
+            differs=differs,
+            learns=learns,
+        )
+        loss, totals = _info_nce(*inputs, *options)[:2]
         return loss
 
     if queries_BE.device.type != "cpu" and len(dims) > _C.MAX_PREFIXES:
@@ -192,40 +204,81 @@ class Block(NamedTuple):
     d_temperature: Tensor
 
 
+class Anchors(NamedTuple):
+    """R queries with their positives; the texts of the positives."""
+
+    queries_RE: Tensor
+    positives_RE: Tensor
+    text_R: Tensor
+
+
+class Columns(NamedTuple):
+    """A block of documents: texts, roles, and the anchor that owns each, or -1."""
+
+    documents_CE: Tensor
+    text_C: Tensor
+    role_C: Tensor
+    owner_C: Tensor
+
+
+class Others(NamedTuple):
+    """A block of queries as candidates of query_query; the texts of their positives."""
+
+    queries_QE: Tensor
+    text_Q: Tensor
+
+
 def info_nce_block(
-    anchors_RE: Tensor, positives_RE: Tensor, anchor_text_R: Tensor,
-    columns_CE: Tensor, column_text_C: Tensor, column_role_C: Tensor, column_owner_C: Tensor,
-    others_QE: Tensor, other_text_Q: Tensor,
-    options: Options, log_negatives_RS: Tensor | None = None, pull: bool = True, gradients: bool = False,
-) -> Block:  # fmt: skip
+    anchors: Anchors,
+    columns: Columns,
+    others: Others,
+    options: Options,
+    *,
+    log_negatives_RS: Tensor | None = None,
+    adds_positive: bool = True,
+    gradients: bool = False,
+) -> Block:
     """One block of documents and queries against R anchors, for a ring that never holds all of them.
 
     The first round takes the log sums of each block and adds them up (torch.logaddexp); the second gives the totals back
-    and gets gradients, where `pull`, in one block only, adds what concerns the anchors and their positives alone.
-    Texts are equal where their ids are, which also keeps an anchor away from itself among the others. `column_owner_C` is the
-    anchor that owns a column, or -1.
+    and gets gradients, where `adds_positive`, in one block only, adds what concerns the anchors and their positives alone.
+    Texts are equal where their ids are, which also keeps an anchor away from itself among the others.
     """
-    rows, texts = len(anchors_RE), torch.cat([anchor_text_R, column_text_C])
+    rows, texts = len(anchors.queries_RE), torch.cat([anchors.text_R, columns.text_C])
     if not rows:
-        dtype = arithmetic(anchors_RE.dtype)
+        dtype = arithmetic(anchors.queries_RE.dtype)
         d_anchors, d_positives, d_columns, d_others = (
-            torch.zeros_like(x, dtype=dtype) for x in (anchors_RE, positives_RE, columns_CE, others_QE)
+            torch.zeros_like(x, dtype=dtype)
+            for x in (anchors.queries_RE, anchors.positives_RE, columns.documents_CE, others.queries_QE)
         )
         sums, totals, d_tau = (texts.new_zeros(shape, dtype=torch.float64) for shape in ((0, _SOFTMAXES), (5,), (1,)))
         return Block(sums[:, 0], totals, sums, d_anchors, d_positives, d_columns, d_others, d_tau)
-    aside = torch.full_like(anchor_text_R, -1)
-    of_others = torch.zeros_like(other_text_Q)  # their positives are elsewhere; nobody looks at them
-    absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
     log_negatives = log_negatives_RS
     if log_negatives is None:
         log_negatives = texts.new_empty((rows, _SOFTMAXES), dtype=torch.float64)
-    results = _sweep(
-        torch.cat([anchors_RE, others_QE]), torch.cat([positives_RE, columns_CE]),
-        torch.cat([torch.arange(rows, device=texts.device), of_others]), torch.cat([anchor_text_R, other_text_Q]), texts,
-        torch.cat([absent, column_role_C]), torch.cat([aside, column_owner_C]), (0, rows, rows), options, (), (),
-        gradients, gradients, log_negatives, log_negatives_RS is not None, pull,
-    )  # fmt: skip
-    losses, totals, d_queries, d_documents, d_temperature = results
+    absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
+    batch = _Batch(
+        queries=torch.cat([anchors.queries_RE, others.queries_QE]),
+        documents=torch.cat([anchors.positives_RE, columns.documents_CE]),
+        # The positives of the others are elsewhere; nobody looks at them.
+        positive=torch.cat([torch.arange(rows, device=texts.device), torch.zeros_like(others.text_Q)]),
+        query_text=torch.cat([anchors.text_R, others.text_Q]),
+        document_text=texts,
+        role=torch.cat([absent, columns.role_C]),
+        owner=torch.cat([torch.full_like(anchors.text_R, -1), columns.owner_C]),
+    )
+    losses, totals, d_queries, d_documents, d_temperature = _sweep(
+        batch,
+        options,
+        first_row=0,
+        num_rows=rows,
+        first_column=rows,
+        differs=gradients,
+        learns=gradients,
+        log_negatives=log_negatives,
+        log_negatives_given=log_negatives_RS is not None,
+        adds_positive=adds_positive,
+    )
     split = rows if gradients else 0
     return Block(
         losses,
@@ -239,75 +292,152 @@ def info_nce_block(
     )
 
 
+class _Batch(NamedTuple):
+    """The tensors of a sweep, as InfoNce in csrc/ops/info_nce.h names them."""
+
+    queries: Tensor
+    documents: Tensor
+    positive: Tensor
+    query_text: Tensor
+    document_text: Tensor
+    role: Tensor
+    owner: Tensor
+
+
 def _sweep(
-    queries: Tensor, documents: Tensor, positive: Tensor, query_text: Tensor, document_text: Tensor, role: Tensor,
-    owner: Tensor, rows: tuple[int, int, int], options: Options, dims: Sequence[int], weights: Sequence[float], differs: bool,
-    learns: bool, log_negatives: Tensor | None = None, given: bool = False, pull: bool = True,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    batch: _Batch,
+    options: Options,
+    *,
+    first_row: int,
+    num_rows: int,
+    differs: bool,
+    learns: bool,
+    first_column: int = 0,
+    dims: Sequence[int] = (),
+    dim_weights: Sequence[float] = (),
+    log_negatives: Tensor | None = None,
+    log_negatives_given: bool = False,
+    adds_positive: bool = True,
+) -> tuple[Tensor, ...]:
     """Losses of the rows, totals, gradients of queries, documents and temperature (without elements where not wanted)."""
-    first, count, first_column = rows
-    losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (count, 5, 1 if learns else 0))
+    queries, documents, owner = batch.queries, batch.documents, batch.owner
+    losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (num_rows, 5, 1 if learns else 0))
     d_queries, d_documents = (
         empty(x.shape if differs else (0,), arithmetic(x.dtype), x.device) for x in (queries, documents)
     )
     own_documents = torch.argsort(owner, stable=True)
     bounds = torch.arange(len(queries) + 1, device=owner.device)
-    own_starts = torch.searchsorted(owner[own_documents], bounds)
     _C.info_nce(
-        queries, documents, positive, query_text, document_text, role, owner, own_starts, own_documents, losses, totals,
-        d_queries if differs else None, d_documents if differs else None, d_tau if learns else None, log_negatives, given, pull,
-        first, count, first_column, options.groups, options.split, options.focal, options.temperature, options.scale, dims,
-        weights,
-    )  # fmt: skip
+        options.native(),
+        **batch._asdict(),
+        own_starts=torch.searchsorted(owner[own_documents], bounds),
+        own_documents=own_documents,
+        first_row=first_row,
+        num_rows=num_rows,
+        first_column=first_column,
+        dims=dims,
+        dim_weights=dim_weights,
+        loss=losses,
+        stats=totals,
+        d_queries=d_queries if differs else None,
+        d_documents=d_documents if differs else None,
+        d_temperature=d_tau if learns else None,
+        log_negatives=log_negatives,
+        log_negatives_given=log_negatives_given,
+        adds_positive=adds_positive,
+    )
     return losses, totals, d_queries, d_documents, d_tau
 
 
-@native(
-    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int first, int count,"
-    " float[] groups, bool split, float focal, float temperature, float scale, int[] dims, float[] weights, bool differs,"
-    " bool learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda queries, documents, *fixed: (
+class _Inputs(NamedTuple):
+    """The arguments of the op before those of Options."""
+
+    queries: Tensor
+    documents: Tensor
+    tau: Tensor | None
+    positive: Tensor
+    owner: Tensor | None
+    ids: Tensor | None
+    first_row: int
+    num_rows: int
+    dims: Sequence[int]
+    dim_weights: Sequence[float]
+    differs: bool  # whether queries or documents want a gradient
+    learns: bool  # whether the temperature does
+
+
+def _inputs(given: Sequence[Any]) -> tuple[_Inputs, Options]:
+    size = len(_Inputs._fields)
+    return _Inputs(*given[:size]), Options(*given[size:])
+
+
+def _fake(*given: Any) -> tuple[Tensor, ...]:
+    inputs, _ = _inputs(given)
+    queries, documents = inputs.queries, inputs.documents
+    return (
         queries.new_empty((), dtype=arithmetic(queries.dtype)),
         queries.new_empty(5, dtype=torch.float64),
-        *(x.new_empty(x.shape if fixed[-2] else (0,), dtype=arithmetic(x.dtype)) for x in (queries, documents)),
-        queries.new_empty(1 if fixed[-1] else 0, dtype=torch.float64),
-    ),
+        *(x.new_empty(x.shape if inputs.differs else (0,), dtype=arithmetic(x.dtype)) for x in (queries, documents)),
+        queries.new_empty(1 if inputs.learns else 0, dtype=torch.float64),
+    )
+
+
+@native(
+    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int first_row,"
+    " int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, str[] groups, str[] masks, float[] margins,"
+    " bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
 )
-def _forward(
-    queries: Tensor, documents: Tensor, tau: Tensor | None, positive: Tensor, owner: Tensor | None, ids: Tensor | None,
-    first: int, count: int, groups: Sequence[float], split: bool, focal: float, temperature: float, scale: float,
-    dims: Sequence[int], weights: Sequence[float], differs: bool, learns: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward(*given: Any) -> tuple[Tensor, ...]:
+    inputs, options = _inputs(given)
+    documents, ids, owner = inputs.documents, inputs.ids, inputs.owner
     texts = torch.arange(len(documents), device=documents.device) if ids is None else ids.contiguous()
     role = torch.full((len(documents),), _HARD, dtype=torch.uint8, device=documents.device)
-    role[positive] = _POSITIVE
-    owner = torch.full_like(texts, -1) if owner is None else owner
-    options = Options(tuple(groups), split, focal, temperature, scale)
+    role[inputs.positive] = _POSITIVE
+    batch = _Batch(
+        queries=inputs.queries,
+        documents=documents,
+        positive=inputs.positive,
+        query_text=texts[inputs.positive],
+        document_text=texts,
+        role=role,
+        owner=torch.full_like(texts, -1) if owner is None else owner,
+    )
     losses, totals, *gradients = _sweep(
-        queries, documents, positive, texts[positive], texts, role, owner, (first, count, 0), options, dims, weights,
-        differs, learns,
-    )  # fmt: skip
-    return (losses.sum() * scale).to(arithmetic(queries.dtype)), totals, *gradients
+        batch,
+        options,
+        first_row=inputs.first_row,
+        num_rows=inputs.num_rows,
+        dims=inputs.dims,
+        dim_weights=inputs.dim_weights,
+        differs=inputs.differs,
+        learns=inputs.learns,
+    )
+    return (losses.sum() * options.scale).to(arithmetic(inputs.queries.dtype)), totals, *gradients
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, _ = _inputs(inputs)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.tau = inputs[0].dtype, None if inputs[2] is None else (inputs[2].shape, inputs[2].dtype)
+    ctx.dtype = given.queries.dtype
+    ctx.tau = None if given.tau is None else (given.tau.shape, given.tau.dtype)
 
 
 def _backward(_: Any, ctx: Any, d_loss: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None, None, None]
+    grads: list[Tensor | None] = [None] * (len(_Inputs._fields) + len(Options._fields))
     if d_loss is not None:
         d_queries, d_documents, d_tau = ctx.saved_tensors
-        for place, wanted in enumerate(ctx.needs_input_grad[:2]):
-            if wanted:
-                grads[place] = ((d_queries, d_documents)[place] * d_loss).to(ctx.dtype)
-        if ctx.needs_input_grad[2]:
+        for place, gradient in enumerate((d_queries, d_documents)):
+            if ctx.needs_input_grad[place]:
+                grads[place] = (gradient * d_loss).to(ctx.dtype)
+        place = _Inputs._fields.index("tau")
+        if ctx.needs_input_grad[place]:
             shape, dtype = ctx.tau
-            grads[2] = (d_tau * d_loss).to(dtype).reshape(shape)
-    return *grads, *(None,) * 14
+            grads[place] = (d_tau * d_loss).to(dtype).reshape(shape)
+    return tuple(grads)
 
 
 _info_nce = differentiable("info_nce", _forward, None, _keep, _backward)

@@ -61,7 +61,7 @@ def _new_vectors(hidden: Tensor, cu: Tensor, dim: int) -> Tensor:
 )
 def _forward(hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool) -> Tensor:
     out = _new_vectors(hidden, cu, dim)
-    _C.pool_forward(hidden, cu, weight, out, eps, normalize)
+    _C.last_token_pool_forward(hidden, cu, weight, out, eps, normalize)
     return out
 
 
@@ -78,7 +78,9 @@ def _gradient(
 ) -> tuple[Tensor, Tensor]:
     dhidden = hidden.new_zeros(hidden.shape)
     dweight = new_gradient(hidden if weight is None else weight, wanted)
-    _C.pool_backward(hidden, cu, weight, dout.contiguous(), dhidden, dweight if wanted else None, eps, normalize)
+    _C.last_token_pool_backward(
+        hidden, cu, weight, dout.contiguous(), dhidden, dweight if wanted else None, eps, normalize
+    )
     return dhidden, dweight
 
 

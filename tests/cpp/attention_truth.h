@@ -54,14 +54,14 @@ AttentionResult attention_truth(const AttentionCase& c, const std::vector<double
                     return ((c.cu_k[s] + j) * c.kv_heads + h / (c.heads / c.kv_heads)) * c.dim;
                 };
                 std::vector<double> p(static_cast<size_t>(seen)), dp(p.size());
-                double most = -INFINITY, sum = 0, delta = 0;
+                double row_max = -INFINITY, sum = 0, delta = 0;
                 for (int64_t j = 0; j < seen; ++j) {
                     for (int64_t d = 0; d < c.dim; ++d) p[j] += scale * q[row + d] * k[column(j) + d];
                     p[j] = round(p[j]);
-                    most = std::max(most, p[j]);
+                    row_max = std::max(row_max, p[j]);
                 }
-                for (double& x : p) sum += (x = std::exp(x - most));
-                if (seen > 0) r.lse[static_cast<size_t>(row / c.dim)] = most + std::log(sum);
+                for (double& x : p) sum += (x = std::exp(x - row_max));
+                if (seen > 0) r.lse[static_cast<size_t>(row / c.dim)] = row_max + std::log(sum);
                 for (int64_t j = 0; j < seen; ++j) {
                     p[j] = round(p[j] / sum);
                     for (int64_t d = 0; d < c.dim; ++d) {

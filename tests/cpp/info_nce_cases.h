@@ -59,10 +59,10 @@ inline InfoNceCase make_case(int64_t num_queries, int64_t num_documents, int64_t
     return c;
 }
 
-// The kernel on storage of type S and arithmetic T. `log_negatives`, `given`, `pull` as in the contract.
+// The kernel on storage of type S and arithmetic T. `log_negatives`, `given`, `adds_positive` as in the contract.
 template <class T, class S = T>
 InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, const std::vector<S>& d, Wide* given = nullptr,
-                  bool pull = true, bool gradients = true) {
+                  bool adds_positive = true, bool gradients = true) {
     Indices starts{0}, own;
     for (int64_t i = 0; i < c.num_queries; ++i) {
         for (int64_t j = 0; j < c.num_documents; ++j)
@@ -86,11 +86,7 @@ InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, co
               .first_row = c.first_row,
               .num_rows = c.num_rows,
               .first_column = c.first_column,
-              .groups = {},
-              .split = c.split,
-              .temperature = c.temperature,
-              .focal = c.focal,
-              .scale = c.scale,
+              .options = c.options(),
               .dims = c.dims.data(),
               .dim_weights = c.dim_weights.data(),
               .num_dims = static_cast<int64_t>(c.dims.size()),
@@ -100,25 +96,24 @@ InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, co
               .d_temperature = r.d_temperature.data(),
               .stats = r.stats.data(),
               .log_negatives = c.dims.empty() ? r.log_negatives.data() : nullptr,
-              .given = given != nullptr,
-              .pull = pull,
+              .log_negatives_given = given != nullptr,
+              .adds_positive = adds_positive,
               .dtype = dtype};
-    std::copy(c.groups.begin(), c.groups.end(), p.groups);
     cpu::info_nce(p);
     if (gradients) r.dq.assign(dq.begin(), dq.end()), r.dd.assign(dd.begin(), dd.end());
     return r;
 }
 
 template <class T>
-InfoNceResult run(const InfoNceCase& c, Wide* given = nullptr, bool pull = true, bool gradients = true) {
+InfoNceResult run(const InfoNceCase& c, Wide* given = nullptr, bool adds_positive = true, bool gradients = true) {
     const std::vector<T> q(c.q.begin(), c.q.end()), d(c.d.begin(), c.d.end());
-    return run<T>(c, sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64, q, d, given, pull, gradients);
+    return run<T>(c, sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64, q, d, given, adds_positive, gradients);
 }
 
 inline double largest(const Wide& values) {
-    double most = 1e-6;
-    for (const double value : values) most = std::isfinite(value) ? std::max(most, std::abs(value)) : most;
-    return most;
+    double result = 1e-6;
+    for (const double value : values) result = std::isfinite(value) ? std::max(result, std::abs(value)) : result;
+    return result;
 }
 
 inline void check_equal(const std::string& name, const InfoNceResult& r, const InfoNceResult& truth, double tolerance) {

@@ -28,9 +28,9 @@ struct Prefix {
     void add_gradient(const std::vector<double>& gradient, double share, std::vector<double>& to) const {
         for (size_t row = 0; row < norms.size(); ++row) {
             const double *u = &unit[row * dim], *g = &gradient[row * dim];
-            double along = 0;
-            for (int64_t i = 0; i < dim && is_cut; ++i) along += g[i] * u[i];
-            for (int64_t i = 0; i < dim; ++i) to[row * width + i] += share * (g[i] - along * u[i]) / norms[row];
+            double radial_grad = 0;
+            for (int64_t i = 0; i < dim && is_cut; ++i) radial_grad += g[i] * u[i];
+            for (int64_t i = 0; i < dim; ++i) to[row * width + i] += share * (g[i] - radial_grad * u[i]) / norms[row];
         }
     }
 };

@@ -25,27 +25,11 @@ template <class T>
 Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v,
               const std::vector<T>& dout) {
     std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(k.size()), lse(static_cast<size_t>(c.cu_q.back() * c.heads));
-    AttentionForward forward{.q = q.data(),
-                             .k = k.data(),
-                             .v = v.data(),
-                             .out = out.data(),
-                             .lse = lse.data(),
-                             .cu_seqlens_q = c.cu_q.data(),
-                             .cu_seqlens_k = c.cu_k.data()};
-    set_shape(forward, c, dtype);
-    cpu::attention_forward(forward);
-    AttentionBackward backward{.q = q.data(),
-                               .k = k.data(),
-                               .v = v.data(),
-                               .out = out.data(),
-                               .dout = dout.data(),
-                               .lse = lse.data(),
-                               .dq = dq.data(),
-                               .dk = dk.data(),
-                               .dv = dv.data(),
-                               .cu_seqlens_q = c.cu_q.data(),
-                               .cu_seqlens_k = c.cu_k.data()};
-    set_shape(backward, c, dtype);
+    Attention problem{
+        .q = q.data(), .k = k.data(), .v = v.data(), .cu_seqlens_q = c.cu_q.data(), .cu_seqlens_k = c.cu_k.data()};
+    set_shape(problem, c, dtype);
+    cpu::attention_forward({problem, out.data(), lse.data()});
+    const AttentionBackward backward{problem, out.data(), dout.data(), lse.data(), dq.data(), dk.data(), dv.data()};
     cpu::attention_backward(backward);
     return {{out.begin(), out.end()},
             {dq.begin(), dq.end()},

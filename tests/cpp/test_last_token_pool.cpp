@@ -24,17 +24,17 @@ TEST(pool_takes_the_last_row) {
     for (const std::string& isa : cpu::available_isas()) {
         cpu::set_isa(isa);
         std::vector<float> out(3 * dim, NAN);
-        cpu::last_token_pool_forward({.hidden = narrow.data(),
-                                      .norm_weight = narrow_weight.data(),
-                                      .out = out.data(),
-                                      .cu_seqlens = cu.data(),
-                                      .num_seqs = 3,
-                                      .embed = embed,
-                                      .dim = dim,
-                                      .hidden_stride = embed,
-                                      .eps = 1e-6,
-                                      .normalize = true,
-                                      .dtype = DType::kFloat32});
+        cpu::last_token_pool_forward({{.hidden = narrow.data(),
+                                       .norm_weight = narrow_weight.data(),
+                                       .cu_seqlens = cu.data(),
+                                       .num_seqs = 3,
+                                       .embed = embed,
+                                       .dim = dim,
+                                       .hidden_stride = embed,
+                                       .eps = 1e-6,
+                                       .normalize = true,
+                                       .dtype = DType::kFloat32},
+                                      out.data()});
         check_close(isa.c_str(), out, truth, 1e-6);
     }
 }

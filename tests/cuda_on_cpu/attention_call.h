@@ -56,31 +56,16 @@ struct Call {
         else
             std::copy(host_plan.begin(), host_plan.end(), data.data());
         used.data = data.data();
-        AttentionForward forward{.q = q.data(),
-                                 .k = k.data(),
-                                 .v = v.data(),
-                                 .out = out.data(),
-                                 .lse = lse.data(),
-                                 .cu_seqlens_q = cu_q.data(),
-                                 .cu_seqlens_k = cu_k.data(),
-                                 .plan = used};
-        set_shape(forward, c, dtype_of<T>);
-        forward.scale = scale;
-        cuda::attention_forward(forward);
-        AttentionBackward backward{.q = q.data(),
-                                   .k = k.data(),
-                                   .v = v.data(),
-                                   .out = out.data(),
-                                   .dout = dout.data(),
-                                   .lse = lse.data(),
-                                   .dq = dq.data(),
-                                   .dk = dk.data(),
-                                   .dv = dv.data(),
-                                   .cu_seqlens_q = cu_q.data(),
-                                   .cu_seqlens_k = cu_k.data(),
-                                   .plan = used};
-        set_shape(backward, c, dtype_of<T>);
-        backward.scale = scale;
+        Attention problem{.q = q.data(),
+                          .k = k.data(),
+                          .v = v.data(),
+                          .cu_seqlens_q = cu_q.data(),
+                          .cu_seqlens_k = cu_k.data(),
+                          .plan = used};
+        set_shape(problem, c, dtype_of<T>);
+        problem.scale = scale;
+        cuda::attention_forward({problem, out.data(), lse.data()});
+        AttentionBackward backward{problem, out.data(), dout.data(), lse.data(), dq.data(), dk.data(), dv.data()};
         emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::attention_backward_scratch(backward)));
         backward.scratch = scratch.data();
         cuda::attention_backward(backward);

@@ -33,7 +33,7 @@ TEST(sums_in_memory_only_for_several_blocks_of_keys) {
         const Case c{queries, keys, 2, 1, 64, false};
         const Inputs x = random_inputs<BFloat16>(c);
         const Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
-        AttentionBackward backward{.plan = call.plan};
+        AttentionBackward backward{{.plan = call.plan}};
         set_shape(backward, c, DType::kBFloat16);
         return cuda::attention_backward_scratch(backward);
     };

@@ -43,6 +43,11 @@ struct Case {
 
     int64_t rows() const { return num_rows < 0 ? queries - first_row : num_rows; }
     double scale() const { return 0.7 / static_cast<double>(queries); }
+    InfoNceOptions options() const {
+        InfoNceOptions o{.groups = {}, .split = split, .temperature = temperature, .focal = focal, .scale = scale()};
+        std::copy(groups.begin(), groups.end(), o.groups);
+        return o;
+    }
 };
 
 struct Batch {
@@ -113,9 +118,7 @@ Batch make_batch(const Case& c, uint32_t seed) {
     return b;
 }
 
-int softmax_of(const Case& c, int group) {
-    return !c.split || group == kOwnHard ? 0 : group < kQueryQuery ? 1 : group == kQueryQuery ? 2 : 3;
-}
+int softmax_of(const Case& c, int group) { return c.split ? kGroupTable[group].softmax : 0; }
 
 // In the arithmetic A; in float with weights (in units of a power of two) and scaled anchors stored as T, but for what a row
 // owns.
@@ -145,7 +148,7 @@ Result dense(const Case& c, const Batch& b) {
             const Group& g = c.groups[group];
             if (!g.on) return;
             const A limit = s + static_cast<A>(g.margin) * (g.relative ? std::abs(s) : A(1));
-            const A held = g.mask == ScoreMask::kQueryDocument ? of_query : score;
+            const A held = is_by_query(g) ? of_query : score;
             const bool dropped = same || (g.mask != ScoreMask::kNone && held > limit);
             ++r.stats[dropped ? 4 : 3];
             if (dropped) return;
@@ -155,16 +158,14 @@ Result dense(const Case& c, const Batch& b) {
             candidates.push_back(x);
         };
         for (int64_t j = 0; j < c.documents; ++j) {
-            if (j == p || b.role[j] == static_cast<uint8_t>(Role::kAbsent)) continue;
-            const bool own = b.owner[j] == i, positive = b.role[j] == static_cast<uint8_t>(Role::kPositive);
-            const bool same = b.document_text[j] == b.query_text[i];
+            const Role role = static_cast<Role>(b.role[j]);
+            if (!is_candidate(j, p, role)) continue;
+            const bool own = b.owner[j] == i, same = b.document_text[j] == b.query_text[i];
             const double* with = &b.d[j * c.dim];
             const A qd = dot(q, with), dd = dot(d, with);
-            offer(own        ? kOwnHard
-                  : positive ? kBatchPositive
-                             : kBatchHard,
-                  same, qd, qd, {q, with, dq, &r.dd[j * c.dim], 0, 0, 0});
-            offer(own ? kDocOwn : positive ? kDocPositive : kDocHard, same, dd, qd, {d, with, dp, &r.dd[j * c.dim], 0, 0, 0});
+            offer(own ? group_of_owned(0) : group_of(kQueryDocument, role), same, qd, qd,
+                  {q, with, dq, &r.dd[j * c.dim], 0, 0, 0});
+            offer(own ? group_of_owned(1) : group_of(kDocDoc, role), same, dd, qd, {d, with, dp, &r.dd[j * c.dim], 0, 0, 0});
         }
         for (int64_t j = c.first_column; j < c.queries; ++j) {
             const double* with = &b.q[j * c.dim];
@@ -191,7 +192,8 @@ Result dense(const Case& c, const Batch& b) {
             loss += factor * value;
             const A log2 = best * static_cast<A>(1.4426950408889634), unit = std::exp2(log2 - std::ceil(log2));
             const A weight = static_cast<A>(slope / (c.temperature * total));
-            const A pull = static_cast<A>(-slope * left / c.temperature), anchors = static_cast<A>(c.scale() / c.temperature);
+            const A d_positive_score = static_cast<A>(-slope * left / c.temperature),
+                    anchors = static_cast<A>(c.scale() / c.temperature);
             for (const auto& x : candidates) {
                 if (softmax_of(c, x.group) != softmax) continue;
                 const bool own = x.group == kOwnHard || x.group == kDocOwn;
@@ -204,9 +206,9 @@ Result dense(const Case& c, const Batch& b) {
                     x.d_with[k] += e * (own ? of_anchor : stored(of_anchor / anchors) * anchors);
                 }
             }
-            r.d_temperature[0] -= pull * s / static_cast<A>(c.temperature);
-            r.temperature_bound += std::abs(pull * s) / c.temperature;
-            for (int64_t k = 0; k < c.dim; ++k) dq[k] += pull * d[k], dp[k] += pull * q[k];
+            r.d_temperature[0] -= d_positive_score * s / static_cast<A>(c.temperature);
+            r.temperature_bound += std::abs(d_positive_score * s) / c.temperature;
+            for (int64_t k = 0; k < c.dim; ++k) dq[k] += d_positive_score * d[k], dp[k] += d_positive_score * q[k];
         }
         r.loss.push_back(loss);
     }
@@ -237,7 +239,7 @@ Result formula(const Case& c, const Batch& b) {
 }
 
 template <class T>
-Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& given = {}, bool pull = true) {
+Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& given = {}, bool adds_positive = true) {
     Tensor<T> q(b.q, c.offset), d(b.d, c.offset);
     Tensor<float> dq(q.size()), dd(d.size());
     emulator::DeviceMemory<int64_t> positive(b.positive), query_text(b.query_text), document_text(b.document_text);
@@ -261,11 +263,7 @@ Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& giv
               .first_row = c.first_row,
               .num_rows = c.rows(),
               .first_column = c.first_column,
-              .groups = {},
-              .split = c.split,
-              .temperature = c.temperature,
-              .focal = c.focal,
-              .scale = c.scale(),
+              .options = c.options(),
               .dims = c.dims.data(),
               .dim_weights = c.shares.data(),
               .num_dims = static_cast<int64_t>(c.dims.size()),
@@ -275,11 +273,10 @@ Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& giv
               .d_temperature = d_temperature.data(),
               .stats = stats.data(),
               .log_negatives = c.dims.empty() ? log_negatives.data() : nullptr,
-              .given = !given.empty(),
-              .pull = pull,
+              .log_negatives_given = !given.empty(),
+              .adds_positive = adds_positive,
               .dtype = dtype_of<T>,
               .panel_rows = c.panel_rows};
-    std::copy(c.groups.begin(), c.groups.end(), p.groups);
     emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::info_nce_scratch(p)));
     p.scratch = scratch.data();
     cuda::info_nce(p);

@@ -41,18 +41,18 @@ Result truth(const Case& c, const Wide& hidden, const Wide& weight, const Wide& 
         const auto x = [&](int64_t i) { return static_cast<A>(hidden[row * stride + i]); };
         const auto w = [&](int64_t i) { return c.norm_weight ? static_cast<A>(weight[i]) : A(1); };
         const auto dz = [&](int64_t i) { return static_cast<A>(dout[out + i]); };
-        A rstd = 1, norm = 1, squares = 0, along = 0, back = 0;
+        A rstd = 1, norm = 1, squares = 0, radial_grad = 0, back = 0;
         for (int64_t i = 0; i < c.embed; ++i) squares += x(i) * x(i);
         if (c.norm_weight) rstd = A(1) / std::sqrt(squares / static_cast<A>(c.embed) + static_cast<A>(kEps));
         const auto y = [&](int64_t i) { return x(i) * rstd * w(i); };
         squares = 0;
         for (int64_t i = 0; i < c.dim; ++i) {
             squares += y(i) * y(i);
-            along += y(i) * dz(i);
+            radial_grad += y(i) * dz(i);
         }
         if (c.normalize) norm = std::max(std::sqrt(squares), A(1e-12));
-        along = c.normalize && norm > A(1e-12) ? along / norm / norm : A(0);
-        const auto dy = [&](int64_t i) { return i < c.dim ? (dz(i) - y(i) * along) / norm : A(0); };
+        radial_grad = c.normalize && norm > A(1e-12) ? radial_grad / norm / norm : A(0);
+        const auto dy = [&](int64_t i) { return i < c.dim ? (dz(i) - y(i) * radial_grad) / norm : A(0); };
         for (int64_t i = 0; i < c.dim; ++i) {
             result.out[out + i] = y(i) / norm;
             back += dy(i) * w(i) * x(i);
@@ -63,21 +63,6 @@ Result truth(const Case& c, const Wide& hidden, const Wide& weight, const Wide& 
     }
     result.dweight.assign(dweight.begin(), dweight.end());
     return result;
-}
-
-// The forward call of the same shapes.
-LastTokenPoolForward forward_of(const LastTokenPoolBackward& p, void* out) {
-    return {.hidden = p.hidden,
-            .norm_weight = p.norm_weight,
-            .out = out,
-            .cu_seqlens = p.cu_seqlens,
-            .num_seqs = p.num_seqs,
-            .embed = p.embed,
-            .dim = p.dim,
-            .hidden_stride = p.hidden_stride,
-            .eps = p.eps,
-            .normalize = p.normalize,
-            .dtype = p.dtype};
 }
 
 // Every token but the last ones is NaN, and so is what lies between rows: nothing of it may be read.
@@ -94,20 +79,19 @@ void check_last_token_pool(const std::string& name, const Case& c, uint32_t seed
     Tensor<T> dout(random_wide<T>(num_seqs * c.dim, seed + 2), c.offset), dhidden(Wide(tokens * c.embed), c.offset);
     Tensor<float> dweight(c.embed);
     const emulator::DeviceMemory<int32_t> cu_seqlens(cu);
-    LastTokenPoolBackward p{.hidden = x.data(),
-                            .norm_weight = c.norm_weight ? weight.data() : nullptr,
-                            .dout = dout.data(),
-                            .dhidden = dhidden.data(),
-                            .dnorm_weight = c.norm_weight && c.weight_gradient ? dweight.data() : nullptr,
-                            .cu_seqlens = cu_seqlens.data(),
-                            .num_seqs = num_seqs,
-                            .embed = c.embed,
-                            .dim = c.dim,
-                            .hidden_stride = stride,
-                            .eps = kEps,
-                            .normalize = c.normalize,
-                            .dtype = dtype_of<T>};
-    cuda::last_token_pool_forward(forward_of(p, out.data()));
+    const LastTokenPool problem{.hidden = x.data(),
+                                .norm_weight = c.norm_weight ? weight.data() : nullptr,
+                                .cu_seqlens = cu_seqlens.data(),
+                                .num_seqs = num_seqs,
+                                .embed = c.embed,
+                                .dim = c.dim,
+                                .hidden_stride = stride,
+                                .eps = kEps,
+                                .normalize = c.normalize,
+                                .dtype = dtype_of<T>};
+    LastTokenPoolBackward p{problem, dout.data(), dhidden.data(),
+                            c.norm_weight && c.weight_gradient ? dweight.data() : nullptr};
+    cuda::last_token_pool_forward({problem, out.data()});
     Tensor<float> scratch(cuda::last_token_pool_backward_scratch(p) / 4);
     CHECK(p.dnorm_weight || scratch.size() == 0);
     p.scratch = scratch.data();
@@ -179,21 +163,18 @@ TEST(pooling_of_a_sequence_knows_no_other) {
             dout(random_wide<T>(num_seqs * embed, 3));
         for (int64_t i = 0; i < embed; ++i) hidden[embed + i] = {0x7fc0};
         const auto run = [&](int64_t first, int64_t count, Tensor<T>& out, Tensor<T>& dhidden) {
-            const LastTokenPoolBackward p{.hidden = hidden.data() + first * embed,
-                                          .norm_weight = weight.data(),
-                                          .dout = dout.data() + first * embed,
-                                          .dhidden = dhidden.data(),
-                                          .dnorm_weight = nullptr,
-                                          .cu_seqlens = cu_seqlens.data(),
-                                          .num_seqs = count,
-                                          .embed = embed,
-                                          .dim = embed,
-                                          .hidden_stride = embed,
-                                          .eps = kEps,
-                                          .normalize = true,
-                                          .dtype = DType::kBFloat16};
-            cuda::last_token_pool_forward(forward_of(p, out.data()));
-            cuda::last_token_pool_backward(p);
+            const LastTokenPool problem{.hidden = hidden.data() + first * embed,
+                                        .norm_weight = weight.data(),
+                                        .cu_seqlens = cu_seqlens.data(),
+                                        .num_seqs = count,
+                                        .embed = embed,
+                                        .dim = embed,
+                                        .hidden_stride = embed,
+                                        .eps = kEps,
+                                        .normalize = true,
+                                        .dtype = DType::kBFloat16};
+            cuda::last_token_pool_forward({problem, out.data()});
+            cuda::last_token_pool_backward({problem, dout.data() + first * embed, dhidden.data()});
         };
         Tensor<T> out(num_seqs * embed), dhidden(num_seqs * embed);
         run(0, num_seqs, out, dhidden);
@@ -214,22 +195,19 @@ TEST(pooling_of_rows_of_any_magnitude) {
             Tensor<float> hidden(Wide(2 * embed, size)), weight(Wide(embed, 2)), dout(Wide(dim, 3)), out(dim),
                 dhidden(Wide(2 * embed));
             const emulator::DeviceMemory<int32_t> cu_seqlens(std::vector<int32_t>{0, 2});
-            const LastTokenPoolBackward p{.hidden = hidden.data(),
-                                          .norm_weight = norm_weight ? weight.data() : nullptr,
-                                          .dout = dout.data(),
-                                          .dhidden = dhidden.data(),
-                                          .dnorm_weight = nullptr,
-                                          .cu_seqlens = cu_seqlens.data(),
-                                          .num_seqs = 1,
-                                          .embed = embed,
-                                          .dim = dim,
-                                          .hidden_stride = embed,
-                                          .eps = 0,
-                                          .normalize = true,
-                                          .dtype = DType::kFloat32};
-            cuda::last_token_pool_forward(forward_of(p, out.data()));
+            const LastTokenPool problem{.hidden = hidden.data(),
+                                        .norm_weight = norm_weight ? weight.data() : nullptr,
+                                        .cu_seqlens = cu_seqlens.data(),
+                                        .num_seqs = 1,
+                                        .embed = embed,
+                                        .dim = dim,
+                                        .hidden_stride = embed,
+                                        .eps = 0,
+                                        .normalize = true,
+                                        .dtype = DType::kFloat32};
+            cuda::last_token_pool_forward({problem, out.data()});
             check_close("direction", out.wide(), Wide(dim, size > 0 ? 0.25 : 0), 1e-6);
-            cuda::last_token_pool_backward(p);
+            cuda::last_token_pool_backward({problem, dout.data(), dhidden.data()});
             check_close("gradient", dhidden.wide(), Wide(2 * embed), size > 0 ? 1e-5 / size : 0);
         }
 }

@@ -1,18 +1,12 @@
 // qk_norm_rope: the CUDA kernels, executed by the emulator, against the definition in double.
 #include "ops/qk_norm_rope.h"
 
-#include "tensor.h"
+#include "norm_truth.h"
 
 using namespace qemb;
 using namespace qemb::testing;
 
 namespace {
-
-constexpr double kEps = 1e-6;
-
-struct Gradients {
-    Wide dx, dweight, other;
-};
 
 struct HeadCase {
     int64_t tokens, heads, dim;

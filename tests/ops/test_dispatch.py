@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from pyqemb import _C, ops
+from pyqemb.ops.groups import GROUPS
 from pyqemb.testing.cases import cu_seqlens
 
 CU = cu_seqlens((3, 0, 9, 1))
@@ -31,8 +32,8 @@ SAMPLES = {
     "qk_norm_rope": lambda: (leaf(5, 2, 16), leaf(16), *angles(5, 16), 1e-6),
     "swiglu": lambda: (leaf(5, 24), leaf(5, 24)),
     "info_nce": lambda: (
-        *(leaf(5, 24), leaf(9, 24), None, torch.arange(5), None, None, 0, 5),
-        *(7 * [1.0, 1.0, 0.0, 0.1, 0.0], False, 0.0, 0.05, 0.2, (), (), True, False),
+        *(leaf(5, 24), leaf(9, 24), None, torch.arange(5), None, None, 0, 5, (), (), True, False),
+        *(GROUPS, ["own"] * 7, [0.1] * 7, [False] * 7, [0.0] * 7, False, 0.0, 0.05, 0.2),
     ),
     "top_k": lambda: (torch.randn(5, 24), torch.randn(9, 24), 3, None, None),
 }

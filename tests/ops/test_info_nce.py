@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 from pyqemb import _C, ops
 from pyqemb.ops import Group
 from pyqemb.ops.groups import GROUPS, PRESETS, Options
-from pyqemb.ops.info_nce import info_nce_block
+from pyqemb.ops.info_nce import Anchors, Columns, Others, info_nce_block
 from pyqemb.testing import reference
 
 
@@ -309,14 +309,14 @@ def test_blocks_of_a_ring_add_up_to_the_whole():
     queries, documents, positive, owner, ids = batch(60, 310)
     options = Options.of("qwen3", {"doc_own": Group()}, 0.1, None, "split", 0.5, 0.05, 1 / 60)
     role = torch.zeros(310, dtype=torch.uint8).index_fill(0, positive, 1)
-    anchors = (queries, documents[positive], ids[positive])
+    anchors = Anchors(queries, documents[positive], ids[positive])
     cuts = [(slice(0, 100), slice(0, 30)), (slice(100, 310), slice(30, 60)), (slice(310, 310), slice(60, 60))]
 
     def blocks(**given):
         for number, (d, q) in enumerate(cuts):
-            columns = documents[d], ids[d], role[d], owner[d]
-            others = queries[q], ids[positive][q]
-            yield info_nce_block(*anchors, *columns, *others, options, pull=number == 0, **given)
+            columns = Columns(documents[d], ids[d], role[d], owner[d])
+            others = Others(queries[q], ids[positive][q])
+            yield info_nce_block(anchors, columns, others, options, adds_positive=number == 0, **given)
 
     sums = torch.stack([block.log_negatives_RS for block in blocks()])
     totals = torch.logsumexp(sums, dim=0)
@@ -460,3 +460,16 @@ def test_bad_arguments_are_named(changes, error, message):
 def test_a_bad_group_is_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Group(**arguments)
+
+
+def test_the_native_options_name_what_they_do_not_know():
+    options = _C.InfoNceOptions(temperature=0.05, split=False, focal=0.0, scale=1.0)
+    fields = {"margin": 0.1, "relative": False, "hardness": 0.0}
+    with pytest.raises(ValueError, match=r"group must be one of own_hard, .*, doc_hard, got 'other'"):
+        options.turn_on("other", mask="own", **fields)
+    with pytest.raises(ValueError, match="mask must be one of none, own, query_document, got 'all'"):
+        options.turn_on("own_hard", mask="all", **fields)
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        _C.InfoNceOptions(temperature=0.0, split=False, focal=0.0, scale=1.0)
+    for group in GROUPS:
+        options.turn_on(group, mask="none", **fields)

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from pyqemb import _C, ops
 from pyqemb.ops import Group
 from pyqemb.ops.groups import GROUPS, PRESETS, Options
-from pyqemb.ops.info_nce import info_nce_block
+from pyqemb.ops.info_nce import Anchors, Columns, Others, info_nce_block
 
 QUERIES, DOCUMENTS, DIM = 5, 300, 16
 POSITIVE = torch.arange(QUERIES)
@@ -118,9 +118,16 @@ def test_blocks_of_a_ring_keep_it():
     count = len(columns)
     options = Options.of("mnrl", None, 0.1, None, "joint", 0.0, 0.1, 1.0)
     block = info_nce_block(
-        queries, documents[:QUERIES], POSITIVE, columns, torch.arange(QUERIES, QUERIES + count),
-        torch.zeros(count, dtype=torch.uint8), torch.full((count,), -1), queries[:0], POSITIVE[:0], options,
-    )  # fmt: skip
+        Anchors(queries, documents[:QUERIES], POSITIVE),
+        Columns(
+            columns,
+            torch.arange(QUERIES, QUERIES + count),
+            torch.zeros(count, dtype=torch.uint8),
+            torch.full((count,), -1),
+        ),
+        Others(queries[:0], POSITIVE[:0]),
+        options,
+    )
     assert block.losses_R.isnan().all() and block.log_negatives_RS[:, 0].isnan().all()
 
 

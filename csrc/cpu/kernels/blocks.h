@@ -29,14 +29,14 @@ QEMB_INLINE void write(DType dtype, const T* from, void* to, int64_t offset, int
 // dx = rstd (w dy - n mean(w dy n)) with n = x rstd; dweight += dy n. May write over dy.
 template <class T>
 QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy, T* dx, T* dweight, int64_t size) {
-    Vec<T> along{};
+    Vec<T> radial_grad{};
     int64_t i = 0;
     for (; i + kLanes<T> <= size; i += kLanes<T>) {
         const Vec<T> product = load(dy + i) * (load(x + i) * rstd);  // n first: dy x may overflow
-        along += product * load(weight + i);
+        radial_grad += product * load(weight + i);
         store(dweight + i, load(dweight + i) + product);
     }
-    T total = sum_lanes<T>(along);
+    T total = sum_lanes<T>(radial_grad);
     for (; i < size; ++i) {
         const T product = dy[i] * (x[i] * rstd);
         total += product * weight[i];

@@ -69,8 +69,8 @@ void backward_row(const LastTokenPoolBackward& p, int64_t seq, T* dweight) {
     load_row(p.dtype, p.dout, seq * p.dim, dy, p.dim);
     if (p.normalize) {
         // z = y / norm: dy = (dz - z (z . dz)) / norm
-        const T along = dot(pooled.y, dy, p.dim) / (pooled.norm * pooled.norm);
-        for (int64_t i = 0; i < p.dim; ++i) dy[i] = (dy[i] - pooled.y[i] * along) / pooled.norm * pooled.unit;
+        const T radial_grad = dot(pooled.y, dy, p.dim) / (pooled.norm * pooled.norm);
+        for (int64_t i = 0; i < p.dim; ++i) dy[i] = (dy[i] - pooled.y[i] * radial_grad) / pooled.norm * pooled.unit;
     }
     for (int64_t i = p.dim; i < p.embed; ++i) dx[i] = 0;
     if (p.norm_weight) {
@@ -79,8 +79,8 @@ void backward_row(const LastTokenPoolBackward& p, int64_t seq, T* dweight) {
             dx[i] = dy[i] * pooled.weight[i];
         }
         for (int64_t i = 0; i < p.embed; ++i) pooled.x[i] *= pooled.rstd;
-        const T along = dot(dx, pooled.x, p.dim) / static_cast<T>(p.embed);
-        for (int64_t i = 0; i < p.embed; ++i) dx[i] = (dx[i] - pooled.x[i] * along) * pooled.rstd;
+        const T radial_grad = dot(dx, pooled.x, p.dim) / static_cast<T>(p.embed);
+        for (int64_t i = 0; i < p.embed; ++i) dx[i] = (dx[i] - pooled.x[i] * radial_grad) * pooled.rstd;
     } else {
         for (int64_t i = 0; i < p.dim; ++i) dx[i] = dy[i];
     }

@@ -30,8 +30,8 @@ struct Cut {
         : block(min_of(kQueryBlock, round_up(max_of<int64_t>(p.num_queries, 1), kTileRows))),
           query_blocks(ceil_div(p.num_queries, block)) {
         const int64_t wanted = ceil_div(kItemsPerThread * num_threads(), max_of<int64_t>(query_blocks, 1));
-        const int64_t most = max_of<int64_t>(1, p.num_documents / max_of(kMinSpan, 4 * p.k));
-        span = max_of<int64_t>(1, round_up(ceil_div(p.num_documents, min_of(wanted, most)), kDocumentBlock));
+        const int64_t max_spans = max_of<int64_t>(1, p.num_documents / max_of(kMinSpan, 4 * p.k));
+        span = max_of<int64_t>(1, round_up(ceil_div(p.num_documents, min_of(wanted, max_spans)), kDocumentBlock));
         spans = max_of<int64_t>(1, ceil_div(p.num_documents, span));
     }
 };

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/inline.h"
 #include "common/types.h"
 
 #ifndef QEMB_ISA
@@ -25,8 +26,6 @@
 #else
 #define QEMB_VECTOR_BYTES 16
 #endif
-
-#define QEMB_INLINE inline __attribute__((always_inline))
 
 namespace qemb::cpu::QEMB_ISA {
 

@@ -74,7 +74,8 @@ __global__ void finish_row_gradients(const Panel<T> a) {
     float* const d_query = static_cast<float*>(a.p.d_queries) + query * dim;
     for (int layer = 0; layer < a.layers; ++layer) {
         const float positive_weight = a.positive_weight[layer * a.rows + row];
-        const auto along = static_cast<float>(a.prefixes ? a.row_along[(side * a.layers + layer) * a.rows + row] : 0);
+        const auto radial_grad =
+            static_cast<float>(a.prefixes ? a.row_radial_grad[(side * a.layers + layer) * a.rows + row] : 0);
         for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
             float total = side == 0 ? positive_weight * to_float(positive[d]) : 0.0f;
             for (int64_t part = 0; part < a.num_parts; ++part) {
@@ -87,7 +88,7 @@ __global__ void finish_row_gradients(const Panel<T> a) {
             }
             for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
                 total += a.own_of(layer, e).weight[side] * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
-            if (a.prefixes) total -= along * to_float(anchor[d]);
+            if (a.prefixes) total -= radial_grad * to_float(anchor[d]);
             if (side == 0)
                 d_query[d] += total;
             else
@@ -110,7 +111,7 @@ __global__ void own_gradients(const Panel<T> a) {
             const float of_query = own.weight[0], of_positive = own.weight[1];
             for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) {
                 float sum = of_query * to_float(query[d]) + of_positive * to_float(positive[d]);
-                if (a.prefixes) sum -= own.along * to_float(document[d]);
+                if (a.prefixes) sum -= own.radial_grad * to_float(document[d]);
                 gradient[d] += sum;
             }
         }
@@ -163,7 +164,7 @@ __global__ void positive_gradients(const Panel<T> a) {
             float sum = 0;
             for (int64_t row = first; row >= 0; row = a.next_same[row]) {
                 sum += a.positive_weight[layer * a.rows + row] * to_float(a.anchors[0].data[row * a.p.dim + d]);
-                if (a.prefixes) sum -= a.positive_along[layer * a.rows + row] * to_float(positive[d]);
+                if (a.prefixes) sum -= a.positive_radial_grad[layer * a.rows + row] * to_float(positive[d]);
                 if (a.sides == 2) sum += a.doc_grad[row * a.p.dim + d];
             }
             gradient[d] += sum;

@@ -29,18 +29,17 @@ QEMB_DEVICE void score_own(const Panel<T>& a, int layer, int64_t row, double s, 
         };
         const double of_query = score(a.anchors[0].data + row * p.dim, 0);
         const double of_positive = a.sides == 2 ? score(a.documents.data + positive * p.dim, 1) : 0;
-        const bool candidate = document != positive && static_cast<Role>(p.role[document]) != Role::kAbsent;
+        const bool candidate = is_candidate(document, positive, static_cast<Role>(p.role[document]));
         const bool equal = p.document_text[document] == p.query_text[query];
-        const auto masked = [&](const Group& group, double score, double held) {
+        const auto masked = [&](int side, double score) {
+            const Group& group = p.options.groups[group_of_owned(side)];
             if (!group.on || !candidate) return kNoScore;
-            const bool dropped = equal || held > limit_of(group, s);
+            const bool dropped = equal || held_score(group, score, of_query) > limit_of(group, s);
             tally.kept += !dropped;
             tally.dropped += dropped;
             return dropped ? kNoScore : score;
         };
-        const double hard = masked(p.groups[kOwnHard], of_query, of_query);
-        const bool by_query = p.groups[kDocOwn].mask == ScoreMask::kQueryDocument;
-        const double own = masked(p.groups[kDocOwn], of_positive, by_query ? of_query : of_positive);
+        const double hard = masked(0, of_query), own = masked(1, of_positive);
         if (hard != kNoScore) tally.kept_query_document += 1, tally.kept_score += hard;
         if (threadIdx.x % 32 == 0) a.own_of(layer, e) = {{hard, own}, {0, 0}, 0};
     }

@@ -21,15 +21,9 @@ struct PanelSize {
 };
 constexpr PanelSize kPanel = {int64_t(192) << 20, 2048, 264, kTile};
 constexpr PanelSize kHopperPanel = {int64_t(512) << 20, 4096, 132, 2 * kTile};
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = LogUnits::kLog2E, kLn2 = LogUnits::kLn2;
 
 constexpr int kMaxLayers = kMaxPrefixes;
-
-enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };  // of columns, and the order of their tiles
-
-QEMB_DEVICE int first_group(Kind kind) {
-    return kind == kQueryDocument ? kBatchPositive : kind == kQueries ? kQueryQuery : kDocPositive;
-}
 
 // Sums over candidates, as in InfoNce::stats[1..4].
 struct Tally {
@@ -39,46 +33,41 @@ struct Tally {
 // A document that a row owns, as a candidate of kOwnHard ([0]) and kDocOwn ([1]), in one layer.
 constexpr double kNoScore = -INFINITY;
 struct Own {
-    double score[2];  // kNoScore: no candidate
-    float weight[2];  // of the gradient
-    float along;      // of prefixes, as in merge_rows
+    double score[2];    // kNoScore: no candidate
+    float weight[2];    // of the gradient
+    float radial_grad;  // of prefixes, as in merge_rows
 };
 
 template <class T>
-struct Panel {
+struct Panel : GroupRules {
     InfoNce p;
     Matrix<T> queries, documents;  // as columns: queries from first_column on
     Matrix<T> anchors[2];          // the panel's queries, and their positives
-    bool dense[kNumKinds];         // the kinds that hold candidates
-    bool by_query;                 // positives' candidates are masked by the query's scores, which may be needed for that alone
-    bool owns;                     // candidates among what rows own
     bool prefixes;                 // vectors are cut and normalised again
     bool whole_cuts = true;        // between whole, aligned vectors of 16 bytes
     int layers;
     int64_t begins[kMaxLayers], ends[kMaxLayers];  // of the features that a layer adds
     double shares[kMaxLayers];                     // of the loss
-    int sides;                                     // anchors in use
     int num_parts = 0;                             // of the row gradients, a dense kind each
     Kind parts[kNumKinds];
     int64_t rows;  // of a full panel, a multiple of kTile
     int64_t first = 0, count = 0, row_tiles = 0;
     int64_t doc_tiles, query_tiles;     // of columns that are scored
     int64_t first_tile[kNumKinds + 1];  // of a layer's weights, by kind; then their number
-    double scale[kNumGroups];           // a logit in log2 units is this times the score
-    // The same in two floats: the rounding of one would count as often as the exponent is large.
+    // logit_scale in two floats: the rounding of one would count as often as the exponent is large.
     float scale_high[kNumGroups], scale_low[kNumGroups];
     float unscale[kNumGroups];  // one over it
 
     // A tile's weights are 2^(score * scale - offset), offset an integer of its own for each row: whatever the largest logit
     // of the whole softmax turns out to be, a factor that is a power of two, and so exact, brings them to it.
-    T* weights;            // [rows, layers * tiles * kTile], zero where there is no candidate
-    T* factors;            // [layers * tiles, rows]
-    float* tile_offset;    // [layers * tiles, rows]
-    float* tile_sum;       // [layers * tiles, rows]
-    float* tile_moment;    // [layers * tiles, rows] sum of weight * score
-    Tally* tallies;        // [doc_tiles + query_tiles, row_tiles], then [count] of what rows own; of the last layer
-    Own* own;              // [layers, num_documents], as own_documents
-    T* packed[kNumKinds];  // [rows, packed_dim] anchors times row_weight / *unit
+    T* weights;                      // [rows, layers * tiles * kTile], zero where there is no candidate
+    T* factors;                      // [layers * tiles, rows]
+    float* tile_offset;              // [layers * tiles, rows]
+    float* tile_sum;                 // [layers * tiles, rows]
+    float* tile_weighted_score_sum;  // [layers * tiles, rows] sum of weight * score
+    Tally* tallies;                  // [doc_tiles + query_tiles, row_tiles], then [count] of what rows own; of the last layer
+    Own* own;                        // [layers, num_documents], as own_documents
+    T* packed[kNumKinds];            // [rows, packed_dim] anchors times row_weight / *unit
     int64_t packed_dim;
     int64_t splits;          // of the columns of a part, in the row gradients
     float* partial;          // [num_parts, splits, rows, dim] E x columns
@@ -91,12 +80,12 @@ struct Panel {
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Prefixes alone
-    float* layer_weight;             // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
-    float *query_norm, *doc_norm;    // [layers, num_queries], [layers, num_documents] one over the norm
-    double* row_along;               // [2, layers, rows] sum of weight * score of the anchors' candidates
-    float* positive_along;           // [layers, rows] the same of the positive with its query, as in merge_rows
-    float *query_along, *doc_along;  // [layers, columns] the same of the columns'
-    float* along_parts;              // [row_tiles, layers * tiles * kTile] of a panel
+    float* layer_weight;                         // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
+    float *query_norm, *doc_norm;                // [layers, num_queries], [layers, num_documents] one over the norm
+    double* row_radial_grad;                     // [2, layers, rows] sum of weight * score of the anchors' candidates
+    float* positive_radial_grad;                 // [layers, rows] the same of the positive with its query, as in merge_rows
+    float *query_radial_grad, *doc_radial_grad;  // [layers, columns] the same of the columns'
+    float* radial_grad_parts;                    // [row_tiles, layers * tiles * kTile] of a panel
     // Hopper's kernels alone
     bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
     int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
@@ -104,19 +93,13 @@ struct Panel {
     int64_t scratch_bytes;
 
     Panel(const InfoNce& p, bool hopper)
-        : p(p),
+        : GroupRules(rules_of(p.options)),
+          p(p),
           queries(static_cast<const T*>(p.queries) + p.first_column * p.dim,
                   std::max<int64_t>(0, p.num_queries - p.first_column), p.dim),
           documents(p.documents, p.num_documents, p.dim),
           anchors{Matrix<T>(p.queries, 0, p.dim), documents},
           packed_dim(ceil_div(p.dim, 8) * 8) {
-        const Group* const g = p.groups;
-        dense[kQueryDocument] = g[kBatchPositive].on || g[kBatchHard].on;
-        dense[kQueries] = g[kQueryQuery].on;
-        dense[kDocDoc] = g[kDocPositive].on || g[kDocHard].on;
-        by_query = false;
-        for (const int group : {kDocPositive, kDocHard}) by_query |= g[group].on && g[group].mask == ScoreMask::kQueryDocument;
-        owns = g[kOwnHard].on || g[kDocOwn].on;
         prefixes = p.num_dims > 0;
         layers = prefixes ? static_cast<int>(p.num_dims) : 1;
         for (int layer = 0; layer < layers; ++layer) {
@@ -127,7 +110,6 @@ struct Panel {
         }
         for (Matrix<T>* matrix : {&queries, &documents, &anchors[0], &anchors[1]})
             matrix->vectors = matrix->vectors && whole_cuts;
-        sides = dense[kDocDoc] || g[kDocOwn].on ? 2 : 1;
         doc_tiles = dense[kQueryDocument] || dense[kDocDoc] ? ceil_div(p.num_documents, kTile) : 0;
         query_tiles = dense[kQueries] ? ceil_div(queries.rows, kTile) : 0;
         first_tile[0] = 0;
@@ -136,7 +118,7 @@ struct Panel {
             if (dense[kind]) parts[num_parts++] = kind;
         }
         const auto same = [&](InfoNceGroup first, InfoNceGroup second) {
-            const Group &x = g[first], &y = g[second];
+            const Group &x = p.options.groups[first], &y = p.options.groups[second];
             return x.on == y.on && x.mask == y.mask && x.relative == y.relative && x.margin == y.margin &&
                    x.hardness == y.hardness;
         };
@@ -144,10 +126,9 @@ struct Panel {
         same_groups[kQueries] = true;
         same_groups[kDocDoc] = same(kDocPositive, kDocHard);
         for (int group = 0; group < kNumGroups; ++group) {
-            scale[group] = kLog2E * (1 / p.temperature + g[group].hardness);
-            scale_high[group] = static_cast<float>(scale[group]);
-            unscale[group] = static_cast<float>(1 / scale[group]);
-            scale_low[group] = static_cast<float>(scale[group] - static_cast<double>(scale_high[group]));
+            scale_high[group] = static_cast<float>(logit_scale[group]);
+            unscale[group] = static_cast<float>(1 / logit_scale[group]);
+            scale_low[group] = static_cast<float>(logit_scale[group] - static_cast<double>(scale_high[group]));
         }
 
         const int64_t tiles = layers * first_tile[kNumKinds],
@@ -168,7 +149,7 @@ struct Panel {
         take(factors, tiles * rows);
         take(tile_offset, tiles * rows);
         take(tile_sum, tiles * rows);
-        take(tile_moment, tiles * rows);
+        take(tile_weighted_score_sum, tiles * rows);
         take(tallies, (doc_tiles + query_tiles) * (rows / kTile) + rows);
         take(own, owns ? layers * p.num_documents : 0);
         for (int kind = 0; kind < kNumKinds; ++kind) take(packed[kind], gradients() && dense[kind] ? rows * packed_dim : 0);
@@ -185,11 +166,11 @@ struct Panel {
         take(layer_weight, cut * kMaxSoftmaxes * rows);
         take(query_norm, cut * p.num_queries);
         take(doc_norm, cut * p.num_documents);
-        take(row_along, 2 * cut * rows);
-        take(positive_along, cut * rows);
-        take(query_along, gradients() ? cut * query_tiles * kTile : 0);
-        take(doc_along, gradients() ? cut * doc_tiles * kTile : 0);
-        take(along_parts, gradients() && prefixes ? rows / kTile * tiles * kTile : 0);
+        take(row_radial_grad, 2 * cut * rows);
+        take(positive_radial_grad, cut * rows);
+        take(query_radial_grad, gradients() ? cut * query_tiles * kTile : 0);
+        take(doc_radial_grad, gradients() ? cut * doc_tiles * kTile : 0);
+        take(radial_grad_parts, gradients() && prefixes ? rows / kTile * tiles * kTile : 0);
         take(plain, hopper ? (doc_tiles + query_tiles) * (rows / kTile) : 0);
         take(positives, hopper && sides == 2 ? rows * p.dim : 0);
         scratch_bytes = used;
@@ -222,14 +203,6 @@ struct Panel {
         return side ? of_document(layer, positive(row)) : of_query(layer, query(row));
     }
     QEMB_DEVICE Own& own_of(int layer, int64_t e) const { return own[layer * p.num_documents + e]; }
-    // Which softmax a kind of columns belongs to, or what a row owns as a candidate of its anchor `side`.
-    QEMB_DEVICE int softmax_of(int kind) const { return p.split ? kind + 1 : 0; }
-    QEMB_DEVICE int softmax_of_own(int side) const { return p.split && side ? kMaxSoftmaxes - 1 : 0; }
-    QEMB_DEVICE bool is_on(int softmax) const {
-        if (!p.split) return true;
-        return softmax == 0 ? p.groups[kOwnHard].on
-                            : dense[softmax - 1] || (softmax == softmax_of_own(1) && p.groups[kDocOwn].on);
-    }
     // Where the list of what a row owns begins and ends, among all lists.
     QEMB_DEVICE int64_t own_begin(int64_t row) const { return owns ? p.own_starts[query(row)] : 0; }
     QEMB_DEVICE int64_t own_end(int64_t row) const { return owns ? p.own_starts[query(row) + 1] : 0; }
@@ -240,16 +213,10 @@ struct Panel {
         for (int64_t e = own_begin(row) + start; e < own_end(row); e += step) {
             Own& candidate = own_of(layer, e);
             for (int side = 0; side < 2; ++side)
-                if (softmax_of_own(side) == softmax && candidate.score[side] != kNoScore)
-                    visit(candidate, side, side ? kDocOwn : kOwnHard);
+                if (softmax_of_owned(side) == softmax && candidate.score[side] != kNoScore)
+                    visit(candidate, side, group_of_owned(side));
         }
     }
 };
-
-// The largest score that a group lets pass, for a positive's score of s.
-QEMB_DEVICE double limit_of(const Group& group, double s) {
-    if (group.mask == ScoreMask::kNone) return INFINITY;
-    return s + group.margin * (group.relative ? fabs(s) : 1.0);
-}
 
 }  // namespace qemb::cuda::info_nce_kernels

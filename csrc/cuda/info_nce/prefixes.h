@@ -33,7 +33,7 @@ __global__ void merge_rows(const Panel<T> a) {
     const int64_t row = blockIdx.x * int64_t(kMergeThreads) + threadIdx.x;
     if (row >= a.count) return;
     for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e) {
-        float across[2] = {}, along = 0;
+        float across[2] = {}, radial_grad = 0;
         for (int layer = a.layers - 1; layer >= 0; --layer) {
             Own& own = a.own_of(layer, e);
             const float norm = a.of_document(layer, a.p.own_documents[e]);
@@ -41,28 +41,28 @@ __global__ void merge_rows(const Panel<T> a) {
             for (int side = 0; side < 2; ++side) {
                 if (own.score[side] != kNoScore) {
                     across[side] += own.weight[side] * a.of_anchor(layer, side, row) * norm;
-                    along += own.weight[side] * static_cast<float>(own.score[side]) * norm * norm;
+                    radial_grad += own.weight[side] * static_cast<float>(own.score[side]) * norm * norm;
                 }
                 own.weight[side] = across[side];
             }
-            own.along = along;
+            own.radial_grad = radial_grad;
         }
     }
-    float across = 0, along = 0;
-    double along_anchor[2] = {};
+    float across = 0, radial_grad = 0;
+    double anchor_radial_grad[2] = {};
     for (int layer = a.layers - 1; layer >= 0; --layer) {
         const int64_t at = layer * a.rows + row;
         const float norm[2] = {a.of_anchor(layer, 0, row), a.of_anchor(layer, 1, row)};
         const float weight = a.positive_weight[at];
         across += weight * norm[0] * norm[1];
-        along += weight * static_cast<float>(a.positive_score[at]) * norm[1] * norm[1];
+        radial_grad += weight * static_cast<float>(a.positive_score[at]) * norm[1] * norm[1];
         a.positive_weight[at] = across;
-        a.positive_along[at] = along;
+        a.positive_radial_grad[at] = radial_grad;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            double& of_anchor = a.row_along[side * a.layers * a.rows + at];
-            along_anchor[side] += of_anchor * static_cast<double>(norm[side]) * static_cast<double>(norm[side]);
-            of_anchor = along_anchor[side];
+            double& of_anchor = a.row_radial_grad[side * a.layers * a.rows + at];
+            anchor_radial_grad[side] += of_anchor * static_cast<double>(norm[side]) * static_cast<double>(norm[side]);
+            of_anchor = anchor_radial_grad[side];
         }
     }
 }
@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
     const int softmax = a.softmax_of(kind), column = threadIdx.x % kRowParts<T> * kColumns;
     const int64_t first = (tile - a.first_tile[kind]) * kTile + column;  // of the thread's columns
     const int64_t columns = kind == kQueries ? a.queries.rows : a.documents.rows;
-    float unscale[kColumns], along[kMaxLayers][kColumns] = {};
+    float unscale[kColumns], radial_grad[kMaxLayers][kColumns] = {};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        const bool second = kind != kQueries && first + i < columns && static_cast<Role>(p.role[first + i]) == Role::kHard;
-        unscale[i] = a.unscale[first_group(kind) + second];
+        const bool has_role = kind != kQueries && first + i < columns;
+        unscale[i] = a.unscale[group_of(kind, has_role ? static_cast<Role>(p.role[first + i]) : Role::kPositive)];
     }
 #pragma unroll 1
     for (int64_t row = row0 + threadIdx.x / kRowParts<T>; row < min(row0 + kTile, a.count); row += kRows) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
             for (int i = 0; i < kColumns; ++i) {
                 const float e = packed[i];
                 if (e == 0) continue;
-                along[layer][i] += weight * e * (log2f(e) + offset) * unscale[i];
+                radial_grad[layer][i] += weight * e * (log2f(e) + offset) * unscale[i];
                 sums[i] += share * e *
                            (kind == kQueries ? a.of_query(layer, p.first_column + first + i) : a.of_document(layer, first + i));
             }
@@ -120,20 +120,20 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
     float* const parts = reinterpret_cast<float*>(shared_bytes());  // [kRows, layers, kTile]
     for (int layer = 0; layer < kMaxLayers; ++layer)
         for (int i = 0; i < kColumns && layer < a.layers; ++i)
-            parts[(threadIdx.x / kRowParts<T> * a.layers + layer) * kTile + column + i] = along[layer][i];
+            parts[(threadIdx.x / kRowParts<T> * a.layers + layer) * kTile + column + i] = radial_grad[layer][i];
     sync_block();
     for (int layer = 0; layer < a.layers; ++layer) {
         const int64_t of_layer = a.tile_of(layer, kind, tile - a.first_tile[kind]);
         float sum = 0;
         for (int i = 0; i < kRows; ++i) sum += parts[(i * a.layers + layer) * kTile + threadIdx.x];
-        a.along_parts[(row0 / kTile * a.num_tiles() + of_layer) * kTile + threadIdx.x] = sum;
+        a.radial_grad_parts[(row0 / kTile * a.num_tiles() + of_layer) * kTile + threadIdx.x] = sum;
         a.factors[of_layer * a.rows + row0 + threadIdx.x] = from_float<T>(1.0f);
     }
 }
 
 // A block for each layer and tile of columns, those of the documents first: adds the panel's sums, in order.
 template <class T>
-__global__ void add_along(const Panel<T> a) {
+__global__ void add_radial_grads(const Panel<T> a) {
     const int64_t tiles = a.doc_tiles + a.query_tiles, tile = blockIdx.x % tiles;
     const int layer = static_cast<int>(blockIdx.x / tiles);
     const bool of_queries = tile >= a.doc_tiles;
@@ -142,12 +142,12 @@ __global__ void add_along(const Panel<T> a) {
         if (!a.dense[kind] || of_queries != (kind == kQueries)) continue;
         const int64_t at = a.tile_of(layer, kind, of_queries ? tile - a.doc_tiles : tile);
         for (int64_t row_tile = 0; row_tile < a.row_tiles; ++row_tile)
-            sum += a.along_parts[(row_tile * a.num_tiles() + at) * kTile + threadIdx.x];
+            sum += a.radial_grad_parts[(row_tile * a.num_tiles() + at) * kTile + threadIdx.x];
     }
     if (of_queries)
-        a.query_along[(layer * a.query_tiles + tile - a.doc_tiles) * kTile + threadIdx.x] += sum;
+        a.query_radial_grad[(layer * a.query_tiles + tile - a.doc_tiles) * kTile + threadIdx.x] += sum;
     else
-        a.doc_along[(layer * a.doc_tiles + tile) * kTile + threadIdx.x] += sum;
+        a.doc_radial_grad[(layer * a.doc_tiles + tile) * kTile + threadIdx.x] += sum;
 }
 
 // After all panels, a block for each document, then for each query that is a column.
@@ -159,13 +159,14 @@ __global__ void finish_columns(const Panel<T> a) {
     const T* const vector = (of_query ? a.queries : a.documents).data + column * dim;
     float* const gradient =
         of_query ? static_cast<float*>(a.p.d_queries) + query * dim : static_cast<float*>(a.p.d_documents) + column * dim;
-    float along = 0;
+    float radial_grad = 0;
     for (int layer = a.layers - 1; layer >= 0; --layer) {
         const float norm = of_query ? a.of_query(layer, query) : a.of_document(layer, column);
-        along += norm * norm *
-                 (of_query ? a.query_along[layer * a.query_tiles * kTile + column]
-                           : a.doc_along[layer * a.doc_tiles * kTile + column]);
-        for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128) gradient[d] -= along * to_float(vector[d]);
+        radial_grad += norm * norm *
+                       (of_query ? a.query_radial_grad[layer * a.query_tiles * kTile + column]
+                                 : a.doc_radial_grad[layer * a.doc_tiles * kTile + column]);
+        for (int64_t d = a.begins[layer] + threadIdx.x; d < a.ends[layer]; d += 128)
+            gradient[d] -= radial_grad * to_float(vector[d]);
     }
 }
 

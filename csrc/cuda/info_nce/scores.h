@@ -48,9 +48,9 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row
         masks.row_text[at] = p.query_text[query];
         masks.self[at] = within_tile((kind == kQueries ? query - p.first_column : p.positive[query]) - column0);
         for (int i = 0; i < 2; ++i) {
-            const Group& group = p.groups[first_group(kind) + (kind == kQueries ? 0 : i)];
-            const Group& of_positive = p.groups[kDocPositive + i];
-            const auto is_by_query = [](const Group& group) { return group.mask == ScoreMask::kQueryDocument; };
+            const Role role = i ? Role::kHard : Role::kPositive;
+            const Group &group = p.options.groups[group_of(kind, role)],
+                        &of_positive = p.options.groups[group_of(kDocDoc, role)];
             masks.limit[i][at] = kind == kDocDoc && is_by_query(group) ? INFINITY : static_cast<float>(limit_of(group, s));
             masks.by_query[i][at] = is_by_query(of_positive) ? static_cast<float>(limit_of(of_positive, s)) : INFINITY;
         }
@@ -64,7 +64,7 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row
         masks.column_text[at] = kind == kQueries ? p.query_text[p.first_column + column] : p.document_text[column];
         masks.owner[at] = kind == kQueries ? -1 : within_tile(p.owner[column] - a.query(row0));
         const Role role = kind == kQueries ? Role::kPositive : static_cast<Role>(p.role[column]);
-        const bool second = role == Role::kHard, on = role != Role::kAbsent && p.groups[first_group(kind) + second].on;
+        const bool second = role == Role::kHard, on = role != Role::kAbsent && p.options.groups[group_of(kind, role)].on;
         // Which group is said of those that are off too: p . d may be masked by this score.
         masks.group[at] = (on ? kOn : 0) | (second ? kSecond : 0);
     }
@@ -130,7 +130,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
     }
 
     // Masks, and the largest logit of each row
-    const double scale[2] = {a.scale[first_group(kind)], a.scale[first_group(kind) + (kind != kQueries)]};  // of a logit, log2
+    const double scale[2] = {a.logit_scale[group_of(kind, Role::kPositive)], a.logit_scale[group_of(kind, Role::kHard)]};
     const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
     const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[layer][threadIdx.x] : 0;
     uint64_t keeps = 0;  // bits of candidates that pass, of prefixes
@@ -185,7 +185,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
             const float best = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
             const float offset = best > kNone ? ceilf(best) : -INFINITY;
             const float shift = best > kNone ? -offset : 0.0f;
-            float sum = 0, moment = 0;
+            float sum = 0, weighted_score_sum = 0;
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 float weight[2];
@@ -198,7 +198,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
                     weight[j] = exp2_approx(
                         fmaf(score, is_second ? low[1] : low[0], fmaf(score, is_second ? high[1] : high[0], shift)));
                     sum += weight[j];
-                    moment = fmaf(weight[j], score, moment);
+                    weighted_score_sum = fmaf(weight[j], score, weighted_score_sum);
                 }
                 T* const to = reinterpret_cast<T*>(staged + row * kStagedRow<T>) + element_column(n, 0);
                 if constexpr (sizeof(T) == 2)
@@ -207,10 +207,10 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
                     to[0] = weight[0], to[1] = weight[1];
             }
             sum = lanes_sum<4>(sum);
-            moment = lanes_sum<4>(moment);
+            weighted_score_sum = lanes_sum<4>(weighted_score_sum);
             if (quad_lane == 0) {
                 masks.part[1][row][warp_column] = sum;
-                masks.part[2][row][warp_column] = moment;
+                masks.part[2][row][warp_column] = weighted_score_sum;
                 if (warp_column == 0) masks.offset[row] = offset;
             }
         }
@@ -223,7 +223,7 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
         const auto total = [](const float* part) { return part[0] + part[1] + part[2] + part[3]; };
         a.tile_offset[at] = masks.offset[threadIdx.x];
         a.tile_sum[at] = total(masks.part[1][threadIdx.x]);
-        a.tile_moment[at] = total(masks.part[2][threadIdx.x]);
+        a.tile_weighted_score_sum[at] = total(masks.part[2][threadIdx.x]);
     }
     if (a.p.d_documents) {
         constexpr int kVectors = kTile / kVector<T>;

@@ -22,7 +22,7 @@ QEMB_DEVICE double over_row(double x, const Combine& combine) {
 
 // What a softmax of a row has come to, relative to its offset: sums of the weights, and of weight * score by anchor.
 struct Softmax {
-    double offset, negatives, moment[2];
+    double offset, negatives, weighted_score_sum[2];
 };
 
 // The offset of a row's softmax, the factors that bring its tiles to it, and the sums.
@@ -30,21 +30,22 @@ template <class T>
 QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, int s, double given) {
     const int lane = threadIdx.x / 32;
     const int64_t first = a.tile_of(layer, kQueryDocument, 0), of_positives = a.tile_of(layer, kDocDoc, 0);
-    const int64_t begin = first + (a.p.split && s > 0 ? a.first_tile[s - 1] : 0);
-    const int64_t end = first + (!a.p.split ? a.first_tile[kNumKinds] : s > 0 ? a.first_tile[s] : 0);
+    const int64_t begin = first + (a.split && s > 0 ? a.first_tile[s - 1] : 0);
+    const int64_t end = first + (!a.split ? a.first_tile[kNumKinds] : s > 0 ? a.first_tile[s] : 0);
     double offset = ceil(given);
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads)
         offset = fmax(offset, static_cast<double>(a.tile_offset[tile * a.rows + row]));
-    a.each_own(layer, row, s, lane, kRowThreads,
-               [&](const Own& own, int side, int group) { offset = fmax(offset, ceil(own.score[side] * a.scale[group])); });
+    a.each_own(layer, row, s, lane, kRowThreads, [&](const Own& own, int side, int group) {
+        offset = fmax(offset, ceil(own.score[side] * a.logit_scale[group]));
+    });
     offset = over_row(offset, [](double x, double y) { return fmax(x, y); });
 
-    double negatives = 0, moment[2] = {};
-    const auto add_moment = [&](bool of_positive, double part) {  // an index known at run time would put it in memory
+    double negatives = 0, weighted_score_sum[2] = {};
+    const auto add_weighted_score = [&](bool of_positive, double part) {  // an index known at run time would put it in memory
         if (of_positive)
-            moment[1] += part;
+            weighted_score_sum[1] += part;
         else
-            moment[0] += part;
+            weighted_score_sum[0] += part;
     };
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads) {
         const int64_t at = tile * a.rows + row;
@@ -52,15 +53,16 @@ QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, in
         const float factor = shift > -150 ? ldexpf(1.0f, static_cast<int>(shift)) : 0.0f;
         a.factors[at] = from_float<T>(factor);
         negatives += static_cast<double>(factor) * static_cast<double>(a.tile_sum[at]);
-        add_moment(tile >= of_positives, static_cast<double>(factor) * static_cast<double>(a.tile_moment[at]));
+        add_weighted_score(tile >= of_positives,
+                           static_cast<double>(factor) * static_cast<double>(a.tile_weighted_score_sum[at]));
     }
     a.each_own(layer, row, s, lane, kRowThreads, [&](const Own& own, int side, int group) {
-        const double weight = exp2(own.score[side] * a.scale[group] - offset);
+        const double weight = exp2(own.score[side] * a.logit_scale[group] - offset);
         negatives += weight;
-        add_moment(side, weight * own.score[side]);
+        add_weighted_score(side, weight * own.score[side]);
     });
     const auto add = [](double x, double y) { return x + y; };
-    return {offset, over_row(negatives, add), {over_row(moment[0], add), over_row(moment[1], add)}};
+    return {offset, over_row(negatives, add), {over_row(weighted_score_sum[0], add), over_row(weighted_score_sum[1], add)}};
 }
 
 // 32 rows a block: losses, and the weights of the gradient. The positive's is -(Z_neg / Z), never P - 1: that would cancel.
@@ -73,50 +75,46 @@ __global__ void finish_rows(const Panel<T> a) {
     double loss = 0, d_tau = 0;
     for (int layer = 0; layer < a.layers; ++layer) {
         const double score = is_row ? a.positive_score[layer * a.rows + row] : 0;
-        double positive_weight = 0, along[2] = {};
-        for (int s = 0; s < (p.split ? kMaxSoftmaxes : 1); ++s) {
+        double positive_weight = 0, radial_grad[2] = {};
+        for (int s = 0; s < (a.split ? kMaxSoftmaxes : 1); ++s) {
             double* const log_negatives = is_row && p.log_negatives ? p.log_negatives + out * kMaxSoftmaxes + s : nullptr;
-            const bool given = log_negatives && p.given && a.is_on(s);
+            const bool given = log_negatives && p.log_negatives_given && a.softmax_is_on[s];
             const double log2_given = given ? *log_negatives * kLog2E : -INFINITY;
             const Softmax softmax = finish_softmax(a, layer, row, s, log2_given);
-            double weight = softmax.negatives + (a.is_on(s) ? 0 * score : 0);  // no candidate: all are zero, or all NaN
+            double weight = softmax.negatives + (a.softmax_is_on[s] ? 0 * score : 0);  // no candidate: all are zero, or all NaN
             if (softmax.offset == -INFINITY) {
                 loss += weight, positive_weight += weight, d_tau += weight;
             } else {
                 const double all = given ? exp2(log2_given - softmax.offset) : softmax.negatives;
-                const double gap = score * kLog2E / p.temperature - softmax.offset, total = all + exp2(gap), left = all / total;
-                const double value = gap > 0 ? log1p(all * exp2(-gap)) : log(total) - gap * kLn2;
-                double factor = a.shares[layer], slope = p.scale * factor;
-                if (p.focal > 0) {
-                    const double power = pow(left, p.focal);
-                    factor *= power;
-                    slope *= left == 0 ? 0 : power * (1 + p.focal * (1 - left) * value / left);
-                }
-                weight = slope / (p.temperature * total);
-                const double of_positive = given && !p.pull ? 0 : slope * left / p.temperature;
-                loss += factor * value;
+                const SoftmaxLoss part =
+                    softmax_loss(all, score * kLog2E / p.options.temperature - softmax.offset, p.options.focal);
+                const double slope = p.options.scale * a.shares[layer] * part.slope;
+                weight = slope / (p.options.temperature * part.total);
+                const double of_positive = given && !p.adds_positive ? 0 : slope * part.left / p.options.temperature;
+                loss += a.shares[layer] * part.factor * part.value;
                 positive_weight -= of_positive;
-                along[0] += weight * softmax.moment[0];
-                along[1] += weight * softmax.moment[1];
-                d_tau -= (weight * (softmax.moment[0] + softmax.moment[1]) - of_positive * score) / p.temperature;
+                radial_grad[0] += weight * softmax.weighted_score_sum[0];
+                radial_grad[1] += weight * softmax.weighted_score_sum[1];
+                d_tau -= (weight * (softmax.weighted_score_sum[0] + softmax.weighted_score_sum[1]) - of_positive * score) /
+                         p.options.temperature;
             }
             a.each_own(layer, row, s, lane, kRowThreads, [&](Own& own, int side, int group) {
-                own.weight[side] = static_cast<float>(weight * exp2(own.score[side] * a.scale[group] - softmax.offset));
+                own.weight[side] = static_cast<float>(weight * exp2(own.score[side] * a.logit_scale[group] - softmax.offset));
             });
             if (!writes) continue;
             const auto written = static_cast<float>(weight);
             float& largest = a.row_weight[s * a.rows + row];
             if (layer == 0 || (largest == largest && !(written <= largest))) largest = written;  // NaN stays
             if (a.prefixes) a.layer_weight[(layer * kMaxSoftmaxes + s) * a.rows + row] = written;
-            if (log_negatives && !p.given)
+            if (log_negatives && !p.log_negatives_given)
                 *log_negatives = softmax.negatives == 0 ? -INFINITY : log(softmax.negatives) + softmax.offset * kLn2;
         }
         if (!writes) continue;
         a.positive_weight[layer * a.rows + row] = static_cast<float>(positive_weight);
-        along[0] += positive_weight * score;
+        radial_grad[0] += positive_weight * score;
         if (!a.prefixes) continue;
-        a.row_along[layer * a.rows + row] = along[0];
-        a.row_along[(a.layers + layer) * a.rows + row] = along[1];
+        a.row_radial_grad[layer * a.rows + row] = radial_grad[0];
+        a.row_radial_grad[(a.layers + layer) * a.rows + row] = radial_grad[1];
     }
     if (!writes) return;
     p.loss[out] = loss;

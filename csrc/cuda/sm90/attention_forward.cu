@@ -52,37 +52,22 @@ QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const Te
     });
 }
 
-// Online softmax of this thread's parts of two rows, in base 2: scores become weights. -> what earlier sums are multiplied by
+// The softmax of this thread's parts of two rows: scores become weights. -> what earlier sums are multiplied by
 struct Softmax {
-    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the unscaled scores; of this thread's weights
+    float row_max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the unscaled scores; of this thread's weights
 
     // Row i sees keys [0, seen[i]) of those from `key` on; only then is it masked.
     QEMB_DEVICE void update(float (&s)[kKeys / 2], float scale, bool masked, const int (&seen)[2], float (&factor)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float best = most[i];
 #pragma unroll
             for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float& x = s[4 * n + 2 * i + j];
-                    if (masked && n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j >= seen[i]) x = -INFINITY;
-                    best = fmaxf(best, x);
-                }
-            best = lanes_max<4>(best);
-            const float base = best == -INFINITY ? 0 : best * scale;
-            factor[i] = exp2_approx(most[i] * scale - base);
-            most[i] = best;
-            float total = 0;
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float& x = s[4 * n + 2 * i + j];
-                    x = exp2_approx(fmaf(x, scale, -base));
-                    total += x;
-                }
-            sum[i] = sum[i] * factor[i] + total;
+                for (int j = 0; j < 2; ++j)
+                    if (masked && n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j >= seen[i])
+                        s[4 * n + 2 * i + j] = -INFINITY;
+            factor[i] = online_softmax<kKeys / 4>(row_max[i], sum[i], scale,
+                                                  [&](int at) -> float& { return s[at / 2 * 4 + 2 * i + at % 2]; });
         }
     }
 };
@@ -185,7 +170,7 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (lane % 4 == 0 && row + 8 * i < tile.first + count)
-                lse[8 * i * p.num_heads] = softmax.most[i] * (scale * kLn2) + logf(sum[i]);
+                lse[8 * i * p.num_heads] = softmax.row_max[i] * (scale * kLn2) + logf(sum[i]);
     }
 }
 

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
         for (const Kind kind : {kQueryDocument, kDocDoc}) {
             const bool second = role == Role::kHard;
             const bool one_group = a.same_groups[kind] || !second;
-            if (alone && !met && one_group && p.groups[first_group(kind) + second].on) plain |= 1 << kind;
+            if (alone && !met && one_group && p.options.groups[group_of(kind, role)].on) plain |= 1 << kind;
         }
     }
     for (int kind = 0; kind < kNumKinds; ++kind)

@@ -23,8 +23,8 @@ struct Cut {
 
     explicit Cut(const TopK& p) : query_tiles(ceil_div(p.num_queries, kTile)) {
         const int64_t wanted = ceil_div(kBlocks, std::max<int64_t>(query_tiles, 1));
-        const int64_t most = std::clamp<int64_t>(p.num_documents / std::max(kMinSpan, 4 * p.k), 1, kMaxSpans);
-        span = std::max<int64_t>(1, ceil_div(ceil_div(p.num_documents, std::min(wanted, most)), kTile)) * kTile;
+        const int64_t max_spans = std::clamp<int64_t>(p.num_documents / std::max(kMinSpan, 4 * p.k), 1, kMaxSpans);
+        span = std::max<int64_t>(1, ceil_div(ceil_div(p.num_documents, std::min(wanted, max_spans)), kTile)) * kTile;
         spans = std::max<int64_t>(1, ceil_div(p.num_documents, span));
     }
     // One span writes the result itself.

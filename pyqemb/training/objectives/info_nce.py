@@ -13,7 +13,7 @@ from pyqemb.data.loader import TrainingBatch, build_batch
 from pyqemb.data.shards import Summary
 from pyqemb.model.protocols import TextEncoder
 from pyqemb.ops.groups import GROUPS, PRESETS, Options
-from pyqemb.ops.infonce import Stats
+from pyqemb.ops.info_nce import Stats
 from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.section import Section, one_of

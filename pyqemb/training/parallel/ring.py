@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
-from pyqemb.ops.info_nce import Block, Options, info_nce_block
+from pyqemb.ops.groups import Options
+from pyqemb.ops.info_nce import Anchors, Block, Columns, Others, info_nce_block
 from pyqemb.training.parallel.world import World
 
 
@@ -108,11 +109,12 @@ class _RingLoss(torch.autograd.Function):
         for side, (block,) in ring.round(own_SE):
             positives_RE[side.anchors] = block[side.positives]
 
+        anchors = Anchors(anchors_RE, positives_RE, ring.anchor_text)
+
         def meet(side: _Side, block: Tensor, **given: Any) -> Block:
-            return info_nce_block(
-                anchors_RE, positives_RE, ring.anchor_text, block[side.columns], side.column_text, side.column_role,
-                side.column_owner, block[side.others], side.other_text, options, **given,
-            )  # fmt: skip
+            columns = Columns(block[side.columns], side.column_text, side.column_role, side.column_owner)
+            others = Others(block[side.others], side.other_text)
+            return info_nce_block(anchors, columns, others, options, **given)
 
         log_negatives: Tensor | None = None
         for side, (block,) in ring.round(own_SE):
@@ -124,7 +126,7 @@ class _RingLoss(torch.autograd.Function):
         travelling: list[Tensor] = []
         for side, travelling in ring.round(own_SE, d_own):
             block, d_block = travelling
-            part = meet(side, block, log_negatives_RS=log_negatives, pull=first is None, gradients=True)
+            part = meet(side, block, log_negatives_RS=log_negatives, adds_positive=first is None, gradients=True)
             d_block.index_add_(0, side.columns, part.d_columns_CE)
             d_block.index_add_(0, side.others, part.d_others_QE)
             if first is None:

@@ -14,7 +14,7 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
     const Kind kind = a.kind_of(tile);
     if (!a.dense[kind]) return;
     const int64_t start = (tile - a.first_tile[kind]) * kTile, count = a.columns_in(kind, tile - a.first_tile[kind]);
-    const int s = a.softmax_of(kind), side = a.side_of(kind);
+    const int s = a.softmax_of(kind), side = side_of(kind);
     T* const norms = static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(a.layers * kTile) * sizeof(T)));
     for (int64_t k = 0; k < a.layers; ++k)
         for (int64_t j = 0; j < kTile; ++j)
@@ -23,8 +23,8 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
     Scales<T> scales;
     fill_scales(a, tile, scales);
     for (T& scale : scales.high) scale = 1 / scale;
-    T* const along = a.column_along + tile * a.layers * kTile;
-    for (int64_t i = 0; a.prefixes && i < a.layers * kTile; ++i) along[i] = 0;
+    T* const radial_grad = a.column_radial_grad + tile * a.layers * kTile;
+    for (int64_t i = 0; a.prefixes && i < a.layers * kTile; ++i) radial_grad[i] = 0;
     for (int64_t r = 0; r < a.count; ++r)
         for (int64_t j = 0; j < kTile; j += kLanes<T>) {
             Vec<T> total{};
@@ -34,7 +34,7 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
                 const Vec<T> weight = load(values), coefficient = weight * static_cast<T>(softmax.weight);
                 if (a.prefixes) {
                     const Vec<T> score = (log2<T>(weight) + static_cast<T>(softmax.offset)) * load(scales.high + j);
-                    T* const sum = along + k * kTile + j;
+                    T* const sum = radial_grad + k * kTile + j;
                     store(sum, load(sum) + (weight > T(0) ? coefficient * score : Vec<T>{}));
                 }
                 total += coefficient * (load(norms + k * kTile + j) * a.anchor_norm[side][r * a.layers + k]);
@@ -45,8 +45,8 @@ void to_coefficients(const Panel<T>& a, int64_t tile) {
     for (int64_t j = 0; j < kTile; ++j) {
         T total = 0;
         for (int64_t k = a.layers - 1; k >= 0; --k) {
-            total += along[k * kTile + j] * norms[k * kTile + j] * norms[k * kTile + j];
-            along[k * kTile + j] = total;
+            total += radial_grad[k * kTile + j] * norms[k * kTile + j] * norms[k * kTile + j];
+            radial_grad[k * kTile + j] = total;
         }
     }
 }
@@ -78,7 +78,7 @@ void row_gradients(const Panel<T>& a, int64_t row, int64_t count, int64_t k, int
     bool more[2] = {};
     const auto add = [&](Kind kind, int64_t i, int64_t depth) {
         if (!a.dense[kind]) return;
-        const int side = a.side_of(kind);
+        const int side = side_of(kind);
         gemm(count, width, depth, by_rows(a.weights(a.first_tile[kind] + i, k) + row * kTile, kTile), panels,
              a.row_grad[side] + row * a.padded + at, a.padded, more[side]);
         more[side] = true;
@@ -112,13 +112,14 @@ void finish_row_gradients(const Panel<T>& a, int64_t r) {
     for (int64_t k = 0; k < a.layers; ++k)
         add_scaled(d_query + a.segments[k].begin, a.row_grad[0] + r * a.padded + a.segments[k].padded, weight,
                    a.segments[k].width);
-    add_segments(a, d_query, a.anchor[1] + r * a.dim, [&](int64_t k) { return a.pull_sum[r * a.layers + k]; });
-    if (a.prefixes) add_segments(a, d_query, a.anchor[0] + r * a.dim, [&](int64_t k) { return -a.along[0][r * a.layers + k]; });
+    add_segments(a, d_query, a.anchor[1] + r * a.dim, [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
+    if (a.prefixes)
+        add_segments(a, d_query, a.anchor[0] + r * a.dim, [&](int64_t k) { return -a.radial_grad[0][r * a.layers + k]; });
     for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e) {
         const Own* own = a.own + (e - a.entries_first) * a.layers;
         const T* document = read(a.p.dtype, a.p.documents, a.p.own_documents[e] * a.dim, a.dim, buffer);
         add_segments(a, d_query, document, [&](int64_t k) { return own[k].weight[0]; });
-        for (int64_t k = 0; a.p.groups[kDocOwn].on && k < a.layers; ++k)
+        for (int64_t k = 0; a.p.options.groups[kDocOwn].on && k < a.layers; ++k)
             add_scaled(sums + a.segments[k].padded, document + a.segments[k].begin, static_cast<T>(own[k].weight[1]),
                        a.segments[k].width);
     }
@@ -139,14 +140,14 @@ void column_gradients(const Panel<T>& a, Kind kind, int64_t i) {
         const Left<T> coefficients = by_columns(a.weights(tile, k), kTile);
         if (!is_narrow) pack_left(coefficients, count, a.count, lefts);
         gemm(count, segment.width, a.count, is_narrow ? coefficients : by_tiles(lefts, a.count),
-             a.packed[a.side_of(kind)] + segment.padded * a.rows, product + segment.padded, a.padded, false);
+             a.packed[side_of(kind)] + segment.padded * a.rows, product + segment.padded, a.padded, false);
         for (int64_t j = 0; j < count; ++j)
             add_scaled(grad + j * a.dim + segment.begin, product + j * a.padded + segment.padded, T(1), segment.width);
     }
-    const T* const along = a.column_along + tile * a.layers * kTile;
+    const T* const radial_grad = a.column_radial_grad + tile * a.layers * kTile;
     for (int64_t j = 0; a.prefixes && j < count; ++j)
         add_segments(a, grad + j * a.dim, read(a.p.dtype, a.columns_of(kind), (i * kTile + j) * a.dim, a.dim, buffer),
-                     [&](int64_t k) { return -along[k * kTile + j]; });
+                     [&](int64_t k) { return -radial_grad[k * kTile + j]; });
 }
 
 // A tile of documents: as positives of the panel's rows, as what they own, as everybody's candidates.
@@ -156,9 +157,9 @@ void document_gradients(const Panel<T>& a, int64_t i) {
     for (int64_t r = 0; r < a.count; ++r) {
         if (a.positive(r) / kTile != i) continue;
         T* const grad = grads + a.positive(r) * a.dim;
-        add_segments(a, grad, a.anchor[0] + r * a.dim, [&](int64_t k) { return a.pull_sum[r * a.layers + k]; });
+        add_segments(a, grad, a.anchor[0] + r * a.dim, [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
         if (a.prefixes)
-            add_segments(a, grad, a.anchor[1] + r * a.dim, [&](int64_t k) { return -a.along[1][r * a.layers + k]; });
+            add_segments(a, grad, a.anchor[1] + r * a.dim, [&](int64_t k) { return -a.radial_grad[1][r * a.layers + k]; });
         for (int64_t k = 0; a.sides == 2 && k < a.layers; ++k)
             add_scaled(grad + a.segments[k].begin, a.row_grad[1] + r * a.padded + a.segments[k].padded, T(1),
                        a.segments[k].width);
@@ -174,7 +175,7 @@ void document_gradients(const Panel<T>& a, int64_t i) {
                 add_segments(a, grad, a.anchor[side] + r * a.dim, [&](int64_t k) { return own[k].weight[side]; });
             if (a.prefixes)
                 add_segments(a, grad, read(a.p.dtype, a.p.documents, document * a.dim, a.dim, buffer),
-                             [&](int64_t k) { return -own[k].along; });
+                             [&](int64_t k) { return -own[k].radial_grad; });
         }
     for (const Kind kind : {kQueryDocument, kDocDoc})
         if (a.dense[kind]) column_gradients(a, kind, i);

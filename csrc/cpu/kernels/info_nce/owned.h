@@ -14,7 +14,7 @@ void score_own(const Panel<T>& a, int64_t r) {
     for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e) {
         const int64_t document = p.own_documents[e];
         Own* own = a.own + (e - a.entries_first) * a.layers;
-        const bool is_candidate = document != a.positive(r) && static_cast<Role>(p.role[document]) != Role::kAbsent;
+        const bool candidate = is_candidate(document, a.positive(r), static_cast<Role>(p.role[document]));
         const bool equal = p.document_text[document] == p.query_text[a.query(r)];
         const T* row = read(p.dtype, p.documents, document * a.dim, a.dim, buffer);
         double products[2] = {}, squares = 0;
@@ -29,10 +29,9 @@ void score_own(const Panel<T>& a, int64_t r) {
             }
             own[k] = {{kNoScore, kNoScore}, {0, 0}, 0};
             for (int side = 0; side < a.sides; ++side) {
-                const Group& group = p.groups[side ? kDocOwn : kOwnHard];
-                if (!group.on || !is_candidate) continue;
-                const bool by_query = side == 0 || group.mask == ScoreMask::kQueryDocument;
-                const bool dropped = equal || scores[by_query ? 0 : 1] > limit_of(group, s);
+                const Group& group = p.options.groups[group_of_owned(side)];
+                if (!group.on || !candidate) continue;
+                const bool dropped = equal || held_score(group, scores[side], scores[0]) > limit_of(group, s);
                 if (!dropped) own[k].score[side] = scores[side];
                 if (k < a.layers - 1) continue;
                 stats.dropped += dropped;
@@ -49,7 +48,7 @@ QEMB_INLINE void each_own(const Panel<T>& a, int64_t r, int64_t k, Visit visit) 
     for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e) {
         Own& own = a.own[(e - a.entries_first) * a.layers + k];
         for (int side = 0; side < 2; ++side)
-            if (own.score[side] != kNoScore) visit(a.softmax_of_own(side), own, side);
+            if (own.score[side] != kNoScore) visit(a.softmax_of_owned(side), own, side);
     }
 }
 

@@ -16,8 +16,6 @@ constexpr int64_t kPanelBytes = int64_t(96) << 20;  // aim; bounded by the rows 
 constexpr int64_t kMinRows = 96, kMaxRows = 384, kRowStep = 48;
 constexpr double kShortest = 1e-12;  // norm of a prefix, as torch.nn.functional.normalize has it
 
-enum Kind { kQueryDocument, kQueries, kDocDoc, kNumKinds };
-
 // Partial results of a tile, kept until they are added in order, so that the thread count changes nothing.
 struct TileStats {
     double kept_score;
@@ -41,72 +39,70 @@ constexpr double kNoScore = -__builtin_inf();
 
 // A document that a row owns, as a candidate of kOwnHard ([0]) and kDocOwn ([1]); per entry and layer.
 struct Own {
-    double score[2];   // kNoScore: no candidate
-    double weight[2];  // E; later the coefficient of the raw vectors in the gradient
-    double along;      // sum of coefficient * score, for the normalisation's part of the gradient
+    double score[2];     // kNoScore: no candidate
+    double weight[2];    // E; later the coefficient of the raw vectors in the gradient
+    double radial_grad;  // sum of coefficient * score, for the normalisation's part of the gradient
 };
 
 template <class T>
-struct Panel {
+struct Panel : GroupRules {
     const InfoNce& p;
     const int64_t dim, layers;
     const bool prefixes, scaled;  // scaled: row weights are multiplied into the panel, else they are applied to its products
-    bool dense[kNumKinds], scored[kNumKinds];  // which kinds hold candidates; of which the scores are needed
+    bool scored[kNumKinds];       // kinds of columns whose scores are needed
     int64_t tiles[kNumKinds], first_tile[kNumKinds], num_tiles = 0;
-    int sides;                           // anchors: 1, or 2 where positives have candidates
     int64_t padded = 0;                  // features of a row of whole vectors by segments
     int64_t rows, first = 0, count = 0;  // of a full panel; of this one
     int64_t entries_first = 0, entries = 0;
 
-    Segment* segments;  // [layers]
-    T* panel;           // [num_tiles, layers, rows, kTile] scores, weights, then coefficients
-    T* tile_max;        // [num_tiles, layers, rows] largest logit, log2
-    T* tile_sum;        // the same, of the weights
-    T* tile_moment;     // the same, of weight * score
-    T* column_along;    // [num_tiles, layers, kTile] sum over rows of coefficient * score
+    Segment* segments;           // [layers]
+    T* panel;                    // [num_tiles, layers, rows, kTile] scores, weights, then coefficients
+    T* tile_max;                 // [num_tiles, layers, rows] largest logit, log2
+    T* tile_sum;                 // the same, of the weights
+    T* tile_weighted_score_sum;  // the same, of weight * score
+    T* column_radial_grad;       // [num_tiles, layers, kTile] sum over rows of coefficient * score
     TileStats* tile_stats;
-    TileStats* row_stats;  // [rows] of what they own
-    T* anchor[2];          // [rows, dim] queries and positives
-    T* anchor_tiles[2];    // the same, packed as left operands
-    T* packed[2];          // [rows * padded] the same, by segments, in panels; times the row weight unless scaled
-    T* row_grad[2];        // [rows, padded] unscaled gradients of both
-    T* anchor_norm[2];     // [rows, layers] one over the norm of the prefix
-    T* column_norm[2];     // [num_documents, layers], [num_queries, layers]
-    double* score;         // [rows, layers] of the positive
-    Softmax* softmaxes;    // [rows, layers, kMaxSoftmaxes]
-    double* pull;          // [rows, layers] gradient with regard to the positive's score
-    double* pull_sum;      // [rows, layers] of the raw positive, suffix sums
-    double* along[2];      // [rows, layers] sum of coefficient * score of the anchor's terms; later suffix sums
-    double* d_tau;         // [rows]
-    Own* own;              // [entries, layers]
+    TileStats* row_stats;          // [rows] of what they own
+    T* anchor[2];                  // [rows, dim] queries and positives
+    T* anchor_tiles[2];            // the same, packed as left operands
+    T* packed[2];                  // [rows * padded] the same, by segments, in panels; times the row weight unless scaled
+    T* row_grad[2];                // [rows, padded] unscaled gradients of both
+    T* anchor_norm[2];             // [rows, layers] one over the norm of the prefix
+    T* column_norm[2];             // [num_documents, layers], [num_queries, layers]
+    double* score;                 // [rows, layers] of the positive
+    Softmax* softmaxes;            // [rows, layers, kMaxSoftmaxes]
+    double* d_positive_score;      // [rows, layers] gradient with regard to the positive's score
+    double* d_positive_score_sum;  // [rows, layers] of the raw positive, suffix sums
+    double* radial_grad[2];        // [rows, layers] sum of coefficient * score of the anchor's terms; later suffix sums
+    double* d_tau;                 // [rows]
+    Own* own;                      // [entries, layers]
 
     explicit Panel(const InfoNce& p)
-        : p(p),
+        : GroupRules(rules_of(p.options)),
+          p(p),
           dim(p.dim),
           layers(p.num_dims > 0 ? p.num_dims : 1),
           prefixes(p.num_dims > 0),
-          scaled(p.num_dims > 0 || p.split) {
-        const Group* g = p.groups;
-        dense[kQueryDocument] = g[kBatchPositive].on || g[kBatchHard].on;
-        dense[kQueries] = g[kQueryQuery].on;
-        dense[kDocDoc] = g[kDocPositive].on || g[kDocHard].on;
+          scaled(p.num_dims > 0 || p.options.split) {
+        // Tiles of columns
         for (int kind = 0; kind < kNumKinds; ++kind) scored[kind] = dense[kind];
-        for (const int group : {kDocPositive, kDocHard})
-            if (g[group].on && g[group].mask == ScoreMask::kQueryDocument) scored[kQueryDocument] = true;
-        sides = dense[kDocDoc] || g[kDocOwn].on ? 2 : 1;
+        scored[kQueryDocument] |= by_query;
         for (int kind = 0; kind < kNumKinds; ++kind) {
             tiles[kind] = !scored[kind] ? 0 : ceil_div(num_columns(static_cast<Kind>(kind)), kTile);
             first_tile[kind] = num_tiles;
             num_tiles += tiles[kind];
         }
         for (int64_t k = 0; k < layers; ++k) padded += round_up(layer_end(k) - (k ? layer_end(k - 1) : 0), kLanes<T>);
+
+        // Rows
         const int64_t row_bytes = num_tiles * layers * kTile * static_cast<int64_t>(sizeof(T));
         rows = kPanelBytes / max_of<int64_t>(1, row_bytes) / kRowStep * kRowStep;
         rows = min_of(min_of(max_of(rows, kMinRows), kMaxRows), round_up(max_of<int64_t>(1, p.num_rows), kRowStep));
-        int64_t most_entries = 0;
+        int64_t max_entries = 0;
         for (int64_t row = 0; row < p.num_rows; row += rows)
-            most_entries = max_of(most_entries, own_end(min_of(row + rows, p.num_rows)) - own_end(row));
+            max_entries = max_of(max_entries, own_end(min_of(row + rows, p.num_rows)) - own_end(row));
 
+        // Scratch memory: once to count, once to place
         char* start = nullptr;
         int64_t used = 0;
         const auto take = [&]<class U>(U*& where, int64_t number) {
@@ -118,8 +114,8 @@ struct Panel {
             take(panel, num_tiles * layers * rows * kTile);
             take(tile_max, num_tiles * layers * rows);
             take(tile_sum, num_tiles * layers * rows);
-            take(tile_moment, num_tiles * layers * rows);
-            take(column_along, prefixes ? num_tiles * layers * kTile : 0);
+            take(tile_weighted_score_sum, num_tiles * layers * rows);
+            take(column_radial_grad, prefixes ? num_tiles * layers * kTile : 0);
             take(tile_stats, num_tiles);
             take(row_stats, rows);
             for (int side = 0; side < 2; ++side) {
@@ -129,19 +125,21 @@ struct Panel {
                 take(row_grad[side], rows * padded);
                 take(anchor_norm[side], rows * layers);
                 take(column_norm[side], prefixes ? (side ? p.num_queries : p.num_documents) * layers : 0);
-                take(along[side], rows * layers);
+                take(radial_grad[side], rows * layers);
             }
             take(segments, layers);
             take(score, rows * layers);
             take(softmaxes, rows * layers * kMaxSoftmaxes);
-            take(pull, rows * layers);
-            take(pull_sum, rows * layers);
+            take(d_positive_score, rows * layers);
+            take(d_positive_score_sum, rows * layers);
             take(d_tau, rows);
-            take(own, most_entries * layers);
+            take(own, max_entries * layers);
         };
         lay_out();
         start = static_cast<char*>(scratch_bytes(Slot::kPanel, static_cast<size_t>(used)));
         lay_out();
+
+        // Segments of the features
         int64_t at = 0;
         for (int64_t k = 0; k < layers; ++k) {
             const int64_t begin = k ? layer_end(k - 1) : 0;
@@ -164,33 +162,17 @@ struct Panel {
     int64_t num_columns(Kind kind) const { return kind == kQueries ? p.num_queries : p.num_documents; }
     int64_t columns_in(Kind kind, int64_t i) const { return min_of(kTile, num_columns(kind) - i * kTile); }
     const void* columns_of(Kind kind) const { return kind == kQueries ? p.queries : p.documents; }
-    int side_of(Kind kind) const { return kind == kDocDoc ? 1 : 0; }
     Kind kind_of(int64_t tile) const {
         return tile < first_tile[kQueries] ? kQueryDocument : tile < first_tile[kDocDoc] ? kQueries : kDocDoc;
     }
     T* weights(int64_t tile, int64_t layer) const { return panel + (tile * layers + layer) * rows * kTile; }
     int64_t of_tile(int64_t tile, int64_t layer) const { return (tile * layers + layer) * rows; }
     Softmax& softmax(int64_t r, int64_t layer, int s) const { return softmaxes[(r * layers + layer) * kMaxSoftmaxes + s]; }
-    // Which softmax a kind of dense candidates belongs to, or what a row owns as a candidate of side `side`.
-    int softmax_of(Kind kind) const { return !p.split ? 0 : kind == kQueryDocument ? 1 : kind == kQueries ? 2 : 3; }
-    int softmax_of_own(int side) const { return p.split && side ? 3 : 0; }
-    int num_softmaxes() const { return p.split ? kMaxSoftmaxes : 1; }
-    bool softmax_is_on(int s) const {
-        const Group* g = p.groups;
-        if (!p.split) return true;
-        return s == 0   ? g[kOwnHard].on
-               : s == 1 ? dense[kQueryDocument]
-               : s == 2 ? dense[kQueries]
-                        : dense[kDocDoc] || g[kDocOwn].on;
-    }
     // The group of a column's candidates; past the last column, as padding, that of the last.
-    int group_of(Kind kind, int64_t column) const {
+    int group_at(Kind kind, int64_t column) const {
         if (kind == kQueries) return kQueryQuery;
-        const bool is_hard = static_cast<Role>(p.role[min_of(column, p.num_documents - 1)]) == Role::kHard;
-        return (kind == kDocDoc ? kDocPositive : kBatchPositive) + is_hard;
+        return group_of(kind, static_cast<Role>(p.role[min_of(column, p.num_documents - 1)]));
     }
-    // A logit in log2 units is this times the score.
-    double scale_of(int group) const { return kLog2E<double> * (1 / p.temperature + p.groups[group].hardness); }
     bool gradients() const { return p.d_documents; }
 };
 
@@ -209,12 +191,6 @@ inline double exact_dot(const T* a, const T* b, int64_t begin, int64_t end) {
 QEMB_INLINE double one_over_norm(double squares) {
     const double norm = __builtin_sqrt(squares);
     return norm == 0 ? 0 : 1 / (norm < kShortest ? kShortest : norm);
-}
-
-// The limit that a mask sets, for a positive's score of s.
-QEMB_INLINE double limit_of(const Group& group, double s) {
-    if (group.mask == ScoreMask::kNone) return kInfinity<double>;
-    return s + group.margin * (group.relative ? __builtin_fabs(s) : 1.0);
 }
 
 }  // namespace qemb::cpu::QEMB_ISA::info_nce_kernels

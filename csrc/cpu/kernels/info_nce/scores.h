@@ -57,7 +57,7 @@ void load_anchors(const Panel<T>& a, int64_t start) {
 
 // What a tile's columns are to a row that knows none of them: group by group.
 template <class T>
-struct Rules {
+struct ColumnRules {
     T on[kTile];   // 1: a candidate
     T add[kTile];  // the limit is s + add + relative * |s|
     T relative[kTile];
@@ -66,18 +66,18 @@ struct Rules {
 };
 
 template <class T>
-inline void fill_rules(const Panel<T>& a, Kind kind, int64_t start, int64_t count, Rules<T>& rules) {
+inline void fill_rules(const Panel<T>& a, Kind kind, int64_t start, int64_t count, ColumnRules<T>& rules) {
     for (int64_t j = 0; j < kTile; ++j) {
         const bool there = j < count && (kind != kQueries || start + j >= a.p.first_column);
         const bool is_absent = kind != kQueries && there && static_cast<Role>(a.p.role[start + j]) == Role::kAbsent;
-        const int index = a.group_of(kind, start + j);
-        const Group& group = a.p.groups[index];
-        const bool masked = group.mask != ScoreMask::kNone;
+        const int index = a.group_at(kind, start + j);
+        const Group& group = a.p.options.groups[index];
+        const LimitParts limit = limit_parts(group);
         rules.on[j] = there && group.on && !is_absent;
-        rules.add[j] = !masked ? kInfinity<T> : group.relative ? T(0) : static_cast<T>(group.margin);
-        rules.relative[j] = masked && group.relative ? static_cast<T>(group.margin) : T(0);
-        rules.scale[j] = static_cast<T>(a.scale_of(index));
-        rules.by_query[j] = kind == kDocDoc && group.mask == ScoreMask::kQueryDocument;
+        rules.add[j] = static_cast<T>(limit.add);
+        rules.relative[j] = static_cast<T>(limit.relative);
+        rules.scale[j] = static_cast<T>(a.logit_scale[index]);
+        rules.by_query[j] = kind == kDocDoc && is_by_query(group);
     }
 }
 
@@ -97,8 +97,8 @@ bool is_known(const Panel<T>& a, Kind kind, int64_t start, int64_t count, int64_
 
 // Takes what a row knows of a tile out of `on` (copied to `left`); counts what its text drops.
 template <class T>
-const T* strangers(const Panel<T>& a, Kind kind, int64_t start, int64_t count, int64_t r, const T* on, T* left,
-                   TileStats& stats) {
+const T* mask_known_columns(const Panel<T>& a, Kind kind, int64_t start, int64_t count, int64_t r, const T* on, T* left,
+                            TileStats& stats) {
     const int64_t query = a.query(r), self = kind == kQueries ? query : a.positive(r), text = a.p.query_text[query];
     const int64_t* texts = (kind == kQueries ? a.p.query_text : a.p.document_text) + start;
     for (int64_t j = 0; j < kTile; ++j) left[j] = on[j];
@@ -113,7 +113,7 @@ const T* strangers(const Panel<T>& a, Kind kind, int64_t start, int64_t count, i
 
 // Masks a row of scores in place: what is no candidate becomes kNone. Returns the largest logit.
 template <class T>
-T mask_row(T* scores, const T* query_scores, const Rules<T>& rules, const T* on, T s, bool is_query_document,
+T mask_row(T* scores, const T* query_scores, const ColumnRules<T>& rules, const T* on, T s, bool is_query_document,
            TileStats& stats) {
     using Bits = typename VecOf<T>::bits;
     const Vec<T> none = splat<T>(kNone<T>), one = splat<T>(1), lowest = splat<T>(-kInfinity<T>);
@@ -143,15 +143,17 @@ T mask_row(T* scores, const T* query_scores, const Rules<T>& rules, const T* on,
 // Tile i of columns against the panel: of one kind, or of documents against both anchors.
 template <class T>
 void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) {
+    // Scratch memory, rules and norms of the columns
     const bool of_queries = kinds[0] == kQueries;
     const int64_t start = i * kTile, count = a.columns_in(kinds[0], i), stored = round_up(count, kLanes<T>);
     T* const block = static_cast<T*>(scratch_bytes(
-        Slot::kTile, static_cast<size_t>(2 * kTile * a.dim + (2 * a.rows + 2) * kTile) * sizeof(T) + 2 * sizeof(Rules<T>)));
+        Slot::kTile,
+        static_cast<size_t>(2 * kTile * a.dim + (2 * a.rows + 2) * kTile) * sizeof(T) + 2 * sizeof(ColumnRules<T>)));
     T* const panels = block + kTile * a.dim;
     T* const raw = panels + kTile * a.dim;     // [num_kinds, rows, kTile], of all features so far
     T* const left = raw + 2 * a.rows * kTile;  // [kTile]
     T* const norms = left + kTile;             // [kTile], of the columns
-    Rules<T>* const rules = reinterpret_cast<Rules<T>*>(norms + kTile);
+    ColumnRules<T>* const rules = reinterpret_cast<ColumnRules<T>*>(norms + kTile);
     const T* const columns = read(a.p.dtype, a.columns_of(kinds[0]), start * a.dim, count * a.dim, block);
     for (int part = 0; part < num_kinds; ++part) {
         fill_rules(a, kinds[part], start, count, rules[part]);
@@ -159,12 +161,14 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
     }
     bool known[kMaxRows];
     for (int64_t r = 0; r < a.count; ++r) known[r] = is_known(a, kinds[0], start, count, r);
+
     for (int64_t k = 0; k < a.layers; ++k) {
+        // Products of the layer's own features, added to those before
         const Segment& segment = a.segments[k];
         pack_transposed(columns + segment.begin, a.dim, count, segment.width, panels);
         T* scores[2];
         for (int part = 0; part < num_kinds; ++part) {
-            const int side = a.side_of(kinds[part]);
+            const int side = side_of(kinds[part]);
             scores[part] = a.weights(a.first_tile[kinds[part]] + i, k);
             T* const to = a.prefixes ? raw + part * a.rows * kTile : scores[part];
             Left<T> anchors = by_tiles(a.anchor_tiles[side], a.dim);
@@ -173,9 +177,11 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
         }
         for (int64_t j = 0; a.prefixes && j < kTile; ++j)
             norms[j] = j < count ? a.column_norm[of_queries][(start + j) * a.layers + k] : T(0);
+
+        // Scores, masks and maxima, row by row
         for (int64_t r = 0; r < a.count; ++r) {
             for (int part = 0; a.prefixes && part < num_kinds; ++part) {
-                const T norm = a.anchor_norm[a.side_of(kinds[part])][r * a.layers + k];
+                const T norm = a.anchor_norm[side_of(kinds[part])][r * a.layers + k];
                 const T* const from = raw + (part * a.rows + r) * kTile;
                 for (int64_t j = 0; j < stored; ++j) scores[part][r * kTile + j] = from[j] * norm * norms[j];
             }
@@ -186,8 +192,8 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
                 for (int64_t j = stored; j < kTile; ++j) row[j] = 0;
                 TileStats ignored{};
                 TileStats& stats = k == a.layers - 1 ? a.tile_stats[tile] : ignored;
-                const T* const on =
-                    known[r] ? strangers(a, kinds[part], start, count, r, rules[part].on, left, stats) : rules[part].on;
+                const T* const on = known[r] ? mask_known_columns(a, kinds[part], start, count, r, rules[part].on, left, stats)
+                                             : rules[part].on;
                 a.tile_max[a.of_tile(tile, k) + r] =
                     mask_row(row, part > 0 ? scores[0] + r * kTile : nullptr, rules[part], on,
                              static_cast<T>(a.score[r * a.layers + k]), kinds[part] == kQueryDocument, stats);

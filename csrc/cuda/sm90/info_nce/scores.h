@@ -146,7 +146,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
     } else if (kind == kDocDoc && a.by_query) {
         for (int i = 0; i < 2; ++i) part.masked[i] |= memory.over[layer][half][i][threadIdx.x];
     }
-    const int first_here = first_group(kind), second_here = first_here + (kind != kQueries);
+    const int first_here = group_of(kind, Role::kPositive), second_here = group_of(kind, Role::kHard);
     const float high[2] = {a.scale_high[first_here], a.scale_high[second_here]};
     Tally& tally = memory.tally[half][threadIdx.x / 32];
     const bool counts = !kPrefixes || layer + 1 == a.layers;
@@ -159,7 +159,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
 
     // Weights
     const float low[2] = {a.scale_low[first_here], a.scale_low[second_here]};
-    float offset[2], shift[2], sum[2] = {}, moment[2] = {};
+    float offset[2], shift[2], sum[2] = {}, weighted_score_sum[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         offset[i] = best[i] > kNone ? ceilf(best[i]) : -INFINITY;
@@ -178,7 +178,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
                 const float score = part.kept_score(i, n, j);
                 weight[i][j] = exp2_approx(fmaf(score, low_here, fmaf(score, high_here, shift[i])));
                 sum[i] += weight[i][j];
-                moment[i] = fmaf(weight[i][j], score, moment[i]);
+                weighted_score_sum[i] = fmaf(weight[i][j], score, weighted_score_sum[i]);
             }
         }
         const uint32_t to = at_row + n / 8 * (kStagedBytes / 2) + ((n % 8 ^ key) << 4);
@@ -189,12 +189,12 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         sum[i] = lanes_sum<4>(sum[i]);
-        moment[i] = lanes_sum<4>(moment[i]);
+        weighted_score_sum[i] = lanes_sum<4>(weighted_score_sum[i]);
         if (threadIdx.x % 4 > 0) continue;
         const int64_t at = tile * a.rows + row0 + first_row() + 8 * i;
         a.tile_offset[at] = offset[i];
         a.tile_sum[at] = sum[i];
-        a.tile_moment[at] = moment[i];
+        a.tile_weighted_score_sum[at] = weighted_score_sum[i];
     }
 
     // Write the tile, each warpgroup its 64 rows
