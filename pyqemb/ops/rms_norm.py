@@ -1,6 +1,6 @@
 """RMSNorm, alone or after adding a residual: one pass over memory forward and one backward."""
 
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -9,7 +9,13 @@ from pyqemb.ops.checks import not_negative, tensor
 from pyqemb.ops.common import differentiable, empty_like, native, new, new_gradient, new_rows, rounded
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None) -> Any:
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """x / rms(x) * weight over the last dimension, differentiable once.
 
     Args:
