@@ -1,5 +1,5 @@
-# The native module: every function checks its arguments and writes into tensors that Python allocated. All tensors of a call are
-# on one device; on CUDA the work goes to torch's current stream.
+# The native module: every function checks its arguments and writes into tensors that Python allocated. All tensors of a
+# call are on one device; on CUDA the work goes to torch's current stream.
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The native ops, differentiable: attention over packed sequences, last-token pooling, InfoNCE, exact search.
 
-The only importer of `pyqemb._C`. Legend: T query tokens, S key tokens, N query heads, K key heads, D head dim, E hidden size,
-B sequences or queries, M documents.
+The only importer of `pyqemb._C`. Legend: T query tokens, S key tokens, N query heads, K key heads, D head dim, E hidden
+size, B sequences or queries, M documents.
 """
 
 import torch  # noqa: F401  torch first: the native code runs on the threads of the runtime that torch has loaded
@@ -33,6 +33,7 @@ def cuda_is_built() -> bool:
 
 
 __all__ = [
-    "AttentionPlan", "Group", "attention_plan", "cosent", "cuda_is_built", "distill_embeddings", "distill_scores", "info_nce", "last_token_pool", "linear", "min_hash", "qk_norm_rope", "rms_norm",
+    "AttentionPlan", "Group", "attention_plan", "cosent", "cuda_is_built", "distill_embeddings", "distill_scores",
+    "info_nce", "last_token_pool", "linear", "min_hash", "qk_norm_rope", "rms_norm",
     "rope", "shingles", "swiglu", "top_k", "varlen_attention", "yes_no",
 ]  # fmt: skip

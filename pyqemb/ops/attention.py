@@ -40,10 +40,12 @@ def attention_plan(
     """The plan of a batch for `varlen_attention(..., plan=...)`: made once, not once a layer.
 
     Args:
-        cu_seqlens, cu_seqlens_k: as of varlen_attention. Best on the CPU, where the lengths are known: the plan is exact, and is
-            checked and copied without waiting. On a GPU a kernel makes it, with room for any lengths.
-        tokens, tokens_k: their last values; needed where they are on a GPU, read from them when None.
-        device: of the tensors that will attend; that of cu_seqlens when None.
+        cu_seqlens: [B + 1] int32, as for varlen_attention. Best on the CPU, where the lengths are known: the plan is
+            exact, and is checked and copied without waiting. On a GPU a kernel makes it, with room for any lengths.
+        cu_seqlens_k: the same for the keys (default: queries and keys are the same tokens).
+        tokens: the last value of cu_seqlens, T; needed where cu_seqlens is on a GPU (default: read from it).
+        tokens_k: the last value of cu_seqlens_k, S, likewise.
+        device: the device of the tensors that will attend (default: that of cu_seqlens).
 
     Raises:
         TypeError, ValueError: cu_seqlens that are none; tokens that are missing.
@@ -54,7 +56,8 @@ def attention_plan(
         cu_seqlens_k = _lengths_tensor(op, "cu_seqlens_k", cu_seqlens_k)
         if len(cu_seqlens_k) != len(cu_seqlens):
             raise ValueError(
-                f"[{op}] cu_seqlens and cu_seqlens_k must have as many entries, got {len(cu_seqlens)} and {len(cu_seqlens_k)}"
+                f"[{op}] cu_seqlens and cu_seqlens_k must have as many entries, got {len(cu_seqlens)} and "
+                f"{len(cu_seqlens_k)}"
             )
     elif tokens_k is not None:
         raise ValueError(f"[{op}] tokens_k must be None without cu_seqlens_k, got {tokens_k!r:.100}")
@@ -158,19 +161,20 @@ def varlen_attention(
     """softmax(scale q k^T) v within each sequence of a packed batch, with grouped-query heads, differentiable once.
 
     Args:
-        q_TND: [T, N, D] float32, bfloat16, float16 or float64, D a multiple of 8 up to 256; on CUDA bfloat16 or float16 and
-            D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
-        k_SKD, v_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
+        q_TND: [T, N, D] float32, bfloat16, float16 or float64, D a multiple of 8 up to 256; on CUDA bfloat16 or float16
+            and D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
+        k_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
+        v_SKD: [S, K, D] of the same dtype.
         cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. What is on a GPU already is not checked.
         cu_seqlens_k: the same for the keys, `[0, ..., S]`; None where queries and keys are the same tokens.
         causal: query i of n sees key j of m when j <= i + m - n (aligned to the bottom right). False: all keys.
         scale: 1 / sqrt(D) when None.
-        plan: `attention_plan` of these cu_seqlens, which are then taken from it (and may be None here). Without one a call on
-            CUDA makes its own: a layer's worth of host time that the layers of a model can share.
+        plan: `attention_plan` of these cu_seqlens, which are then taken from it (and may be None here). Without one a
+            call on CUDA makes its own: a layer's worth of host time that the layers of a model can share.
 
     Returns:
-        [T, N, D], dtype of q. Arithmetic is float32 (float64 for float64). A query without keys gives zeros. The result for a
-        sequence has the same bits whatever else is in the batch and however many threads run.
+        [T, N, D], dtype of q. Arithmetic is float32 (float64 for float64). A query without keys gives zeros. The result
+        for a sequence has the same bits whatever else is in the batch and however many threads run.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes, head counts or cu_seqlens that do not fit.
@@ -198,8 +202,8 @@ def varlen_attention(
 
 
 @native(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? plan, SymInt[] sizes,"
-    " float scale, bool causal) -> (Tensor, Tensor)",
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor? plan, SymInt[] "
+    "sizes, float scale, bool causal) -> (Tensor, Tensor)",
     lambda q, k, v, cu_q, cu_k, plan, sizes, scale, causal: (new(q), new_rows(q)),
 )
 def _forward(
@@ -225,8 +229,8 @@ def _gradient(
     dq, dk, dv = (empty_like(x) for x in (q, k, v))
     plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
     _C.attention_backward(
-        q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal, plan=plan,
-        sizes=sizes,
+        q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal,
+        plan=plan, sizes=sizes,
     )  # fmt: skip
     return dq, dk, dv
 

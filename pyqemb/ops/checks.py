@@ -1,6 +1,9 @@
-"""The checks that every public function makes of its arguments: one line that names the argument, what was wanted and what came.
+"""The checks that every public function makes of its arguments.
 
-What only the native code can see cheaply (shapes, dtypes, devices, the values of cu_seqlens) is checked there, in the same words.
+An error is one line that names the argument, what was wanted and what came.
+
+What only the native code can see cheaply (shapes, dtypes, devices, the values of cu_seqlens) is checked there, in the
+same words.
 """
 
 import math
@@ -15,7 +18,10 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
-    """A tensor whose memory the kernels can read: strided, on the CPU or on a CUDA device, no wrapper of another tensor."""
+    """Check a tensor whose memory the kernels can read.
+
+    It is strided, on the CPU or on a CUDA device, and no wrapper of another tensor.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(value).__name__}")
     if torch.compiler.is_compiling():  # a graph that is traced holds no memory
@@ -30,10 +36,12 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
 
 
 def optional_tensor(op: str, name: str, value: Any) -> Tensor | None:
+    """Check an argument that is a tensor or None."""
     return None if value is None else tensor(op, name, value)
 
 
 def on_device_of(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors are on one device."""
     if value.device != other.device:
         raise ValueError(f"[{op}] {name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
@@ -51,6 +59,7 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def finite(op: str, name: str, value: Any) -> float:
+    """Check a real number that is neither NaN nor infinite."""
     result = number(op, name, value)
     if not math.isfinite(result):
         raise ValueError(f"[{op}] {name} must be finite, got {result}")
@@ -58,6 +67,7 @@ def finite(op: str, name: str, value: Any) -> float:
 
 
 def positive(op: str, name: str, value: Any) -> float:
+    """Check a finite number above 0."""
     result = number(op, name, value)
     if not (math.isfinite(result) and result > 0):
         raise ValueError(f"[{op}] {name} must be positive and finite, got {result}")
@@ -65,6 +75,7 @@ def positive(op: str, name: str, value: Any) -> float:
 
 
 def not_negative(op: str, name: str, value: Any) -> float:
+    """Check a finite number of at least 0."""
     result = finite(op, name, value)
     if result < 0:
         raise ValueError(f"[{op}] {name} must not be negative, got {result}")
@@ -84,12 +95,14 @@ def integer(op: str, name: str, value: Any, low: int | None = None, high: int | 
 
 
 def flag(op: str, name: str, value: Any) -> bool:
+    """Check a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"[{op}] {name} must be True or False, got {value!r:.100} of type {type(value).__name__}")
     return value
 
 
 def choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check a text that is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         listed = " or ".join(map(repr, choices))
         raise ValueError(f"[{op}] {name} must be {listed}, got {value!r:.100}")
@@ -103,6 +116,7 @@ def items(op: str, name: str, value: Any, of: str) -> list[Any]:
 
 
 def device(op: str, name: str, value: Any) -> torch.device:
+    """Check a torch.device or its name."""
     try:
         return torch.device(value)
     except (TypeError, RuntimeError):

@@ -34,8 +34,10 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device: torch.device) -> Tensor:
-    """cu_seqlens where the kernels of `device` read it. On the way from the CPU to a GPU it is checked: from there the host would
-    have to wait for it."""
+    """Return cu_seqlens where the kernels of `device` read it.
+
+    On the way from the CPU to a GPU it is checked: from the GPU the host would have to wait for it.
+    """
     cu_seqlens = tensor(op, name, cu_seqlens).contiguous()
     if device.type == "cpu" or cu_seqlens.device.type != "cpu":
         return cu_seqlens.cpu() if device.type == "cpu" else cu_seqlens
@@ -48,13 +50,15 @@ def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device
 class Native(NamedTuple):
     """A function that allocates its results and calls the native module, as it is and as torch.ops.pyqemb.<name>.
 
-    Outside a compiled graph the ops call `raw`: torch's dispatcher would cost several times what the rest of the call does.
+    Outside a compiled graph the ops call `raw`: torch's dispatcher would cost several times what the rest of the call
+    does.
     """
 
     raw: Callable[..., Any]
     op: Any
 
     def __call__(self, *arguments: Any) -> Any:
+        """Call the function, or the op of torch inside a compiled graph."""
         return (self.op if torch.compiler.is_compiling() else self.raw)(*arguments)
 
 
@@ -77,7 +81,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """`forward` with its gradient, which can be taken once.
 
-    `keep(ctx, inputs, output)` saves what `backward(gradient, ctx, *grads)` needs; both serve eager calls and compiled graphs.
+    `keep(ctx, inputs, output)` saves what `backward(gradient, ctx, *grads)` needs; both serve eager calls and compiled
+    graphs.
     """
 
     def guarded(call: Any, ctx: Any, *grads: Any) -> Any:

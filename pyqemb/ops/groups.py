@@ -16,10 +16,12 @@ _OP = "info_nce"
 class Group:
     """How a group of candidates takes part in the softmax.
 
-    mask: which score is held against the row's limit: "own", the candidate's; "query_document", for the document-document groups
+    mask: which score is held against the row's limit: "own", the candidate's; "query_document", for the
+    document-document groups
         that of (q_i, d_j), as equation 1 of the Qwen3 Embedding report reads literally; None: nothing is masked.
-    margin: the limit is s_i + margin, s_i the positive's score; None: the margin of the call. `relative`: s_i + margin * |s_i|.
-    hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv 2503.04812, section 3).
+    margin: the limit is s_i + margin, s_i the positive's score; None: the margin of the call. `relative`: s_i + margin
+    * |s_i|. hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv
+    2503.04812, section 3).
     """
 
     mask: Literal["own", "query_document"] | None = "own"
@@ -65,7 +67,10 @@ PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
 
 
 class Options(NamedTuple):
-    """What the kernels take besides tensors, in types that an op of torch may have: the groups that are on, a list for each field."""
+    """What the kernels take besides tensors, in types that an op of torch may have.
+
+    The lists have an entry for each group that is on.
+    """
 
     groups: Sequence[str]
     masks: Sequence[str]
@@ -82,6 +87,10 @@ class Options(NamedTuple):
         cls, preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
         softmax: str, focal: float, temperature: float, scale: float,
     ) -> "Options":  # fmt: skip
+        """Return the options of a call, checked.
+
+        The arguments are those of `info_nce`; `scale` multiplies the loss and its gradients.
+        """
         checks.choice(_OP, "softmax", softmax, ("joint", "split"))
         focal = checks.number(_OP, "focal", focal)
         if not (math.isfinite(focal) and focal >= 0):
@@ -94,7 +103,8 @@ class Options(NamedTuple):
         for name, group in chosen.items():
             if temperature > 0 and group.hardness <= -1 / temperature:
                 raise ValueError(
-                    f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores rise, "
+                    f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores "
+                    "rise, "
                     f"got {group.hardness}"
                 )
         limits = [margin if group.margin is None else group.margin for group in chosen.values()]

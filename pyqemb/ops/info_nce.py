@@ -52,38 +52,43 @@ def info_nce(
     A candidate is left out where its score exceeds the group's limit, or where its text equals the positive's.
 
     Args:
-        queries_BE: [B, E] unit vectors, float32, bfloat16, float16 or float64. Logits are float32 (float64 for float64).
+        queries_BE: [B, E] unit vectors, float32, bfloat16, float16 or float64. Logits are float32 (float64 for
+            float64).
         documents_ME: [M, E] of the same dtype; positives, hard negatives, anything else.
         positive: [B] int64, the index of each query's positive among the documents. Queries may share one.
-        owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none. Queries may
-            own different numbers of documents.
-        document_ids: [M] int64, equal where texts are equal. In the query-query group, queries whose positives are equal
-            texts leave each other out as well.
-        preset: which groups are on and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or classification.
+        owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none.
+            Queries may own different numbers of documents.
+        document_ids: [M] int64, equal where texts are equal. In the query-query group, queries whose positives are
+            equal texts leave each other out as well.
+        preset: which groups are on and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or
+            classification.
         groups: changes to the preset by group: a Group, True (a Group as it comes), or False or None for off.
         temperature: tau > 0; a tensor of one element gets a gradient (on a GPU the host waits for its value).
         margin: of the groups that bring none of their own; None switches their masks off.
-        doc_mask: mask of the document-document groups that are on: "query_document", "own" or "none"; None: as the preset has it.
-        softmax: "joint", or "split": one softmax each for own_hard, the batch groups, query_query and the doc groups, with the
-            positive in each, their losses added up.
-        focal: gamma >= 0: a softmax that gives the positive P counts (1 - P) ** gamma, which the gradient sees (Lin et al.,
-            arXiv 1708.02002, equation 4).
-        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256]. All of them
-            take one sweep (on a GPU up to eight; more take one each).
+        doc_mask: mask of the document-document groups that are on: "query_document", "own" or "none"; None: as the
+            preset has it.
+        softmax: "joint", or "split": one softmax each for own_hard, the batch groups, query_query and the doc groups,
+            with the positive in each, their losses added up.
+        focal: gamma >= 0: a softmax that gives the positive P counts (1 - P) ** gamma, which the gradient sees (Lin et
+            al., arXiv 1708.02002, equation 4).
+        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256].
+            All of them take one sweep (on a GPU up to eight; more take one each).
         matryoshka_weights: of their losses; None: their mean.
         reduction: "mean" over the queries or "sum".
         rows: (first, count): only these queries are anchors. The mean is still over all B, so that the parts of several
             processes add up to the loss.
         return_stats: also return {"positive", "negative", "masked"}: mean score of positives, of the query-document
-            candidates kept, and the share of candidates left out (of the largest prefix). On a GPU the host waits for them where they are read.
+            candidates kept, and the share of candidates left out (of the largest prefix). On a GPU the host waits for
+            them where they are read.
 
     Returns:
         The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, mapping).
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, shapes that do not
-        fit, an index out of range (not looked at on a GPU: `positive` must be right there), a temperature that is not positive and
-        finite, Matryoshka dimensions outside 1..E or not in order.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, shapes that
+            do not
+        fit, an index out of range (not looked at on a GPU: `positive` must be right there), a temperature that is not
+        positive and finite, Matryoshka dimensions outside 1..E or not in order.
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """
@@ -166,7 +171,8 @@ def _rows(rows: Any, num_queries: int) -> tuple[int, int]:
 class Stats(Mapping[str, float]):
     """The statistics of one call, fetched from the device when they are first read.
 
-    `totals`: what they are made of, float64 [5]: sums over the rows that were anchors, so that those of several calls add up.
+    `totals`: what they are made of, float64 [5]: sums over the rows that were anchors, so that those of several calls
+    add up.
     """
 
     def __init__(self, totals: Tensor, num_rows: int):
@@ -192,7 +198,10 @@ class Stats(Mapping[str, float]):
 
 
 class Block(NamedTuple):
-    """What one block of columns gives to R anchors: losses, log sums [R, 4], totals of Stats, and gradients where they are wanted."""
+    """What one block of columns gives to R anchors.
+
+    It holds losses, log sums [R, 4], the totals of Stats, and gradients where they are wanted.
+    """
 
     losses_R: Tensor
     totals: Tensor
@@ -240,9 +249,9 @@ def info_nce_block(
 ) -> Block:
     """One block of documents and queries against R anchors, for a ring that never holds all of them.
 
-    The first round takes the log sums of each block and adds them up (torch.logaddexp); the second gives the totals back
-    and gets gradients, where `adds_positive`, in one block only, adds what concerns the anchors and their positives alone.
-    Texts are equal where their ids are, which also keeps an anchor away from itself among the others.
+    The first round takes the log sums of each block and adds them up (torch.logaddexp); the second gives the totals
+    back and gets gradients, where `adds_positive`, in one block only, adds what concerns the anchors and their
+    positives alone. Texts are equal where their ids are, which also keeps an anchor away from itself among the others.
     """
     rows, texts = len(anchors.queries_RE), torch.cat([anchors.text_R, columns.text_C])
     if not rows:
@@ -319,7 +328,10 @@ def _sweep(
     log_negatives_given: bool = False,
     adds_positive: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Losses of the rows, totals, gradients of queries, documents and temperature (without elements where not wanted)."""
+    """Return the losses of the rows, the totals, and the gradients of queries, documents and temperature.
+
+    Gradients that are not wanted have no elements.
+    """
     queries, documents, owner = batch.queries, batch.documents, batch.owner
     losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (num_rows, 5, 1 if learns else 0))
     d_queries, d_documents = (
@@ -383,9 +395,9 @@ def _fake(*given: Any) -> tuple[Tensor, ...]:
 
 
 @native(
-    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int first_row,"
-    " int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, str[] groups, str[] masks, float[] margins,"
-    " bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale)"
+    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int "
+    "first_row, int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, str[] groups, str[] masks, "
+    "float[] margins, bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )

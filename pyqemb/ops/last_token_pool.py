@@ -32,7 +32,8 @@ def last_token_pool(
         [B, dim], dtype of hidden_TE. A sequence without tokens gives zeros.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, shapes or cu_seqlens that do not fit.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, shapes or cu_seqlens that do not
+            fit.
 
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), section 2; Matryoshka, Kusupati et al. 2022.
     """
@@ -56,7 +57,8 @@ def _new_vectors(hidden: Tensor, cu: Tensor, dim: int) -> Tensor:
 
 
 @native(
-    "last_token_pool(Tensor hidden, Tensor? weight, Tensor cu_seqlens, float eps, SymInt dim, bool normalize) -> Tensor",
+    "last_token_pool(Tensor hidden, Tensor? weight, Tensor cu_seqlens, float eps, SymInt dim, bool normalize) -> "
+    "Tensor",
     lambda hidden, weight, cu, eps, dim, normalize: _new_vectors(hidden, cu, dim),
 )
 def _forward(hidden: Tensor, weight: Tensor | None, cu: Tensor, eps: float, dim: int, normalize: bool) -> Tensor:

@@ -11,17 +11,19 @@ from pyqemb.ops.common import empty
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T, differentiable.
+    """Return the product x W^T, differentiable.
 
     Args:
-        x_TI: [T, I]. weight_OI: [O, I] of the same dtype; under autocast of any.
+        x_TI: [T, I].
+        weight_OI: [O, I] of the same dtype; under autocast of any dtype.
 
     Returns:
-        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradients, is taken from the
-        blocks that earlier results have left: the page faults of fresh memory cost up to a fifth of the product.
+        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradients, is taken from
+        the blocks that earlier results have left: the page faults of fresh memory cost up to a fifth of the product.
 
     Raises:
-        TypeError: not a tensor, or two dtypes without autocast. ValueError: shapes that do not fit.
+        TypeError: not a tensor, or two dtypes without autocast.
+        ValueError: shapes that do not fit.
     """
     x_TI, weight_OI = tensor("linear", "x", x_TI), tensor("linear", "weight", weight_OI)
     for name, value in (("x", x_TI), ("weight", weight_OI)):
@@ -40,10 +42,16 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def add_known_output(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:
-    """residual + x W^T where that sum is known from an earlier pass: `sum_TO` itself, with the gradients of the sum.
+    """Return residual + x W^T where that sum is known from an earlier pass.
 
     Args:
-        x_TI: [T, I]. weight_OI: [O, I] of the same dtype. residual_TO, sum_TO: [T, O] of one dtype, under autocast of another one.
+        x_TI: [T, I].
+        weight_OI: [O, I] of the dtype of x.
+        residual_TO: [T, O]; under autocast it may have another dtype than x.
+        sum_TO: [T, O], the known sum, of the dtype of the residual.
+
+    Returns:
+        `sum_TO` itself, with the gradients of the sum.
     """
     return _AddKnownOutput.apply(x_TI, weight_OI, residual_TO, sum_TO)
 

@@ -1,4 +1,6 @@
-"""The objectives beside InfoNCE: graded pairs, a teacher's scores, a teacher's vectors, yes or no. Plain torch, few numbers.
+"""The objectives beside InfoNCE: graded pairs, a teacher's scores, a teacher's vectors, yes or no.
+
+Plain torch, few numbers.
 
 Legend: B rows, M documents, K candidates of a row, E dimension, F the teacher's. All return a scalar, differentiable.
 """
@@ -17,20 +19,26 @@ _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
 
 def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: float = 0.05) -> Tensor:
-    """log(1 + sum of exp((c_j - c_i) / tau) over all i, j with scores_i > scores_j), c the dot product of a row's two vectors.
+    """Return the CoSENT loss of rows of two vectors.
+
+    It is log(1 + sum of exp((c_j - c_i) / tau) over all i, j with scores_i > scores_j), c the dot product of a row's
+    two vectors.
 
     Args:
-        first_BE, second_BE: [B, E] unit vectors of one floating dtype. scores_B: [B], the higher the more alike.
-        temperature: tau > 0.
+        first_BE: [B, E] unit vectors of a floating dtype.
+        second_BE: [B, E] unit vectors of the same dtype.
+        scores_B: [B], the higher the more alike.
+        temperature: tau > 0 (default 0.05).
 
     Returns:
         One loss for all rows, in float32 (float64 for float64). 0 where all scores are equal.
 
     Raises:
-        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, scores that are not finite, a bad temperature.
+        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, scores that are not finite, a bad
+            temperature.
 
-    Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): the pairs of a level of scores are
-    its rows against all rows of lower levels, whose sum is a running one.
+    Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): the pairs of a level
+    of scores are its rows against all rows of lower levels, whose sum is a running one.
     """
     op = "cosent"
     first_BE = _matrix(op, "first", first_BE)
@@ -60,13 +68,17 @@ def distill_scores(
     """Cross-entropy from the softmax of a teacher's scores over each query's candidates to that of the student.
 
     Args:
-        queries_BE: [B, E] unit vectors. documents_ME: [M, E].
+        queries_BE: [B, E] unit vectors.
+        documents_ME: [M, E] unit vectors.
         candidates_BK: [B, K] int64, indices of documents; -1 where a query has fewer.
         teacher_BK: [B, K] the teacher's scores (logits), finite where there is a candidate.
-        temperature, teacher_temperature: of the two softmaxes.
+        temperature: of the student's softmax (default 0.05).
+        teacher_temperature: of the teacher's softmax (default 1).
+        reduction: "mean" over the queries (default) or "sum".
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a query without candidates, an index out
+        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a query without candidates,
+            an index out
         of range, a score that is not finite, a bad temperature.
 
     Source: Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1: one positive and k negatives.
@@ -83,7 +95,8 @@ def distill_scores(
         raise TypeError(f"[{op}] candidates must be int64, got {candidates_BK.dtype}")
     if len(shape) != 2 or shape[0] != len(queries_BE) or teacher_BK.shape != shape:
         raise ValueError(
-            f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and {list(teacher_BK.shape)} (a row for each of queries)"
+            f"[{op}] candidates and teacher must have shape [{len(queries_BE)}, K], got {list(shape)} and "
+            f"{list(teacher_BK.shape)} (a row for each of queries)"
         )
     _real(op, "teacher", teacher_BK)
     temperature = checks.positive(op, "temperature", temperature)
@@ -116,12 +129,15 @@ def distill_embeddings(
     """1 - cosine of each row to the teacher's vector.
 
     Args:
-        student_BE: [B, E] unit vectors. teacher_BF: [B, F], any length; a constant.
-        projection_FE: [F, E], learned: the student is brought to the teacher's size. Without it the teacher is cut to its first E
-            components (Matryoshka teachers; F must be at least E).
+        student_BE: [B, E] unit vectors.
+        teacher_BF: [B, F], of any norm; a constant.
+        projection_FE: [F, E], learned: the student is brought to the teacher's size. Without it the teacher is
+            truncated to its first E components (Matryoshka teachers; F must be at least E).
+        reduction: "mean" over the rows (default) or "sum".
 
     Raises:
-        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, teacher's vectors that are zero or not finite.
+        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, teacher's vectors that are zero or not
+            finite.
 
     Source: jina-embeddings-v5 (arXiv 2602.15547), stage 1, with a projection; F2LLM-v2 for the prefix.
     """
@@ -132,7 +148,8 @@ def distill_embeddings(
     checks.choice(op, "reduction", reduction, _REDUCTIONS)
     if teacher_BF.dim() != 2 or len(teacher_BF) != len(student_BE):
         raise ValueError(
-            f"[{op}] teacher must have shape [{len(student_BE)}, F], got {list(teacher_BF.shape)} (a row for each of student)"
+            f"[{op}] teacher must have shape [{len(student_BE)}, F], got {list(teacher_BF.shape)} (a row for each of "
+            "student)"
         )
     size, teachers = student_BE.shape[1], teacher_BF.shape[1]
     if projection_FE is None and teachers < size:
@@ -165,7 +182,9 @@ def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -
     """-log p(label), p the softmax over the logits of the two answers: a reranker's loss.
 
     Args:
-        logits_B2: [B, 2] of "yes" and "no". labels_B: [B], true or 1 where the answer is yes.
+        logits_B2: [B, 2] of "yes" and "no".
+        labels_B: [B], true or 1 where the answer is yes.
+        reduction: "mean" over the rows (default) or "sum".
 
     Raises:
         TypeError: not a tensor. ValueError: no rows, shapes that do not fit, a label that is neither 0 nor 1.

@@ -15,7 +15,9 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
     Args:
         x_TND: [T, N, D] float32, bfloat16, float16 or float64, D even.
         norm_weight: [D] of the same dtype.
-        cos_TH, sin_TH: [T, D / 2] of each token's angles, float32 (float64 for float64); feature i turns with i + D / 2.
+        cos_TH: [T, D / 2], the cosines of each token's angles, float32 (float64 for float64); feature i turns with
+            feature i + D / 2.
+        sin_TH: [T, D / 2], their sines.
         eps: of the RMSNorm.
 
     Returns:

@@ -16,14 +16,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor) 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x / rms(x) * weight over the last dimension, differentiable once.
+    """Return x / rms(x) * weight over the last dimension, differentiable once.
 
     Args:
-        x: [..., E] float32, bfloat16, float16 or float64; weight: [E] of the same dtype; eps: added to the mean square.
-        residual: of the shape and dtype of x; what is normed is then x + residual, rounded to that dtype.
+        x: [..., E] float32, bfloat16, float16 or float64.
+        weight: [E] of the same dtype.
+        eps: added to the mean square (default 1e-6).
+        residual: of the shape and dtype of x; x + residual, rounded to that dtype, is normalized in place of x
+            (default: none).
 
     Returns:
-        The shape and dtype of x; arithmetic is float32 (float64 for float64). With a residual a pair (normed, x + residual).
+        The shape and dtype of x; arithmetic is float32 (float64 for float64). With a residual a pair (normed, x +
+        residual).
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.

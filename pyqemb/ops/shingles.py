@@ -17,8 +17,8 @@ _MOST = 2**63 - 1  # the native code counts in int64
 def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the word n-grams of each text, in order, repeats included.
 
-    Words are runs of letters and digits, case and Unicode forms (NFKC) ignored; each character of a script without spaces is a word. A
-    text of fewer than n words is one n-gram; a text without words has none.
+    Words are runs of letters and digits, case and Unicode forms (NFKC) ignored; each character of a script without
+    spaces is a word. A text of fewer than n words is one n-gram; a text without words has none.
 
     Returns:
         hashes [total] uint64 and counts [N] int64: how many belong to each text.
@@ -37,13 +37,14 @@ def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 
 def min_hash(texts: Sequence[str], num_hashes: int = 128, n: int = 5) -> np.ndarray:
-    """MinHash signatures, [N, num_hashes] uint32: the share of equal places estimates the Jaccard similarity of two texts' sets
-    of word n-grams (those of `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes).
+    """Return MinHash signatures: [N, num_hashes] uint32.
 
-    A text without words gets all ones.
+    The fraction of equal places estimates the Jaccard similarity of two texts' sets of word n-grams (those of
+    `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes). A text without words gets all ones.
 
     Raises:
-        TypeError: not texts. ValueError: n or num_hashes below 1.
+        TypeError: not texts.
+        ValueError: n or num_hashes below 1.
 
     Source: Broder, On the resemblance and containment of documents (1997).
     """

@@ -26,7 +26,8 @@ def top_k(
         ceiling: [B] float32, documents that score above it are skipped (false negatives, when mining).
 
     Returns:
-        scores [B, k] float32 and indices [B, k] int64, best first, equal scores by lower index. Where fewer than k documents
+        scores [B, k] float32 and indices [B, k] int64, best first, equal scores by lower index. Where fewer than k
+        documents
         qualify: -inf and -1. A NaN score never qualifies.
 
     Raises:

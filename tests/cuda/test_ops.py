@@ -1,4 +1,6 @@
-"""The ops on CUDA tensors: against float64 and the CPU backend, the same bits every time, packed or alone, in a CUDA graph."""
+"""The ops on CUDA tensors: against float64 and the CPU backend, the same bits every time, packed or alone, in a CUDA
+graph.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ pytestmark = [
 ]
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32]
-# Around the tile of 128 rows and its slots of 16, empty, long, and many to a tile; then fewer queries than keys and more.
+# Around the tile of 128 rows and its slots of 16, empty, long, and many to a tile; then fewer queries than keys and
+# more.
 LENGTHS = {
     "one": (1,),
     "slots": (15, 16, 17, 1, 31, 48),

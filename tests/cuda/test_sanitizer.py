@@ -1,4 +1,6 @@
-"""NVIDIA's compute-sanitizer over a small run of every op, forward and backward: accesses out of bounds, races in shared memory."""
+"""NVIDIA's compute-sanitizer over a small run of every op, forward and backward: accesses out of bounds, races in
+shared memory.
+"""
 
 import glob
 import shutil

@@ -40,10 +40,10 @@ def train(folder, run, stage=stage2, device=DEVICE, on_step=None, **options):
     """Five steps in bfloat16, which the CPU stores and a GPU computes in; returns losses and final weights."""
     rows = []
     settings = stage(
-        model={"base": str(folder / "base"), "attention": "bidirectional"}, data=[{"path": str(folder / "pairs.jsonl")}],
-        train={
-            "steps": 5, "global_batch_size": 16, "learning_rate": 1e-3, "tokens_per_chunk": 200, "precision": "bfloat16",
-            "device": device,
+        model={"base": str(folder / "base"), "attention": "bidirectional"},
+        data=[{"path": str(folder / "pairs.jsonl")}], train={
+            "steps": 5, "global_batch_size": 16, "learning_rate": 1e-3, "tokens_per_chunk": 200,
+            "precision": "bfloat16", "device": device,
         },
         save={"dir": str(folder / run), "every": 2},
     )  # fmt: skip

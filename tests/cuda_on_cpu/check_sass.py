@@ -1,10 +1,13 @@
-"""What nvcc made of the kernels: registers, spills, local memory, matrix instructions. Reads object files, needs no GPU.
+"""What nvcc made of the kernels: registers, spills, local memory, matrix instructions.
+
+Reads object files, needs no GPU.
 
     python tests/cuda_on_cpu/check_sass.py build/native
 
-Fails on any load or store of local memory (spills are these too), on more registers than a block of its threads can have, on a file
-of Hopper's kernels without a wgmma (HGMMA), and where ptxas lets wgmmas run one by one, a wait behind each.
-cuobjdump and nvdisasm come from the CUDA toolkit, or from PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm. Without objects or tools it says so and passes.
+Fails on any load or store of local memory (spills are these too), on more registers than a block of its threads can
+have, on a file of Hopper's kernels without a wgmma (HGMMA), and where ptxas lets wgmmas run one by one, a wait behind
+each. cuobjdump and nvdisasm come from the CUDA toolkit, or from PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Without objects or tools it says so and passes.
 """
 
 import re
@@ -66,12 +69,14 @@ def main(build: Path) -> int:
     tools = find_tools()
     if tools is None:
         print(
-            "check_sass: skipped, cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)"
+            "check_sass: skipped, cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump "
+            "nvidia-cuda-nvdisasm)"
         )
         return 0
     bad = 0
     print(
-        "| kernel | registers | stack | local memory | instructions | wgmma |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+        "| kernel | registers | stack | local memory | instructions | wgmma |\n| --- | ---: | ---: | ---: | ---: | "
+        "---: |"
     )
     for path in objects:
         found = kernels(tools, path)
@@ -86,7 +91,8 @@ def main(build: Path) -> int:
             wrong = use["local"] > 0 or use["registers"] > REGISTERS or serialised
             bad += wrong
             print(
-                f"| {where}: {short(name)}{' FAILS' if wrong else ''} | {use['registers']} | {use['stack']} | {use['local']} "
+                f"| {where}: {short(name)}{' FAILS' if wrong else ''} | {use['registers']} | {use['stack']} | "
+                f"{use['local']} "
                 f"| {use['instructions']} | {use['wgmma']}{', serialised' if serialised else ''} |"
             )
     print(f"check_sass: {bad} kernels fail" if bad else "check_sass: all kernels pass")

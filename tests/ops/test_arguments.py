@@ -1,6 +1,8 @@
-"""Every public function names the argument that it refuses, leaves its inputs as they were, and works at the next good call.
+"""Every public function names the argument that it refuses, leaves its inputs as they were, and works at the next good
+call.
 
-A call is broken in one argument at a time, by every rule that fits what the argument is. What must be accepted is listed too.
+A call is broken in one argument at a time, by every rule that fits what the argument is. What must be accepted is
+listed too.
 """
 
 import math
@@ -143,11 +145,13 @@ def catalogue() -> dict[str, Op]:
     return {
         "varlen_attention": Op(
             ops.varlen_attention,
-            dict(q=heads(5, 4, 0), k=heads(5, 2, 1), v=heads(5, 2, 2), cu_seqlens=cu(2, 5), cu_seqlens_k=None, causal=False, scale=0.3, plan=None),
+            dict(q=heads(5, 4, 0), k=heads(5, 2, 1), v=heads(5, 2, 2), cu_seqlens=cu(2, 5), cu_seqlens_k=None,
+                causal=False, scale=0.3, plan=None),
             dict(
                 q=(*TENSOR, none, sizes(0, 1, 2)), k=(*TENSOR, none, sizes(0, 1, 2)), v=(*TENSOR, none, sizes(0, 1, 2)),
                 cu_seqlens=(*TENSOR, none, lengths), cu_seqlens_k=(*TENSOR, lengths), causal=(flag,),
-                scale=(values(*(x for x in NUMBERS if x is not None), math.inf),), plan=(values(5, "plan", {}, [], cu(5)),),
+                scale=(values(*(x for x in NUMBERS if x is not None), math.inf),),
+                plan=(values(5, "plan", {}, [], cu(5)),),
             ),
             ("q", "k", "v", "cu_seqlens"),
         ),
@@ -170,14 +174,20 @@ def catalogue() -> dict[str, Op]:
             ),
             dict(
                 queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(0, 1)),
-                positive=(*TENSOR, none, sizes(0), elements(-1, 5, 2**40)), owner=(*TENSOR, sizes(0), elements(-2, 3, 2**40)),
-                document_ids=(*TENSOR, sizes(0)), preset=(text,), temperature=(number, values(0.0, torch.tensor(0.0), torch.tensor(1), torch.ones(2))),
-                groups=(values(5, "all", [], [("doc_own", True)], {"doc": True}, {5: True}, {"doc_own": 0.1}, {"doc_own": "on"}),),
+                positive=(*TENSOR, none, sizes(0), elements(-1, 5, 2**40)),
+                owner=(*TENSOR, sizes(0), elements(-2, 3, 2**40)),
+                document_ids=(*TENSOR, sizes(0)), preset=(text,),
+                temperature=(number, values(0.0, torch.tensor(0.0), torch.tensor(1), torch.ones(2))),
+                groups=(values(5, "all", [], [("doc_own", True)], {"doc": True}, {5: True}, {"doc_own": 0.1},
+                    {"doc_own": "on"}),),
                 margin=(values(*(x for x in NUMBERS if x is not None)),), doc_mask=(values("other", 3, [], {}, True),),
                 softmax=(text,), focal=(number,), reduction=(text,), return_stats=(flag,),
-                matryoshka=(values(5, "6", [], [0], [7], [3, 6, 2], [3, 3], [1.5, 6], [True, 6], ["3", 6], [HUGE], {}, [None, 6], [-1, 6]),),
-                matryoshka_weights=(values(5, "6", [], [1.0], [1.0, -1.0], [1.0, math.nan], ["1", 2], [True, 1.0], {}, [None, 1], [HUGE, 1]),),
-                rows=(values(5, "02", (0,), (0, 1, 2), (-1, 2), (0, 4), (3, 1), (0.0, 1), ("0", 1), (True, 1), (0, HUGE), {}),),
+                matryoshka=(values(5, "6", [], [0], [7], [3, 6, 2], [3, 3], [1.5, 6], [True, 6], ["3", 6], [HUGE], {},
+                    [None, 6], [-1, 6]),),
+                matryoshka_weights=(values(5, "6", [], [1.0], [1.0, -1.0], [1.0, math.nan], ["1", 2], [True, 1.0], {},
+                    [None, 1], [HUGE, 1]),),
+                rows=(values(5, "02", (0,), (0, 1, 2), (-1, 2), (0, 4), (3, 1), (0.0, 1), ("0", 1), (True, 1),
+                    (0, HUGE), {}),),
             ),
             ("queries", "documents", "positive"),
         ),
@@ -238,7 +248,8 @@ def catalogue() -> dict[str, Op]:
         "shingles": Op(
             ops.shingles,
             dict(texts=["one two", ""], n=2),
-            dict(texts=(values("one", b"one", None, 5, [1], [None], ["a", b"b"], {"a": 1}, {"a"}, torch.ones(2)),), n=(values(*INTEGERS, 0),)),
+            dict(texts=(values("one", b"one", None, 5, [1], [None], ["a", b"b"], {"a": 1}, {"a"}, torch.ones(2)),),
+                n=(values(*INTEGERS, 0),)),
         ),
         "min_hash": Op(
             ops.min_hash,
@@ -260,7 +271,8 @@ def catalogue() -> dict[str, Op]:
         ),
         "distill_scores": Op(
             ops.distill_scores,
-            dict(queries=q, documents=d, candidates=torch.tensor([[0, 1], [2, 3], [3, 4]]), teacher=torch.rand(3, 2), temperature=0.1, teacher_temperature=2.0, reduction="mean"),
+            dict(queries=q, documents=d, candidates=torch.tensor([[0, 1], [2, 3], [3, 4]]), teacher=torch.rand(3, 2),
+                temperature=0.1, teacher_temperature=2.0, reduction="mean"),
             dict(
                 queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(1)),
                 candidates=(*TENSOR, none, sizes(0, 1), elements(-2, 5, 2**40)),
@@ -292,32 +304,41 @@ def catalogue() -> dict[str, Op]:
             Group,
             dict(mask="own", margin=0.1, relative=False, hardness=0.0),
             dict(
-                mask=(values("other", 3, [], {}, True),), margin=(values(*(x for x in NUMBERS if x is not None), math.inf),),
+                mask=(values("other", 3, [], {}, True),),
+                margin=(values(*(x for x in NUMBERS if x is not None), math.inf),),
                 relative=(flag,), hardness=(values(*NUMBERS, math.inf),),
             ),
         ),
         "PackedBatch": Op(
             PackedBatch,
-            dict(input_ids_T=batch.input_ids_T, positions_T=batch.positions_T, cu_seqlens=batch.cu_seqlens, max_seqlen=2, cu_seqlens_cpu=batch.cu_seqlens_cpu),
+            dict(input_ids_T=batch.input_ids_T, positions_T=batch.positions_T, cu_seqlens=batch.cu_seqlens,
+                max_seqlen=2, cu_seqlens_cpu=batch.cu_seqlens_cpu),
             dict(
                 input_ids_T=(not_a_tensor, wrong_dtype, wrong_rank, none, sizes(0)),
                 positions_T=(not_a_tensor, wrong_dtype, wrong_rank, none, sizes(0)),
-                cu_seqlens=(not_a_tensor, wrong_dtype, wrong_rank, none), cu_seqlens_cpu=(not_a_tensor, wrong_dtype, wrong_rank, lengths),
+                cu_seqlens=(not_a_tensor, wrong_dtype, wrong_rank, none),
+                cu_seqlens_cpu=(not_a_tensor, wrong_dtype, wrong_rank, lengths),
                 max_seqlen=(values(*INTEGERS[:9], None, 1),),
             ),
         ),
-        "PackedBatch.pack": Op(PackedBatch.pack, dict(sequences=[[1, 2], []]), dict(sequences=(values(5, None, [1], [["a"]], [[1.5]], [[None]], [[2**63]], "ab"),))),
-        "PackedBatch.split": Op(batch.split, dict(max_tokens=2), dict(max_tokens=(values(*(x for x in INTEGERS if x is not HUGE), 0),))),
-        "PackedBatch.select": Op(batch.select, dict(indices=[0, 2]), dict(indices=(values([3], [-1], [1.5], ["0"], [True], [[0]], [None], [0, [1]], 5, None, "0", [2**70]),))),
-        "PackedBatch.concat": Op(PackedBatch.concat, dict(batches=[batch, batch]), dict(batches=(values([], [5], [batch, None], "ab"),))),
+        "PackedBatch.pack": Op(PackedBatch.pack, dict(sequences=[[1, 2], []]),
+            dict(sequences=(values(5, None, [1], [["a"]], [[1.5]], [[None]], [[2**63]], "ab"),))),
+        "PackedBatch.split": Op(batch.split, dict(max_tokens=2),
+            dict(max_tokens=(values(*(x for x in INTEGERS if x is not HUGE), 0),))),
+        "PackedBatch.select": Op(batch.select, dict(indices=[0, 2]),
+            dict(indices=(values([3], [-1], [1.5], ["0"], [True], [[0]], [None], [0, [1]], 5, None, "0", [2**70]),))),
+        "PackedBatch.concat": Op(PackedBatch.concat, dict(batches=[batch, batch]),
+            dict(batches=(values([], [5], [batch, None], "ab"),))),
         "PackedBatch.to": Op(batch.to, dict(device="cpu"), dict(device=(values("gpu?", 1.5, [], None),))),
         "GradCache": Op(
             GradCache,
-            dict(model=torch.nn.Identity(), loss_fn=None, tokens_per_chunk=4, plan=None, memory=None, skip=0.0, parameters=None),
+            dict(model=torch.nn.Identity(), loss_fn=None, tokens_per_chunk=4, plan=None, memory=None, skip=0.0,
+                parameters=None),
             dict(
-                model=(values(None, 5, "model", {}),), loss_fn=(values(5, "loss", {}),), tokens_per_chunk=(values(*(x for x in INTEGERS if x is not HUGE), None, 0),),
-                plan=(values(5, "plan", {}),), memory=(values("all", 0, -1, 1.5, True, [], {}),), skip=(number, values(1.0, 2)),
-                parameters=(values(5, [5], ["a"], "ab"),),
+                model=(values(None, 5, "model", {}),), loss_fn=(values(5, "loss", {}),),
+                tokens_per_chunk=(values(*(x for x in INTEGERS if x is not HUGE), None, 0),),
+                plan=(values(5, "plan", {}),), memory=(values("all", 0, -1, 1.5, True, [], {}),),
+                skip=(number, values(1.0, 2)), parameters=(values(5, [5], ["a"], "ab"),),
             ),
         ),
     }  # fmt: skip

@@ -31,7 +31,8 @@ def batch(num_queries=70, num_documents=300, dim=48, noise=0.6, seed=0):
 
 
 def both(
-    data, dtype=torch.float64, temperature=0.05, preset="qwen3", margin=0.1, groups=None, softmax="joint", focal=0.0, **options
+    data, dtype=torch.float64, temperature=0.05, preset="qwen3", margin=0.1, groups=None, softmax="joint", focal=0.0,
+    **options
 ):  # fmt: skip
     """(loss, gradients) of the op in `dtype` and of the dense formula in float64, on the same rounded vectors."""
     queries, documents, positive, owner, ids = data
@@ -121,7 +122,8 @@ def test_temperature_gradient(softmax, groups):
     queries, documents, positive, owner, ids = batch()
     tau, exact = (torch.tensor(0.07, dtype=torch.float64, requires_grad=True) for _ in range(2))
     loss = ops.info_nce(
-        queries, documents, positive, owner=owner, document_ids=ids, temperature=tau, softmax=softmax, groups=groups, focal=1.0
+        queries, documents, positive, owner=owner, document_ids=ids, temperature=tau, softmax=softmax, groups=groups,
+        focal=1.0
     )  # fmt: skip
     truth = reference.info_nce(
         queries, documents, positive, owner, ids, exact, groups={**PRESETS["qwen3"], **(groups or {})},
@@ -172,7 +174,10 @@ def test_shapes_around_the_panels(shape):
 @pytest.mark.parametrize("dim", [64, 128, 1024])
 @pytest.mark.parametrize("noise", [0.3, 0.8, 1.5])
 def test_float32_at_low_temperature(temperature, dim, noise):
-    """Sure rows and unsure ones. Single products in float32 are off by 5e-8, which is 5e-6 of a weight at tau = 0.01."""
+    """Sure rows and unsure ones.
+
+    Single products in float32 are off by 5e-8, which is 5e-6 of a weight at tau = 0.01.
+    """
     ours, truth = both(batch(256, 1024, dim, noise=noise), torch.float32, temperature)
     assert abs(float(ours[0]) - float(truth[0])) < 1e-6
     for actual, exact in zip(ours[1:], truth[1:], strict=True):
@@ -226,7 +231,8 @@ def dense_prefixes(data, dims, weights, groups, temperature=0.05, **options):
     queries, documents, *rest = data
     leaves = [x.detach().double().requires_grad_() for x in (queries, documents)]
     losses = [
-        weight * reference.info_nce(*(normalize(x[:, :dim], dim=1) for x in leaves), *rest, temperature, groups=groups, **options)
+        weight * reference.info_nce(*(normalize(x[:, :dim], dim=1) for x in leaves), *rest, temperature, groups=groups,
+            **options)
         for dim, weight in zip(dims, weights, strict=True)
     ]  # fmt: skip
     return sum(losses).detach(), *torch.autograd.grad(sum(losses), leaves)

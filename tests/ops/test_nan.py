@@ -133,7 +133,9 @@ def test_blocks_of_a_ring_keep_it():
 
 @pytest.mark.parametrize(("sign", "preset"), product([1, -1], ["mnrl", "qwen3"]))
 def test_infinity(sign, preset):
-    """A score of minus infinity has no weight; one of infinity is over every limit, or makes the loss infinite or NaN."""
+    """A score of minus infinity has no weight; one of infinity is over every limit, or makes the loss infinite or
+    NaN.
+    """
     queries, documents = vectors()
     queries[:, 0] = 0.5
     documents[7] = 0

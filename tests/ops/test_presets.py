@@ -1,4 +1,6 @@
-"""Each preset against a dense loss of its own, written from what its source says and sharing no code with the library."""
+"""Each preset against a dense loss of its own, written from what its source says and sharing no code with the
+library.
+"""
 
 import pytest
 import torch

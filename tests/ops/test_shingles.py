@@ -14,8 +14,11 @@ from pyqemb import _C, ops
 MASK = (1 << 64) - 1
 BASE = 0x9E3779B97F4A7C15
 TEXTS = [
-    "", " .,;!?", "one", "One two, three-four five; six_7 SEVEN", "a b", "Ünïcode straße ÉCOLE 42", "今日は良い天気です。とても", "mixed 東京 text and 北京 again",
-    "tabs\tand\nlines  ", "emoji 🎉 and … dots — dashes", "\uff46\uff55\uff4c\uff4c\u3000\uff57\uff49\uff44\uff54\uff48 \uff11\uff12", "สวัสดีชาวโลก", "привет МИР", "x" * 5000, "the same words " * 200,
+    "", " .,;!?", "one", "One two, three-four five; six_7 SEVEN", "a b", "Ünïcode straße ÉCOLE 42",
+    "今日は良い天気です。とても",
+    "mixed 東京 text and 北京 again", "tabs\tand\nlines  ", "emoji 🎉 and … dots — dashes",
+    "\uff46\uff55\uff4c\uff4c\u3000\uff57\uff49\uff44\uff54\uff48 \uff11\uff12", "สวัสดีชาวโลก", "привет МИР",
+    "x" * 5000, "the same words " * 200,
 ]  # fmt: skip
 
 

@@ -74,7 +74,9 @@ def test_bad_arguments_are_named(changes, error, message):
 @pytest.mark.parametrize("isa", _C.available_isas())
 @pytest.mark.parametrize("kind", ["nearly equal", "all lengths", "zeros", "one coordinate", "odd"])
 def test_the_screen_loses_nothing(isa, kind):
-    """Many queries meet a screen of 16-bit products first: the exact best must come through it, however close the scores are."""
+    """Many queries meet a screen of 16-bit products first: the exact best must come through it, however close the
+    scores are.
+    """
     before = _C.current_isa()
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(130, 47 if kind == "odd" else 64, generator=generator)
