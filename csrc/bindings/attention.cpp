@@ -15,8 +15,8 @@ constexpr const char* kOp = "varlen_attention";
 void check_for_cuda(const Argument& x) {
     QEMB_CHECK(x->dtype() == DType::kBFloat16 || x->dtype() == DType::kFloat16, "[", kOp, "] ", x.name,
                " must be bfloat16 or float16 on CUDA, got ", x.type_name());
-    QEMB_CHECK(x->size(2) == 64 || x->size(2) == 128, "[", kOp, "] ", x.name, ": head_dim must be 64 or 128 on CUDA, got ",
-               x->size(2));
+    QEMB_CHECK(x->size(2) == 64 || x->size(2) == 128, "[", kOp, "] ", x.name,
+               ": head_dim must be 64 or 128 on CUDA, got ", x->size(2));
     QEMB_CHECK(x->size(1) <= 65535, "[", kOp, "] ", x.name, " must have at most 65535 heads on CUDA, got ", x->size(1));
     const int64_t elements = 16 / size_of(x->dtype());
     bool fits = reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
@@ -27,7 +27,9 @@ void check_for_cuda(const Argument& x) {
 // Of a plan: tiles, blocks, key blocks and summed blocks; 1 where no sequence has more than one query.
 using Sizes = std::array<int64_t, 5>;
 
-Sizes sizes_of(const AttentionPlan& plan) { return {plan.tiles, plan.blocks, plan.key_blocks, plan.summed, plan.single}; }
+Sizes sizes_of(const AttentionPlan& plan) {
+    return {plan.tiles, plan.blocks, plan.key_blocks, plan.summed, plan.single};
+}
 
 AttentionPlan plan_of(const Sizes& sizes) {
     return {.tiles = sizes[0], .blocks = sizes[1], .key_blocks = sizes[2], .summed = sizes[3], .single = sizes[4] != 0};
@@ -58,12 +60,13 @@ struct Inputs {
         q.rank(3, "[tokens, heads, head_dim]").floating().last_contiguous();
         k.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
         v.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
-        QEMB_CHECK(q->size(2) == k->size(2), "[", kOp, "] q and k must share head_dim, got ", q->size(2), " and ", k->size(2));
+        QEMB_CHECK(q->size(2) == k->size(2), "[", kOp, "] q and k must share head_dim, got ", q->size(2), " and ",
+                   k->size(2));
         QEMB_CHECK(k->shape == v->shape, "[", kOp, "] k and v must have the same shape, got ", k->shape_text(), " and ",
                    v->shape_text());
         const int64_t dim = q->size(2);
-        QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp, "] q: head_dim must be a multiple of 8 up to 256, got ",
-                   dim);
+        QEMB_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "[", kOp,
+                   "] q: head_dim must be a multiple of 8 up to 256, got ", dim);
         if (call.cuda())
             for (const Argument* x : {&q, &k, &v}) check_for_cuda(*x);
         QEMB_CHECK(k->size(1) > 0 && q->size(1) > 0 && q->size(1) % k->size(1) == 0, "[", kOp,
@@ -71,8 +74,9 @@ struct Inputs {
         QEMB_CHECK(std::isfinite(scale), "[", kOp, "] scale must be finite, got ", scale);
         const int32_t* const cu_seqlens_q = checked_cu_seqlens(cu_q, q->size(0), "q");
         const int32_t* const cu_seqlens_k = checked_cu_seqlens(cu_k, k->size(0), "k");
-        QEMB_CHECK(cu_q->size(0) == cu_k->size(0), "[", kOp, "] cu_seqlens and cu_seqlens_k must have as many entries, got ",
-                   cu_q->size(0), " and ", cu_k->size(0));
+        QEMB_CHECK(cu_q->size(0) == cu_k->size(0), "[", kOp,
+                   "] cu_seqlens and cu_seqlens_k must have as many entries, got ", cu_q->size(0), " and ",
+                   cu_k->size(0));
         problem = {
             .q = q->data,
             .k = k->data,
@@ -170,11 +174,11 @@ Sizes largest(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
 
 void bind_attention(py::module_& m) {
     using py::arg;
-    m.def("attention_forward", &forward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"), py::kw_only(),
-          arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("plan"), arg("sizes"));
-    m.def("attention_backward", &backward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"), py::kw_only(),
-          arg("out"), arg("lse"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("scale"), arg("causal"), arg("plan"),
-          arg("sizes"));
+    m.def("attention_forward", &forward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
+          py::kw_only(), arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("plan"), arg("sizes"));
+    m.def("attention_backward", &backward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
+          py::kw_only(), arg("out"), arg("lse"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("scale"),
+          arg("causal"), arg("plan"), arg("sizes"));
     m.def("size_plan", &size);
     m.def("fill_plan", &fill);
     m.def("largest_plan", &largest);

@@ -11,27 +11,28 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
-// On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a positive must
-// be in range, the kernels read and write at it.
+// On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a
+// positive must be in range, the kernels read and write at it.
 const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of,
                                const char* why = "") {
     x.type(ScalarType::kInt64, "int64").shape({count}, why).contiguous();
     const auto* values = static_cast<const int64_t*>(x->data);
     for (int64_t i = 0; x->device < 0 && i < count; ++i)
-        QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ", high - 1, " (",
-                   of, "), got ", values[i], " at ", i);
+        QEMB_CHECK(values[i] >= low && values[i] < high, "[", kOp, "] ", x.name, " must be from ", low, " to ",
+                   high - 1, " (", of, "), got ", values[i], " at ", i);
     return values;
 }
 
 void checked_vectors(const Argument& q, const Argument& d) {
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
-    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
-               " and ", d->size(1));
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ",
+               q->size(1), " and ", d->size(1));
 }
 
 // What the caller gave, before anything is made of it.
-void check_info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner, py::handle document_ids) {
+void check_info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner,
+                    py::handle document_ids) {
     Call call(kOp);
     const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive);
     checked_vectors(q, d);
@@ -66,8 +67,8 @@ std::vector<const char*> group_names() {
 
 // Options without a group that is on.
 InfoNceOptions make_options(double temperature, bool split, double focal, double scale) {
-    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp, "] temperature must be positive and finite, got ",
-               temperature);
+    QEMB_CHECK(std::isfinite(temperature) && temperature > 0, "[", kOp,
+               "] temperature must be positive and finite, got ", temperature);
     QEMB_CHECK(std::isfinite(focal) && focal >= 0, "[", kOp, "] focal must be finite and at least 0, got ", focal);
     return {.groups = {}, .split = split, .temperature = temperature, .focal = focal, .scale = scale};
 }
@@ -77,23 +78,23 @@ void turn_on(InfoNceOptions& options, const std::string& group, const std::strin
     QEMB_CHECK(!std::isnan(margin), "[", kOp, "] margin must be a number, got nan");
     QEMB_CHECK(std::isfinite(hardness), "[", kOp, "] hardness must be finite, got ", hardness);
     options.groups[index_in("group", group, group_names().data(), kNumGroups)] = {
-        true, static_cast<ScoreMask>(index_in("mask", mask, kMaskNames, static_cast<int>(std::size(kMaskNames)))), relative,
-        margin, hardness};
+        true, static_cast<ScoreMask>(index_in("mask", mask, kMaskNames, static_cast<int>(std::size(kMaskNames)))),
+        relative, margin, hardness};
 }
 
 void info_nce(const InfoNceOptions& options, py::handle queries, py::handle documents, py::handle positive,
               py::handle query_text, py::handle document_text, py::handle role, py::handle owner, py::handle own_starts,
               py::handle own_documents, int64_t first_row, int64_t num_rows, int64_t first_column,
-              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights, py::handle loss, py::handle stats,
-              py::handle d_queries, py::handle d_documents, py::handle d_temperature, py::handle log_negatives,
-              bool log_negatives_given, bool adds_positive) {
+              const std::vector<int64_t>& dims, const std::vector<double>& dim_weights, py::handle loss,
+              py::handle stats, py::handle d_queries, py::handle d_documents, py::handle d_temperature,
+              py::handle log_negatives, bool log_negatives_given, bool adds_positive) {
     Call call(kOp);
     const Argument q(call, "queries", queries), d(call, "documents", documents), pos(call, "positive", positive),
         l(call, "loss", loss), totals(call, "stats", stats);
     checked_vectors(q, d);
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
-    QEMB_CHECK(first_row >= 0 && num_rows >= 0 && first_row + num_rows <= num_queries, "[", kOp, "] rows must lie in 0 to ",
-               num_queries, ", got ", first_row, " to ", first_row + num_rows);
+    QEMB_CHECK(first_row >= 0 && num_rows >= 0 && first_row + num_rows <= num_queries, "[", kOp,
+               "] rows must lie in 0 to ", num_queries, ", got ", first_row, " to ", first_row + num_rows);
     QEMB_CHECK(dims.size() == dim_weights.size(), "[", kOp, "] a weight for each of ", dims.size(), " dims, got ",
                dim_weights.size());
     QEMB_CHECK(!call.cuda() || dims.size() <= kMaxPrefixes, "[", kOp, "] at most ", kMaxPrefixes, " dims on CUDA, got ",
@@ -112,7 +113,8 @@ void info_nce(const InfoNceOptions& options, py::handle queries, py::handle docu
         .positive = checked_indices(pos, num_queries, 0, num_documents, "an index of documents"),
         .query_text = integers("query_text", query_text, num_queries),
         .document_text = integers("document_text", document_text, num_documents),
-        .role = static_cast<const uint8_t*>(roles.type(ScalarType::kUInt8, "uint8").shape({num_documents}).contiguous()->data),
+        .role = static_cast<const uint8_t*>(
+            roles.type(ScalarType::kUInt8, "uint8").shape({num_documents}).contiguous()->data),
         .owner = integers("owner", owner, num_documents),
         .own_starts = integers("own_starts", own_starts, num_queries + 1),
         .own_documents = integers("own_documents", own_documents, num_documents),
@@ -129,7 +131,8 @@ void info_nce(const InfoNceOptions& options, py::handle queries, py::handle docu
         .loss = doubles(l, {num_rows}),
         .d_queries = optional_gradient(call, "d_queries", d_queries, {q->size(0), q->size(1)}, q),
         .d_documents = optional_gradient(call, "d_documents", d_documents, {d->size(0), d->size(1)}, d),
-        .d_temperature = d_temperature.is_none() ? nullptr : doubles(Argument(call, "d_temperature", d_temperature), {1}),
+        .d_temperature =
+            d_temperature.is_none() ? nullptr : doubles(Argument(call, "d_temperature", d_temperature), {1}),
         .stats = doubles(totals, {5}),
         .log_negatives = log_negatives.is_none()
                              ? nullptr
@@ -147,13 +150,14 @@ void bind_info_nce(py::module_& m) {
     using py::arg;
     py::class_<InfoNceOptions>(m, "InfoNceOptions")
         .def(py::init(&make_options), py::kw_only(), arg("temperature"), arg("split"), arg("focal"), arg("scale"))
-        .def("turn_on", &turn_on, arg("group"), py::kw_only(), arg("mask"), arg("margin"), arg("relative"), arg("hardness"));
+        .def("turn_on", &turn_on, arg("group"), py::kw_only(), arg("mask"), arg("margin"), arg("relative"),
+             arg("hardness"));
     m.def("check_info_nce", &check_info_nce);
     m.def("info_nce", &info_nce, arg("options"), py::kw_only(), arg("queries"), arg("documents"), arg("positive"),
           arg("query_text"), arg("document_text"), arg("role"), arg("owner"), arg("own_starts"), arg("own_documents"),
-          arg("first_row"), arg("num_rows"), arg("first_column"), arg("dims"), arg("dim_weights"), arg("loss"), arg("stats"),
-          arg("d_queries"), arg("d_documents"), arg("d_temperature"), arg("log_negatives"), arg("log_negatives_given"),
-          arg("adds_positive"));
+          arg("first_row"), arg("num_rows"), arg("first_column"), arg("dims"), arg("dim_weights"), arg("loss"),
+          arg("stats"), arg("d_queries"), arg("d_documents"), arg("d_temperature"), arg("log_negatives"),
+          arg("log_negatives_given"), arg("adds_positive"));
     m.attr("INFO_NCE_GROUPS") = py::tuple(py::cast(group_names()));
     m.attr("MAX_PREFIXES") = kMaxPrefixes;
 }

@@ -8,7 +8,8 @@ namespace {
 
 constexpr const char* kOp = "last_token_pool";
 
-// What forward and backward share. `rows` is what has one row for each sequence: its width is how many features are kept.
+// What forward and backward share. `rows` is what has one row for each sequence: its width is how many features are
+// kept.
 struct Inputs {
     Call call{kOp};
     Argument hidden, cu, rows;
@@ -20,12 +21,14 @@ struct Inputs {
         rows.rank(2, "[num_sequences, dim]").contiguous();
         hidden.rank(2, "[tokens, embed]").floating().last_contiguous();
         const int64_t dim = rows->size(1);
-        QEMB_CHECK(dim >= 1 && dim <= hidden->size(1), "[", kOp, "] dim must be from 1 to ", hidden->size(1), ", got ", dim);
+        QEMB_CHECK(dim >= 1 && dim <= hidden->size(1), "[", kOp, "] dim must be from 1 to ", hidden->size(1), ", got ",
+                   dim);
         check_eps(kOp, eps);
         const void* weight = nullptr;
         if (!weight_.is_none()) {
             const Argument given(call, "norm_weight", weight_);
-            weight = given.shape({hidden->size(1)}, " (one for each feature of hidden)").like(hidden).contiguous()->data;
+            weight =
+                given.shape({hidden->size(1)}, " (one for each feature of hidden)").like(hidden).contiguous()->data;
         }
         const int32_t* const cu_seqlens = checked_cu_seqlens(cu, hidden->size(0), "hidden");
         rows.shape({cu->size(0) - 1, dim}).like(hidden);
@@ -44,7 +47,8 @@ struct Inputs {
     }
 };
 
-void forward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, py::handle out, double eps, bool normalize) {
+void forward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, py::handle out, double eps,
+             bool normalize) {
     Inputs in(hidden, cu_seqlens, norm_weight, "out", out, eps, normalize);
     LastTokenPoolForward p{in.problem};
     p.out = in.rows->data;
@@ -58,7 +62,8 @@ void backward(py::handle hidden, py::handle cu_seqlens, py::handle norm_weight, 
     p.dout = in.rows->data;
     p.dhidden = Argument(in.call, "dhidden", dhidden).same(in.hidden)->data;
     p.dnorm_weight = optional_gradient(in.call, "dnorm_weight", dnorm_weight, {in.hidden->size(1)}, in.hidden);
-    in.call.run(p, cpu::last_token_pool_backward, cuda::last_token_pool_backward, cuda::last_token_pool_backward_scratch);
+    in.call.run(p, cpu::last_token_pool_backward, cuda::last_token_pool_backward,
+                cuda::last_token_pool_backward_scratch);
 }
 
 }  // namespace

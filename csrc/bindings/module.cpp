@@ -29,10 +29,11 @@ void bind_runtime(py::module_& m) {
     m.def("cuda_is_built", &cuda::is_built);
     m.def("cuda_device_count", &cuda::device_count);
     m.def("set_newest_kernels", [](int capability) { return std::exchange(cuda::newest_kernels(), capability); });
-    m.def("check_cu_seqlens", [](const char* op, const char* name, py::handle cu_seqlens, int64_t total, const char* of) {
-        Call call(op);
-        checked_cu_seqlens(Argument(call, name, cu_seqlens), total, of);
-    });
+    m.def("check_cu_seqlens",
+          [](const char* op, const char* name, py::handle cu_seqlens, int64_t total, const char* of) {
+              Call call(op);
+              checked_cu_seqlens(Argument(call, name, cu_seqlens), total, of);
+          });
     m.def("num_threads", &cpu::num_threads);
     py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](const Block& block) {
         return py::buffer_info(static_cast<uint8_t*>(block.data), static_cast<py::ssize_t>(block.size));

@@ -32,8 +32,8 @@ struct Heads {
     }
 };
 
-void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle y, py::handle rstd,
-                          double eps) {
+void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle y,
+                          py::handle rstd, double eps) {
     Heads in(x, weight, cos, sin, rstd);
     const Argument out(in.call, "y", y);
     out.same(in.x);
@@ -52,8 +52,8 @@ void qk_norm_rope_forward(py::handle x, py::handle weight, py::handle cos, py::h
     in.call.run(p, cpu::qk_norm_rope_forward, cuda::qk_norm_rope_forward);
 }
 
-void qk_norm_rope_backward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle rstd, py::handle dy,
-                           py::handle dx, py::handle dweight) {
+void qk_norm_rope_backward(py::handle x, py::handle weight, py::handle cos, py::handle sin, py::handle rstd,
+                           py::handle dy, py::handle dx, py::handle dweight) {
     Heads in(x, weight, cos, sin, rstd);
     const Argument d_y(in.call, "dy", dy), d_x(in.call, "dx", dx);
     d_y.same(in.x), d_x.same(in.x);

@@ -23,8 +23,8 @@ void* optional_like(Call& call, const char* name, py::handle value, const Argume
     return value.is_none() ? nullptr : Argument(call, name, value).same(x)->data;
 }
 
-void rms_norm_forward(py::handle x, py::handle residual, py::handle weight, py::handle sum, py::handle y, py::handle rstd,
-                      double eps) {
+void rms_norm_forward(py::handle x, py::handle residual, py::handle weight, py::handle sum, py::handle y,
+                      py::handle rstd, double eps) {
     Norm in(x, weight, rstd);
     const Argument out(in.call, "y", y);
     out.same(in.x);

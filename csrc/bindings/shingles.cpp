@@ -9,7 +9,8 @@ namespace {
 struct Texts {
     Argument text, offsets;
 
-    Texts(Call& call, py::handle text_, py::handle offsets_) : text(call, "text", text_), offsets(call, "offsets", offsets_) {
+    Texts(Call& call, py::handle text_, py::handle offsets_)
+        : text(call, "text", text_), offsets(call, "offsets", offsets_) {
         text.rank(1, "[bytes]").type(ScalarType::kUInt8, "uint8").contiguous();
         offsets.rank(1, "[num_texts + 1]").type(ScalarType::kInt64, "int64").contiguous();
         QEMB_CHECK(!call.cuda(), "[", call.op, "] texts must be on the CPU");

@@ -69,8 +69,8 @@ void Argument::read(Call& call) {
     view.stride = integers(object.attr("stride")());
     const auto device = [&] { return py::str(object.attr("device")).cast<std::string>(); };
     if (!object.attr("is_cpu").cast<bool>()) {
-        QEMB_CHECK(object.attr("is_cuda").cast<bool>(), "[", op, "] ", name, " must be on the CPU or on a CUDA device, got ",
-                   device());
+        QEMB_CHECK(object.attr("is_cuda").cast<bool>(), "[", op, "] ", name,
+                   " must be on the CPU or on a CUDA device, got ", device());
         view.device = object.attr("get_device")().cast<int>();
     }
     if (!call.first_) call.first_ = name, call.device_ = view.device;
@@ -92,7 +92,8 @@ const Argument& Argument::rank(int64_t wanted, const char* layout) const {
 
 const Argument& Argument::floating() const {
     if (view.type > ScalarType::kFloat16)
-        throw py::type_error(concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", type_name()));
+        throw py::type_error(
+            concat("[", op, "] ", name, " must be float32, bfloat16, float16 or float64, got ", type_name()));
     if (view.device >= 0 && view.type == ScalarType::kFloat64)
         throw py::type_error(
             concat("[", op, "] ", name, " must be float32, bfloat16 or float16 on CUDA: float64 is for the CPU"));
@@ -100,14 +101,15 @@ const Argument& Argument::floating() const {
 }
 
 const Argument& Argument::type(ScalarType wanted, const char* wanted_name) const {
-    if (view.type != wanted) throw py::type_error(concat("[", op, "] ", name, " must be ", wanted_name, ", got ", type_name()));
+    if (view.type != wanted)
+        throw py::type_error(concat("[", op, "] ", name, " must be ", wanted_name, ", got ", type_name()));
     return *this;
 }
 
 const Argument& Argument::like(const Argument& other) const {
     if (view.type != other->type)
-        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ", other.type_name(),
-                                    ", got ", type_name()));
+        throw py::type_error(concat("[", op, "] ", name, " must have the dtype of ", other.name, ", ",
+                                    other.type_name(), ", got ", type_name()));
     return *this;
 }
 
@@ -132,7 +134,8 @@ const Argument& Argument::shape(std::initializer_list<int64_t> wanted, const cha
     if (view.shape != std::vector<int64_t>(wanted)) {
         TensorView expected;
         expected.shape = wanted;
-        QEMB_CHECK(false, "[", op, "] ", name, " must have shape ", expected.shape_text(), ", got ", view.shape_text(), why);
+        QEMB_CHECK(false, "[", op, "] ", name, " must have shape ", expected.shape_text(), ", got ", view.shape_text(),
+                   why);
     }
     return *this;
 }
@@ -157,8 +160,8 @@ const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total, con
     for (int64_t i = 1; i < count; ++i)
         QEMB_CHECK(values[i] >= values[i - 1], "[", op, "] ", name, " must not decrease, got ", values[i - 1], " then ",
                    values[i], " at ", i);
-    QEMB_CHECK(total < 0 || values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ", of, ", ",
-               total, ", got ", values[count - 1]);
+    QEMB_CHECK(total < 0 || values[count - 1] == total, "[", op, "] ", name, " must end at the number of tokens of ",
+               of, ", ", total, ", got ", values[count - 1]);
     return values;
 }
 

@@ -1,5 +1,5 @@
-// torch.Tensor -> plain view, by attribute reads; the device, stream and memory of a call. The only file that knows torch
-// exists, and it includes none of its headers.
+// torch.Tensor -> plain view, by attribute reads; the device, stream and memory of a call. The only file that knows
+// torch exists, and it includes none of its headers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -52,8 +52,8 @@ class Call {
   public:
     explicit Call(const char* op) : op(op) {}
 
-    // The twin of that device; on CUDA on torch's current stream, with scratch from torch's allocator where the kernel wants
-    // some.
+    // The twin of that device; on CUDA on torch's current stream, with scratch from torch's allocator where the kernel
+    // wants some.
     template <class Struct>
     void run(Struct& p, void (*on_cpu)(const Struct&), void (*on_cuda)(const Struct&),
              int64_t (*scratch_bytes)(const Struct&) = nullptr) const {
@@ -109,8 +109,8 @@ struct Argument {
     void read(Call& call);
 };
 
-// cu_seqlens: int32, [num_seqs + 1], starts at 0, never decreases, ends at `total` where that is known (not -1). On a GPU the
-// values are not looked at: the host would have to wait.
+// cu_seqlens: int32, [num_seqs + 1], starts at 0, never decreases, ends at `total` where that is known (not -1). On a
+// GPU the values are not looked at: the host would have to wait.
 const int32_t* checked_cu_seqlens(const Argument& cu_seqlens, int64_t total = -1, const char* of = "");
 
 // A gradient that may not be wanted (None): of that shape, in the arithmetic type of x.

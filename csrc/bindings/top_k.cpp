@@ -15,8 +15,8 @@ void top_k(py::handle queries, py::handle documents, py::handle exclude, py::han
         i(call, "indices", indices);
     q.rank(2, "[num_queries, dim]").floating().contiguous();
     d.rank(2, "[num_documents, dim]").floating().like(q).contiguous();
-    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ", q->size(1),
-               " and ", d->size(1));
+    QEMB_CHECK(q->size(1) == d->size(1), "[", kOp, "] queries and documents must share their dimension, got ",
+               q->size(1), " and ", d->size(1));
     QEMB_CHECK(d->size(0) < (int64_t{1} << 32), "[", kOp, "] documents must number fewer than 2^32, got ", d->size(0));
     s.rank(2, "[num_queries, k]").type(ScalarType::kFloat32, "float32").contiguous();
     i.shape({q->size(0), s->size(1)}).type(ScalarType::kInt64, "int64").contiguous();

@@ -1,5 +1,5 @@
-// Functions that several compilations share. They are always inlined: cpu/kernels are compiled once per instruction set, and a
-// copy out of line, made with wide instructions, could be the one that the linker keeps for every processor.
+// Functions that several compilations share. They are always inlined: cpu/kernels are compiled once per instruction
+// set, and a copy out of line, made with wide instructions, could be the one that the linker keeps for every processor.
 #pragma once
 
 #define QEMB_INLINE inline __attribute__((always_inline))

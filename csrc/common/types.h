@@ -24,8 +24,8 @@ inline const char* name_of(DType dtype) {
     }
 }
 
-// Sums of squares between these bounds are exact to rounding; others have overflowed or lost what is small. They are taken
-// again of the values times a power of two: kShrink or kGrow. (NaN is outside.)
+// Sums of squares between these bounds are exact to rounding; others have overflowed or lost what is small. They are
+// taken again of the values times a power of two: kShrink or kGrow. (NaN is outside.)
 template <class T>
 struct SquareRange {
     static constexpr bool kIsFloat = sizeof(T) == 4;

@@ -13,8 +13,8 @@ Isa best_isa() {
 #if defined(QEMB_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return Isa::kAvx512;
     if (avx2) return Isa::kAvx2;
 #endif
@@ -36,8 +36,8 @@ void set_isa(const std::string& name) {
             return;
         }
     }
-    QEMB_CHECK(false, "[set_isa] this machine has no '", name, "', the best it has is '", kNames[static_cast<int>(best_isa())],
-               "'");
+    QEMB_CHECK(false, "[set_isa] this machine has no '", name, "', the best it has is '",
+               kNames[static_cast<int>(best_isa())], "'");
 }
 
 #if defined(QEMB_X86)

@@ -30,7 +30,8 @@ class Blocks {
         // The smallest that fits and wastes at most a quarter.
         auto best = kept_.end();
         for (auto at = kept_.begin(); at != kept_.end(); ++at)
-            if (at->size >= size && at->size <= size + size / 4 && (best == kept_.end() || at->size < best->size)) best = at;
+            if (at->size >= size && at->size <= size + size / 4 && (best == kept_.end() || at->size < best->size))
+                best = at;
         Block block;
         if (best != kept_.end()) {
             block = *best;

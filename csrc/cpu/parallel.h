@@ -1,5 +1,6 @@
-// The only place with threads. Work runs on torch's own OpenMP runtime where torch has loaded one (a second pool on the same
-// cores would fight its spinning threads), and on a small blocking pool otherwise: C++ tests, sanitizers, a forked child.
+// The only place with threads. Work runs on torch's own OpenMP runtime where torch has loaded one (a second pool on the
+// same cores would fight its spinning threads), and on a small blocking pool otherwise: C++ tests, sanitizers, a forked
+// child.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,8 @@ namespace qemb::cpu {
 int num_threads();
 void set_num_threads(int count);  // of the own pool; torch's runtime follows torch.set_num_threads
 
-// Calls run(context, item) for each item in [0, count), longest first if the caller ordered them so. Items must not depend
-// on which thread runs them. The first exception is rethrown when all threads are done.
+// Calls run(context, item) for each item in [0, count), longest first if the caller ordered them so. Items must not
+// depend on which thread runs them. The first exception is rethrown when all threads are done.
 void run_parallel(int64_t count, void (*run)(void* context, int64_t item), void* context);
 
 template <class Function>

@@ -1,6 +1,6 @@
 // Which kernels a call gets: those of cuda/sm90 on Hopper, where they were built, and those of cuda/ everywhere else. A
-// function of cuda/sm90 returns false where it does not take a call (a layout that the copy engine refuses, say): then cuda/
-// does.
+// function of cuda/sm90 returns false where it does not take a call (a layout that the copy engine refuses, say): then
+// cuda/ does.
 #pragma once
 
 #include "cuda/launch.h"

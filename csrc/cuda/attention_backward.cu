@@ -31,8 +31,8 @@ void attention_backward(const AttentionBackward& p) {
             launch(kOp, attention_backward_queries<T, D>, grid(p.plan.blocks, heads), kBackwardWarps * 32,
                    block_backward_shared<D>(), p.stream, p);
         }
-        launch(kOp, attention_backward_tile<T, D>, grid(p.plan.tiles, kv_heads), kBackwardWarps * 32, tile_backward_shared<D>(),
-               p.stream, p);
+        launch(kOp, attention_backward_tile<T, D>, grid(p.plan.tiles, kv_heads), kBackwardWarps * 32,
+               tile_backward_shared<D>(), p.stream, p);
     });
 }
 

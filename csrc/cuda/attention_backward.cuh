@@ -1,5 +1,6 @@
-// Gradients of attention. Weights are computed again from lse; delta is the sum of out * dout over a row. dK and dV of a group
-// stay in registers until all its query heads are through: nothing is added in memory, so the order is always the same.
+// Gradients of attention. Weights are computed again from lse; delta is the sum of out * dout over a row. dK and dV of
+// a group stay in registers until all its query heads are through: nothing is added in memory, so the order is always
+// the same.
 #pragma once
 
 #include "cuda/attention_tile.h"
@@ -25,8 +26,8 @@ struct QueryRows {
 // Sixteen keys against sixteen queries: adds to dK and dV, leaves dS^T as the accumulators of two n-tiles.
 template <class T, int D, class Rows>
 QEMB_DEVICE void add_key_gradients(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&ds)[2][4], uint32_t my_k,
-                                   uint32_t my_v, uint32_t q, uint32_t dout, const Rows& rows, int first_row, int first_key,
-                                   float scale, int lane) {
+                                   uint32_t my_v, uint32_t q, uint32_t dout, const Rows& rows, int first_row,
+                                   int first_key, float scale, int lane) {
     float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
@@ -66,8 +67,8 @@ constexpr size_t tile_backward_shared() {
     return 4 * kTile * D * 2 + kTile * kTile * 2 + sizeof(SlotMap) + sizeof(QueryRows<kTile>);
 }
 
-// One tile of short sequences and one kv head: all three gradients in one pass over memory. A warp owns a slot of keys for dK
-// and dV, then a slot of queries for dQ; dS^T goes between them through shared memory.
+// One tile of short sequences and one kv head: all three gradients in one pass over memory. A warp owns a slot of keys
+// for dK and dV, then a slot of queries for dQ; dS^T goes between them through shared memory.
 template <class T, int D>
 __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
@@ -85,8 +86,10 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
     auto& rows = *reinterpret_cast<QueryRows<kTile>*>(&map + 1);
     if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
-    load_slots<T, D, kThreads>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride, thread);
-    load_slots<T, D, kThreads>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);
+    load_slots<T, D, kThreads>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride,
+                               thread);
+    load_slots<T, D, kThreads>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride,
+                               thread);
     cp_async_commit();
 
     const SlotMap::Slot mine = map.k[warp], asked = map.q[warp];
@@ -108,8 +111,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
             const bool valid = row < asked.count;
             const int64_t at = (static_cast<int64_t>(valid ? asked.token + row : 0) * p.num_heads + head);
             const int64_t value = at * D + lane % (D / 8) * 8;
-            const float delta =
-                row_dot<D>(load<8>(static_cast<const T*>(p.out) + value), load<8>(static_cast<const T*>(p.dout) + value));
+            const float delta = row_dot<D>(load<8>(static_cast<const T*>(p.out) + value),
+                                           load<8>(static_cast<const T*>(p.dout) + value));
             const int seen = valid ? visible_keys(asked.offset + row, asked.length, asked.other_length, p.causal) : 0;
             if (lane % (D / 8) == 0)
                 rows.set(warp * kSlot + row, static_cast<const float*>(p.lse)[at], valid ? delta : 0, seen);
@@ -157,7 +160,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
 
 // delta of every query and head, for the blocks below: [T, num_heads].
 template <class T, int D>
-__global__ void __launch_bounds__(256) attention_backward_delta(const T* out, const T* dout, float* delta, int64_t rows) {
+__global__ void __launch_bounds__(256)
+    attention_backward_delta(const T* out, const T* dout, float* delta, int64_t rows) {
     constexpr int kLanes = D / 8;
     const int64_t row = blockIdx.x * int64_t(256 / kLanes) + threadIdx.x / kLanes;
     const int64_t at = (row < rows ? row : rows - 1) * D + threadIdx.x % kLanes * 8;
@@ -188,9 +192,11 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
     const uint32_t do_tiles = q_tiles + 2 * kStepBytes;
     auto* rows = reinterpret_cast<QueryRows<kBackwardStep>*>(memory + 2 * kBytes + 4 * kStepBytes);
     const int64_t key = span.k + first;
-    load_rows<T, D, kTile, kThreads>(k_tile, static_cast<const T*>(p.k) + key * p.k_token_stride + kv_head * p.k_head_stride,
+    load_rows<T, D, kTile, kThreads>(k_tile,
+                                     static_cast<const T*>(p.k) + key * p.k_token_stride + kv_head * p.k_head_stride,
                                      p.k_token_stride, count, thread);
-    load_rows<T, D, kTile, kThreads>(v_tile, static_cast<const T*>(p.v) + key * p.v_token_stride + kv_head * p.v_head_stride,
+    load_rows<T, D, kTile, kThreads>(v_tile,
+                                     static_cast<const T*>(p.v) + key * p.v_token_stride + kv_head * p.v_head_stride,
                                      p.v_token_stride, count, thread);
 
     // Steps: the blocks of queries that see any of these keys, head after head.
@@ -202,8 +208,9 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
             const int stage = step % 2;
             const int64_t query = span.q + start;
             load_rows<T, D, kBackwardStep, kThreads>(
-                q_tiles + stage * kStepBytes, static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride,
-                p.q_token_stride, span.num_q - start, thread);
+                q_tiles + stage * kStepBytes,
+                static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride, p.q_token_stride,
+                span.num_q - start, thread);
             load_rows<T, D, kBackwardStep, kThreads>(do_tiles + stage * kStepBytes,
                                                      static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D,
                                                      p.num_heads * D, span.num_q - start, thread);
@@ -230,8 +237,9 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
 #pragma unroll 1
         for (int row = 0; row < kBackwardStep; row += kSlot) {
             float ds[2][4];
-            add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2, do_tile + row * D * 2,
-                                    rows[step % 2], row, first + warp * kSlot, static_cast<float>(p.scale), lane);
+            add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2,
+                                    do_tile + row * D * 2, rows[step % 2], row, first + warp * kSlot,
+                                    static_cast<float>(p.scale), lane);
         }
         sync_block();  // before the step after the next overwrites this one
     }
@@ -239,12 +247,14 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
     sync_block();
 
     const int64_t at = ((key + warp * kSlot) * p.num_kv_heads + kv_head) * D;
-    store_rows<T, D>(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, count - warp * kSlot, dk, 1, 1, k_tile + my_rows, lane);
-    store_rows<T, D>(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, count - warp * kSlot, dv, 1, 1, k_tile + my_rows, lane);
+    store_rows<T, D>(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, count - warp * kSlot, dk, 1, 1, k_tile + my_rows,
+                     lane);
+    store_rows<T, D>(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, count - warp * kSlot, dv, 1, 1, k_tile + my_rows,
+                     lane);
 }
 
-// dQ of kTile queries of a long sequence and one head. It computes the weights a second time (7 products instead of 5); in
-// exchange no dQ is ever added in memory.
+// dQ of kTile queries of a long sequence and one head. It computes the weights a second time (7 products instead of 5);
+// in exchange no dQ is ever added in memory.
 template <class T, int D>
 __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_queries(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
@@ -260,21 +270,23 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_querie
     const uint32_t v_tiles = k_tiles + 2 * kStepBytes;
     const T* keys = static_cast<const T*>(p.k) + span.k * p.k_token_stride + kv_head * p.k_head_stride;
     const T* values = static_cast<const T*>(p.v) + span.k * p.v_token_stride + kv_head * p.v_head_stride;
-    const int steps = (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kBackwardStep - 1) / kBackwardStep;
+    const int steps =
+        (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kBackwardStep - 1) / kBackwardStep;
     const auto load_step = [&](int step) {
         const int start = step * kBackwardStep, stage = step % 2 * kStepBytes;
         if (step < steps) {
             load_rows<T, D, kBackwardStep, kThreads>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
                                                      span.num_k - start, thread);
-            load_rows<T, D, kBackwardStep, kThreads>(v_tiles + stage, values + start * p.v_token_stride, p.v_token_stride,
-                                                     span.num_k - start, thread);
+            load_rows<T, D, kBackwardStep, kThreads>(v_tiles + stage, values + start * p.v_token_stride,
+                                                     p.v_token_stride, span.num_k - start, thread);
         }
         cp_async_commit();
     };
-    load_rows<T, D, kTile, kThreads>(q_tile, static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride,
+    load_rows<T, D, kTile, kThreads>(q_tile,
+                                     static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride,
                                      p.q_token_stride, count, thread);
-    load_rows<T, D, kTile, kThreads>(do_tile, static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D, p.num_heads * D,
-                                     count, thread);
+    load_rows<T, D, kTile, kThreads>(do_tile, static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D,
+                                     p.num_heads * D, count, thread);
     load_step(0);
 
     float lse[2], delta[2];

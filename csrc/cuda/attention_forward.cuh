@@ -1,4 +1,5 @@
-// softmax(scale q k^T) v: tiles of short sequences, and blocks of long ones. Scores and probabilities live in registers.
+// softmax(scale q k^T) v: tiles of short sequences, and blocks of long ones. Scores and probabilities live in
+// registers.
 #pragma once
 
 #include "cuda/attention_tile.h"
@@ -14,8 +15,8 @@ constexpr size_t tile_forward_shared() {
     return 3 * kTile * D * 2 + sizeof(SlotMap);
 }
 
-// One tile and one kv head: keys and values are read once for all query heads of the group; each warp owns a slot of queries
-// and works alone once the keys are there.
+// One tile and one kv head: keys and values are read once for all query heads of the group; each warp owns a slot of
+// queries and works alone once the keys are there.
 template <class T, int D>
 __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(const AttentionForward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
@@ -30,10 +31,10 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
     SlotMap& map = *reinterpret_cast<SlotMap*>(q_tile + 3 * kTile * D * 2);
     if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
-    load_slots<T, D, kTileWarps * 32>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride,
-                                      thread);
-    load_slots<T, D, kTileWarps * 32>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride,
-                                      thread);
+    load_slots<T, D, kTileWarps * 32>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride,
+                                      p.k_token_stride, thread);
+    load_slots<T, D, kTileWarps * 32>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride,
+                                      p.v_token_stride, thread);
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
 
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         // Load Q, this warp's rows.
-        load_rows<T, D, kSlot, 32>(my_q, static_cast<const T*>(p.q) + mine.token * p.q_token_stride + head * p.q_head_stride,
+        load_rows<T, D, kSlot, 32>(my_q,
+                                   static_cast<const T*>(p.q) + mine.token * p.q_token_stride + head * p.q_head_stride,
                                    p.q_token_stride, mine.count, lane);
         cp_async_commit();
         cp_async_wait<0>();
@@ -61,8 +63,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
 #pragma unroll
             for (int j = 0; j < 4; ++j) out[i][j] = 0;
 
-        // Some slots of its own sequence's keys at a time, counted from that sequence's first: the sums do not depend on what
-        // else the tile holds.
+        // Some slots of its own sequence's keys at a time, counted from that sequence's first: the sums do not depend
+        // on what else the tile holds.
         for (int start = 0; start < num_keys; start += kAtOnce * kSlot) {
             float s[2 * kAtOnce][4];
 #pragma unroll
@@ -90,8 +92,8 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
                 }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float factor = online_softmax<4 * kAtOnce>(row_max[half], sum[half], 1,
-                                                                 [&](int i) -> float& { return s[i / 2][2 * half + i % 2]; });
+                const float factor = online_softmax<4 * kAtOnce>(
+                    row_max[half], sum[half], 1, [&](int i) -> float& { return s[i / 2][2 * half + i % 2]; });
 #pragma unroll
                 for (int i = 0; i < D / 8; ++i) {
                     out[i][2 * half] *= factor;
@@ -110,8 +112,9 @@ __global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(con
 
         // Write the output and lse.
         const float sum0 = lanes_sum<4>(sum[0]), sum1 = lanes_sum<4>(sum[1]);
-        store_rows<T, D>(static_cast<T*>(p.out) + (static_cast<int64_t>(mine.token) * p.num_heads + head) * D, p.num_heads * D,
-                         mine.count, out, sum0 > 0 ? 1 / sum0 : 0, sum1 > 0 ? 1 / sum1 : 0, my_q, lane);
+        store_rows<T, D>(static_cast<T*>(p.out) + (static_cast<int64_t>(mine.token) * p.num_heads + head) * D,
+                         p.num_heads * D, mine.count, out, sum0 > 0 ? 1 / sum0 : 0, sum1 > 0 ? 1 / sum1 : 0, my_q,
+                         lane);
         float* lse = static_cast<float*>(p.lse) + static_cast<int64_t>(mine.token) * p.num_heads + head;
         if (lane % 4 == 0 && row < mine.count) lse[row * p.num_heads] = row_max[0] * kLn2 + logf(sum0);
         if (lane % 4 == 0 && row + 8 < mine.count) lse[(row + 8) * p.num_heads] = row_max[1] * kLn2 + logf(sum1);
@@ -127,8 +130,8 @@ constexpr size_t block_forward_shared() {
     return (kTile + 4 * kBlockKeys<D>)*D * 2;
 }
 
-// One block of kTile queries of a long sequence and one head; a warp owns 32 rows. Keys and values come in blocks, the next one
-// while this one is multiplied.
+// One block of kTile queries of a long sequence and one head; a warp owns 32 rows. Keys and values come in blocks, the
+// next one while this one is multiplied.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(const AttentionForward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
@@ -150,16 +153,16 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
     const auto load_block = [&](int block) {
         const int start = block * kBlockKeys<D>, stage = block % 2 * kBlockKeys<D> * D * 2;
         if (block < num_blocks) {
-            load_rows<T, D, kBlockKeys<D>, kBlockWarps * 32>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
-                                                             span.num_k - start, thread);
+            load_rows<T, D, kBlockKeys<D>, kBlockWarps * 32>(k_tiles + stage, keys + start * p.k_token_stride,
+                                                             p.k_token_stride, span.num_k - start, thread);
             load_rows<T, D, kBlockKeys<D>, kBlockWarps * 32>(v_tiles + stage, values + start * p.v_token_stride,
                                                              p.v_token_stride, span.num_k - start, thread);
         }
         cp_async_commit();
     };
     load_rows<T, D, kTile, kBlockWarps * 32>(
-        q_tile, static_cast<const T*>(p.q) + (span.q + first) * p.q_token_stride + head * p.q_head_stride, p.q_token_stride,
-        count, thread);
+        q_tile, static_cast<const T*>(p.q) + (span.q + first) * p.q_token_stride + head * p.q_head_stride,
+        p.q_token_stride, count, thread);
     load_block(0);
 
     float out[2][D / 8][4], row_max[4], sum[4];

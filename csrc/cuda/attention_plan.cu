@@ -1,4 +1,5 @@
-// The work plan of a batch: the same serial walk on the host and, where only the device knows the lengths, by one thread there.
+// The work plan of a batch: the same serial walk on the host and, where only the device knows the lengths, by one
+// thread there.
 #include <vector>
 
 #include "cuda/architecture.h"
@@ -25,8 +26,8 @@ struct Counts {
 QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (length + size - 1) / size; }
 
 // Where `data` is null, only counts. `buckets`: 2 * kBuckets values of working memory.
-QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, const AttentionPlan& plan,
-                                    int32_t most_short, int32_t* data, int32_t* buckets) {
+QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs,
+                                    const AttentionPlan& plan, int32_t most_short, int32_t* data, int32_t* buckets) {
     int32_t* const tiles = data + 4;
     int32_t* const blocks = tiles + 2 * plan.tiles;
     int32_t* const key_blocks = blocks + 2 * plan.blocks;
@@ -62,7 +63,8 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
             continue;
         }
         const int32_t more_q = parts(q, kSlot), more_k = parts(k, kSlot);
-        if (first >= 0 && (q_slots + more_q > kSlots || k_slots + more_k > kSlots || s - first >= kMaxPerTile)) close(s);
+        if (first >= 0 && (q_slots + more_q > kSlots || k_slots + more_k > kSlots || s - first >= kMaxPerTile))
+            close(s);
         if (first < 0) {
             first = s;
             q_slots = k_slots = 0;
@@ -127,7 +129,8 @@ namespace {
 
 __global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, AttentionPlan plan,
                                  int32_t most_short, int32_t* data) {
-    if (threadIdx.x == 0) walk(cu_q, cu_k, num_seqs, plan, most_short, data, reinterpret_cast<int32_t*>(shared_bytes()));
+    if (threadIdx.x == 0)
+        walk(cu_q, cu_k, num_seqs, plan, most_short, data, reinterpret_cast<int32_t*>(shared_bytes()));
 }
 
 }  // namespace
@@ -148,8 +151,8 @@ AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k)
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream) {
-    launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, cu_seqlens_q, cu_seqlens_k,
-           num_seqs, plan, most_short(), data);
+    launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, cu_seqlens_q,
+           cu_seqlens_k, num_seqs, plan, most_short(), data);
 }
 
 }  // namespace cuda

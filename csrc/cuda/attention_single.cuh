@@ -1,5 +1,5 @@
-// One query a sequence (the last layer under last-token pooling): keys and values are read once, by parts of warps that each
-// take every kKeysAtOnce-th key, for all query heads of the group.
+// One query a sequence (the last layer under last-token pooling): keys and values are read once, by parts of warps that
+// each take every kKeysAtOnce-th key, for all query heads of the group.
 #pragma once
 
 #include "cuda/attention_tile.h"
@@ -41,8 +41,10 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
         const int key = start + worker;
         const bool valid = key < span.num_k;
         const int64_t token = span.k + (valid ? key : 0);
-        const auto k = load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
-        const auto v = load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
+        const auto k =
+            load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
+        const auto v =
+            load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
             const float score = row_dot<D>(q[g], k) * scale;
@@ -114,8 +116,10 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
         const int key = start + worker;
         const bool valid = key < span.num_k;
         const int64_t token = span.k + (valid ? key : 0);
-        const auto k = load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
-        const auto v = load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
+        const auto k =
+            load<8>(static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride + column);
+        const auto v =
+            load<8>(static_cast<const T*>(p.v) + token * p.v_token_stride + kv_head * p.v_head_stride + column);
         float dk[8] = {}, dv[8] = {};
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {

@@ -1,7 +1,8 @@
-// What the attention kernels share: swizzled rows in shared memory, fragments, masks, and the map of a tile of short sequences.
+// What the attention kernels share: swizzled rows in shared memory, fragments, masks, and the map of a tile of short
+// sequences.
 //
-// A row of D values lies in chunks of 16 bytes; chunk c of row r is stored at c ^ (r % 8), so that the eight rows that one
-// ldmatrix phase reads lie in different banks.
+// A row of D values lies in chunks of 16 bytes; chunk c of row r is stored at c ^ (r % 8), so that the eight rows that
+// one ldmatrix phase reads lie in different banks.
 #pragma once
 
 #include "cuda/device/reduce.h"
@@ -18,9 +19,10 @@ QEMB_DEVICE uint32_t swizzled(int row, int chunk) {
     return static_cast<uint32_t>(row * D * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
-// ldmatrix addresses of this lane; `row`, `n` and `k` along rows are multiples of 8. `left`: A (16 x 16) at (row, 16 k), k
-// contiguous. `right`: two n-tiles of B from rows of n, k contiguous. `crossed`: two n-tiles of B, or A^T, from rows of k, n
-// contiguous. Chunks are a power of two to a row, so stepping along the row is an exclusive or, and along rows a constant.
+// ldmatrix addresses of this lane; `row`, `n` and `k` along rows are multiples of 8. `left`: A (16 x 16) at (row, 16
+// k), k contiguous. `right`: two n-tiles of B from rows of n, k contiguous. `crossed`: two n-tiles of B, or A^T, from
+// rows of k, n contiguous. Chunks are a power of two to a row, so stepping along the row is an exclusive or, and along
+// rows a constant.
 template <int D>
 QEMB_DEVICE uint32_t left_address(uint32_t tile, int row, int k, int lane) {
     return ((tile + swizzled<D>(lane % 16, lane / 16)) ^ (k << 5)) + row * D * 2;
@@ -43,8 +45,8 @@ QEMB_DEVICE void as_left(const float (&low)[4], const float (&high)[4], uint32_t
     a[3] = pack<T>(high[2], high[3]);
 }
 
-// Online softmax of a thread's kScores scores of one row, in base 2: with `scale` they become weights, relative to the largest
-// score of the row so far. A quad of lanes shares the row. -> what the sums so far are multiplied by
+// Online softmax of a thread's kScores scores of one row, in base 2: with `scale` they become weights, relative to the
+// largest score of the row so far. A quad of lanes shares the row. -> what the sums so far are multiplied by
 template <int kScores, class Score>
 QEMB_DEVICE float online_softmax(float& row_max, float& sum, float scale, const Score& score) {
     float best = row_max;
@@ -102,8 +104,8 @@ QEMB_DEVICE void load_rows(uint32_t tile, const T* from, int64_t stride, int cou
     }
 }
 
-// Sixteen rows of accumulators, times factor, to rows [0, count) of `to`, through `staging`: this warp's 16 rows of shared
-// memory.
+// Sixteen rows of accumulators, times factor, to rows [0, count) of `to`, through `staging`: this warp's 16 rows of
+// shared memory.
 template <class T, int D>
 QEMB_DEVICE void store_rows(T* to, int64_t stride, int count, const float (&x)[D / 8][4], float factor0, float factor1,
                             uint32_t staging, int lane) {
@@ -146,8 +148,8 @@ struct Span {
         : q(cu_q[s]), num_q(cu_q[s + 1] - cu_q[s]), k(cu_k[s]), num_k(cu_k[s + 1] - cu_k[s]) {}
 };
 
-// Where the slots of a tile of short sequences come from. A sequence's slots are neighbours, so the keys of a query slot are
-// the slots [other, other + ceil(length / kSlot)), and the queries of a key slot likewise.
+// Where the slots of a tile of short sequences come from. A sequence's slots are neighbours, so the keys of a query
+// slot are the slots [other, other + ceil(length / kSlot)), and the queries of a key slot likewise.
 struct SlotMap {
     struct Slot {
         int token;   // of the first row
@@ -182,9 +184,11 @@ struct SlotMap {
         q_slot -= q_slots;
         k_slot -= k_slots;
         for (int i = 0; i < q_slots; ++i)
-            q[q_slot + i] = {cu_q[first + lane] + i * kSlot, min(kSlot, num_q - i * kSlot), i * kSlot, num_q, k_slot, num_k};
+            q[q_slot + i] = {
+                cu_q[first + lane] + i * kSlot, min(kSlot, num_q - i * kSlot), i * kSlot, num_q, k_slot, num_k};
         for (int i = 0; i < k_slots; ++i)
-            k[k_slot + i] = {cu_k[first + lane] + i * kSlot, min(kSlot, num_k - i * kSlot), i * kSlot, num_k, q_slot, num_q};
+            k[k_slot + i] = {
+                cu_k[first + lane] + i * kSlot, min(kSlot, num_k - i * kSlot), i * kSlot, num_k, q_slot, num_q};
     }
 };
 

@@ -1,5 +1,5 @@
-// Weight gradients: rows are shared out in blocks by their number alone, each block leaves one row of partial sums in scratch,
-// and the partial rows are added in a fixed order. The same bits on any device, whatever it runs beside.
+// Weight gradients: rows are shared out in blocks by their number alone, each block leaves one row of partial sums in
+// scratch, and the partial rows are added in a fixed order. The same bits on any device, whatever it runs beside.
 #pragma once
 
 #include "cuda/device/reduce.h"
@@ -19,7 +19,8 @@ struct RowBlocks {
 };
 
 // A block adds 32 columns: each warp every 32nd row, then a warp the sums of one column.
-static __global__ void __launch_bounds__(1024) column_sum_kernel(const float* partial, int64_t rows, int64_t size, float* sum) {
+static __global__ void __launch_bounds__(1024)
+    column_sum_kernel(const float* partial, int64_t rows, int64_t size, float* sum) {
     float (*sums)[33] = reinterpret_cast<float (*)[33]>(shared_bytes());
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * 32;

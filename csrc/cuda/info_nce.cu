@@ -1,6 +1,6 @@
-// InfoNCE by row panels: R queries meet all columns, scores become weights as they leave the tensor cores, and both gradients
-// are plain products with those weights. Three products a kind of columns, nothing recomputed; no [num_queries, num_documents]
-// matrix. What queries own never enters a panel: warps score it, one by one.
+// InfoNCE by row panels: R queries meet all columns, scores become weights as they leave the tensor cores, and both
+// gradients are plain products with those weights. Three products a kind of columns, nothing recomputed; no
+// [num_queries, num_documents] matrix. What queries own never enters a panel: warps score it, one by one.
 #include "ops/info_nce.h"
 
 #include "cuda/architecture.h"
@@ -30,7 +30,8 @@ void run(const InfoNce& p) {
                arguments...);
     };
     if (a.prefixes) {
-        start(find_norms<T>, ceil_div(p.num_queries, 4), 128, 0, static_cast<const T*>(p.queries), p.num_queries, a.query_norm);
+        start(find_norms<T>, ceil_div(p.num_queries, 4), 128, 0, static_cast<const T*>(p.queries), p.num_queries,
+              a.query_norm);
         start(find_norms<T>, ceil_div(p.num_documents, 4), 128, 0, static_cast<const T*>(p.documents), p.num_documents,
               a.doc_norm);
         const int64_t bytes = a.gradients() ? a.layers * kTile * int64_t(sizeof(float)) : 0;
@@ -72,8 +73,8 @@ void run(const InfoNce& p) {
             sm90::row_gradients(a);
         else
             each_layer([&](int layer, int64_t dims) {
-                start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>, layer,
-                      dims);
+                start(row_gradients<T>, a.num_parts * a.splits * a.row_tiles * dims, kTileThreads, kProductBytes<true>,
+                      layer, dims);
             });
         start(finish_row_gradients<T>, a.sides * a.count, 128, 0);
         if (hopper) {
@@ -88,15 +89,17 @@ void run(const InfoNce& p) {
         start(positive_gradients<T>, a.count, 128, 0);
     }
     if (a.prefixes && a.gradients())
-        start(finish_columns<T>, (a.doc_tiles > 0 ? p.num_documents : 0) + (a.query_tiles > 0 ? a.queries.rows : 0), 128, 0);
+        start(finish_columns<T>, (a.doc_tiles > 0 ? p.num_documents : 0) + (a.query_tiles > 0 ? a.queries.rows : 0),
+              128, 0);
 }
 
 }  // namespace info_nce_kernels
 
 int64_t info_nce_scratch(const InfoNce& p) {
     int64_t bytes = 0;
-    visit_dtype(p.dtype,
-                [&]<class T>() { bytes = info_nce_kernels::Panel<T>(p, on_hopper() && sm90::takes<T>(p)).scratch_bytes; });
+    visit_dtype(p.dtype, [&]<class T>() {
+        bytes = info_nce_kernels::Panel<T>(p, on_hopper() && sm90::takes<T>(p)).scratch_bytes;
+    });
     return bytes;
 }
 

@@ -18,8 +18,9 @@ QEMB_DEVICE void for_each(int64_t size, Body body) {
     for (int64_t at = static_cast<int64_t>(threadIdx.x) * kLanes; at < size; at += kThreads * kLanes) body(at);
 }
 
-// A row that is pooled: y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and, as scale, one over its norm, so
-// that a row of any magnitude has a direction. The scale of a row of zeros is zero, and with it its z and its gradient.
+// A row that is pooled: y = x * rstd * weight, cut to dim; z = y / |y|. Kept are y * unit and, as scale, one over its
+// norm, so that a row of any magnitude has a direction. The scale of a row of zeros is zero, and with it its z and its
+// gradient.
 template <class T, int kLanes>
 struct Pooled {
     const T* x;
@@ -117,7 +118,8 @@ QEMB_DEVICE void backward_row(const LastTokenPoolBackward& p, int64_t seq, float
         float y[kLanes];
         pooled.read(at, y);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) dy[i] = (dz[i] - y[i] * pooled.unit * radial_grad) * pooled.scale * pooled.unit;
+        for (int i = 0; i < kLanes; ++i)
+            dy[i] = (dz[i] - y[i] * pooled.unit * radial_grad) * pooled.scale * pooled.unit;
     };
 
     // RMSNorm: dx = rstd (w dy - n mean(w dy n)) with n = x rstd
@@ -151,7 +153,8 @@ QEMB_DEVICE void backward_row(const LastTokenPoolBackward& p, int64_t seq, float
 }
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 3) last_token_pool_backward_kernel(LastTokenPoolBackward p, int64_t block_seqs) {
+__global__ void __launch_bounds__(kThreads, 3)
+    last_token_pool_backward_kernel(LastTokenPoolBackward p, int64_t block_seqs) {
     const int64_t begin = blockIdx.x * block_seqs, end = min(begin + block_seqs, p.num_seqs);
     float* dweight = nullptr;
     if (p.dnorm_weight) {
@@ -180,8 +183,8 @@ RowBlocks sequence_blocks(int64_t num_seqs) { return {num_seqs, 1}; }
 
 void last_token_pool_forward(const LastTokenPoolForward& p) {
     visit_lanes(p, aligned16(p.hidden, p.norm_weight, p.out), [&]<class T, int kLanes>() {
-        launch(kOp, last_token_pool_kernel<T, kLanes>, static_cast<unsigned>(p.num_seqs), kThreads, kWarps * sizeof(float),
-               p.stream, p);
+        launch(kOp, last_token_pool_kernel<T, kLanes>, static_cast<unsigned>(p.num_seqs), kThreads,
+               kWarps * sizeof(float), p.stream, p);
     });
 }
 

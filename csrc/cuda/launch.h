@@ -1,5 +1,5 @@
-// Kernel launches: checked, named, on the caller's stream. The one place that knows the CUDA runtime (or the emulator in its
-// stead).
+// Kernel launches: checked, named, on the caller's stream. The one place that knows the CUDA runtime (or the emulator
+// in its stead).
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,8 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
             const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared > 48 * 1024)
-        check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared)));
+        check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
     check(op, cudaGetLastError());
 }
@@ -41,7 +41,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 inline int compute_capability() {
-    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+           device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 #endif

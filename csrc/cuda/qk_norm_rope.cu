@@ -1,5 +1,5 @@
-// Per-head RMSNorm and rotary embedding: a warp takes a token, a few of its lanes a head. A lane holds the same places of both
-// halves of the head, which rotation mixes, and reads the token's angles and the weight once for all heads.
+// Per-head RMSNorm and rotary embedding: a warp takes a token, a few of its lanes a head. A lane holds the same places
+// of both halves of the head, which rotation mixes, and reads the token's angles and the weight once for all heads.
 #include "cuda/column_sum.h"
 #include "cuda/device/vector.h"
 #include "ops/qk_norm_rope.h"
@@ -11,8 +11,8 @@ constexpr const char* kOp = "qk_norm_rope";
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kMaxHeadDim = 256;
 
-// kWidth lanes share a head, kLanes values of each half at a time, kSlots times. kHalf: half of head_dim, 0 where it is not
-// known when compiling.
+// kWidth lanes share a head, kLanes values of each half at a time, kSlots times. kHalf: half of head_dim, 0 where it is
+// not known when compiling.
 template <class T_, int kLanes_, int kWidth_, int kSlots_, int kHalf_>
 struct Shape {
     using T = T_;
@@ -62,10 +62,10 @@ struct Angles {
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot) {
             const int64_t at = token * shape.half + shape.at(slot);
-            cos[slot] =
-                shape.inside(slot) ? load<S::kLanes>(static_cast<const float*>(cosines) + at) : Packed<float, S::kLanes>{};
-            sin[slot] =
-                shape.inside(slot) ? load<S::kLanes>(static_cast<const float*>(sines) + at) : Packed<float, S::kLanes>{};
+            cos[slot] = shape.inside(slot) ? load<S::kLanes>(static_cast<const float*>(cosines) + at)
+                                           : Packed<float, S::kLanes>{};
+            sin[slot] = shape.inside(slot) ? load<S::kLanes>(static_cast<const float*>(sines) + at)
+                                           : Packed<float, S::kLanes>{};
         }
     }
 };
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeForwar
     }
 }
 
-// With dn = dy turned back and n = x rstd: dx = rstd (w dn - n mean(w dn n)); the block's sum of dn n goes to its row of
-// scratch.
+// With dn = dy turned back and n = x rstd: dx = rstd (w dn - n mean(w dn n)); the block's sum of dn n goes to its row
+// of scratch.
 template <class S>
 __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormRopeBackward p, int64_t block_tokens) {
     using T = typename S::T;
@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
                     dn[slot][1][i] = b * cos - a * sin;
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float product = dn[slot][h][i] * (x.value[slot][h][i] * rstd);  // n first: dn x may overflow
+                        const float product =
+                            dn[slot][h][i] * (x.value[slot][h][i] * rstd);  // n first: dn x may overflow
                         radial_grad = fmaf(product, weight.value[slot][h][i], radial_grad);
                         dweight[slot][h][i] += product;
                     }
@@ -194,7 +195,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_backward_kernel(QkNormR
 #pragma unroll
             for (int i = 0; i < kLanes; ++i)
 #pragma unroll
-                for (int mask = S::kWidth; mask < 32; mask *= 2) dweight[slot][h][i] += shuffle_xor(dweight[slot][h][i], mask);
+                for (int mask = S::kWidth; mask < 32; mask *= 2)
+                    dweight[slot][h][i] += shuffle_xor(dweight[slot][h][i], mask);
             if (team == 0 && shape.inside(slot))
                 store(sums + warp * 2 * shape.half + h * shape.half + shape.at(slot), dweight[slot][h]);
         }
@@ -213,8 +215,8 @@ void visit_shape(DType dtype, int64_t head_dim, bool aligned, Body body) {
         constexpr int kLanes = kVectorLanes<T>;
         if (aligned && head_dim == 128) return body.template operator()<Shape<T, kLanes, 64 / kLanes, 1, 64>>();
         if (aligned && head_dim == 64) return body.template operator()<Shape<T, kLanes, 32 / kLanes, 1, 32>>();
-        QEMB_CHECK(head_dim <= kMaxHeadDim && head_dim % 2 == 0, "[", kOp, "] head_dim must be even and at most ", kMaxHeadDim,
-                   " on CUDA, got ", head_dim);
+        QEMB_CHECK(head_dim <= kMaxHeadDim && head_dim % 2 == 0, "[", kOp, "] head_dim must be even and at most ",
+                   kMaxHeadDim, " on CUDA, got ", head_dim);
         body.template operator()<Shape<T, 1, 32, kMaxHeadDim / 64, 0>>();
     });
 }
@@ -225,7 +227,8 @@ RowBlocks token_blocks(int64_t tokens) { return {tokens, kWarps}; }
 
 void qk_norm_rope_forward(const QkNormRopeForward& p) {
     visit_shape(p.dtype, p.head_dim, aligned16(p.x, p.weight, p.cos, p.sin, p.y), [&]<class S>() {
-        launch(kOp, qk_norm_rope_kernel<S>, static_cast<unsigned>(ceil_div(p.tokens, kWarps)), kThreads, 0, p.stream, p);
+        launch(kOp, qk_norm_rope_kernel<S>, static_cast<unsigned>(ceil_div(p.tokens, kWarps)), kThreads, 0, p.stream,
+               p);
     });
 }
 

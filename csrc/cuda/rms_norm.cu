@@ -1,5 +1,5 @@
-// RMSNorm with residual: a row stays in the registers of its warps between the sum of squares and the result, so that every
-// value is read once and written once. Backward keeps the weight gradient of its rows in registers too.
+// RMSNorm with residual: a row stays in the registers of its warps between the sum of squares and the result, so that
+// every value is read once and written once. Backward keeps the weight gradient of its rows in registers too.
 #include "cuda/column_sum.h"
 #include "cuda/device/vector.h"
 #include "ops/rms_norm.h"
@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* kOp = "rms_norm";
 
-// kWarps warps share a row, kLanes values at a time. kHold > 0: at most that many times, held in registers; 0: a row of any
-// length, read again for each pass.
+// kWarps warps share a row, kLanes values at a time. kHold > 0: at most that many times, held in registers; 0: a row of
+// any length, read again for each pass.
 template <class T_, int kLanes_, int kWarps_, int kHold_>
 struct Shape {
     using T = T_;
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
     const T* weight = static_cast<const T*>(p.weight);
     float* partial = static_cast<float*>(p.scratch) + (p.dweight ? blockIdx.x * size : 0);
     float dweight[S::kSlots][kLanes] = {};
-    if (S::kHold == 0 && p.dweight) S::for_each(size, [&](int, int64_t at) { store<kLanes>(partial + at, dweight[0]); });
+    if (S::kHold == 0 && p.dweight)
+        S::for_each(size, [&](int, int64_t at) { store<kLanes>(partial + at, dweight[0]); });
 
     for (int64_t row = begin + threadIdx.x / S::kTeam; row < end; row += S::kTeams) {
         const T* s_row = static_cast<const T*>(p.s) + row * size;
@@ -205,13 +206,15 @@ void rms_norm_forward(const RmsNormForward& p) {
     });
 }
 
-int64_t rms_norm_backward_scratch(const RmsNormBackward& p) { return p.dweight ? row_blocks(p.rows).scratch(p.size) : 0; }
+int64_t rms_norm_backward_scratch(const RmsNormBackward& p) {
+    return p.dweight ? row_blocks(p.rows).scratch(p.size) : 0;
+}
 
 void rms_norm_backward(const RmsNormBackward& p) {
     const RowBlocks blocks = row_blocks(p.rows);
     visit_shape(p.dtype, p.size, aligned16(p.s, p.weight, p.dy, p.dsum, p.dx, p.scratch), [&]<class S>() {
-        launch(kOp, rms_norm_backward_kernel<S>, static_cast<unsigned>(blocks.blocks), S::kThreads, S::shared(p.size), p.stream,
-               p, blocks.block_rows);
+        launch(kOp, rms_norm_backward_kernel<S>, static_cast<unsigned>(blocks.blocks), S::kThreads, S::shared(p.size),
+               p.stream, p, blocks.block_rows);
     });
     if (p.dweight) column_sum(kOp, p.scratch, blocks.blocks, p.size, p.dweight, p.stream);
 }

@@ -12,7 +12,8 @@ QEMB_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + expf(-x)); 
 
 template <class T, int kLanes>
 QEMB_DEVICE void swiglu_at(const SwigluForward& p, int64_t at) {
-    const auto gate = load<kLanes>(static_cast<const T*>(p.gate) + at), up = load<kLanes>(static_cast<const T*>(p.up) + at);
+    const auto gate = load<kLanes>(static_cast<const T*>(p.gate) + at),
+               up = load<kLanes>(static_cast<const T*>(p.up) + at);
     float y[kLanes];
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
@@ -21,8 +22,8 @@ QEMB_DEVICE void swiglu_at(const SwigluForward& p, int64_t at) {
 
 template <class T, int kLanes>
 QEMB_DEVICE void swiglu_at(const SwigluBackward& p, int64_t at) {
-    const auto gate = load<kLanes>(static_cast<const T*>(p.gate) + at), up = load<kLanes>(static_cast<const T*>(p.up) + at),
-               dy = load<kLanes>(static_cast<const T*>(p.dy) + at);
+    const auto gate = load<kLanes>(static_cast<const T*>(p.gate) + at),
+               up = load<kLanes>(static_cast<const T*>(p.up) + at), dy = load<kLanes>(static_cast<const T*>(p.dy) + at);
     float dgate[kLanes], dup[kLanes];
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {

@@ -1,4 +1,5 @@
-// What the copy engine must know of a tensor in global memory: made on the host for each call, passed to the kernel by value.
+// What the copy engine must know of a tensor in global memory: made on the host for each call, passed to the kernel by
+// value.
 #pragma once
 
 #include "cuda/device/hopper.h"
@@ -6,8 +7,8 @@
 
 namespace qemb::cuda {
 
-// Up to four dimensions, the contiguous one first. A box of it is copied at a time; what lies beyond the tensor is zero in
-// shared memory and is not written in global memory.
+// Up to four dimensions, the contiguous one first. A box of it is copied at a time; what lies beyond the tensor is zero
+// in shared memory and is not written in global memory.
 struct TensorShape {
     const void* base;
     int rank;
@@ -21,7 +22,8 @@ struct TensorShape {
         bool fits = reinterpret_cast<uintptr_t>(base) % 16 == 0;
         for (int d = 0; d < rank; ++d) {
             fits = fits && size[d] > 0 && size[d] < int64_t{1} << 32 && box[d] > 0 && box[d] <= 256;
-            if (d > 0) fits = fits && byte_stride[d] >= 0 && byte_stride[d] % 16 == 0 && byte_stride[d] < int64_t{1} << 40;
+            if (d > 0)
+                fits = fits && byte_stride[d] >= 0 && byte_stride[d] % 16 == 0 && byte_stride[d] < int64_t{1} << 40;
         }
         const int row = box[0] * element_bytes;
         return fits && row % 16 == 0 && (!swizzled || row == 128);
@@ -41,7 +43,8 @@ inline auto tensor_map_encoder() {
 #else
         const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encoder>(found) : nullptr;
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encoder>(found)
+                                                                             : nullptr;
     }();
     return encoder;
 }
@@ -61,8 +64,9 @@ bool make_tensor_map(TensorMap& map, const TensorShape& shape) {
     const auto type = sizeof(T) == 4                ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                       : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    return encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), size, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, shape.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+    return encode(&map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), size, stride, box,
+                  step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  shape.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 #else

@@ -1,5 +1,6 @@
-// Exact top-k search: 128 queries sweep a span of the documents tile by tile; a warp keeps the sorted list of each query, which
-// few scores enter. A second kernel merges the lists of the spans. The order is total, so the cut into spans changes nothing.
+// Exact top-k search: 128 queries sweep a span of the documents tile by tile; a warp keeps the sorted list of each
+// query, which few scores enter. A second kernel merges the lists of the spans. The order is total, so the cut into
+// spans changes nothing.
 #include "ops/top_k.h"
 
 #include "cuda/architecture.h"
@@ -88,10 +89,11 @@ void run(const TopK& p) {
     const List result{p.scores, p.indices};
     const List lists = cut.spans > 1 ? List{reinterpret_cast<float*>(indices + cut.list_values(p)), indices} : result;
     if (!on_hopper() || !sm90::search(p, cut, lists))
-        launch(kOp, search<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kTileThreads, kSearchBytes, p.stream,
-               p, queries, documents, lists, cut.query_tiles, cut.span, ceil_div(p.dim, kDepth<T>));
+        launch(kOp, search<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kTileThreads, kSearchBytes,
+               p.stream, p, queries, documents, lists, cut.query_tiles, cut.span, ceil_div(p.dim, kDepth<T>));
     if (cut.spans > 1)
-        launch(kOp, merge, dim3(static_cast<unsigned>(ceil_div(p.num_queries, 4))), 128, 0, p.stream, p, lists, cut.spans);
+        launch(kOp, merge, dim3(static_cast<unsigned>(ceil_div(p.num_queries, 4))), 128, 0, p.stream, p, lists,
+               cut.spans);
 }
 
 }  // namespace top_k_kernels

@@ -6,10 +6,10 @@
 
 namespace qemb {
 
-// How the CUDA kernels cut a batch: made once from its lengths, reused by every layer and by both passes. Sequences of at most
-// kTile queries and keys (or fewer, where the device has better kernels for blocks) are short: several of them share a tile,
-// each from a row that is a multiple of kSlot, so that a sequence meets the same sums whatever shares its tile. The others are
-// cut into blocks, longest first.
+// How the CUDA kernels cut a batch: made once from its lengths, reused by every layer and by both passes. Sequences of
+// at most kTile queries and keys (or fewer, where the device has better kernels for blocks) are short: several of them
+// share a tile, each from a row that is a multiple of kSlot, so that a sequence meets the same sums whatever shares its
+// tile. The others are cut into blocks, longest first.
 struct AttentionPlan {
     static constexpr int kTile = 128, kSlot = 16;
 
@@ -19,14 +19,15 @@ struct AttentionPlan {
     int64_t key_blocks = 0;         // capacity: blocks of kTile keys of long sequences
     int64_t summed = 0;             // capacity: blocks of queries of sequences of more than kTile keys
     bool single = false;            // known that no sequence has more than one query
-    // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs: tiles of
-    // {first sequence, number of sequences}, blocks of {sequence, block}; then triples: key_blocks of {sequence, block, number
-    // of the sequence's first block of queries among those that `summed` counts}. Each list is padded to its capacity.
+    // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs:
+    // tiles of {first sequence, number of sequences}, blocks of {sequence, block}; then triples: key_blocks of
+    // {sequence, block, number of the sequence's first block of queries among those that `summed` counts}. Each list is
+    // padded to its capacity.
     int64_t size() const { return 4 + 2 * (tiles + blocks) + 3 * key_blocks; }
 };
 
-// What both passes take. Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the bottom
-// right: query i of num_q sees key j of num_k when j <= i + num_k - num_q.
+// What both passes take. Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the
+// bottom right: query i of num_q sees key j of num_k when j <= i + num_k - num_q.
 struct Attention {
     const void* q;                // [T, num_heads, head_dim]
     const void* k;                // [S, num_kv_heads, head_dim]
@@ -77,7 +78,8 @@ void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t
                int32_t* data);
 
 namespace cuda {
-// Capacities that hold any batch of so many sequences and tokens, and the plan of one whose lengths only the device knows.
+// Capacities that hold any batch of so many sequences and tokens, and the plan of one whose lengths only the device
+// knows.
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k);
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream);

@@ -9,12 +9,13 @@ namespace qemb {
 
 constexpr int kMaxPrefixes = 8;
 
-// Row i: anchor q_i with positive p = d[positive[i]], s = q_i . p. Its candidates are those of the groups that are on, each in
-// its softmax (info_nce_rules.h); the loss of the row is the sum over its softmaxes. Logits are float32 (float64 for float64
-// input); the positive never enters a panel.
+// Row i: anchor q_i with positive p = d[positive[i]], s = q_i . p. Its candidates are those of the groups that are on,
+// each in its softmax (info_nce_rules.h); the loss of the row is the sum over its softmaxes. Logits are float32
+// (float64 for float64 input); the positive never enters a panel.
 //
-// With num_dims > 0 the loss is the sum over the prefixes of dim_weights[k] times the loss of the vectors cut to dims[k] and
-// normalised again, masks included; gradients are those of the vectors as they came. On CUDA at most kMaxPrefixes.
+// With num_dims > 0 the loss is the sum over the prefixes of dim_weights[k] times the loss of the vectors cut to
+// dims[k] and normalised again, masks included; gradients are those of the vectors as they came. On CUDA at most
+// kMaxPrefixes.
 struct InfoNce {
     const void* queries;           // [num_queries, dim], contiguous
     const void* documents;         // [num_documents, dim], contiguous
@@ -39,13 +40,13 @@ struct InfoNce {
     void* d_queries;        // [num_queries, dim] float (double for float64), times scale
     void* d_documents;      // [num_documents, dim], or null: loss only
     double* d_temperature;  // [1], times scale, or null
-    double* stats;          // [5]: sum of positive scores; sum and count of kept q-d scores; kept and dropped candidates
-                            // (of the last prefix)
+    double* stats;  // [5]: sum of positive scores; sum and count of kept q-d scores; kept and dropped candidates
+                    // (of the last prefix)
 
-    // log_negatives holds, for each row and softmax, the natural logarithm of the sum of exp(logit) over its candidates (-inf:
-    // none). Written, unless log_negatives_given: then loss and gradients take it for the whole sum, of which the documents
-    // here are a part, and `adds_positive` says whether the part of the positive's own logit is added here. Not with num_dims >
-    // 0.
+    // log_negatives holds, for each row and softmax, the natural logarithm of the sum of exp(logit) over its candidates
+    // (-inf: none). Written, unless log_negatives_given: then loss and gradients take it for the whole sum, of which
+    // the documents here are a part, and `adds_positive` says whether the part of the positive's own logit is added
+    // here. Not with num_dims > 0.
     double* log_negatives;  // [num_rows, kMaxSoftmaxes], or null
     bool log_negatives_given, adds_positive;
 

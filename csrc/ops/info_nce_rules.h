@@ -1,5 +1,5 @@
-// The rules of InfoNCE, said once: the table of the groups, and what follows from the options. Both backends, the bindings and
-// the tests read them from here.
+// The rules of InfoNCE, said once: the table of the groups, and what follows from the options. Both backends, the
+// bindings and the tests read them from here.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ enum Kind : int { kQueryDocument, kQueries, kDocDoc, kNumKinds };
 // What a document is to queries that do not own it. kAbsent: to none of them a candidate, nor to its owner.
 enum class Role : uint8_t { kHard, kPositive, kAbsent };
 
-// Softmaxes of a row, each over the positive and its own part of the groups. Joint: one, over all. Split: four, as the table
-// says. One without a group that is on adds nothing.
+// Softmaxes of a row, each over the positive and its own part of the groups. Joint: one, over all. Split: four, as the
+// table says. One without a group that is on adds nothing.
 constexpr int kMaxSoftmaxes = 4;
 
-// The groups of candidates of row i. Owned: owner[j] = i. The others: owner[j] != i, of that role (of queries: j != i). The
-// positive itself is in none of them.
+// The groups of candidates of row i. Owned: owner[j] = i. The others: owner[j] != i, of that role (of queries: j != i).
+// The positive itself is in none of them.
 //    group, name, kind, owned, role, softmax where they are split
 #define QEMB_INFO_NCE_GROUPS(GROUP) \
     GROUP(kOwnHard, "own_hard", kQueryDocument, true, Role::kHard, 0) \
@@ -49,9 +49,9 @@ constexpr GroupRow kGroupTable[kNumGroups] = {QEMB_INFO_NCE_GROUPS(QEMB_GROUP_RO
 enum class ScoreMask : int { kNone, kOwn, kQueryDocument };
 constexpr const char* kMaskNames[] = {"none", "own", "query_document"};
 
-// How a group takes part. A candidate is dropped when the score that its mask names exceeds s + margin (relative: s + margin *
-// |s|), s the positive's score, or when its text equals the positive's. Its logit is score / temperature + hardness * score,
-// the second part a constant to the gradient.
+// How a group takes part. A candidate is dropped when the score that its mask names exceeds s + margin (relative: s +
+// margin * |s|), s the positive's score, or when its text equals the positive's. Its logit is score / temperature +
+// hardness * score, the second part a constant to the gradient.
 struct Group {
     bool on;
     ScoreMask mask;
@@ -68,7 +68,8 @@ struct InfoNceOptions {
     double scale;  // of the gradients: 1 / num_queries for the mean loss
 };
 
-// The group of a candidate that its row does not own, and of one that it owns: side 0 with the query, 1 with the positive.
+// The group of a candidate that its row does not own, and of one that it owns: side 0 with the query, 1 with the
+// positive.
 QEMB_HOST_DEVICE constexpr int group_of(Kind kind, Role role) {
     return kind == kQueries ? kQueryQuery : (kind == kDocDoc ? kDocPositive : kBatchPositive) + (role == Role::kHard);
 }
@@ -95,10 +96,10 @@ static_assert(table_agrees(), "a row of the table of groups is not what the func
 // What follows from the options for every row.
 struct GroupRules {
     bool split = false;
-    bool dense[kNumKinds] = {};              // kinds of columns that hold candidates
-    bool by_query = false;                   // candidates of p . d are masked by q . d, which is then scored for that too
-    bool owns = false;                       // candidates among what rows own
-    int sides = 1;                           // anchors: the query, and the positive where it has candidates
+    bool dense[kNumKinds] = {};  // kinds of columns that hold candidates
+    bool by_query = false;       // candidates of p . d are masked by q . d, which is then scored for that too
+    bool owns = false;           // candidates among what rows own
+    int sides = 1;               // anchors: the query, and the positive where it has candidates
     bool softmax_is_on[kMaxSoftmaxes] = {};  // has a group that is on; a joint one counts even without
     double logit_scale[kNumGroups] = {};     // a logit in log2 units is this times the score
 
@@ -133,7 +134,8 @@ QEMB_HOST_DEVICE bool is_candidate(int64_t document, int64_t positive, Role role
     return document != positive && role != Role::kAbsent;
 }
 
-// The largest score that a group lets pass, for a positive's score of s; and the same in parts: s + add + relative * |s|.
+// The largest score that a group lets pass, for a positive's score of s; and the same in parts: s + add + relative *
+// |s|.
 QEMB_HOST_DEVICE double limit_of(const Group& group, double s) {
     if (group.mask == ScoreMask::kNone) return __builtin_inf();
     return s + group.margin * (group.relative ? QEMB_MATH(fabs)(s) : 1.0);
@@ -152,8 +154,8 @@ QEMB_HOST_DEVICE double held_score(const Group& group, double own, double of_que
     return is_by_query(group) ? of_query : own;
 }
 
-// What a softmax adds to its row, from the sum of its candidates' weights 2^(logit - offset) and the positive's logit - offset,
-// in log2 units. `slope`: the derivative of the loss by that of focal = 0.
+// What a softmax adds to its row, from the sum of its candidates' weights 2^(logit - offset) and the positive's logit -
+// offset, in log2 units. `slope`: the derivative of the loss by that of focal = 0.
 struct SoftmaxLoss {
     double value;   // -log P
     double factor;  // (1 - P)^focal, times which it counts

@@ -1,13 +1,13 @@
-// Per-head RMSNorm, then rotary embedding: what Qwen3 does to q and to k before attention, in one pass. Without a weight there
-// is no norm: the rotary embedding alone, as in Llama and Qwen2; rstd is then all ones.
+// Per-head RMSNorm, then rotary embedding: what Qwen3 does to q and to k before attention, in one pass. Without a
+// weight there is no norm: the rotary embedding alone, as in Llama and Qwen2; rstd is then all ones.
 #pragma once
 
 #include "common/types.h"
 
 namespace qemb {
 
-// With n = x / rms(x) * weight and h = head_dim / 2: y[i] = n[i] cos[i] - n[i + h] sin[i], y[i + h] = n[i + h] cos[i] + n[i]
-// sin[i].
+// With n = x / rms(x) * weight and h = head_dim / 2: y[i] = n[i] cos[i] - n[i + h] sin[i], y[i + h] = n[i + h] cos[i] +
+// n[i] sin[i].
 struct QkNormRopeForward {
     const void* x;       // [tokens, heads, head_dim], contiguous
     const void* weight;  // [head_dim], or null

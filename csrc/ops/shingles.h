@@ -1,8 +1,8 @@
 // Texts as sets of word n-grams: their hashes, and MinHash signatures of the sets. CPU only.
 //
-// A word is a run of letters, digits and '_' in UTF-8, ASCII letters folded to lower case; of scripts written without spaces
-// each character is a word. Its hash is FNV-1a, 64 bits. An n-gram's hash is the polynomial of its words' hashes in
-// kShingleBase, mixed; a text of fewer than n words has one n-gram, all of it, and a text without words has none.
+// A word is a run of letters, digits and '_' in UTF-8, ASCII letters folded to lower case; of scripts written without
+// spaces each character is a word. Its hash is FNV-1a, 64 bits. An n-gram's hash is the polynomial of its words' hashes
+// in kShingleBase, mixed; a text of fewer than n words has one n-gram, all of it, and a text without words has none.
 #pragma once
 
 #include "common/types.h"

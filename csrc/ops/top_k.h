@@ -5,7 +5,8 @@
 
 namespace qemb {
 
-// Best first; equal scores by lower index. Where fewer than k documents qualify: score -inf, index -1. NaN never qualifies.
+// Best first; equal scores by lower index. Where fewer than k documents qualify: score -inf, index -1. NaN never
+// qualifies.
 struct TopK {
     const void* queries;     // [num_queries, dim], contiguous
     const void* documents;   // [num_documents, dim], contiguous

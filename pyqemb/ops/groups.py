@@ -16,12 +16,14 @@ _OP = "info_nce"
 class Group:
     """How a group of candidates takes part in the softmax.
 
-    mask: which score is held against the row's limit: "own", the candidate's; "query_document", for the
-    document-document groups
-        that of (q_i, d_j), as equation 1 of the Qwen3 Embedding report reads literally; None: nothing is masked.
-    margin: the limit is s_i + margin, s_i the positive's score; None: the margin of the call. `relative`: s_i + margin
-    * |s_i|. hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv
-    2503.04812, section 3).
+    Attributes:
+        mask: which score is compared with the row's limit: "own", the candidate's; "query_document", for the
+            document-document groups that of (q_i, d_j), as equation 1 of the Qwen3 Embedding report reads literally;
+            None: nothing is masked.
+        margin: the limit is s_i + margin, s_i the positive's score (default: the margin of the call).
+        relative: the limit is s_i + margin * |s_i| instead.
+        hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv 2503.04812,
+            section 3).
     """
 
     mask: Literal["own", "query_document"] | None = "own"

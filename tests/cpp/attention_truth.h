@@ -42,7 +42,8 @@ template <class Round>
 AttentionResult attention_truth(const AttentionCase& c, const std::vector<double>& q, const std::vector<double>& k,
                                 const std::vector<double>& v, const std::vector<double>& dout, Round round) {
     AttentionResult r{std::vector<double>(q.size()), std::vector<double>(q.size()), std::vector<double>(k.size()),
-                      std::vector<double>(k.size()), std::vector<double>(q.size() / static_cast<size_t>(c.dim), -INFINITY)};
+                      std::vector<double>(k.size()),
+                      std::vector<double>(q.size() / static_cast<size_t>(c.dim), -INFINITY)};
     const double scale = 1 / std::sqrt(static_cast<double>(c.dim));
     for (size_t s = 0; s + 1 < c.cu_q.size(); ++s) {
         const int64_t nq = c.cu_q[s + 1] - c.cu_q[s], nk = c.cu_k[s + 1] - c.cu_k[s];

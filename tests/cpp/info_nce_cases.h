@@ -28,8 +28,10 @@ inline void normalize(double* x, int64_t dim, double noise = 1, const double* to
     if (towards) normalize(x, dim);
 }
 
-// Queries near their positives, hard negatives near those; shared positives, equal texts, documents of nobody and for nobody.
-inline InfoNceCase make_case(int64_t num_queries, int64_t num_documents, int64_t dim, uint32_t seed, double noise = 0.8) {
+// Queries near their positives, hard negatives near those; shared positives, equal texts, documents of nobody and for
+// nobody.
+inline InfoNceCase make_case(int64_t num_queries, int64_t num_documents, int64_t dim, uint32_t seed,
+                             double noise = 0.8) {
     InfoNceCase c{num_queries, num_documents, dim, all_groups()};
     std::mt19937 random(seed);
     const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
@@ -61,8 +63,8 @@ inline InfoNceCase make_case(int64_t num_queries, int64_t num_documents, int64_t
 
 // The kernel on storage of type S and arithmetic T. `log_negatives`, `given`, `adds_positive` as in the contract.
 template <class T, class S = T>
-InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, const std::vector<S>& d, Wide* given = nullptr,
-                  bool adds_positive = true, bool gradients = true) {
+InfoNceResult run(const InfoNceCase& c, DType dtype, const std::vector<S>& q, const std::vector<S>& d,
+                  Wide* given = nullptr, bool adds_positive = true, bool gradients = true) {
     Indices starts{0}, own;
     for (int64_t i = 0; i < c.num_queries; ++i) {
         for (int64_t j = 0; j < c.num_documents; ++j)
@@ -125,7 +127,8 @@ inline void check_equal(const std::string& name, const InfoNceResult& r, const I
     check("dd", r.dd, truth.dd);
     check("stats", r.stats, truth.stats);
     // Terms of both signs.
-    check_close((name + " d_temperature").c_str(), r.d_temperature, truth.d_temperature, tolerance * largest(truth.dd) * 100);
+    check_close((name + " d_temperature").c_str(), r.d_temperature, truth.d_temperature,
+                tolerance * largest(truth.dd) * 100);
 }
 
 template <class T>

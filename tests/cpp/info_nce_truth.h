@@ -46,8 +46,8 @@ struct Candidate {
 };
 
 // Adds one prefix of row i, of unit vectors q and d, to loss and gradients with regard to them.
-inline void truth_of_row(const InfoNceCase& c, int64_t i, int64_t dim, const Wide& q, const Wide& d, double share, bool last,
-                         const double* given, bool adds_positive, InfoNceResult& r) {
+inline void truth_of_row(const InfoNceCase& c, int64_t i, int64_t dim, const Wide& q, const Wide& d, double share,
+                         bool last, const double* given, bool adds_positive, InfoNceResult& r) {
     const auto dot = [&](const double* x, const double* y) {
         double sum = 0;
         for (int64_t f = 0; f < dim; ++f) sum += x[f] * y[f];
@@ -62,7 +62,8 @@ inline void truth_of_row(const InfoNceCase& c, int64_t i, int64_t dim, const Wid
         if (!g.on) return;
         const bool dropped = equal || held_score(g, candidate.score, of_query) > limit_of(g, s);
         if (last) ++r.stats[dropped ? 4 : 3];
-        if (last && !dropped && kGroupTable[group].kind == kQueryDocument) r.stats[1] += candidate.score, r.stats[2] += 1;
+        if (last && !dropped && kGroupTable[group].kind == kQueryDocument)
+            r.stats[1] += candidate.score, r.stats[2] += 1;
         candidate.group = group;
         if (!dropped) candidates.push_back(candidate);
     };
@@ -81,12 +82,15 @@ inline void truth_of_row(const InfoNceCase& c, int64_t i, int64_t dim, const Wid
     }
     for (int64_t j = c.first_column; j < c.num_queries; ++j) {
         const double *const other = &q[j * dim], score = dot(query, other);
-        if (j != i) offer(kQueryQuery, score, c.query_text[j] == c.query_text[i], {0, score, query, other, dq, &r.dq[j * dim]});
+        if (j != i)
+            offer(kQueryQuery, score, c.query_text[j] == c.query_text[i], {0, score, query, other, dq, &r.dq[j * dim]});
     }
     const auto softmax_of = [&](int group) { return c.split ? kGroupTable[group].softmax : 0; };
     for (int softmax = 0; softmax < rules.num_softmaxes(); ++softmax) {
         double best = s / c.temperature;
-        const auto logit = [&](const Candidate& x) { return x.score * (1 / c.temperature + c.groups[x.group].hardness); };
+        const auto logit = [&](const Candidate& x) {
+            return x.score * (1 / c.temperature + c.groups[x.group].hardness);
+        };
         for (const Candidate& x : candidates) best = std::max(best, logit(x));
         double negatives = 0;
         for (const Candidate& x : candidates)
@@ -117,7 +121,8 @@ inline void truth_of_row(const InfoNceCase& c, int64_t i, int64_t dim, const Wid
 
 // What is `given` (log_negatives of all blocks) and `adds_positive` as in the contract.
 inline InfoNceResult info_nce_truth(const InfoNceCase& c, const double* given = nullptr, bool adds_positive = true) {
-    InfoNceResult all{Wide(c.num_rows), Wide(c.q.size()), Wide(c.d.size()), Wide(1), Wide(5), Wide(c.num_rows * kMaxSoftmaxes)};
+    InfoNceResult all{Wide(c.num_rows), Wide(c.q.size()), Wide(c.d.size()),
+                      Wide(1),          Wide(5),          Wide(c.num_rows * kMaxSoftmaxes)};
     const int64_t layers = c.dims.empty() ? 1 : static_cast<int64_t>(c.dims.size());
     for (int64_t k = 0; k < layers; ++k) {
         const int64_t dim = c.dims.empty() ? c.dim : c.dims[k];

@@ -24,7 +24,8 @@ const std::vector<Case> kCases = {
 template <class T>
 Result native(const Case& c, DType dtype, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v,
               const std::vector<T>& dout) {
-    std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(k.size()), lse(static_cast<size_t>(c.cu_q.back() * c.heads));
+    std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(k.size()),
+        lse(static_cast<size_t>(c.cu_q.back() * c.heads));
     Attention problem{
         .q = q.data(), .k = k.data(), .v = v.data(), .cu_seqlens_q = c.cu_q.data(), .cu_seqlens_k = c.cu_k.data()};
     set_shape(problem, c, dtype);

@@ -7,7 +7,8 @@ using namespace qemb::testing;
 namespace {
 
 // Every instruction set, float and double.
-void check_case(InfoNceCase c, const std::string& name, double float_tolerance = 3e-6, double double_tolerance = 1e-12) {
+void check_case(InfoNceCase c, const std::string& name, double float_tolerance = 3e-6,
+                double double_tolerance = 1e-12) {
     round_to<float>(c);
     const InfoNceResult truth = info_nce_truth(c);
     each_isa([&](const std::string& isa) {
@@ -64,7 +65,8 @@ TEST(any_groups_any_masks) {
         }
         c.split = random() % 2;
         c.focal = random() % 3;
-        c.first_row = static_cast<int64_t>(random() % 4), c.num_rows = 7, c.first_column = static_cast<int64_t>(random() % 11);
+        c.first_row = static_cast<int64_t>(random() % 4), c.num_rows = 7,
+        c.first_column = static_cast<int64_t>(random() % 11);
         if (on % 3 == 0) c.dims = {2, 3, 7}, c.dim_weights = {0.3, 0, 1};
         check_case(c, "groups " + std::to_string(on));
     }
@@ -81,7 +83,8 @@ TEST(sizes_around_tiles_and_panels) {
 }
 
 TEST(prefixes_of_any_width) {
-    for (const Indices& dims : std::vector<Indices>{{33}, {40}, {1, 2, 3, 40}, {16, 32}, {5, 17, 31, 33, 40}, {8, 40}}) {
+    for (const Indices& dims :
+         std::vector<Indices>{{33}, {40}, {1, 2, 3, 40}, {16, 32}, {5, 17, 31, 33, 40}, {8, 40}}) {
         InfoNceCase c = make_case(20, 60, 40, 6);
         for (double& x : c.q) x *= 1.7;  // gradients are those of the vectors as they came
         c.dims = dims;
@@ -90,7 +93,8 @@ TEST(prefixes_of_any_width) {
         const double tolerance = dims[0] == 1 ? 1e-5 : 3e-6;
         check_case(c, "prefixes to " + std::to_string(dims.back()) + " by " + std::to_string(dims.size()), tolerance);
         c.split = true, c.focal = 2, c.dim_weights[0] = 0;
-        check_case(c, "split prefixes to " + std::to_string(dims.back()) + " by " + std::to_string(dims.size()), tolerance);
+        check_case(c, "split prefixes to " + std::to_string(dims.back()) + " by " + std::to_string(dims.size()),
+                   tolerance);
     }
 }
 

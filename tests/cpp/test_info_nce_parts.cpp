@@ -8,7 +8,9 @@ using namespace qemb::testing;
 
 namespace {
 
-InfoNceResult nothing_of(const InfoNceCase& c) { return {{}, Wide(c.q.size()), Wide(c.d.size()), Wide(1), Wide(5), {}}; }
+InfoNceResult nothing_of(const InfoNceCase& c) {
+    return {{}, Wide(c.q.size()), Wide(c.d.size()), Wide(1), Wide(5), {}};
+}
 
 // All but losses and log sums.
 void add(InfoNceResult& sum, const InfoNceResult& part) {
@@ -95,7 +97,8 @@ TEST(half_types) {
             if (prefixes) c.dims = {4, 20}, c.dim_weights = {1, 1};
             const InfoNceResult truth = info_nce_truth(c);
             each_isa([&](const std::string& isa) {
-                check_equal(isa + (brain ? " bfloat16" : " float16"), run<float>(c, dtype, stored[0], stored[1]), truth, 3e-6);
+                check_equal(isa + (brain ? " bfloat16" : " float16"), run<float>(c, dtype, stored[0], stored[1]), truth,
+                            3e-6);
             });
         }
     }

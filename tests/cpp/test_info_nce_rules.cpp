@@ -19,18 +19,21 @@ InfoNceOptions options(std::initializer_list<int> on, bool split, ScoreMask mask
 }  // namespace
 
 TEST(the_groups_are_those_of_the_documentation) {
-    const char* names[] = {"own_hard", "batch_positive", "batch_hard", "query_query", "doc_own", "doc_positive", "doc_hard"};
+    const char* names[] = {"own_hard", "batch_positive", "batch_hard", "query_query",
+                           "doc_own",  "doc_positive",   "doc_hard"};
     const int softmaxes[] = {0, 1, 1, 2, 3, 3, 3};
     CHECK(kNumGroups == 7);
     for (int group = 0; group < kNumGroups; ++group) {
         CHECK(std::strcmp(kGroupTable[group].name, names[group]) == 0);
         CHECK(kGroupTable[group].softmax == softmaxes[group]);
     }
-    CHECK(group_of(kQueryDocument, Role::kPositive) == kBatchPositive && group_of(kQueryDocument, Role::kHard) == kBatchHard);
+    CHECK(group_of(kQueryDocument, Role::kPositive) == kBatchPositive &&
+          group_of(kQueryDocument, Role::kHard) == kBatchHard);
     CHECK(group_of(kDocDoc, Role::kPositive) == kDocPositive && group_of(kDocDoc, Role::kHard) == kDocHard);
     CHECK(group_of(kQueries, Role::kPositive) == kQueryQuery && group_of(kQueries, Role::kHard) == kQueryQuery);
     CHECK(group_of_owned(0) == kOwnHard && group_of_owned(1) == kDocOwn);
-    CHECK(!is_candidate(3, 3, Role::kHard) && !is_candidate(3, 4, Role::kAbsent) && is_candidate(3, 4, Role::kPositive));
+    CHECK(!is_candidate(3, 3, Role::kHard) && !is_candidate(3, 4, Role::kAbsent) &&
+          is_candidate(3, 4, Role::kPositive));
 }
 
 TEST(what_follows_from_the_groups_that_are_on) {
@@ -39,11 +42,13 @@ TEST(what_follows_from_the_groups_that_are_on) {
         CHECK(nothing.sides == 1 && !nothing.owns && !nothing.by_query && nothing.softmax_is_on[0] == !split);
         CHECK(nothing.num_softmaxes() == (split ? 4 : 1));
         const GroupRules own = rules_of(options({kOwnHard}, split));
-        CHECK(own.owns && own.sides == 1 && !own.dense[kQueryDocument] && own.softmax_is_on[0] && !own.softmax_is_on[1]);
+        CHECK(own.owns && own.sides == 1 && !own.dense[kQueryDocument] && own.softmax_is_on[0] &&
+              !own.softmax_is_on[1]);
         const GroupRules doc = rules_of(options({kDocOwn}, split, ScoreMask::kQueryDocument));
         CHECK(doc.owns && doc.sides == 2 && !doc.dense[kDocDoc] && !doc.by_query && doc.softmax_is_on[split ? 3 : 0]);
         const GroupRules hard = rules_of(options({kDocHard, kQueryQuery}, split, ScoreMask::kQueryDocument));
-        CHECK(!hard.owns && hard.sides == 2 && hard.dense[kDocDoc] && hard.dense[kQueries] && !hard.dense[kQueryDocument]);
+        CHECK(!hard.owns && hard.sides == 2 && hard.dense[kDocDoc] && hard.dense[kQueries] &&
+              !hard.dense[kQueryDocument]);
         CHECK(hard.by_query && hard.softmax_is_on[split ? 2 : 0] && hard.softmax_of(kDocDoc) == (split ? 3 : 0));
         CHECK(hard.softmax_of_owned(0) == 0 && hard.softmax_of_owned(1) == (split ? 3 : 0));
         CHECK(std::abs(hard.logit_scale[kDocHard] - 5 / std::log(2.0)) < 1e-12);  // 1 / 0.5 + 3

@@ -95,7 +95,8 @@ void check(const std::string& name, const Case& c, bool device_plan = false) {
     for (size_t i = 0; i < truth.lse.size(); ++i) {
         const bool right = std::isinf(truth.lse[i]) ? call.lse[i] == static_cast<float>(truth.lse[i])
                                                     : std::abs(call.lse[i] - truth.lse[i]) < 2e-5;
-        if (!right) std::printf("  %s: lse %zu is %g, not %g\n", name.c_str(), i, call.lse[i], truth.lse[i]), ++g_failures;
+        if (!right)
+            std::printf("  %s: lse %zu is %g, not %g\n", name.c_str(), i, call.lse[i], truth.lse[i]), ++g_failures;
         if (!right) break;
     }
 }

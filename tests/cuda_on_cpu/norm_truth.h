@@ -21,7 +21,8 @@ template <class A>
 void rms_norm_truth(const NormCase& c, const Wide& s, const Wide& w, Wide& y, Wide& rstd) {
     for (int64_t r = 0; r < c.rows; ++r) {
         A squares = 0;
-        for (int64_t i = 0; i < c.size; ++i) squares += static_cast<A>(s[r * c.size + i]) * static_cast<A>(s[r * c.size + i]);
+        for (int64_t i = 0; i < c.size; ++i)
+            squares += static_cast<A>(s[r * c.size + i]) * static_cast<A>(s[r * c.size + i]);
         const A inverse = A(1) / std::sqrt(squares / static_cast<A>(c.size) + static_cast<A>(kEps));
         rstd.push_back(inverse);
         for (int64_t i = 0; i < c.size; ++i)

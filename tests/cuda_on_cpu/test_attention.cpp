@@ -1,5 +1,5 @@
-// Attention: the CUDA kernels, executed by the emulator, against the definition in double. Tolerance: twice the error of a
-// dense implementation that stores scores and weights in the same dtype.
+// Attention: the CUDA kernels, executed by the emulator, against the definition in double. Tolerance: twice the error
+// of a dense implementation that stores scores and weights in the same dtype.
 #include "attention_call.h"
 
 using namespace qemb;
@@ -15,8 +15,8 @@ TEST(short_sequences_share_tiles) {
 }
 
 TEST(long_sequences_are_cut_into_blocks) {
-    for (const Case& c : {self({129}, 2, 1, 64, false), self({200, 5, 257}, 2, 1, 64, true), self({260}, 2, 2, 128, true),
-                          self({130, 20}, 2, 1, 128, false)})
+    for (const Case& c : {self({129}, 2, 1, 64, false), self({200, 5, 257}, 2, 1, 64, true),
+                          self({260}, 2, 2, 128, true), self({130, 20}, 2, 1, 128, false)})
         check<BFloat16>(describe(c), c);
     check<Float16>("float16", self({190}, 1, 1, 128, true));
 }
@@ -32,8 +32,9 @@ TEST(queries_and_keys_of_different_lengths) {
 
 TEST(one_query_a_sequence) {
     for (const int64_t group : {1, 2, 4, 3})
-        check<BFloat16>("group of " + std::to_string(group),
-                        Case{{0, 1, 2, 2, 3, 4}, {0, 1, 34, 50, 50, 350}, 2 * group, 2, group == 2 ? 128 : 64, group == 4});
+        check<BFloat16>(
+            "group of " + std::to_string(group),
+            Case{{0, 1, 2, 2, 3, 4}, {0, 1, 34, 50, 50, 350}, 2 * group, 2, group == 2 ? 128 : 64, group == 4});
 }
 
 TEST(thousands_of_tiny_sequences) {

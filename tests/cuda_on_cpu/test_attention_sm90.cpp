@@ -45,7 +45,8 @@ TEST(sums_in_memory_only_for_several_blocks_of_keys) {
 TEST(blocks_take_many_tiles) {
     for (const int multiprocessors : {1, 2, 5}) {
         emulator::options().multiprocessors = multiprocessors;
-        check<BFloat16>("on " + std::to_string(multiprocessors), self({260, 129, 200}, 2, 1, 128, multiprocessors == 2));
+        check<BFloat16>("on " + std::to_string(multiprocessors),
+                        self({260, 129, 200}, 2, 1, 128, multiprocessors == 2));
     }
     emulator::options().multiprocessors = 3;
 }
@@ -89,9 +90,10 @@ TEST(groups_and_dtypes) {
 }
 
 TEST(queries_that_see_nothing_and_keys_that_nobody_asks) {
-    for (const Case& c : {Case{{0, 300}, {0, 70}, 1, 1, 64, true}, Case{{0, 5}, {0, 300}, 2, 1, 64, true},
-                          Case{{0, 0, 9}, {0, 200, 209}, 2, 2, 64, false}, Case{{0, 200, 209}, {0, 0, 9}, 2, 1, 64, true},
-                          Case{{0, 140, 400}, {0, 300, 310}, 2, 1, 128, true}})
+    for (const Case& c :
+         {Case{{0, 300}, {0, 70}, 1, 1, 64, true}, Case{{0, 5}, {0, 300}, 2, 1, 64, true},
+          Case{{0, 0, 9}, {0, 200, 209}, 2, 2, 64, false}, Case{{0, 200, 209}, {0, 0, 9}, 2, 1, 64, true},
+          Case{{0, 140, 400}, {0, 300, 310}, 2, 1, 128, true}})
         check<BFloat16>(describe(c), c);
 }
 

@@ -39,7 +39,8 @@ __global__ void pass_on(const Vector16* in, Vector16* out, Bug bug) {
     const int t = static_cast<int>(threadIdx.x), rounds = 4;
     auto* tile = reinterpret_cast<Vector16*>(shared_bytes());
     const auto issue = [&](int round) {
-        if (round < rounds) cp_async16(shared_address(tile + round % 2 * kThreads + t), in + round * kThreads + t, true);
+        if (round < rounds)
+            cp_async16(shared_address(tile + round % 2 * kThreads + t), in + round * kThreads + t, true);
         cp_async_commit();
     };
     issue(0);
@@ -65,7 +66,8 @@ int caught(Bug bug) {
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         DeviceMemory<Vector16> out(2 * kCount);
         bool wrong =
-            !failure(seed, 2 * kThreads * 16, pass_on, static_cast<const Vector16*>(in.data()), out.data(), bug).empty();
+            !failure(seed, 2 * kThreads * 16, pass_on, static_cast<const Vector16*>(in.data()), out.data(), bug)
+                 .empty();
         for (size_t i = 0; i < 2 * kCount && !wrong; ++i) {
             const size_t row = i % kCount / kThreads * kThreads + (i + 33) % kThreads;
             wrong = std::memcmp(&out[i], &in[row], 16) != 0;
@@ -133,7 +135,9 @@ TEST(bank_conflicts_are_counted) {
     CHECK(passes(144) == 0);
 }
 
-__global__ void write_vectors(int stride) { store16(shared_bytes() + threadIdx.x / 32 * 4096 + threadIdx.x % 32 * stride, {}); }
+__global__ void write_vectors(int stride) {
+    store16(shared_bytes() + threadIdx.x / 32 * 4096 + threadIdx.x % 32 * stride, {});
+}
 TEST(conflicts_of_vector_stores_are_counted) {
     for (const auto& [stride, extra] : {std::pair(16, 0u), {64, 3u}, {128, 7u}}) {
         emulator::counters() = {};
@@ -227,7 +231,8 @@ std::string in_child(Body body) {
     close(ends[1]);
     std::string written;
     char text[200];
-    for (ssize_t count; (count = read(ends[0], text, sizeof text)) > 0;) written.append(text, static_cast<size_t>(count));
+    for (ssize_t count; (count = read(ends[0], text, sizeof text)) > 0;)
+        written.append(text, static_cast<size_t>(count));
     close(ends[0]);
     int status = 0;
     waitpid(child, &status, 0);
@@ -250,9 +255,12 @@ TEST(accesses_out_of_bounds_are_named) {
     DeviceMemory<float> out(100);
     check_says(in_child([&] { failure(1, 0, write_at, out.data(), int64_t{101}); }),
                "thread 40: touched byte 4 past the end of global memory");
-    check_says(in_child([&] { failure(1, 0, write_at, out.data(), int64_t{-1000}); }), "before the pages of global memory");
-    check_says(in_child([&] { failure(1, 4096, write_shared_at, 4096); }), "touched byte 0 past the end of shared memory");
-    check_says(in_child([&] { failure(1, 0, write_at, static_cast<float*>(nullptr), int64_t{0}); }), "which is nobody's");
+    check_says(in_child([&] { failure(1, 0, write_at, out.data(), int64_t{-1000}); }),
+               "before the pages of global memory");
+    check_says(in_child([&] { failure(1, 4096, write_shared_at, 4096); }),
+               "touched byte 0 past the end of shared memory");
+    check_says(in_child([&] { failure(1, 0, write_at, static_cast<float*>(nullptr), int64_t{0}); }),
+               "which is nobody's");
     check_says(in_child([&] { failure(1, 0, deep_stack, out.data()); }), "the stack of a thread");
 }
 TEST(writes_just_outside_are_seen_after_the_launch) {
@@ -288,7 +296,9 @@ __global__ void plain(float* out, bool ordered, bool own_row) {
     const float x = values[(t + 64) % kThreads];
     out[(own_row ? blockIdx.x : 0) * kThreads + t] = x + static_cast<float>(blockIdx.x);
 }
-__global__ void same_place(bool same_value) { shared_store4(shared_address(shared_bytes()), same_value ? 1 : threadIdx.x); }
+__global__ void same_place(bool same_value) {
+    shared_store4(shared_address(shared_bytes()), same_value ? 1 : threadIdx.x);
+}
 TEST(races_are_found) {
     DeviceMemory<float> out(2 * kThreads);
     const bool before = emulator::Races::on;
@@ -326,7 +336,8 @@ TEST(rounding_follows_the_manual) {
     CHECK(bf16(1.00390625f) == 0x3f80 && bf16(1.01171875f) == 0x3f82 && bf16(-0.0f) == 0x8000 && bf16(nan) == 0x7fff);
     CHECK(bf16(3.4e38f) == 0x7f80 && bf16(1e-40f) == 0x0001 && bf16(-INFINITY) == 0xff80);
     CHECK(half(65519.0f) == 0x7bff && half(65520.0f) == 0x7c00 && half(nan) == 0x7fff && half(-INFINITY) == 0xfc00);
-    CHECK(half(0x1p-24f) == 0x0001 && half(0x1p-25f) == 0x0000 && half(0x1.8p-24f) == 0x0002 && half(-0x1p-14f) == 0x8400);
+    CHECK(half(0x1p-24f) == 0x0001 && half(0x1p-25f) == 0x0000 && half(0x1.8p-24f) == 0x0002 &&
+          half(-0x1p-14f) == 0x8400);
     for (uint32_t i = 0; i < 0x10000; ++i) {
         const auto bits = static_cast<uint16_t>(i);
         const float wide = to_float(Float16{bits}), wider = to_float(BFloat16{bits});
@@ -334,10 +345,12 @@ TEST(rounding_follows_the_manual) {
         CHECK(std::isnan(wider) ? (i & 0x7fff) > 0x7f80 : bf16(wider) == bits);
     }
     CHECK(to_tf32(1.0f + 0x1p-11f) == 0x3f802000 && to_tf32(-1.0f - 0x1p-11f) == 0xbf802000);
-    CHECK(to_tf32(nan) == 0x7fc00000 && to_tf32(INFINITY) == 0x7f800000);  // as the H100 does it; the manual says 0x7fffffff
+    CHECK(to_tf32(nan) == 0x7fc00000 &&
+          to_tf32(INFINITY) == 0x7f800000);  // as the H100 does it; the manual says 0x7fffffff
     CHECK(exp2_approx(-127.0f) == 0 && exp2_approx(-126.0f) == 0x1p-126f && exp2_approx(-INFINITY) == 0 &&
           exp2_approx(1e-40f) == 1);
-    CHECK(std::isinf(reciprocal_approx(1e-38f)) && reciprocal_approx(0x1p127f) == 0 && reciprocal_approx(4.0f) == 0.25f);
+    CHECK(std::isinf(reciprocal_approx(1e-38f)) && reciprocal_approx(0x1p127f) == 0 &&
+          reciprocal_approx(4.0f) == 0.25f);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the emulator promises of Hopper's units: a right kernel passes under every schedule, and each way to misuse them is
-// seen.
+// What the emulator promises of Hopper's units: a right kernel passes under every schedule, and each way to misuse them
+// is seen.
 #include "cuda/launch.h"
 #include "cuda/tensor_map.h"
 #include "emulator/memory.h"
@@ -34,16 +34,30 @@ enum Bug {
     kChangedSums,         // registers of the sums change in flight
     kNumBugs,
 };
-const char* const kBugNames[] = {
-    "none",           "no empty wait",    "wrong phase",      "wrong arrivals",  "too many arrivals", "early release",
-    "no wait",        "no product fence", "wrong descriptor", "wrong bytes",     "no init fence",     "no barrier after init",
-    "no store fence", "no store barrier", "no store wait",    "changed operand", "changed sums"};
+const char* const kBugNames[] = {"none",
+                                 "no empty wait",
+                                 "wrong phase",
+                                 "wrong arrivals",
+                                 "too many arrivals",
+                                 "early release",
+                                 "no wait",
+                                 "no product fence",
+                                 "wrong descriptor",
+                                 "wrong bytes",
+                                 "no init fence",
+                                 "no barrier after init",
+                                 "no store fence",
+                                 "no store barrier",
+                                 "no store wait",
+                                 "changed operand",
+                                 "changed sums"};
 
-// c = a b^T, 64 x 64 of float: tiles come by the copy engine through two stages, half of the depth of a through registers; c
-// goes out by the copy engine.
+// c = a b^T, 64 x 64 of float: tiles come by the copy engine through two stages, half of the depth of a through
+// registers; c goes out by the copy engine.
 __global__ void product(const QEMB_GRID_CONSTANT TensorMap a, const QEMB_GRID_CONSTANT TensorMap b,
                         const QEMB_GRID_CONSTANT TensorMap c, Bug bug) {
-    const uint32_t start = shared_address(shared_bytes()), barriers = start + 2 * kStages * kTileBytes, out = barriers + 1024;
+    const uint32_t start = shared_address(shared_bytes()), barriers = start + 2 * kStages * kTileBytes,
+                   out = barriers + 1024;
     const auto full = [&](int step) { return barriers + 8 * (step % kStages); };
     const auto empty = [&](int step) { return barriers + 8 * (kStages + step % kStages); };
     if (threadIdx.x == 0) {
@@ -140,7 +154,8 @@ int caught(Bug bug, std::string& says) {
             for (int j = 0; j < kRows && !wrong; ++j) {
                 float sum = 0;
                 for (int k = 0; k < kDepth; ++k)
-                    sum += to_float(a[static_cast<size_t>(i * kDepth + k)]) * to_float(b[static_cast<size_t>(j * kDepth + k)]);
+                    sum += to_float(a[static_cast<size_t>(i * kDepth + k)]) *
+                           to_float(b[static_cast<size_t>(j * kDepth + k)]);
                 wrong = c[static_cast<size_t>(i * kRows + j)] != sum;
             }
         count += wrong;
@@ -320,8 +335,12 @@ TEST(tensors_that_the_engine_refuses) {
     const DeviceMemory<BFloat16> memory(4096);
     TensorMap map;
     const auto fits = [&](auto change) {
-        TensorShape shape{
-            .base = memory.data(), .rank = 2, .size = {64, 32}, .byte_stride = {0, 128}, .box = {64, 16}, .swizzled = true};
+        TensorShape shape{.base = memory.data(),
+                          .rank = 2,
+                          .size = {64, 32},
+                          .byte_stride = {0, 128},
+                          .box = {64, 16},
+                          .swizzled = true};
         change(shape);
         return make_tensor_map<BFloat16>(map, shape);
     };

@@ -120,8 +120,8 @@ Batch make_batch(const Case& c, uint32_t seed) {
 
 int softmax_of(const Case& c, int group) { return c.split ? kGroupTable[group].softmax : 0; }
 
-// In the arithmetic A; in float with weights (in units of a power of two) and scaled anchors stored as T, but for what a row
-// owns.
+// In the arithmetic A; in float with weights (in units of a power of two) and scaled anchors stored as T, but for what
+// a row owns.
 template <class A, class T>
 Result dense(const Case& c, const Batch& b) {
     const auto stored = [](A x) { return std::is_same_v<A, double> ? x : static_cast<A>(rounded<T>(x)); };
@@ -165,13 +165,15 @@ Result dense(const Case& c, const Batch& b) {
             const A qd = dot(q, with), dd = dot(d, with);
             offer(own ? group_of_owned(0) : group_of(kQueryDocument, role), same, qd, qd,
                   {q, with, dq, &r.dd[j * c.dim], 0, 0, 0});
-            offer(own ? group_of_owned(1) : group_of(kDocDoc, role), same, dd, qd, {d, with, dp, &r.dd[j * c.dim], 0, 0, 0});
+            offer(own ? group_of_owned(1) : group_of(kDocDoc, role), same, dd, qd,
+                  {d, with, dp, &r.dd[j * c.dim], 0, 0, 0});
         }
         for (int64_t j = c.first_column; j < c.queries; ++j) {
             const double* with = &b.q[j * c.dim];
             const A qq = dot(q, with);
             if (j != i)
-                offer(kQueryQuery, b.query_text[j] == b.query_text[i], qq, qq, {q, with, dq, &r.dq[j * c.dim], 0, 0, 0});
+                offer(kQueryQuery, b.query_text[j] == b.query_text[i], qq, qq,
+                      {q, with, dq, &r.dq[j * c.dim], 0, 0, 0});
         }
         double loss = 0;
         for (int softmax = 0; softmax < (c.split ? kMaxSoftmaxes : 1); ++softmax) {
@@ -247,7 +249,8 @@ Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& giv
     emulator::DeviceMemory<uint8_t> role(b.role);
     const size_t rows = static_cast<size_t>(c.rows()), softmaxes = c.split ? kMaxSoftmaxes : 1;
     emulator::DeviceMemory<double> loss(rows), stats(5), d_temperature(1), log_negatives(rows * kMaxSoftmaxes);
-    for (size_t i = 0; i < given.size(); ++i) log_negatives.data()[i / softmaxes * kMaxSoftmaxes + i % softmaxes] = given[i];
+    for (size_t i = 0; i < given.size(); ++i)
+        log_negatives.data()[i / softmaxes * kMaxSoftmaxes + i % softmaxes] = given[i];
     InfoNce p{.queries = q.data(),
               .documents = d.data(),
               .positive = positive.data(),
@@ -312,8 +315,9 @@ void compare(const std::string& label, const Case& c, const Result& ours, const 
     check_gradient(label + " loss", ours.loss, low.loss, truth.loss, 5e-7 / c.temperature);
     check_gradient(label + " dq", ours.dq, low.dq, truth.dq, 5e-7);
     check_gradient(label + " dd", ours.dd, low.dd, truth.dd, 5e-7);
-    check_close((label + " dtau").c_str(), ours.d_temperature, truth.d_temperature,
-                2 * std::abs(low.d_temperature[0] - truth.d_temperature[0]) + 5e-7 / c.temperature * truth.temperature_bound);
+    check_close(
+        (label + " dtau").c_str(), ours.d_temperature, truth.d_temperature,
+        2 * std::abs(low.d_temperature[0] - truth.d_temperature[0]) + 5e-7 / c.temperature * truth.temperature_bound);
 }
 
 template <class T>
@@ -323,7 +327,8 @@ void check_batch(const std::string& name, const Case& c, const Batch& b, uint32_
     const std::string label = name + " " + std::to_string(c.queries) + " x " + std::to_string(c.documents) + " x " +
                               std::to_string(c.dim) + " seed " + std::to_string(seed);
     compare(label, c, ours, low, truth);
-    if (c.dims.empty()) check_log(label + " log negatives", ours.log_negatives, low.log_negatives, truth.log_negatives, 1e-6);
+    if (c.dims.empty())
+        check_log(label + " log negatives", ours.log_negatives, low.log_negatives, truth.log_negatives, 1e-6);
     check_close((label + " sums").c_str(), Wide{ours.stats[0], ours.stats[1]}, Wide{truth.stats[0], truth.stats[1]},
                 1e-6 * (1 + truth.stats[2] + static_cast<double>(c.queries)));
     for (int i = 2; i < 5; ++i) CHECK(ours.stats[i] == truth.stats[i]);
@@ -337,8 +342,8 @@ Batch check(const std::string& name, const Case& c, uint32_t seed = 1) {
 }
 
 bool same(const Result& a, const Result& b) {
-    return a.loss == b.loss && a.dq == b.dq && a.dd == b.dd && a.stats == b.stats && a.d_temperature == b.d_temperature &&
-           a.log_negatives == b.log_negatives;
+    return a.loss == b.loss && a.dq == b.dq && a.dd == b.dd && a.stats == b.stats &&
+           a.d_temperature == b.d_temperature && a.log_negatives == b.log_negatives;
 }
 
 }  // namespace
@@ -419,7 +424,8 @@ TEST(ragged_sizes) {
 // Whole tiles of rows, and columns of which some meet none of them: Hopper's kernels look such up once.
 TEST(tiles_of_which_limits_alone_decide) {
     Case c{.queries = 256, .documents = 640, .dim = 16};
-    for (const Groups& groups : {qwen3(-0.3, ScoreMask::kQueryDocument), only({kBatchPositive, kBatchHard, kDocHard})}) {
+    for (const Groups& groups :
+         {qwen3(-0.3, ScoreMask::kQueryDocument), only({kBatchPositive, kBatchHard, kDocHard})}) {
         c.groups = groups;
         Batch b = make_batch<BFloat16>(c, 9);
         for (int64_t i = 0; i < c.queries; ++i)
@@ -442,8 +448,13 @@ TEST(rows_that_are_not_aligned) {
 }
 
 TEST(panels_follow_each_other) {
-    const Case c{
-        .queries = 300, .documents = 140, .dim = 16, .first_row = 3, .num_rows = 290, .first_column = 150, .panel_rows = 128};
+    const Case c{.queries = 300,
+                 .documents = 140,
+                 .dim = 16,
+                 .first_row = 3,
+                 .num_rows = 290,
+                 .first_column = 150,
+                 .panel_rows = 128};
     const Batch b = check<BFloat16>("bfloat16", c, 3);
     Case whole = c;
     whole.panel_rows = 0;
@@ -453,12 +464,24 @@ TEST(panels_follow_each_other) {
 
 TEST(prefixes_take_one_sweep) {
     for_each_dtype([]<class T>(const std::string& dtype) {
-        for (const Groups& groups : {qwen3(-0.2), only({kOwnHard, kBatchPositive, kBatchHard}), only({kOwnHard, kDocOwn})}) {
-            Case c{.queries = 70, .documents = 150, .dim = 80, .groups = groups, .temperature = 0.1, .dims = {16, 32, 64, 80}};
+        for (const Groups& groups :
+             {qwen3(-0.2), only({kOwnHard, kBatchPositive, kBatchHard}), only({kOwnHard, kDocOwn})}) {
+            Case c{.queries = 70,
+                   .documents = 150,
+                   .dim = 80,
+                   .groups = groups,
+                   .temperature = 0.1,
+                   .dims = {16, 32, 64, 80}};
             c.shares = {0.4, 0.3, 0.2, 0.1};
             check<T>(dtype + " prefixes", c, 2);
         }
-        Case c{.queries = 140, .documents = 140, .dim = 45, .temperature = 0.2, .focal = 1, .split = true, .panel_rows = 128};
+        Case c{.queries = 140,
+               .documents = 140,
+               .dim = 45,
+               .temperature = 0.2,
+               .focal = 1,
+               .split = true,
+               .panel_rows = 128};
         c.groups[kBatchHard].hardness = 3;
         c.dims = {3, 20, 41}, c.shares = {0.5, 0, 1};
         check<T>(dtype + " ragged prefixes", c, 3);
@@ -503,7 +526,8 @@ TEST(every_schedule_gives_the_same_bits) {
     check_loss_alone(of_prefixes);
 }
 
-// Each block holds a part of the documents, and every positive as a document that is absent; together they are the whole.
+// Each block holds a part of the documents, and every positive as a document that is absent; together they are the
+// whole.
 TEST(blocks_of_documents_add_up) {
     for_each_dtype([]<class T>(const std::string& dtype) {
         for (const bool split : {false, true}) {
@@ -520,7 +544,8 @@ TEST(blocks_of_documents_add_up) {
                 Batch& block = blocks[i] = b;
                 block.d.assign(b.d.begin() + starts[i] * c.dim, b.d.begin() + starts[i + 1] * c.dim);
                 block.role.assign(b.role.begin() + starts[i], b.role.begin() + starts[i + 1]);
-                block.document_text.assign(b.document_text.begin() + starts[i], b.document_text.begin() + starts[i + 1]);
+                block.document_text.assign(b.document_text.begin() + starts[i],
+                                           b.document_text.begin() + starts[i + 1]);
                 for (int64_t query = 0; query < c.queries; ++query) {
                     const double* document = &b.d[b.positive[query] * c.dim];
                     block.d.insert(block.d.end(), document, document + c.dim);
@@ -576,8 +601,8 @@ TEST(cold_and_sure) {
     for_each_dtype([]<class T>(const std::string& dtype) {
         check<T>(dtype + " cold", {.queries = 60, .documents = 100, .dim = 64, .temperature = 0.005, .noise = 30});
         check<T>(dtype + " warm", {.queries = 60, .documents = 100, .dim = 64, .temperature = 3});
-        // Rows whose candidates lie far below their positive: still exact, row by row. (As columns they meet rows of a larger
-        // weight, so not with the query-query group.)
+        // Rows whose candidates lie far below their positive: still exact, row by row. (As columns they meet rows of a
+        // larger weight, so not with the query-query group.)
         const Case c{.queries = 60,
                      .documents = 100,
                      .dim = 64,
@@ -601,10 +626,16 @@ TEST(cold_and_sure) {
 
 TEST(rows_without_candidates) {
     for (const bool split : {false, true}) {
-        Case c{.queries = 40, .documents = 60, .dim = 16, .groups = qwen3(-10, ScoreMask::kOwn), .focal = 1, .split = split};
+        Case c{.queries = 40,
+               .documents = 60,
+               .dim = 16,
+               .groups = qwen3(-10, ScoreMask::kOwn),
+               .focal = 1,
+               .split = split};
         c.groups[kDocOwn] = c.groups[kOwnHard];
         const Result ours = run<BFloat16>(c, make_batch<BFloat16>(c, 1));
-        CHECK(ours.loss == Wide(40) && ours.dq == Wide(40 * 16) && ours.dd == Wide(60 * 16) && ours.d_temperature == Wide(1));
+        CHECK(ours.loss == Wide(40) && ours.dq == Wide(40 * 16) && ours.dd == Wide(60 * 16) &&
+              ours.d_temperature == Wide(1));
         CHECK(ours.log_negatives == Wide(ours.log_negatives.size(), -INFINITY));
     }
     check<float>("no queries", {.queries = 0, .documents = 5, .dim = 8});
@@ -627,7 +658,8 @@ TEST(a_row_with_nan_leaves_the_others_alone) {
         const Result ours = run<BFloat16>(c, b);
         for (int64_t i = 0; i < 6; ++i) {
             CHECK((i == 2) == std::isnan(ours.loss[i]));
-            for (int64_t k = i * 16; k < i * 16 + 16; ++k) CHECK(i == 2 ? std::isnan(ours.dq[k]) : ours.dq[k] == clean.dq[k]);
+            for (int64_t k = i * 16; k < i * 16 + 16; ++k)
+                CHECK(i == 2 ? std::isnan(ours.dq[k]) : ours.dq[k] == clean.dq[k]);
         }
     }
 }

@@ -69,13 +69,15 @@ Result truth(const Case& c, const Wide& hidden, const Wide& weight, const Wide& 
 template <class T>
 void check_last_token_pool(const std::string& name, const Case& c, uint32_t seed) {
     const std::vector<int32_t> cu = cumulated(c.lengths);
-    const int64_t stride = c.embed + c.more_stride, tokens = cu.back(), num_seqs = static_cast<int64_t>(c.lengths.size());
+    const int64_t stride = c.embed + c.more_stride, tokens = cu.back(),
+                  num_seqs = static_cast<int64_t>(c.lengths.size());
     const Wide values = random_wide<T>(tokens * stride, seed);
     Wide hidden(values.size(), NAN);
     for (size_t seq = 0; seq < c.lengths.size(); ++seq)
         for (int64_t i = 0; i < c.embed && c.lengths[seq] > 0; ++i)
             hidden[(cu[seq + 1] - 1) * stride + i] = values[(cu[seq + 1] - 1) * stride + i];
-    Tensor<T> x(hidden, c.offset), weight(random_wide<T>(c.embed, seed + 1, 0.3, 1), c.offset), out(num_seqs * c.dim, c.offset);
+    Tensor<T> x(hidden, c.offset), weight(random_wide<T>(c.embed, seed + 1, 0.3, 1), c.offset),
+        out(num_seqs * c.dim, c.offset);
     Tensor<T> dout(random_wide<T>(num_seqs * c.dim, seed + 2), c.offset), dhidden(Wide(tokens * c.embed), c.offset);
     Tensor<float> dweight(c.embed);
     const emulator::DeviceMemory<int32_t> cu_seqlens(cu);
@@ -134,7 +136,8 @@ TEST(pooling_of_every_kind) {
                         for (const int64_t more_stride : {8, 3})
                             for (const int64_t offset : {0, 1})
                                 check_last_token_pool<T>(
-                                    dtype, {{3, 1}, embed, 48, norm_weight, normalize, weight_gradient, more_stride, offset},
+                                    dtype,
+                                    {{3, 1}, embed, 48, norm_weight, normalize, weight_gradient, more_stride, offset},
                                     5);
     });
 }
@@ -181,7 +184,8 @@ TEST(pooling_of_a_sequence_knows_no_other) {
         for (const int64_t seq : {0, 2, 3, 599}) {
             Tensor<T> alone(embed), alone_gradient(embed);
             run(seq, 1, alone, alone_gradient);
-            CHECK(out.same_bits(alone, seq * embed, 0, embed) && dhidden.same_bits(alone_gradient, seq * embed, 0, embed));
+            CHECK(out.same_bits(alone, seq * embed, 0, embed) &&
+                  dhidden.same_bits(alone_gradient, seq * embed, 0, embed));
             CHECK(!std::isnan(alone.wide()[0]) && !std::isnan(alone_gradient.wide()[0]));
         }
     }

@@ -97,10 +97,10 @@ void check_qk_norm_rope(const std::string& name, const HeadCase& c, uint32_t see
     CHECK(c.weight_gradient || scratch.size() == 0);
     p.scratch = scratch.data();
     cuda::qk_norm_rope_backward(p);
-    const Gradients exact =
-        qk_norm_rope_backward_truth<double>(c, x.wide(), weight.wide(), cos.wide(), sin.wide(), inverse.wide(), dy.wide());
-    const Gradients narrow =
-        qk_norm_rope_backward_truth<float>(c, x.wide(), weight.wide(), cos.wide(), sin.wide(), inverse.wide(), dy.wide());
+    const Gradients exact = qk_norm_rope_backward_truth<double>(c, x.wide(), weight.wide(), cos.wide(), sin.wide(),
+                                                                inverse.wide(), dy.wide());
+    const Gradients narrow = qk_norm_rope_backward_truth<float>(c, x.wide(), weight.wide(), cos.wide(), sin.wide(),
+                                                                inverse.wide(), dy.wide());
     check_rounded<T>(name + " dx", dx.wide(), narrow.dx, exact.dx);
     if (!c.weight_gradient) return;
     check_rounded<float>(name + " dweight", dweight.wide(), narrow.dweight, exact.dweight);
@@ -130,7 +130,8 @@ TEST(qk_norm_rope_of_every_number_of_heads_and_tokens) {
         check_qk_norm_rope<T>(dtype + " many tokens, any head size", {2049, 1, 8}, 6);
         check_qk_norm_rope<T>(dtype + " misaligned", {3, 2, 128, true, 1}, 7);
         check_qk_norm_rope<T>(dtype + " no weight gradient", {3, 2, 128, false}, 8);
-        for (const int64_t dim : {8, 64, 80, 128}) check_qk_norm_rope<T>(dtype + " no norm", {5, 3, dim, false, 0, false}, 9);
+        for (const int64_t dim : {8, 64, 80, 128})
+            check_qk_norm_rope<T>(dtype + " no norm", {5, 3, dim, false, 0, false}, 9);
     });
 }
 
@@ -138,9 +139,11 @@ TEST(qk_norm_rope_of_a_head_knows_no_other_head) {
     using T = BFloat16;
     for (const int64_t dim : {64, 128, 72}) {
         const int64_t tokens = 5, heads = 3, row = heads * dim;
-        Tensor<T> x(random_wide<T>(tokens * row, 1)), weight(random_wide<T>(dim, 2)), dy(random_wide<T>(tokens * row, 3));
+        Tensor<T> x(random_wide<T>(tokens * row, 1)), weight(random_wide<T>(dim, 2)),
+            dy(random_wide<T>(tokens * row, 3));
         Tensor<float> cos(random_wide<float>(tokens * dim / 2, 4)), sin(random_wide<float>(tokens * dim / 2, 5));
-        for (int64_t i = 0; i < dim; ++i) x[2 * row + dim + i] = dy[2 * row + dim + i] = {0x7fc0};  // a head in the middle
+        for (int64_t i = 0; i < dim; ++i)
+            x[2 * row + dim + i] = dy[2 * row + dim + i] = {0x7fc0};  // a head in the middle
         const auto run = [&](int64_t first, int64_t count, Tensor<T>& y, Tensor<T>& dx) {
             Tensor<float> rstd(count * heads);
             const float *cosines = cos.data() + first * dim / 2, *sines = sin.data() + first * dim / 2;

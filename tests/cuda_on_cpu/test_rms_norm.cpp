@@ -27,7 +27,8 @@ void check_rms_norm(const std::string& name, const NormCase& c, uint32_t seed) {
     Wide s = x.wide();
     if (c.residual) {
         const Wide added = residual.wide();
-        for (size_t i = 0; i < s.size(); ++i) s[i] = rounded<T>(static_cast<float>(s[i]) + static_cast<float>(added[i]));
+        for (size_t i = 0; i < s.size(); ++i)
+            s[i] = rounded<T>(static_cast<float>(s[i]) + static_cast<float>(added[i]));
         CHECK(sum.wide() == s);
     }
     Wide truth, low, truth_rstd, low_rstd;
@@ -68,10 +69,11 @@ void check_rms_norm(const std::string& name, const NormCase& c, uint32_t seed) {
 
 TEST(rms_norm_of_every_row_length) {
     for_each_dtype([]<class T>(const std::string& dtype) {
-        const int64_t vector = 16 / static_cast<int64_t>(sizeof(T)), warp = 4 * 32 * vector;  // the longest row of one warp
+        const int64_t vector = 16 / static_cast<int64_t>(sizeof(T)),
+                      warp = 4 * 32 * vector;  // the longest row of one warp
         uint32_t seed = 1;
-        for (const int64_t size : {int64_t(1), int64_t(45), vector, 64 - vector, warp - vector, warp, warp + 1, warp + vector,
-                                   4 * warp, 4 * warp + vector, 8 * warp, 8 * warp + vector})
+        for (const int64_t size : {int64_t(1), int64_t(45), vector, 64 - vector, warp - vector, warp, warp + 1,
+                                   warp + vector, 4 * warp, 4 * warp + vector, 8 * warp, 8 * warp + vector})
             for (const bool residual : {true, false})
                 check_rms_norm<T>(dtype + " size " + std::to_string(size), {size > 4 * warp ? 2 : 5, size, residual},
                                   seed += 10);
@@ -81,7 +83,8 @@ TEST(rms_norm_of_every_row_length) {
 TEST(rms_norm_of_every_number_of_rows) {
     for_each_dtype([]<class T>(const std::string& dtype) {
         for (const int64_t rows : {0, 1, 3, 4, 9, 2049})
-            for (const int64_t size : {8, 9}) check_rms_norm<T>(dtype + " rows " + std::to_string(rows), {rows, size}, 7);
+            for (const int64_t size : {8, 9})
+                check_rms_norm<T>(dtype + " rows " + std::to_string(rows), {rows, size}, 7);
         check_rms_norm<T>(dtype + " misaligned", {6, 64, true, true, 1}, 8);
         check_rms_norm<T>(dtype + " no weight gradient", {6, 64, true, false}, 9);
         check_rms_norm<T>(dtype + " no weight gradient, any length", {6, 65, false, false}, 10);
@@ -92,7 +95,8 @@ TEST(rms_norm_of_a_row_knows_no_other_row) {
     for (const int64_t size : {8, 9, 1024, 2560, 8192}) {
         using T = BFloat16;
         const int64_t rows = 6;
-        Tensor<T> x(random_wide<T>(rows * size, 1)), weight(random_wide<T>(size, 2)), dy(random_wide<T>(rows * size, 3));
+        Tensor<T> x(random_wide<T>(rows * size, 1)), weight(random_wide<T>(size, 2)),
+            dy(random_wide<T>(rows * size, 3));
         for (int64_t i = 0; i < size; ++i) x[2 * size + i] = dy[2 * size + i] = {0x7fc0};
         const auto run = [&](int64_t first, int64_t count, Tensor<T>& y, Tensor<T>& dx) {
             Tensor<T> residual(Wide(static_cast<size_t>(count * size), 0.5)), sum(count * size);

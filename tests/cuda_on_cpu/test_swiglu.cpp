@@ -26,7 +26,8 @@ void swiglu_truth(const Wide& gate, const Wide& up, const Wide& dy, Wide& y, Gra
 template <class T>
 void check_swiglu(const std::string& name, Wide gates, int64_t offset, uint32_t seed) {
     const auto count = static_cast<int64_t>(gates.size());
-    Tensor<T> gate(gates, offset), up(random_wide<T>(count, seed + 1), offset), dy(random_wide<T>(count, seed + 2), offset);
+    Tensor<T> gate(gates, offset), up(random_wide<T>(count, seed + 1), offset),
+        dy(random_wide<T>(count, seed + 2), offset);
     Tensor<T> y(count, offset), dgate(count, offset), dup(count, offset);
     cuda::swiglu_forward({.gate = gate.data(), .up = up.data(), .y = y.data(), .count = count, .dtype = dtype_of<T>});
     cuda::swiglu_backward({.gate = gate.data(),

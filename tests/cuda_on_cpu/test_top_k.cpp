@@ -24,7 +24,8 @@ struct Result {
 };
 
 template <class T>
-Result run(const Case& c, const Wide& q, const Wide& d, const Indices& exclude = {}, const std::vector<float>& ceiling = {}) {
+Result run(const Case& c, const Wide& q, const Wide& d, const Indices& exclude = {},
+           const std::vector<float>& ceiling = {}) {
     Tensor<T> queries(q, c.offset), documents(d, c.offset);
     Tensor<float> scores(c.queries * c.k);
     emulator::DeviceMemory<int64_t> indices(static_cast<size_t>(c.queries * c.k)), excluded(exclude);
@@ -94,9 +95,10 @@ void check_exact(const std::string& name, const Case& c, uint32_t seed) {
 }  // namespace
 
 TEST(equals_a_sort) {
-    const Case cases[] = {{1, 1, 1, 1},       {3, 0, 8, 2},     {2, 5, 3, 9},       {127, 127, 8, 7},   {128, 128, 63, 31},
-                          {129, 129, 64, 32}, {5, 300, 65, 33}, {130, 260, 8, 1},   {3, 500, 129, 100}, {2, 700, 16, 300},
-                          {0, 5, 8, 3},       {4, 3000, 8, 40}, {131, 2200, 24, 5}, {2, 5000, 8, 64}};
+    const Case cases[] = {{1, 1, 1, 1},       {3, 0, 8, 2},       {2, 5, 3, 9},     {127, 127, 8, 7},
+                          {128, 128, 63, 31}, {129, 129, 64, 32}, {5, 300, 65, 33}, {130, 260, 8, 1},
+                          {3, 500, 129, 100}, {2, 700, 16, 300},  {0, 5, 8, 3},     {4, 3000, 8, 40},
+                          {131, 2200, 24, 5}, {2, 5000, 8, 64}};
     uint32_t seed = 1;
     for (Case c : cases)
         for_each_dtype([&]<class T>(const std::string& dtype) {
@@ -141,7 +143,8 @@ TEST(nan_never_qualifies_and_minus_infinity_does) {
 
 TEST(a_query_alone_finds_the_same_bits) {
     const Case all{.queries = 140, .documents = 1500, .dim = 40, .k = 6};
-    const Wide q = random_wide<BFloat16>(all.queries * all.dim, 1), d = random_wide<BFloat16>(all.documents * all.dim, 2);
+    const Wide q = random_wide<BFloat16>(all.queries * all.dim, 1),
+               d = random_wide<BFloat16>(all.documents * all.dim, 2);
     emulator::options().seed = 11;
     const Result together = run<BFloat16>(all, q, d);
     emulator::options().seed = 12;

@@ -1,5 +1,6 @@
-// Varlen grouped-query attention on the CPU: blocks of keys are widened and packed once and serve every query head of the
-// group; scores live in a tile that fits the second cache, with the online softmax of FlashAttention over key blocks.
+// Varlen grouped-query attention on the CPU: blocks of keys are widened and packed once and serve every query head of
+// the group; scores live in a tile that fits the second cache, with the online softmax of FlashAttention over key
+// blocks.
 #include "ops/attention.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/parallel.h"
@@ -13,7 +14,7 @@ constexpr int64_t kKeyBlock = 256;      // columns of a score tile
 constexpr int64_t kQueryChunk = 288;    // query tokens of a forward work item, at most: threads share long sequences
 constexpr int64_t kBackwardBlock = 96;  // rows of a backward tile; also a multiple of every kTileRows
 constexpr int64_t kKeyChunk = 1152;     // keys of a backward work item, at least; a multiple of two backward blocks
-constexpr int64_t kMaxChunks = 4;       // each chunk of keys of a long sequence keeps a dQ of its own until they are added
+constexpr int64_t kMaxChunks = 4;  // each chunk of keys of a long sequence keeps a dQ of its own until they are added
 
 // All that is known about the lengths of one sequence.
 struct Lengths {
@@ -64,7 +65,8 @@ struct Items {
 template <class T>
 struct Arena {
     T* next;
-    explicit Arena(int64_t count) : next(static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(count) * sizeof(T)))) {}
+    explicit Arena(int64_t count)
+        : next(static_cast<T*>(scratch_bytes(Slot::kTile, static_cast<size_t>(count) * sizeof(T)))) {}
     QEMB_INLINE T* take(int64_t count) {
         T* here = next;
         next += round_up(count, 16);
@@ -249,7 +251,8 @@ QEMB_INLINE int64_t key_chunk(const Lengths& len) {
     return max_of(kKeyChunk, round_up(ceil_div(len.num_k, kMaxChunks), 2 * kBackwardBlock));
 }
 
-// dQ of sequences with several chunks of keys: `chunks` arrays [num_heads, num_q, padded] each, at `start` for each sequence.
+// dQ of sequences with several chunks of keys: `chunks` arrays [num_heads, num_q, padded] each, at `start` for each
+// sequence.
 template <class T>
 struct PartialGradients {
     T* values = nullptr;
@@ -257,7 +260,8 @@ struct PartialGradients {
 
     explicit PartialGradients(const AttentionBackward& p) {
         const int64_t width = p.num_heads * round_up(p.head_dim, kLanes<T>);
-        start = static_cast<int64_t*>(scratch_bytes(Slot::kIndex, sizeof(int64_t) * static_cast<size_t>(p.num_seqs + 1)));
+        start =
+            static_cast<int64_t*>(scratch_bytes(Slot::kIndex, sizeof(int64_t) * static_cast<size_t>(p.num_seqs + 1)));
         start[0] = 0;
         for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
             const Lengths len(p, seq);
@@ -267,7 +271,9 @@ struct PartialGradients {
         const int64_t total = start[p.num_seqs];
         if (total) values = static_cast<T*>(scratch_bytes(Slot::kPartial, sizeof(T) * static_cast<size_t>(total)));
     }
-    T* of(int64_t seq, int64_t part) const { return start[seq + 1] > start[seq] ? values + start[seq] + part : nullptr; }
+    T* of(int64_t seq, int64_t part) const {
+        return start[seq + 1] > start[seq] ? values + start[seq] + part : nullptr;
+    }
 };
 
 template <class T>
@@ -336,8 +342,8 @@ void backward_item(const AttentionBackward& p, const Item& item, const PartialGr
                 gemm(rows, keys, dim, by_rows(dout + row * dim, dim), vt_panels, dscores, width, false);
                 for (int64_t r = 0; r < rows; ++r) {
                     const int64_t seen = max_of<int64_t>(0, min_of(keys, len.visible(row + r) - token));
-                    probabilities_and_gradients(probs + r * width, dscores + r * width, seen, width, scale, lse[row + r],
-                                                delta[row + r]);
+                    probabilities_and_gradients(probs + r * width, dscores + r * width, seen, width, scale,
+                                                lse[row + r], delta[row + r]);
                 }
                 pack_rows(q + row * dim, dim, rows, dim, q_panels);
                 pack_rows(dout + row * dim, dim, rows, dim, dout_panels);
@@ -399,12 +405,17 @@ void backward(const AttentionBackward& p) {
     const PartialGradients<T> partial(p);
     parallel_for(items.count, [&](int64_t i) { backward_item<T>(p, items.data[i], partial); });
     if (partial.values)
-        parallel_for(p.num_seqs * p.num_heads, [&](int64_t i) { add_chunks<T>(p, i / p.num_heads, i % p.num_heads, partial); });
+        parallel_for(p.num_seqs * p.num_heads,
+                     [&](int64_t i) { add_chunks<T>(p, i / p.num_heads, i % p.num_heads, partial); });
 }
 
 }  // namespace
 
-void attention_forward(const AttentionForward& p) { p.dtype == DType::kFloat64 ? forward<double>(p) : forward<float>(p); }
-void attention_backward(const AttentionBackward& p) { p.dtype == DType::kFloat64 ? backward<double>(p) : backward<float>(p); }
+void attention_forward(const AttentionForward& p) {
+    p.dtype == DType::kFloat64 ? forward<double>(p) : forward<float>(p);
+}
+void attention_backward(const AttentionBackward& p) {
+    p.dtype == DType::kFloat64 ? backward<double>(p) : backward<float>(p);
+}
 
 }  // namespace qemb::cpu::QEMB_ISA

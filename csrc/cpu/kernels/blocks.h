@@ -1,5 +1,5 @@
-// Rows in blocks whose size depends on the problem alone; the blocks' weight gradients are added in order, so that results have
-// the same bits on any number of threads.
+// Rows in blocks whose size depends on the problem alone; the blocks' weight gradients are added in order, so that
+// results have the same bits on any number of threads.
 #pragma once
 
 #include "cpu/kernels/isa.h"
@@ -10,7 +10,9 @@ namespace qemb::cpu::QEMB_ISA {
 
 constexpr int64_t kBlockElements = 16384;
 
-QEMB_INLINE int64_t rows_per_block(int64_t size) { return max_of<int64_t>(1, kBlockElements / max_of<int64_t>(1, size)); }
+QEMB_INLINE int64_t rows_per_block(int64_t size) {
+    return max_of<int64_t>(1, kBlockElements / max_of<int64_t>(1, size));
+}
 
 template <class T>
 T* tile_of(int64_t count) {
@@ -50,8 +52,8 @@ QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy,
 template <class T, class Body>
 void with_weight_gradient(int64_t rows, int64_t block_rows, int64_t size, void* dweight, Body body) {
     const int64_t blocks = ceil_div(rows, block_rows);
-    T* partial =
-        static_cast<T*>(scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
+    T* partial = static_cast<T*>(
+        scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
     parallel_for(blocks, [&](int64_t block) {
         T* mine = partial + block * size;
         for (int64_t i = 0; i < size; ++i) mine[i] = 0;

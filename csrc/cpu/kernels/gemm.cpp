@@ -1,5 +1,5 @@
-// The one hot inner tile: kTileRows x kTileVectors vectors of C in registers; each step of K loads a row of the panel of B and
-// broadcasts a column of A.
+// The one hot inner tile: kTileRows x kTileVectors vectors of C in registers; each step of K loads a row of the panel
+// of B and broadcasts a column of A.
 #include "cpu/simd/gemm.h"
 
 namespace qemb::cpu::QEMB_ISA {
@@ -9,8 +9,8 @@ namespace {
 constexpr int64_t kDepth = 256;
 
 template <class T, int kRows, int kVectors>
-QEMB_INLINE void register_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* panel, T* c, int64_t c_row,
-                               bool accumulate) {
+QEMB_INLINE void register_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* panel, T* c,
+                               int64_t c_row, bool accumulate) {
     Vec<T> sums[kRows][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m)
@@ -38,8 +38,8 @@ QEMB_INLINE void register_tile(int64_t depth, const T* a, int64_t a_row, int64_t
 }
 
 template <class T, int kVectors, int kRows = kTileRows - 1>
-QEMB_INLINE void rest_tile(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* panel, T* c,
-                           int64_t c_row, bool accumulate) {
+QEMB_INLINE void rest_tile(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* panel,
+                           T* c, int64_t c_row, bool accumulate) {
     if constexpr (kRows > 0) {
         if (rows == kRows)
             register_tile<T, kRows, kVectors>(depth, a, a_row, a_column, panel, c, c_row, accumulate);
@@ -59,8 +59,8 @@ void column_of_tiles(int64_t M, int64_t depth, const Left<T>& a, const T* panel,
 }
 
 template <class T, int kVectors = kTileVectors>
-QEMB_INLINE void choose_width(int64_t width, int64_t M, int64_t depth, const Left<T>& a, const T* panel, T* c, int64_t c_row,
-                              bool accumulate) {
+QEMB_INLINE void choose_width(int64_t width, int64_t M, int64_t depth, const Left<T>& a, const T* panel, T* c,
+                              int64_t c_row, bool accumulate) {
     if constexpr (kVectors > 0) {
         if (width == kVectors * kLanes<T>)
             column_of_tiles<T, kVectors>(M, depth, a, panel, c, c_row, accumulate);

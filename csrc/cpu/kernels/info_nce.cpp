@@ -1,5 +1,6 @@
-// InfoNCE on the CPU by row panels: R queries meet all columns, the panel of weights E = exp(logit - max) is written once and
-// read twice, and both gradients are plain products with it. Per kind of columns: three products, nothing recomputed.
+// InfoNCE on the CPU by row panels: R queries meet all columns, the panel of weights E = exp(logit - max) is written
+// once and read twice, and both gradients are plain products with it. Per kind of columns: three products, nothing
+// recomputed.
 #include "ops/info_nce.h"
 #include "cpu/kernels/info_nce/gradients.h"
 #include "cpu/kernels/info_nce/scores.h"
@@ -43,7 +44,8 @@ void gradients(const Panel<T>& a) {
     const int64_t rows = round_up(ceil_div(a.count, ceil_div(num_threads(), blocks)), kTileRows);
     parallel_for(blocks * ceil_div(a.count, rows), [&](int64_t item) {
         int64_t block = item % blocks, k = 0;
-        for (; block >= ceil_div(a.segments[k].width, kFeatures); ++k) block -= ceil_div(a.segments[k].width, kFeatures);
+        for (; block >= ceil_div(a.segments[k].width, kFeatures); ++k)
+            block -= ceil_div(a.segments[k].width, kFeatures);
         const int64_t row = item / blocks * rows, from = block * kFeatures;
         row_gradients(a, row, min_of(rows, a.count - row), k, from, min_of(kFeatures, a.segments[k].width - from));
     });

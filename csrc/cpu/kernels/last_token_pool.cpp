@@ -92,7 +92,8 @@ void backward(const LastTokenPoolBackward& p) {
     T* dweight = static_cast<T*>(p.dnorm_weight);
     if (dweight) {
         for (int64_t i = 0; i < p.embed; ++i) dweight[i] = 0;
-        for (int64_t seq = 0; seq < p.num_seqs; ++seq) backward_row<T>(p, seq, dweight);  // one order for any thread count
+        for (int64_t seq = 0; seq < p.num_seqs; ++seq)
+            backward_row<T>(p, seq, dweight);  // one order for any thread count
     } else {
         parallel_for(p.num_seqs, [&](int64_t seq) { backward_row<T>(p, seq, nullptr); });
     }

@@ -34,19 +34,20 @@ void rms_norm(const RmsNormForward& p) {
 
 template <class T>
 void rms_norm_gradients(const RmsNormBackward& p) {
-    with_weight_gradient<T>(p.rows, rows_per_block(p.size), p.size, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
-        T* buffer = tile_of<T>(4 * p.size);
-        load_row(p.dtype, p.weight, 0, buffer, p.size);
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t at = row * p.size;
-            const T* s = read(p.dtype, p.s, at, p.size, buffer + p.size);
-            const T* dy = read(p.dtype, p.dy, at, p.size, buffer + 2 * p.size);
-            T* dx = target(p.dtype, p.dx, at, buffer + 3 * p.size);
-            norm_backward(s, buffer, static_cast<const T*>(p.rstd)[row], dy, dx, dweight, p.size);
-            if (p.dsum) add_scaled(dx, read(p.dtype, p.dsum, at, p.size, buffer + 2 * p.size), T(1), p.size);
-            write(p.dtype, dx, p.dx, at, p.size);
-        }
-    });
+    with_weight_gradient<T>(
+        p.rows, rows_per_block(p.size), p.size, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
+            T* buffer = tile_of<T>(4 * p.size);
+            load_row(p.dtype, p.weight, 0, buffer, p.size);
+            for (int64_t row = begin; row < end; ++row) {
+                const int64_t at = row * p.size;
+                const T* s = read(p.dtype, p.s, at, p.size, buffer + p.size);
+                const T* dy = read(p.dtype, p.dy, at, p.size, buffer + 2 * p.size);
+                T* dx = target(p.dtype, p.dx, at, buffer + 3 * p.size);
+                norm_backward(s, buffer, static_cast<const T*>(p.rstd)[row], dy, dx, dweight, p.size);
+                if (p.dsum) add_scaled(dx, read(p.dtype, p.dsum, at, p.size, buffer + 2 * p.size), T(1), p.size);
+                write(p.dtype, dx, p.dx, at, p.size);
+            }
+        });
 }
 
 }  // namespace

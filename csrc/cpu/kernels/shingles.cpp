@@ -118,12 +118,14 @@ void lower(uint32_t* __restrict signature, const uint32_t* __restrict seeds, int
 }  // namespace
 
 void shingles(const Shingles& p) {
-    for_texts(p.num_texts,
-              [&](int64_t index) { p.counts[index] = shingle(p.text, p.offsets, index, p.n, p.hashes + p.offsets[index]); });
+    for_texts(p.num_texts, [&](int64_t index) {
+        p.counts[index] = shingle(p.text, p.offsets, index, p.n, p.hashes + p.offsets[index]);
+    });
 }
 
 void min_hash(const MinHash& p) {
-    uint32_t* seeds = static_cast<uint32_t*>(scratch_bytes(Slot::kPanel, sizeof(uint32_t) * static_cast<size_t>(p.num_hashes)));
+    uint32_t* seeds =
+        static_cast<uint32_t*>(scratch_bytes(Slot::kPanel, sizeof(uint32_t) * static_cast<size_t>(p.num_hashes)));
     for (int64_t i = 0; i < p.num_hashes; ++i) seeds[i] = mixed(static_cast<uint32_t>(i + 1));
     for_texts(p.num_texts, [&](int64_t index) {
         const int64_t bytes = p.offsets[index + 1] - p.offsets[index];

@@ -1,5 +1,6 @@
-// Exact top-k on the CPU: a block of queries sweeps a span of the documents tile by tile and keeps the best of what it meets;
-// the spans' bests are then ranked together. The order is total (score, then index), so how the work is cut changes nothing.
+// Exact top-k on the CPU: a block of queries sweeps a span of the documents tile by tile and keeps the best of what it
+// meets; the spans' bests are then ranked together. The order is total (score, then index), so how the work is cut
+// changes nothing.
 #include "ops/top_k.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/top_k/best.h"
@@ -13,8 +14,9 @@ namespace {
 constexpr int64_t kQueryBlock = 768;  // documents are packed once for each block
 constexpr int64_t kQueryTile = 96;    // and read from the second cache by each tile of it
 constexpr int64_t kDocumentBlock = 192;
-constexpr int64_t kItemsPerThread = 4;  // every span of documents finds its own k best before they are ranked: few spans
-constexpr int64_t kMinSpan = 4096;      // documents of a work item, at least
+constexpr int64_t kItemsPerThread =
+    4;                              // every span of documents finds its own k best before they are ranked: few spans
+constexpr int64_t kMinSpan = 4096;  // documents of a work item, at least
 
 QEMB_INLINE bool excluded(const TopK& p, int64_t query, int64_t document) {
     for (int64_t i = 0; i < p.num_exclude; ++i)
@@ -36,8 +38,8 @@ struct Cut {
     }
 };
 
-// Takes those of a query's documents from `document` on that may belong to its best. `scores` are exact, or a screen's; most
-// are below `bar`, and two vectors of them are passed over at once.
+// Takes those of a query's documents from `document` on that may belong to its best. `scores` are exact, or a screen's;
+// most are below `bar`, and two vectors of them are passed over at once.
 template <class T, class S, class Bar, class Exact>
 QEMB_INLINE void take(const TopK& p, int64_t query, int64_t document, const S* scores, int64_t count, Best<T>& best,
                       Bar&& bar_of, Exact&& exact) {
@@ -62,15 +64,16 @@ QEMB_INLINE void take(const TopK& p, int64_t query, int64_t document, const S* s
     }
 }
 
-// The best of documents [begin, end) for `rows` queries from `first`, best first, at `found` [rows, k], zeros at the end.
+// The best of documents [begin, end) for `rows` queries from `first`, best first, at `found` [rows, k], zeros at the
+// end.
 template <class T>
 void search_span(const TopK& p, int64_t first, int64_t rows, int64_t begin, int64_t end, Found* found) {
     const int64_t pairs = (p.dim + 1) / 2;
     const bool screens = sizeof(T) == sizeof(float) && kScreens && rows >= kScreenRows;
     const int64_t floats = rows * p.dim + left_size<T>(rows, p.dim) + kDocumentBlock * p.dim +
                            panel_size<T>(p.dim, kDocumentBlock) + kQueryTile * kDocumentBlock;
-    T* q = static_cast<T*>(
-        scratch_bytes(Slot::kTile, static_cast<size_t>(floats) * sizeof(T) + screen_bytes(rows, kDocumentBlock, pairs)));
+    T* q = static_cast<T*>(scratch_bytes(
+        Slot::kTile, static_cast<size_t>(floats) * sizeof(T) + screen_bytes(rows, kDocumentBlock, pairs)));
     T* packed = q + rows * p.dim;
     T* block = packed + left_size<T>(rows, p.dim);
     T* panels = block + kDocumentBlock * p.dim;
@@ -78,9 +81,11 @@ void search_span(const TopK& p, int64_t first, int64_t rows, int64_t begin, int6
     const T* queries = read(p.dtype, p.queries, first * p.dim, rows * p.dim, q);
 
     const int64_t capacity = min_of(3 * p.k, end - begin + p.k);
-    Found* kept = static_cast<Found*>(scratch_bytes(Slot::kPartial, sizeof(Found) * static_cast<size_t>(rows * capacity)));
+    Found* kept =
+        static_cast<Found*>(scratch_bytes(Slot::kPartial, sizeof(Found) * static_cast<size_t>(rows * capacity)));
     Best<T> best[kQueryBlock];
-    for (int64_t row = 0; row < rows; ++row) best[row] = Best<T>{kept + row * capacity, 0, p.k, capacity, -kInfinity<T>};
+    for (int64_t row = 0; row < rows; ++row)
+        best[row] = Best<T>{kept + row * capacity, 0, p.k, capacity, -kInfinity<T>};
 
     Screen screen(scores + kQueryTile * kDocumentBlock, rows, kDocumentBlock, p.dim);
     bool screened = false;
@@ -97,8 +102,9 @@ void search_span(const TopK& p, int64_t first, int64_t rows, int64_t begin, int6
                     screen.score(tile, height, count, reinterpret_cast<int32_t*>(scores), kDocumentBlock);
                     for (int64_t row = tile; row < tile + height; ++row)
                         take(
-                            p, first + row, document, reinterpret_cast<const int32_t*>(scores) + (row - tile) * kDocumentBlock,
-                            count, best[row], [&](float least) { return screen.bar(row, least); },
+                            p, first + row, document,
+                            reinterpret_cast<const int32_t*>(scores) + (row - tile) * kDocumentBlock, count, best[row],
+                            [&](float least) { return screen.bar(row, least); },
                             [&](int64_t j) { return dot(queries + row * p.dim, documents + j * p.dim, p.dim); });
                 }
                 continue;

@@ -1,7 +1,8 @@
 // C[M, N] (+)= A[M, K] B[K, N] with B packed in panels of whole vectors, the last one as narrow as N allows.
 //
-// A is read through any strides, or packed in tiles where it is read often or its rows lie so that they evict each other. Each
-// element of C is summed over K in the same order whatever the tile, so results do not depend on how the work was cut.
+// A is read through any strides, or packed in tiles where it is read often or its rows lie so that they evict each
+// other. Each element of C is summed over K in the same order whatever the tile, so results do not depend on how the
+// work was cut.
 #pragma once
 
 #include <utility>
@@ -20,8 +21,8 @@ template <class T>
 QEMB_INLINE int64_t panel_size(int64_t depth, int64_t columns) {
     return depth * round_up(columns, kLanes<T>);
 }
-// Columns of the panel that starts at `start`. The last two share what is left where one of a single vector would remain: that
-// tile waits for its own sums.
+// Columns of the panel that starts at `start`. The last two share what is left where one of a single vector would
+// remain: that tile waits for its own sums.
 template <class T>
 QEMB_INLINE int64_t panel_width(int64_t start, int64_t columns) {
     const int64_t left = round_up(columns - start, kLanes<T>);
@@ -111,14 +112,16 @@ inline void pack_transposed(const T* rows, int64_t row_stride, int64_t columns, 
                 }
             }
             for (; k < depth; ++k)
-                for (int64_t n = 0; n < kSide; ++n) panel[k * stride + n] = n < width ? source[n * row_stride + k] : T(0);
+                for (int64_t n = 0; n < kSide; ++n)
+                    panel[k * stride + n] = n < width ? source[n * row_stride + k] : T(0);
         }
     }
 }
 
 // B[k][n] = rows[k * row_stride + n] * (scale ? scale[k] : 1)
 template <class T>
-inline void pack_rows(const T* rows, int64_t row_stride, int64_t depth, int64_t columns, T* panels, const T* scale = nullptr) {
+inline void pack_rows(const T* rows, int64_t row_stride, int64_t depth, int64_t columns, T* panels,
+                      const T* scale = nullptr) {
     for (int64_t start = 0; start < columns; start += panel_width<T>(start, columns)) {
         const int64_t stride = panel_width<T>(start, columns), width = min_of<int64_t>(stride, columns - start);
         for (int64_t k = 0; k < depth; ++k) {

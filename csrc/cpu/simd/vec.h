@@ -1,9 +1,9 @@
 // One small vector type per arithmetic type, as wide as the instruction set that this file is being compiled for.
 //
-// Everything under cpu/kernels is compiled once per instruction set, each time inside its own namespace QEMB_ISA. Hazard: a
-// template or inline function of the standard library used here would be emitted with wide instructions under a shared name,
-// and the linker may pick that copy for old processors. So these files use builtins and their own helpers only;
-// tests/test_build.py checks the symbols.
+// Everything under cpu/kernels is compiled once per instruction set, each time inside its own namespace QEMB_ISA.
+// Hazard: a template or inline function of the standard library used here would be emitted with wide instructions under
+// a shared name, and the linker may pick that copy for old processors. So these files use builtins and their own
+// helpers only; tests/test_build.py checks the symbols.
 #pragma once
 
 #include <cstddef>
@@ -64,8 +64,8 @@ template <class T>
 QEMB_INLINE void store(T* to, Vec<T> value) {
     *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = value;
 }
-// Past the caches, for results that no core reads soon and that would only push others out. `to` is aligned to a vector;
-// the thread calls finish_streams() before others may read.
+// Past the caches, for results that no core reads soon and that would only push others out. `to` is aligned to a
+// vector; the thread calls finish_streams() before others may read.
 template <class T>
 QEMB_INLINE void stream(T* to, Vec<T> value) {
 #if defined(__AVX512F__)
@@ -149,15 +149,16 @@ QEMB_INLINE int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1
 template <class T>
 inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// e^x by range reduction to |r| <= ln(2)/2 and a polynomial; 0 below the smallest normal number. Relative error about one
-// unit in the last place for float, 4e-16 for double.
+// e^x by range reduction to |r| <= ln(2)/2 and a polynomial; 0 below the smallest normal number. Relative error about
+// one unit in the last place for float, 4e-16 for double.
 template <class T>
 QEMB_INLINE Vec<T> exp(Vec<T> x) {
     using Bits = typename VecOf<T>::bits;
     constexpr bool kFloat = sizeof(T) == 4;
     constexpr T kLow = kFloat ? T(-87.33654) : T(-708.39641853226408);
     constexpr T kHigh = kFloat ? T(88.72283) : T(709.78271289338397);
-    constexpr T kMagic = kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa bits): rounds to an integer
+    constexpr T kMagic =
+        kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa bits): rounds to an integer
     constexpr T kLn2High = kFloat ? T(0.693359375) : T(0.69314718036912381649);
     constexpr T kLn2Low = kFloat ? T(-2.12194440e-4) : T(1.9082149292705877e-10);
     const Vec<T> clamped = x > kHigh ? splat<T>(kHigh) : (x < kLow ? splat<T>(kLow) : x);
@@ -196,8 +197,9 @@ QEMB_INLINE Vec<T> exp(Vec<T> x) {
     return x != x ? x : kept;
 }
 
-// 2^x for x < 128 (float) or 1024 (double), in half the instructions of exp(): what a softmax needs, whose exponents do not
-// exceed the row's maximum. 0 where the result would be no normal number; NaN stays NaN. Relative error 2e-7, 4e-16 for double.
+// 2^x for x < 128 (float) or 1024 (double), in half the instructions of exp(): what a softmax needs, whose exponents do
+// not exceed the row's maximum. 0 where the result would be no normal number; NaN stays NaN. Relative error 2e-7, 4e-16
+// for double.
 template <class T>
 QEMB_INLINE Vec<T> exp2(Vec<T> x) {
     using Bits = typename VecOf<T>::bits;
@@ -333,7 +335,8 @@ inline void load_row(DType dtype, const void* from, int64_t offset, T* to, int64
 #if defined(__AVX512F__) || defined(__F16C__)
             if constexpr (sizeof(T) == 4) {
                 for (; i + 8 <= count; i += 8)
-                    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+                    _mm256_storeu_ps(to + i,
+                                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
             }
 #endif
             for (; i < count; ++i) to[i] = static_cast<T>(from_f16(source[i]));
@@ -393,7 +396,8 @@ QEMB_INLINE T dot(const T* a, const T* b, int64_t count) {
     return result;
 }
 
-// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is there.
+// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is
+// there.
 template <class T>
 QEMB_INLINE T unit_for(T squares) {
     using Range = SquareRange<T>;

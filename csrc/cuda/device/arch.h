@@ -5,7 +5,8 @@
 //   convert       to_float(x), from_float<T>(x), pack<T>(low, high) -> two T in a word, unpack<T>(word, 0 or 1)
 //                 multiply_pair<T>(a, b): the two products of two words, rounded
 //   math          exp2_approx(x), reciprocal_approx(x)
-//   memory        load16(p), store16(p, v): aligned vectors; shared_address(p) -> uint32_t; shared_bytes() -> dynamic memory
+//   memory        load16(p), store16(p, v): aligned vectors; shared_address(p) -> uint32_t; shared_bytes() -> dynamic
+//   memory
 //                 shared_store4(address, word), shared_load16(address): by 32-bit address, which saves registers
 //   copies        cp_async16(shared, global, valid), cp_async_commit(), cp_async_wait<groups that may still run>()
 //   matrices      ldmatrix_x4(words, shared), ldmatrix_x4_trans(words, shared)

@@ -108,7 +108,8 @@ QEMB_DEVICE Vector16 shared_load16(uint32_t address) {
 
 // 16 bytes; zeros where not valid (the address must still be one that may be formed).
 QEMB_DEVICE void cp_async16(uint32_t shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 QEMB_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

@@ -51,44 +51,47 @@ template <int kRank>
 QEMB_DEVICE void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, const int (&at)[kRank]) {
     if constexpr (kRank == 1)
         asm volatile(
-            "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::"r"(
-                shared),
+            "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3}], "
+            "[%2];" ::"r"(shared),
             "l"(&map), "r"(barrier), "r"(at[0])
             : "memory");
     else if constexpr (kRank == 2)
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-                "r"(shared),
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+            "[%2];" ::"r"(shared),
             "l"(&map), "r"(barrier), "r"(at[0]), "r"(at[1])
             : "memory");
     else if constexpr (kRank == 3)
         asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+            "%5}], "
             "[%2];" ::"r"(shared),
             "l"(&map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2])
             : "memory");
     else
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+            "%6}], "
             "[%2];" ::"r"(shared),
             "l"(&map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
             : "memory");
 }
 #define QEMB_TMA_OUT(instruction, end) \
     if constexpr (kRank == 1) \
-        asm volatile(instruction ".1d.global.shared::cta" end " [%0, {%2}], [%1];" ::"l"(&map), "r"(shared), "r"(at[0]) \
+        asm volatile(instruction ".1d.global.shared::cta" end " [%0, {%2}], [%1];" ::"l"(&map), "r"(shared), \
+                     "r"(at[0]) \
                      : "memory"); \
     else if constexpr (kRank == 2) \
-        asm volatile(instruction ".2d.global.shared::cta" end " [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(shared), "r"(at[0]), \
-                     "r"(at[1]) \
+        asm volatile(instruction ".2d.global.shared::cta" end " [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(shared), \
+                     "r"(at[0]), "r"(at[1]) \
                      : "memory"); \
     else if constexpr (kRank == 3) \
         asm volatile(instruction ".3d.global.shared::cta" end " [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(shared), \
                      "r"(at[0]), "r"(at[1]), "r"(at[2]) \
                      : "memory"); \
     else \
-        asm volatile(instruction ".4d.global.shared::cta" end " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(shared), \
-                     "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]) \
+        asm volatile(instruction ".4d.global.shared::cta" end " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), \
+                     "r"(shared), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]) \
                      : "memory")
 template <int kRank>
 QEMB_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const int (&at)[kRank]) {
@@ -100,17 +103,18 @@ QEMB_DEVICE void tma_add(const TensorMap& map, uint32_t shared, const int (&at)[
 }
 #undef QEMB_TMA_OUT
 QEMB_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-                 "l"(global), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 QEMB_DEVICE void bulk_store(void* global, uint32_t shared, int bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
                  : "memory");
 }
 QEMB_DEVICE void bulk_add(float* global, uint32_t shared, int bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
-                 "r"(bytes)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+                 "r"(shared), "r"(bytes)
                  : "memory");
 }
 QEMB_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -158,21 +162,25 @@ QEMB_DEVICE void wgmma_wait() {
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define QEMB_R8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 #define QEMB_R32(i) QEMB_R8(i), QEMB_R8(i + 8), QEMB_R8(i + 16), QEMB_R8(i + 24)
 #define QEMB_R64(i) QEMB_R32(i), QEMB_R32(i + 32)
 #define QEMB_R128(i) QEMB_R64(i), QEMB_R64(i + 64)
 
-// Operands after the accumulators, by number: the matrices (or words) of a and b, whether to add, which of them lie across.
+// Operands after the accumulators, by number: the matrices (or words) of a and b, whether to add, which of them lie
+// across.
 #define QEMB_WGMMA_SHARED(n, type, count, a, b, add, across_a, across_b) \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
-                 "." type " {" QEMB_D##count "}, " a ", " b ", add, 1, 1, " across_a ", " across_b ";\n}" \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+                 "k16.f32." type "." type " {" QEMB_D##count "}, " a ", " b ", add, 1, 1, " across_a ", " across_b \
+                                                             ";\n}" \
                  : QEMB_R##count(0) \
                  : "l"(a_matrix), "l"(b_matrix), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kA)), \
                    "n"(static_cast<int>(kB)))
 #define QEMB_WGMMA_WORDS(n, type, count, a0, a1, a2, a3, b, add, across_b) \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
-                 "." type " {" QEMB_D##count "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, " across_b ";\n}" \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+                 "k16.f32." type "." type " {" QEMB_D##count "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b \
+                                                             ", add, 1, 1, " across_b ";\n}" \
                  : QEMB_R##count(0) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(static_cast<int>(accumulate)), \
                    "n"(static_cast<int>(kB)))

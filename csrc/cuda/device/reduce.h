@@ -25,7 +25,8 @@ QEMB_DEVICE T warp_sum(T x) {
 }
 QEMB_DEVICE float warp_max(float x) { return lanes_max<32>(x); }
 
-// Every thread of a block of kWarps warps gets the sum. `scratch`: kWarps values of shared memory, free again afterwards.
+// Every thread of a block of kWarps warps gets the sum. `scratch`: kWarps values of shared memory, free again
+// afterwards.
 template <int kWarps, class T>
 QEMB_DEVICE T block_sum(T x, T* scratch) {
     x = warp_sum(x);
@@ -38,7 +39,8 @@ QEMB_DEVICE T block_sum(T x, T* scratch) {
     return total;
 }
 
-// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is there.
+// The factor that brings a row with this sum of squares to where squares neither overflow nor vanish; 1 where it is
+// there.
 QEMB_DEVICE float unit_for(float squares) {
     using Range = SquareRange<float>;
     if (squares > Range::kLow && squares < Range::kHigh) return 1;

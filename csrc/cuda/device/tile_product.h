@@ -1,5 +1,6 @@
-// A 128 x 128 tile of a matrix product on tensor cores: 8 warps, three stages of shared memory filled ahead by asynchronous
-// copies. Half types by m16n8k16 with float32 sums; float32 by three tf32 products, so that its error is that of float32.
+// A 128 x 128 tile of a matrix product on tensor cores: 8 warps, three stages of shared memory filled ahead by
+// asynchronous copies. Half types by m16n8k16 with float32 sums; float32 by three tf32 products, so that its error is
+// that of float32.
 #pragma once
 
 #include <cstring>
@@ -40,7 +41,8 @@ struct Operand {
     }
 };
 
-// A matrix in global memory; row i is row index[i] where an index is given. Zeros past its end, or past the column `end`.
+// A matrix in global memory; row i is row index[i] where an index is given. Zeros past its end, or past the column
+// `end`.
 template <class T>
 struct Matrix {
     const T* data;
@@ -113,7 +115,8 @@ QEMB_DEVICE void load_left(uint32_t (&words)[4], const char* tile, int row, int 
         ldmatrix_x4_trans(words, shared_address(tile) + Shape::offset(16 * step + lane / 16 * 8 + lane % 8, vector));
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = Shape::word(tile, 8 * step + lane % 4 + i / 2 * 4, row + lane / 4 + i % 2 * 8);
+        for (int i = 0; i < 4; ++i)
+            words[i] = Shape::word(tile, 8 * step + lane % 4 + i / 2 * 4, row + lane / 4 + i % 2 * 8);
     }
 }
 template <class T, Depth kLayout>

@@ -1,4 +1,5 @@
-// Neighbouring values of a row as they lie in memory, 16 bytes at a time, or one by one where a row is not aligned to that.
+// Neighbouring values of a row as they lie in memory, 16 bytes at a time, or one by one where a row is not aligned to
+// that.
 #pragma once
 
 #include "common/types.h"
@@ -61,7 +62,8 @@ QEMB_DEVICE Packed<T, kLanes> packed(const float (&values)[kLanes]) {
     } else {
 #pragma unroll
         for (int i = 0; i < kLanes; i += Packed<T, kLanes>::kPerWord) {
-            uint32_t& word = result.vectors[i / kVectorLanes<T>].word[i % kVectorLanes<T> / Packed<T, kLanes>::kPerWord];
+            uint32_t& word =
+                result.vectors[i / kVectorLanes<T>].word[i % kVectorLanes<T> / Packed<T, kLanes>::kPerWord];
             if constexpr (sizeof(T) == 4)
                 word = __builtin_bit_cast(uint32_t, values[i]);
             else

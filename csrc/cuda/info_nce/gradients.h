@@ -1,14 +1,14 @@
-// Gradients of a panel: plain products with its weights, and what rows own by itself. Every element has one owner, launches
-// follow each other on the stream.
+// Gradients of a panel: plain products with its weights, and what rows own by itself. Every element has one owner,
+// launches follow each other on the stream.
 #pragma once
 
 #include "cuda/info_nce/panel.h"
 
 namespace qemb::cuda::info_nce_kernels {
 
-// The anchors times the weight of their row, right operands of the gradients of the columns, for each part. Relative to the
-// panel's largest weight: half floats cannot hold the weights of a sure model, and lose only those some 2^-29 below the
-// largest.
+// The anchors times the weight of their row, right operands of the gradients of the columns, for each part. Relative to
+// the panel's largest weight: half floats cannot hold the weights of a sure model, and lose only those some 2^-29 below
+// the largest.
 template <class T>
 __global__ void pack_anchors(const Panel<T> a, int64_t padded_rows) {
     const int64_t row = blockIdx.x % padded_rows;
@@ -17,9 +17,11 @@ __global__ void pack_anchors(const Panel<T> a, int64_t padded_rows) {
     const float unit = *a.unit;
     const float weight = is_row ? a.row_weight[a.softmax_of(kind) * a.rows + row] / (unit > 0 ? unit : 1.0f) : 0.0f;
     const T* source = nullptr;
-    if (is_row) source = kind == kDocDoc ? a.documents.data + a.positive(row) * a.p.dim : a.anchors[0].data + row * a.p.dim;
+    if (is_row)
+        source = kind == kDocDoc ? a.documents.data + a.positive(row) * a.p.dim : a.anchors[0].data + row * a.p.dim;
     for (int64_t d = threadIdx.x; d < a.packed_dim; d += 128)
-        a.packed[kind][row * a.packed_dim + d] = from_float<T>(is_row && d < a.p.dim ? weight * to_float(source[d]) : 0.0f);
+        a.packed[kind][row * a.packed_dim + d] =
+            from_float<T>(is_row && d < a.p.dim ? weight * to_float(source[d]) : 0.0f);
 }
 
 template <class T>
@@ -32,8 +34,8 @@ QEMB_DEVICE Matrix<T> weights_of(const Panel<T>& a) {
     return weights;
 }
 
-// 128 anchors, 128 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j E[r, j] *
-// column_j.
+// 128 anchors, 128 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j
+// E[r, j] * column_j.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     row_gradients(const Panel<T> a, int layer, int64_t dim_tiles) {
@@ -44,7 +46,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     const Kind kind = a.parts[split / a.splits];
     const int64_t first_of_kind = a.tile_of(layer, kind, 0), tiles = a.first_tile[kind + 1] - a.first_tile[kind];
     const int64_t tiles_of_split = (tiles + a.splits - 1) / a.splits, first_tile = split % a.splits * tiles_of_split;
-    const int64_t steps = min(tiles_of_split, tiles - first_tile) * kSteps;  // none, or fewer, in splits that are left over
+    const int64_t steps =
+        min(tiles_of_split, tiles - first_tile) * kSteps;  // none, or fewer, in splits that are left over
     const Matrix<T> weights = weights_of(a);
     Matrix<T> columns = kind == kQueries ? a.queries : a.documents;
     columns.end = a.ends[layer];
@@ -62,8 +65,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     });
 }
 
-// A block for each row and anchor: adds the splits in order, what the row owns, and the positive. The queries' sum goes to
-// d_queries, the positives' to doc_grad.
+// A block for each row and anchor: adds the splits in order, what the row owns, and the positive. The queries' sum goes
+// to d_queries, the positives' to doc_grad.
 template <class T>
 __global__ void finish_row_gradients(const Panel<T> a) {
     const int64_t row = blockIdx.x % a.count, dim = a.p.dim;
@@ -118,8 +121,8 @@ __global__ void own_gradients(const Panel<T> a) {
     }
 }
 
-// 128 columns, 128 features of a layer as above: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents,
-// their positives.
+// 128 columns, 128 features of a layer as above: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for
+// documents, their positives.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     column_gradients(const Panel<T> a, int layer, bool of_documents, int64_t dim_tiles) {
@@ -144,8 +147,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     });
     const float unit = *a.unit;
     const int64_t num_columns = of_documents ? a.documents.rows : a.queries.rows, dim = a.p.dim;
-    float* const gradient =
-        of_documents ? static_cast<float*>(a.p.d_documents) : static_cast<float*>(a.p.d_queries) + a.p.first_column * dim;
+    float* const gradient = of_documents ? static_cast<float*>(a.p.d_documents)
+                                         : static_cast<float*>(a.p.d_queries) + a.p.first_column * dim;
     each_element(sums, [&](int row, int feature, float sum) {  // a row of the product is a column of the scores
         const int64_t column = tile * kTile + row, d = feature0 + feature;
         if (column < num_columns && d < a.ends[layer]) gradient[column * dim + d] += unit * sum;

@@ -25,7 +25,8 @@ QEMB_DEVICE void score_own(const Panel<T>& a, int layer, int64_t row, double s, 
         const int64_t document = p.own_documents[e];
         const auto score = [&](const T* anchor, int side) {
             return warp_dot(anchor, a.documents.data + document * p.dim, 0, a.ends[layer]) *
-                   static_cast<double>(a.of_anchor(layer, side, row)) * static_cast<double>(a.of_document(layer, document));
+                   static_cast<double>(a.of_anchor(layer, side, row)) *
+                   static_cast<double>(a.of_document(layer, document));
         };
         const double of_query = score(a.anchors[0].data + row * p.dim, 0);
         const double of_positive = a.sides == 2 ? score(a.documents.data + positive * p.dim, 1) : 0;

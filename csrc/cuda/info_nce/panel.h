@@ -1,7 +1,9 @@
-// What the kernels of InfoNCE share: one panel of rows against all columns, and where its parts lie in the scratch memory.
+// What the kernels of InfoNCE share: one panel of rows against all columns, and where its parts lie in the scratch
+// memory.
 //
-// Rows of a panel are its queries (anchor 0) and their positives (anchor 1). Dense candidates lie in tiles of columns, by kind;
-// what a query owns never enters a tile: it is a short list of its own. A layer is a prefix of the vectors, or all of them.
+// Rows of a panel are its queries (anchor 0) and their positives (anchor 1). Dense candidates lie in tiles of columns,
+// by kind; what a query owns never enters a tile: it is a short list of its own. A layer is a prefix of the vectors, or
+// all of them.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +16,8 @@
 namespace qemb::cuda::info_nce_kernels {
 
 constexpr const char* kOp = "info_nce";
-// Aims of a panel: bytes of its weights, rows (they amortise the sums over panels into d_documents), and blocks of the row
-// gradients with so many columns each: two for each multiprocessor of an H100, or, of Hopper's kernels, one.
+// Aims of a panel: bytes of its weights, rows (they amortise the sums over panels into d_documents), and blocks of the
+// row gradients with so many columns each: two for each multiprocessor of an H100, or, of Hopper's kernels, one.
 struct PanelSize {
     int64_t bytes, rows, blocks, columns;
 };
@@ -58,16 +60,16 @@ struct Panel : GroupRules {
     float scale_high[kNumGroups], scale_low[kNumGroups];
     float unscale[kNumGroups];  // one over it
 
-    // A tile's weights are 2^(score * scale - offset), offset an integer of its own for each row: whatever the largest logit
-    // of the whole softmax turns out to be, a factor that is a power of two, and so exact, brings them to it.
+    // A tile's weights are 2^(score * scale - offset), offset an integer of its own for each row: whatever the largest
+    // logit of the whole softmax turns out to be, a factor that is a power of two, and so exact, brings them to it.
     T* weights;                      // [rows, layers * tiles * kTile], zero where there is no candidate
     T* factors;                      // [layers * tiles, rows]
     float* tile_offset;              // [layers * tiles, rows]
     float* tile_sum;                 // [layers * tiles, rows]
     float* tile_weighted_score_sum;  // [layers * tiles, rows] sum of weight * score
-    Tally* tallies;                  // [doc_tiles + query_tiles, row_tiles], then [count] of what rows own; of the last layer
-    Own* own;                        // [layers, num_documents], as own_documents
-    T* packed[kNumKinds];            // [rows, packed_dim] anchors times row_weight / *unit
+    Tally* tallies;        // [doc_tiles + query_tiles, row_tiles], then [count] of what rows own; of the last layer
+    Own* own;              // [layers, num_documents], as own_documents
+    T* packed[kNumKinds];  // [rows, packed_dim] anchors times row_weight / *unit
     int64_t packed_dim;
     int64_t splits;          // of the columns of a part, in the row gradients
     float* partial;          // [num_parts, splits, rows, dim] E x columns
@@ -80,16 +82,16 @@ struct Panel : GroupRules {
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Prefixes alone
-    float* layer_weight;                         // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
-    float *query_norm, *doc_norm;                // [layers, num_queries], [layers, num_documents] one over the norm
-    double* row_radial_grad;                     // [2, layers, rows] sum of weight * score of the anchors' candidates
-    float* positive_radial_grad;                 // [layers, rows] the same of the positive with its query, as in merge_rows
+    float* layer_weight;           // [layers, kMaxSoftmaxes, rows]; row_weight is then the largest
+    float *query_norm, *doc_norm;  // [layers, num_queries], [layers, num_documents] one over the norm
+    double* row_radial_grad;       // [2, layers, rows] sum of weight * score of the anchors' candidates
+    float* positive_radial_grad;   // [layers, rows] the same of the positive with its query, as in merge_rows
     float *query_radial_grad, *doc_radial_grad;  // [layers, columns] the same of the columns'
     float* radial_grad_parts;                    // [row_tiles, layers * tiles * kTile] of a panel
     // Hopper's kernels alone
     bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
-    int* plain;                   // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
-    T* positives;                 // [rows, dim] those of the panel
+    int* plain;    // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
+    T* positives;  // [rows, dim] those of the panel
     int64_t scratch_bytes;
 
     Panel(const InfoNce& p, bool hopper)
@@ -134,7 +136,8 @@ struct Panel : GroupRules {
         const int64_t tiles = layers * first_tile[kNumKinds],
                       row_bytes = std::max<int64_t>(1, tiles) * kTile * int64_t(sizeof(T));
         const PanelSize& aim = hopper ? kHopperPanel : kPanel;
-        rows = p.panel_rows ? p.panel_rows : std::clamp<int64_t>(aim.bytes / row_bytes / kTile * kTile, kTile, aim.rows);
+        rows =
+            p.panel_rows ? p.panel_rows : std::clamp<int64_t>(aim.bytes / row_bytes / kTile * kTile, kTile, aim.rows);
         rows = std::max<int64_t>(1, ceil_div(std::min(rows, p.num_rows), kTile)) * kTile;
         const int64_t blocks = rows / kTile * std::max<int64_t>(1, ceil_div(p.dim, aim.columns) * num_parts);
         splits = std::clamp<int64_t>(aim.blocks / blocks, 1, std::max<int64_t>(1, std::max(doc_tiles, query_tiles)));
@@ -152,7 +155,8 @@ struct Panel : GroupRules {
         take(tile_weighted_score_sum, tiles * rows);
         take(tallies, (doc_tiles + query_tiles) * (rows / kTile) + rows);
         take(own, owns ? layers * p.num_documents : 0);
-        for (int kind = 0; kind < kNumKinds; ++kind) take(packed[kind], gradients() && dense[kind] ? rows * packed_dim : 0);
+        for (int kind = 0; kind < kNumKinds; ++kind)
+            take(packed[kind], gradients() && dense[kind] ? rows * packed_dim : 0);
         take(partial, gradients() ? num_parts * splits * rows * p.dim : 0);
         take(doc_grad, gradients() && sides == 2 ? rows * p.dim : 0);
         take(positive_score, layers * rows);

@@ -1,7 +1,7 @@
-// Matryoshka: what lies between the weights of the layers and the products with them. With w the weight of a pair in a layer, s
-// its score there and n one over a norm, the gradient of x is sum w n_x n_y y - x n_x^2 sum w s, over the layers that have the
-// feature: so a layer's weights become sums over the layers from it on, and the second part is one number for each vector and
-// layer.
+// Matryoshka: what lies between the weights of the layers and the products with them. With w the weight of a pair in a
+// layer, s its score there and n one over a norm, the gradient of x is sum w n_x n_y y - x n_x^2 sum w s, over the
+// layers that have the feature: so a layer's weights become sums over the layers from it on, and the second part is one
+// number for each vector and layer.
 #pragma once
 
 #include "cuda/device/vector.h"
@@ -11,8 +11,8 @@ namespace qemb::cuda::info_nce_kernels {
 
 constexpr int kMergeThreads = kTile;
 
-// A warp for each vector: one over the norm of each of its prefixes, [layers, rows]; as torch.nn.functional.normalize has it,
-// but for a prefix of zeros 0: its scores and its gradient are zero.
+// A warp for each vector: one over the norm of each of its prefixes, [layers, rows]; as torch.nn.functional.normalize
+// has it, but for a prefix of zeros 0: its scores and its gradient are zero.
 template <class T>
 __global__ void find_norms(const Panel<T> a, const T* vectors, int64_t rows, float* norms) {
     const int64_t row = blockIdx.x * int64_t(4) + threadIdx.x / 32;
@@ -26,8 +26,9 @@ __global__ void find_norms(const Panel<T> a, const T* vectors, int64_t rows, flo
     }
 }
 
-// A thread for each row: the weights of its pairs that are in no tile become what the features that a layer adds are multiplied
-// by, and the sums of weight * score what is taken away along the vectors: both are sums over the layers from it on.
+// A thread for each row: the weights of its pairs that are in no tile become what the features that a layer adds are
+// multiplied by, and the sums of weight * score what is taken away along the vectors: both are sums over the layers
+// from it on.
 template <class T>
 __global__ void merge_rows(const Panel<T> a) {
     const int64_t row = blockIdx.x * int64_t(kMergeThreads) + threadIdx.x;
@@ -74,14 +75,16 @@ int merge_bytes(int layers) {
     return kMergeThreads / kRowParts<T> * layers * kTile * static_cast<int>(sizeof(float));
 }
 
-// A block: 128 rows, a tile of columns, all layers; weights relative to row_weight, so that the factors of the products are
-// one.
+// A block: 128 rows, a tile of columns, all layers; weights relative to row_weight, so that the factors of the products
+// are one.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) {
     constexpr int kColumns = kVector<T>, kRows = kMergeThreads / kRowParts<T>;
     const InfoNce& p = a.p;
     const int64_t tile = blockIdx.x / a.row_tiles, row0 = blockIdx.x % a.row_tiles * kTile;
-    const Kind kind = tile < a.first_tile[kQueries] ? kQueryDocument : tile < a.first_tile[kDocDoc] ? kQueries : kDocDoc;
+    const Kind kind = tile < a.first_tile[kQueries]  ? kQueryDocument
+                      : tile < a.first_tile[kDocDoc] ? kQueries
+                                                     : kDocDoc;
     const int softmax = a.softmax_of(kind), column = threadIdx.x % kRowParts<T> * kColumns;
     const int64_t first = (tile - a.first_tile[kind]) * kTile + column;  // of the thread's columns
     const int64_t columns = kind == kQueries ? a.queries.rows : a.documents.rows;
@@ -99,7 +102,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
         for (int layer = kMaxLayers - 1; layer >= 0; --layer) {
             if (layer >= a.layers) continue;
             const int64_t of_layer = a.tile_of(layer, kind, tile - a.first_tile[kind]), at = of_layer * a.rows + row;
-            const float weight = a.layer_weight[(layer * kMaxSoftmaxes + softmax) * a.rows + row] * to_float(a.factors[at]);
+            const float weight =
+                a.layer_weight[(layer * kMaxSoftmaxes + softmax) * a.rows + row] * to_float(a.factors[at]);
             const float share = weight * relative * a.of_anchor(layer, kind == kDocDoc, row);
             const float offset = a.tile_offset[at];
             T* const weights = a.weights + row * a.num_tiles() * kTile + of_layer * kTile + column;
@@ -110,7 +114,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_layers(const Panel<T> a) 
                 if (e == 0) continue;
                 radial_grad[layer][i] += weight * e * (log2f(e) + offset) * unscale[i];
                 sums[i] += share * e *
-                           (kind == kQueries ? a.of_query(layer, p.first_column + first + i) : a.of_document(layer, first + i));
+                           (kind == kQueries ? a.of_query(layer, p.first_column + first + i)
+                                             : a.of_document(layer, first + i));
             }
             store<kColumns>(weights, sums);
         }
@@ -157,8 +162,8 @@ __global__ void finish_columns(const Panel<T> a) {
     const bool of_query = blockIdx.x >= documents;
     const int64_t column = of_query ? blockIdx.x - documents : blockIdx.x, query = a.p.first_column + column;
     const T* const vector = (of_query ? a.queries : a.documents).data + column * dim;
-    float* const gradient =
-        of_query ? static_cast<float*>(a.p.d_queries) + query * dim : static_cast<float*>(a.p.d_documents) + column * dim;
+    float* const gradient = of_query ? static_cast<float*>(a.p.d_queries) + query * dim
+                                     : static_cast<float*>(a.p.d_documents) + column * dim;
     float radial_grad = 0;
     for (int layer = a.layers - 1; layer >= 0; --layer) {
         const float norm = of_query ? a.of_query(layer, query) : a.of_document(layer, column);

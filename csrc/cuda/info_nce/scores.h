@@ -51,7 +51,8 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row
             const Role role = i ? Role::kHard : Role::kPositive;
             const Group &group = p.options.groups[group_of(kind, role)],
                         &of_positive = p.options.groups[group_of(kDocDoc, role)];
-            masks.limit[i][at] = kind == kDocDoc && is_by_query(group) ? INFINITY : static_cast<float>(limit_of(group, s));
+            masks.limit[i][at] =
+                kind == kDocDoc && is_by_query(group) ? INFINITY : static_cast<float>(limit_of(group, s));
             masks.by_query[i][at] = is_by_query(of_positive) ? static_cast<float>(limit_of(of_positive, s)) : INFINITY;
         }
     } else {
@@ -64,7 +65,8 @@ QEMB_DEVICE void load_masks(const Panel<T>& a, Kind kind, int layer, int64_t row
         masks.column_text[at] = kind == kQueries ? p.query_text[p.first_column + column] : p.document_text[column];
         masks.owner[at] = kind == kQueries ? -1 : within_tile(p.owner[column] - a.query(row0));
         const Role role = kind == kQueries ? Role::kPositive : static_cast<Role>(p.role[column]);
-        const bool second = role == Role::kHard, on = role != Role::kAbsent && p.options.groups[group_of(kind, role)].on;
+        const bool second = role == Role::kHard,
+                   on = role != Role::kAbsent && p.options.groups[group_of(kind, role)].on;
         // Which group is said of those that are off too: p . d may be masked by this score.
         masks.group[at] = (on ? kOn : 0) | (second ? kSecond : 0);
     }
@@ -92,8 +94,8 @@ QEMB_DEVICE Tally sum_of(const Tally (&warps)[kTileThreads / 32]) {
     return total;
 }
 
-// Masks; then, where the kind is dense, the weights of the tile. Of prefixes the scores stay as they are: the next layer is
-// added to them.
+// Masks; then, where the kind is dense, the weights of the tile. Of prefixes the scores stay as they are: the next
+// layer is added to them.
 template <bool kPrefixes, class T>
 QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column_tile, Sums& scores) {
     Masks& masks = *reinterpret_cast<Masks*>(shared_bytes());
@@ -122,7 +124,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
                 const float limit[2] = {masks.by_query[0][row], masks.by_query[1][row]};
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    const bool is_over = score_at(m, n, i) > (groups & kSecond << (n * 2 + i % 2) ? limit[1] : limit[0]);
+                    const bool is_over =
+                        score_at(m, n, i) > (groups & kSecond << (n * 2 + i % 2) ? limit[1] : limit[0]);
                     over |= static_cast<uint64_t>(is_over) << (m * 16 + n * 4 + i);
                 }
             }
@@ -130,7 +133,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
     }
 
     // Masks, and the largest logit of each row
-    const double scale[2] = {a.logit_scale[group_of(kind, Role::kPositive)], a.logit_scale[group_of(kind, Role::kHard)]};
+    const double scale[2] = {a.logit_scale[group_of(kind, Role::kPositive)],
+                             a.logit_scale[group_of(kind, Role::kHard)]};
     const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
     const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[layer][threadIdx.x] : 0;
     uint64_t keeps = 0;  // bits of candidates that pass, of prefixes
@@ -153,7 +157,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
                     const bool is_second = groups & kSecond << at;
                     const uint64_t bit = uint64_t(1) << (m * 16 + n * 4 + i);
                     const float score = score_at(m, n, i);
-                    const bool candidate = row < rows && (groups & kOn << at) && column != self && masks.owner[column] != row;
+                    const bool candidate =
+                        row < rows && (groups & kOn << at) && column != self && masks.owner[column] != row;
                     const bool masked =
                         (over & bit) || score > (is_second ? limit[1] : limit[0]) || masks.column_text[column] == text;
                     num_dropped += candidate && masked;
@@ -169,7 +174,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
             best = lanes_max<4>(best);
             if (quad_lane == 0) masks.part[0][row][warp_column] = best;
         }
-    if (!kPrefixes || layer + 1 == a.layers) count_tile(kind, kept_score, num_kept, num_dropped, kept.tally[threadIdx.x / 32]);
+    if (!kPrefixes || layer + 1 == a.layers)
+        count_tile(kind, kept_score, num_kept, num_dropped, kept.tally[threadIdx.x / 32]);
     sync_block();
     if (!a.dense[kind]) return;
 
@@ -236,8 +242,8 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
     sync_block();
 }
 
-// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries. Layer after layer,
-// each the one before and some features more.
+// A block: 128 rows against 128 documents, the queries and then their positives; or against 128 queries. Layer after
+// layer, each the one before and some features more.
 template <bool kPrefixes, class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && !kPrefixes ? 2 : 1)
     score(const Panel<T> a, bool of_documents, const Matrix<T> columns, int64_t dim_steps) {
@@ -269,7 +275,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && !kPrefixes ? 2
         score_by(a.anchors[0], of_documents ? kQueryDocument : kQueries);
     if (of_documents && a.dense[kDocDoc]) score_by(a.anchors[1], kDocDoc);
     if (threadIdx.x > 0) return;
-    a.tallies[(of_documents ? column_tile : a.doc_tiles + column_tile) * a.row_tiles + row0 / kTile] = sum_of(kept.tally);
+    a.tallies[(of_documents ? column_tile : a.doc_tiles + column_tile) * a.row_tiles + row0 / kTile] =
+        sum_of(kept.tally);
 }
 
 }  // namespace qemb::cuda::info_nce_kernels

@@ -41,7 +41,8 @@ QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, in
     offset = over_row(offset, [](double x, double y) { return fmax(x, y); });
 
     double negatives = 0, weighted_score_sum[2] = {};
-    const auto add_weighted_score = [&](bool of_positive, double part) {  // an index known at run time would put it in memory
+    const auto add_weighted_score = [&](bool of_positive,
+                                        double part) {  // an index known at run time would put it in memory
         if (of_positive)
             weighted_score_sum[1] += part;
         else
@@ -49,7 +50,8 @@ QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, in
     };
     for (int64_t tile = begin + lane; tile < end; tile += kRowThreads) {
         const int64_t at = tile * a.rows + row;
-        const double shift = static_cast<double>(a.tile_offset[at]) - offset;  // NaN where neither tile nor row has a candidate
+        const double shift =
+            static_cast<double>(a.tile_offset[at]) - offset;  // NaN where neither tile nor row has a candidate
         const float factor = shift > -150 ? ldexpf(1.0f, static_cast<int>(shift)) : 0.0f;
         a.factors[at] = from_float<T>(factor);
         negatives += static_cast<double>(factor) * static_cast<double>(a.tile_sum[at]);
@@ -62,10 +64,12 @@ QEMB_DEVICE Softmax finish_softmax(const Panel<T>& a, int layer, int64_t row, in
         add_weighted_score(side, weight * own.score[side]);
     });
     const auto add = [](double x, double y) { return x + y; };
-    return {offset, over_row(negatives, add), {over_row(weighted_score_sum[0], add), over_row(weighted_score_sum[1], add)}};
+    return {
+        offset, over_row(negatives, add), {over_row(weighted_score_sum[0], add), over_row(weighted_score_sum[1], add)}};
 }
 
-// 32 rows a block: losses, and the weights of the gradient. The positive's is -(Z_neg / Z), never P - 1: that would cancel.
+// 32 rows a block: losses, and the weights of the gradient. The positive's is -(Z_neg / Z), never P - 1: that would
+// cancel.
 template <class T>
 __global__ void finish_rows(const Panel<T> a) {
     const InfoNce& p = a.p;
@@ -77,11 +81,13 @@ __global__ void finish_rows(const Panel<T> a) {
         const double score = is_row ? a.positive_score[layer * a.rows + row] : 0;
         double positive_weight = 0, radial_grad[2] = {};
         for (int s = 0; s < (a.split ? kMaxSoftmaxes : 1); ++s) {
-            double* const log_negatives = is_row && p.log_negatives ? p.log_negatives + out * kMaxSoftmaxes + s : nullptr;
+            double* const log_negatives =
+                is_row && p.log_negatives ? p.log_negatives + out * kMaxSoftmaxes + s : nullptr;
             const bool given = log_negatives && p.log_negatives_given && a.softmax_is_on[s];
             const double log2_given = given ? *log_negatives * kLog2E : -INFINITY;
             const Softmax softmax = finish_softmax(a, layer, row, s, log2_given);
-            double weight = softmax.negatives + (a.softmax_is_on[s] ? 0 * score : 0);  // no candidate: all are zero, or all NaN
+            double weight =
+                softmax.negatives + (a.softmax_is_on[s] ? 0 * score : 0);  // no candidate: all are zero, or all NaN
             if (softmax.offset == -INFINITY) {
                 loss += weight, positive_weight += weight, d_tau += weight;
             } else {
@@ -95,11 +101,13 @@ __global__ void finish_rows(const Panel<T> a) {
                 positive_weight -= of_positive;
                 radial_grad[0] += weight * softmax.weighted_score_sum[0];
                 radial_grad[1] += weight * softmax.weighted_score_sum[1];
-                d_tau -= (weight * (softmax.weighted_score_sum[0] + softmax.weighted_score_sum[1]) - of_positive * score) /
-                         p.options.temperature;
+                d_tau -=
+                    (weight * (softmax.weighted_score_sum[0] + softmax.weighted_score_sum[1]) - of_positive * score) /
+                    p.options.temperature;
             }
             a.each_own(layer, row, s, lane, kRowThreads, [&](Own& own, int side, int group) {
-                own.weight[side] = static_cast<float>(weight * exp2(own.score[side] * a.logit_scale[group] - softmax.offset));
+                own.weight[side] =
+                    static_cast<float>(weight * exp2(own.score[side] * a.logit_scale[group] - softmax.offset));
             });
             if (!writes) continue;
             const auto written = static_cast<float>(weight);

@@ -1,4 +1,5 @@
-// The attention kernels of Hopper, for the plan's blocks of long sequences. Each returns false where it does not take the call.
+// The attention kernels of Hopper, for the plan's blocks of long sequences. Each returns false where it does not take
+// the call.
 #pragma once
 
 #include "ops/attention.h"

@@ -1,7 +1,7 @@
-// Attention backward on Hopper, in one pass. A block of threads owns 128 keys and sums dK and dV of all query heads of their
-// group in registers. dQ is a sum over blocks of keys: the only one stores it; several add to it in memory, from the last keys
-// to the first, each after the one before it, so that the bits are always the same. Blocks stay on their multiprocessor and
-// take tile after tile, in order: whoever waits, waits for a tile that somebody took earlier.
+// Attention backward on Hopper, in one pass. A block of threads owns 128 keys and sums dK and dV of all query heads of
+// their group in registers. dQ is a sum over blocks of keys: the only one stores it; several add to it in memory, from
+// the last keys to the first, each after the one before it, so that the bits are always the same. Blocks stay on their
+// multiprocessor and take tile after tile, in order: whoever waits, waits for a tile that somebody took earlier.
 #include "cuda/attention_dispatch.h"
 #include "cuda/sm90/attention.h"
 #include "cuda/sm90/attention_tile.h"
@@ -16,8 +16,8 @@ constexpr uint32_t kEndBarrier = 4, kSharedDsBarrier = 5;
 // What lies in the scratch memory.
 struct Scratch {
     int64_t row_tokens, slots;
-    float* rows;  // [2, num_heads, row_tokens] of each query its lse in base 2 (+inf where it sees no key: all its weights are
-                  // zero), and delta, the sum of out * dout, where its keys are several blocks
+    float* rows;  // [2, num_heads, row_tokens] of each query its lse in base 2 (+inf where it sees no key: all its
+                  // weights are zero), and delta, the sum of out * dout, where its keys are several blocks
     int* ticket;
     int* added;     // [num_heads, slots] blocks of keys that have added to dQ of a step of queries
     float* sums;    // [num_heads, slots, kQueryStep * head_dim] dQ so far, each thread's part as it holds it
@@ -72,13 +72,14 @@ struct Layout {
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
     static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>,
                          kParts = kDs + kTile * kQueryStep * 2, kRing = kParts + kConsumers / 32 * kQueryStep * 4,
-                         kSums = kRing + kStages * kStageBytes, kSumBytes = kQueryStep * D * 4, kBarriers = kSums + kSumBytes,
+                         kSums = kRing + kStages * kStageBytes, kSumBytes = kQueryStep * D * 4,
+                         kBarriers = kSums + kSumBytes,
                          kMessage = kBarriers + 2 * Ring<1>::kBytes + Ring<kStages>::kBytes,
                          kDelivery = kMessage + kMessageBytes, kBytes = kDelivery + 32;
 };
 
-// 128 keys of a sequence and a kv head, and the steps of queries that see some of them, head after head. The last keys of a
-// sequence come first: under a causal mask nobody has to wait for those before it.
+// 128 keys of a sequence and a kv head, and the steps of queries that see some of them, head after head. The last keys
+// of a sequence come first: under a causal mask nobody has to wait for those before it.
 struct KeyTile {
     static constexpr int kEnd = -1, heads = 1;
 
@@ -86,9 +87,12 @@ struct KeyTile {
     int slot, first, count, kv_head, group, from, per_head, steps;
 
     QEMB_DEVICE KeyTile(const AttentionBackward& p, int unit, int)
-        : KeyTile(p, p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks) + 3 * (unit / static_cast<int>(p.num_kv_heads)),
+        : KeyTile(p,
+                  p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks) + 3 * (unit / static_cast<int>(p.num_kv_heads)),
                   unit % static_cast<int>(p.num_kv_heads)) {}
-    QEMB_DEVICE static int units(const AttentionBackward& p) { return p.plan.data[2] * static_cast<int>(p.num_kv_heads); }
+    QEMB_DEVICE static int units(const AttentionBackward& p) {
+        return p.plan.data[2] * static_cast<int>(p.num_kv_heads);
+    }
     QEMB_DEVICE static int parts(const AttentionBackward&) { return 1; }
     QEMB_DEVICE int head(int step) const { return kv_head * group + step / per_head; }
     QEMB_DEVICE int query(int step) const { return (from + step % per_head) * kQueryStep; }
@@ -146,8 +150,8 @@ QEMB_DEVICE void deliver(const Scratch& scratch, uint32_t shared, Ring<1> sums) 
 
 template <int D>
 QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
-                                 const TensorMap& dout, const TensorMap& rows, uint32_t shared, int* ticket, Ring<1> keys,
-                                 Ring<Layout<D>::kStages> ring) {
+                                 const TensorMap& dout, const TensorMap& rows, uint32_t shared, int* ticket,
+                                 Ring<1> keys, Ring<Layout<D>::kStages> ring) {
     using L = Layout<D>;
     const auto next = [&] { return next_ticket(ticket); };
     announce_tiles(p, message<KeyTile, L>(), keys, next, [&](const KeyTile& tile) {
@@ -172,8 +176,8 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
 // weight * x, but a weight of 0 stays 0 beside a neighbour's NaN.
 QEMB_DEVICE float weighted(float weight, float x) { return weight > 0 ? weight * x : weight; }
 
-// delta of a step's queries, where all keys are here: the sum of weight * dP over them, so that out need not be read. Eight
-// warps have 16 keys each.
+// delta of a step's queries, where all keys are here: the sum of weight * dP over them, so that out need not be read.
+// Eight warps have 16 keys each.
 template <int D>
 QEMB_DEVICE void sum_delta(const float (&weights)[kQueryStep / 2], const float (&dp)[kQueryStep / 2], float* delta) {
     float* const parts = reinterpret_cast<float*>(shared_bytes() + Layout<D>::kParts);  // [warps, queries]
@@ -199,8 +203,8 @@ QEMB_DEVICE void sum_delta(const float (&weights)[kQueryStep / 2], const float (
     barrier_sync(kSharedDsBarrier, kConsumers);
 }
 
-// dQ of a step's queries from these keys: dS^T goes through shared memory, and each warpgroup takes 64 columns. release(): the
-// products of the step are done.
+// dQ of a step's queries from these keys: dS^T goes through shared memory, and each warpgroup takes 64 columns.
+// release(): the products of the step are done.
 template <class T, int D, class Release>
 QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scratch, const KeyTile& tile, int step,
                                 const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared, Ring<1>& sums,
@@ -212,18 +216,20 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scrat
     for (int k = 0; k < kQueryStep / 16; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            shared_store4(ds_tile + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4, ds[k][i]);
+            shared_store4(ds_tile + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4,
+                          ds[k][i]);
     fence_async();
     barrier_sync(kSharedDsBarrier, kConsumers);
     float dq[8][4];
-    // Of one panel both compute the same, and one stores no rows: where warpgroups part, ptxas lets products run one by one.
+    // Of one panel both compute the same, and one stores no rows: where warpgroups part, ptxas lets products run one by
+    // one.
     const int panel = min(group, D / 64 - 1);
     const uint64_t left = matrix(ds_tile), right = matrix(shared + L::kK + panel * kPanelBytes<kTile>);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k)
-        wgmma<T, 64, Major::kMN, Major::kMN>(reinterpret_cast<float (&)[32]>(dq), moved(left, k * 2048), moved(right, k * 2048),
-                                             k > 0);
+        wgmma<T, 64, Major::kMN, Major::kMN>(reinterpret_cast<float (&)[32]>(dq), moved(left, k * 2048),
+                                             moved(right, k * 2048), k > 0);
     wgmma_commit();
     wgmma_wait<0>();
     release();
@@ -255,10 +261,10 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scrat
         }
     }
     const float factor = static_cast<float>(p.scale);
-    store_rows<T, 64>(
-        static_cast<T*>(p.dq) + ((int64_t(tile.span.q) + first + warp * 16) * p.num_heads + tile.head(step)) * D + group * 64,
-        p.num_heads * D, group < D / 64 ? tile.span.num_q - first - warp * 16 : 0, dq, factor, factor,
-        ds_tile + (group * 64 + warp * 16) * 128, lane);
+    store_rows<T, 64>(static_cast<T*>(p.dq) +
+                          ((int64_t(tile.span.q) + first + warp * 16) * p.num_heads + tile.head(step)) * D + group * 64,
+                      p.num_heads * D, group < D / 64 ? tile.span.num_q - first - warp * 16 : 0, dq, factor, factor,
+                      ds_tile + (group * 64 + warp * 16) * 128, lane);
 }
 
 template <class T, int D>
@@ -335,10 +341,11 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
         const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
         const float factor = static_cast<float>(p.scale);
         store_rows<T, D>(static_cast<T*>(p.dk) + to, p.num_kv_heads * D, tile.count - my_first,
-                         reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor, shared + L::kK + my_first * D * 2,
-                         lane);
+                         reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor,
+                         shared + L::kK + my_first * D * 2, lane);
         store_rows<T, D>(static_cast<T*>(p.dv) + to, p.num_kv_heads * D, tile.count - my_first,
-                         reinterpret_cast<const float (&)[D / 8][4]>(dv), 1, 1, shared + L::kV + my_first * D * 2, lane);
+                         reinterpret_cast<const float (&)[D / 8][4]>(dv), 1, 1, shared + L::kV + my_first * D * 2,
+                         lane);
         fence_async();  // before the copy engine writes there
         keys.release(lane == 0);
     }
@@ -364,7 +371,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             ring.init(2);
         },
         [&] { produce_queries<D>(p, q, k, v, dout, rows, shared, scratch.ticket, keys, ring); },
-        [&] { sum_key_gradients<T, D>(p, scratch, shared, keys, ring, sums); }, [&] { deliver<D>(scratch, shared, sums); });
+        [&] { sum_key_gradients<T, D>(p, scratch, shared, keys, ring, sums); },
+        [&] { deliver<D>(scratch, shared, sums); });
 }
 
 }  // namespace
@@ -378,22 +386,23 @@ bool attention_backward(const AttentionBackward& p) {
         const int64_t tokens = p.num_tokens, keys = p.num_keys, heads = p.num_heads;
         const Scratch scratch(p);
         TensorMap q, k, v, dout, rows;
-        const bool fits = make_token_map<T, D, kQueryStep>(q, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
-                          make_token_map<T, D, kTile>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) &&
-                          make_token_map<T, D, kTile>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride) &&
-                          make_token_map<T, D, kQueryStep>(dout, p.dout, tokens, heads, heads * D, D) &&
-                          make_tensor_map<float>(rows, {.base = scratch.rows,
-                                                        .rank = 2,
-                                                        .size = {scratch.row_tokens, 2 * heads},
-                                                        .byte_stride = {0, scratch.row_tokens * 4},
-                                                        .box = {kQueryStep, 1},
-                                                        .swizzled = false});
+        const bool fits =
+            make_token_map<T, D, kQueryStep>(q, p.q, tokens, heads, p.q_token_stride, p.q_head_stride) &&
+            make_token_map<T, D, kTile>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) &&
+            make_token_map<T, D, kTile>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride) &&
+            make_token_map<T, D, kQueryStep>(dout, p.dout, tokens, heads, heads * D, D) &&
+            make_tensor_map<float>(rows, {.base = scratch.rows,
+                                          .rank = 2,
+                                          .size = {scratch.row_tokens, 2 * heads},
+                                          .byte_stride = {0, scratch.row_tokens * 4},
+                                          .box = {kQueryStep, 1},
+                                          .swizzled = false});
         if (!fits) return;
         zero(kOp, scratch.ticket, static_cast<size_t>(scratch.flag_bytes()), p.stream);
         launch(kOp, prepare<T, D>, dim3(static_cast<unsigned>(ceil_div(tokens, kPreparedTokens))), 256, 0, p.stream, p,
                scratch);
-        launch(kOp, gradients<T, D>, resident_blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, Layout<D>::kBytes, p.stream,
-               p, scratch, q, k, v, dout, rows);
+        launch(kOp, gradients<T, D>, resident_blocks(p.plan.key_blocks * p.num_kv_heads), kThreads, Layout<D>::kBytes,
+               p.stream, p, scratch, q, k, v, dout, rows);
         taken = true;
     });
     return taken;

@@ -1,7 +1,8 @@
-// Attention forward of long sequences on Hopper. A block stays on its multiprocessor and takes tile after tile (128 queries,
-// one head); one thread keeps the copy engine ahead; two warpgroups of 64 queries each take turns at the tensor cores, so that
-// one computes its softmax while the other multiplies, and within a warpgroup the scores of the next keys and the output of
-// these are in flight together (the schedule of FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
+// Attention forward of long sequences on Hopper. A block stays on its multiprocessor and takes tile after tile (128
+// queries, one head); one thread keeps the copy engine ahead; two warpgroups of 64 queries each take turns at the
+// tensor cores, so that one computes its softmax while the other multiplies, and within a warpgroup the scores of the
+// next keys and the output of these are in flight together (the schedule of FlashAttention-3, Shah et al. 2024,
+// sections 3.1 and 3.2).
 #include "cuda/sm90/attention.h"
 
 #include "cuda/attention_dispatch.h"
@@ -16,13 +17,14 @@ template <int D>
 struct Layout {
     static constexpr int kQ = 0, kK = kQ + kTileBytes<kTile, D>, kV = kK + 2 * kTileBytes<kKeys, D>,
                          kStaging = kV + 2 * kTileBytes<kKeys, D>, kBarriers = kStaging + kTileBytes<kTile, D>,
-                         kMessage = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes, kBytes = kMessage + kMessageBytes;
+                         kMessage = kBarriers + Ring<1>::kBytes + 2 * Ring<2>::kBytes,
+                         kBytes = kMessage + kMessageBytes;
 };
 
 // Keys from the last step to the first: the masks of the sequence's end and of causality come first, and then no more.
 template <int D>
-QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v, uint32_t shared,
-                         Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
+QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
+                         uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
     int unit = blockIdx.x;
     const auto in_turn = [&] {
@@ -42,11 +44,13 @@ QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const Te
             const int key = tile.span.k + step * kKeys;
             k_ring.wait_empty();
             mbarrier_expect(k_ring.full(), kTileBytes<kKeys, D>);
-            load_tile<kKeys, D>(shared + L::kK + k_ring.stage * kTileBytes<kKeys, D>, k, k_ring.full(), tile.kv_head, key);
+            load_tile<kKeys, D>(shared + L::kK + k_ring.stage * kTileBytes<kKeys, D>, k, k_ring.full(), tile.kv_head,
+                                key);
             k_ring.next();
             v_ring.wait_empty();
             mbarrier_expect(v_ring.full(), kTileBytes<kKeys, D>);
-            load_tile<kKeys, D>(shared + L::kV + v_ring.stage * kTileBytes<kKeys, D>, v, v_ring.full(), tile.kv_head, key);
+            load_tile<kKeys, D>(shared + L::kV + v_ring.stage * kTileBytes<kKeys, D>, v, v_ring.full(), tile.kv_head,
+                                key);
             v_ring.next();
         }
     });
@@ -176,8 +180,8 @@ QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_r
 
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_forward(const AttentionForward p, const QEMB_GRID_CONSTANT TensorMap q, const QEMB_GRID_CONSTANT TensorMap k,
-                      const QEMB_GRID_CONSTANT TensorMap v) {
+    attention_forward(const AttentionForward p, const QEMB_GRID_CONSTANT TensorMap q,
+                      const QEMB_GRID_CONSTANT TensorMap k, const QEMB_GRID_CONSTANT TensorMap v) {
     using L = Layout<D>;
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> q_ring{shared + L::kBarriers};

@@ -1,5 +1,5 @@
-// What the attention kernels of Hopper share. A tile of D columns lies in shared memory as D / 64 panels of rows of 128 bytes,
-// swizzled: as the copy engine leaves it and wgmma reads it, along its rows or across them.
+// What the attention kernels of Hopper share. A tile of D columns lies in shared memory as D / 64 panels of rows of 128
+// bytes, swizzled: as the copy engine leaves it and wgmma reads it, along its rows or across them.
 #pragma once
 
 #include "cuda/attention_tile.h"
@@ -39,8 +39,8 @@ QEMB_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t barrier
         tma_load(tile + panel * kPanelBytes<kRows>, map, barrier, {panel * 64, head, token});
 }
 
-// Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN. A
-// barrier must follow.
+// Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN.
+// A barrier must follow.
 template <int kRows, int D>
 QEMB_DEVICE void clear_rows(uint32_t tile, int count) {
     for (int i = threadIdx.x; i < (kRows - count) * (D / 8); i += kConsumers) {
@@ -86,9 +86,9 @@ QEMB_DEVICE void as_left(const float (&x)[kColumns / 2], uint32_t (&a)[kColumns 
         for (int i = 0; i < 4; ++i) a[k][i] = pack<T>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// 128 queries of a sequence and a head, or up to 64 and two heads: a half for each warpgroup; and the steps of 128 keys that
-// some of them see. The heads of a group follow each other in one block, which keeps keys and values between them where all
-// are in its stages.
+// 128 queries of a sequence and a head, or up to 64 and two heads: a half for each warpgroup; and the steps of 128 keys
+// that some of them see. The heads of a group follow each other in one block, which keeps keys and values between them
+// where all are in its stages.
 struct QueryTile {
     static constexpr int kEnd = -1;  // as `steps`: no tile, and none will follow
 
@@ -130,9 +130,9 @@ struct QueryTile {
           keeps(steps <= 2 && part + heads < parts(p)) {}
 };
 
-// The producer alone reads the plan, ahead of everyone. For each tile of the units that next() gives this block: take(tile),
-// which must expect something of the ring, after the tile's description is in shared memory for whoever waits for that; then
-// the end.
+// The producer alone reads the plan, ahead of everyone. For each tile of the units that next() gives this block:
+// take(tile), which must expect something of the ring, after the tile's description is in shared memory for whoever
+// waits for that; then the end.
 constexpr int kMessageBytes = 64;
 template <class Tile, class Layout>
 QEMB_DEVICE Tile& message() {

@@ -1,5 +1,5 @@
-// InfoNCE on Hopper: the three products of a panel by wgmma. Blocks of the scores stay on their multiprocessor and take tile
-// after tile, so that the copy engine fetches the next while this one is masked and weighted.
+// InfoNCE on Hopper: the three products of a panel by wgmma. Blocks of the scores stay on their multiprocessor and take
+// tile after tile, so that the copy engine fetches the next while this one is masked and weighted.
 #include "cuda/sm90/info_nce.h"
 
 #include "cuda/sm90/info_nce/scores.h"
@@ -7,13 +7,14 @@
 namespace qemb::cuda::sm90 {
 namespace {
 
-// The staging of weights: two copies, one is written while the copy engine reads the other; of prefixes one, which leaves room
-// for the bits of their layers.
+// The staging of weights: two copies, one is written while the copy engine reads the other; of prefixes one, which
+// leaves room for the bits of their layers.
 template <bool kPrefixes>
 struct ScoreLayout {
     static constexpr int kLayers = kPrefixes ? kMaxLayers : 1, kCopies = kPrefixes ? 1 : 2;
     static constexpr int kStaging = kStages * kStageBytes<false>, kMemory = kStaging + kCopies * kStagedBytes,
-                         kMemoryBytes = static_cast<int>(sizeof(ScoreMemory) + (kLayers - 1) * sizeof(ScoreMemory::over)),
+                         kMemoryBytes =
+                             static_cast<int>(sizeof(ScoreMemory) + (kLayers - 1) * sizeof(ScoreMemory::over)),
                          kBarriers = kMemory + (kMemoryBytes + 15) / 16 * 16, kBytes = kBarriers + StageRing::kBytes;
     static_assert(kBytes <= 227 * 1024);
 };
@@ -22,11 +23,13 @@ struct ScoreLayout {
 template <class T>
 __global__ void gather_positives(const Panel<T> a) {
     const int64_t row = blockIdx.x, from = a.positive(row);
-    for (int64_t d = threadIdx.x; d < a.p.dim; d += 128) a.positives[row * a.p.dim + d] = a.documents.data[from * a.p.dim + d];
+    for (int64_t d = threadIdx.x; d < a.p.dim; d += 128)
+        a.positives[row * a.p.dim + d] = a.documents.data[from * a.p.dim + d];
 }
 
-// A block of 128 threads for each tile: of which kinds of columns do limits alone decide, by bits? Not where a row meets its
-// own positive or documents or a text of its own, nor where columns belong to none of the groups, or to groups that differ.
+// A block of 128 threads for each tile: of which kinds of columns do limits alone decide, by bits? Not where a row
+// meets its own positive or documents or a text of its own, nor where columns belong to none of the groups, or to
+// groups that differ.
 template <class T>
 __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     auto* const texts = reinterpret_cast<int64_t*>(shared_bytes());
@@ -64,8 +67,8 @@ __global__ void __launch_bounds__(kTile) mark_plain_tiles(const Panel<T> a) {
     if (threadIdx.x == 0) a.plain[tile * a.row_tiles + row0 / kTile] = found[0] & found[1] & found[2] & found[3];
 }
 
-// What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their positives,
-// or by both.
+// What the blocks of a sweep share: units of 128 rows and two tiles of columns, each scored by the queries, by their
+// positives, or by both.
 struct Sweep {
     int column_tiles, row_tiles, units;
     bool of_documents, by_queries, by_positives;
@@ -147,11 +150,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                 if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
                 for (int layer = 0; layer < (kPrefixes ? a.layers : 1); ++layer) {
                     const int begin = static_cast<int>(a.begins[layer]);
-                    fill_stages<false>(ring, stages, steps_of(a, layer), 0, [&](int step, uint32_t stage, uint32_t barrier) {
-                        const int feature = begin + step * kStepDepth;
-                        tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
-                        tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
-                    });
+                    fill_stages<false>(ring, stages, steps_of(a, layer), 0,
+                                       [&](int step, uint32_t stage, uint32_t barrier) {
+                                           const int feature = begin + step * kStepDepth;
+                                           tma_load(stage, pass ? positives : queries, barrier, {feature, row0});
+                                           tma_load(stage + kLeftBytes, columns, barrier, {feature, column0});
+                                       });
                 }
             }
         }
@@ -161,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kProductBarriers = kStages * kStageBytes<true>, kProductBytes90 = kProductBarriers + StageRing::kBytes;
 
-// 128 anchors, 256 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j E[r, j] *
-// column_j.
+// 128 anchors, 256 features of a layer beyond those of the one before, one of the splits of a part's columns: sum_j
+// E[r, j] * column_j.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_rows(const Panel<T> a, int layer, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
@@ -182,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         fill_stages<true>(ring, stages, steps, kFactorBytes, [&](int64_t step, uint32_t stage, uint32_t barrier) {
             const int64_t tile = first_tile + step / kSteps;
             const int column = static_cast<int>(tile * kTile + step % kSteps * kStepDepth);
-            tma_load(stage, weights, barrier, {static_cast<int>(first_of_kind) * kTile + column, static_cast<int>(row0)});
+            tma_load(stage, weights, barrier,
+                     {static_cast<int>(first_of_kind) * kTile + column, static_cast<int>(row0)});
 #pragma unroll
             for (int panel = 0; panel < kColumns / 64; ++panel)
                 tma_load(stage + kLeftBytes + panel * kStepDepth * 128, kind == kQueries ? queries : documents, barrier,
@@ -210,8 +215,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // 128 columns, 256 features of a layer: sum_r E[r, j] * weight_r * anchor_r, over the queries and, for documents, their
-// positives; `first` is the first of the kinds. The copy engine adds them to the gradient: an element of it has one owner, so
-// the order is always the same.
+// positives; `first` is the first of the kinds. The copy engine adds them to the gradient: an element of it has one
+// owner, so the order is always the same.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_columns(const Panel<T> a, int layer, Kind first, int64_t dim_tiles, const QEMB_GRID_CONSTANT TensorMap weights,
@@ -235,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                              {static_cast<int>(at) * kTile + panel * 64, static_cast<int>(row)});
 #pragma unroll
                 for (int panel = 0; panel < kColumns / 64; ++panel)
-                    tma_load(stage + kLeftBytes + panel * kStepDepth * 128, is_first ? first_packed : second_packed, barrier,
-                             {feature0 + panel * 64, static_cast<int>(row)});
+                    tma_load(stage + kLeftBytes + panel * kStepDepth * 128, is_first ? first_packed : second_packed,
+                             barrier, {feature0 + panel * 64, static_cast<int>(row)});
                 bulk_load(stage + kLoadedBytes, a.factors + at * a.rows + row, kFactorBytes, barrier);
             });
     };
@@ -257,8 +262,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int at_row = row + 8 * i, word = n % 4 * 8 + threadIdx.x % 4 * 2 + j;
-                    shared_store4(staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
-                                  __builtin_bit_cast(uint32_t, pair_column(n) + j < own ? unit * sums[4 * n + 2 * i + j] : 0));
+                    shared_store4(
+                        staging + n / 4 * 64 * 128 + at_row * 128 + ((word / 4 ^ at_row % 8) << 4) + word % 4 * 4,
+                        __builtin_bit_cast(uint32_t, pair_column(n) + j < own ? unit * sums[4 * n + 2 * i + j] : 0));
                 }
         fence_async();
         barrier_sync(kGroupBarrier + group, 128);
@@ -266,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int box = 0; box < kColumns / 32; ++box)
             if (box * 32 < own)
-                tma_add(gradient, staging + box * 64 * 128, {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
+                tma_add(gradient, staging + box * 64 * 128,
+                        {feature0 + box * 32, static_cast<int>(tile) * kTile + group * 64});
         bulk_commit();
         bulk_wait_read<0>();
     };
@@ -276,7 +283,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, class... Parameters, class... Arguments>
 void start(void (*kernel)(Parameters...), const Panel<T>& a, int64_t blocks, int threads, int shared,
            const Arguments&... arguments) {
-    launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared), a.p.stream, a, arguments...);
+    launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared), a.p.stream, a,
+           arguments...);
 }
 
 // takes() has seen that the maps can be made.
@@ -302,8 +310,8 @@ bool takes(const InfoNce& p) {
     TensorMap map;
     return make_matrix_map<T>(map, p.queries, p.num_queries, p.dim, kTile) &&
            make_matrix_map<T>(map, p.documents, p.num_documents, p.dim, kTile) &&
-           (!p.d_documents ||
-            (reinterpret_cast<uintptr_t>(p.d_documents) % 16 == 0 && reinterpret_cast<uintptr_t>(p.d_queries) % 16 == 0));
+           (!p.d_documents || (reinterpret_cast<uintptr_t>(p.d_documents) % 16 == 0 &&
+                               reinterpret_cast<uintptr_t>(p.d_queries) % 16 == 0));
 }
 
 template <class T>
@@ -330,8 +338,8 @@ template <class T>
 void row_gradients(const Panel<T>& a) {
     for (int layer = 0; layer < a.layers; ++layer) {
         const int64_t dim_tiles = ceil_div(a.ends[layer] - a.begins[layer], kColumns);
-        start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, layer, dim_tiles,
-              weights_map(a, kTile), map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth),
+        start(sum_rows<T>, a, a.num_parts * a.splits * a.row_tiles * dim_tiles, kThreads, kProductBytes90, layer,
+              dim_tiles, weights_map(a, kTile), map_of<T>(a.queries.data, a.queries.rows, a.p.dim, kStepDepth),
               map_of<T>(a.documents.data, a.documents.rows, a.p.dim, kStepDepth));
     }
 }

@@ -11,10 +11,13 @@ constexpr int kConsumers = 256, kThreads = 384;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 // Of a kernel whose blocks stay on their multiprocessor and take one unit of work after another.
-inline dim3 resident_blocks(int64_t units) { return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), units))); }
+inline dim3 resident_blocks(int64_t units) {
+    return dim3(static_cast<unsigned>(min(int64_t(multiprocessors()), units)));
+}
 
-// A kernel's life: one thread makes the barriers, then one thread produces while the others consume, and perhaps one delivers
-// what they have made. One if with two branches is what ptxas wants to see for registers to move between warpgroups.
+// A kernel's life: one thread makes the barriers, then one thread produces while the others consume, and perhaps one
+// delivers what they have made. One if with two branches is what ptxas wants to see for registers to move between
+// warpgroups.
 template <class Init, class Produce, class Consume, class Deliver>
 QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume, const Deliver& deliver) {
     if (threadIdx.x == 0) {

@@ -1,6 +1,7 @@
-// A 128 x 256 tile of a matrix product on Hopper: two warpgroups of 64 rows, stages of 64 of depth filled by the copy engine.
-// The left operand lies along its depth in shared memory, or goes through registers, where each row, or each step of the depth,
-// is multiplied by a factor. A block takes tile after tile; its producer is ahead of it by the stages.
+// A 128 x 256 tile of a matrix product on Hopper: two warpgroups of 64 rows, stages of 64 of depth filled by the copy
+// engine. The left operand lies along its depth in shared memory, or goes through registers, where each row, or each
+// step of the depth, is multiplied by a factor. A block takes tile after tile; its producer is ahead of it by the
+// stages.
 #pragma once
 
 #include "cuda/device/tile_product.h"
@@ -31,8 +32,8 @@ bool make_matrix_map(TensorMap& map, const void* data, int64_t rows, int64_t col
                                     .swizzled = true});
 }
 
-// A thread's part of a tile: rows first_row() and 8 below, columns pair_column(n) and its right neighbour, n < 32; the sum of
-// row i and column (n, j) is sums[4 n + 2 i + j].
+// A thread's part of a tile: rows first_row() and 8 below, columns pair_column(n) and its right neighbour, n < 32; the
+// sum of row i and column (n, j) is sums[4 n + 2 i + j].
 QEMB_DEVICE int first_row() { return static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4); }
 QEMB_DEVICE int pair_column(int n) { return n * 8 + static_cast<int>(threadIdx.x) % 4 * 2; }
 
@@ -47,7 +48,8 @@ QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int steps, int mo
     }
 }
 
-// Zeros to the depth of 64 rows of a left operand from `depth` on, an even number, by the warpgroup that multiplies them.
+// Zeros to the depth of 64 rows of a left operand from `depth` on, an even number, by the warpgroup that multiplies
+// them.
 QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
     for (int i = threadIdx.x % 128; i < 64 * (kStepDepth - depth) / 2; i += 128) {
         const int row = i % 64, word = depth / 2 + i / 64;
@@ -57,8 +59,8 @@ QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
     barrier_sync(kGroupBarrier + threadIdx.x / 128, 128);
 }
 
-// low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last step has
-// `last`. A thread of each warpgroup frees a stage.
+// low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last
+// step has `last`. A thread of each warpgroup frees a stage.
 template <class T>
 QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps, bool adds = false,
                           int last = kStepDepth) {
@@ -85,8 +87,8 @@ QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32
     before.release(signals);
 }
 
-// This thread's fragments of a stage's left operand, times the factors behind the stage. Along: rows of weights, a factor for
-// each row. Across: rows of depth, a factor for each of them; the operand is then two panels of 64 columns.
+// This thread's fragments of a stage's left operand, times the factors behind the stage. Along: rows of weights, a
+// factor for each row. Across: rows of depth, a factor for each of them; the operand is then two panels of 64 columns.
 template <class T, Depth kLayout>
 QEMB_DEVICE void load_scaled_left(uint32_t (&words)[kStepDepth / 16][4], const char* memory, uint32_t stage) {
     const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16;
@@ -117,7 +119,8 @@ QEMB_DEVICE void load_scaled_left(uint32_t (&words)[kStepDepth / 16][4], const c
     }
 }
 
-// sums = (left, scaled) right: the right operand across its depth, in four panels of 64 columns. Each warp frees a stage.
+// sums = (left, scaled) right: the right operand across its depth, in four panels of 64 columns. Each warp frees a
+// stage.
 template <class T, Depth kLayout>
 QEMB_DEVICE void multiply_scaled(Sums& sums, StageRing& ring, const char* memory, uint32_t stages, int steps) {
     const bool signals = threadIdx.x % 32 == 0;

@@ -1,5 +1,5 @@
-// top_k on Hopper: a block sweeps a span of the documents by tiles of 128 queries x 256 documents; while its warps look through
-// the scores of one tile, the copy engine fetches the next.
+// top_k on Hopper: a block sweeps a span of the documents by tiles of 128 queries x 256 documents; while its warps look
+// through the scores of one tile, the copy engine fetches the next.
 #include "cuda/sm90/top_k.h"
 
 #include "cuda/device/vector.h"
@@ -75,8 +75,9 @@ bool search(const TopK& p, const top_k_kernels::Cut& cut, const top_k_kernels::L
             if (!make_matrix_map<T>(queries, p.queries, p.num_queries, p.dim, kTile) ||
                 !make_matrix_map<T>(documents, p.documents, p.num_documents, p.dim, kColumns))
                 return;
-            launch(kOp, search_spans<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kThreads, kBytes, p.stream,
-                   p, lists, cut.query_tiles, cut.span, static_cast<int>(ceil_div(p.dim, kStepDepth)), queries, documents);
+            launch(kOp, search_spans<T>, dim3(static_cast<unsigned>(cut.query_tiles * cut.spans)), kThreads, kBytes,
+                   p.stream, p, lists, cut.query_tiles, cut.span, static_cast<int>(ceil_div(p.dim, kStepDepth)),
+                   queries, documents);
             taken = true;
         }
     });

@@ -39,8 +39,8 @@ struct List {
     QEMB_DEVICE bool stays(int64_t at, float score) const { return indices[at] >= 0 && scores[at] >= score; }
 };
 
-// A warp puts a document into a list; the last one drops out. Documents come in ascending order, so among equals it is the
-// last.
+// A warp puts a document into a list; the last one drops out. Documents come in ascending order, so among equals it is
+// the last.
 QEMB_DEVICE void insert(const List& list, int64_t k, float score, int64_t index) {
     const int lane = threadIdx.x % 32;
     for (int64_t chunk = (k - 1) / 32 * 32; chunk >= 0; chunk -= 32) {

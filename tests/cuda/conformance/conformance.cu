@@ -164,8 +164,8 @@ Words with_special(Words words) {
 }
 
 template <class... Extra>
-void run(const char* name, const char* kind, void (*kernel)(const uint32_t*, uint32_t*, Extra...), const Words& in, int count,
-         Extra... extra) {
+void run(const char* name, const char* kind, void (*kernel)(const uint32_t*, uint32_t*, Extra...), const Words& in,
+         int count, Extra... extra) {
     conformance::run(name, kind, kShared, kernel, in, count, extra...);
 }
 template <class Op>

@@ -1,7 +1,9 @@
-// What the conformance programs share: memory of the device, inputs, and lines of results, "name kind words...", kind being
+// What the conformance programs share: memory of the device, inputs, and lines of results, "name kind words...", kind
+// being
 //   bits      compared exactly
 //   float     floats, compared exactly, except that all NaN are equal
-//   approx    floats; lines "name.truth doubles..." and "name.bound doubles..." say what is right and how far off each may be
+//   approx    floats; lines "name.truth doubles..." and "name.bound doubles..." say what is right and how far off each
+//   may be
 #pragma once
 
 #include <cinttypes>
@@ -86,8 +88,8 @@ void run(const char* name, const char* kind, int shared, void (*kernel)(const ui
     Memory from(in.size()), to(static_cast<size_t>(count));
     std::copy(in.begin(), in.end(), from.data());
     std::fill(to.data(), to.data() + count, 0xffffffffu);
-    launch(name, kernel, dim3(1), kThreads, static_cast<size_t>(shared), nullptr, static_cast<const uint32_t*>(from.data()),
-           to.data(), extra...);
+    launch(name, kernel, dim3(1), kThreads, static_cast<size_t>(shared), nullptr,
+           static_cast<const uint32_t*>(from.data()), to.data(), extra...);
     finish();
     print(name, kind, to, count);
 }

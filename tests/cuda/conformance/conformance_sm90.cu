@@ -110,8 +110,8 @@ __global__ void stores(const uint32_t* in, uint32_t* out, const QEMB_GRID_CONSTA
     }
 }
 
-// Blocks add runs of floats one after another; the first that finds nothing left reads the sums. numbers: the next run, and how
-// many have been added.
+// Blocks add runs of floats one after another; the first that finds nothing left reads the sums. numbers: the next run,
+// and how many have been added.
 constexpr int kRuns = 24;
 __global__ void in_turn(const uint32_t* in, uint32_t* out, int* numbers) {
     const int t = static_cast<int>(threadIdx.x);
@@ -143,8 +143,8 @@ __global__ void in_turn(const uint32_t* in, uint32_t* out, int* numbers) {
     out[kThreads + t] = word(sums[t] + 1);
 }
 
-// d = a b (+ d), a: 64 x 32, b: 32 x kN, both in 16-bit words at `in`, rows of M or N and 32 of K; then d, 64 x kN floats. In
-// shared memory the operands begin 32 bytes into their rows, or 16 rows down.
+// d = a b (+ d), a: 64 x 32, b: 32 x kN, both in 16-bit words at `in`, rows of M or N and 32 of K; then d, 64 x kN
+// floats. In shared memory the operands begin 32 bytes into their rows, or 16 rows down.
 constexpr int kDepth = 32, kA = 0, kB = 8192, kPanel = 64 * 128;
 template <class T, int kN, Major kMajorA, Major kMajorB, bool kWords>
 __global__ void products(const uint32_t* in, uint32_t* out) {
@@ -157,7 +157,8 @@ __global__ void products(const uint32_t* in, uint32_t* out) {
     for (int i = t; i < 64 * kDepth; i += kThreads)
         *reinterpret_cast<uint16_t*>(shared_bytes() + kA + place(kMajorA, i / kDepth, i % kDepth)) = element(i);
     for (int i = t; i < kN * kDepth; i += kThreads)
-        *reinterpret_cast<uint16_t*>(shared_bytes() + kB + place(kMajorB, i / kDepth, i % kDepth)) = element(64 * kDepth + i);
+        *reinterpret_cast<uint16_t*>(shared_bytes() + kB + place(kMajorB, i / kDepth, i % kDepth)) =
+            element(64 * kDepth + i);
     fence_async();
     sync_block();
     const auto row_of = [&](int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; };
@@ -196,7 +197,8 @@ template <class T, int kN, Major kMajorA, Major kMajorB, bool kWords>
 void run_product(const char* name, Source& source) {
     Words in;
     const auto element = [&] {  // between 1/16 and 16
-        const uint32_t bits = std::is_same_v<T, BFloat16> ? 0x3d80 + source.bits() % 0x400 : 0x2c00 + source.bits() % 0x2000;
+        const uint32_t bits =
+            std::is_same_v<T, BFloat16> ? 0x3d80 + source.bits() % 0x400 : 0x2c00 + source.bits() % 0x2000;
         return bits | (source.bits() & 0x8000);
     };
     for (int i = 0; i < (64 + kN) * kDepth / 2; ++i) {
@@ -268,8 +270,8 @@ void run_in_turn(Source& source) {
     Memory from(in.size()), out(2 * kThreads), numbers(2);
     std::copy(in.begin(), in.end(), from.data());
     std::fill(numbers.data(), numbers.data() + 2, 0);
-    launch("in_turn", in_turn, dim3(7), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()), out.data(),
-           reinterpret_cast<int*>(numbers.data()));
+    launch("in_turn", in_turn, dim3(7), kThreads, kShared, nullptr, static_cast<const uint32_t*>(from.data()),
+           out.data(), reinterpret_cast<int*>(numbers.data()));
     finish();
     print("blocks_in_turn", "bits", out, 2 * kThreads);
 }

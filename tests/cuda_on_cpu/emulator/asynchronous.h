@@ -1,5 +1,5 @@
-// What runs beside the threads: bulk copies that land at once, at any moment, or as late as somebody's wait allows; products of
-// warpgroups; and which bytes the units that do it may not see yet.
+// What runs beside the threads: bulk copies that land at once, at any moment, or as late as somebody's wait allows;
+// products of warpgroups; and which bytes the units that do it may not see yet.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,8 @@ namespace emulator {
 
 using Work = std::function<void()>;
 
-// Copies into shared memory; a barrier in memory tells who waits for them, so that the scheduler alone decides when they land.
+// Copies into shared memory; a barrier in memory tells who waits for them, so that the scheduler alone decides when
+// they land.
 class Engine {
   public:
     bool empty() const { return flying_.empty(); }
@@ -39,7 +40,8 @@ class Engine {
     std::vector<Work> flying_;
 };
 
-// Copies out of shared memory, of one thread, in groups: first they read, then they write, each as late as a wait allows.
+// Copies out of shared memory, of one thread, in groups: first they read, then they write, each as late as a wait
+// allows.
 class Stores {
   public:
     bool are_waited_for() const {
@@ -54,7 +56,8 @@ class Stores {
             if (store.group + pending < open_group_) store.do_read(), store.is_free = true;
     }
     void wait(uint64_t pending) {
-        for (; !flying_.empty() && flying_.front().group + pending < open_group_; flying_.pop_front()) flying_.front().land();
+        for (; !flying_.empty() && flying_.front().group + pending < open_group_; flying_.pop_front())
+            flying_.front().land();
     }
     // The oldest that has not; false where all have.
     bool land_one() {
@@ -87,8 +90,8 @@ class Stores {
 
 struct Accumulators;
 
-// Products of one warpgroup: committed groups run in order, the newest as late as a wait allows. They run only when all four
-// warps have come so far, so that who has waited for them knows what all had done.
+// Products of one warpgroup: committed groups run in order, the newest as late as a wait allows. They run only when all
+// four warps have come so far, so that who has waited for them knows what all had done.
 struct Products {
     std::vector<Work> open;
     std::deque<std::vector<Work>> groups;
@@ -106,8 +109,8 @@ struct Products {
     }
 };
 
-// Ordinary writes reach the copy engine and the tensor cores only through a fence of the thread that wrote. A cell is 4 bytes
-// of shared memory and holds its writer, and how many fences that writer had passed.
+// Ordinary writes reach the copy engine and the tensor cores only through a fence of the thread that wrote. A cell is 4
+// bytes of shared memory and holds its writer, and how many fences that writer had passed.
 class Proxies {
   public:
     void start(size_t bytes, int threads) {
@@ -122,7 +125,8 @@ class Proxies {
     // The thread whose write of one of these bytes is not to be seen yet, or -1.
     int unseen(size_t offset, size_t bytes) const {
         for (size_t i = offset / 4; i <= (offset + bytes - 1) / 4; ++i)
-            if (cells_[i].fences && fences_[cells_[i].thread] == cells_[i].fences) return static_cast<int>(cells_[i].thread);
+            if (cells_[i].fences && fences_[cells_[i].thread] == cells_[i].fences)
+                return static_cast<int>(cells_[i].thread);
         return -1;
     }
 

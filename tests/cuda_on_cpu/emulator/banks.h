@@ -1,5 +1,5 @@
-// Bank conflicts of 16-byte accesses to shared memory: 32 banks of 4 bytes, so that 8 lanes are served at a time when their
-// addresses fall into different sixteenths of 128 bytes, or into the same 16 bytes.
+// Bank conflicts of 16-byte accesses to shared memory: 32 banks of 4 bytes, so that 8 lanes are served at a time when
+// their addresses fall into different sixteenths of 128 bytes, or into the same 16 bytes.
 #pragma once
 
 #include <array>

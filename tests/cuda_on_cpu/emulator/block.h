@@ -67,7 +67,8 @@ class Block {
     Block(dim3 grid, int threads, size_t shared_bytes, Body body, const void* context, size_t place = 0)
         : grid(grid), size(threads), body_(body), context_(context), shared_size_(shared_bytes), place_(place) {
         if (threads < 1 || threads > 1024 || threads % 32) fail("a block needs a multiple of 32 threads up to 1024");
-        if (shared_bytes > kMostShared) fail("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory");
+        if (shared_bytes > kMostShared)
+            fail("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory");
         while (pool().size() < static_cast<size_t>(threads)) pool().push_back(std::make_unique<Thread>());
         all().push_back(this);
         warps_.resize(static_cast<size_t>(threads / 32));
@@ -95,7 +96,8 @@ class Block {
         waiting_ = 0;
         running = nullptr;
         error_.clear();
-        std::memset(arena_ - kFront, 0xff, static_cast<size_t>(arena_pages().end() - arena_) + kFront);  // NaN in every type
+        std::memset(arena_ - kFront, 0xff,
+                    static_cast<size_t>(arena_pages().end() - arena_) + kFront);  // NaN in every type
         for (int i = 0; i < size; ++i) {
             Thread& t = thread(i);
             t.id = i, t.lane = i % 32, t.warp = i / 32;
@@ -197,7 +199,8 @@ class Block {
         if (id < 1 || id > 15) fail(place.text() + ": barriers have numbers from 1 to 15, not " + std::to_string(id));
         if (threads % 32 || threads < 32 || threads > size) fail(place.text() + ": not whole warps of the block");
         Named& barrier = named_[id];
-        if (barrier.arrived > 0 && barrier.threads != threads) fail(place.text() + ": others expect another number of threads");
+        if (barrier.arrived > 0 && barrier.threads != threads)
+            fail(place.text() + ": others expect another number of threads");
         barrier.threads = threads;
         barrier.warps |= 1u << running->warp;
         if (Races::on) join(barrier.arrivals, races().release(running->warp));
@@ -283,7 +286,8 @@ class Block {
     // Called for every access of the arch layer.
     void touch(void* p, uint32_t bytes, bool write) {
         if (Races::on) races().access(p, bytes, write);
-        if (write && in_arena(p)) proxies_.write(static_cast<size_t>(static_cast<char*>(p) - arena_), bytes, running->id);
+        if (write && in_arena(p))
+            proxies_.write(static_cast<size_t>(static_cast<char*>(p) - arena_), bytes, running->id);
     }
     // 16 bytes, or fewer, that the copy engine or the tensor cores touch.
     char* touch_async(uint32_t address, uint32_t bytes, const Place& place) {
@@ -303,7 +307,8 @@ class Block {
         if (reinterpret_cast<uintptr_t>(p) % 16) fail(place.text() + ": misaligned address");
         if (in_arena(p)) {
             shared(address_of(p), 16, place);
-            warps_[static_cast<size_t>(running->warp)].accesses.add(running->lane, place.file, place.line, address_of(p));
+            warps_[static_cast<size_t>(running->warp)].accesses.add(running->lane, place.file, place.line,
+                                                                    address_of(p));
         }
         touch(p, 16, write);
         return p;
@@ -483,7 +488,9 @@ class Block {
         }
         drift();
         size_t chosen = count;
-        const size_t first = policy_ == Policy::kRandom ? random_.below(count) : policy_ == Policy::kInTurn ? last_ + 1 : last_;
+        const size_t first = policy_ == Policy::kRandom   ? random_.below(count)
+                             : policy_ == Policy::kInTurn ? last_ + 1
+                                                          : last_;
         for (size_t i = 0; i < count; ++i) {
             const size_t w = (first + i) % count;
             if (!warps_[w].runnable) continue;
@@ -540,7 +547,8 @@ class Block {
         if (!engine_.empty() && random_.below(3) == 0) engine_.land_one(random_);
         Products& products = groups_[random_.below(groups_.size())].products;
         if (!products.groups.empty() && random_.below(3) == 0) products.run_oldest();
-        if (random_.below(3) == 0) thread(static_cast<int>(random_.below(static_cast<uint64_t>(size)))).stores.land_one();
+        if (random_.below(3) == 0)
+            thread(static_cast<int>(random_.below(static_cast<uint64_t>(size)))).stores.land_one();
     }
     Body body_;
     const void* context_;
@@ -568,10 +576,11 @@ inline void Races::report(const char* what, uintptr_t at) {
     if (!found.empty()) return;
     const auto* p = reinterpret_cast<const char*>(at * kGrain);
     const bool shared = p >= view_->shared_begin && p < view_->shared_end;
-    found = "race: " + std::string(what) + " by thread " + std::to_string(running->id) + " of block " +
-            text(Block::current()->index) +
-            (shared ? ", byte " + std::to_string(p - static_cast<const char*>(view_->shared_begin)) + " of shared memory"
-                    : std::string(", global memory"));
+    found =
+        "race: " + std::string(what) + " by thread " + std::to_string(running->id) + " of block " +
+        text(Block::current()->index) +
+        (shared ? ", byte " + std::to_string(p - static_cast<const char*>(view_->shared_begin)) + " of shared memory"
+                : std::string(", global memory"));
 }
 
 }  // namespace emulator

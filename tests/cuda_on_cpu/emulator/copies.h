@@ -16,8 +16,8 @@ class Copies {
     bool empty() const { return flying_.empty(); }
     void clear() { flying_.clear(), open_group_ = 0; }
 
-    // 16 bytes; zeros where `from` is null. Until it has landed the target holds NaN: who reads early must not get what was
-    // there.
+    // 16 bytes; zeros where `from` is null. Until it has landed the target holds NaN: who reads early must not get what
+    // was there.
     void issue(char* to, const void* from, Landing landing, Random& random) {
         flying_.push_back({to, from, open_group_, false});
         if (landing == Landing::kEarly || (landing == Landing::kMixed && random.below(3) == 0))

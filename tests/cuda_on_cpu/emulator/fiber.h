@@ -40,8 +40,8 @@ class Fiber {
   public:
     static constexpr size_t kStack = 128 * 1024;
 
-    // The first switch_to() starts `entry`, which must never return. Stacks of one warp start at different places in a page:
-    // otherwise all of them would fight for the same few lines of the cache.
+    // The first switch_to() starts `entry`, which must never return. Stacks of one warp start at different places in a
+    // page: otherwise all of them would fight for the same few lines of the cache.
     void start(void (*entry)(), int lane) {
         auto* top = reinterpret_cast<uint64_t*>(stack_.end() - 64 - lane * 128);
         *--top = 0;

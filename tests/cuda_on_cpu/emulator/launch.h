@@ -9,7 +9,8 @@
 
 namespace emulator {
 
-// What the next launches run under. Tests vary the seed: it decides the order of blocks, the schedule and when copies land.
+// What the next launches run under. Tests vary the seed: it decides the order of blocks, the schedule and when copies
+// land.
 struct Options {
     uint64_t seed = 1;
     size_t shared_limit = Block::kMostShared;  // of an H100
@@ -46,7 +47,8 @@ inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block:
         const uint64_t longest_turn = random.below(2) ? 2 : 100;
         for (size_t at = 0, waiting = 0; !blocks.empty();) {
             auto state = Block::State::kGoesOn;
-            for (uint64_t steps = 1 + random.below(longest_turn); steps > 0 && state == Block::State::kGoesOn; --steps) {
+            for (uint64_t steps = 1 + random.below(longest_turn); steps > 0 && state == Block::State::kGoesOn;
+                 --steps) {
                 state = blocks[at]->advance(waiting + 1 >= blocks.size());
                 waiting = state == Block::State::kWaitsForOthers ? waiting + 1 : 0;
             }

@@ -8,7 +8,8 @@ namespace emulator {
 
 using qemb::cuda::float_of;
 
-// Lane i gives the address of row i % 8 of matrix i / 8; lane l receives elements (l / 4, l % 4 * 2 and + 1) of each matrix.
+// Lane i gives the address of row i % 8 of matrix i / 8; lane l receives elements (l / 4, l % 4 * 2 and + 1) of each
+// matrix.
 inline void ldmatrix(uint32_t (&r)[4], uint32_t address, bool transposed, const Place& place) {
     struct Lane {
         uint32_t address;
@@ -64,8 +65,9 @@ void multiply(void** slots, const float (&left)[16][kDepth], const float (&right
     }
 }
 
-// Lane l, with g = l / 4 and t = l % 4: a holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and their right neighbours;
-// b holds (k, n) = (2t, g), (2t + 8, g) and their lower neighbours; d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// Lane l, with g = l / 4 and t = l % 4: a holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and their right
+// neighbours; b holds (k, n) = (2t, g), (2t + 8, g) and their lower neighbours; d holds (g, 2t), (g, 2t + 1), (g + 8,
+// 2t), (g + 8, 2t + 1).
 template <class T>
 void mma_m16n8k16(void** slots) {
     float left[16][16], right[16][8];
@@ -84,8 +86,8 @@ void mma_m16n8k16(void** slots) {
     multiply(slots, left, right);
 }
 
-// Lane l, with g = l / 4 and t = l % 4: a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (k, n) = (t, g), (t +
-// 4, g). Of each operand the lowest 13 bits are ignored.
+// Lane l, with g = l / 4 and t = l % 4: a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (k, n) = (t,
+// g), (t + 4, g). Of each operand the lowest 13 bits are ignored.
 inline void mma_m16n8k8(void** slots) {
     float left[16][8], right[8][8];
     const auto value = [](uint32_t word) { return float_of(word & ~0x1fffu); };

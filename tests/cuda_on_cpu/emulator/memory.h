@@ -28,7 +28,8 @@ inline void report_faults() {
         for (const auto& [begin, pages] : Pages::all()) {
             if (!pages->guards(p)) continue;
             const bool before = p < pages->begin();
-            std::fprintf(stderr, "touched byte %ld %s %s\n", static_cast<long>(before ? pages->begin() - p : p - pages->end()),
+            std::fprintf(stderr, "touched byte %ld %s %s\n",
+                         static_cast<long>(before ? pages->begin() - p : p - pages->end()),
                          before ? "before the pages of" : "past the end of", pages->name);
             _exit(3);
         }
@@ -39,8 +40,8 @@ inline void report_faults() {
     sigaction(SIGBUS, &action, nullptr);
 }
 
-// `count` elements that end where a guarded page starts (up to 16-byte alignment), NaN at first. What lies between them and the
-// guards is looked at after every launch.
+// `count` elements that end where a guarded page starts (up to 16-byte alignment), NaN at first. What lies between them
+// and the guards is looked at after every launch.
 template <class T>
 class DeviceMemory {
   public:

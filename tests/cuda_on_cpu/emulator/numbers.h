@@ -15,9 +15,10 @@ inline float float_of(uint32_t word) { return __builtin_bit_cast(float, word); }
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = static_cast<uint32_t>(x.bits & 0x7fff)
+                                                                               << 13;
     if (rest >= 0x0f800000) return float_of(sign | 0x7f800000 | rest);  // infinite or NaN
-    return float_of(sign | word_of(float_of(rest) * 0x1p112f));         // the exponent's bias; subnormals come out exact
+    return float_of(sign | word_of(float_of(rest) * 0x1p112f));  // the exponent's bias; subnormals come out exact
 }
 
 template <class T>
@@ -58,7 +59,8 @@ float unpack(uint32_t word, int half) {
 }
 
 template <class T>
-uint32_t multiply_pair(uint32_t a, uint32_t b) {  // products of two such numbers are exact in float, so they are rounded once
+uint32_t multiply_pair(uint32_t a,
+                       uint32_t b) {  // products of two such numbers are exact in float, so they are rounded once
     return pack<T>(unpack<T>(a, 0) * unpack<T>(b, 0), unpack<T>(a, 1) * unpack<T>(b, 1));
 }
 

@@ -1,8 +1,9 @@
-// Two threads touch the same bytes, one of them writes, and nothing orders them: found whether or not this schedule shows it.
-// The arch layer reports its accesses; compiled with -fsanitize=thread, and linked without it, every access of a kernel arrives
-// here through the hooks below, in shared and in global memory. Lanes of a warp are ordered by barriers, warps by what one of
-// them releases and the other acquires (barriers of the block or of some threads, mbarriers, copies that complete on them),
-// blocks of a launch by the flags that one of them publishes and the other waits for.
+// Two threads touch the same bytes, one of them writes, and nothing orders them: found whether or not this schedule
+// shows it. The arch layer reports its accesses; compiled with -fsanitize=thread, and linked without it, every access
+// of a kernel arrives here through the hooks below, in shared and in global memory. Lanes of a warp are ordered by
+// barriers, warps by what one of them releases and the other acquires (barriers of the block or of some threads,
+// mbarriers, copies that complete on them), blocks of a launch by the flags that one of them publishes and the other
+// waits for.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +34,8 @@ class Races {
         uint32_t clock = 0, warp_epoch = 0, published = 0;
         uint8_t warp = 0, lane = 0;
     };
-    // Of other blocks, how many of the publications are known. What a block publishes is all that it has done so far, whoever
-    // did it.
+    // Of other blocks, how many of the publications are known. What a block publishes is all that it has done so far,
+    // whoever did it.
     using Others = std::unordered_map<uint32_t, uint32_t>;
     // What a block knows. Blocks take turns, each with its own.
     struct View {
@@ -192,7 +193,8 @@ class Races {
         cell.read = joined;
     }
     void for_copy(const void* to, uint32_t block) {
-        for (uintptr_t i = 0; i < 16 / kGrain; ++i) at_grain(reinterpret_cast<uintptr_t>(to) / kGrain + i).copied_by = block;
+        for (uintptr_t i = 0; i < 16 / kGrain; ++i)
+            at_grain(reinterpret_cast<uintptr_t>(to) / kGrain + i).copied_by = block;
     }
     Cell& at_grain(uintptr_t at) {
         if (at / kCells != last_page_) {

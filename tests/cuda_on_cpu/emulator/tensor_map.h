@@ -1,5 +1,6 @@
-// The copy engine: boxes of tensors of up to four dimensions between global and shared memory, the latter in rows of 128 bytes
-// whose eight chunks are permuted (chunk c of row r at c ^ r % 8, r counted from address 0) where the map says so.
+// The copy engine: boxes of tensors of up to four dimensions between global and shared memory, the latter in rows of
+// 128 bytes whose eight chunks are permuted (chunk c of row r at c ^ r % 8, r counted from address 0) where the map
+// says so.
 #pragma once
 
 #include "emulator/mbarrier.h"
@@ -13,7 +14,8 @@ inline uint32_t swizzle128(uint32_t address) { return address ^ ((address >> 7 &
 
 namespace qemb::cuda {
 
-// By our reading of cuTensorMapEncodeTiled. Dimension 0 is contiguous; strides in bytes; a box beyond the tensor holds zeros.
+// By our reading of cuTensorMapEncodeTiled. Dimension 0 is contiguous; strides in bytes; a box beyond the tensor holds
+// zeros.
 struct alignas(64) TensorMap {
     char* base;
     int64_t size[4], stride[4];
@@ -39,8 +41,8 @@ struct Corner {
     }
 };
 
-// visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends within
-// them.
+// visit(global address or null, shared address, bytes) for every 16 bytes of a box, and fewer where the tensor ends
+// within them.
 template <class Visit>
 void each_chunk(const TensorMap& map, uint32_t shared, const Corner& corner, Visit visit) {
     const int (&at)[4] = corner.at;
@@ -69,7 +71,8 @@ inline int box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * ma
 
 inline void check_copy(const TensorMap& map, const Corner& corner, uint32_t shared, const Place& place) {
     if (map.rank != corner.rank) fail(place.text() + ": the map has " + std::to_string(map.rank) + " dimensions");
-    if (shared % (map.swizzled ? 1024 : 128)) fail(place.text() + ": misaligned shared address " + std::to_string(shared));
+    if (shared % (map.swizzled ? 1024 : 128))
+        fail(place.text() + ": misaligned shared address " + std::to_string(shared));
 }
 
 // Where a copy will land: who reads there early must not get what was there.
@@ -79,7 +82,8 @@ inline void forget(uint32_t to, uint32_t bytes, const Place& place) {
     std::memset(target, 0xff, bytes);
 }
 
-inline void tensor_load(const TensorMap& map, const Corner& corner, uint32_t shared, uint32_t barrier, const Place& place) {
+inline void tensor_load(const TensorMap& map, const Corner& corner, uint32_t shared, uint32_t barrier,
+                        const Place& place) {
     Block& block = *Block::current();
     check_copy(map, corner, shared, place);
     each_chunk(map, shared, corner, [&](char* from, uint32_t to, int64_t begin, int64_t end) {
@@ -109,8 +113,8 @@ inline void write_out(char* to, const char* from, int64_t bytes, bool add) {
     if (!add) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-// A copy out of shared memory, of the chunks that visit_chunks(visit) calls visit(global address, shared address, begin, end)
-// for.
+// A copy out of shared memory, of the chunks that visit_chunks(visit) calls visit(global address, shared address,
+// begin, end) for.
 template <class VisitChunks>
 void store_chunks(const VisitChunks& visit_chunks, bool add, const Place& place) {
     const auto visit_races = [=](bool issues) {  // it may read until its wait
@@ -155,7 +159,8 @@ inline void check_run(uint32_t shared, const void* global, int bytes, const Plac
 inline void bulk_store(void* global, uint32_t shared, int bytes, bool add, const Place& place) {
     check_run(shared, global, bytes, place);
     const auto visit_chunks = [=](auto visit) {
-        for (int i = 0; i < bytes; i += 16) visit(static_cast<char*>(global) + i, shared + static_cast<uint32_t>(i), 0, 16);
+        for (int i = 0; i < bytes; i += 16)
+            visit(static_cast<char*>(global) + i, shared + static_cast<uint32_t>(i), 0, 16);
     };
     store_chunks(visit_chunks, add, place);
 }

@@ -1,7 +1,7 @@
-// wgmma: products of a warpgroup that run after they are issued, read shared memory only then, and own their registers until a
-// wait. Operands in shared memory are described by the manual's canonical layouts, of which the one with 128-byte swizzle is
-// known here: K along rows of 128 bytes (8 rows an atom, atoms `stride` apart), or M or N along them (64 wide, 8 of K an atom;
-// atoms `stride` apart along K, `leading` apart along M or N).
+// wgmma: products of a warpgroup that run after they are issued, read shared memory only then, and own their registers
+// until a wait. Operands in shared memory are described by the manual's canonical layouts, of which the one with
+// 128-byte swizzle is known here: K along rows of 128 bytes (8 rows an atom, atoms `stride` apart), or M or N along
+// them (64 wide, 8 of K an atom; atoms `stride` apart along K, `leading` apart along M or N).
 #pragma once
 
 #include <memory>
@@ -122,8 +122,8 @@ void wgmma(WgmmaThread self, bool a_k_major, bool b_k_major, const Place& place)
                 thread(t).accumulate != self.accumulate)
                 fail(place.text() + ": the threads of the warpgroup disagree");
         counters().wgmma += 1;
-        products.open.push_back([=, &in_flight, group = running->id / 128, accumulate = self.accumulate, a = self.a_descriptor,
-                                 b = self.b_descriptor] {
+        products.open.push_back([=, &in_flight, group = running->id / 128, accumulate = self.accumulate,
+                                 a = self.a_descriptor, b = self.b_descriptor] {
             alignas(32) static float right[16][kN], left_columns[16][64];
             WgmmaOperand(b, b_k_major, group, place).read<T>(right, place);
             if (left) {

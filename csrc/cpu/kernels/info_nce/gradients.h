@@ -1,5 +1,5 @@
-// Gradients of a panel: plain products with its weights, segment by segment of the features. What a row owns is added by
-// itself.
+// Gradients of a panel: plain products with its weights, segment by segment of the features. What a row owns is added
+// by itself.
 #pragma once
 
 #include "cpu/kernels/info_nce/softmax.h"
@@ -7,8 +7,8 @@
 namespace qemb::cpu::QEMB_ISA::info_nce_kernels {
 
 // Weights of a tile become coefficients of the raw vectors: for each segment the sum over the layers that contain it.
-// Normalising a prefix takes from the gradient what lies along it: columns need the sum of coefficient * score, the score out
-// of its weight.
+// Normalising a prefix takes from the gradient what lies along it: columns need the sum of coefficient * score, the
+// score out of its weight.
 template <class T>
 void to_coefficients(const Panel<T>& a, int64_t tile) {
     const Kind kind = a.kind_of(tile);
@@ -72,8 +72,8 @@ QEMB_INLINE void add_segments(const Panel<T>& a, T* y, const T* x, Scale scale) 
 template <class T>
 void row_gradients(const Panel<T>& a, int64_t row, int64_t count, int64_t k, int64_t from, int64_t width) {
     const int64_t feature = a.segments[k].begin + from, at = a.segments[k].padded + from;
-    T* block = static_cast<T*>(
-        scratch_bytes(Slot::kTile, static_cast<size_t>(kTile * kFeatures + panel_size<T>(kTile, kFeatures)) * sizeof(T)));
+    T* block = static_cast<T*>(scratch_bytes(
+        Slot::kTile, static_cast<size_t>(kTile * kFeatures + panel_size<T>(kTile, kFeatures)) * sizeof(T)));
     T* panels = block + kTile * kFeatures;
     bool more[2] = {};
     const auto add = [&](Kind kind, int64_t i, int64_t depth) {
@@ -89,7 +89,8 @@ void row_gradients(const Panel<T>& a, int64_t row, int64_t count, int64_t k, int
         for (int64_t i = 0; i < ceil_div(a.num_columns(kind), kTile); ++i) {
             const int64_t depth = a.columns_in(kind, i);
             for (int64_t j = 0; j < depth; ++j)
-                load_row(a.p.dtype, a.columns_of(kind), (i * kTile + j) * a.dim + feature, block + j * kFeatures, width);
+                load_row(a.p.dtype, a.columns_of(kind), (i * kTile + j) * a.dim + feature, block + j * kFeatures,
+                         width);
             pack_rows(block, kFeatures, depth, width, panels);
             add(kind, i, depth);
             if (both) add(kDocDoc, i, depth);
@@ -100,8 +101,8 @@ void row_gradients(const Panel<T>& a, int64_t row, int64_t count, int64_t k, int
             for (int64_t f = 0; f < width; ++f) a.row_grad[side][r * a.padded + at + f] = 0;
 }
 
-// What is left of the gradients of a row: weights, the documents it owns, its positive, the normalisation. Queries are done
-// then; row_grad[1] is that of the positive as an anchor.
+// What is left of the gradients of a row: weights, the documents it owns, its positive, the normalisation. Queries are
+// done then; row_grad[1] is that of the positive as an anchor.
 template <class T>
 void finish_row_gradients(const Panel<T>& a, int64_t r) {
     const T weight = a.scaled ? T(1) : static_cast<T>(a.softmax(r, 0, 0).weight);
@@ -112,9 +113,11 @@ void finish_row_gradients(const Panel<T>& a, int64_t r) {
     for (int64_t k = 0; k < a.layers; ++k)
         add_scaled(d_query + a.segments[k].begin, a.row_grad[0] + r * a.padded + a.segments[k].padded, weight,
                    a.segments[k].width);
-    add_segments(a, d_query, a.anchor[1] + r * a.dim, [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
+    add_segments(a, d_query, a.anchor[1] + r * a.dim,
+                 [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
     if (a.prefixes)
-        add_segments(a, d_query, a.anchor[0] + r * a.dim, [&](int64_t k) { return -a.radial_grad[0][r * a.layers + k]; });
+        add_segments(a, d_query, a.anchor[0] + r * a.dim,
+                     [&](int64_t k) { return -a.radial_grad[0][r * a.layers + k]; });
     for (int64_t e = a.own_end(a.first + r); e < a.own_end(a.first + r + 1); ++e) {
         const Own* own = a.own + (e - a.entries_first) * a.layers;
         const T* document = read(a.p.dtype, a.p.documents, a.p.own_documents[e] * a.dim, a.dim, buffer);
@@ -131,12 +134,14 @@ void column_gradients(const Panel<T>& a, Kind kind, int64_t i) {
     const int64_t tile = a.first_tile[kind] + i, count = a.columns_in(kind, i);
     T* const grad = static_cast<T*>(kind == kQueries ? a.p.d_queries : a.p.d_documents) + i * kTile * a.dim;
     T* const product = static_cast<T*>(scratch_bytes(
-        Slot::kTile, static_cast<size_t>(kTile * a.padded + left_size<T>(kTile + kTileRows, a.rows) + a.dim) * sizeof(T)));
+        Slot::kTile,
+        static_cast<size_t>(kTile * a.padded + left_size<T>(kTile + kTileRows, a.rows) + a.dim) * sizeof(T)));
     T* const lefts = product + kTile * a.padded;
     T* const buffer = lefts + left_size<T>(kTile + kTileRows, a.rows);
     for (int64_t k = 0; k < a.layers; ++k) {
         const Segment& segment = a.segments[k];
-        const bool is_narrow = segment.width <= 2 * kPanel<T>;  // packed, it would be read no more often than packing reads
+        const bool is_narrow =
+            segment.width <= 2 * kPanel<T>;  // packed, it would be read no more often than packing reads
         const Left<T> coefficients = by_columns(a.weights(tile, k), kTile);
         if (!is_narrow) pack_left(coefficients, count, a.count, lefts);
         gemm(count, segment.width, a.count, is_narrow ? coefficients : by_tiles(lefts, a.count),
@@ -157,9 +162,11 @@ void document_gradients(const Panel<T>& a, int64_t i) {
     for (int64_t r = 0; r < a.count; ++r) {
         if (a.positive(r) / kTile != i) continue;
         T* const grad = grads + a.positive(r) * a.dim;
-        add_segments(a, grad, a.anchor[0] + r * a.dim, [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
+        add_segments(a, grad, a.anchor[0] + r * a.dim,
+                     [&](int64_t k) { return a.d_positive_score_sum[r * a.layers + k]; });
         if (a.prefixes)
-            add_segments(a, grad, a.anchor[1] + r * a.dim, [&](int64_t k) { return -a.radial_grad[1][r * a.layers + k]; });
+            add_segments(a, grad, a.anchor[1] + r * a.dim,
+                         [&](int64_t k) { return -a.radial_grad[1][r * a.layers + k]; });
         for (int64_t k = 0; a.sides == 2 && k < a.layers; ++k)
             add_scaled(grad + a.segments[k].begin, a.row_grad[1] + r * a.padded + a.segments[k].padded, T(1),
                        a.segments[k].width);

@@ -1,7 +1,8 @@
-// What the parts of InfoNCE share: one panel of rows against all columns, and where its parts lie in the scratch memory.
+// What the parts of InfoNCE share: one panel of rows against all columns, and where its parts lie in the scratch
+// memory.
 //
-// Rows r of a panel are its queries (anchor 0) and their positives (anchor 1). Dense candidates lie in tiles of kTile columns,
-// by kind; what a query owns is a short list of its own. A layer is a prefix of the vectors, or all of them.
+// Rows r of a panel are its queries (anchor 0) and their positives (anchor 1). Dense candidates lie in tiles of kTile
+// columns, by kind; what a query owns is a short list of its own. A layer is a prefix of the vectors, or all of them.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -22,7 +23,8 @@ struct TileStats {
     int64_t kept_query_document, kept, dropped;
 };
 
-// A layer's features [begin, end) beyond those of the layer before; `padded` is where they lie in rows of whole vectors.
+// A layer's features [begin, end) beyond those of the layer before; `padded` is where they lie in rows of whole
+// vectors.
 struct Segment {
     int64_t begin, width, padded;
 };
@@ -48,8 +50,9 @@ template <class T>
 struct Panel : GroupRules {
     const InfoNce& p;
     const int64_t dim, layers;
-    const bool prefixes, scaled;  // scaled: row weights are multiplied into the panel, else they are applied to its products
-    bool scored[kNumKinds];       // kinds of columns whose scores are needed
+    const bool prefixes,
+        scaled;              // scaled: row weights are multiplied into the panel, else they are applied to its products
+    bool scored[kNumKinds];  // kinds of columns whose scores are needed
     int64_t tiles[kNumKinds], first_tile[kNumKinds], num_tiles = 0;
     int64_t padded = 0;                  // features of a row of whole vectors by segments
     int64_t rows, first = 0, count = 0;  // of a full panel; of this one
@@ -62,16 +65,16 @@ struct Panel : GroupRules {
     T* tile_weighted_score_sum;  // the same, of weight * score
     T* column_radial_grad;       // [num_tiles, layers, kTile] sum over rows of coefficient * score
     TileStats* tile_stats;
-    TileStats* row_stats;          // [rows] of what they own
-    T* anchor[2];                  // [rows, dim] queries and positives
-    T* anchor_tiles[2];            // the same, packed as left operands
-    T* packed[2];                  // [rows * padded] the same, by segments, in panels; times the row weight unless scaled
-    T* row_grad[2];                // [rows, padded] unscaled gradients of both
-    T* anchor_norm[2];             // [rows, layers] one over the norm of the prefix
-    T* column_norm[2];             // [num_documents, layers], [num_queries, layers]
-    double* score;                 // [rows, layers] of the positive
-    Softmax* softmaxes;            // [rows, layers, kMaxSoftmaxes]
-    double* d_positive_score;      // [rows, layers] gradient with regard to the positive's score
+    TileStats* row_stats;      // [rows] of what they own
+    T* anchor[2];              // [rows, dim] queries and positives
+    T* anchor_tiles[2];        // the same, packed as left operands
+    T* packed[2];              // [rows * padded] the same, by segments, in panels; times the row weight unless scaled
+    T* row_grad[2];            // [rows, padded] unscaled gradients of both
+    T* anchor_norm[2];         // [rows, layers] one over the norm of the prefix
+    T* column_norm[2];         // [num_documents, layers], [num_queries, layers]
+    double* score;             // [rows, layers] of the positive
+    Softmax* softmaxes;        // [rows, layers, kMaxSoftmaxes]
+    double* d_positive_score;  // [rows, layers] gradient with regard to the positive's score
     double* d_positive_score_sum;  // [rows, layers] of the raw positive, suffix sums
     double* radial_grad[2];        // [rows, layers] sum of coefficient * score of the anchor's terms; later suffix sums
     double* d_tau;                 // [rows]
@@ -167,7 +170,9 @@ struct Panel : GroupRules {
     }
     T* weights(int64_t tile, int64_t layer) const { return panel + (tile * layers + layer) * rows * kTile; }
     int64_t of_tile(int64_t tile, int64_t layer) const { return (tile * layers + layer) * rows; }
-    Softmax& softmax(int64_t r, int64_t layer, int s) const { return softmaxes[(r * layers + layer) * kMaxSoftmaxes + s]; }
+    Softmax& softmax(int64_t r, int64_t layer, int s) const {
+        return softmaxes[(r * layers + layer) * kMaxSoftmaxes + s];
+    }
     // The group of a column's candidates; past the last column, as padding, that of the last.
     int group_at(Kind kind, int64_t column) const {
         if (kind == kQueries) return kQueryQuery;
@@ -182,7 +187,8 @@ inline double exact_dot(const T* a, const T* b, int64_t begin, int64_t end) {
     double sums[8] = {};
     int64_t i = begin;
     for (; i + 8 <= end; i += 8)
-        for (int lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
+        for (int lane = 0; lane < 8; ++lane)
+            sums[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
     for (; i < end; ++i) sums[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }

@@ -30,7 +30,8 @@ void load_column_norms(const Panel<T>& a, Kind kind) {
     });
 }
 
-// Rows [start, start + kTileRows) of the panel: queries and positives, and the score that the masks and the softmax start from.
+// Rows [start, start + kTileRows) of the panel: queries and positives, and the score that the masks and the softmax
+// start from.
 template <class T>
 void load_anchors(const Panel<T>& a, int64_t start) {
     const int64_t count = min_of<int64_t>(kTileRows, a.count - start);
@@ -136,7 +137,8 @@ T mask_row(T* scores, const T* query_scores, const ColumnRules<T>& rules, const 
     int64_t num_kept = 0;  // a lane that counts is -1
     for (int lane = 0; lane < kLanes<T>; ++lane) num_kept -= kept[lane], stats.dropped -= dropped[lane];
     stats.kept += num_kept;
-    if (is_query_document) stats.kept_query_document += num_kept, stats.kept_score += static_cast<double>(sum_lanes<T>(sum));
+    if (is_query_document)
+        stats.kept_query_document += num_kept, stats.kept_score += static_cast<double>(sum_lanes<T>(sum));
     return max_lanes<T>(best);
 }
 
@@ -192,8 +194,9 @@ void score_tile(const Panel<T>& a, const Kind* kinds, int num_kinds, int64_t i) 
                 for (int64_t j = stored; j < kTile; ++j) row[j] = 0;
                 TileStats ignored{};
                 TileStats& stats = k == a.layers - 1 ? a.tile_stats[tile] : ignored;
-                const T* const on = known[r] ? mask_known_columns(a, kinds[part], start, count, r, rules[part].on, left, stats)
-                                             : rules[part].on;
+                const T* const on =
+                    known[r] ? mask_known_columns(a, kinds[part], start, count, r, rules[part].on, left, stats)
+                             : rules[part].on;
                 a.tile_max[a.of_tile(tile, k) + r] =
                     mask_row(row, part > 0 ? scores[0] + r * kTile : nullptr, rules[part], on,
                              static_cast<T>(a.score[r * a.layers + k]), kinds[part] == kQueryDocument, stats);

@@ -38,7 +38,8 @@ void find_offsets(const Panel<T>& a, int64_t r) {
     }
 }
 
-// The logit's scale of each column of a tile, in two parts: the rounding of one would count as often as the exponent is large.
+// The logit's scale of each column of a tile, in two parts: the rounding of one would count as often as the exponent is
+// large.
 template <class T>
 struct Scales {
     T high[kTile], low[kTile];
@@ -92,14 +93,15 @@ double exact_score(const Panel<T>& a, int64_t r, int64_t k, Kind kind, int64_t c
     return product * one_over_norm(exact_dot(row, row, 0, end)) * one_over_norm(exact_dot(other, other, 0, end));
 }
 
-// A product in float is off by some 5e-8, which at a temperature of 0.01 is 5e-6 of a weight. The few candidates that make up a
-// row are weighed anew from products in double. `change(kind, weight, moment)` gets the differences.
+// A product in float is off by some 5e-8, which at a temperature of 0.01 is 5e-6 of a weight. The few candidates that
+// make up a row are weighed anew from products in double. `change(kind, weight, moment)` gets the differences.
 template <class T, class Change>
 void refine(const Panel<T>& a, int64_t r, int64_t k, int s, double negatives, Change change) {
     const double offset = a.softmax(r, k, s).offset, threshold = negatives / 64;
     const double lowest = __builtin_log2(0.999 * threshold) + offset;
     each_tile(a, s, [&](int64_t tile, Kind kind) {
-        if (!(static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) >= lowest)) return;  // a row with NaN stays as it is
+        if (!(static_cast<double>(a.tile_max[a.of_tile(tile, k) + r]) >= lowest))
+            return;  // a row with NaN stays as it is
         T* values = a.weights(tile, k) + r * kTile;
         const int64_t i = tile - a.first_tile[kind];
         for (int64_t j = 0; j < a.columns_in(kind, i); ++j) {
@@ -166,7 +168,8 @@ void finish_row(const Panel<T>& a, int64_t r) {
             double* const given = p.log_negatives ? p.log_negatives + row * kMaxSoftmaxes + s : nullptr;
             each_tile(a, s, [&](int64_t tile, Kind kind) {
                 softmax.negatives += static_cast<double>(a.tile_sum[a.of_tile(tile, k) + r]);
-                weighted_score_sums[s][side_of(kind)] += static_cast<double>(a.tile_weighted_score_sum[a.of_tile(tile, k) + r]);
+                weighted_score_sums[s][side_of(kind)] +=
+                    static_cast<double>(a.tile_weighted_score_sum[a.of_tile(tile, k) + r]);
             });
             double& negatives = softmax.negatives;
             double all = p.log_negatives_given ? __builtin_exp2(*given * kLog2E<double> - softmax.offset) : negatives;
@@ -178,7 +181,8 @@ void finish_row(const Panel<T>& a, int64_t r) {
             if (!p.log_negatives_given) {
                 all = negatives;
                 if (given)
-                    *given = all <= 0 ? -kInfinity<double> : __builtin_log(all) + softmax.offset * LogUnits::kLn2;  // NaN stays
+                    *given = all <= 0 ? -kInfinity<double>
+                                      : __builtin_log(all) + softmax.offset * LogUnits::kLn2;  // NaN stays
             }
             if (!a.softmax_is_on[s]) continue;
 

@@ -5,7 +5,8 @@
 
 namespace qemb::cpu::QEMB_ISA {
 
-// A document and its score in one number that is larger the better it ranks: higher score, then lower index. Zero is none.
+// A document and its score in one number that is larger the better it ranks: higher score, then lower index. Zero is
+// none.
 using Found = uint64_t;
 
 QEMB_INLINE Found found_of(float score, int64_t index) {

@@ -1,8 +1,8 @@
-// A screen in front of exact scores: products of 16-bit integers, twice as fast as float ones with AVX2. What it lets pass is
-// scored exactly; what it holds back is provably below the bar.
+// A screen in front of exact scores: products of 16-bit integers, twice as fast as float ones with AVX2. What it lets
+// pass is scored exactly; what it holds back is provably below the bar.
 //
-// q ~ q' / a and d ~ d' / b with q', d' of integers. |q.d - q'.d' / ab| <= |q - q'/a| |d| + |q'/a| |d - d'/b| by Cauchy and
-// Schwarz, and the norms are known. They are also why no sum of products overflows: |q'| |d'| < 2^31.
+// q ~ q' / a and d ~ d' / b with q', d' of integers. |q.d - q'.d' / ab| <= |q - q'/a| |d| + |q'/a| |d - d'/b| by Cauchy
+// and Schwarz, and the norms are known. They are also why no sum of products overflows: |q'| |d'| < 2^31.
 #pragma once
 
 #include "cpu/simd/gemm.h"
@@ -10,8 +10,8 @@
 namespace qemb::cpu::QEMB_ISA {
 
 inline constexpr bool kScreens = QEMB_VECTOR_BYTES == 32;  // with AVX-512 the float products are as fast
-inline constexpr int64_t kScreenRows = 64;                 // queries from which on it pays to make integers of documents
-inline constexpr float kScreenNorm = 32000.0f;             // of the longest vector; an int16 holds each of its elements
+inline constexpr int64_t kScreenRows = 64;      // queries from which on it pays to make integers of documents
+inline constexpr float kScreenNorm = 32000.0f;  // of the longest vector; an int16 holds each of its elements
 
 inline size_t screen_bytes(int64_t rows, int64_t documents, int64_t pairs) {
     const int64_t integers = rows * pairs + left_size<int32_t>(rows, pairs) + documents * pairs +
@@ -25,7 +25,8 @@ struct Screen {
     float *query_norms, *query_errors;  // |q|, |q - q'/a|
     float query_scale = 0, document_scale = 0, document_norm = 0, document_error = 0;
 
-    Screen(void* memory, int64_t rows_, int64_t documents, int64_t dim_) : rows(rows_), dim(dim_), pairs((dim_ + 1) / 2) {
+    Screen(void* memory, int64_t rows_, int64_t documents, int64_t dim_)
+        : rows(rows_), dim(dim_), pairs((dim_ + 1) / 2) {
         query_words = static_cast<int32_t*>(memory);
         query_tiles = query_words + rows * pairs;
         document_words = query_tiles + left_size<int32_t>(rows, pairs);
@@ -55,8 +56,8 @@ struct Screen {
         document_norm = __builtin_sqrtf(longest);
         document_error = 0;
         for (int64_t row = 0; row < count; ++row)
-            document_error =
-                max_of(document_error, to_integers(documents + row * dim, document_scale, document_words + row * pairs));
+            document_error = max_of(document_error,
+                                    to_integers(documents + row * dim, document_scale, document_words + row * pairs));
         pack_transposed(document_words, pairs, count, pairs, panels);
         return true;
     }

@@ -1,5 +1,6 @@
-// What happens to the scores of a tile while they are in registers: masks, weights and their sums, for 128 columns at a time. A
-// row's scores lie in four neighbouring lanes, so that nothing is shared between warps but the tile's description.
+// What happens to the scores of a tile while they are in registers: masks, weights and their sums, for 128 columns at a
+// time. A row's scores lie in four neighbouring lanes, so that nothing is shared between warps but the tile's
+// description.
 #pragma once
 
 #include "cuda/device/reduce.h"
@@ -19,8 +20,8 @@ struct ScoreMemory {
     uint32_t over[1][2][2][kConsumers];
 };
 
-// A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j. Those of a prefix are scaled as
-// they are read, and stay as they are: the next layer is added to them.
+// A thread's 2 x 32 scores of a tile, and what is known of them: of column (n, j) bit 2 n + j. Those of a prefix are
+// scaled as they are read, and stay as they are: the next layer is added to them.
 template <bool kPrefixes>
 struct Part {
     HalfSums& sums;
@@ -73,7 +74,8 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part<kPrefixes>& part) {
     }
 }
 
-// Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all columns.
+// Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all
+// columns.
 template <bool kPlain, bool kPrefixes>
 QEMB_DEVICE void mask_scores(Kind kind, Part<kPrefixes>& part, const Masks& masks, const float (&high)[2], bool counts,
                              Tally& tally, float (&best)[2]) {
@@ -112,11 +114,11 @@ QEMB_DEVICE void mask_scores(Kind kind, Part<kPrefixes>& part, const Masks& mask
     if (counts) count_tile(kind, kept_score, num_kept, num_dropped, tally);
 }
 
-// One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid for the
-// copy engine, whose last copy from there has been waited for by the thread that signals.
+// One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid
+// for the copy engine, whose last copy from there has been waited for by the thread that signals.
 template <bool kPrefixes, class T>
-QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, int column_tile, HalfSums& sums, int half,
-                             ScoreMemory& memory, uint32_t staging, const TensorMap& weights) {
+QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, int column_tile, HalfSums& sums,
+                             int half, ScoreMemory& memory, uint32_t staging, const TensorMap& weights) {
     row0 = opaque(row0);
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
     Masks& masks = memory.masks;
