@@ -30,7 +30,9 @@ def test_no_torch_library_is_linked():
     path = sys.modules["pyqemb._C"].__file__
     assert ops
     linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
-    assert "torch" not in linked and "gomp" not in linked and "cuda" not in linked
+    assert "torch" not in linked
+    assert "gomp" not in linked
+    assert "cuda" not in linked
 
 
 def test_the_module_imports_without_a_gpu():
@@ -39,7 +41,8 @@ def test_the_module_imports_without_a_gpu():
     """
     code = "from pyqemb import _C, ops; print(_C.cuda_is_built(), _C.cuda_device_count(), ops.cuda_is_built())"
     result = run_python(code, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0 and result.stdout.split()[1] == "0", result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.split()[1] == "0", result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
@@ -121,4 +124,6 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
             env={**os.environ, "CXX": compiler},
         )  # fmt: skip
         last = result.stderr.strip().splitlines()[-1]
-        assert result.returncode != 0 and last.startswith("pyqemb: ") and sentence in last, result.stderr
+        assert result.returncode != 0, result.stderr
+        assert last.startswith("pyqemb: "), result.stderr
+        assert sentence in last, result.stderr

@@ -13,4 +13,5 @@ def test_configurations_come_from_the_package():
     from pyqemb import TrainConfig, stage1, stage2
 
     sections = {"model": {"base": "base"}, "data": [{"path": "pairs.jsonl"}]}
-    assert isinstance(stage1(**sections), TrainConfig) and isinstance(stage2(**sections), TrainConfig)
+    assert isinstance(stage1(**sections), TrainConfig)
+    assert isinstance(stage2(**sections), TrainConfig)

@@ -10,7 +10,8 @@ def test_prints_a_table_and_writes_the_report(tmp_path, capsys):
     rows = [{"sentence1": x, "sentence2": x} for x in ("one", "two", "three")]
     (tmp_path / "task" / "bitext.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code = main(["evaluate", str(tmp_path / "model"), str(tmp_path / "task"), "--json", str(tmp_path / "report.json")])
-    assert code == 0 and "accuracy" in capsys.readouterr().out
+    assert code == 0
+    assert "accuracy" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["metrics"]["accuracy"]["value"] == 1
 
 

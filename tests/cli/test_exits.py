@@ -60,14 +60,17 @@ def ended(monkeypatch, capsys, error, *arguments):
 def test_an_error_is_one_line(monkeypatch, capsys, error, code, line):
     assert ended(monkeypatch, capsys, error) == (code, line + "\n")
     again, text = ended(monkeypatch, capsys, error, "--debug")
-    assert again == code and text.startswith("Traceback") and text.endswith(line + "\n")
+    assert again == code
+    assert text.startswith("Traceback")
+    assert text.endswith(line + "\n")
 
 
 def test_a_fault_of_pyqemb_names_its_place(monkeypatch, capsys):
     monkeypatch.setattr("pyqemb.cli.init.json", None, raising=False)
     monkeypatch.setattr("pyqemb.cli.init._TEMPLATE", None)
     code, text = main(["init", "nowhere"]), capsys.readouterr().err
-    assert code == 1 and re.fullmatch(
+    assert code == 1
+    assert re.fullmatch(
         r"pyqemb init: internal error: AttributeError: .* \(pyqemb/cli/init\.py:\d+\); --debug shows the traceback\n",
         text,
     )
@@ -84,7 +87,8 @@ def test_help_and_page_list_every_code(capsys, request):
         main(["--help"])
     text, page = capsys.readouterr().out, (request.config.rootpath / "docs/how-to/exit-codes.md").read_text()
     for code, meaning in EXIT_CODES.items():
-        assert re.search(rf"^ +{code}  {re.escape(meaning)}", text, re.MULTILINE) and f"\n| {code} | " in page
+        assert re.search(rf"^ +{code}  {re.escape(meaning)}", text, re.MULTILINE)
+        assert f"\n| {code} | " in page
 
 
 def command(*arguments, **options):
@@ -134,7 +138,9 @@ def test_an_output_that_cannot_be_written(folder, monkeypatch, capsys, arguments
     monkeypatch.chdir(folder)
     assert main([argument.format(out="/proc/none") for argument in arguments]) == 74
     text = capsys.readouterr().err
-    assert text.count("\n") == 1 and "/proc/none" in text and "cannot be written" in text
+    assert text.count("\n") == 1
+    assert "/proc/none" in text
+    assert "cannot be written" in text
 
 
 def test_a_file_size_limit_leaves_nothing_behind(folder, tmp_path):
@@ -148,17 +154,16 @@ def test_a_file_size_limit_leaves_nothing_behind(folder, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     process = command("export", folder / "model", "--out", tmp_path / "m", stdout=subprocess.PIPE, preexec_fn=limit)
     _, text = process.communicate()
-    assert (
-        process.returncode == 74
-        and text == f"pyqemb export: {tmp_path}/m/model.safetensors: cannot be written: File too large\n"
-    )
+    assert process.returncode == 74
+    assert text == f"pyqemb export: {tmp_path}/m/model.safetensors: cannot be written: File too large\n"
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def wait_for(condition, process):
     end = time.monotonic() + 90
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, process.communicate()
         time.sleep(0.02)
 
 
@@ -218,7 +223,8 @@ def test_signals_while_a_server_is_asked(serve, tmp_path, verb, number):
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert text.count("\n") == 1 and text.startswith(f"pyqemb {verb}: stopped by {number.name}; ")
+    assert text.count("\n") == 1
+    assert text.startswith(f"pyqemb {verb}: stopped by {number.name}; ")
     assert not [path for path in (tmp_path / "out").iterdir() if ".sqlite" not in path.name]
 
 
@@ -251,14 +257,17 @@ def test_bad_arguments_show_no_progress_bar(folder, monkeypatch, capsys):
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     assert main(["encode", "model", "rows.jsonl", "--out", "x.txt"]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("pyqemb encode: x.txt")
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("pyqemb encode: x.txt")
 
 
 def test_progress_is_for_terminals_alone(folder, tmp_path, capsys):
     (tmp_path / "x.txt").write_text("one\ntwo\n")
     assert main(["encode", str(folder / "model"), str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.npy")]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("2 texts, vectors of") and printed.err == ""
+    assert printed.out.startswith("2 texts, vectors of")
+    assert printed.err == ""
 
 
 def test_an_output_that_is_a_link_stays_one(folder, tmp_path, monkeypatch):
@@ -270,6 +279,7 @@ def test_an_output_that_is_a_link_stays_one(folder, tmp_path, monkeypatch):
     for _ in range(2):
         assert main(["encode", "model", str(tmp_path / "x.txt"), "-o", str(tmp_path / "x.npy")]) == 0
         assert main(["export", "model", "-o", str(tmp_path / "m")]) == 0
-    assert (tmp_path / "x.npy").is_symlink() and (tmp_path / "m").is_symlink()
+    assert (tmp_path / "x.npy").is_symlink()
+    assert (tmp_path / "m").is_symlink()
     assert {"x.npy", "m"} <= {path.name for path in (tmp_path / "store").iterdir()}
     assert not [path for path in tmp_path.rglob("*") if ".partial." in path.name]

@@ -21,7 +21,8 @@ def test_the_template_is_a_run(tmp_path, capsys):
     assert main(["init", str(tmp_path / "new"), "--model", 'a"b', "--task", "rerank"]) == 0
     path = tmp_path / "new" / "run.toml"
     config = load_config(path)
-    assert config.model.base == 'a"b' and config.task == "rerank"
+    assert config.model.base == 'a"b'
+    assert config.task == "rerank"
     assert main(["init", str(tmp_path / "new")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "other")]) == 0
@@ -42,7 +43,8 @@ def test_every_key_is_in_it_and_is_a_key(tmp_path):
         if not isinstance(value, str | int)
     }
     for name, section in sections.items():
-        assert isinstance(section, BaseModel) and set(type(section).model_fields) == section.model_fields_set, name
+        assert isinstance(section, BaseModel), name
+        assert set(type(section).model_fields) == section.model_fields_set, name
     # What is commented out stands at its default, unless the default is that it is absent.
     defaults = TrainConfig(model={"base": "base"}, data=[{"path": "pairs.jsonl"}], lora={})
     for name, section in sections.items():
@@ -56,11 +58,13 @@ def test_every_key_is_in_it_and_is_a_key(tmp_path):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "self-test: attention, cpu" in shown and "FAILED" not in shown
+    assert "self-test: attention, cpu" in shown
+    assert "FAILED" not in shown
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["facts"]["threads"] == torch.get_num_threads()
-    assert len(report["self-test"]) >= 4 and all(test["passed"] for test in report["self-test"])
+    assert len(report["self-test"]) >= 4
+    assert all(test["passed"] for test in report["self-test"])
 
 
 def test_doctor_finds_a_broken_kernel(monkeypatch, capsys):
@@ -71,14 +75,16 @@ def test_doctor_finds_a_broken_kernel(monkeypatch, capsys):
     monkeypatch.setattr(ops, "last_token_pool", lambda *_: 1 / 0)
     assert main(["doctor", "--json"]) == 1
     broken = {t["name"]: t["detail"] for t in json.loads(capsys.readouterr().out)["self-test"] if not t["passed"]}
-    assert set(broken) >= {"top-k, cpu", "pooling, cpu"} and "ZeroDivisionError" in broken["pooling, cpu"]
+    assert set(broken) >= {"top-k, cpu", "pooling, cpu"}
+    assert "ZeroDivisionError" in broken["pooling, cpu"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert all(verb in script for verb in VERBS) and "rows-per-part" in script
+    assert all(verb in script for verb in VERBS)
+    assert "rows-per-part" in script
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 

@@ -25,7 +25,8 @@ def test_the_first_rank_shows_more(monkeypatch, capsys, rank, shown):
         log.warning("a %s", "warning")
     log.info("afterwards")
     assert capsys.readouterr().err == shown
-    assert log.level == level and not log.handlers
+    assert log.level == level
+    assert not log.handlers
 
 
 def test_a_replaced_stream_gets_the_messages(monkeypatch):

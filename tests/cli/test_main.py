@@ -38,4 +38,5 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith("pyqemb ")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("pyqemb ")

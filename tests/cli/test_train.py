@@ -35,7 +35,8 @@ dir = "{tmp_path / "run"}"
 def test_trains_and_measures(workplace, capsys):
     assert main(["train", str(workplace / "run.toml"), "--set", "train.lr=1e-3"]) == 0
     out = capsys.readouterr().out
-    assert str(workplace / "run" / "final") in out and str(workplace / "run" / "best") in out
+    assert str(workplace / "run" / "final") in out
+    assert str(workplace / "run" / "best") in out
     rows = [json.loads(line) for line in (workplace / "run" / "metrics.jsonl").open()]
     assert "accuracy" in rows[-1]["eval"]
     prompts = json.loads((workplace / "run" / "final" / "config_sentence_transformers.json").read_text())["prompts"]
@@ -45,9 +46,12 @@ def test_trains_and_measures(workplace, capsys):
 def test_dry_run_shows_the_plan_and_writes_nothing(workplace, capsys):
     assert main(["train", str(workplace / "run.toml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert '"learning_rate": 2e-05' in out and "20 rows" in out and "negatives  up to 7 documents a query" in out
+    assert '"learning_rate": 2e-05' in out
+    assert "20 rows" in out
+    assert "negatives  up to 7 documents a query" in out
     assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "train.memory=1GB"]) == 0
-    assert "chunks of up to" in (out := capsys.readouterr().out) and "predicted peak" in out
+    assert "chunks of up to" in (out := capsys.readouterr().out)
+    assert "predicted peak" in out
     assert not (workplace / "run").exists()
 
 

@@ -121,7 +121,8 @@ def test_nan_in_one_sequence_stays_there():
     dout[20:50] = 0
     results = run(lambda *x: ops.varlen_attention(*x, cu_seqlens(lengths)), tensors, dout, torch.bfloat16, "cuda")
     for x in results:
-        assert torch.isfinite(x[:20]).all() and torch.isfinite(x[50:]).all()
+        assert torch.isfinite(x[:20]).all()
+        assert torch.isfinite(x[50:]).all()
 
 
 def angles(tokens, head_dim):

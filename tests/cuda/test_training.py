@@ -69,13 +69,15 @@ def test_training_equals_that_on_the_cpu(workplace, stage):
         start = before[name.removeprefix("model.")]
         moved, difference = (expected[name] - start).norm(), (weight - expected[name]).norm()
         # Adam moves a weight by its gradient's sign: where that is rounding, the two part ways.
-        assert moved > 0 and difference < 0.3 * moved, name
+        assert moved > 0, name
+        assert difference < 0.3 * moved, name
 
 
 def test_training_repeats_and_resumes_bit_by_bit(workplace):
     losses, weights = train(workplace, "one")
     again, same = train(workplace, "two")
-    assert torch.equal(losses, again) and all(torch.equal(weights[name], same[name]) for name in weights)
+    assert torch.equal(losses, again)
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
 
     class StopTrainingError(Exception):
         pass
@@ -111,7 +113,8 @@ def test_encode_equals_the_cpu(models, pooling):
 def test_a_batch_may_lie_anywhere(models):
     model, _ = models()
     batch = PackedBatch.pack([[5, 6, 7], [], [8], list(range(9, 200))])
-    assert torch.equal(model(batch), model(batch.to(DEVICE))) and model(batch).device == model.device
+    assert torch.equal(model(batch), model(batch.to(DEVICE)))
+    assert model(batch).device == model.device
     assert batch.to(DEVICE).select([3, 0]).split(100)[0].lengths.tolist() == [191]
     assert torch.equal(
         PackedBatch.concat([batch.to(DEVICE), batch.to(DEVICE)]).positions_T.cpu()[-191:], torch.arange(191)
@@ -149,7 +152,8 @@ def test_mining_on_the_device(models):
 
 def test_loading_chooses_the_device(workplace):
     model = pyqemb.Embedder.from_pretrained(workplace / "base")
-    assert model.device.type == DEVICE and model.dtype == torch.bfloat16
+    assert model.device.type == DEVICE
+    assert model.dtype == torch.bfloat16
     assert pyqemb.Embedder.from_pretrained(workplace / "base", device="cpu").dtype == torch.float32
     write_tiny_folder(workplace / "small")  # head_dim 16: no CUDA kernel
     assert pyqemb.Embedder.from_pretrained(workplace / "small").device.type == "cpu"

@@ -65,18 +65,23 @@ def test_each_text_is_embedded_once_and_the_report_counts():
     model = Circle()
     mined = pyqemb.mine(model, [Example("q 0", "d 5"), Example("q 0", "d 20"), Example("q 0", "d 5")], k=1)
     assert sorted(model.encoded) == ["d 20", "d 5", "q 0"]
-    assert mined.report.rows == 3 and mined.report.documents == 2 and mined.report.short == 3
+    assert mined.report.rows == 3
+    assert mined.report.documents == 2
+    assert mined.report.short == 3
 
 
 def test_filters_count_what_they_drop():
     examples = [Example("q 0", "d 5"), Example("q 0", "d 90"), Example("q 88", "d 5")]
     result = consistency(Circle(), examples, top=1)
-    assert result.kept == [examples[0]] and sum(result.dropped.values()) == 2
+    assert result.kept == [examples[0]]
+    assert sum(result.dropped.values()) == 2
     result = similarity(Circle(), examples, min_sim=0.2, max_sim=0.99)
-    assert result.kept == [] and set(result.dropped) == {"similarity below 0.2", "similarity above 0.99"}
+    assert result.kept == []
+    assert set(result.dropped) == {"similarity below 0.2", "similarity above 0.99"}
     assert pair_scores(Circle(), examples) == pytest.approx(np.cos(np.radians([5, 90, 83])), abs=1e-6)
     result = distinct([*examples, examples[0]])
-    assert result.kept == examples and result.dropped == {"there already": 1}
+    assert result.kept == examples
+    assert result.dropped == {"there already": 1}
 
 
 def test_real_model_and_instructions():

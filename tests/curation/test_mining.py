@@ -120,7 +120,8 @@ def test_vectors_are_kept(tmp_path):
     first = pyqemb.mine(Circle(), examples, corpus=corpus, k=1, cache=tmp_path)
     model = Circle()
     again = pyqemb.mine(model, examples, corpus=[*corpus, "d 41", "d 40"], k=1, cache=tmp_path)
-    assert model.encoded == ["d 41"] and again.examples == first.examples
+    assert model.encoded == ["d 41"]
+    assert again.examples == first.examples
     cached = CachedEncoder(Circle(), tmp_path)
     assert isinstance(cached.encode_document(["d 5", "d 20", "d 40"]), np.memmap)
     np.testing.assert_array_equal(
@@ -196,7 +197,8 @@ def test_a_killed_job_embeds_no_finished_chunk_again(tmp_path):
         job.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     before = (tmp_path / "log").read_text().split()
-    assert {*before, *done} == {str(i) for i in range(200)} and len(before) >= 60
+    assert {*before, *done} == {str(i) for i in range(200)}
+    assert len(before) >= 60
     assert len({*before} & {*done}) <= 10
 
 

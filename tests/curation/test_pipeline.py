@@ -47,9 +47,12 @@ def test_command_line_writes_kept_dropped_and_report(config, tmp_path, capsys):
     assert report["steps"][0]["settings"] == {"max_query": 40}
     assert sum(row["kept"] for row in report["steps"][0]["histograms"]["query_length"] if "kept" in row) == 3
     page = (out / "report.html").read_text()
-    assert "its &lt;b&gt;positive&lt;/b&gt;" in page and "<b>positive" not in page
-    assert page.count("<svg") == 2 and "2 of 5 examples kept" in page
-    assert "kept 2 of 5" in capsys.readouterr().out and not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert "its &lt;b&gt;positive&lt;/b&gt;" in page
+    assert "<b>positive" not in page
+    assert page.count("<svg") == 2
+    assert "2 of 5 examples kept" in page
+    assert "kept 2 of 5" in capsys.readouterr().out
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
 def test_nothing_is_replaced_before_all_is_done(config, tmp_path):
@@ -92,7 +95,8 @@ def test_several_inputs_and_progress(tmp_path):
     config = CurateConfig(input=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "out", step=[{"kind": "exact"}])
     result = curate(config, on_progress=lambda ledgers: seen.append(ledgers[0].counts.total()))
     assert (result.seen, result.kept, result.dropped) == (1200, 1200, {"exact": {}})
-    assert seen == sorted(seen) and seen[-1] == 1200
+    assert seen == sorted(seen)
+    assert seen[-1] == 1200
 
 
 @pytest.mark.slow

@@ -41,10 +41,12 @@ def test_promote_remove_drop(server, tmp_path):
     cleaned = Example("q 0", "d 20", ("bad 19", "bad 80"))
     kept, ledger = run(server, tmp_path)
     assert kept == [cleaned, Example("q 0", "good 10", ("bad 19", "bad 80")), SECOND]
-    assert ledger.notes == {"judged": 4, "relevant": 1, "malformed": 0} and len(server.seen) == 4
+    assert ledger.notes == {"judged": 4, "relevant": 1, "malformed": 0}
+    assert len(server.seen) == 4
     assert run(server, tmp_path, action="remove")[0] == [cleaned, SECOND]
     kept, ledger = run(server, tmp_path, action="drop")
-    assert kept == [SECOND] and ledger.dropped == {"a negative is relevant": 1}
+    assert kept == [SECOND]
+    assert ledger.dropped == {"a negative is relevant": 1}
     assert len(server.seen) == 4, "the same questions are not asked again"
 
 
@@ -56,4 +58,5 @@ def test_only_what_scores_like_the_positive_is_suspected(server, tmp_path):
 def test_a_malformed_judgement_changes_nothing(server, tmp_path):
     server.reply = lambda messages: "maybe"
     kept, ledger = run(server, tmp_path, attempts=2)
-    assert kept == [FIRST, SECOND] and ledger.notes["malformed"] == 8
+    assert kept == [FIRST, SECOND]
+    assert ledger.notes["malformed"] == 8

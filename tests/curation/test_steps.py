@@ -30,7 +30,8 @@ class Circle:
 def run(step, examples):
     ledger = Ledger(step.kind)
     kept = list(step.run(iter(examples), ledger))
-    assert ledger.kept == len(kept) and ledger.counts.total() == len(examples)
+    assert ledger.kept == len(kept)
+    assert ledger.counts.total() == len(examples)
     return kept, dict(ledger.dropped)
 
 
@@ -63,7 +64,8 @@ def test_language():
         Example("ja 12", english),
     ]
     kept, dropped = run(Language(languages=["en"]), examples)
-    assert kept == [examples[0], examples[3]] and dropped == {"query in de": 1, "positive in de": 1}
+    assert kept == [examples[0], examples[3]]
+    assert dropped == {"query in de": 1, "positive in de": 1}
     assert len(run(Language(languages=["en"], sides=["positive"]), examples)[0]) == 3
     with pytest.raises(ConfigError, match="'xx' is no language"):
         run(Language(languages=["en", "xx"]), examples)
@@ -72,13 +74,12 @@ def test_language():
 def test_similarity_between_bounds():
     examples = pairs(0, 10, 60, 90)
     kept, dropped = run(Similarity(model=Circle(), min_sim=0.3, max_sim=0.99), examples)
-    assert kept == examples[1:3] and dropped == {"similarity below 0.3": 1, "similarity above 0.99": 1}
+    assert kept == examples[1:3]
+    assert dropped == {"similarity below 0.3": 1, "similarity above 0.99": 1}
     assert run(Similarity(model=Circle()), examples)[0] == examples[:2]  # 0.7
     ledger = Ledger()
-    assert (
-        len(list(Similarity(model=Circle()).run(pairs(0, 60, 90), ledger))) == 1
-        and "depends on the model" in ledger.notes["hint"]
-    )
+    assert len(list(Similarity(model=Circle()).run(pairs(0, 60, 90), ledger))) == 1
+    assert "depends on the model" in ledger.notes["hint"]
 
 
 def test_similarity_by_shares_of_the_data(tmp_path):
@@ -88,7 +89,8 @@ def test_similarity_by_shares_of_the_data(tmp_path):
     assert abs(len(kept) - 7500) < 10
     assert ledger.notes["min_sim"] == pytest.approx(math.cos(math.radians(72)), abs=1e-3)
     places = {example: place for place, example in enumerate(examples)}
-    assert sorted(map(places.get, kept)) == [places[e] for e in kept] and not list(tmp_path.iterdir())
+    assert sorted(map(places.get, kept)) == [places[e] for e in kept]
+    assert not list(tmp_path.iterdir())
 
 
 def slow_rank(example, texts):
@@ -123,7 +125,8 @@ def test_the_pool_may_hold_more_and_may_be_limited(tmp_path):
 def test_exact_keeps_the_first():
     examples = [Example("A b", "c"), Example("a  B!", "c."), Example("a b", "d"), Example("?", "!"), Example("!", "!")]
     kept, dropped = run(Exact(), examples)
-    assert kept == [examples[0], examples[2], examples[3], examples[4]] and dropped == {"pair there already": 1}
+    assert kept == [examples[0], examples[2], examples[3], examples[4]]
+    assert dropped == {"pair there already": 1}
     assert run(Exact(on="query"), examples)[0] == [examples[0], examples[3], examples[4]]
     many = [Example(str(i % 9000), "p") for i in range(30_000)]
     assert run(Exact(), many)[0] == many[:9000]
@@ -154,7 +157,8 @@ def test_near_finds_planted_copies(tmp_path):
     others = [Example("q", noisy(words, generator, 0.5)) for words in originals[100:200]]
     kept, dropped = run(Near(on="positive", threshold=0.7), examples + copies + others)
     # A copy with c words changed shares at least (76 - 5c) / (76 + 5c) of its 5-grams: those with few are found.
-    assert kept[:300] == examples and set(others) <= set(kept)
+    assert kept[:300] == examples
+    assert set(others) <= set(kept)
     assert dropped["positive nearly there already"] >= 85
     assert run(Near(on="positive", threshold=1.0), examples + examples)[0] == examples
 
@@ -211,7 +215,8 @@ def test_decontaminate_by_words(evaluation):
         "positive shares 6 words, or all, with the evaluation": 2,
         "query shares 6 words, or all, with the evaluation": 1,
     }
-    assert kept == [examples[3]] and dropped == reasons  # "stands by the river and is" is in both
+    assert kept == [examples[3]]
+    assert dropped == reasons
     kept, _ = run(Decontaminate(folders=[evaluation], ngram=10), examples)
     assert kept == [examples[1], examples[3]]
     kept, _ = run(Decontaminate(folders=[evaluation], ngram=6, documents=False), examples)
@@ -235,7 +240,8 @@ def test_decontaminate_sees_through_disguises(tmp_path, copy, swap):
     write_examples(tmp_path / "dev.jsonl", [Example(held_out, "an answer")])
     step = Decontaminate(folders=[tmp_path / "dev.jsonl"], ngram=8)
     kept, dropped = run(step, [Example(own, "x"), Example("something else", "y")])
-    assert [example.query for example in kept] == ["something else"] and len(dropped) == 1
+    assert [example.query for example in kept] == ["something else"]
+    assert len(dropped) == 1
 
 
 def test_decontaminate_by_meaning(evaluation):
@@ -258,4 +264,5 @@ def test_spooled_examples_come_back_whole(tmp_path):
         Example("", "😀é", query_embedding=(0.1,), positive_embedding=(0.2,)),
     ]  # fmt: skip
     spool = Spool(tmp_path)
-    assert list(spool.fill(examples)) == list(spool) == examples and len(spool) == 2
+    assert list(spool.fill(examples)) == list(spool) == examples
+    assert len(spool) == 2

@@ -21,9 +21,11 @@ def check(batch: PackedBatch, rows: list[list[int]]) -> None:
     assert unpack(batch) == rows
     assert batch.positions_T.tolist() == [position for row in rows for position in range(len(row))]
     assert batch.input_ids_T.dtype == batch.positions_T.dtype == torch.int64
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[0] == 0
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens[0] == 0
     assert batch.max_seqlen == max(map(len, rows), default=0)
-    assert batch.num_sequences == len(rows) and batch.num_tokens == sum(map(len, rows))
+    assert batch.num_sequences == len(rows)
+    assert batch.num_tokens == sum(map(len, rows))
     assert batch.lengths.tolist() == list(map(len, rows))
 
 
@@ -84,9 +86,11 @@ def test_last_tokens():
     batch = PackedBatch.pack(ROWS)
     tokens, cu = batch.last_tokens()
     assert batch.input_ids_T[tokens].tolist() == [7, 8, 10, 14]
-    assert cu.tolist() == [0, 1, 1, 2, 3, 3, 4] and cu.dtype == torch.int32
+    assert cu.tolist() == [0, 1, 1, 2, 3, 3, 4]
+    assert cu.dtype == torch.int32
     tokens, cu = PackedBatch.pack([]).last_tokens()
-    assert tokens.shape == (0,) and cu.tolist() == [0]
+    assert tokens.shape == (0,)
+    assert cu.tolist() == [0]
 
 
 def test_the_end_token_elsewhere_does_not_matter():
@@ -100,9 +104,11 @@ def test_frozen_and_moved():
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.max_seqlen = 3
     moved = batch.to("meta")
-    assert moved.cu_seqlens_cpu is batch.cu_seqlens_cpu and moved.to("meta") is moved
+    assert moved.cu_seqlens_cpu is batch.cu_seqlens_cpu
+    assert moved.to("meta") is moved
     assert moved.lengths.tolist() == [3, 0, 1, 2, 0, 4], "known without asking the device"
     assert [chunk.lengths.tolist() for chunk in moved.split(5)] == [[3, 0, 1], [2, 0], [4]]
-    assert moved.select([5, 0]).lengths.tolist() == [4, 3] and moved.last_tokens()[0].shape == (4,)
+    assert moved.select([5, 0]).lengths.tolist() == [4, 3]
+    assert moved.last_tokens()[0].shape == (4,)
     assert moved.input_ids_T.device == moved.positions_T.device == moved.cu_seqlens.device == torch.device("meta")
     check(batch.to("cpu"), ROWS)

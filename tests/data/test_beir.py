@@ -69,7 +69,8 @@ def beir(tmp_path):
 def test_judgements(beir, name, text):
     table(beir / "qrels" / name, text)
     task = load_task(beir)
-    assert task.qrels == GRADES and task.corpus == {"d1": "T one", "d2": "two"}
+    assert task.qrels == GRADES
+    assert task.corpus == {"d1": "T one", "d2": "two"}
     assert list(read_examples(beir, "test")) == [Example("first", "T one"), Example("second", "two")]
     assert list(evaluation_examples(beir)) == [Example("first", "T one"), Example("second", "two")]
     assert list(read_corpus(beir)) == ["T one", "two"]
@@ -84,7 +85,8 @@ def test_repositories_of_mteb(tmp_path, place, name):
         parquet(tmp_path / "queries" / file, [{"id": row["_id"], "text": row["text"]} for row in QUERIES[half]])
         parquet(tmp_path / place / file, judged(QRELS[half]))
     task = load_task(tmp_path)
-    assert task.qrels == GRADES and list(task.queries.values()) == ["first", "second"]
+    assert task.qrels == GRADES
+    assert list(task.queries.values()) == ["first", "second"]
     assert list(read_corpus(tmp_path)) == ["T one", "two"]
     parquet(tmp_path / "queries" / "train-00000-of-00001.parquet", [{"id": "q1", "text": "of train"}])
     parquet(tmp_path / place / "train-00000-of-00001.parquet", judged([("q1", "d2", 1)]))
@@ -99,22 +101,25 @@ def test_the_same_judgements_in_two_files(beir, caplog):
     with pytest.raises(DataError, match=r"corpus\.jsonl\.bz2: is there beside corpus\.jsonl"):
         load_task(beir)
     (beir / "corpus.jsonl").unlink()
-    assert load_task(beir).qrels == GRADES and not caplog.records
+    assert load_task(beir).qrels == GRADES
+    assert not caplog.records
     table(beir / "qrels" / "test.tsv", HEAD + TABS + "q1\td1\t3\n")
-    assert load_task(beir).qrels["q1"] == {"d1": 3.0} and "judged twice with different grades" in caplog.text
+    assert load_task(beir).qrels["q1"] == {"d1": 3.0}
+    assert "judged twice with different grades" in caplog.text
 
 
 def test_absent_texts_are_counted(beir, caplog):
     table(beir / "qrels" / "train.tsv", HEAD + TABS + "q1\td9\t1\nq9\td1\t1\nq2\td8\t1\n")
     task = load_task(beir, "train")
-    assert task.qrels == {"q1": {"d1": 2.0, "d9": 1.0}, "q2": {"d2": 1.0, "d8": 1.0}} and set(task.queries) == {
+    assert task.qrels == {"q1": {"d1": 2.0, "d9": 1.0}, "q2": {"d2": 1.0, "d8": 1.0}}
+    assert set(task.queries) == {
         "q1",
         "q2",
     }
-    assert (
-        "train.tsv:5: document 'd9' is not in corpus" in caplog.text and "2 judged documents are absent" in caplog.text
-    )
-    assert "1 judged queries are absent (first:" in caplog.text and "query 'q9' is not in queries" in caplog.text
+    assert "train.tsv:5: document 'd9' is not in corpus" in caplog.text
+    assert "2 judged documents are absent" in caplog.text
+    assert "1 judged queries are absent (first:" in caplog.text
+    assert "query 'q9' is not in queries" in caplog.text
     assert list(read_examples(beir)) == [Example("first", "T one"), Example("second", "two")]
     assert len(list(evaluation_examples(beir))) == 2
 

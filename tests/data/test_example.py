@@ -125,7 +125,8 @@ def test_wrong_jsonl_is_named_to_the_place(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         list(read_examples(path))
-    assert str(path) in str(error.value) and error.value.exit_code == 3
+    assert str(path) in str(error.value)
+    assert error.value.exit_code == 3
 
 
 def test_a_byte_order_mark_and_escaped_pairs_are_fine(tmp_path):

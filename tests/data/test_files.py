@@ -27,7 +27,9 @@ def test_errors_while_writing_name_the_target_and_leave_the_old_one(tmp_path, nu
         with pytest.raises(MachineError) as caught, atomic(target) as temporary:
             raise OSError(number, os.strerror(number), str(temporary))
         assert str(caught.value) == f"{target}: cannot be written: {os.strerror(number)}"
-        assert caught.value.errno == number and isinstance(caught.value, OSError) and caught.value.exit_code == 74
+        assert caught.value.errno == number
+        assert isinstance(caught.value, OSError)
+        assert caught.value.exit_code == 74
     assert path.read_text() == (folder / "x").read_text() == "old"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "model", "x", "x.json"]
 
@@ -46,7 +48,8 @@ def test_errors_of_other_libraries(tmp_path):
         safetensors.torch.save_file({"a": torch.zeros(9)}, tmp_path / "none" / "y")
     for words, number in (("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO)):
         assert errno_of(sqlite3.OperationalError(words)) == number
-    assert errno_of(ValueError("os error 28")) is None and errno_of(sqlite3.OperationalError("syntax")) is None
+    assert errno_of(ValueError("os error 28")) is None
+    assert errno_of(sqlite3.OperationalError("syntax")) is None
 
 
 def test_errors_about_another_file_pass(tmp_path):
@@ -91,7 +94,9 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path):
     alive.touch()
     with atomic_file(tmp_path / "x") as temporary:
         temporary.write_text("new")
-    assert not dead.exists() and alive.exists() and (tmp_path / "x").read_text() == "new"
+    assert not dead.exists()
+    assert alive.exists()
+    assert (tmp_path / "x").read_text() == "new"
 
 
 def test_errors_of_the_machine_while_reading(tmp_path):
@@ -105,7 +110,8 @@ def test_errors_of_the_machine_while_reading(tmp_path):
 def test_the_error_survives_a_process_boundary():
     error = pickle.loads(pickle.dumps(MachineError("x: cannot be written: why", errno.EIO, "x")))
     assert (str(error), error.errno, error.filename) == ("x: cannot be written: why", errno.EIO, "x")
-    assert isinstance(error, PyqembError) and files.check_writable
+    assert isinstance(error, PyqembError)
+    assert files.check_writable
 
 
 def test_the_root_of_the_file_system_is_no_output():
@@ -130,11 +136,15 @@ def test_the_target_of_a_link_is_written(tmp_path, there):
         check_writable(tmp_path / "m", folder=True)
         with atomic_folder(tmp_path / "m") as temporary:
             (temporary / "new").touch()
-    assert (tmp_path / "x").is_symlink() and (store / "x").read_text() == "new"
-    assert (tmp_path / "m").is_symlink() and [path.name for path in (store / "m").iterdir()] == ["new"]
-    assert len(list(tmp_path.iterdir())) == 3 and len(list(store.iterdir())) == 2
+    assert (tmp_path / "x").is_symlink()
+    assert (store / "x").read_text() == "new"
+    assert (tmp_path / "m").is_symlink()
+    assert [path.name for path in (store / "m").iterdir()] == ["new"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(store.iterdir())) == 2
     files.remove_folder(tmp_path / "m")
-    assert not (tmp_path / "m").is_symlink() and (store / "m" / "new").exists()
+    assert not (tmp_path / "m").is_symlink()
+    assert (store / "m" / "new").exists()
 
 
 def test_no_output_replaces_a_device_a_pipe_or_a_link_to_itself(tmp_path):
@@ -146,4 +156,5 @@ def test_no_output_replaces_a_device_a_pipe_or_a_link_to_itself(tmp_path):
                 enter(path)
         with pytest.raises(MachineError, match="loop: cannot be written: Too many levels of symbolic links"):
             enter(tmp_path / "loop")
-    assert (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/null")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.path.exists("/dev/null")

@@ -56,12 +56,14 @@ def test_equal_texts_are_one_document():
     assert batch.texts == ["q0", "q1", "q2", "e", "d", "x", "y"]
     assert batch.query_text.tolist() == [0, 1, 2, 3]
     assert [batch.texts[i] for i in batch.document_text] == ["d", "x", "y", "e", "q0"]
-    assert batch.positive.tolist() == [0, 0, 3, 4] and batch.owner.tolist() == [0, 0, 1, 2, 3]
+    assert batch.positive.tolist() == [0, 0, 3, 4]
+    assert batch.owner.tolist() == [0, 0, 1, 2, 3]
     assert batch.candidates.tolist() == [[0, 1, -1], [0, 2, 1], [3, -1, -1], [4, -1, -1]]
     own = build_batch(examples, tiny_tokenizer(), own_rows=True)
     assert own.texts == batch.texts
     assert [own.texts[i] for i in own.document_text] == ["d", "x", "d", "y", "x", "e", "q0"]
-    assert own.positive.tolist() == [0, 2, 5, 6] and own.owner.tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert own.positive.tolist() == [0, 2, 5, 6]
+    assert own.owner.tolist() == [0, 0, 1, 1, 1, 2, 3]
 
 
 def test_queries_have_their_instruction():
@@ -77,7 +79,8 @@ def test_shares_hold_every_text_once_and_alike(count):
     examples = [Example("q" * int(n), "d" * int(n * 3 + i)) for i, n in enumerate(generator.integers(1, 60, 12))]
     batch = build_batch(examples, tiny_tokenizer())
     shares = batch.text_partition(count)
-    assert len(shares) == count and sorted(np.concatenate(shares).tolist()) == list(range(len(batch.texts)))
+    assert len(shares) == count
+    assert sorted(np.concatenate(shares).tolist()) == list(range(len(batch.texts)))
     sizes = [sum(len(batch.texts[i]) for i in share) for share in shares]
     assert max(sizes) - min(sizes) <= max(map(len, batch.texts)) + len(batch.texts)
 

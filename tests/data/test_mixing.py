@@ -69,7 +69,8 @@ def test_expected_epochs_are_what_is_drawn(alpha):
         assert drawn[row.name] / row.rows == pytest.approx(row.epochs)
         assert row.share <= 0.72 or row.name != "a"
     text = lines(table(ROWS, loader.batches, loader.batch_sizes, steps))
-    assert len(text) == 4 and text[1].split()[:2] == ["a", "1,000"]
+    assert len(text) == 4
+    assert text[1].split()[:2] == ["a", "1,000"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 65_536, 65_537])
@@ -91,5 +92,7 @@ def test_a_large_set_is_shuffled_without_memory(monkeypatch):
     sets = {"a": [Example(f"{i}", "p") for i in range(101)]}
     loader, again = (Loader(sets, 10, seed=1) for _ in "ab")
     rows = [row for step in range(21) for row in loader.rows(step)]
-    assert sorted(rows[:101]) == sorted(rows[101:202]) == list(range(101)) and rows[:101] != rows[101:202]
-    assert again.rows(17) == loader.rows(17) and isinstance(again._pass("a", 1), Order)
+    assert sorted(rows[:101]) == sorted(rows[101:202]) == list(range(101))
+    assert rows[:101] != rows[101:202]
+    assert again.rows(17) == loader.rows(17)
+    assert isinstance(again._pass("a", 1), Order)

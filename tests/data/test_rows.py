@@ -95,7 +95,8 @@ def test_what_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         list(read_rows(tmp_path / name))
-    assert error.value.exit_code == 3 and "\n" not in str(error.value)
+    assert error.value.exit_code == 3
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -64,7 +64,8 @@ def test_bad_files(tmp_path, number, capsys):
     for verb, load in LOADERS.items():
         with pytest.raises(ConfigError, match=name) as error:
             load(path)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 900
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 900
         assert main([verb, str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

@@ -42,9 +42,11 @@ def test_packs_what_memory_packs_and_asks_once(tokenizer, tmp_path):
     assert same(folder.pack(texts[::-1]), TokenCache(tokenizer).pack(texts[::-1]))
     tokenizer.asked.clear()
     later = TokenFolder(tokenizer, tmp_path)
-    assert same(later.pack(texts), truth) and not tokenizer.asked
+    assert same(later.pack(texts), truth)
+    assert not tokenizer.asked
     assert same(later.pack([*texts, "new"]), TokenCache(tiny_tokenizer().with_max_length(16)).pack([*texts, "new"]))
-    assert tokenizer.asked == ["new"] and later.pack([]).num_tokens == 0
+    assert tokenizer.asked == ["new"]
+    assert later.pack([]).num_tokens == 0
 
 
 def test_another_tokenizer_has_a_folder_of_its_own(tokenizer, tmp_path):
@@ -52,7 +54,8 @@ def test_another_tokenizer_has_a_folder_of_its_own(tokenizer, tmp_path):
     longer = Counting(tiny_tokenizer().backend, 64)
     longer.asked = []
     assert same(TokenFolder(longer, tmp_path).pack(TEXTS), TokenCache(tiny_tokenizer().with_max_length(64)).pack(TEXTS))
-    assert longer.asked and len(list(tmp_path.iterdir())) == 2
+    assert longer.asked
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["0000.data", "0000.index"])
@@ -69,7 +72,8 @@ def test_a_torn_end_is_skipped(tokenizer, tmp_path, name):
     assert same(TokenFolder(tokenizer, tmp_path).pack(TEXTS), truth)
     assert not {*tokenizer.asked} & {*TEXTS[:3]}
     tokenizer.asked.clear()
-    assert same(TokenFolder(tokenizer, tmp_path).pack(TEXTS), truth) and not tokenizer.asked
+    assert same(TokenFolder(tokenizer, tmp_path).pack(TEXTS), truth)
+    assert not tokenizer.asked
 
 
 def test_a_full_disk(tokenizer, tmp_path):

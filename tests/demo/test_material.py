@@ -48,7 +48,8 @@ def test_weak_pairs():
 def test_tokenizer_ends_every_text():
     tokenizer = train_tokenizer(["Drucken Sie ein Dokument", "\u5370\u5237"] * 20, vocab_size=300)
     ids = tokenizer.encode("Wie?").ids
-    assert ids[-1] == tokenizer.token_to_id(END_TOKEN) and ids.count(ids[-1]) == 1
+    assert ids[-1] == tokenizer.token_to_id(END_TOKEN)
+    assert ids.count(ids[-1]) == 1
     assert tokenizer.decode(tokenizer.encode("unseen \U0001f600").ids) == "unseen \U0001f600"
 
 

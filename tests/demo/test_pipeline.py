@@ -57,7 +57,8 @@ def test_report_stands_alone(demo):
     assert not [e for e in root.iter() if e.tag in ("script", "link", "iframe")]
     assert not re.search(r"""(src|href)=["']https?:""", report)
     results.facts["<script>alert(1)</script>"] = "<b>&"
-    assert "<script>" not in render(results) and "&lt;b&gt;&amp;" in render(results)
+    assert "<script>" not in render(results)
+    assert "&lt;b&gt;&amp;" in render(results)
     del results.facts["<script>alert(1)</script>"]
 
 
@@ -93,7 +94,8 @@ def test_own_data(tmp_path):
         '{"query": "a question", "positive": "x"}\n{"query": "other", "positive": "a longer text, cut in two."}\n'
     )
     material = own_material(train, tmp_path)
-    assert [pair.query for pair in material.supervised] == ["other"] and material.weak
+    assert [pair.query for pair in material.supervised] == ["other"]
+    assert material.weak
     assert material.questions[0].answers == {"an answer"}
     train.write_text('{"query": "a question", "positive": "x"}\n')
     with pytest.raises(DataError, match="nothing is left to train on"):
@@ -104,8 +106,6 @@ def test_own_data(tmp_path):
 def test_functions_are_read_not_run():
     code = 'raise SystemExit\ndef add(a, b):\n    """Add two numbers together.\n\n    More."""\n    return a + b\n'
     (function,) = functions_of(code, library="x", file="y.py")
-    assert (
-        function.summary == "Add two numbers together."
-        and '"""' not in function.source
-        and "return a + b" in function.source
-    )
+    assert function.summary == "Add two numbers together."
+    assert '"""' not in function.source
+    assert "return a + b" in function.source

@@ -106,7 +106,8 @@ def test_every_block_runs(page, workplace):
             if "[model]" in code:
                 load_config(title)
         else:
-            assert language == "json" and all(isinstance(json.loads(line), dict) for line in code.splitlines())
+            assert language == "json"
+            assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
 
 
 def test_blocks_of_the_other_pages(workplace):

@@ -96,12 +96,14 @@ def test_every_output(model, jsonl, tmp_path, suffix, precision):
         found = np.load(out) if suffix == ".npy" else load_file(out)["embeddings"]
         ids = (tmp_path / f"{out.name}.ids").read_text().split()
     assert ids == [f"d{i}" for i in range(len(ROWS))]
-    assert (done.rows, done.dim, done.resumed) == (len(ROWS), found.shape[1], 0) and seen[-1][0] == len(ROWS)
+    assert (done.rows, done.dim, done.resumed) == (len(ROWS), found.shape[1], 0)
+    assert seen[-1][0] == len(ROWS)
     if precision == "float32":
         assert np.abs(found - exact).max() < 1e-6
     else:
         wanted = quantize(exact, precision)
-        assert found.dtype == wanted.dtype and (found.astype(int) - wanted.astype(int) != 0).mean() < 0.01
+        assert found.dtype == wanted.dtype
+        assert (found.astype(int) - wanted.astype(int) != 0).mean() < 0.01
     assert (tmp_path / f"{out.name}.ranges.npy").exists() == (precision == "int8")
     assert not (tmp_path / f"{out.name}.parts").exists()
 
@@ -167,13 +169,15 @@ def test_a_killed_job_goes_on(model, jsonl, tmp_path):
     third = tmp_path / "x.npy.parts" / "00000002.npy"
     end = time.monotonic() + 60
     while not third.exists():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
     done = encode_file(model, jsonl, out, rows_per_part=5)
-    assert done.resumed >= 15 and done.rows == len(ROWS)
+    assert done.resumed >= 15
+    assert done.rows == len(ROWS)
     assert np.abs(np.load(out) - Embedder.from_pretrained(model).encode_document(ROWS)).max() < 1e-6
 
 
@@ -229,8 +233,10 @@ def test_a_damaged_part_is_made_again(model, jsonl, stopped, caplog, suffix, dam
     else:
         flip(path, {"first": 0, "middle": size // 2, "last": size - 1}[damage])
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 5
-    assert is_right(out, wanted) and not folder.exists()
-    assert f"00000001{suffix}" in caplog.text and "the part is encoded again" in caplog.text
+    assert is_right(out, wanted)
+    assert not folder.exists()
+    assert f"00000001{suffix}" in caplog.text
+    assert "the part is encoded again" in caplog.text
 
 
 def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
@@ -241,7 +247,8 @@ def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
         second.rename(first)
         (tmp_path / "aside").rename(second)
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 10
-    assert is_right(out, wanted) and caplog.text.count("is of another part") == 2
+    assert is_right(out, wanted)
+    assert caplog.text.count("is of another part") == 2
 
 
 def test_parts_of_another_output_are_made_again(model, jsonl, stopped, tmp_path):
@@ -271,7 +278,8 @@ def test_damage_before_the_parts_are_joined(model, jsonl, tmp_path, monkeypatch,
     encode_file(model, jsonl, tmp_path / "wanted.npy", rows_per_part=5, precision=precision)
     monkeypatch.setattr(job, "_assemble", damaged)
     encode_file(model, jsonl, out, rows_per_part=5, precision=precision)
-    assert len(calls) == 2 and "00000001.npy: damaged" in caplog.text
+    assert len(calls) == 2
+    assert "00000001.npy: damaged" in caplog.text
     assert is_right(out, np.load(tmp_path / "wanted.npy").astype(int if precision == "int8" else float))
 
 
@@ -298,7 +306,8 @@ def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
     try:
         end = time.monotonic() + 60
         while not (tmp_path / "x.npy.parts" / "manifest.json").exists():
-            assert first.poll() is None and time.monotonic() < end
+            assert first.poll() is None
+            assert time.monotonic() < end
             time.sleep(0.01)
         with pytest.raises(ConfigError, match=rf"x\.npy\.parts: another encode is at work here: pid {first.pid} on"):
             encode_file(model, jsonl, out)
@@ -308,7 +317,8 @@ def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
         first.kill()
         first.wait()
     assert encode_file(model, jsonl, out).rows == len(ROWS)
-    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_refused(model, jsonl, tmp_path):
@@ -353,7 +363,9 @@ def test_ids_and_ranges_of_an_earlier_output_do_not_stay(tmp_path):
     (tmp_path / "lines.txt").write_text("x\ny\nz\n")
     out = tmp_path / "out.npy"
     encode_file(str(model), tmp_path / "ids.jsonl", out, precision="int8")
-    assert (tmp_path / "out.npy.ids").exists() and (tmp_path / "out.npy.ranges.npy").exists()
+    assert (tmp_path / "out.npy.ids").exists()
+    assert (tmp_path / "out.npy.ranges.npy").exists()
     encode_file(str(model), tmp_path / "lines.txt", out)
     assert len(np.load(out)) == 3
-    assert not (tmp_path / "out.npy.ids").exists() and not (tmp_path / "out.npy.ranges.npy").exists()
+    assert not (tmp_path / "out.npy.ids").exists()
+    assert not (tmp_path / "out.npy.ranges.npy").exists()

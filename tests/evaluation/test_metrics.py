@@ -42,9 +42,12 @@ def test_correlations_equal_scipy_with_ties():
 
 
 def test_edges():
-    assert metrics.ndcg_at_k([], {"a": 1}) == 0 and metrics.accuracy_at_1([], {"a": 1}) == 0
-    assert metrics.ndcg_at_k(["a"], {}) == 0 and metrics.recall_at_k(["a"], {}) == 0
-    assert metrics.mrr_at_k(["a", "b"], {"b": 1}, 1) == 0 and metrics.mrr_at_k(["a", "b"], {"b": 1}, 2) == 0.5
+    assert metrics.ndcg_at_k([], {"a": 1}) == 0
+    assert metrics.accuracy_at_1([], {"a": 1}) == 0
+    assert metrics.ndcg_at_k(["a"], {}) == 0
+    assert metrics.recall_at_k(["a"], {}) == 0
+    assert metrics.mrr_at_k(["a", "b"], {"b": 1}, 1) == 0
+    assert metrics.mrr_at_k(["a", "b"], {"b": 1}, 2) == 0.5
 
 
 def test_matching():

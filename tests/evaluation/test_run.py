@@ -46,7 +46,8 @@ def beir(tmp_path):
 def test_retrieval(beir):
     model = Letters()
     report = evaluate(model, beir, instruction="find", bootstrap=50)
-    assert report["task"] == "retrieval" and report["count"] == 3
+    assert report["task"] == "retrieval"
+    assert report["count"] == 3
     assert report["per_query"]["accuracy@1"]["1"] == 1
     # d (grade 1) comes before c (grade 2)
     expected = (1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3))
@@ -63,12 +64,14 @@ def test_sts_and_bitext(tmp_path):
         [{"sentence1": "aa", "sentence2": x, "score": s} for x, s in (("aa", 5), ("ab", 3), ("bb", 0))],
     )
     report = evaluate(Letters(), tmp_path / "sts", bootstrap=20)
-    assert report["task"] == "sts" and report["metrics"]["spearman"]["value"] == pytest.approx(1)
+    assert report["task"] == "sts"
+    assert report["metrics"]["spearman"]["value"] == pytest.approx(1)
     write_lines(
         tmp_path / "bitext" / "bitext.jsonl", [{"sentence1": x, "sentence2": x * 2} for x in ("a", "b", "c", "a")]
     )
     report = evaluate(Letters(), tmp_path / "bitext", bootstrap=20)
-    assert report["metrics"]["accuracy"]["value"] == 1 and report["metrics"]["f1"]["value"] == 1
+    assert report["metrics"]["accuracy"]["value"] == 1
+    assert report["metrics"]["f1"]["value"] == 1
 
 
 def test_real_model(beir):

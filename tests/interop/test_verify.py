@@ -40,13 +40,16 @@ def edit(path, **changes):
 
 def test_texts_are_many_and_differ():
     texts = sample_texts()
-    assert len(texts) == 200 and len(set(texts)) > 100 and max(map(len, texts)) > 500
+    assert len(texts) == 200
+    assert len(set(texts)) > 100
+    assert max(map(len, texts)) > 500
 
 
 @pytest.mark.parametrize("changes", [{}, {"is_causal": False}, {"pooling": "mean"}, {"model_type": "llama"}], ids=str)
 def test_what_we_write_passes(tmp_path, changes):
     found = outcomes(loud(**changes).save_pretrained(tmp_path / "model"))
-    assert {outcome for outcome, _ in found.values()} == {"passed"} and len(found) == 5, found
+    assert {outcome for outcome, _ in found.values()} == {"passed"}, found
+    assert len(found) == 5, found
 
 
 def test_what_is_spoilt_is_found(tmp_path):
@@ -60,7 +63,8 @@ def test_what_is_spoilt_is_found(tmp_path):
         "ValueError: sentence_bert_config.json: max_seq_length and do_lower_case; 1_Pooling/config.json: "
         "pooling_mode_cls_token",
     )
-    assert found["TEI's"][0] == "failed" and "config.json: eos_token_id None" in found["TEI's"][1]
+    assert found["TEI's"][0] == "failed"
+    assert "config.json: eos_token_id None" in found["TEI's"][1]
     folder = loud().save_pretrained(tmp_path / "other")
     edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -90,7 +94,8 @@ def test_overflow_in_half_precision_warns(tmp_path):
             weights[name] = weights[name] * 300
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     outcome, detail = outcomes(folder)["float16"]
-    assert outcome == "warned" and "overflow" in detail
+    assert outcome == "warned"
+    assert "overflow" in detail
 
 
 def with_adapter(folder):
@@ -110,7 +115,8 @@ def test_export(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["export", str(base), "--out", str(out), "--adapter", str(adapter), "--dtype", "float32", "--verify"]
     assert main(arguments) == 0
-    assert "passed" in (shown := capsys.readouterr().out) and "failed" not in shown
+    assert "passed" in (shown := capsys.readouterr().out)
+    assert "failed" not in shown
     texts = sample_texts(20)
     assert abs(Embedder.from_pretrained(out).encode(texts) - adapted.encode(texts)).max() < 1e-5
     assert json.loads((out / "pyqemb.json").read_text())["provenance"]["adapter"] == str(adapter)
@@ -133,12 +139,14 @@ def test_rerankers(tmp_path, capsys, format):
     out = tmp_path / "out"
     arguments = ["export", str(folder), "--out", str(out), "--format", format, "--dtype", "float32", "--verify"]
     assert main(arguments) == 0
-    assert (shown := capsys.readouterr().out).count("passed") == 4 and "source" in shown
+    assert (shown := capsys.readouterr().out).count("passed") == 4
+    assert "source" in shown
     misread = Reranker.from_pretrained(folder, device="cpu")
     misread.default_instruction = "Is this another task?"
     other = misread.save_pretrained(tmp_path / "other", "float32", format=format)
     check = verify_source(other, folder, misread)
-    assert check.outcome != "passed" and "source by sentence-transformers" in check.detail, check
+    assert check.outcome != "passed", check
+    assert "source by sentence-transformers" in check.detail, check
     template = out / "chat_template.jinja"
     template.write_text(template.read_text().replace("<Document>", "<document>"))
     found = {check.name.split(" ")[0]: check.outcome for check in verify_reranker(out)}
@@ -168,7 +176,8 @@ def test_source_folders_of_other_layouts_pass(tmp_path):
         out = tmp_path / dtype
         Embedder.from_pretrained(source).save_pretrained(out, dtype)
         check = verify_source(out, source, Embedder.from_pretrained(source))
-        assert check.outcome == "passed" and "source by sentence-transformers" in check.detail, check
+        assert check.outcome == "passed", check
+        assert "source by sentence-transformers" in check.detail, check
 
 
 @pytest.mark.parametrize(
@@ -195,7 +204,8 @@ def test_a_misread_source_fails(tmp_path, capsys, monkeypatch, misread):
     else:
         Embedder.from_pretrained(source).save_pretrained(out, "float32")
     check = verify_source(out, source, Embedder.from_pretrained(source))
-    assert check.outcome == "failed" and "source by sentence-transformers" in check.detail, check
+    assert check.outcome == "failed", check
+    assert "source by sentence-transformers" in check.detail, check
 
 
 def test_a_misread_source_fails_under_an_adapter(tmp_path, monkeypatch):
@@ -208,14 +218,16 @@ def test_a_misread_source_fails_under_an_adapter(tmp_path, monkeypatch):
         adapted = with_adapter(source)
         out = adapted.save_pretrained(tmp_path / pooling, "bfloat16")
         check = verify_source(out, source, adapted)
-        assert check.outcome == outcome and "an adapter was folded in" in check.detail, check
+        assert check.outcome == outcome, check
+        assert "an adapter was folded in" in check.detail, check
 
 
 def test_a_source_without_modules_is_read_by_pyqemb(tmp_path):
     source = write_tiny_folder(tmp_path / "base")
     out = Embedder.from_pretrained(source).save_pretrained(tmp_path / "out", "bfloat16")
     check = verify_source(out, source, Embedder.from_pretrained(source))
-    assert check.outcome == "passed" and "source by pyqemb (it has no modules.json)" in check.detail, check
+    assert check.outcome == "passed", check
+    assert "source by pyqemb (it has no modules.json)" in check.detail, check
 
 
 def test_a_source_that_sentence_transformers_cannot_open_warns(tmp_path, monkeypatch):
@@ -232,4 +244,5 @@ def test_a_source_that_sentence_transformers_cannot_open_warns(tmp_path, monkeyp
 
     monkeypatch.setattr(module, "open_sentence_transformer", refuse)
     check = verify_source(out, source, Embedder.from_pretrained(source))
-    assert check.outcome == "warned" and "source by pyqemb (cannot be opened" in check.detail, check
+    assert check.outcome == "warned", check
+    assert "source by pyqemb (cannot be opened" in check.detail, check

@@ -51,10 +51,13 @@ def test_answers_come_in_order_and_are_asked_once(serve, tmp_path):
     requests = [say(f"text {i % 20}") for i in range(40)]
     answers, ask = ask_all(server, tmp_path, requests, concurrency=4)
     assert answers == [f"TEXT {i % 20}" for i in range(40)]
-    assert len(server.seen) == ask.usage.asked == 20 and 1 < server.most <= 4
+    assert len(server.seen) == ask.usage.asked == 20
+    assert 1 < server.most <= 4
     assert (ask.usage.prompt_tokens, ask.usage.completion_tokens) == (2000, 200)
     again, ask = ask_all(server, tmp_path, requests)
-    assert again == answers and len(server.seen) == 20 and (ask.usage.asked, ask.usage.stored) == (0, 40)
+    assert again == answers
+    assert len(server.seen) == 20
+    assert (ask.usage.asked, ask.usage.stored) == (0, 40)
     # Another seed, or another temperature, is another question.
     ask_all(server, tmp_path, [say("text 0", seed=1)])
     ask_all(server, tmp_path, [say("text 0")], temperature=0.1)
@@ -103,7 +106,8 @@ def test_a_refusal_is_told_at_once(serve, tmp_path, status, monkeypatch):
     server = serve(echo, script=[status] * 9)
     with pytest.raises(ConfigError, match=f"refuses \\(status {status}\\): error {status}"):
         ask_all(server, tmp_path, [say("a")], api_key_env="MY_KEY")
-    assert len(server.seen) == 1 and server.headers[0]["authorization"] == "Bearer wrong"
+    assert len(server.seen) == 1
+    assert server.headers[0]["authorization"] == "Bearer wrong"
 
 
 def test_a_key_is_wanted_where_no_server_is_named(tmp_path, monkeypatch):
@@ -139,7 +143,8 @@ def test_a_full_disk_keeps_what_is_stored(tmp_path):
     store._connection.execute(f"pragma max_page_count = {store._connection.execute('pragma page_count').fetchone()[0]}")
     with pytest.raises(MachineError, match="full; the answers stored so far are kept"):
         store.put("l", {}, Answer("y" * 100_000))
-    assert store.get("k") == Answer("x") and [key for key, _, _ in store] == ["k"]
+    assert store.get("k") == Answer("x")
+    assert [key for key, _, _ in store] == ["k"]
 
 
 def test_no_store(tmp_path):
@@ -282,7 +287,8 @@ def test_a_field_that_the_server_does_not_take_is_named_and_can_be_omitted(serve
         ask_all(server, tmp_path, [say("a", schema=schema)])
     assert len(server.seen) == 1
     assert ask_all(server, tmp_path, [say("a", schema=schema)], omit=[field])[0] == ["A"]
-    assert field not in server.seen[-1] and server.seen[-1]["response_format"]["type"] == "json_schema"
+    assert field not in server.seen[-1]
+    assert server.seen[-1]["response_format"]["type"] == "json_schema"
 
 
 def test_further_fields_of_the_body(serve, tmp_path):
@@ -310,15 +316,18 @@ def test_run_in_order_has_no_more_than_its_window_under_way():
     async def run():
         return [pair async for pair in run_in_order(range(50), work, 5)]
 
-    assert asyncio.run(run()) == [(i, -i) for i in range(50)] and most == 5
+    assert asyncio.run(run()) == [(i, -i) for i in range(50)]
+    assert most == 5
 
 
 def test_a_store_that_two_jobs_share(tmp_path):
     one, two = (Store(tmp_path / "answers.sqlite") for _ in "ab")
     one.put("k", {"a": 1}, Answer("x"))
-    assert two.get("k") == Answer("x") and two.get("other") is None
+    assert two.get("k") == Answer("x")
+    assert two.get("other") is None
     two.put("l", {}, Answer("y"))
-    assert len(one) == 2 and isinstance(one._connection, sqlite3.Connection)
+    assert len(one) == 2
+    assert isinstance(one._connection, sqlite3.Connection)
 
 
 FLIPS = """
@@ -359,7 +368,9 @@ def test_damage_to_a_store_is_found(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     right, refused, lost = map(int, done.stdout.split())
-    assert right > 0 and refused > 0 and lost > 0
+    assert right > 0
+    assert refused > 0
+    assert lost > 0
 
 
 def test_a_store_without_digests_is_given_them(tmp_path):
@@ -372,7 +383,8 @@ def test_a_store_without_digests_is_given_them(tmp_path):
     connection.commit()
     connection.close()
     one, two = Store(path), Store(path)
-    assert one.get("k") == two.get("k") == Answer("x") and [key for key, _, _ in one] == ["k"]
+    assert one.get("k") == two.get("k") == Answer("x")
+    assert [key for key, _, _ in one] == ["k"]
     one._connection.execute("pragma user_version = 3")
     with pytest.raises(DataError, match="is of version 3, this version reads 2"):
         Store(path)

@@ -19,19 +19,22 @@ def test_slerp_is_the_formula(dtype, t):
     result = slerp(a, b, t)
     truth = direct_slerp(a, b, t)
     assert float((result.tensor.double() - truth).norm() / truth.norm()) < 1e-6
-    assert not result.lerp and result.angle == pytest.approx(90, abs=1)
+    assert not result.lerp
+    assert result.angle == pytest.approx(90, abs=1)
 
 
 def test_ends_are_exact():
     a, b = torch.randn(50), torch.randn(50)
-    assert torch.equal(slerp(a, b, 0).tensor, a) and torch.equal(slerp(a, b, 1).tensor, b)
+    assert torch.equal(slerp(a, b, 0).tensor, a)
+    assert torch.equal(slerp(a, b, 1).tensor, b)
 
 
 def test_nearly_parallel_falls_back_to_lerp_and_says_so():
     a = torch.randn(10**6)
     b = a + 0.01 * torch.randn(10**6)
     result = slerp(a, b, 0.3)
-    assert result.lerp and result.angle == pytest.approx(math.degrees(0.01), rel=0.02)
+    assert result.lerp
+    assert result.angle == pytest.approx(math.degrees(0.01), rel=0.02)
     torch.testing.assert_close(result.tensor, 0.7 * a + 0.3 * b)
     assert slerp(a, a, 0.5).angle < 1e-3  # the cosine may pass 1 by a rounding
 

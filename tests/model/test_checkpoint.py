@@ -68,7 +68,8 @@ def test_headers_are_read_without_the_data(tmp_path):
     tensors = read_tensors(write_tiny_folder(tmp_path))
     assert tensors.shape("embed_tokens.weight") == (384, 32)
     assert tensors.dtype("embed_tokens.weight") == torch.float32
-    assert len(tensors) == len(list(tensors)) == 24 and "lm_head.weight" not in tensors
+    assert len(tensors) == len(list(tensors)) == 24
+    assert "lm_head.weight" not in tensors
 
 
 def test_the_model_does_not_live_in_the_file(tmp_path):

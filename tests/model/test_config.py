@@ -44,7 +44,9 @@ def without(*names: str) -> dict:
 
 def test_a_released_config_keeps_everything():
     config = parse_config(RELEASED)
-    assert config.head_dim == 128 and config.is_causal and config.rope_theta == 1_000_000
+    assert config.head_dim == 128
+    assert config.is_causal
+    assert config.rope_theta == 1_000_000
     written = config.to_dict()
     assert {**RELEASED, **written} == written | {"rope_scaling": None}
     assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 1_000_000}
@@ -64,7 +66,8 @@ def test_the_mask_is_stored_and_read_back():
     assert not parse_config(RELEASED | {"is_causal": False}).is_causal
     assert not parse_config(RELEASED | {"use_bidirectional_attention": True}).is_causal
     written = tiny_config(is_causal=False).to_dict()
-    assert written["is_causal"] is False and written["use_bidirectional_attention"] is True
+    assert written["is_causal"] is False
+    assert written["use_bidirectional_attention"] is True
 
 
 @pytest.mark.parametrize(

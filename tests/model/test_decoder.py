@@ -238,16 +238,19 @@ def test_boundaries_spare_products_and_change_no_bit(is_causal, dtype, last_only
             linear.register_forward_hook(lambda *_: products.append(1))
     with torch.no_grad():
         first = model(batch, last_only=last_only, boundaries=boundaries)
-    assert len(boundaries.layers) == 2 and len(products) == 4
+    assert len(boundaries.layers) == 2
+    assert len(products) == 4
     for known in (None, boundaries):
         products.clear()
         model.zero_grad()
         rows = model(batch, last_only=last_only, boundaries=known)
         (rows * torch.linspace(-1, 1, rows.numel(), dtype=dtype).view_as(rows)).sum().backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        assert torch.equal(rows, first) and len(products) == (0 if known else 4)
+        assert torch.equal(rows, first)
+        assert len(products) == (0 if known else 4)
     plain, spared = results
-    assert plain.keys() == spared.keys() and len(plain) > 20
+    assert plain.keys() == spared.keys()
+    assert len(plain) > 20
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     for name, grad in plain.items():
         assert (grad - spared[name]).norm() <= tolerance * grad.norm(), name

@@ -23,7 +23,8 @@ def pack(model: Embedder, texts) -> PackedBatch:
 
 def test_encode_keeps_the_order_at_any_chunk_size(model):
     one_by_one = np.stack([model.encode(text) for text in TEXTS])
-    assert one_by_one.shape == (len(TEXTS), 32) and one_by_one.dtype == np.float32
+    assert one_by_one.shape == (len(TEXTS), 32)
+    assert one_by_one.dtype == np.float32
     assert np.abs(np.linalg.norm(one_by_one, axis=1) - 1).max() < 1e-6
     for tokens_per_chunk in (1, 50, 16384):
         assert np.abs(model.encode(TEXTS, tokens_per_chunk=tokens_per_chunk) - one_by_one).max() < 1e-6
@@ -94,7 +95,8 @@ def test_gradients_by_finite_differences(pooling):
 def test_low_precision_models_still_give_float32_unit_vectors(model):
     low = Embedder.from_config(model.config, model.tokenizer, seed=5, dtype="bfloat16")
     vectors = low(pack(low, TEXTS))
-    assert vectors.dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert vectors.dtype == torch.float32
+    assert low.dtype == torch.bfloat16
     assert (vectors.norm(dim=1) - 1).abs().max() < 1e-6
     assert (vectors * torch.from_numpy(model.encode(TEXTS))).sum(1).min() > 0.995
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,16 +136,19 @@ def test_the_default_instruction_travels_with_the_checkpoint(tmp_path):
     assert np.array_equal(other.encode_query(["x"]), other.encode(["query: x"]))
     assert np.array_equal(other.encode_document(["x"]), other.encode(["passage: x"]))
     other.default_instruction = None
-    assert other.prompts["query"] == "" and np.array_equal(other.encode_query(["x"]), other.encode(["x"]))
+    assert other.prompts["query"] == ""
+    assert np.array_equal(other.encode_query(["x"]), other.encode(["x"]))
 
 
 def test_similarity_takes_numpy_and_torch(model):
     a, b = model.encode(TEXTS[:2]), model.encode(TEXTS[:3])
     expected = a @ b.T
-    assert np.allclose(model.similarity(a, b), expected) and isinstance(model.similarity(a, b), torch.Tensor)
+    assert np.allclose(model.similarity(a, b), expected)
+    assert isinstance(model.similarity(a, b), torch.Tensor)
     assert model.similarity(a[0], b).shape == (1, 3)
     torch_result = model.similarity(torch.from_numpy(a), b)
-    assert isinstance(torch_result, torch.Tensor) and np.allclose(torch_result.numpy(), expected)
+    assert isinstance(torch_result, torch.Tensor)
+    assert np.allclose(torch_result.numpy(), expected)
 
 
 def test_saving_and_loading_changes_no_bit(tmp_path, model):
@@ -185,7 +190,8 @@ def test_initialisation_is_a_function_of_the_seed_alone():
         assert torch.equal(value, second.state_dict()[name])
         assert torch.equal(value, third.state_dict()[name]) == (value.ndim == 1)
     table = first.model.embed_tokens.weight
-    assert abs(table.std() - 0.02) < 0.001 and abs(table.mean()) < 0.001
+    assert abs(table.std() - 0.02) < 0.001
+    assert abs(table.mean()) < 0.001
     assert (first.model.norm.weight == 1).all()
 
 

@@ -46,5 +46,6 @@ def test_searches_get_unit_vectors_whatever_the_folder_says():
     unit = unit_encoder(model)
     for found in (unit.encode_query(TEXTS), unit.encode_document(TEXTS), unit.encode_query(TEXTS, dim=4)):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert unit.encode_document(TEXTS).shape == (len(TEXTS), 8) and unit.device == model.device
+    assert unit.encode_document(TEXTS).shape == (len(TEXTS), 8)
+    assert unit.device == model.device
     assert abs(np.linalg.norm(model.encode_document(TEXTS), axis=1) - 1).max() > 0.01

@@ -38,7 +38,8 @@ def test_tokens_come_from_another_thread(model, monkeypatch):
 
     monkeypatch.setattr(model.tokenizer, "encode_documents", watched)
     model.encode(TEXTS)
-    assert len(threads) == 3 and threading.get_ident() not in threads
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads
 
 
 def test_prompts(model):
@@ -65,7 +66,8 @@ def test_the_verbs_of_sentence_transformers(model):
     options = dict(batch_size=3, show_progress_bar=False, normalize_embeddings=True, convert_to_numpy=True)
     assert np.array_equal(model.encode(TEXTS, **options), plain)
     tensor = model.encode(TEXTS, convert_to_tensor=True)
-    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), plain)
+    assert isinstance(tensor, torch.Tensor)
+    assert np.array_equal(tensor.numpy(), plain)
     assert model.encode("x", convert_to_tensor=True).shape == (32,)
     assert np.array_equal(model.encode(TEXTS, truncate_dim=8), plain[:, :8])
     assert np.array_equal(model.encode(TEXTS, truncate_dim=8, normalize_embeddings=True), model.encode(TEXTS, dim=8))
@@ -86,7 +88,8 @@ def test_precisions_are_those_of_sentence_transformers(model, precision):
     vectors = np.random.default_rng(0).standard_normal((300, 45)).astype(np.float32)
     theirs = util.quantize_embeddings(vectors, precision)
     found = quantize(vectors, precision)
-    assert found.dtype == theirs.dtype and np.array_equal(found, theirs)
+    assert found.dtype == theirs.dtype
+    assert np.array_equal(found, theirs)
     ranges = value_ranges(vectors)
     some = util.quantize_embeddings(vectors[:9], precision, ranges=ranges)
     assert np.array_equal(quantize(vectors[:9], precision, ranges), some)

@@ -82,7 +82,8 @@ def test_equals_transformers(folder, is_causal):
         mask = torch.zeros(mask.shape).masked_fill(~(mask.tril() if is_causal else mask), -1e30)
         wanted = theirs(torch.tensor([row]), attention_mask=mask).last_hidden_state[0]
         found = ours.hidden(PackedBatch.pack([row]))
-        assert (wanted - found).abs().max() < 1e-4 and wanted.abs().max() > 0.5
+        assert (wanted - found).abs().max() < 1e-4
+        assert wanted.abs().max() > 0.5
 
 
 def test_gradients_with_and_without_boundaries(folder):
@@ -130,9 +131,11 @@ def test_what_is_absent_means_what_transformers_takes_it_for():
     old = {**SIZES, "model_type": "llama"}  # Llama 1: no key heads, no head_dim, no rotary base
     config = parse_config(old)
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 16, 10_000.0)
-    assert not config.tie_word_embeddings and not config.qkv_bias
+    assert not config.tie_word_embeddings
+    assert not config.qkv_bias
     qwen2 = parse_config({**old, "model_type": "qwen2", "attention_bias": False})
-    assert qwen2.qkv_bias and not qwen2.output_bias
+    assert qwen2.qkv_bias
+    assert not qwen2.output_bias
     windowed = {**old, "model_type": "mistral", "sliding_window": 64}
     with pytest.raises(ConfigError, match="sliding_window is not supported, got 64"):
         parse_config(windowed)
@@ -147,10 +150,8 @@ def test_a_tokenizer_with_another_end(tmp_path):
         text = (tmp_path / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text.replace("<|endoftext|>", "</s>"), encoding="utf-8")
     embedder = Embedder.from_pretrained(tmp_path, device="cpu")
-    assert (
-        embedder.tokenizer.end_token == "</s>"
-        and embedder.tokenizer.encode_documents(["x"])[0][-1] == embedder.tokenizer.end_id
-    )
+    assert embedder.tokenizer.end_token == "</s>"
+    assert embedder.tokenizer.encode_documents(["x"])[0][-1] == embedder.tokenizer.end_id
     again = Embedder.from_pretrained(embedder.save_pretrained(tmp_path / "out"), device="cpu")
     assert (again.encode(TEXTS) == embedder.encode(TEXTS)).all()
     config = tmp_path / "config.json"
@@ -162,8 +163,10 @@ def test_a_tokenizer_with_another_end(tmp_path):
 def test_a_configuration_belongs_to_one_family():
     for model_type, family in FAMILIES.items():
         config = tiny_config(model_type=model_type)
-        assert type(config) is family.config and config.model_type == model_type
-        assert type(parse_config(config.to_dict())) is family.config and parse_config(config.to_dict()) == config
+        assert type(config) is family.config
+        assert config.model_type == model_type
+        assert type(parse_config(config.to_dict())) is family.config
+        assert parse_config(config.to_dict()) == config
     with pytest.raises(ConfigError, match="model_type must be 'qwen3', got 'llama'"):
         Qwen3Config(**{**SIZES, "num_key_value_heads": 2, "head_dim": 16, "model_type": "llama"})
 
@@ -208,11 +211,11 @@ def test_a_family_names_its_weights(other, tmp_path):
     folder = other.save_pretrained(tmp_path / "out")
     stored = load_file(folder / "model.safetensors")
     assert torch.equal(stored["encoder.layer.1.attention.query.weight"], other.model.layers[1].self_attn.q_proj.weight)
-    assert "embeddings.words.weight" in stored and not any(
-        name.startswith(("layers", "embed_tokens")) for name in stored
-    )
+    assert "embeddings.words.weight" in stored
+    assert not any(name.startswith(("layers", "embed_tokens")) for name in stored)
     again = Embedder.from_pretrained(folder, device="cpu")
-    assert again.config == other.config and again.config.embedding_scale == 3.0
+    assert again.config == other.config
+    assert again.config.embedding_scale == 3.0
     assert (again.encode(TEXTS) == other.encode(TEXTS)).all()
     add_lora(other.model, LoraConfig(rank=2, targets=("q_proj",)))
     adapter = save_adapter(other.model, tmp_path / "adapter")
@@ -271,7 +274,8 @@ def test_the_documented_example_of_a_family(monkeypatch, tmp_path):
     folder = embedder.save_pretrained(tmp_path / "out")
     assert "blocks.1.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
     again = Embedder.from_pretrained(folder, device="cpu")
-    assert again.config.embedding_scale == 3.0 and (again.encode(TEXTS) == embedder.encode(TEXTS)).all()
+    assert again.config.embedding_scale == 3.0
+    assert (again.encode(TEXTS) == embedder.encode(TEXTS)).all()
     values = json.loads((folder / "config.json").read_text())
     assert parse_config({**values, "logit_softcap": None, "num_key_value_heads": None}).num_key_value_heads == 4
     with pytest.raises(ConfigError, match=r"logit_softcap 30\.0 is not supported"):

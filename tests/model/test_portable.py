@@ -49,12 +49,14 @@ def test_transformers_loads_it_without_a_word(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = loud_embedder().save_pretrained(tmp_path / "model", dtype="bfloat16")
     theirs, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     assert theirs.dtype == torch.bfloat16
     assert theirs.config.rope_parameters["rope_theta"] == 10_000.0
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(VARIED)["input_ids"] == Tokenizer.from_folder(folder, max_length=100_000).encode_documents(VARIED)
-    assert tokenizer.pad_token == END_TOKEN and tokenizer.padding_side == "left"
+    assert tokenizer.pad_token == END_TOKEN
+    assert tokenizer.padding_side == "left"
 
 
 def test_a_qwen_tokenizer_keeps_its_class_and_its_ids(tmp_path):
@@ -94,7 +96,8 @@ def test_every_file_has_the_exact_keys(tmp_path):
     ]
     assert [entry["path"] for entry in modules] == ["", "1_Pooling", "2_Normalize"]
     pooling = read("1_Pooling/config.json")
-    assert pooling.pop("word_embedding_dimension") == 32 and pooling.pop("include_prompt") is True
+    assert pooling.pop("word_embedding_dimension") == 32
+    assert pooling.pop("include_prompt") is True
     assert {key for key, value in pooling.items() if value} == {"pooling_mode_lasttoken"}
     assert {"pooling_mode_cls_token", "pooling_mode_mean_tokens"} < pooling.keys()
     assert read("sentence_bert_config.json") == {"max_seq_length": 128, "do_lower_case": False}
@@ -105,11 +108,16 @@ def test_every_file_has_the_exact_keys(tmp_path):
     config = read("config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-    assert config["matryoshka_dimensions"] == [32, 16] and config["is_matryoshka"] is True
-    assert config["is_causal"] is True and "use_bidirectional_attention" not in config
-    assert isinstance(config["eos_token_id"], int) and config["use_sliding_window"] is False
+    assert config["matryoshka_dimensions"] == [32, 16]
+    assert config["is_matryoshka"] is True
+    assert config["is_causal"] is True
+    assert "use_bidirectional_attention" not in config
+    assert isinstance(config["eos_token_id"], int)
+    assert config["use_sliding_window"] is False
     contract = read("pyqemb.json")
-    assert contract["pooling"] == "last" and contract["attention"] == "causal" and contract["dims"] == [32, 16]
+    assert contract["pooling"] == "last"
+    assert contract["attention"] == "causal"
+    assert contract["dims"] == [32, 16]
     assert contract["provenance"] == {"base": "none"}
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: sentence-transformers\n")
     assert Embedder.from_pretrained(folder).matryoshka == (32, 16)
@@ -120,7 +128,8 @@ def test_the_base_config_keeps_its_other_keys(tmp_path):
     config = json.loads((base / "config.json").read_text()) | {"max_window_layers": 28, "bos_token_id": 5}
     (base / "config.json").write_text(json.dumps(config))
     saved = json.loads((Embedder.from_pretrained(base).save_pretrained(tmp_path / "out") / "config.json").read_text())
-    assert saved["max_window_layers"] == 28 and saved["bos_token_id"] == 5
+    assert saved["max_window_layers"] == 28
+    assert saved["bos_token_id"] == 5
 
 
 def test_an_existing_model_is_replaced_and_anything_else_is_not(tmp_path):
@@ -198,7 +207,8 @@ def test_damaged_side_files_are_named(tmp_path, name, content, message):
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         Embedder.from_pretrained(folder)
-    assert name in str(error.value) and isinstance(error.value, DataError)
+    assert name in str(error.value)
+    assert isinstance(error.value, DataError)
 
 
 def test_both_spellings_of_the_pooling_are_read(tmp_path):
@@ -231,10 +241,13 @@ def test_the_card_tells_where_a_model_comes_from_and_what_it_does(tmp_path):
     model.matryoshka = (32, 16)
     card = (model.save_pretrained(tmp_path / "model", provenance=provenance) / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == "Qwen/Qwen3-0.6B-Base" and "pyqemb" in head["tags"]
+    assert head["base_model"] == "Qwen/Qwen3-0.6B-Base"
+    assert "pyqemb" in head["tags"]
     for part in ("is_causal: false", "- step: `7`", "| ndcg@10 | 0.5123 |", "(or 32, 16)"):
         assert part in card
     plain = (
         tiny_embedder().save_pretrained(tmp_path / "plain", provenance={"base": "/work/base"}) / "README.md"
     ).read_text()
-    assert "base_model" not in plain.split("---")[1] and "is_causal" not in plain and "## Results" not in plain
+    assert "base_model" not in plain.split("---")[1]
+    assert "is_causal" not in plain
+    assert "## Results" not in plain

@@ -67,12 +67,14 @@ def test_scores_are_those_of_the_model_card(folder, tmp_path):
     reranker = Reranker.from_pretrained(folder, device="cpu")
     found = reranker.score(PAIRS, tokens_per_chunk=1000)
     saved = reranker.save_pretrained(tmp_path / "saved")
-    assert np.abs(found - their_scores(saved, rendered(PAIRS))).max() < 1e-5 and found.std() > 0.01
+    assert np.abs(found - their_scores(saved, rendered(PAIRS))).max() < 1e-5
+    assert found.std() > 0.01
     assert (Reranker.from_pretrained(saved, device="cpu").score(PAIRS, tokens_per_chunk=1000) == found).all()
     told = reranker.score(PAIRS, instruction="Find")
     assert np.abs(told - their_scores(saved, rendered(PAIRS, "Find"))).max() < 1e-5
     each = reranker.score(PAIRS[:2], instruction=["Find", None])
-    assert abs(each[0] - told[0]) < 1e-6 and abs(each[1] - found[1]) < 1e-6
+    assert abs(each[0] - told[0]) < 1e-6
+    assert abs(each[1] - found[1]) < 1e-6
 
 
 def test_the_template_is_the_official_one_byte_for_byte():
@@ -87,9 +89,11 @@ def test_only_the_body_is_cut():
     tokenizer = PairTokenizer(answering_tokenizer(), max_length=300)
     short, long = tokenizer.encode_documents([format_pair("q", "d"), format_pair("q", "word " * 500)])
     fixed = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in (PREFIX, SUFFIX)]
-    assert len(long) == 300 and len(short) < 300
+    assert len(long) == 300
+    assert len(short) < 300
     for ids in (short, long):
-        assert ids[: len(fixed[0])] == fixed[0] and ids[-len(fixed[1]) :] == fixed[1]
+        assert ids[: len(fixed[0])] == fixed[0]
+        assert ids[-len(fixed[1]) :] == fixed[1]
     with pytest.raises(ConfigError, match=r"max_length must leave room for a pair beside \d+ fixed tokens, got 20"):
         PairTokenizer(answering_tokenizer(), max_length=20)
 
@@ -135,7 +139,8 @@ def test_the_gradient_reaches_two_rows_of_the_head(folder):
     reranker = Reranker.from_pretrained(folder, device="cpu", dtype=torch.float64)
     batch = PackedBatch.pack(reranker.tokenizer.encode_documents(reranker.format(PAIRS[:3])))
     logits = reranker(batch)
-    assert logits.shape == (3, 2) and logits.dtype == torch.float64
+    assert logits.shape == (3, 2)
+    assert logits.dtype == torch.float64
     (logits[:, 0] - logits[:, 1]).sum().backward()
     assert all(p.grad is not None for p in reranker.parameters())
     head = reranker.head if reranker.head is not None else reranker.model.embed_tokens.weight

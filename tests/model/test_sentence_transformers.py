@@ -189,7 +189,8 @@ def test_a_base_model_is_normalized_unless_told_otherwise(tmp_path):
     folder = write_tiny_folder(tmp_path / "base")
     ours = Embedder.from_pretrained(folder, device="cpu")
     unit, raw = ours.encode(TEXTS), ours.encode(TEXTS, normalize_embeddings=False)
-    assert np.allclose(np.linalg.norm(unit, axis=1), 1) and not np.allclose(np.linalg.norm(raw, axis=1), 1)
+    assert np.allclose(np.linalg.norm(unit, axis=1), 1)
+    assert not np.allclose(np.linalg.norm(raw, axis=1), 1)
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), unit, atol=1e-5)
     np.testing.assert_allclose(ours.encode(TEXTS, normalize_embeddings=False, truncate_dim=8), raw[:, :8], atol=1e-6)
 
@@ -245,7 +246,8 @@ def test_processes_give_what_one_gives():
         for output_value in ("token_embeddings", None):
             one = model.encode(TEXTS, output_value=output_value)
             same(model.encode(TEXTS, output_value=output_value, pool=pool), one)
-        assert model.encode([], pool=pool).shape == (0,) and model.encode("x", pool=pool).shape == (32,)
+        assert model.encode([], pool=pool).shape == (0,)
+        assert model.encode("x", pool=pool).shape == (32,)
         with pytest.raises(RuntimeError, match="a worker process failed: ValueError"):
             model.encode(TEXTS, pool=pool, tokens_per_chunk=0)
         same(model.encode(TEXTS, pool=pool), model.encode(TEXTS))

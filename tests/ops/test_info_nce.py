@@ -135,7 +135,8 @@ def test_temperature_gradient(softmax, groups):
     )
     learned = torch.tensor([-2.6], requires_grad=True)  # its logarithm, as one would train it
     ops.info_nce(queries.float(), documents.float(), positive, temperature=learned.exp()).backward()
-    assert learned.grad.shape == (1,) and learned.grad != 0
+    assert learned.grad.shape == (1,)
+    assert learned.grad != 0
 
 
 @pytest.mark.parametrize("preset", ["qwen3", "classification"])
@@ -206,7 +207,9 @@ def test_very_low_temperature_without_any_similarity(temperature):
     queries.requires_grad_()
     loss = ops.info_nce(queries, documents, torch.arange(40), temperature=temperature)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(queries.grad).all() and queries.grad.abs().sum() > 0
+    assert torch.isfinite(loss)
+    assert torch.isfinite(queries.grad).all()
+    assert queries.grad.abs().sum() > 0
 
 
 def test_every_negative_masked_gives_zero_loss():
@@ -214,7 +217,8 @@ def test_every_negative_masked_gives_zero_loss():
     queries = document.clone().requires_grad_()
     loss = ops.info_nce(queries, document, torch.arange(8), document_ids=torch.zeros(8, dtype=torch.int64))
     loss.backward()
-    assert loss == 0 and (queries.grad == 0).all()
+    assert loss == 0
+    assert (queries.grad == 0).all()
 
 
 def test_margin_masks_false_negatives():
@@ -307,7 +311,8 @@ def test_a_prefix_of_zeros_stays_finite():
     leaves = [queries.requires_grad_(), documents.requires_grad_()]
     loss = ops.info_nce(*leaves, positive, owner=owner, matryoshka=[16, 48])
     loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(x.grad).all() for x in leaves)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(x.grad).all() for x in leaves)
 
 
 def test_blocks_of_a_ring_add_up_to_the_whole():
@@ -348,7 +353,8 @@ def test_stats():
     queries, documents, positive, owner, ids = batch()
     _, stats = ops.info_nce(queries, documents, positive, owner=owner, document_ids=ids, return_stats=True)
     assert stats["positive"] == pytest.approx(float((queries * documents[positive]).sum(1).mean()))
-    assert stats["negative"] < stats["positive"] and 0 < stats["masked"] < 1
+    assert stats["negative"] < stats["positive"]
+    assert 0 < stats["masked"] < 1
 
 
 @pytest.mark.parametrize("margin", [0.1, -0.8])  # none and many of the strangers are over

@@ -36,7 +36,8 @@ def test_frozen_parts_get_no_gradient_and_cost_no_product(monkeypatch):
     products = []
     monkeypatch.setattr(torch, "mm", lambda a, b, out, mm=torch.mm: products.append(out.shape) or mm(a, b, out=out))
     out.backward()
-    assert x.grad is not None and weight.grad is None
+    assert x.grad is not None
+    assert weight.grad is None
     assert products == [x.shape]
 
 
@@ -67,20 +68,24 @@ def large(count=2 << 20):
 def test_memory_of_a_result_is_handed_out_again_and_never_shared():
     _C.release_kept()
     first, second = large().fill_(1), large().fill_(2)
-    assert first.data_ptr() != second.data_ptr() and (first == 1).all() and (second == 2).all()
+    assert first.data_ptr() != second.data_ptr()
+    assert (first == 1).all()
+    assert (second == 2).all()
     assert first.data_ptr() % 64 == 0
     place, view = first.data_ptr(), first[5:]
     del first
     gc.collect()
     third = large().fill_(3)
-    assert third.data_ptr() != place and (view == 1).all(), "a view still holds the first block"
+    assert third.data_ptr() != place, "a view still holds the first block"
+    assert (view == 1).all(), "a view still holds the first block"
     del view
     gc.collect()
     assert _C.kept_bytes() >= 8 << 20
     assert large().data_ptr() == place
     _C.release_kept()
     assert _C.kept_bytes() == 0
-    assert (second == 2).all() and (third == 3).all()
+    assert (second == 2).all()
+    assert (third == 3).all()
 
 
 def test_no_more_is_kept_than_was_in_use_at_once():
@@ -103,6 +108,7 @@ def test_a_known_sum_is_not_computed_again(residual_dtype, monkeypatch):
     products, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(out.shape) or mm(a, b, out=out))
     known = add_known_output(*leaves, computed.detach())
-    assert not products and torch.equal(known, computed)
+    assert not products
+    assert torch.equal(known, computed)
     for ours, truth in zip(*(torch.autograd.grad(total, leaves, dout) for total in (known, computed)), strict=True):
         assert torch.equal(ours, truth)

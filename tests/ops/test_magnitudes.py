@@ -96,15 +96,18 @@ def test_a_row_of_zeros_stays_zero_and_so_does_its_gradient(dtype, with_norm, di
         out = ops.last_token_pool(hidden, cu_seqlens((1, 1, 1)), norm_weight=weight, eps=eps, dim=dim)
         grads = torch.autograd.grad(out, [hidden] if weight is None else [hidden, weight], torch.rand_like(out))
         empty = [2] if dim is None else [1, 2]
-        assert (out[empty] == 0).all() and (grads[0][empty] == 0).all()
-        assert all(x.isfinite().all() for x in (out, *grads)) and out[0].norm() > 0.9
+        assert (out[empty] == 0).all()
+        assert (grads[0][empty] == 0).all()
+        assert all(x.isfinite().all() for x in (out, *grads))
+        assert out[0].norm() > 0.9
 
 
 def test_infinity_and_nan_do_not_become_a_direction():
     hidden = torch.ones(2, 8)
     hidden[0, 3], hidden[1, 3] = torch.inf, torch.nan
     out = ops.last_token_pool(hidden, cu_seqlens((1, 1)))
-    assert out[0, 3].isnan() and out[1].isnan().all()
+    assert out[0, 3].isnan()
+    assert out[1].isnan().all()
 
 
 def test_a_prefix_of_zeros_has_no_gradient():
@@ -117,7 +120,8 @@ def test_a_prefix_of_zeros_has_no_gradient():
         loss = ops.info_nce(*leaves, torch.arange(4), matryoshka=dims, temperature=0.5)
         assert loss.isfinite()
         results.append(torch.autograd.grad(loss, leaves))
-    assert (results[0][0][1] == 0).all() and (results[0][1][6] == 0).all()
+    assert (results[0][0][1] == 0).all()
+    assert (results[0][1][6] == 0).all()
     assert all(x.abs().max() < 1e3 for grads in results for x in grads)
     # What takes a sweep for each prefix agrees.
     leaves = [queries.clone().requires_grad_(), documents.clone().requires_grad_()]
@@ -135,4 +139,6 @@ def test_unit_rows(dtype, magnitude):
     out = unit_rows(x)
     assert_close(out[:1], base.double() / base.double().norm(), dtype)
     (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
-    assert (out[1] == 0).all() and (gradient[1] == 0).all() and not gradient.isnan().any()
+    assert (out[1] == 0).all()
+    assert (gradient[1] == 0).all()
+    assert not gradient.isnan().any()

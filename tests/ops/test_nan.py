@@ -105,8 +105,11 @@ def test_the_gradients_of_the_rows_concerned_are_nan(options):
     leaves = [queries.requires_grad_(), with_nan(documents, 7).requires_grad_()]
     loss = ops.info_nce(*leaves, POSITIVE, owner=OWNER, preset="classification", **options)
     loss.backward()
-    assert loss.isnan() and leaves[0].grad[2].isnan().any() and leaves[1].grad[7].isnan().any()
-    assert leaves[0].grad[[0, 1, 3, 4]].isfinite().all() and leaves[1].grad[[0, 1, 3, 4, 5, 6, 8, 9]].isfinite().all()
+    assert loss.isnan()
+    assert leaves[0].grad[2].isnan().any()
+    assert leaves[1].grad[7].isnan().any()
+    assert leaves[0].grad[[0, 1, 3, 4]].isfinite().all()
+    assert leaves[1].grad[[0, 1, 3, 4, 5, 6, 8, 9]].isfinite().all()
     if (tau := options.get("temperature")) is not None:
         assert tau.grad.isnan()
 
@@ -128,7 +131,8 @@ def test_blocks_of_a_ring_keep_it():
         Others(queries[:0], POSITIVE[:0]),
         options,
     )
-    assert block.losses_R.isnan().all() and block.log_negatives_RS[:, 0].isnan().all()
+    assert block.losses_R.isnan().all()
+    assert block.log_negatives_RS[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize(("sign", "preset"), product([1, -1], ["mnrl", "qwen3"]))
@@ -161,4 +165,5 @@ def test_a_candidate_that_is_none_stays_out_of_the_distillation():
     leaves = [queries.requires_grad_(), documents.requires_grad_()]
     candidates = torch.tensor([[1, 2], [3, -1], [4, -1], [5, 6], [7, 8]])
     ops.distill_scores(*leaves, candidates, torch.zeros(QUERIES, 2)).backward()
-    assert leaves[0].grad.isfinite().all() and (leaves[1].grad[0] == 0).all()
+    assert leaves[0].grad.isfinite().all()
+    assert (leaves[1].grad[0] == 0).all()

@@ -94,7 +94,8 @@ def test_equal_places_estimate_the_similarity():
 @given(st.lists(st.text(max_size=40), max_size=5), st.integers(1, 4))
 def test_any_text(texts, n):
     hashes, counts = ops.shingles(texts, n)
-    assert len(hashes) == counts.sum() and len(counts) == len(texts)
+    assert len(hashes) == counts.sum()
+    assert len(counts) == len(texts)
     alone = [ops.shingles([text], n)[0] for text in texts]
     assert np.array_equal(hashes, np.concatenate([np.empty(0, np.uint64), *alone]))
     assert np.array_equal(

@@ -58,7 +58,8 @@ def test_rms_norm_where_only_the_sum_is_used():
     x, residual = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
     _, total = ops.rms_norm(x, torch.ones(8), residual=residual)
     total.sum().backward()
-    assert torch.equal(x.grad, torch.ones(3, 8)) and torch.equal(residual.grad, torch.ones(3, 8))
+    assert torch.equal(x.grad, torch.ones(3, 8))
+    assert torch.equal(residual.grad, torch.ones(3, 8))
 
 
 def run(function, tensors, dout, dtype):

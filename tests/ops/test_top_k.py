@@ -31,7 +31,8 @@ def test_documents_that_qualify_are_in_one_span_of_many():
     documents[17_000:17_003] = torch.tensor([[1.0], [3.0], [2.0]])
     ceiling, exclude = torch.tensor([2.5]), torch.tensor([[17_000]])
     scores, indices = ops.top_k(torch.ones(1, 1), documents, 2, ceiling=ceiling, exclude=exclude)
-    assert indices.tolist() == [[17_002, 0]] and scores.tolist() == [[2.0, 0.0]]
+    assert indices.tolist() == [[17_002, 0]]
+    assert scores.tolist() == [[2.0, 0.0]]
 
 
 def test_exclude_and_ceiling():
@@ -100,7 +101,8 @@ def test_the_screen_loses_nothing(isa, kind):
     truth = exact.sort(dim=1, descending=True).values[:, :11]
     found = exact.gather(1, indices)
     room = 64 * 2e-7 * q.norm(dim=1, keepdim=True).double() * d.norm(dim=1).max()
-    assert ((found - truth).abs() <= room).all() and ((scores - found).abs() <= room).all()
+    assert ((found - truth).abs() <= room).all()
+    assert ((scores - found).abs() <= room).all()
     assert all(len(set(row)) == 11 for row in indices.tolist())
 
 
@@ -114,4 +116,5 @@ def test_what_is_not_finite_passes_the_screen_by():
         kept = [x for x, i in zip(scores[row].tolist(), indices[row].tolist(), strict=True) if i != 6][:8]
         assert kept == pytest.approx(truth[row].tolist(), rel=1e-4, abs=1e-4)
     q[3] = torch.nan
-    assert (ops.top_k(q, d, 9)[1][3] == -1).all() and (ops.top_k(q, d, 9)[1][4] >= 0).all()
+    assert (ops.top_k(q, d, 9)[1][3] == -1).all()
+    assert (ops.top_k(q, d, 9)[1][4] >= 0).all()

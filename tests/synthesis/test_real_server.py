@@ -75,9 +75,12 @@ def test_a_weak_model_is_lived_with(url, tmp_path):
     }  # fmt: skip
     result = synthesize(settings)
     assert result.examples + result.failed == 3
-    assert result.usage.asked >= 3 and result.usage.prompt_tokens > 100 and result.usage.completion_tokens > 0
+    assert result.usage.asked >= 3
+    assert result.usage.prompt_tokens > 100
+    assert result.usage.completion_tokens > 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "malformed.jsonl").read_text().splitlines()]
-    assert len(rows) == result.malformed.total() and all(row["reason"] and row["key"] for row in rows)
+    assert len(rows) == result.malformed.total()
+    assert all(row["reason"] and row["key"] for row in rows)
     if result.examples:
         assert len(list(read_examples(tmp_path / "out" / "examples.jsonl"))) == result.examples
     again = synthesize(settings)

@@ -72,15 +72,18 @@ def test_two_calls_a_passage(settings, server):
     examples = list(read_examples(settings["out"] / "examples.jsonl"))
     assert [e.positive for e in examples] == PASSAGES
     assert [e.query for e in examples] == [f"bridge question {i}" for i in range(12)]
-    assert {e.task for e in examples} == {"retrieval"} and all(e.instruction for e in examples)
-    assert len(server.seen) == result.usage.asked == 24 and not result.malformed
+    assert {e.task for e in examples} == {"retrieval"}
+    assert all(e.instruction for e in examples)
+    assert len(server.seen) == result.usage.asked == 24
+    assert not result.malformed
     report = json.loads((settings["out"] / "report.json").read_text())
     assert (report["examples"], report["prompt tokens"], report["cost"]) == (12, 2400, pytest.approx(24 * 120 / 1e6))
     first, second = (
         next(b for b in server.seen if key in b["messages"][1]["content"]) for key in ("People:", "Write the query")
     )
     offered = re.search(r"People:\n((?:- .+\n){5})\n", first["messages"][1]["content"])[1]
-    assert len(set(offered.split("\n- "))) == 5 and all(p.strip("- \n") in PERSONAS for p in offered.split("\n") if p)
+    assert len(set(offered.split("\n- "))) == 5
+    assert all(p.strip("- \n") in PERSONAS for p in offered.split("\n") if p)
     assert "Language of the query: English" in second["messages"][1]["content"]
     assert first["response_format"]["json_schema"]["schema"]["required"] == ["character", "question_type", "difficulty"]
 
@@ -102,7 +105,8 @@ def test_draws_follow_their_weights_and_the_seed(settings, server):
     synthesize({**settings, **many, "out": settings["out"] / "b"})
     drawn = [re.search("Language of the query: (.+)", b["messages"][1]["content"]) for b in server.seen[before:]]
     drawn = [match[1] for match in drawn if match]
-    assert len(drawn) == 240 and 0.65 < drawn.count("German") / 240 < 0.85
+    assert len(drawn) == 240
+    assert 0.65 < drawn.count("German") / 240 < 0.85
     bodies = sorted(json.dumps(b, sort_keys=True) for b in server.seen[before:])
     before = len(server.seen)
     synthesize({**settings, **many, "out": settings["out"] / "c"})
@@ -113,14 +117,15 @@ def test_every_task_and_hard_negatives(settings):
     tasks = dict.fromkeys(("retrieval", "bitext", "sts", "classification"), 1)
     result = synthesize({**settings, "tasks": tasks, "per_passage": 6, "negatives": 1, "languages": {"German": 1}})
     examples = {e.task: e for e in read_examples(settings["out"] / "examples.jsonl")}
-    assert result.examples == 72 and set(result.by_task) == set(examples) == set(tasks)
+    assert result.examples == 72
+    assert set(result.by_task) == set(examples) == set(tasks)
     assert examples["retrieval"].negatives[0].startswith("Another bridge")
-    assert examples["bitext"].query in PASSAGES and examples["bitext"].positive.startswith("Übersetzung")
-    assert examples["sts"].score in range(6) and examples["sts"].positive.startswith("Second")
-    assert (
-        examples["classification"].negatives == ("bad", "worse", "worst")
-        and examples["classification"].positive == "good"
-    )
+    assert examples["bitext"].query in PASSAGES
+    assert examples["bitext"].positive.startswith("Übersetzung")
+    assert examples["sts"].score in range(6)
+    assert examples["sts"].positive.startswith("Second")
+    assert examples["classification"].negatives == ("bad", "worse", "worst")
+    assert examples["classification"].positive == "good"
 
 
 def test_malformed_answers_are_counted_asked_again_and_kept(settings, server):
@@ -130,12 +135,15 @@ def test_malformed_answers_are_counted_asked_again_and_kept(settings, server):
     assert result.malformed == {"no JSON": 3}
     assert (result.examples, result.failed) in ((11, 1), (12, 0))
     rows = [json.loads(line) for line in (settings["out"] / "malformed.jsonl").read_text().splitlines()]
-    assert {row["text"] for row in rows} == {"I would rather not."} and all(len(row["key"]) == 64 for row in rows)
+    assert {row["text"] for row in rows} == {"I would rather not."}
+    assert all(len(row["key"]) == 64 for row in rows)
     asked = len(server.seen)
     again = synthesize({**settings, "endpoint": one, "attempts": 2})
-    assert len(server.seen) == asked and again.examples == result.examples
+    assert len(server.seen) == asked
+    assert again.examples == result.examples
     more = synthesize({**settings, "endpoint": one, "attempts": 3})
-    assert more.examples == 12 and len(server.seen) == asked + 2 * result.failed
+    assert more.examples == 12
+    assert len(server.seen) == asked + 2 * result.failed
 
 
 @pytest.mark.parametrize(
@@ -151,7 +159,8 @@ def test_queries_that_do_not_count(settings, server, reply, reason):
         json.dumps(reply) if "Write the query" in messages[1]["content"] else write(messages)
     )
     result = synthesize({**settings, "limit": 1, "lengths": {"5": 1}})
-    assert result.malformed == {reason: 2} and (result.examples, result.failed) == (0, 1)
+    assert result.malformed == {reason: 2}
+    assert (result.examples, result.failed) == (0, 1)
 
 
 def test_relevant_personas_are_offered(settings, server, tmp_path):
@@ -190,7 +199,8 @@ def test_a_killed_job_goes_on_and_asks_nothing_twice(settings, server, tmp_path)
     bodies = [json.dumps(body, sort_keys=True) for body in server.seen]
     repeated = len(bodies) - len(set(bodies))
     assert repeated <= 2, "only what was under way when it was killed is asked again"  # its answers never arrived
-    assert len(set(bodies)) == 96 and before >= 30
+    assert len(set(bodies)) == 96
+    assert before >= 30
     assert len(list(read_examples(settings["out"] / "examples.jsonl"))) == 48
 
 
@@ -202,7 +212,8 @@ def test_command_line(settings, tmp_path, capsys):
     )
     assert main(["synthesize", str(config), "--limit", "2", "--out", str(tmp_path / "other")]) == 0
     out = capsys.readouterr().out
-    assert "2 examples, 0 given up" in out and "asked 4" in out
+    assert "2 examples, 0 given up" in out
+    assert "asked 4" in out
     assert len(list(read_examples(tmp_path / "other" / "examples.jsonl"))) == 2
 
 
@@ -221,7 +232,8 @@ def test_command_line(settings, tmp_path, capsys):
 def test_bad_settings_are_named_before_anything_is_asked(settings, server, change, error, message):
     with pytest.raises(error, match=re.escape(message)):
         synthesize({**settings, **change})
-    assert not server.seen and not settings["out"].exists()
+    assert not server.seen
+    assert not settings["out"].exists()
 
 
 def test_a_persona_file_without_personas(settings, tmp_path, server):

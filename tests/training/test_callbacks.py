@@ -100,7 +100,8 @@ def test_an_exception_in_a_callback_saves_a_checkpoint_first(place, caplog, fail
     assert calls[-1] == ("end", None)
     again = []
     pyqemb.train(settings, evaluate=lambda model: {"score": 0.5}, callbacks=[Recorder(again)], resume="auto")
-    assert again[0] == ("begin", fail[1]) and again[-1] == ("end", 4)
+    assert again[0] == ("begin", fail[1])
+    assert again[-1] == ("end", 4)
 
 
 def test_an_interrupted_run_ends_without_a_result(place):
@@ -121,7 +122,8 @@ def test_only_the_first_rank_calls_them(place):
         run._call(hook, None)
     run.step = run.steps
     run.loop = lambda: None
-    assert run.train().steps == 4 and not calls
+    assert run.train().steps == 4
+    assert not calls
 
 
 def test_an_exception_before_the_first_step_ends_those_that_began(place):
@@ -166,11 +168,13 @@ def test_a_skipped_step_is_shown_on_a_terminal(place):
         "tokens_per_second": 9,
     }
     display.on_step_end(row)
-    assert "step 1/2  loss 2.500  pos 0.50 " in display.line(row) and "masked" not in display.line(row)
+    assert "step 1/2  loss 2.500  pos 0.50 " in display.line(row)
+    assert "masked" not in display.line(row)
     display.on_step_end({"step": 2, "loss": None, "skipped": True, "rows": [3], "tokens": 9})
     display.on_evaluate({"step": 2, "eval": {"score": 0.25}})
     display.on_train_end(None)
-    assert '"skipped": true' in terminal.text and '"score": 0.25' in terminal.text
+    assert '"skipped": true' in terminal.text
+    assert '"score": 0.25' in terminal.text
 
 
 def test_messages_go_to_the_logger(place, caplog, capsys):

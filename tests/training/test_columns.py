@@ -43,9 +43,8 @@ def test_a_label_of_0_is_refused(tmp_path, caplog):
 
 def test_graded_scores_are_told(tmp_path, caplog):
     read(pairs(tmp_path, 1.0, 0.5, 0.25))
-    assert (
-        "columns that info_nce does not use: 'score' (2 rows, first " in caplog.text and "pairs.jsonl:2" in caplog.text
-    )
+    assert "columns that info_nce does not use: 'score' (2 rows, first " in caplog.text
+    assert "pairs.jsonl:2" in caplog.text
     assert 'give the rows task = "sts"' in caplog.text
     caplog.clear()
     read(pairs(tmp_path, 0.0, 0.5, task="sts"))
@@ -56,7 +55,8 @@ def test_teachers_and_negatives_that_are_not_used(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     write_examples(path, [Example("q", "p", ("n",), scores=(2.0, 1.0), query_embedding=(1.0,))])
     read(path)
-    assert "info_nce does not use: 'scores' (1 rows" in caplog.text and "'query_embedding' (1 rows" in caplog.text
+    assert "info_nce does not use: 'scores' (1 rows" in caplog.text
+    assert "'query_embedding' (1 rows" in caplog.text
     write_examples(path, [Example("q", "p", ("n",), score=0.0, task="sts")])
     caplog.clear()
     read(path)

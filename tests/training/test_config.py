@@ -18,8 +18,11 @@ TOML = 'stage = 1\n[model]\nbase = "m"\n[[data]]\npath = "d.jsonl"\n[train]\nlr 
 def test_stages_differ_and_files_override(tmp_path):
     assert stage1(**MINIMAL).train.num_negatives == 0 < stage2(**MINIMAL).train.num_negatives
     config = load_config(write(tmp_path, TOML), ["train.steps=7", "loss.temperature=0.05"])
-    assert config.stage == 1 and config.train.learning_rate == 5e-6 and config.train.num_negatives == 0
-    assert config.train.steps == 7 and config.loss.temperature == 0.05
+    assert config.stage == 1
+    assert config.train.learning_rate == 5e-6
+    assert config.train.num_negatives == 0
+    assert config.train.steps == 7
+    assert config.loss.temperature == 0.05
 
 
 def test_losses_and_memory_from_a_file(tmp_path):
@@ -45,9 +48,12 @@ batch_hard = { margin = -0.05, relative = true }
 """
     )
     config = load_config(write(tmp_path, text))
-    assert config.train.memory == 3 * 2**29 and config.loss.matryoshka == (32, 128)
-    assert config.loss.groups["query_query"] is False and config.loss.groups["own_hard"].hardness == 5.0
-    assert config.loss.groups["batch_hard"].relative and config.loss.tasks == {"my set": "cosent"}
+    assert config.train.memory == 3 * 2**29
+    assert config.loss.matryoshka == (32, 128)
+    assert config.loss.groups["query_query"] is False
+    assert config.loss.groups["own_hard"].hardness == 5.0
+    assert config.loss.groups["batch_hard"].relative
+    assert config.loss.tasks == {"my set": "cosent"}
     sizes = {"12GB": 12 * 10**9, "auto": "auto", 1000: 1000, "500 MB": 5 * 10**8, None: None}
     for given, expected in sizes.items():
         assert stage1(**MINIMAL, train={"memory": given}).train.memory == expected

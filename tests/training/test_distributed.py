@@ -129,7 +129,8 @@ def test_processes_train_what_one_does(workplace, alone, count):
     run(count, workplace, config(workplace, f"gather{count}"))
     assert_same(weights(workplace, f"gather{count}"), alone)
     for a, b in zip(*(metrics(workplace, name) for name in (f"gather{count}", "alone")), strict=True):
-        assert a["tokens"] == b["tokens"] and a["texts"] == b["texts"]
+        assert a["tokens"] == b["tokens"]
+        assert a["texts"] == b["texts"]
         assert all(
             a[key] == pytest.approx(b[key], rel=1e-4) for key in ("loss", "positive", "negative", "masked", "grad_norm")
         )
@@ -181,7 +182,8 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(workplace):
     run(2, workplace, config(workplace, "poisoned", steps=5), poison=[2, 3])
     rows = metrics(workplace, "poisoned")
     assert [row.get("skipped", False) for row in rows] == [False, True, True, False, False]
-    assert len(rows[1]["rows"]) == 12 and rows[1]["loss"] is None
+    assert len(rows[1]["rows"]) == 12
+    assert rows[1]["loss"] is None
     assert all(torch.isfinite(x).all() for x in weights(workplace, "poisoned").values())
     said = run(2, workplace, config(workplace, "poisoned_for_good", steps=5, max_bad_steps=2), poison=[3, 4])
     assert said.count("stopped after 2 steps in a row that were not finite") == 2

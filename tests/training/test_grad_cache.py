@@ -63,7 +63,8 @@ def test_the_second_forward_has_the_bits_of_the_first(pooling, is_causal):
         seen.clear()
         GradCache(embedder, loss_fn, plan=plan).step(*batches())
         half = len(seen) // 2
-        assert half > 2 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+        assert half > 2
+        assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
 
 
 def test_equal_texts_are_encoded_once():
@@ -73,7 +74,8 @@ def test_equal_texts_are_encoded_once():
     cache = GradCache(model, loss_fn, 60)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     assert_close(grads, truth, 1e-12)
-    assert cache.last.sequences == 18 and cache.last.distinct == 13
+    assert cache.last.sequences == 18
+    assert cache.last.distinct == 13
 
 
 def test_copies_of_a_text_see_their_own_dropout():
@@ -154,7 +156,8 @@ def test_dropout_is_replayed(plan):
     # The step leaves the generator as its first pass has, so that the next step draws new masks.
     torch.set_rng_state(before)
     again = GradCache(model, loss_fn, plan=Plan(60, kept=ALL)).step(*batches())
-    assert torch.equal(loss, again) and torch.equal(after, torch.get_rng_state())
+    assert torch.equal(loss, again)
+    assert torch.equal(after, torch.get_rng_state())
 
 
 def test_gradients_with_dropout_are_those_of_one_graph():
@@ -202,7 +205,8 @@ def test_autocast_is_replayed(plan, how):
     truth_loss, truth = gradients(model, whole)
     seen.clear()
     loss, grads = gradients(model, cached)
-    assert len(seen) > 1 and set(seen) == {torch.bfloat16}
+    assert len(seen) > 1
+    assert set(seen) == {torch.bfloat16}
     assert loss == pytest.approx(truth_loss, rel=1e-2)
     assert_close(grads, truth, 0.1)
 
@@ -263,7 +267,8 @@ def test_a_stream_and_its_loss():
     assert_close(grads, truth, 1e-12)
     # A process without texts takes part in the loss all the same.
     loss = cache.step_stream(PackedBatch.pack([]), lambda vectors: shapes.append(vectors.shape) or vectors.sum())
-    assert shapes == [(19, 32), (0, 32)] and loss == 0
+    assert shapes == [(19, 32), (0, 32)]
+    assert loss == 0
 
 
 def test_a_loss_that_is_not_finite_adds_nothing():
@@ -271,7 +276,9 @@ def test_a_loss_that_is_not_finite_adds_nothing():
     own = torch.ones((), requires_grad=True)
     for plan in (Plan(50), Plan(50, kept=2), Plan(ALL)):
         loss = GradCache(model, lambda q, d: (q.sum() + d.sum()) * own * torch.nan, plan=plan).step(queries, documents)
-        assert torch.isnan(loss) and own.grad is None and all(p.grad is None for p in model.parameters())
+        assert torch.isnan(loss)
+        assert own.grad is None
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_all_processes_leave_out_a_loss_that_is_not_finite_on_one():
@@ -281,7 +288,9 @@ def test_all_processes_leave_out_a_loss_that_is_not_finite_on_one():
         record = cache.forward(PackedBatch.concat((queries, documents)))
         assert torch.isfinite(loss_fn(record.embeddings[:7], record.embeddings[7:]))
         cache.discard(record)
-        assert cache.last is record.report and not record.encoded.graphs and not record.encoded.boundaries
+        assert cache.last is record.report
+        assert not record.encoded.graphs
+        assert not record.encoded.boundaries
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -295,7 +304,8 @@ def test_the_phases_of_a_step(plan):
 
     def phases():
         record = cache.forward(PackedBatch.concat((queries, documents)))
-        assert record.embeddings.shape == (21, 32) and not record.embeddings.requires_grad
+        assert record.embeddings.shape == (21, 32)
+        assert not record.embeddings.requires_grad
         embeddings = record.embeddings.requires_grad_()
         loss = loss_fn(embeddings[:7], embeddings[7:])
         cache.backward(record, torch.autograd.grad(loss, embeddings)[0])

@@ -35,7 +35,8 @@ def test_chunks_are_full(pairs, budget):
     lengths = mix(pairs)
     parts = pack(lengths, budget)
     tokens = np.array([lengths[part].sum() for part in parts])
-    assert len(parts) > 1 and tokens.max() <= budget
+    assert len(parts) > 1
+    assert tokens.max() <= budget
     assert tokens[:-1].min() >= 0.98 * budget
     assert sorted(np.concatenate(parts).tolist()) == list(range(2 * pairs))
 
@@ -70,7 +71,8 @@ def test_a_kept_chunk_is_not_embedded_again():
     cache = GradCache(model, loss_fn, plan=Plan(60, kept=2))
     cache.step(*batches())
     chunks = cache.last.chunks
-    assert chunks > 3 and len(runs) == 2 * chunks - 2
+    assert chunks > 3
+    assert len(runs) == 2 * chunks - 2
     assert [graph is not None for _, graph in runs] == [False] * (chunks - 2) + [True] * chunks
 
 
@@ -139,7 +141,9 @@ def test_a_failed_allocation_changes_nothing(plan, failing, error, before, said)
         return cache.step(queries, documents)
 
     _, grads = gradients(model, step)
-    assert scarce.failures == 1 and cache.last.replans == 1 and "out of memory" in said.messages[0]
+    assert scarce.failures == 1
+    assert cache.last.replans == 1
+    assert "out of memory" in said.messages[0]
     assert_close({name: g - 1 if before else g for name, g in grads.items()}, truth, 1e-9 if before else 1e-12)
 
 
@@ -148,10 +152,12 @@ def test_a_smaller_plan_is_remembered():
     scarce = Scarce(model, tokens=50)
     cache = GradCache(model, loss_fn, 100)
     cache.step(*batches())
-    assert scarce.failures and cache.last.replans
+    assert scarce.failures
+    assert cache.last.replans
     failures = scarce.failures
     cache.step(*batches())
-    assert scarce.failures == failures and cache.last.replans == 0
+    assert scarce.failures == failures
+    assert cache.last.replans == 0
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -162,7 +168,8 @@ def test_only_a_smallest_chunk_that_does_not_fit_is_an_error(second, said):
         GradCache(model, loss_fn, plan=Plan(100, kept=2, boundaries=2)).step(*batches())
     longest = max(max(batch.lengths) for batch in batches())
     assert f"tokens_per_chunk={longest}, kept=0, boundaries=0, checkpointing=True" in said.messages[-1]
-    assert all(p.grad is None for p in model.parameters()) and not model.model.checkpointing
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.model.checkpointing
 
 
 def test_other_errors_pass_and_leave_the_gradients_as_they_were():
@@ -226,7 +233,8 @@ def test_skipping_drops_the_smallest_gradients(kept, share):
     model.register_forward_hook(lambda m, inputs, output: again.append(inputs[0]) if output.requires_grad else None)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     last = cache.last
-    assert 0.5 * share < last.skipped_norm <= share and 0 < last.skipped_texts < 1
+    assert 0.5 * share < last.skipped_norm <= share
+    assert 0 < last.skipped_texts < 1
     assert last.skipped_tokens > 0.5 * share
     second = again[:-1] if kept == 0 else again[2:-1]
     assert all(batch.num_tokens > 90 for batch in second)  # packed anew
@@ -270,8 +278,10 @@ def test_a_budget_changes_no_gradient(budget, said):
     cache = GradCache(model, loss_fn, memory=budget)
     _, grads = gradients(model, lambda: cache.step(queries, documents))
     assert_close(grads, truth, 1e-12)
-    assert said.messages[0].startswith("gradient cache: ") and "predicted peak" in said.messages[0]
-    assert cache.last.predicted_bytes > 0 and cache.last.measured_bytes is not None
+    assert said.messages[0].startswith("gradient cache: ")
+    assert "predicted peak" in said.messages[0]
+    assert cache.last.predicted_bytes > 0
+    assert cache.last.measured_bytes is not None
     assert cache.last.plan.checkpointing == (budget in (1, 500_000))
     if budget in (10**10, "auto"):
         assert cache.last.kept == cache.last.chunks
@@ -283,11 +293,14 @@ def test_the_plan_of_a_step_is_told_beforehand(said):
     stream = PackedBatch.concat(batches())
     cache = GradCache(tiny_embedder(), loss_fn, memory=1_500_000)
     plan = cache.planned(stream)
-    assert plan == cache.planned(stream) and plan.peak_bytes <= 1_500_000 and not said.messages
+    assert plan == cache.planned(stream)
+    assert plan.peak_bytes <= 1_500_000
+    assert not said.messages
     cache.step(*batches())
     assert cache.last.plan == plan
     given = GradCache(tiny_embedder(), loss_fn, 60).planned(stream)
-    assert (given.tokens_per_chunk, given.kept) == (60, 0) and 100_000 < given.peak_bytes < plan.peak_bytes
+    assert (given.tokens_per_chunk, given.kept) == (60, 0)
+    assert 100_000 < given.peak_bytes < plan.peak_bytes
     empty = cache.step_stream(PackedBatch.pack([]), lambda vectors: vectors.sum())
     assert empty == 0
 
@@ -299,8 +312,10 @@ def test_planning_leaves_gradients_and_random_numbers_alone():
         p.grad = torch.ones_like(p)
     state = torch.get_rng_state()
     assert GradCache(model, loss_fn, memory=10**9).planned(PackedBatch.concat(batches())).peak_bytes > 100_000
-    assert torch.equal(state, torch.get_rng_state()) and model.seen
-    assert first.grad is None and all(torch.equal(p.grad, torch.ones_like(p)) for p in others)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.seen
+    assert first.grad is None
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in others)
 
 
 def test_keeping_stops_where_memory_is_really_used(monkeypatch):

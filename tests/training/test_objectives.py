@@ -154,9 +154,8 @@ def test_a_learned_temperature_gets_a_gradient():
     batch, config = batch_of("info_nce"), LossSection(learn_temperature=True, temperature=0.1)
     parameters = LossParameters(config)
     objective_class("info_nce")(config, parameters).loss(batch, *vectors(batch), slice(0, 9)).loss.backward()
-    assert (
-        float(parameters.log_temperature.detach().exp()) == pytest.approx(0.1) and parameters.log_temperature.grad != 0
-    )
+    assert float(parameters.log_temperature.detach().exp()) == pytest.approx(0.1)
+    assert parameters.log_temperature.grad != 0
     assert not list(LossParameters(LossSection()).parameters())
 
 
@@ -218,7 +217,8 @@ def test_a_learned_temperature_is_kept_by_checkpoints(workplace):
     assert [row["temperature"] for row in halves] == [row["temperature"] for row in straight[8:]]
     assert [row["loss"] for row in halves] == [row["loss"] for row in straight[8:]]
     kept = Checkpoint.load(checkpoints(workplace / "straight" / "checkpoints")[-1])
-    assert "loss.log_temperature/value" in kept.optimizer and "loss.log_temperature" not in kept.weights
+    assert "loss.log_temperature/value" in kept.optimizer
+    assert "loss.log_temperature" not in kept.weights
 
 
 def test_a_set_without_its_columns_stops_before_training(workplace):
@@ -261,7 +261,8 @@ def test_a_registered_objective_trains(workplace, mean_objective):
     (workplace / "mean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(workplace, "mean", {"objectives": {"mean": {"slope": 2.0}}, "matryoshka": [8, 32]})
     distances = [row["distance"] for row in result.metrics]
-    assert distances[-1] < 0.5 * distances[0] and "positive" not in result.metrics[0]
+    assert distances[-1] < 0.5 * distances[0]
+    assert "positive" not in result.metrics[0]
     assert result.metrics[0]["loss"] != pytest.approx(distances[0])  # two prefixes, twice the slope
     rows[3]["negatives"] = []
     (workplace / "mean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

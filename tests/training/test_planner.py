@@ -49,25 +49,32 @@ def test_more_memory_spares_more_work():
     spared = []
     for budget in range(130_000, 1_100_000, 10_000):
         plan = chosen(budget)
-        assert plan.tokens_per_chunk == 1000 and not plan.checkpointing
+        assert plan.tokens_per_chunk == 1000
+        assert not plan.checkpointing
         spared.append(plan.kept + plan.boundaries / 3)
-    assert spared == sorted(spared) and spared[0] <= 1 and spared[-1] == 10
+    assert spared == sorted(spared)
+    assert spared[0] <= 1
+    assert spared[-1] == 10
     assert len(set(spared)) > 8
 
 
 def test_boundary_tensors_come_before_graphs_where_they_spare_more_a_byte():
     plan = chosen(400_000)
-    assert plan.boundaries == 10 - plan.kept > 0 and plan.kept > 0
+    assert plan.boundaries == 10 - plan.kept > 0
+    assert plan.kept > 0
     dear = TokenCosts(20, 100, 20, boundary=60, vector=4)
     plan = choose(400_000, 1000, 100, cut, dear, SIZES)
-    assert plan.kept == 3 and plan.boundaries < 2
+    assert plan.kept == 3
+    assert plan.boundaries < 2
     assert chosen(400_000, may_save=False).boundaries == 0
 
 
 def test_smaller_chunks_before_checkpointing():
     sizes = [chosen(budget).tokens_per_chunk for budget in (130_000, 100_000, 60_000, 30_000)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 200
-    assert not chosen(30_000).checkpointing and chosen(15_000).checkpointing
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 200
+    assert not chosen(30_000).checkpointing
+    assert chosen(15_000).checkpointing
     assert chosen(15_000, longest=100).tokens_per_chunk == 100  # never below the longest sequence
     assert chosen(60_000, longest=700).tokens_per_chunk >= 700
     assert not choose(15_000, 1000, 100, cut, COSTS, SIZES).checkpointing  # a model that has none
@@ -138,7 +145,8 @@ def test_the_meter_sees_what_work_takes():
         del block
         kept = torch.ones(10 << 20, dtype=torch.uint8)
     assert 38 << 20 < meter.peak_bytes < 60 << 20
-    assert len(kept) and used_bytes(CPU) > 0
+    assert len(kept)
+    assert used_bytes(CPU) > 0
     assert 100 << 20 < free_bytes(CPU) < 1 << 50
 
 
@@ -149,7 +157,8 @@ def test_the_meter_samples_where_the_high_water_mark_cannot_be_set_back(monkeypa
     assert meter.peak_bytes < 38 << 20
     with PeakMemory(CPU) as meter:
         held = torch.ones(40 << 20, dtype=torch.uint8)
-    assert meter.peak_bytes > 38 << 20 and len(held)
+    assert meter.peak_bytes > 38 << 20
+    assert len(held)
 
 
 def test_failed_allocations_are_recognised():
@@ -159,8 +168,10 @@ def test_failed_allocations_are_recognised():
     with pytest.raises((RuntimeError, MemoryError)) as failed:
         ops.linear(torch.empty(1, 1).expand(1 << 30, 1), torch.empty(1, 1).expand(1 << 30, 1))
     assert is_allocation_failure(failed.value)
-    assert is_allocation_failure(torch.OutOfMemoryError("CUDA out of memory")) and is_allocation_failure(MemoryError())
-    assert not is_allocation_failure(RuntimeError("shapes")) and not is_allocation_failure(ValueError("x"))
+    assert is_allocation_failure(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_allocation_failure(MemoryError())
+    assert not is_allocation_failure(RuntimeError("shapes"))
+    assert not is_allocation_failure(ValueError("x"))
 
 
 def _steps_within(budgets):
@@ -195,4 +206,5 @@ def test_measured_peaks_are_as_predicted():
     for budget, report in zip(budgets, reports, strict=True):
         assert report.measured_bytes == pytest.approx(report.predicted_bytes, rel=0.15), report
         assert report.measured_bytes <= budget + LIBRARIES
-    assert len({report.plan for report in reports}) == 3 and reports[-1].plan.kept >= reports[-1].chunks
+    assert len({report.plan for report in reports}) == 3
+    assert reports[-1].plan.kept >= reports[-1].chunks

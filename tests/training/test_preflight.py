@@ -97,7 +97,9 @@ def test_evaluation_is_checked_before_the_first_step(place, capsys, options, sec
     path = run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"\n[eval]\n' + section.format(place))
     assert main(["train", path, *options]) == code
     printed = capsys.readouterr()
-    assert message in printed.err and "Traceback" not in printed.err and '"learning_rate"' not in printed.out
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert '"learning_rate"' not in printed.out
     assert not (place / "run" / "final").exists()
 
 
@@ -106,7 +108,9 @@ def test_several_instructions_and_none_chosen_are_refused(place, capsys, options
     path = run_toml(place, TWO.format(place) + f'[eval]\ndata = "{place}/dev"')
     assert main(["train", path, *options]) == 2
     error = capsys.readouterr().err
-    assert "eval.instruction" in error and HIGH in error and LOW in error
+    assert "eval.instruction" in error
+    assert HIGH in error
+    assert LOW in error
     assert not (place / "run" / "final").exists()
 
 
@@ -132,7 +136,8 @@ def test_model_instruction_wins_and_several_without_evaluation_warn(place, caplo
     assert prompts["query"] == "Instruct: Other\nQuery:"
     with caplog.at_level(logging.WARNING, "pyqemb"):
         pyqemb.train(config(place, ("one", "two"), (HIGH, None), save={"dir": str(place / "warned")}))
-    assert "several instructions" in caplog.text and HIGH in caplog.text
+    assert "several instructions" in caplog.text
+    assert HIGH in caplog.text
 
 
 def test_several_datasets_each_with_its_instruction(place, capsys):
@@ -158,11 +163,13 @@ def test_lower_can_be_better_and_patience_stops(place):
     values = iter([3.0, 1.0, 2.0, 1.5, 0.5])
     chosen = config(place, eval={"every": 1, "mode": "min", "patience": 2}, train={"steps": 9})
     result = pyqemb.train(chosen, evaluate=lambda model: {"loss": next(values)})
-    assert result.steps == 4 and result.best is not None
+    assert result.steps == 4
+    assert result.best is not None
     assert json.loads((result.best / "pyqemb.json").read_text())["provenance"]["step"] == 2
     assert json.loads((result.folder / "pyqemb.json").read_text())["provenance"]["step"] == 4
     again = pyqemb.train(chosen, evaluate=lambda model: {"loss": next(values)}, resume="auto")
-    assert again.steps == 4 and next(values) == 0.5
+    assert again.steps == 4
+    assert next(values) == 0.5
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -173,7 +180,8 @@ def test_an_exception_of_the_users_code_costs_no_training(place, caplog, step):
 
     with pytest.raises(KeyError, match="mine"):
         pyqemb.train(config(place), on_step=fails)
-    assert "on_step raised KeyError" in caplog.text and "--resume auto" in caplog.text
+    assert "on_step raised KeyError" in caplog.text
+    assert "--resume auto" in caplog.text
     assert verify(checkpoints(place / "run" / "checkpoints")[-1]) == step
     resumed = pyqemb.train(config(place), resume="auto")
     straight = pyqemb.train(config(place, save={"dir": str(place / "straight")}))
@@ -225,7 +233,8 @@ def test_what_was_not_verified_is_not_deleted(place, caplog, monkeypatch):
     monkeypatch.setattr(state, "_verified", set())
     with caplog.at_level(logging.WARNING, "pyqemb"):
         pyqemb.train(config(place, train={"steps": 8}), resume="auto")
-    assert first.is_dir() and "left in place" in caplog.text
+    assert first.is_dir()
+    assert "left in place" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -254,7 +263,8 @@ def test_leftovers_of_killed_runs_are_removed(place):
     (run / ".77.partial.final").mkdir()
     (run / ".77.partial.env.json").write_text("{")
     pyqemb.train(config(place))
-    assert not list(run.glob(".*.partial.*")) and not list((run / "checkpoints").glob(".*"))
+    assert not list(run.glob(".*.partial.*"))
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(place, caplog):
@@ -275,12 +285,14 @@ def test_a_plan_that_exceeds_the_machine_is_refused(place, capsys, monkeypatch, 
     path = run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
     assert main(["train", path, "--set", f"train.memory={memory}", *options]) == 2
     error = capsys.readouterr().err
-    assert "train.memory" in error and message in error
+    assert "train.memory" in error
+    assert message in error
     assert not (place / "run" / "checkpoints").exists()
 
 
 def test_memory_is_planned_unless_it_is_turned_off(place):
-    assert config(place).train.memory == "auto" and config(place, train={"memory": "none"}).train.memory is None
+    assert config(place).train.memory == "auto"
+    assert config(place, train={"memory": "none"}).train.memory is None
     assert "kept" in pyqemb.train(config(place)).metrics[0]
 
 
@@ -320,7 +332,8 @@ def test_a_finished_run_is_not_written_over(place, capsys, options, name):
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("mine")
     for code, error in plan_and_train(place, capsys, *options):
-        assert code == 2 and f"{left}: an earlier run left its model here" in error
+        assert code == 2
+        assert f"{left}: an earlier run left its model here" in error
         assert "choose another save.dir, or delete" in error
     assert (left / "model.safetensors").read_text() == "mine"
 
@@ -329,7 +342,8 @@ def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_star
     run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
     (place / "run" / "best").mkdir(parents=True)
     for code, error in plan_and_train(place, capsys, "--resume", "auto"):
-        assert code == 0 and "has no checkpoint; it starts anew" in error
+        assert code == 0
+        assert "has no checkpoint; it starts anew" in error
 
 
 def test_a_run_is_not_continued_over_another_one(place):
@@ -348,7 +362,8 @@ def test_a_run_is_not_continued_over_another_one(place):
 def test_an_empty_resume_is_refused(place, capsys):
     run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
     for code, error in plan_and_train(place, capsys, "--resume", ""):
-        assert code == 2 and "resume: expected 'auto' or the path of a checkpoint" in error
+        assert code == 2
+        assert "resume: expected 'auto' or the path of a checkpoint" in error
 
 
 @pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
@@ -361,7 +376,9 @@ def test_what_is_no_folder_is_found_before_the_first_step(place, capsys, name, k
     path.write_text("mine") if kind == "a file" else path.symlink_to(place / "nowhere")
     cache = ["--set", f"train.token_cache={place / 'tokens'}"]
     for code, error in plan_and_train(place, capsys, *options, *cache):
-        assert code == 2 and f"{path}" in error and f"is {kind}, expected a folder" in error
+        assert code == 2
+        assert f"{path}" in error
+        assert f"is {kind}, expected a folder" in error
     assert path.is_symlink() or path.read_text() == "mine"
     assert not (place / "run" / "final").exists()
 
@@ -390,7 +407,8 @@ def test_a_token_cache_that_is_only_read_is_said(place, capsys, caplog, monkeypa
 
     monkeypatch.setattr(preflight, "check_writable", refuse)
     assert main(["train", path, "--dry-run", "--set", f"train.token_cache={place}/tokens"]) == 0
-    assert "train.token_cache: " in caplog.text and "Read-only file system" in caplog.text
+    assert "train.token_cache: " in caplog.text
+    assert "Read-only file system" in caplog.text
     assert main(["train", path, "--dry-run", "--set", f"train.token_cache={place}/new/tokens"]) == 74
 
 
@@ -400,7 +418,8 @@ def test_an_objective_of_a_task_that_no_row_has_is_refused(place, capsys):
     data = '[[data]]\npath = "{}/{}.jsonl"\n[loss.tasks]\n'
     run_toml(place, data.format(place, "tasks") + 'pairs = "cosent"\npiars = "cosent"')
     for code, error in plan_and_train(place, capsys):
-        assert code == 2 and "loss.tasks.piars: no row has this task; the data have the tasks pairs" in error
+        assert code == 2
+        assert "loss.tasks.piars: no row has this task; the data have the tasks pairs" in error
     run_toml(place, data.format(place, "one") + 'sts = "cosent"')
     assert all("the data have no task" in error for _, error in plan_and_train(place, capsys))
     with pytest.raises(ConfigError, match=r"task 'rerank' has no loss\.tasks"):
@@ -422,7 +441,8 @@ def test_settings_that_do_less_than_they_say_are_warned_of(place, caplog, sectio
     for run in (lambda: list(plan(config(place, **sections))), lambda: pyqemb.train(config(place, **sections))):
         caplog.clear()
         run()
-        assert warning in caplog.text and (warning or not caplog.records)
+        assert warning in caplog.text
+        assert warning or not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -458,4 +478,5 @@ def test_sizes_have_units_that_show_them(count, text):
 def test_python_is_told_that_nothing_evaluates(place, caplog):
     with caplog.at_level(logging.WARNING, "pyqemb"):
         pyqemb.train(config(place, eval={"data": str(place / "dev")}))
-    assert "eval.data: nothing is evaluated" in caplog.text and "DevSets" in caplog.text
+    assert "eval.data: nothing is evaluated" in caplog.text
+    assert "DevSets" in caplog.text

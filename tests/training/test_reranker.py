@@ -62,7 +62,8 @@ def test_the_batch_is_pairs():
         *(format_pair("q", text, "Find") for text in ("p", "a", "b")),
         *(format_pair("q", text, "Told") for text in ("p", "a")),
     ]
-    assert batch.positive.tolist() == [0, 3] and batch.owner.tolist() == [0, 0, 0, 1, 1]
+    assert batch.positive.tolist() == [0, 3]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1]
     assert batch.candidates.tolist() == [[0, 1, 2], [3, 4, -1]]
 
 
@@ -75,7 +76,8 @@ def test_the_loss_is_that_of_the_label_tokens(workplace):
     objective = objective_class("rerank")(loss)
     whole = objective.loss(batch, None, logits, slice(0, 2)).loss
     parts = [objective.loss(batch, None, logits, rows).loss for rows in (slice(0, 1), slice(1, 2), slice(2, 2))]
-    assert torch.allclose(whole, wanted) and torch.allclose(sum(parts), wanted)
+    assert torch.allclose(whole, wanted)
+    assert torch.allclose(sum(parts), wanted)
 
 
 def test_learns_and_is_measured(workplace):
@@ -91,7 +93,8 @@ def test_learns_and_is_measured(workplace):
     trained = Reranker.from_pretrained(workplace / "run" / "best", device="cpu")
     assert trained.default_instruction == "Same"
     after = pyqemb.evaluate(trained, workplace / "dev.jsonl", bootstrap=10)
-    assert after["task"] == "reranking" and after["count"] == 30
+    assert after["task"] == "reranking"
+    assert after["count"] == 30
     assert after["metrics"]["accuracy@1"]["value"] > 0.9 > before["metrics"]["accuracy@1"]["value"]
     rows = [json.loads(line) for line in (workplace / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["loss"] < 0.3 < rows[0]["loss"]
@@ -113,7 +116,8 @@ def test_merging(workplace):
     merged = Reranker.from_pretrained(workplace / "merged", device="cpu")
     pairs = [("sun", "sun"), ("sun", "sea")]
     lone = [Reranker.from_pretrained(folder, device="cpu").margins(pairs) for folder in finals]
-    assert np.isfinite(merged.margins(pairs)).all() and merged.default_instruction == "Same"
+    assert np.isfinite(merged.margins(pairs)).all()
+    assert merged.default_instruction == "Same"
     assert not np.allclose(merged.margins(pairs), lone[0])
     from pyqemb.testing.tiny import tiny_embedder
 
@@ -136,7 +140,8 @@ def test_command_line(workplace, capsys):
     one, three = map(json.loads, out.read_text().splitlines())
     assert one == {**rows[0], "score": pytest.approx(float(model.score([("sun", "sea")])[0]), abs=1e-6)}
     scores = model.score([("sun", text) for text in rows[1]["documents"]], instruction="Told")
-    assert three["scores"] == pytest.approx(scores.tolist(), abs=1e-6) and three["documents"] == rows[1]["documents"]
+    assert three["scores"] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert three["documents"] == rows[1]["documents"]
     assert main(["rerank", str(folder), str(pairs), "--out", str(out), "--top-k", "2"]) == 0
     two = json.loads(out.read_text().splitlines()[1])
     assert two["documents"] == [rows[1]["documents"][i] for i in np.argsort(-scores)[:2]]
@@ -151,7 +156,8 @@ def test_command_line(workplace, capsys):
     with gzip.open(workplace / "o.jsonl.gz") as file:
         assert json.loads(file.read())["score"] == one["score"]
     assert main(["train", str(_written(workplace)), "--dry-run"]) == 0
-    assert "yes or no" in (shown := capsys.readouterr().out) and "<Instruct>: Same" in shown
+    assert "yes or no" in (shown := capsys.readouterr().out)
+    assert "<Instruct>: Same" in shown
 
 
 def _written(workplace):

@@ -44,15 +44,18 @@ def test_one_step_of_the_parts(config):
     cache = build_cache(config, model, optimizer)
     batches = StepLoader(config, read_datasets(config), model, parameters, world)
     batch = batches.load(0)
-    assert batches.steps == 5 and batch.dataset == "pairs" and batch.num_queries == 8
+    assert batches.steps == 5
+    assert batch.dataset == "pairs"
+    assert batch.num_queries == 8
     assert batch.stream.num_sequences == len(batch.texts.texts) == len(batch.partition[0])
     forward = cache.forward(batch.stream)
     embeddings = forward.embeddings.requires_grad_()
     part = batch.loss(embeddings, world, ring=False)
     stats = StepStats.reduce(part, True, 7, world)
-    assert (
-        stats.is_finite and stats.stop and stats.tokens == 7 and stats.loss == pytest.approx(float(part.loss), rel=1e-6)
-    )
+    assert stats.is_finite
+    assert stats.stop
+    assert stats.tokens == 7
+    assert stats.loss == pytest.approx(float(part.loss), rel=1e-6)
     cache.backward(forward, torch.autograd.grad(part.loss, embeddings)[0])
     assert all(weight.grad is not None for weight in optimizer.weights.values())
 

@@ -60,7 +60,8 @@ def test_learns_and_writes_everything(workplace):
     steps = []
     result = pyqemb.train(config(workplace, steps=30), on_step=steps.append)
     losses = [row["loss"] for row in steps]
-    assert result.steps == 30 and losses[-1] < losses[0] / 2
+    assert result.steps == 30
+    assert losses[-1] < losses[0] / 2
     assert [json.loads(line)["step"] for line in (workplace / "run" / "metrics.jsonl").open()] == list(range(1, 31))
     assert {"config.resolved.json", "env.json", "final", "checkpoints"} <= {
         p.name for p in result.folder.parent.iterdir()
@@ -124,7 +125,8 @@ def test_best_checkpoint_is_kept(workplace):
     scores = iter([0.1, 0.9, 0.5, 0.3])
     chosen = stage2(**{**config(workplace).model_dump(exclude_unset=True), "eval": {"every": 4, "metric": "score"}})
     result = pyqemb.train(chosen, evaluate=lambda model: {"other": 5.0, "score": next(scores)})
-    assert result.best is not None and json.loads((result.best / "pyqemb.json").read_text())["provenance"]["step"] == 8
+    assert result.best is not None
+    assert json.loads((result.best / "pyqemb.json").read_text())["provenance"]["step"] == 8
     wrong = stage2(**{**config(workplace, "wrong").model_dump(exclude_unset=True), "eval": {"metric": "none"}})
     with pytest.raises(ConfigError, match="'none' is not among what was measured: score"):
         pyqemb.train(wrong, evaluate=lambda model: {"score": 1.0})
@@ -202,7 +204,8 @@ def test_a_run_whose_steps_were_all_left_out_gives_no_model(workplace, monkeypat
         PyqembError, match=r"steps in a row that were not finite|none of the 2 steps was finite"
     ) as caught:
         pyqemb.train(stage2(**settings), evaluate=(lambda model: {"score": 1.0}) if patience else None)
-    assert caught.value.exit_code != 0 and not (workplace / "run" / "final").exists()
+    assert caught.value.exit_code != 0
+    assert not (workplace / "run" / "final").exists()
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_lost(workplace):
@@ -237,7 +240,8 @@ def start(path, **options):
 def wait_for(path, process, seconds=60):
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, process.stderr.read()
         time.sleep(0.01)
 
 
@@ -291,8 +295,10 @@ def test_full_disk_leaves_the_previous_checkpoint(workplace):
 
     process = start(path, preexec_fn=limit)
     _, error = process.communicate(timeout=120)
-    assert process.returncode not in (0, -signal.SIGXFSZ) and "could not be written" in error
-    assert verify(before) == 3 and not list(before.parent.glob(".*"))
+    assert process.returncode not in (0, -signal.SIGXFSZ)
+    assert "could not be written" in error
+    assert verify(before) == 3
+    assert not list(before.parent.glob(".*"))
     assert pyqemb.train(config(workplace, steps=9), resume="auto").steps == 9
 
 
@@ -304,8 +310,12 @@ def test_planned_memory_is_logged(workplace):
     rows = pyqemb.train(config(workplace, memory="1GB", steps=3)).metrics
     truth = pyqemb.train(config(workplace, "plain", steps=3, memory="none")).metrics
     for row, plain in zip(rows, truth, strict=True):
-        assert row["predicted_bytes"] > 0 and row["measured_bytes"] >= 0 and row["replans"] == 0 and row["kept"] >= 1
-        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-3) and "kept" not in plain
+        assert row["predicted_bytes"] > 0
+        assert row["measured_bytes"] >= 0
+        assert row["replans"] == 0
+        assert row["kept"] >= 1
+        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+        assert "kept" not in plain
 
 
 def test_skipping_is_logged(workplace):
