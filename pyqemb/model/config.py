@@ -47,6 +47,7 @@ class DecoderConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     architectures: ClassVar[Sequence[str]] = ()  # of transformers; the first is written
+    hidden_act: ClassVar[str] = "silu"  # the activation of the MLP
     keys: ClassVar[Mapping[str, Rule | None]] = {}  # settings of config.json that are understood, beside the fields
     written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # those that are written where they are absent
     qk_norm: ClassVar[bool] = False  # whether each head of q and k is normed
@@ -124,8 +125,8 @@ class DecoderConfig:
     @classmethod
     def check_settings(cls, values: Mapping[str, Any]) -> None:
         """ConfigError for a setting whose arithmetic the decoder does not have."""
-        if values.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
+        if values.get("hidden_act", cls.hidden_act) != cls.hidden_act:
+            raise ConfigError(f"hidden_act must be {cls.hidden_act!r}, got {values['hidden_act']!r}")
         for name in ("use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope"):
             if values.get(name):
                 raise ConfigError(f"{name} is not supported, got {values[name]!r}")
@@ -145,7 +146,7 @@ class DecoderConfig:
         """
         values: dict[str, Any] = {
             "architectures": [self.architectures[0]],
-            "hidden_act": "silu",
+            "hidden_act": self.hidden_act,
             "attention_dropout": 0.0,
         }
         values |= {**self.written, **self.extra}

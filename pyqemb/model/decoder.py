@@ -164,7 +164,7 @@ class Family:
     config: type[DecoderConfig]
     block: Callable[[DecoderConfig, int], nn.Module] = Block
     embedding: Callable[[DecoderConfig], TokenEmbedding] = TokenEmbedding
-    norm: Callable[[DecoderConfig], RMSNorm] = final_norm
+    norm: Callable[[DecoderConfig], nn.Module] = final_norm
     weight_names: Mapping[str, str] = field(default_factory=dict)
 
     def stored_name(self, name: str) -> str:

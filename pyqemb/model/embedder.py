@@ -16,7 +16,7 @@ from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import ConfigError
 from pyqemb.model.checkpoint import WEIGHTS, write_safetensors
 from pyqemb.model.config import DecoderConfig
-from pyqemb.model.decoder import Decoder
+from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
@@ -167,6 +167,8 @@ class Embedder(Encoding):
         hidden_BE = _wide(self.model(batch, last_only=True, boundaries=boundaries))
         _, cu_last = batch.last_tokens()
         norm = self.model.norm
+        if not isinstance(norm, RMSNorm) or type(norm).forward is not RMSNorm.forward:
+            return ops.last_token_pool(norm(hidden_BE), cu_last, dim=dim)
         return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.scale), eps=norm.eps, dim=dim)
 
     def pooled(self, batch: PackedBatch) -> torch.Tensor:

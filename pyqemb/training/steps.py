@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.loader import TrainingBatch
+from pyqemb.errors import PyqembError
 from pyqemb.model.protocols import TextEncoder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets, make_loader, num_steps, token_cache
@@ -42,14 +43,36 @@ class StepBatch:
 
         All ranks' vectors are gathered, or with `ring`, where the objective can, blocks of them go around the ranks.
         """
-        batch, device = self.texts, own_SE.device
+        batch, device, rows = self.texts, own_SE.device, world.local_range(self.num_queries)
         if ring and self.objective.can_ring:
-            return self.objective.ring_loss(Ring(world, batch, self.partition, device), own_SE)
+            part = self.objective.ring_loss(Ring(world, batch, self.partition, device), own_SE)
+            return checked_part(part, self.objective)
         vectors_SE = world.all_gather(own_SE, self.partition)
         queries_BE, documents_ME = (
             vectors_SE.index_select(0, to_device(texts, device)) for texts in (batch.query_text, batch.document_text)
         )
-        return self.objective.loss(batch, queries_BE, documents_ME, world.local_range(self.num_queries))
+        part = self.objective.loss(batch, queries_BE, documents_ME, rows)
+        if rows.start == rows.stop and not part.loss.requires_grad:  # every rank takes part in the backward pass
+            part = part._replace(loss=part.loss + 0 * (queries_BE.sum() + documents_ME.sum()))
+        return checked_part(part, self.objective)
+
+
+def checked_part(part: LossPart, objective: Objective | type[Objective]) -> LossPart:
+    """The part, if it can be reduced over the ranks and has a gradient.
+
+    Raises:
+        PyqembError: it cannot, or has none; the objective is named.
+    """
+    wrong = None
+    if part.loss.ndim:
+        wrong = f"the loss must be a scalar, got the shape {list(part.loss.shape)}"
+    elif not part.loss.requires_grad:
+        wrong = "the loss does not depend on the vectors"
+    elif part.totals.ndim != 1:
+        wrong = f"totals must have the shape [n], got {list(part.totals.shape)}"
+    if wrong is not None:
+        raise PyqembError(f"objective {objective.name!r}: {wrong}")
+    return part
 
 
 class StepLoader:

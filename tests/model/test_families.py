@@ -280,3 +280,13 @@ def test_the_documented_example_of_a_family(monkeypatch, tmp_path):
     assert parse_config({**values, "logit_softcap": None, "num_key_value_heads": None}).num_key_value_heads == 4
     with pytest.raises(ConfigError, match=r"logit_softcap 30\.0 is not supported"):
         parse_config({**values, "logit_softcap": 30.0})
+
+
+def test_a_final_norm_of_its_own_is_applied_before_pooling(monkeypatch):
+    names = {"model_type": "other", "embedding_scale": 3.0}
+    norm = lambda config: torch.nn.LayerNorm(config.hidden_size)  # noqa: E731
+    monkeypatch.setitem(FAMILIES, "other", Family(OtherConfig, block=OtherBlock, embedding=ScaledEmbedding, norm=norm))
+    embedder = tiny_embedder(**names).double()
+    batch = PackedBatch.pack([[5, 5, 7, 5], [7], [9, 7, 5]])
+    expected = F.normalize(embedder.hidden(batch)[batch.last_tokens()[0]], dim=-1)
+    assert (embedder(batch) - expected).abs().max() < 1e-12

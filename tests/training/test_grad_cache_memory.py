@@ -106,7 +106,7 @@ class Scarce:
         self.failures = 0
 
     def __call__(self, module, inputs):
-        if self.when() and (inputs[1].cos.shape[0] > self.tokens or self.failures < self.times):
+        if self.when() and (len(inputs[0]) > self.tokens or self.failures < self.times):
             self.failures += 1
             raise self.error
 

@@ -9,12 +9,13 @@ from torch.nn.functional import normalize
 import pyqemb
 from pyqemb import ops
 from pyqemb.data.example import Example
-from pyqemb.errors import ConfigError, DataError
+from pyqemb.errors import ConfigError, DataError, PyqembError
 from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 from pyqemb.training import LossPart, Objective, Section, register_objective, stage2
 from pyqemb.training.config import LossSection
-from pyqemb.training.objectives import LossParameters, objective_class, objective_of, registry
+from pyqemb.training.objectives import CoSENT, LossParameters, objective_class, objective_of, registry
 from pyqemb.training.state import Checkpoint, checkpoints
+from pyqemb.training.steps import checked_part
 
 
 def examples(count=9):
@@ -316,3 +317,22 @@ def test_what_cannot_be_registered(mean_objective):
         with pytest.raises(error, match=message):
             register_objective(given)
     register_objective(mean_objective)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            LossPart(torch.zeros(2, requires_grad=True), torch.zeros(0)),
+            r"the loss must be a scalar, .* \[2\]",
+        ),
+        (LossPart(torch.tensor(1.0), torch.zeros(0)), "the loss does not depend on the vectors"),
+        (
+            LossPart(torch.tensor(1.0, requires_grad=True), torch.tensor(1.0)),
+            r"totals must have the shape .*, got \[\]",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_added_up_is_refused_by_the_objectives_name(part, message):
+    with pytest.raises(PyqembError, match=f"objective 'cosent': {message}"):
+        checked_part(part, CoSENT)
