@@ -59,6 +59,7 @@ def last_token_pool_backward(
 
 INFO_NCE_GROUPS: tuple[str, ...]  # their names
 MAX_PREFIXES: int  # of a sweep of info_nce on CUDA
+MAX_SOFTMAXES: int
 
 def check_info_nce(
     queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None, document_ids: Tensor | None, /

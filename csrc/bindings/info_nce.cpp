@@ -49,21 +49,19 @@ void check_info_nce(py::handle queries, py::handle documents, py::handle positiv
             .shape({num_documents}, " (one for each of documents)");
 }
 
-int index_in(const char* what, const std::string& name, const char* const* names, int count) {
+// Where a name stands among `count` names.
+template <class NameAt>
+int index_in(const char* what, const std::string& name, int count, const NameAt& name_at) {
+    for (int i = 0; i < count; ++i)
+        if (name == name_at(i)) return i;
     std::string known;
-    for (int i = 0; i < count; ++i) {
-        if (name == names[i]) return i;
-        known += (i ? ", " : "") + std::string(names[i]);
-    }
+    for (int i = 0; i < count; ++i) known += (i ? ", " : "") + std::string(name_at(i));
     QEMB_CHECK(false, "[", kOp, "] ", what, " must be one of ", known, ", got '", name, "'");
     return -1;
 }
 
-std::vector<const char*> group_names() {
-    std::vector<const char*> names;
-    for (const GroupRow& row : kGroupTable) names.push_back(row.name);
-    return names;
-}
+const char* group_name(int group) { return kGroupTable[group].name; }
+const char* mask_name(int mask) { return kMaskNames[mask]; }
 
 // Options without a group that is on.
 InfoNceOptions make_options(double temperature, bool split, double focal, double scale) {
@@ -77,9 +75,9 @@ void turn_on(InfoNceOptions& options, const std::string& group, const std::strin
              double hardness) {
     QEMB_CHECK(!std::isnan(margin), "[", kOp, "] margin must be a number, got nan");
     QEMB_CHECK(std::isfinite(hardness), "[", kOp, "] hardness must be finite, got ", hardness);
-    options.groups[index_in("group", group, group_names().data(), kNumGroups)] = {
-        true, static_cast<ScoreMask>(index_in("mask", mask, kMaskNames, static_cast<int>(std::size(kMaskNames)))),
-        relative, margin, hardness};
+    const int place = index_in("group", group, kNumGroups, group_name);
+    const int which = index_in("mask", mask, static_cast<int>(std::size(kMaskNames)), mask_name);
+    options.groups[place] = {true, static_cast<ScoreMask>(which), relative, margin, hardness};
 }
 
 void info_nce(const InfoNceOptions& options, py::handle queries, py::handle documents, py::handle positive,
@@ -158,7 +156,10 @@ void bind_info_nce(py::module_& m) {
           arg("first_row"), arg("num_rows"), arg("first_column"), arg("dims"), arg("dim_weights"), arg("loss"),
           arg("stats"), arg("d_queries"), arg("d_documents"), arg("d_temperature"), arg("log_negatives"),
           arg("log_negatives_given"), arg("adds_positive"));
-    m.attr("INFO_NCE_GROUPS") = py::tuple(py::cast(group_names()));
+    py::tuple groups(static_cast<py::ssize_t>(kNumGroups));
+    for (int group = 0; group < kNumGroups; ++group) groups[group] = group_name(group);
+    m.attr("INFO_NCE_GROUPS") = groups;
+    m.attr("MAX_SOFTMAXES") = kMaxSoftmaxes;
     m.attr("MAX_PREFIXES") = kMaxPrefixes;
 }
 

@@ -85,7 +85,7 @@ QEMB_HOST_DEVICE constexpr int softmax_of_owned(bool split, int side) { return s
 constexpr bool table_agrees() {
     for (int group = 0; group < kNumGroups; ++group) {
         const GroupRow& row = kGroupTable[group];
-        const int side = row.kind == kDocDoc;
+        const int side = side_of(row.kind);
         if (group != (row.owned ? group_of_owned(side) : group_of(row.kind, row.role))) return false;
         if (row.softmax != (row.owned ? softmax_of_owned(true, side) : softmax_of(true, row.kind))) return false;
     }
@@ -122,8 +122,9 @@ QEMB_INLINE GroupRules rules_of(const InfoNceOptions& options) {
         rules.logit_scale[group] = LogUnits::kLog2E * (1 / options.temperature + given.hardness);
         if (!given.on) continue;
         (row.owned ? rules.owns : rules.dense[row.kind]) = true;
-        if (row.kind == kDocDoc) rules.sides = 2;
-        if (row.kind == kDocDoc && !row.owned && given.mask == ScoreMask::kQueryDocument) rules.by_query = true;
+        const int side = side_of(row.kind);
+        if (side > 0) rules.sides = 2;
+        if (side > 0 && !row.owned && given.mask == ScoreMask::kQueryDocument) rules.by_query = true;
         rules.softmax_is_on[options.split ? row.softmax : 0] = true;
     }
     return rules;

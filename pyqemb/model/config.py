@@ -51,6 +51,7 @@ class DecoderConfig:
     keys: ClassVar[Mapping[str, Rule | None]] = {}  # settings of config.json that are understood, beside the fields
     written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # those that are written where they are absent
     qk_norm: ClassVar[bool] = False  # whether each head of q and k is normed
+    reads_attention_bias: ClassVar[bool] = False  # whether attention_bias says that q, k, v and o_proj have biases
     reads_mlp_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -88,12 +89,12 @@ class DecoderConfig:
     @property
     def qkv_bias(self) -> bool:
         """Whether q_proj, k_proj and v_proj have biases."""
-        return False
+        return self.reads_attention_bias and self.attention_bias
 
     @property
     def output_bias(self) -> bool:
         """Whether o_proj has one."""
-        return False
+        return self.reads_attention_bias and self.attention_bias
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -153,9 +154,9 @@ class DecoderConfig:
         values |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
         values["rope_parameters"] = self.rope.to_dict()
         if self.is_causal:
-            values.pop("use_bidirectional_attention", None)
+            values.pop(_BIDIRECTIONAL, None)
         else:
-            values["use_bidirectional_attention"] = True
+            values[_BIDIRECTIONAL] = True
         return values
 
 
@@ -170,9 +171,8 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
-_BIDIRECTIONAL = (
-    "use_bidirectional_attention"  # other libraries' name for is_causal false; without either a model is causal
-)
+# Other libraries' name for is_causal false; without either a model is causal.
+_BIDIRECTIONAL = "use_bidirectional_attention"
 _ATTENTION = (
     "_attn_implementation",
     "attn_implementation",

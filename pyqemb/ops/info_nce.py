@@ -15,7 +15,6 @@ from pyqemb.ops.prefixes import over_prefixes, prefixes
 
 _OP = "info_nce"
 _HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
-_SOFTMAXES = 4  # of a row, at most
 
 
 def info_nce(
@@ -260,11 +259,13 @@ def info_nce_block(
             torch.zeros_like(x, dtype=dtype)
             for x in (anchors.queries_RE, anchors.positives_RE, columns.documents_CE, others.queries_QE)
         )
-        sums, totals, d_tau = (texts.new_zeros(shape, dtype=torch.float64) for shape in ((0, _SOFTMAXES), (5,), (1,)))
+        sums, totals, d_tau = (
+            texts.new_zeros(shape, dtype=torch.float64) for shape in ((0, _C.MAX_SOFTMAXES), (5,), (1,))
+        )
         return Block(sums[:, 0], totals, sums, d_anchors, d_positives, d_columns, d_others, d_tau)
     log_negatives = log_negatives_RS
     if log_negatives is None:
-        log_negatives = texts.new_empty((rows, _SOFTMAXES), dtype=torch.float64)
+        log_negatives = texts.new_empty((rows, _C.MAX_SOFTMAXES), dtype=torch.float64)
     absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
     batch = _Batch(
         queries=torch.cat([anchors.queries_RE, others.queries_QE]),

@@ -18,6 +18,7 @@ from pyqemb.model.protocols import TextEncoder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets, make_loader, num_steps, token_cache
 from pyqemb.training.objectives import LossParameters, LossPart, Objective
+from pyqemb.training.objectives.base import zero_of
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.parallel.world import World
 
@@ -43,7 +44,7 @@ class StepBatch:
 
         All ranks' vectors are gathered, or with `ring`, where the objective can, blocks of them go around the ranks.
         """
-        batch, device, rows = self.texts, own_SE.device, world.local_range(self.num_queries)
+        batch, device = self.texts, own_SE.device
         if ring and self.objective.can_ring:
             part = self.objective.ring_loss(Ring(world, batch, self.partition, device), own_SE)
             return checked_part(part, self.objective)
@@ -51,9 +52,10 @@ class StepBatch:
         queries_BE, documents_ME = (
             vectors_SE.index_select(0, to_device(texts, device)) for texts in (batch.query_text, batch.document_text)
         )
+        rows = world.local_range(self.num_queries)
         part = self.objective.loss(batch, queries_BE, documents_ME, rows)
         if rows.start == rows.stop and not part.loss.requires_grad:  # every rank takes part in the backward pass
-            part = part._replace(loss=part.loss + 0 * (queries_BE.sum() + documents_ME.sum()))
+            part = part._replace(loss=part.loss + zero_of(queries_BE, documents_ME))
         return checked_part(part, self.objective)
 
 

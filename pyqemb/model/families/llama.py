@@ -19,15 +19,8 @@ class LlamaConfig(DecoderConfig):
     model_type: str = "llama"
 
     architectures: ClassVar[Sequence[str]] = ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification")
+    reads_attention_bias: ClassVar[bool] = True
     reads_mlp_bias: ClassVar[bool] = True
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias
 
     @classmethod
     def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:

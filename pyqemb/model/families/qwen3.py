@@ -19,14 +19,7 @@ class Qwen3Config(DecoderConfig):
 
     architectures: ClassVar[Sequence[str]] = ("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification")
     qk_norm: ClassVar[bool] = True
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias
+    reads_attention_bias: ClassVar[bool] = True
 
 
 FAMILY = Family(Qwen3Config)

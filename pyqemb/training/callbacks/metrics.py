@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqemb.data.files import atomic_file
-from pyqemb.errors import MachineError
+from pyqemb.data.machine import unwritable
 from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class MetricsFile(RowLogger):
             self._file.write(json.dumps(row) + "\n")
         except OSError as error:
             self._lost = True
-            raise MachineError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
         """Flush the rows to the disk: a checkpoint must not be newer than its metrics.

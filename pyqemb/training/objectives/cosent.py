@@ -8,7 +8,7 @@ from pyqemb.data.batch import to_device
 from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.data.shards import Summary
-from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number, positive_totals
+from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number, positive_totals, zero_of
 
 
 class CoSENT(Objective):
@@ -40,7 +40,7 @@ class CoSENT(Objective):
         def part(queries_BE: Tensor, documents_ME: Tensor) -> LossPart:
             totals = positive_totals(batch, queries_BE, documents_ME, rows)
             if not first:
-                return LossPart(0 * (queries_BE.sum() + documents_ME.sum()), totals)
+                return LossPart(zero_of(queries_BE, documents_ME), totals)
             loss = ops.cosent(queries_BE, documents_ME[positive_B], scores_B, number(self.temperature))
             return LossPart(loss, totals)
 

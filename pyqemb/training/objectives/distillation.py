@@ -11,7 +11,7 @@ from pyqemb.data.batch import to_device
 from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch
 from pyqemb.data.shards import Summary
-from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number, positive_totals
+from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number, positive_totals, zero_of
 
 
 class DistillationSection(EmbeddingSection):
@@ -56,7 +56,7 @@ class Distillation(Objective):
         def part(queries_BE: Tensor, documents_ME: Tensor) -> LossPart:
             totals = positive_totals(batch, queries_BE, documents_ME, rows)
             if not examples:
-                return LossPart(0 * (queries_BE.sum() + documents_ME.sum()), totals)
+                return LossPart(zero_of(queries_BE, documents_ME), totals)
             compare = self._scores if examples[0].scores else _vectors
             return LossPart(share * compare(examples, queries_BE[rows], documents_ME, candidates_RK), totals)
 
