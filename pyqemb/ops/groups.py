@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -126,13 +127,19 @@ class Options(NamedTuple):
         )
 
     def native(self) -> _C.InfoNceOptions:
-        """The options object of the native module."""
-        options = _C.InfoNceOptions(temperature=self.temperature, split=self.split, focal=self.focal, scale=self.scale)
-        for group, mask, margin, relative, hardness in zip(
-            self.groups, self.masks, self.margins, self.relative, self.hardness, strict=True
-        ):
-            options.turn_on(group, mask=mask, margin=margin, relative=relative, hardness=hardness)
-        return options
+        """The options object of the native module, one for equal options."""
+        return _native(*(tuple(value) if isinstance(value, list) else value for value in self))
+
+
+@lru_cache(maxsize=64)  # a small call is mostly Python: this spares a tenth of it
+def _native(*values: Any) -> _C.InfoNceOptions:
+    given = Options(*values)
+    options = _C.InfoNceOptions(temperature=given.temperature, split=given.split, focal=given.focal, scale=given.scale)
+    for group, mask, margin, relative, hardness in zip(
+        given.groups, given.masks, given.margins, given.relative, given.hardness, strict=True
+    ):
+        options.turn_on(group, mask=mask, margin=margin, relative=relative, hardness=hardness)
+    return options
 
 
 def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: str | None) -> dict[str, Group]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # of typing from Python 3.11 on
 
 from pyqemb import _C
 from pyqemb.ops import checks
@@ -15,6 +16,38 @@ from pyqemb.ops.prefixes import over_prefixes, prefixes
 
 _OP = "info_nce"
 _HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
+
+
+class _Keywords(TypedDict, total=False):
+    """The keyword arguments of `info_nce` that do not change what it returns."""
+
+    owner: Tensor | None
+    document_ids: Tensor | None
+    preset: str
+    groups: Mapping[str, Group | bool | None] | None
+    temperature: float | Tensor
+    margin: float | None
+    doc_mask: str | None
+    softmax: Literal["joint", "split"]
+    focal: float
+    matryoshka: Sequence[int] | None
+    matryoshka_weights: Sequence[float] | None
+    reduction: Literal["mean", "sum"]
+    rows: tuple[int, int] | None
+
+
+@overload
+def info_nce(
+    queries_BE: Tensor, documents_ME: Tensor, positive: Tensor, *, return_stats: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> "tuple[Tensor, Stats]": ...  # fmt: skip
+
+
+@overload
+def info_nce(
+    queries_BE: Tensor, documents_ME: Tensor, positive: Tensor, *, return_stats: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...  # fmt: skip
 
 
 def info_nce(
@@ -36,7 +69,7 @@ def info_nce(
     reduction: Literal["mean", "sum"] = "mean",
     rows: tuple[int, int] | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> "Tensor | tuple[Tensor, Stats]":
     """Mean over queries of -log(exp(s_i / tau) / Z_i), s the dot product of unit vectors, differentiable once.
 
     Z_i sums exp(score / tau) over the positive and the groups of candidates that are on:
