@@ -154,6 +154,42 @@ class TrainSection(Section):
         return device
 
 
+class ParallelSection(Section):
+    """How the ranks of a run share the weights, gradients and moments. shard x replicate is the number of ranks."""
+
+    # ranks that share one copy; 1: every rank holds all; -1: all ranks, or all of a replica where `replicate` is given
+    shard: int = Field(1, ge=-1)
+    replicate: int | None = Field(None, ge=1)  # copies; None: ranks / shard
+    # whether the gathered weights are freed after each block (always: least memory) or kept through a step (never:
+    # one all-gather a step); auto: kept where memory allows
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+
+    @field_validator("shard")
+    @classmethod
+    def _not_zero(cls, shard: int) -> int:
+        if shard == 0:
+            raise ValueError("expected a number of ranks, or -1 for all of them")
+        return shard
+
+    def mesh(self, ranks: int) -> tuple[int, int]:
+        """The number of replicas, and of the ranks that share each.
+
+        ConfigError where they do not make up all ranks.
+        """
+        started = f"{ranks} rank{'s' if ranks > 1 else ''} started"
+        replicas = self.replicate or (1 if self.shard == -1 else max(ranks // self.shard, 1))
+        shard = max(ranks // replicas, 1) if self.shard == -1 else self.shard
+        if replicas * shard != ranks:
+            given = f"parallel.shard is {self.shard}"
+            if self.replicate is not None:
+                given += f" and parallel.replicate {self.replicate}"
+            raise ConfigError(
+                f"{given}: shard x replicate must be the number of ranks, {started} "
+                f"(torchrun --nproc-per-node={replicas * shard})"
+            )
+        return replicas, shard
+
+
 class EvalDataset(Section):
     """One of several evaluation datasets; its metrics are called NAME/METRIC."""
 
@@ -212,6 +248,7 @@ class TrainConfig(Section):
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     train: TrainSection = Field(default_factory=lambda: TrainSection())
+    parallel: ParallelSection = Field(default_factory=lambda: ParallelSection())
     eval: EvalSection = Field(default_factory=lambda: EvalSection())
     save: SaveSection = Field(default_factory=lambda: SaveSection())
 
@@ -249,6 +286,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "lora": LoraSection,
     "loss": LossSection,
     "train": TrainSection,
+    "parallel": ParallelSection,
     "eval": EvalSection,
     "save": SaveSection,
 }

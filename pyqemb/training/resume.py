@@ -8,6 +8,7 @@ from pyqemb.training.state import Checkpoint
 
 # A resumed run may change these; anything else would make it another run.
 _FREE = {
+    "parallel",
     "eval",
     "save",
     "train.log_every",
