@@ -80,9 +80,27 @@ class Sizes(NamedTuple):
     """What a prediction stands on besides the costs of a token, in bytes."""
 
     vectors: int  # all vectors [U, E]
-    gradients: int  # of all parameters
-    largest: int  # of the largest of these
+    gradients: int  # of all parameters, as they are held between two chunks; of sharded parameters, this rank's shards
+    largest: int  # of the largest of these; 0 where they are shards
     overhead: int = 0  # what earlier steps took beyond the prediction
+    gathered: int = 0  # sharded weights in the dtype that computes, as many as are gathered at a time
+    reduction: int = 0  # sharded gradients: those of one unit before their reduce-scatter, and its buffer
+    loss: int = 0  # that the loss holds at its highest; 0: six times `vectors`
+
+
+class Phase(NamedTuple):
+    """The memory of a part of a step at its highest, by kind, in bytes over the start of the step."""
+
+    name: str
+    vectors: float = 0.0
+    activations: float = 0.0
+    gradients: float = 0.0  # with what their reduction takes
+    loss: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return self.vectors + self.activations + self.gradients + self.loss
 
 
 def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> int:
@@ -94,33 +112,43 @@ def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, s
         costs: bytes for each token.
         sizes: bytes that do not depend on the chunks.
     """
-    return int(max(_phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes))) + sizes.overhead
+    return int(peak_phase(plan, tokens, costs, sizes).total) + sizes.gathered + sizes.overhead
 
 
-def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> Iterator[float]:
+def peak_phase(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> Phase:
+    """The phase of a step in which memory is highest; arguments as for `predict`."""
+    phases = _phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes)
+    return max(phases, key=lambda phase: phase.total)
+
+
+def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> Iterator[Phase]:
     """The peak of each phase of a step."""
     kept = min(plan.kept, len(tokens))
     other, keeping = tokens[: len(tokens) - kept], tokens[len(tokens) - kept :]
     saving = other[len(other) - min(plan.boundaries, len(other)) :]
-    boundaries, graphs = costs.boundary * saving.sum(), costs.graph * keeping.sum()
+    held = costs.boundary * saving.sum() + costs.graph * keeping.sum()  # boundary tensors and graphs
     # 1. The first pass: all that is held at its end, and the chunk that runs.
-    yield sizes.vectors + boundaries + graphs + costs.forward * tokens.max(initial=0)
+    yield Phase("first pass", sizes.vectors, held + costs.forward * tokens.max(initial=0))
     # 2. The loss: the vectors in the caller's order, their gradients, and as much again for what the loss holds.
-    yield 6 * sizes.vectors + boundaries + graphs
+    yield Phase("loss", 0, held, loss=sizes.loss or 6 * sizes.vectors)
     # The largest gradient, that of the token embeddings, and the next chunk's share of it are no blocks of the graph's
     # making: what the graph has left does not serve them.
-    held = 2 * sizes.vectors + boundaries + sizes.largest * min(len(tokens), 2)
+    beside = sizes.reduction + sizes.largest * min(len(tokens), 2)
     gradients = sizes.gradients - sizes.largest
+
+    def backward(activations: float, summed: bool) -> Phase:
+        return Phase("backward pass", 2 * sizes.vectors, activations, beside + (gradients if summed else 0))
+
     # 3. Backward through the kept graphs, the last first. The first of them makes the gradients while its graph goes.
     for number, count in enumerate(keeping[::-1]):
-        yield held + graphs + costs.backward * count + (gradients if number else 0)
-        graphs -= costs.graph * count
-        yield held + graphs + gradients
+        yield backward(held + costs.backward * count, number > 0)
+        held -= costs.graph * count
+        yield backward(held, True)
     # 4. The others again: a chunk's graph takes the place of its boundary tensors.
     for number, count in enumerate(other):
         held -= costs.boundary * count if number >= len(other) - len(saving) else 0
-        yield held + (costs.graph + costs.backward) * count + (gradients if number or kept else 0)
-        yield held + gradients
+        yield backward(held + (costs.graph + costs.backward) * count, number > 0 or kept > 0)
+        yield backward(held, True)
 
 
 def choose(

@@ -1,0 +1,105 @@
+"""What a rank holds of a model whose weights are sharded: bytes by kind, from the sizes of the parameters alone.
+
+A model is cut into units, each of which FSDP gathers and reduces at once: the token embeddings, every decoder block,
+and the rest (the final norm, a head). The parameters may be on the meta device.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from pyqemb.model.packed_model import PackedModel
+from pyqemb.training.grad_cache.plan import Plan, Sizes
+
+_WIDE = torch.float32.itemsize  # of a weight, a gradient or a moment that the optimizer holds
+Unit = Sequence[nn.Parameter]
+
+
+class RankMemory(NamedTuple):
+    """Bytes of one rank.
+
+    `weights` and `moments` are there all the time, the others during a step. Activations and vectors depend on the
+    batch: `grad_cache.plan.choose` plans them, given `sizes`.
+    """
+
+    weights: int  # float32 weights, or this rank's shards of them; without shards also the copies that compute
+    gathered: int  # whole weights in the dtype that computes; 0 without shards
+    gradients: int  # float32, of the trained parameters or of this rank's shards of them
+    reduction: int  # the gradients of the largest unit before their reduce-scatter, and its buffer; 0 without shards
+    moments: int  # of AdamW
+    largest: int  # of the gradients, the largest; 0 with shards
+
+    @property
+    def standing(self) -> int:
+        """What is held between two steps."""
+        return self.weights + self.moments
+
+    def sizes(self, vectors: int, loss: int = 0, overhead: int = 0) -> Sizes:
+        """What the plan of a step stands on, given the bytes of this rank's vectors and of the loss."""
+        return Sizes(vectors, self.gradients, self.largest, overhead, self.gathered, self.reduction, loss)
+
+
+def units_of(model: PackedModel) -> list[Unit]:
+    """The parameters of each unit, in the order in which a forward pass gathers them."""
+    decoder = model.model
+    units: list[Unit] = [list(part.parameters()) for part in (decoder.embed_tokens, *decoder.layers)]
+    inside = {id(parameter) for unit in units for parameter in unit}
+    return [*units, [parameter for parameter in model.parameters() if id(parameter) not in inside]]
+
+
+def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: bool = False) -> RankMemory:
+    """The bytes of a rank that holds one of `shard` shards.
+
+    Args:
+        units: see `units_of`.
+        shard: ranks that share one copy of the weights; 1: every rank has all of them.
+        dtype: what the model computes in.
+        reshard: whether a unit's gathered weights are freed after its forward and after its backward pass. False: all
+            stay gathered from the first chunk of a step to the last.
+    """
+    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
+    if shard == 1:
+        copies = dtype.itemsize * _elements(units) if dtype.itemsize < _WIDE else _WIDE * _elements(_frozen(units))
+        gradients = _WIDE * _elements(trained)
+        largest = max((_WIDE * x.numel() for unit in trained for x in unit), default=0)
+        return RankMemory(gradients + copies, 0, gradients, 0, 2 * gradients, largest)
+    gathered = [dtype.itemsize * _elements([unit]) for unit in units]
+    # A unit is copied out of the buffer of its all-gather.
+    most = sum(sorted(gathered)[-2:]) if reshard else max(map(sum, zip(accumulate(gathered), gathered, strict=True)))
+    gradients = _WIDE * _shard_elements(trained, shard)
+    reduction = (dtype.itemsize + _WIDE) * max(_elements([unit]) for unit in trained)
+    return RankMemory(_WIDE * _shard_elements(units, shard), most, gradients, reduction, 2 * gradients, 0)
+
+
+def _frozen(units: Sequence[Unit]) -> list[Unit]:
+    return [[parameter for parameter in unit if not parameter.requires_grad] for unit in units]
+
+
+def _elements(units: Sequence[Unit]) -> int:
+    return sum(parameter.numel() for unit in units for parameter in unit)
+
+
+def _shard_elements(units: Sequence[Unit], shard: int) -> int:
+    """Elements of the largest shard: FSDP cuts each parameter along its first dimension, rounded up to whole rows."""
+    return sum(-(-len(x) // shard) * (x.numel() // len(x)) for unit in units for x in unit)
+
+
+def choose_reshard(
+    budget: int, plan_of: Callable[[bool], Plan], setting: Literal["auto", "always", "never"] = "auto"
+) -> tuple[bool, Plan]:
+    """Whether the weights are resharded after each pass through a unit, and the plan of the step.
+
+    "auto": weights stay gathered where a plan fits that way, unless only activation checkpointing makes it fit:
+    gathering the weights for every chunk costs less than a third forward pass. Where none fits, the smaller plan.
+
+    Args:
+        budget: bytes that the step may take over its start.
+        plan_of: the plan with its peak, given whether weights are resharded.
+        setting: `parallel.reshard_after_forward`.
+    """
+    schedules = {"auto": (False, True), "always": (True,), "never": (False,)}[setting]
+    plans = [(reshard, plan_of(reshard)) for reshard in schedules]
+    return min(plans, key=lambda choice: (max((choice[1].peak_bytes or 0) - budget, 0), choice[1].checkpointing))

@@ -1,0 +1,105 @@
+"""Bytes of a rank by kind against what FSDP2 holds, gathers and reduces in a process group that only pretends."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pyqemb.data.batch import PackedBatch
+from pyqemb.model.lora import LoraConfig, add_lora
+from pyqemb.testing.tiny import tiny_embedder
+from pyqemb.training.config import TrainSection
+from pyqemb.training.grad_cache.plan import Plan
+from pyqemb.training.optim import Optimizer
+from pyqemb.training.parallel.layout import choose_reshard, rank_memory, units_of
+
+
+def model_of(lora, **sizes):
+    model = tiny_embedder(num_hidden_layers=3, **sizes)
+    if lora:
+        model.requires_grad_(False)
+        add_lora(model.model, LoraConfig(rank=4))
+    return model
+
+
+def nbytes(tensors):
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replica_holds_what_the_optimizer_of_today_holds(lora, dtype):
+    model = model_of(lora)
+    predicted = rank_memory(units_of(model), 1, dtype)
+    optimizer = Optimizer(model, TrainSection(), dtype)
+    model(PackedBatch.pack([[1, 2, 3]])).sum().backward()
+    weights = {id(x): x for x in (*model.parameters(), *optimizer.weights.values())}
+    assert predicted.weights == nbytes(weights.values())
+    gradients = [x.grad for x in optimizer.grad_tensors]
+    assert predicted.gradients == nbytes(gradients)
+    assert predicted.largest == max(x.nbytes for x in gradients)
+    optimizer.step(1e-3)
+    moments = [value for state in optimizer.adamw.state.values() for value in state.values() if value.ndim]
+    assert predicted.moments == nbytes(moments)
+    assert predicted.gathered == predicted.reduction == 0
+
+
+@pytest.fixture
+def ranks_of(request):
+    """A process group of so many ranks, of which only this one runs."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("ranks_of", [2, 5, 64], indirect=True)
+def test_shards_are_those_of_fsdp(ranks_of, lora):
+    model = model_of(lora, hidden_size=48)
+    predicted = rank_memory(units_of(model), ranks_of, torch.float32)
+    whole = rank_memory(units_of(model), 1, torch.float32)
+    mesh = init_device_mesh("cpu", (ranks_of,))
+    for part in (model.model.embed_tokens, *model.model.layers, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    shards = [x.to_local() for x in model.parameters()]
+    assert predicted.weights == sum(x.nbytes for x in shards)  # of rank 0, which has the largest
+    trained = [x.to_local() for x in model.parameters() if x.requires_grad]
+    assert predicted.gradients == sum(x.nbytes for x in trained)
+    assert predicted.moments == 2 * predicted.gradients
+    assert whole.weights / ranks_of <= predicted.weights < whole.weights
+    model(PackedBatch.pack([[1, 2, 3]]))
+    gathered = sum(x.nbytes for x in model.parameters())
+    assert gathered == whole.weights
+    assert gathered < predicted.gathered <= 2 * gathered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_weights_and_reductions_by_hand(dtype):
+    size = dtype.itemsize
+    units = [[torch.empty(n, 2, device="meta", requires_grad=True)] for n in (50, 20, 20, 1)]
+    always, never = (rank_memory(units, 4, dtype, reshard) for reshard in (True, False))
+    assert never.gathered == size * 2 * (50 + 20 + 20 + 20)  # all, and a buffer of one while the last block comes
+    assert always.gathered == size * 2 * (50 + 20)
+    assert never.reduction == always.reduction == (size + 4) * 100
+    assert never.weights == 4 * 2 * (13 + 5 + 5 + 1)
+    assert never.standing == 3 * never.weights
+    for x in units[0]:
+        x.requires_grad_(False)
+    assert rank_memory(units, 4, dtype).reduction == (size + 4) * 40
+
+
+def test_weights_stay_gathered_where_that_fits_without_checkpointing():
+    def chosen(never, always, setting="auto"):
+        return choose_reshard(100, lambda reshard: always if reshard else never, setting)
+
+    fits, checkpointed = Plan(8, peak_bytes=90), Plan(8, checkpointing=True, peak_bytes=90)
+    too_much, more = (Plan(8, checkpointing=True, peak_bytes=peak) for peak in (110, 120))
+    assert chosen(fits, fits) == (False, fits)
+    assert chosen(checkpointed, fits) == (True, fits)
+    assert chosen(checkpointed, checkpointed) == (False, checkpointed)
+    assert chosen(too_much, checkpointed) == (True, checkpointed)
+    assert chosen(more, too_much) == (True, too_much)
+    assert chosen(checkpointed, fits, "never") == (False, checkpointed)
+    assert chosen(fits, checkpointed, "always") == (True, checkpointed)
