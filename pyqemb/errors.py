@@ -49,6 +49,13 @@ class MachineError(PyqembError, OSError):
 
 
 class RankError(PyqembError, RuntimeError):
-    """A rank of a distributed run is missing, stopped or died. Every rank that notices exits with the same code."""
+    """Another rank of a distributed run is missing, stopped or died, or left with an error of its own.
+
+    `exit_code` is 69, or that of the other rank's error: all ranks of a run exit with the same code.
+    """
 
     exit_code = 69
+
+    def __init__(self, message: str, exit_code: int = 69):
+        super().__init__(message)
+        self.exit_code = exit_code

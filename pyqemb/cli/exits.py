@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pyqemb.data.machine import errno_of, reason
+from pyqemb.data.machine import errno_of, exit_code_of, is_out_of_memory, reason
 from pyqemb.errors import PyqembError
 
 EXIT_CODES = {
@@ -27,7 +27,6 @@ EXIT_CODES = {
     141: "standard output was closed by its reader",
     143: "stopped by SIGTERM",
 }
-_OUT_OF_MEMORY = ("CUDA out of memory", "not enough memory: you tried to allocate", "can't allocate memory")
 _HOME = Path(__file__).parents[1]
 
 
@@ -143,14 +142,15 @@ def guarded(work: Callable[[], int], name: str, debug: bool, kept: Callable[[], 
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
+    code = exit_code_of(error)
     if isinstance(error, PyqembError):
-        return error.exit_code, str(error)
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
-        return 74, f"out of memory: {error}".removesuffix(": ")
+        return code, str(error)
+    if is_out_of_memory(error):
+        return code, f"out of memory: {error}".removesuffix(": ")
     if errno_of(error) is not None:
         path = getattr(error, "filename", None)
-        return 74, f"{os.fsdecode(path)}: {reason(error)}" if isinstance(path, (str, bytes)) else reason(error)
-    return 1, f"internal error: {type(error).__name__}: {error}{_place(error)}; --debug shows the traceback"
+        return code, f"{os.fsdecode(path)}: {reason(error)}" if isinstance(path, (str, bytes)) else reason(error)
+    return code, f"internal error: {type(error).__name__}: {error}{_place(error)}; --debug shows the traceback"
 
 
 def _place(error: BaseException) -> str:

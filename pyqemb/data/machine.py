@@ -22,6 +22,19 @@ _WORDS = {
     "readonly database": errno.EROFS,
 }
 _LIBRARIES = ("safetensors", "pyarrow", "sqlite3")
+_OUT_OF_MEMORY = ("CUDA out of memory", "not enough memory: you tried to allocate", "can't allocate memory")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with this error; docs/how-to/exit-codes.md lists the codes."""
+    if isinstance(error, PyqembError):
+        return error.exit_code
+    return MachineError.exit_code if is_out_of_memory(error) or errno_of(error) is not None else PyqembError.exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def errno_of(error: BaseException) -> int | None:

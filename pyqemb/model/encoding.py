@@ -21,6 +21,7 @@ from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size,
 from pyqemb.model.packed_model import PackedModel, in_order
 from pyqemb.model.pool import Pool, Pooled, as_tensors
 from pyqemb.model.progress import progress_bar
+from pyqemb.model.protocols import Ranks
 from pyqemb.model.quantize import quantize
 from pyqemb.model.similarity import check_similarity, similarity, similarity_pairwise
 
@@ -127,7 +128,7 @@ class Encoding(Pooled, PackedModel):
                 results = _joined(parts, width, output_value)
             elif output_value == "sentence_embedding":
                 forward = self._vectors_of(dim, truncate_dim, normalize_embeddings)
-                windows = self._windows(texts, forward, tokens_per_chunk, advance)
+                windows = self._windows(texts, forward, tokens_per_chunk, advance, self._ranks)
                 results = _filled(windows, (len(texts), width), on_progress)
             else:
                 forward = self._vectors_of(dim, truncate_dim, None if self.plain else False)
@@ -143,7 +144,8 @@ class Encoding(Pooled, PackedModel):
         self, texts: Sequence[str], dim: int | None = None, tokens_per_chunk: int | None = None
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Rows and their unit vectors, window after window; while the model works on one the next is tokenized."""
-        for rows, window in self._windows(texts, lambda chunk: self(chunk, dim), tokens_per_chunk, lambda done: None):
+        forward: Callable[[PackedBatch], torch.Tensor] = lambda chunk: self(chunk, dim)  # noqa: E731
+        for rows, window in self._windows(texts, forward, tokens_per_chunk, lambda done: None, self._ranks):
             yield rows, window.cpu().numpy()
 
     @also_called("texts", "sentences", "inputs")
@@ -251,6 +253,7 @@ class Encoding(Pooled, PackedModel):
         forward: Callable[[PackedBatch], Any],
         tokens_per_chunk: int | None,
         advance: Callable[[int], None],
+        ranks: Ranks | None = None,
     ) -> Iterator[tuple[slice, Any]]:
         windows = [
             slice(first, min(first + _TEXTS_AT_ONCE, len(texts))) for first in range(0, len(texts), _TEXTS_AT_ONCE)
@@ -263,7 +266,7 @@ class Encoding(Pooled, PackedModel):
                 tokens = ahead.result()
                 if after is not None:
                     ahead = background.submit(self.tokenizer.encode_documents, texts[after])
-                yield rows, in_order(tokens, forward, self._chunk_size(tokens_per_chunk), advance)
+                yield rows, in_order(tokens, forward, self._chunk_size(tokens_per_chunk), advance, ranks)
 
     def _vectors_of(
         self, dim: int | None, truncate_dim: int | None, normalize_embeddings: bool | None

@@ -3,10 +3,12 @@
 It is a decoder and its tokenizer, read from and written to a folder, on one device.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from pyqemb.model.device import pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
 from pyqemb.model.lora import merged_parameters
 from pyqemb.model.portable import check_digests
+from pyqemb.model.protocols import Ranks
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import Kind, check_kind
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
@@ -62,6 +65,7 @@ class PackedModel(nn.Module):
     """
 
     tokenizer: Tokenizer
+    _ranks: Ranks | None = None
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         super().__init__()
@@ -84,6 +88,22 @@ class PackedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(self.model.parameters()).dtype
+
+    @contextmanager
+    def encoding_on(self, ranks: Ranks) -> Iterator[None]:
+        """Within this context each rank encodes a part of the texts, and every rank gets all results.
+
+        Every rank has to call `encode`, or `score`, with the same texts. The results are those of one process.
+        """
+        self._ranks = ranks
+        try:
+            yield
+        finally:
+            self._ranks = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, such as that of a worker process, encodes alone."""
+        return {**self.__dict__, "_ranks": None}
 
     def _load(
         self: Model, tensors: Tensors, dtype: torch.dtype | str | None, device: torch.device | str | None
@@ -136,14 +156,20 @@ def in_order(
     forward: Callable[[PackedBatch], Results],
     tokens_per_chunk: int,
     advance: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
 ) -> Results:
     """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
 
-    The sequences are sorted by length, so that those of a chunk are alike.
+    The sequences are sorted by length, so that those of a chunk are alike. With `ranks`, which is for tensors, each
+    rank computes a part of the chunks and gets the results of all.
     """
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    batch = PackedBatch.pack([tokens[index] for index in order])
+    chunks = batch.split(tokens_per_chunk)
+    if ranks is not None:
+        return _in_order_on(ranks, order, batch, chunks, forward, advance)
     results = []
-    for chunk in PackedBatch.pack([tokens[index] for index in order]).split(tokens_per_chunk):
+    for chunk in chunks:
         results.append(forward(chunk))
         advance(chunk.num_sequences)
     if isinstance(results[0], torch.Tensor):
@@ -155,3 +181,24 @@ def in_order(
     for index, item in zip(order, (item for result in results for item in result), strict=True):
         items[index] = item
     return items
+
+
+def _in_order_on(
+    ranks: Ranks,
+    order: list[int],
+    batch: PackedBatch,
+    chunks: list[PackedBatch],
+    forward: Callable[[PackedBatch], Any],
+    advance: Callable[[int], None],
+) -> Any:
+    """`in_order` by several ranks: chunk i is computed by rank i % size. A rank without a chunk takes part."""
+    places = np.split(np.array(order), np.cumsum([chunk.num_sequences for chunk in chunks])[:-1])
+    none = np.empty(0, dtype=np.int64)
+    partition = [np.concatenate([none, *places[rank :: ranks.size]]) for rank in range(ranks.size)]
+    own = []
+    for chunk in chunks[ranks.rank :: ranks.size] or [PackedBatch.pack([])]:
+        own.append(forward(chunk).float())
+        advance(chunk.num_sequences)
+    rows_BE = ranks.gather_rows(torch.cat(own), partition, batch)
+    advance(len(order) - len(partition[ranks.rank]))
+    return rows_BE

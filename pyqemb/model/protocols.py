@@ -31,6 +31,30 @@ class TextEncoder(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """The ranks that encode together: of the chunks of a batch each passes every `size`-th through the model."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        ...
+
+    def gather_rows(self, own_BE: torch.Tensor, partition: Sequence[np.ndarray], batch: PackedBatch) -> torch.Tensor:
+        """The rows of all sequences, [B, E], on every rank, given those of this rank's sequences.
+
+        Args:
+            own_BE: the rows of this rank's sequences, in the order of its part of `partition`.
+            partition: for each rank the places, in the result, of its sequences.
+            batch: all sequences, the same on every rank.
+        """
+        ...
+
+
 class VectorEncoder(Protocol):
     """Texts to vectors: what evaluation needs."""
 

@@ -217,7 +217,7 @@ class Reranker(Scoring):
     def _margins(self, bodies: Sequence[str], tokens_per_chunk: int | None) -> np.ndarray:
         tokens = self.tokenizer.encode_documents(bodies)
         forward: Callable[[PackedBatch], torch.Tensor] = self
-        logits_B2 = in_order(tokens, forward, self._chunk_size(tokens_per_chunk)).cpu().numpy()
+        logits_B2 = in_order(tokens, forward, self._chunk_size(tokens_per_chunk), ranks=self._ranks).cpu().numpy()
         return logits_B2[:, 0] - logits_B2[:, 1]
 
 

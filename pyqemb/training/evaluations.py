@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from pyqemb.errors import ConfigError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training.config import EvalSection
+from pyqemb.training.parallel.together import together
+from pyqemb.training.parallel.world import World
 
 Evaluate = Callable[[Embedder | Reranker], Mapping[str, float]]
 
@@ -37,12 +40,18 @@ class Evaluations:
         """Whether `eval.patience` evaluations in a row have not been better than the best one."""
         return self.section.patience is not None and self.since_best >= self.section.patience
 
-    def measure(self, model: Embedder | Reranker) -> dict[str, float]:
-        """Evaluate a model; the numbers by name."""
+    def measure(self, model: Embedder | Reranker, world: World) -> dict[str, float]:
+        """Evaluate a model on all ranks, which share its forward passes; the numbers of rank 0 by name.
+
+        Raises:
+            RankError: `evaluate` raised on another rank. ConfigError: the ranks encode different texts.
+        """
         assert self.evaluate is not None
         model.eval()
-        values = {name: float(value) for name, value in self.evaluate(model).items()}
+        with together(world) as ranks, model.encoding_on(ranks) if world.size > 1 else nullcontext():
+            values = {name: float(value) for name, value in self.evaluate(model).items()}
         model.train()
+        values = world.broadcast_object(values)
         self.results = {name: value for name, value in values.items() if math.isfinite(value)}
         return values
 

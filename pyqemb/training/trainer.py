@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from pyqemb.training.grad_cache.passes import gradient_at
 from pyqemb.training.notes import write_notes
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import learning_rate
-from pyqemb.training.parallel.world import World, joined
+from pyqemb.training.parallel.together import together
+from pyqemb.training.parallel.world import World, is_of_a_collective, joined
 from pyqemb.training.resume import check_continues, flat
 from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_model, seed_everything
 from pyqemb.training.signals import StopRequest
@@ -54,15 +55,16 @@ def train(
 ) -> TrainResult:
     """Train a model and write it to `save.dir`/final.
 
-    Under torchrun the ranks share each batch and take the same steps as one process would; the first rank writes and
-    evaluates.
+    Under torchrun the ranks share each batch and take the same steps as one process would. They evaluate together; the
+    first rank writes.
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
         evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by
             name. An attribute `metric_names` lets eval.metric be checked before the first step;
-            pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one,
-            the first calls it.
+            pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one
+            and calls it: the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them
+            with the same texts on every rank. The numbers of the first rank count.
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
@@ -74,7 +76,8 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues
             bit by bit.
 
-    What `evaluate`, `on_step` or a callback raises goes on to the caller, after a checkpoint has been saved.
+    What `evaluate`, `on_step` or a callback raises goes on to the caller, after a checkpoint has been saved. Where it
+    raises on one rank, the other ranks raise a RankError that names the rank and the error.
 
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
     plan.
@@ -138,7 +141,8 @@ class Run:
         seed_everything(config.train.seed)
         if checkpoint is not None:
             self._continue_from(checkpoint)
-        world.raise_together(self._preflight, self.model.device)
+        with together(world):
+            self._preflight()
         if world.is_first:
             write_notes(self.folder, config, self.model.device, self.model.dtype)
 
@@ -167,7 +171,7 @@ class Run:
             self._end_step(self.train_step())
             if self.evaluations.due(self.step, self.steps):
                 self._evaluate()
-                early = self.world.broadcast_object(self.evaluations.out_of_patience)
+                early = self.evaluations.out_of_patience
             if self.step == self.steps or early or self._due(self.config.save.every):
                 self.save()
         if self.step < self.steps and not early:
@@ -270,23 +274,21 @@ class Run:
             )
 
     def _evaluate(self) -> None:
-        """Evaluate on the first rank, and keep the best model as `best`.
+        """Evaluate on all ranks, and keep the best model as `best`. All ranks get the values of the first.
 
         After the last step the final model is written before, so that a failed evaluation does not cost it.
         """
-        if not self.world.is_first:
-            return
         if self.step == self.steps:
             with self._saving_on_error("writing the final model"):
                 self._write_final()
         with self._saving_on_error("evaluate"):
-            values = self.evaluations.measure(self.model)
+            values = self.evaluations.measure(self.model, self.world)
         if values:
             row = {"step": self.step, "eval": {name: self.evaluations.results.get(name) for name in values}}
             self.metrics.append(row)
             self._call("on_evaluate", row)
         with self._saving_on_error("evaluate"):
-            if self.evaluations.is_best(values, self.step):
+            if self.evaluations.is_best(values, self.step) and self.world.is_first:
                 self.model.save_pretrained(self.folder / "best", provenance=self._provenance())
 
     def _write_final(self) -> None:
@@ -299,8 +301,14 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, its metrics first, unless there is one."""
-        if not self.world.is_first or self.saved_step == self.step:
+        if self.saved_step == self.step:
             return
+        if self.world.is_first:
+            self._write_checkpoint()
+        self.saved_step = self.step
+        self._call("on_save", self.step, self.checkpoints / f"step_{self.step:08}")
+
+    def _write_checkpoint(self) -> None:
         self.metrics_file.sync()
         state = {
             "config": self.config.model_dump(mode="json"),
@@ -313,9 +321,7 @@ class Run:
         }
         weights = {name: weight.detach().contiguous().cpu() for name, weight in self.optimizer.weights.items()}
         moments = {name: value.contiguous().cpu() for name, value in self.optimizer.state_tensors().items()}
-        folder = Checkpoint(self.step, weights, moments, state).save(self.checkpoints, self.config.save.keep)
-        self.saved_step = self.step
-        self._call("on_save", self.step, folder)
+        Checkpoint(self.step, weights, moments, state).save(self.checkpoints, self.config.save.keep)
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         check_continues(checkpoint, self.config, self.fingerprint, set(self.optimizer.weights))
@@ -341,20 +347,26 @@ class Run:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all callbacks, on the first rank; an exception costs no training."""
-        for callback in self.callbacks if self.world.is_first else []:
-            with self._saving_on_error(callback.describe(hook)):
-                getattr(callback, hook)(*arguments)
+        called = self.callbacks[0]
+        with self._saving_on_error(lambda: called.describe(hook)):
+            for called in self.callbacks if self.world.is_first else []:
+                getattr(called, hook)(*arguments)
 
     @contextmanager
-    def _saving_on_error(self, what: str) -> Iterator[None]:
-        """Where an exception leaves the block, save a checkpoint first."""
+    def _saving_on_error(self, what: str | Callable[[], str]) -> Iterator[None]:
+        """Where an exception leaves the block on any rank, every rank saves a checkpoint and raises."""
         try:
-            yield
+            with together(self.world):
+                yield
         except BaseException as error:
             self.model.train()
+            if is_of_a_collective(error):
+                raise
+            what = what if isinstance(what, str) else what()
             message = f"{what} raised {type(error).__name__} after step {self.step} of {self.steps}"
             try:
-                self.save()
+                with together(self.world):
+                    self.save()
             except PyqembError as failed:
                 log.error("%s, and a checkpoint could not be saved: %s", message, failed)
             else:

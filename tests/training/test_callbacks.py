@@ -114,10 +114,17 @@ def test_an_interrupted_run_ends_without_a_result(place):
     assert calls == [("begin", 0), ("step", 1), ("save", 1), ("end", None)]
 
 
+class Second(World):
+    """Rank 1 of two whose other rank does the same."""
+
+    def gather_number(self, number):
+        return [number] * 2
+
+
 def test_only_the_first_rank_calls_them(place):
     calls = []
     run = Run(config(place), None, World(), "cpu", StopRequest(), callbacks=[Recorder(calls)])
-    run.world = World(1, 2)
+    run.world = Second(1, 2)
     for hook in ("on_step_end", "on_evaluate", "on_save"):
         run._call(hook, None)
     run.step = run.steps

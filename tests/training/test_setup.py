@@ -10,6 +10,7 @@ from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.datasets import read_datasets
 from pyqemb.training.objectives import LossParameters
+from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
 from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_model
 from pyqemb.training.steps import StepLoader, StepStats
@@ -77,9 +78,10 @@ def test_a_check_that_fails_raises_its_error():
     def fail():
         raise MachineError("no room")
 
-    World().raise_together(lambda: None, torch.device("cpu"))
-    with pytest.raises(MachineError, match="no room"):
-        World().raise_together(fail, torch.device("cpu"))
+    with together(World()):
+        pass
+    with pytest.raises(MachineError, match="no room"), together(World()):
+        fail()
 
 
 def test_a_reranker_has_no_settings_of_embedders(config):

@@ -29,7 +29,7 @@ class Callback:
 
     Only the first rank calls them, in the order of the list, after the run's own: metrics.jsonl, TensorBoard, the
     progress display. When a hook raises an exception, a checkpoint is saved, then the exception goes on to the caller
-    of `train`.
+    of `train`; the other ranks raise a RankError.
 
     Example:
         >>> class Best(Callback):

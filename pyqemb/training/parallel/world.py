@@ -6,7 +6,7 @@ Legend: S texts of a batch, E dimension.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyqemb.errors import ConfigError, Interrupted, PyqembError, RankError
+from pyqemb.errors import ConfigError, Interrupted, RankError
 from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
@@ -32,6 +32,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"  # of the messages
 
     @property
     def is_first(self) -> bool:
@@ -101,24 +102,20 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
-    def raise_together(self, check: Callable[[], None], device: torch.device) -> None:
-        """Run a check that may differ between ranks. Where it raises a PyqembError on one, every rank raises.
+    def gather_number(self, number: int) -> list[int]:
+        """The number of each rank, on every rank."""
+        if self.size == 1:
+            return [number]
+        numbers = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(numbers, torch.tensor([number], device=self.device))
+        return numbers.tolist()
 
-        Raises:
-            PyqembError: of this rank. ConfigError: names another rank whose check failed.
-        """
-        error: PyqembError | None = None
-        try:
-            check()
-        except PyqembError as caught:
-            error = caught
-        failed = torch.zeros(self.size, device=device)
-        failed[self.rank] = error is not None
-        failed = self.all_reduce_(failed)
-        if error is not None:
-            raise error
-        if failed.any():
-            raise ConfigError(f"rank {int(failed.nonzero()[0])} cannot start, its message says why")
+    def gather_object(self, value: Value) -> list[Value]:
+        """The value of each rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def check_equal(self, facts: dict[str, Any]) -> None:
         """Raise a ConfigError on all ranks if a rank has another value of a fact than rank 0.
@@ -127,8 +124,7 @@ class World:
         """
         if self.size == 1:
             return
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, facts)
+        everyone = self.gather_object(facts)
         for rank, theirs in enumerate(everyone):
             for name in sorted(facts.keys() | theirs.keys()):
                 if theirs.get(name) != everyone[0].get(name):
@@ -178,9 +174,9 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
             raise ConfigError(f"train.device: several processes each take their own GPU, got {device!r}")
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    own_group = not dist.is_initialized()
+    own_group, on = not dist.is_initialized(), device if on_gpu else "cpu"
     store = _rendezvous(_number("RANK"), size, timeout) if own_group else None
-    world = World(_number("RANK"), size) if own_group else World(dist.get_rank(), dist.get_world_size())
+    world = World(_number("RANK"), size, on) if own_group else World(dist.get_rank(), dist.get_world_size(), on)
 
     def broadcast(value: Any) -> Any:
         """Rank 0's value. No collective where the group is still to be made: that may be where a rank is lost."""
@@ -197,11 +193,11 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", store=store, rank=world.rank, world_size=size, timeout=_FOREVER
             )
-        yield world, device if on_gpu else "cpu"
+        yield world, on
         dist.barrier()  # nobody closes its connections while another still reads from them
     except BaseException as error:
         failed = error
-        if heartbeat is not None and _is_of_a_collective(error):
+        if heartbeat is not None and is_of_a_collective(error):
             lost = heartbeat.wait_for_loss(_FOLLOWS) or f"a collective failed: {str(error).splitlines()[0]}"
             failed = RankError(lost_message(world.rank, lost))
             raise failed from error
@@ -259,5 +255,6 @@ def _number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether a collective failed: another rank is gone."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
