@@ -62,12 +62,12 @@ def attention_plan(
     elif tokens_k is not None:
         raise ValueError(f"[{op}] tokens_k must be None without cu_seqlens_k, got {tokens_k!r:.100}")
     target = cu_seqlens.device if device is None else checks.device(op, "device", device)
-    if target.type not in ("cpu", "cuda"):
+    if target.type not in ("cpu", "cuda") and not checks.has_no_values():
         raise ValueError(f"[{op}] device must be the CPU or a CUDA device, got {target}")
     count = _count(op, "tokens", tokens, cu_seqlens)
     count_k = count if cu_seqlens_k is None else _count(op, "tokens_k", tokens_k, cu_seqlens_k)
     for name, cu, total in (("cu_seqlens", cu_seqlens, count), ("cu_seqlens_k", cu_seqlens_k, count_k)):
-        if cu is not None and cu.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cu is not None and cu.device.type == "cpu" and not checks.has_no_values():
             _C.check_cu_seqlens(op, name, cu.contiguous(), total, "q" if name == "cu_seqlens" else "k")
     return _make_plan(op, cu_seqlens, cu_seqlens_k, count, count_k, target)
 
@@ -87,7 +87,7 @@ def _count(op: str, name: str, count: Any, cu: Tensor) -> int:
     """How many tokens there are: as given, or the last value of cu_seqlens."""
     if count is not None:
         count = checks.integer(op, name, count, 0, _MOST_TOKENS)
-        if cu.device.type == "cpu" and not torch.compiler.is_compiling() and count != int(cu[-1]):
+        if cu.device.type == "cpu" and not checks.has_no_values() and count != int(cu[-1]):
             lengths = name.replace("tokens", "cu_seqlens")
             raise ValueError(f"[{op}] {name} must be where {lengths} ends, {int(cu[-1])}, got {count}")
         return count
@@ -99,7 +99,7 @@ def _count(op: str, name: str, count: Any, cu: Tensor) -> int:
 def _make_plan(
     op: str, cu_q: Tensor, cu_k: Tensor | None, tokens: int, tokens_k: int, device: torch.device
 ) -> AttentionPlan:
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if device.type != "cuda" or checks.has_no_values():
         cu_q, cu_k = _lengths(op, cu_q, cu_k, tokens, tokens_k, device)
         return AttentionPlan(cu_q, cu_k, tokens, tokens_k)
     if cu_q.device.type == "cpu" and (cu_k is None or cu_k.device.type == "cpu"):

@@ -7,7 +7,8 @@ same words.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +16,31 @@ import torch
 from torch import Tensor
 
 _NO_DISPATCH = Tensor.__torch_dispatch__
+_stands_for: str | None = None
+
+
+@contextmanager
+def shapes_only(device: str) -> Iterator[None]:
+    """Inside, the ops take tensors of the meta device: they return, and save for backward, what they do on `device`.
+
+    `device` is "cpu" or "cuda", which need not be there. As in a compiled graph, values are not checked.
+    """
+    global _stands_for
+    before, _stands_for = _stands_for, device
+    try:
+        yield
+    finally:
+        _stands_for = before
+
+
+def has_no_values() -> bool:
+    """Whether an op is called for shapes alone: inside a compiled graph, or in `shapes_only`."""
+    return torch.compiler.is_compiling() or _stands_for is not None
+
+
+def device_type(x: Tensor) -> str:
+    """The type of a tensor's device; in `shapes_only` that of the device it stands for."""
+    return _stands_for or x.device.type
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
@@ -24,7 +50,7 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(value).__name__}")
-    if torch.compiler.is_compiling():  # a graph that is traced holds no memory
+    if has_no_values():
         return value
     if type(value).__torch_dispatch__ is not _NO_DISPATCH:
         raise TypeError(f"[{op}] {name} must be a plain torch.Tensor, got {type(value).__name__}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyqemb import _C
-from pyqemb.ops.checks import tensor
+from pyqemb.ops.checks import has_no_values, tensor
 
 _LARGE = 1 << 20  # bytes
 _LIBRARY = torch.library.Library("pyqemb", "DEF")
@@ -41,7 +41,7 @@ def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device
     cu_seqlens = tensor(op, name, cu_seqlens).contiguous()
     if device.type == "cpu" or cu_seqlens.device.type != "cpu":
         return cu_seqlens.cpu() if device.type == "cpu" else cu_seqlens
-    if torch.compiler.is_compiling():
+    if has_no_values():
         return cu_seqlens.to(device)
     _C.check_cu_seqlens(op, name, cu_seqlens, tokens, of)
     return cu_seqlens.pin_memory().to(device, non_blocking=True)
@@ -58,8 +58,8 @@ class Native(NamedTuple):
     op: Any
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function, or the op of torch inside a compiled graph."""
-        return (self.op if torch.compiler.is_compiling() else self.raw)(*arguments)
+        """Call the function, or the op of torch where tensors have no values."""
+        return (self.op if has_no_values() else self.raw)(*arguments)
 
 
 def native(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Native]:
@@ -108,7 +108,7 @@ def differentiable(
     Eager.__name__ = name
 
     def call(*inputs: Any) -> Any:
-        return forward.op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        return forward.op(*inputs) if has_no_values() else Eager.apply(*inputs)
 
     return call
 

@@ -130,7 +130,7 @@ def info_nce(
     checks.choice(_OP, "reduction", reduction, ("mean", "sum"))
     checks.flag(_OP, "return_stats", return_stats)
     tau, temperature = _temperature(temperature, queries_BE)
-    if not torch.compiler.is_compiling():  # a compiled graph holds no values yet
+    if not checks.has_no_values():  # a compiled graph holds no values yet
         _C.check_info_nce(queries_BE.contiguous(), documents_ME.contiguous(), positive, owner, document_ids)
     num_queries = queries_BE.shape[0]
     first, count = (0, num_queries) if rows is None else _rows(rows, num_queries)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyqemb.ops.checks import on_device_of, tensor
+from pyqemb.ops.checks import device_type, on_device_of, tensor
 from pyqemb.ops.common import empty
 
 
@@ -34,11 +34,12 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     on_device_of("linear", "weight", weight_OI, "x", x_TI)
     if x_TI.shape[1] != weight_OI.shape[1]:
         raise ValueError(f"[linear] x and weight must share their inputs, got {x_TI.shape[1]} and {weight_OI.shape[1]}")
-    if torch.is_autocast_enabled(x_TI.device.type) or torch.compiler.is_compiling():
+    device = device_type(x_TI)
+    if torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
         return F.linear(x_TI, weight_OI)
     if x_TI.dtype != weight_OI.dtype:
         raise TypeError(f"[linear] weight must have the dtype of x, {x_TI.dtype}, got {weight_OI.dtype}")
-    return _Linear.apply(x_TI, weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI, weight_OI)
+    return _Linear.apply(x_TI, weight_OI) if device == "cpu" else F.linear(x_TI, weight_OI)
 
 
 def add_known_output(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:

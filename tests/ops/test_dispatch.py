@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from pyqemb import _C, ops
+from pyqemb.ops.checks import shapes_only
 from pyqemb.ops.groups import GROUPS
 from pyqemb.testing.cases import cu_seqlens
 
@@ -48,9 +49,9 @@ def layer(q, k, v, x, weight, head_weight, cos, sin):
     """Every differentiable op once."""
     attended = ops.varlen_attention(ops.qk_norm_rope(q, head_weight, cos, sin), k, v, CU, causal=True).flatten(1)
     normed, total = ops.rms_norm(attended, weight, residual=x)
-    hidden = ops.rms_norm(ops.linear(ops.swiglu(normed, total), torch.eye(64)), weight)
+    hidden = ops.rms_norm(ops.linear(ops.swiglu(normed, total), torch.eye(64, device=x.device)), weight)
     vectors = ops.last_token_pool(hidden, CU, norm_weight=weight, dim=32)
-    loss, stats = ops.info_nce(vectors, vectors.detach(), torch.arange(4), return_stats=True)
+    loss, stats = ops.info_nce(vectors, vectors.detach(), torch.arange(4, device=x.device), return_stats=True)
     return loss + hidden.sum(), stats
 
 
@@ -65,6 +66,20 @@ def test_a_compiled_graph_holds_every_op():
     grads = torch.autograd.grad(eager, leaves)
     for again, grad in zip(torch.autograd.grad(compiled, leaves), grads, strict=True):
         assert torch.equal(again, grad)
+
+
+def test_without_values_every_op_has_its_shapes():
+    inputs = [leaf(13, 4, 16), leaf(13, 2, 16), leaf(13, 2, 16), leaf(13, 64), leaf(64), leaf(16), *angles(13, 16)]
+    loss, _ = layer(*inputs)
+    grads = torch.autograd.grad(loss, inputs[:6])
+    unreal = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs]
+    with shapes_only("cpu"):
+        loss, _ = layer(*unreal)
+        shapes = torch.autograd.grad(loss, unreal[:6])
+    assert [x.shape for x in shapes] == [x.shape for x in grads]
+    assert {x.device.type for x in (loss, *shapes)} == {"meta"}
+    with pytest.raises(ValueError, match="must be on the CPU or on a CUDA device, got meta"):
+        layer(*unreal)
 
 
 def test_search_compiles_whole():

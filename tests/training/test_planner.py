@@ -9,6 +9,7 @@ import torch
 
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
+from pyqemb.model.lora import LoraConfig, add_lora
 from pyqemb.testing.cached_step import batches
 from pyqemb.testing.cases import heavy_tailed
 from pyqemb.testing.tiny import tiny_embedder
@@ -208,3 +209,37 @@ def test_measured_peaks_are_as_predicted():
         assert report.measured_bytes <= budget + LIBRARIES
     assert len({report.plan for report in reports}) == 3
     assert reports[-1].plan.kept >= reports[-1].chunks
+
+
+SHAPES = {
+    "as 0.6B": dict(hidden_size=128, intermediate_size=384, num_attention_heads=16, num_key_value_heads=8),
+    "wide MLP": dict(hidden_size=160, intermediate_size=608, num_attention_heads=8, num_key_value_heads=1),
+    "large results": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=4, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "layers", "lora", "pooling"),
+    [("as 0.6B", 3, False, "last"), ("as 0.6B", 2, True, "last"), ("wide MLP", 4, False, "last"),
+     ("wide MLP", 2, False, "mean"), ("large results", 1, True, "last"), ("large results", 1, False, "last")],
+)  # fmt: skip
+def test_a_model_without_values_costs_as_much(shape, layers, lora, pooling, dtype, checkpointed):
+    stream = PackedBatch.pack([[*range(start, start + 23)] for start in range(0, 230, 23)])  # no token comes twice
+
+    def model():
+        model = tiny_embedder(pooling=pooling, num_hidden_layers=layers, **SHAPES[shape])
+        if lora:
+            model.requires_grad_(False)
+            add_lora(model.model, LoraConfig(rank=8))
+        return model.to(dtype)
+
+    def costs(model, device=None):
+        found = measure(model, stream, model.parameters(), checkpointed, device)
+        return found.graph, found.boundary, found.vector, found.forward, found.graph + found.backward
+
+    real, unreal = model(), model().to("meta")
+    measured = costs(real)
+    assert costs(unreal, "cpu") == pytest.approx(measured, rel=0.02)
+    assert costs(unreal, "cuda")[:3] == pytest.approx(measured[:3])

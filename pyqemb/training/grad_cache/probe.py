@@ -1,7 +1,11 @@
-"""What a token costs a model in memory, measured on a few tokens. Legend: U sequences, E dimension."""
+"""What a token costs a model in memory, measured on a few tokens. Legend: U sequences, E dimension.
+
+A model on the meta device computes nothing and has the same costs: its ops know the shapes of all that they make.
+"""
 
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.residual_stream import Boundaries
+from pyqemb.ops.checks import shapes_only
 from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_boundaries
 
 # Tokens of the two probes: primes, so that no activation is taken for the gradient of a weight by its size.
 _FEW, _MORE = 67, 131
+
+# Where a storage comes from that an op has made: the ops ask torch for room, or view a block that torch does not know
+# (pyqemb/ops/common.py: empty). Torch's own ops bring results.
+_BY_OPS = torch.ops.aten.empty.memory_format, torch.ops.aten.view.default
 
 
 class TokenCosts(NamedTuple):
@@ -28,14 +37,20 @@ class TokenCosts(NamedTuple):
 
 
 def measure(
-    model: Model, stream: PackedBatch, parameters: Iterable[torch.Tensor], checkpointed: bool = False
+    model: Model,
+    stream: PackedBatch,
+    parameters: Iterable[torch.Tensor],
+    checkpointed: bool = False,
+    device: str | None = None,
 ) -> TokenCosts:
     """Run two small chunks of the stream's tokens, forward and backward; the difference tells what a token costs.
 
     The parameters' gradients grow: the caller puts them aside. Random numbers are drawn.
+
+    `device`, "cpu" or "cuda", says where a model of the meta device would run (default: it is where it runs).
     """
     existing = list(parameters)
-    with checkpointing(model, checkpointed):
+    with checkpointing(model, checkpointed), nullcontext() if device is None else shapes_only(device):
         (few, _), (more, vector) = (_run(model, _sample(stream, tokens), existing) for tokens in (_FEW, _MORE))
     forward, graph, backward, boundary = (max(b - a, 0) / (_MORE - _FEW) for a, b in zip(few, more, strict=True))
     return TokenCosts(forward, graph, backward, boundary, vector)
@@ -96,7 +111,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        own = func is torch.ops.aten.empty.memory_format  # the ops ask for room, torch's own bring results
+        own = func in _BY_OPS or func.namespace == "pyqemb"  # without values an op is one call
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
                 self._see(result.untyped_storage(), own)
