@@ -16,6 +16,7 @@ from pyqemb.data.machine import raise_if_machine
 from pyqemb.errors import CheckpointError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
+from pyqemb.model.shards import local, own_rows
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,6 +59,10 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._read(*self._home[name])
 
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor; the others are not read."""
+        return self._read(*self._home[name], rows)
+
     def head(self, name: str) -> torch.Tensor | None:
         """One of the heads, None where the folder has none of that name."""
         return self._read(self._heads[name], name) if name in self._heads else None
@@ -90,8 +95,10 @@ class Tensors(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{path}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
 
-    def _read(self, path: Path, stored: str) -> torch.Tensor:
+    def _read(self, path: Path, stored: str, rows: slice | None = None) -> torch.Tensor:
         try:
+            if rows is not None:
+                return self._handle(path).get_slice(stored)[rows]
             return self._handle(path).get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise_if_machine(path, error)
@@ -138,27 +145,56 @@ def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None
             _check_shape(tensors, stored, shape)
 
 
+def check_weights(module: Decoder, tensors: Tensors) -> dict[str, str]:
+    """Compare the names, shapes and dtypes of a folder's tensors with a decoder's parameters; nothing is read.
+
+    Adapters are no part of it.
+
+    Returns:
+        The stored name of each parameter.
+
+    Raises:
+        CheckpointError: names are missing or surplus, or a shape or dtype is another one.
+    """
+    parameters = {name: x for name, x in module.named_parameters() if ".lora." not in name}
+    stored = {name: module.family.stored_name(name) for name in parameters}
+    missing, surplus = set(stored.values()) - tensors.keys(), tensors.keys() - set(stored.values())
+    if missing or surplus:
+        raise CheckpointError(
+            f"{tensors.folder}: the weights are not those of config.json: "
+            f"missing {_some(missing)}, surplus {_some(surplus)}"
+        )
+    for name, parameter in parameters.items():
+        tensors.dtype(stored[name])
+        _check_shape(tensors, stored[name], tuple(parameter.shape))
+    return stored
+
+
 def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
     """Fill a decoder (it may live on the meta device) from a folder; dtype None keeps the stored one.
 
     CheckpointError, naming the tensor, for missing and surplus names, other shapes or dtypes, NaN and infinity.
     """
     tensors = source if isinstance(source, Tensors) else read_tensors(source)
-    wanted = {module.family.stored_name(name): (name, parameter) for name, parameter in module.named_parameters()}
-    missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    if missing or surplus:
-        raise CheckpointError(
-            f"{tensors.folder}: the weights are not those of config.json: "
-            f"missing {_some(missing)}, surplus {_some(surplus)}"
-        )
-    for stored, (_, parameter) in wanted.items():
-        tensors.dtype(stored)
-        _check_shape(tensors, stored, tuple(parameter.shape))
+    names = check_weights(module, tensors)
     dtype = widest_dtype(tensors) if dtype is None else dtype
     # Copies: the mapped file may be replaced or changed while the model lives.
-    copies = {name: _finite(tensors, stored).to(dtype, copy=True) for stored, (name, _) in wanted.items()}
+    copies = {name: _finite(tensors, stored).to(dtype, copy=True) for name, stored in names.items()}
     module.load_state_dict(copies, assign=True)
     module.requires_grad_(True)
+
+
+@torch.no_grad()
+def load_rows(module: Decoder, tensors: Tensors) -> None:
+    """Fill the parameters of a decoder in place; of a sharded one only the rows that this rank holds are read.
+
+    CheckpointError as of `load_weights`.
+    """
+    names = check_weights(module, tensors)
+    for name, parameter in module.named_parameters():
+        if name in names:
+            rows = own_rows(parameter)
+            local(parameter).copy_(_finite(tensors, names[name], rows))
 
 
 def widest_dtype(tensors: Tensors) -> torch.dtype:
@@ -201,8 +237,8 @@ def _there(folder: Path, file: str) -> Path:
     return path
 
 
-def _finite(tensors: Tensors, name: str) -> torch.Tensor:
-    tensor = tensors[name]
+def _finite(tensors: Tensors, name: str, rows: slice | None = None) -> torch.Tensor:
+    tensor = tensors[name] if rows is None else tensors.rows(name, rows)
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{tensors.file(name)}: {name} holds NaN or infinity")
     return tensor

@@ -81,7 +81,8 @@ class Embedder(Encoding):
             dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
             max_length: texts are truncated to this many tokens (default: sentence_bert_config.json or
                 tokenizer_config.json).
-            device: where the model goes (default: a GPU that can run the model, else the CPU).
+            device: where the model goes (default: a GPU that can run the model, else the CPU); "meta": shapes without
+                weights, see `load_rows`.
 
         Raises:
             CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.

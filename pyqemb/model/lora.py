@@ -20,6 +20,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, write_safetensors
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.linear import Linear, Lora
+from pyqemb.model.shards import local, own_rows
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -94,13 +95,24 @@ def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for _, linear in _targets(model, config.targets):
         weight = linear.weight
-        bound = 1 / math.sqrt(weight.shape[1])  # as peft and nn.Linear draw it
-        a_RI = (torch.rand(config.rank, weight.shape[1], generator=generator) * 2 - 1) * bound
-        b_OR = torch.zeros(weight.shape[0], config.rank)
-        linear.lora = Lora(a_RI.to(weight), b_OR.to(weight), config.scale, config.dropout)
+        a_RI, b_OR = weight.new_empty(config.rank, weight.shape[1]), weight.new_empty(weight.shape[0], config.rank)
+        linear.lora = Lora(a_RI, b_OR, config.scale, config.dropout)
+    reset_lora(model, seed)
+
+
+@torch.no_grad()
+def reset_lora(model: Decoder, seed: int = 0) -> None:
+    """Give the adapters of a model their first weights, the same for the same seed; sharded ones the rows of these."""
+    generator = torch.Generator().manual_seed(seed)
+    for linear in adapted(model).values():
+        lora = linear.lora
+        assert lora is not None
+        bound = 1 / math.sqrt(lora.A.shape[1])  # as peft and nn.Linear draw it
+        a_RI = (torch.rand(lora.A.shape, generator=generator) * 2 - 1) * bound
+        local(lora.A).copy_(a_RI[own_rows(lora.A)])
+        local(lora.B).zero_()
 
 
 def adapted(model: nn.Module) -> dict[str, Linear]:

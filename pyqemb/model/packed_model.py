@@ -15,7 +15,7 @@ from torch import nn
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_sizes, load_weights
+from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_sizes, check_weights, load_rows, load_weights
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.device import pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
@@ -66,6 +66,7 @@ class PackedModel(nn.Module):
 
     tokenizer: Tokenizer
     _ranks: Ranks | None = None
+    heads: Collection[str] = (LM_HEAD,)  # tensors of a folder that are no weights of the decoder
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         super().__init__()
@@ -110,13 +111,28 @@ class PackedModel(nn.Module):
     ) -> Model:
         """Read the weights and move the model to its device.
 
-        On a GPU, wide weights become bfloat16 unless `dtype` says otherwise.
+        On a GPU, wide weights become bfloat16 unless `dtype` says otherwise. On the meta device there are none.
         """
+        if str(device) == "meta":
+            check_weights(self.model, tensors)
+            return self.to("meta", named_dtype(dtype))
         check_digests(tensors.folder)
         load_weights(self.model, tensors, named_dtype(dtype))
         place = pick_device(device, self.config)
         narrows = place.type == "cuda" and dtype is None and self.dtype.itemsize > 2
         return self.to(place, torch.bfloat16 if narrows else self.dtype)
+
+    def load_rows(self, folder: str | Path) -> None:
+        """Read the weights of a folder into parameters that are there already; of sharded ones this rank's rows alone.
+
+        CheckpointError as of `from_pretrained`. Adapters stay as they are.
+        """
+        load_rows(self.model, Tensors(local_folder(folder), self.heads))
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether the weight of the token embedding is used beside its forward pass."""
+        return False
 
     def _decoder_weights(self) -> dict[str, torch.Tensor]:
         """The decoder's parameters as a checkpoint names them, adapters folded in."""

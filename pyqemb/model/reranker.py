@@ -22,7 +22,8 @@ from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_folder, rera
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
 from pyqemb.model.sentence import check_reranker_modules, read_instruction
-from pyqemb.model.source import Attention, named_dtype
+from pyqemb.model.shards import local, own_rows
+from pyqemb.model.source import Attention, local_folder, named_dtype
 
 _PAIRS_AT_ONCE = 4096  # tokenized together
 
@@ -33,6 +34,8 @@ class Reranker(Scoring):
     `model` is the Decoder. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are
     tied to the token embeddings. `default_instruction` None: that of the model card.
     """
+
+    heads = (LM_HEAD, SCORE)
 
     def __init__(
         self,
@@ -63,12 +66,26 @@ class Reranker(Scoring):
         A causal language model may be a base model; it is then untrained as a reranker. Arguments and errors are those
         of `Embedder.from_pretrained`; the default of `max_length` is 8192 tokens.
         """
-        path, model, tensors = open_folder(folder, "reranker", attention, heads=(LM_HEAD, SCORE))
+        path, model, tensors = open_folder(folder, "reranker", attention, cls.heads)
         tokenizer = PairTokenizer.from_folder(path, max_length)
         check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)
         head, lm_head = _read_head(tensors, model.config, tokenizer)
         reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
         return reranker._load(tensors, dtype, device)
+
+    @torch.no_grad()
+    def load_rows(self, folder: str | Path) -> None:
+        """Read the weights of a folder into the parameters, the head among them."""
+        super().load_rows(folder)
+        if self.head is not None:
+            head, _ = _read_head(Tensors(local_folder(folder), self.heads), self.config, self.tokenizer)
+            assert head is not None
+            local(self.head).copy_(head[own_rows(self.head)])
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether the rows of yes and no are those of the token embedding."""
+        return self.head is None
 
     @property
     def default_instruction(self) -> str:

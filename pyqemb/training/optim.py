@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from pyqemb.model.shards import is_sharded, local
 from pyqemb.training.config import TrainSection
 
 
@@ -86,7 +87,7 @@ class Optimizer:
         norm = global_norm(gradients)
         limit = self.config.max_grad_norm
         if limit is not None and math.isfinite(norm) and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            torch._foreach_mul_([local(gradient) for gradient in gradients], limit / (norm + 1e-6))
         return norm
 
     def step(self, rate: float) -> None:
@@ -143,8 +144,18 @@ def _add_to(weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 
 def global_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The Euclidean norm of all of them together; NaN or infinity where one holds such."""
+    """The Euclidean norm of all of them together; NaN or infinity where one holds such.
+
+    Of sharded tensors every rank gives its rows: all ranks of a replica call it.
+    """
     tensors = list(tensors)
     if not tensors:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])))
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(tensor) for tensor in tensors])])
+    sharded = [place for place, tensor in enumerate(tensors) if is_sharded(tensor)]
+    if not sharded:
+        return float(torch.linalg.vector_norm(norms))
+    squares = norms.double().square()
+    total = squares[sharded].sum()
+    torch.distributed.all_reduce(total, group=tensors[sharded[0]].device_mesh.get_group())  # type: ignore[attr-defined]
+    return math.sqrt(total + squares.sum() - squares[sharded].sum())

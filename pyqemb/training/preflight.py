@@ -18,6 +18,7 @@ from pyqemb.data.machine import reason
 from pyqemb.errors import ConfigError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
+from pyqemb.model.shards import local
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets, most_negatives
 from pyqemb.training.evaluations import Evaluate
@@ -184,7 +185,7 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
 
 def pending_moments(optimizer: Optimizer) -> int:
     """Bytes of the moments that the first step will allocate; 0 where they are there."""
-    return 0 if optimizer.adamw.state else 8 * sum(weight.numel() for weight in optimizer.weights.values())
+    return 0 if optimizer.adamw.state else 8 * sum(local(weight).numel() for weight in optimizer.weights.values())
 
 
 def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int) -> None:

@@ -7,20 +7,27 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.device import pick_device
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.lora import LoraConfig, add_lora
+from pyqemb.model.lora import LoraConfig, add_lora, reset_lora
+from pyqemb.model.portable import check_digests
 from pyqemb.model.reranker import Reranker
+from pyqemb.model.source import local_folder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import Optimizer
 from pyqemb.training.parallel.world import World
 from pyqemb.training.state import Checkpoint, find, remove_leftovers
+
+if TYPE_CHECKING:
+    from pyqemb.training.parallel.sharding import Sharding
 
 log = logging.getLogger("pyqemb")
 
@@ -33,6 +40,35 @@ def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Rer
         model.requires_grad_(False)
         add_lora(model.model, LoraConfig(**config.lora.model_dump()), seed=config.train.seed)
     return model.train()
+
+
+def load_sharded_model(config: TrainConfig, device: str, world: World) -> tuple[Embedder | Reranker, "Sharding | None"]:
+    """`load_model`, and how its weights are shared by the ranks (None: every rank holds all of them).
+
+    A rank reads its own rows only.
+    """
+    if config.parallel.mesh(world.size)[1] == 1:
+        return load_model(config, device), None
+    from pyqemb.training.parallel.sharding import Sharding, make_mesh  # a second to import
+
+    model = load_model(config, "meta")
+    place = pick_device(device, model.config)
+    precision = pick_precision(config.train.precision, place)
+    sharding = Sharding(
+        model, make_mesh(config.parallel, world, place), precision, world, config.parallel.reshard_after_forward
+    )
+    model.to_empty(device=place)
+
+    def load() -> None:
+        folder = local_folder(config.model.base)
+        if world.is_first:
+            check_digests(folder)
+        model.load_rows(folder)
+
+    world.raise_together(load, place)
+    if config.lora is not None:
+        reset_lora(model.model, config.train.seed)
+    return model, sharding
 
 
 def _load_reranker(config: TrainConfig, device: str) -> Reranker:
@@ -62,22 +98,26 @@ _LOADERS: dict[str, Callable[[TrainConfig, str], Embedder | Reranker]] = {
 }
 
 
-def build_optimizer(config: TrainConfig, model: Embedder | Reranker, parameters: LossParameters) -> Optimizer:
+def build_optimizer(
+    config: TrainConfig, model: Embedder | Reranker, parameters: LossParameters, sharding: "Sharding | None" = None
+) -> Optimizer:
     """Return AdamW over the model's weights in float32 and the parameters of the loss.
 
-    The model then computes in `train.precision`.
+    The model then computes in `train.precision`; of a sharded one FSDP rounds the weights when it gathers them.
     """
-    precision = pick_precision(config.train.precision, model.device)
+    precision = torch.float32 if sharding else pick_precision(config.train.precision, model.device)
     extra_parameters = {f"loss.{name}": p for name, p in parameters.named_parameters()}
     return Optimizer(model, config.train, precision, extra_parameters)
 
 
-def build_cache(config: TrainConfig, model: Embedder | Reranker, optimizer: Optimizer) -> GradCache:
+def build_cache(
+    config: TrainConfig, model: Embedder | Reranker, optimizer: Optimizer, sharding: "Sharding | None" = None
+) -> GradCache:
     """The gradient cache, whose gradients end up at the optimizer's weights."""
     train = config.train
     return GradCache(
         model, None, train.tokens_per_chunk, memory=train.memory, skip=train.skip_gradients,
-        parameters=optimizer.weights.values(),
+        parameters=optimizer.weights.values(), ranks=sharding,
     )  # fmt: skip
 
 

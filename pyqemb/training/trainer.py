@@ -26,7 +26,7 @@ from pyqemb.training.optim import learning_rate
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World, is_of_a_collective, joined
 from pyqemb.training.resume import check_continues, flat
-from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_model, seed_everything
+from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_sharded_model, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import Checkpoint, random_states, restore_random_states
 from pyqemb.training.steps import StepBatch, StepLoader, StepStats
@@ -115,9 +115,10 @@ class Run:
     ):
         self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
+        config.parallel.mesh(world.size)
         preflight.check_evaluation(config, evaluate)
         checkpoint = find_checkpoint(self.folder, resume, world)
-        self.model = load_model(config, device)
+        self.model, self.sharding = load_sharded_model(config, device, world)
         datasets = read_datasets(config)
         self.fingerprint = datasets.fingerprint
         world.check_equal({"pyqemb": __version__, "data": self.fingerprint, **flat(config.model_dump(mode="json"))})
@@ -128,8 +129,8 @@ class Run:
         preflight.warn_of_settings(config, self.model, datasets, self.batches.loader, self.steps)
         if len(datasets.examples) > 1 and world.is_first:
             log.info("\n".join(mixing.lines(mixture(self.batches.loader, self.steps))))
-        self.optimizer = build_optimizer(config, self.model, parameters)
-        self.cache = build_cache(config, self.model, self.optimizer)
+        self.optimizer = build_optimizer(config, self.model, parameters, self.sharding)
+        self.cache = build_cache(config, self.model, self.optimizer, self.sharding)
         self.evaluations = Evaluations(config.eval, evaluate)
         self.metrics_file = MetricsFile()
         board = [TensorBoard()] if config.train.tensorboard and world.is_first else []
@@ -144,7 +145,7 @@ class Run:
         with together(world):
             self._preflight()
         if world.is_first:
-            write_notes(self.folder, config, self.model.device, self.model.dtype)
+            write_notes(self.folder, config, self.model.device, getattr(self.sharding, "dtype", self.model.dtype))
 
     def train(self) -> TrainResult:
         """The whole run, its callbacks around it."""
@@ -205,7 +206,7 @@ class Run:
         norm = math.nan
         if stats.is_finite:
             self.cache.backward(forward, gradient_at(embeddings_SE, part.loss))
-            world.all_reduce_gradients(self.optimizer.grad_tensors)
+            (self.sharding or world).all_reduce_gradients(self.optimizer.grad_tensors)
             norm = self.optimizer.clip()
         else:
             self.cache.discard(forward)
@@ -342,7 +343,7 @@ class Run:
         if self.step < self.steps:
             stream = self.batches.load(self.step).stream
             moments = preflight.pending_moments(self.optimizer)
-            if stream.num_sequences:
+            if stream.num_sequences or self.sharding:  # ranks of a sharded model pass through it together
                 preflight.check_memory(self.cache, stream, moments, self.model.device)
 
     def _call(self, hook: str, *arguments: Any) -> None:

@@ -16,10 +16,11 @@ from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.ops import checks
 from pyqemb.training.grad_cache import passes
 from pyqemb.training.grad_cache.chunks import chunk, chunk_tokens, distinct
-from pyqemb.training.grad_cache.memory import PeakMemory, catch_oom, gradients_aside
+from pyqemb.training.grad_cache.memory import PeakMemory, gradients_aside
 from pyqemb.training.grad_cache.passes import Model, PassRecord, RngState
 from pyqemb.training.grad_cache.plan import Plan
 from pyqemb.training.grad_cache.planner import StepPlanner
+from pyqemb.training.grad_cache.ranks import StepRanks
 from pyqemb.training.grad_cache.skip import skip_small_gradients
 
 LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,6 +84,8 @@ class GradCache:
         skip: share of the summed norm of the cached gradients that may be left out: the texts with the smallest have no
             second pass. Not exact; 0 skips nothing.
         parameters: the tensors whose .grad the gradients end up in, where they are not those of the model.
+        ranks: the ranks that the weights are shared by (`pyqemb.training.parallel.sharding`); all of them run every
+            step. Gradients are then this rank's shards of the sums over these ranks.
 
     Raises:
         ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that draws random numbers; `plan` beside
@@ -102,6 +105,7 @@ class GradCache:
         memory: int | Literal["auto"] | None = None,
         skip: float = 0.0,
         parameters: Iterable[torch.Tensor] | None = None,
+        ranks: StepRanks | None = None,
     ):
         for name, value in (("model", model), ("loss_fn", loss_fn)):
             if not callable(value) and (value is not None or name == "model"):
@@ -121,8 +125,15 @@ class GradCache:
         own: list[torch.Tensor] = list(model.parameters()) if isinstance(model, nn.Module) else []
         gradients = [p for p in own if p.requires_grad] if parameters is None else _tensors(parameters)
         self._tensors = list({id(x): x for x in (*gradients, *own)}.values())  # whose .grad a backward pass touches
+        self.ranks = ranks or StepRanks()
         self._planner = StepPlanner(
-            model, plan or Plan(tokens_per_chunk), memory, gradients, self._tensors, may_save=not skip
+            model,
+            plan or Plan(tokens_per_chunk),
+            memory,
+            gradients,
+            self._tensors,
+            may_save=not skip,
+            ranks=self.ranks,
         )
 
     def step(self, queries: PackedBatch, documents: PackedBatch, scale: float = 1.0) -> torch.Tensor:
@@ -195,6 +206,7 @@ class GradCache:
         """End a step without gradients, for example because the loss is not finite; frees what the record holds."""
         record.encoded.graphs.clear()
         record.encoded.boundaries.clear()
+        self.ranks.end()
         self._finish(record)
 
     def planned(self, stream: PackedBatch) -> Plan:
@@ -242,11 +254,18 @@ class GradCache:
         random = RngState.now(device) if stochastic else None
         plan, replans = planner.plan(texts), 0
         while True:
+            plan = self.ranks.agree(plan)
             chunks, order_U = chunk(texts, plan.tokens_per_chunk)
+            chunks = [texts.select([])] * self.ranks.missing(len(chunks)) + chunks
             planner.announce(plan, len(chunks))
-            kept = 1 if len(chunks) == 1 else plan.kept  # a single graph takes no more than a second pass would
-            with catch_oom() as caught:
-                record = passes.embed_without_graph(self.model, chunks, kept, plan.boundaries, planner.guard(texts))
+            kept = plan.kept
+            if len(chunks) == 1 and not plan.reshard:
+                kept = 1  # a single graph takes no more than a second pass would
+            self.ranks.begin(plan)
+            with self.ranks.attempt(len(chunks), backward=False) as caught:
+                record = passes.embed_without_graph(
+                    self.model, chunks, kept, plan.boundaries, planner.guard(texts), self.ranks.one_pass
+                )
             if caught.error is None:
                 return record, order_U, plan, replans
             plan, replans = planner.smaller(plan, texts, caught.error), replans + 1
@@ -266,22 +285,25 @@ class GradCache:
             report.skipped_texts, report.skipped_tokens, report.skipped_norm = skipped
         with gradients_aside(self._tensors) as drop:
             while True:
-                with catch_oom() as caught, passes.checkpointing(self.model, plan.checkpointing):
-                    passes.embed_with_cache(self.model, record, cache_UE)
+                record.chunks += [record.chunks[0].select([])] * self.ranks.missing(len(record.chunks))
+                attempt = self.ranks.attempt(len(record.chunks), backward=True)
+                with attempt as caught, passes.checkpointing(self.model, plan.checkpointing):
+                    passes.embed_with_cache(self.model, record, cache_UE, self.ranks.one_pass)
                 if caught.error is None:
                     break
                 drop()
                 record.graphs.clear()
                 record.boundaries.clear()
                 report.replans += 1
-                plan = replace(plan, kept=0, boundaries=0)
-                texts = PackedBatch.concat(record.chunks)
+                plan, texts = replace(plan, kept=0, boundaries=0), PackedBatch.concat(record.chunks)
                 if record.states is not None:  # the masks belong to the chunks, which therefore stay as they are
-                    plan = replace(plan, tokens_per_chunk=int(texts.lengths.max()))
-                plan = self._planner.smaller(plan, texts, caught.error)
+                    plan = replace(plan, tokens_per_chunk=self.ranks.most(int(texts.lengths.max())))
+                plan = self.ranks.agree(self._planner.smaller(plan, texts, caught.error))
                 if record.states is None:
                     everything = np.arange(texts.num_sequences)
                     record, cache_UE = passes.rechunk(record, cache_UE, everything, plan.tokens_per_chunk)
+                self.ranks.begin(plan)
+        self.ranks.end()
 
     def _finish(self, record: ForwardRecord) -> None:
         """The report of a step that has ended."""
@@ -317,5 +339,6 @@ def _joined(queries: PackedBatch, documents: PackedBatch) -> PackedBatch:
 
 def _fill(chunks: Sequence[PackedBatch], plan: Plan) -> float:
     """Mean share of the token budget in all chunks but the last."""
-    shares = [min(chunk.num_tokens / plan.tokens_per_chunk, 1.0) for chunk in chunks[:-1]]
+    filled = [chunk for chunk in chunks if chunk.num_tokens]
+    shares = [min(chunk.num_tokens / plan.tokens_per_chunk, 1.0) for chunk in filled[:-1]]
     return sum(shares) / len(shares) if shares else 1.0

@@ -7,7 +7,7 @@ Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimen
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from pyqemb.model.residual_stream import Boundaries
 from pyqemb.training.grad_cache.chunks import chunk as pack_into_chunks
 
 Model = Callable[..., torch.Tensor]
+OnePass = Callable[[bool], AbstractContextManager[None]]  # takes whether the pass is the last one
 
 
 class RngState(NamedTuple):
@@ -84,6 +85,7 @@ def embed_without_graph(
     kept: int = 0,
     boundaries: int = 0,
     may_keep: Callable[[PackedBatch], bool] = lambda chunk: True,
+    one_pass: OnePass = lambda last: nullcontext(),
 ) -> PassRecord:
     """Embed all chunks.
 
@@ -94,6 +96,7 @@ def embed_without_graph(
         boundaries: how many of the chunks before them save their boundary tensors (see
             `pyqemb.model.residual_stream.Boundaries`).
         may_keep: whether the graph of one of the last `kept` chunks may be kept after all.
+        one_pass: entered for every chunk.
     """
     device = device_of(model, chunks)
     record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
@@ -104,7 +107,7 @@ def embed_without_graph(
             record.states.append(RngState.now(device))
         keep = number >= first_kept and may_keep(chunk)
         saved = Boundaries() if not keep and number >= first_kept - boundaries else None
-        with torch.set_grad_enabled(keep):
+        with one_pass(number == len(chunks) - 1), torch.set_grad_enabled(keep):
             vectors_BE = _embed(model, chunk, saved)
         if vectors_BE.requires_grad:
             record.graphs[number] = vectors_BE
@@ -137,26 +140,34 @@ def gradient_at(leaves_UE: torch.Tensor, loss: torch.Tensor, scale: float = 1.0)
     return torch.zeros_like(leaves_UE) if leaves_UE.grad is None else leaves_UE.grad
 
 
-def embed_with_cache(model: Model, record: PassRecord, cache_UE: torch.Tensor) -> None:
+def embed_with_cache(
+    model: Model,
+    record: PassRecord,
+    cache_UE: torch.Tensor,
+    one_pass: OnePass = lambda last: nullcontext(),
+) -> None:
     """Let each chunk's part of the cached gradient flow back to the parameters.
 
     First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as
     they were the first time: under the same autocast, from the same random state. The record's graphs and boundaries
-    are used up.
+    are used up. `one_pass` is entered for every chunk.
     """
     device = device_of(model, record.chunks)
     after = RngState.now(device) if record.states is not None else None
     parts = cache_UE.split([chunk.num_sequences for chunk in record.chunks])
     kept = sorted(record.graphs, reverse=True)
-    for number in (*kept, *(number for number in range(len(parts)) if number not in kept)):
-        vectors_BE = record.graphs.pop(number, None)
-        if vectors_BE is None:
-            if record.states is not None:
-                record.states[number].restore(device)  # the same dropout masks, else the gradient is wrong
-            with torch.enable_grad(), record.autocast.entered():
-                vectors_BE = _embed(model, record.chunks[number], record.boundaries.pop(number, None))
-        if vectors_BE.requires_grad:  # not where everything is frozen
-            torch.autograd.backward(vectors_BE, parts[number])
+    order = (*kept, *(number for number in range(len(parts)) if number not in kept))
+    for place, number in enumerate(order, start=1):
+        with one_pass(place == len(order)):
+            vectors_BE = record.graphs.pop(number, None)
+            if vectors_BE is None:
+                if record.states is not None:
+                    record.states[number].restore(device)  # the same dropout masks, else the gradient is wrong
+                with torch.enable_grad(), record.autocast.entered():
+                    vectors_BE = _embed(model, record.chunks[number], record.boundaries.pop(number, None))
+            if vectors_BE.requires_grad:  # not where everything is frozen
+                torch.autograd.backward(vectors_BE, parts[number])
+            vectors_BE = None
     if after is not None:
         after.restore(device)
 

@@ -27,6 +27,8 @@ class Plan:
         boundaries: so many of the other chunks leave boundary tensors, which spare their second pass a third of its
             work.
         checkpointing: activations are recomputed in the backward pass.
+        reshard: the gathered weights of a sharded model are freed after each unit, so every pass gathers them, and no
+            graph is kept. False: they stay gathered through the step.
         peak_bytes: the predicted growth of memory over the start of the step; None where nobody predicted.
     """
 
@@ -34,6 +36,7 @@ class Plan:
     kept: int = 0
     boundaries: int = 0
     checkpointing: bool = False
+    reshard: bool = False
     peak_bytes: int | None = None
 
     def smaller(self, longest: int, can_checkpoint: bool) -> "Plan | None":
@@ -61,6 +64,7 @@ class Plan:
             kept=min(self.kept, limit.kept),
             boundaries=min(self.boundaries, limit.boundaries),
             checkpointing=self.checkpointing or limit.checkpointing,
+            reshard=self.reshard or limit.reshard,
         )
 
     def line(self, chunks: int) -> str:
@@ -71,6 +75,8 @@ class Plan:
             parts.append(f"{min(self.boundaries, chunks - kept)} leave boundary tensors")
         if self.checkpointing:
             parts.append("activation checkpointing")
+        if self.reshard:
+            parts.append("weights gathered in every pass")
         if self.peak_bytes is not None:
             parts.append(f"predicted peak {self.peak_bytes / 2**20:,.0f} MiB over the start of the step")
         return "gradient cache: " + ", ".join(parts)
@@ -160,6 +166,7 @@ def choose(
     sizes: Sizes,
     checkpointed: Callable[[], TokenCosts] | None = None,
     may_save: bool = True,
+    reshard: bool = False,
 ) -> Plan:
     """The plan that leaves least to recompute among those that fit; the smallest where none does.
 
@@ -172,6 +179,7 @@ def choose(
         sizes: bytes that do not depend on the chunks.
         checkpointed: measures the costs with activation checkpointing; None where the model has none.
         may_save: whether boundary tensors may be used.
+        reshard: see `Plan`.
     """
     tried = [largest_chunk]
     while tried[-1] > longest:
@@ -187,7 +195,7 @@ def choose(
             def peak(plan: Plan, tokens: np.ndarray = tokens, costs: TokenCosts = costs) -> int:
                 return predict(plan, tokens, costs, sizes)
 
-            plan = Plan(size, checkpointing=checkpointing)
+            plan = Plan(size, checkpointing=checkpointing, reshard=reshard)
             if peak(plan) <= budget:
                 if not checkpointing:
                     plan = _filled(plan, tokens, lambda plan: peak(plan) <= budget, may_save and costs.boundary > 0)
@@ -203,6 +211,8 @@ def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_sa
     most = len(tokens)
 
     def with_graphs(plan: Plan) -> Plan:
+        if plan.reshard:
+            return plan
         kept = bisect_left(range(1, most + 1), True, key=lambda kept: not fits(replace(plan, kept=kept)))
         return replace(plan, kept=kept)
 

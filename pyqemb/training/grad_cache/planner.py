@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.training.grad_cache.chunks import chunk_tokens
@@ -14,6 +15,7 @@ from pyqemb.training.grad_cache.memory import free_bytes, give_back, gradients_a
 from pyqemb.training.grad_cache.passes import Model, RngState, checkpointed_parts, device_of
 from pyqemb.training.grad_cache.plan import Plan, Sizes, choose, predict
 from pyqemb.training.grad_cache.probe import TokenCosts, measure
+from pyqemb.training.grad_cache.ranks import StepRanks
 
 log = logging.getLogger("pyqemb")
 _LARGE_CHUNK, _LARGE_CHUNK_ON_A_GPU = 4096, 16384  # tokens; larger ones are not faster
@@ -28,6 +30,7 @@ class StepPlanner:
         memory: bytes, or "auto"; None: `given` is taken as it is.
         gradients: the tensors that gradients end up in. tensors: all whose .grad a backward pass touches.
         may_save: whether boundary tensors and kept graphs may be used.
+        ranks: the ranks that keep to one plan.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class StepPlanner:
         gradients: list[torch.Tensor],
         tensors: list[torch.Tensor],
         may_save: bool,
+        ranks: StepRanks,
     ):
+        self.ranks = ranks
         self.model, self.given, self.memory, self.may_save = model, given, memory, may_save
         self.gradients, self.tensors = gradients, tensors
         self._costs: dict[bool, TokenCosts] = {}  # by checkpointing
@@ -47,13 +52,19 @@ class StepPlanner:
         self._announced: Any = None
 
     def plan(self, texts: PackedBatch) -> Plan:
-        """Of a step over these distinct texts."""
+        """Of a step over these distinct texts, before the ranks have agreed."""
         if self.memory is None:
-            return self.given.within(self._limit)
-        device, lengths = device_of(self.model, [texts]), texts.lengths
+            return replace(self.given, reshard=self.ranks.first_choice).within(self._limit)
+        device = device_of(self.model, [texts])
         self._budget = self.memory if isinstance(self.memory, int) else int(_MARGIN * free_bytes(device))
-        costs, sizes = self._standing(texts)
-        plan = choose(
+        plan = self.ranks.choose(self._budget, lambda reshard: self._choose(texts, device, reshard))
+        # Texts are skipped in their second pass, and a chunk that kept its graph has none.
+        return plan if self.may_save or not plan.kept else self.predicted(replace(plan, kept=0, peak_bytes=None), texts)
+
+    def _choose(self, texts: PackedBatch, device: torch.device, reshard: bool) -> Plan:
+        lengths = texts.lengths
+        costs, sizes = self._standing(texts, reshard=reshard)
+        return choose(
             self._budget,
             min(self.given.tokens_per_chunk, _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU),
             int(lengths.max(initial=1)),
@@ -61,17 +72,16 @@ class StepPlanner:
             costs,
             sizes,
             (lambda: self._measured(texts, True)) if checkpointed_parts(self.model) else None,
-            self.may_save,
+            may_save=self.may_save,
+            reshard=reshard,
         )
-        # Texts are skipped in their second pass, and a chunk that kept its graph has none.
-        return plan if self.may_save or not plan.kept else self.predicted(replace(plan, kept=0, peak_bytes=None), texts)
 
     def predicted(self, plan: Plan, texts: PackedBatch) -> Plan:
         """The plan with its peak, where it has none yet."""
         if plan.peak_bytes is not None:
             return plan
         tokens = chunk_tokens(texts.lengths, plan.tokens_per_chunk)
-        return replace(plan, peak_bytes=predict(plan, tokens, *self._standing(texts, plan.checkpointing)))
+        return replace(plan, peak_bytes=predict(plan, tokens, *self._standing(texts, plan.checkpointing, plan.reshard)))
 
     def guard(self, texts: PackedBatch) -> Callable[[PackedBatch], bool]:
         """Whether a chunk may still keep its graph, by what is really in use when it comes."""
@@ -87,11 +97,12 @@ class StepPlanner:
         return may_keep
 
     def smaller(self, plan: Plan, texts: PackedBatch, failed: BaseException) -> Plan:
-        """The next plan after one that did not fit; raises what failed where there is none."""
+        """The next plan after one that did not fit, the same on all ranks; raises what failed where there is none."""
         gc.collect()
         give_back(device_of(self.model, [texts]))
-        plan = replace(plan, tokens_per_chunk=min(plan.tokens_per_chunk, texts.num_tokens))
-        smaller = plan.smaller(int(texts.lengths.max(initial=1)), bool(checkpointed_parts(self.model)))
+        most, longest = (self.ranks.most(count) for count in (texts.num_tokens, int(texts.lengths.max(initial=1))))
+        plan = replace(plan, tokens_per_chunk=min(plan.tokens_per_chunk, most))
+        smaller = plan.smaller(longest, bool(checkpointed_parts(self.model)))
         if smaller is None:
             raise failed
         if self.memory is None:
@@ -121,21 +132,29 @@ class StepPlanner:
                 _mib(measured), _mib(self._budget), _mib(self._overhead),
             )  # fmt: skip
 
-    def _standing(self, texts: PackedBatch, checkpointed: bool = False) -> tuple[TokenCosts, Sizes]:
+    def _standing(
+        self, texts: PackedBatch, checkpointed: bool = False, reshard: bool = False
+    ) -> tuple[TokenCosts, Sizes]:
         """What predictions stand on."""
         costs = self._measured(texts, checkpointed)
-        gradients = [x.numel() * x.element_size() for x in self.gradients]
         vectors = texts.num_sequences * costs.vector
+        if self.ranks.is_sharded:
+            return costs, self.ranks.sizes(reshard, vectors, self._overhead)
+        gradients = [x.numel() * x.element_size() for x in self.gradients]
         return costs, Sizes(vectors, sum(gradients), max(gradients, default=0), self._overhead)
 
     def _measured(self, texts: PackedBatch, checkpointed: bool) -> TokenCosts:
-        """The costs of a token, measured once."""
-        if checkpointed not in self._costs:
+        """The costs of a token, measured once: both kinds at the same time, as all ranks pass through the model."""
+        if not self._costs:
             device = device_of(self.model, [texts])
             random = RngState.now(device)
+            self.ranks.begin(Plan(1, reshard=self.ranks.first_choice))
             with gradients_aside(self.tensors) as drop:
-                self._costs[checkpointed] = measure(self.model, texts, self.tensors, checkpointed)
-                drop()
+                known = [*self.tensors, *(self.model.parameters() if isinstance(self.model, nn.Module) else ())]
+                for each in (False, True) if checkpointed_parts(self.model) else (False,):
+                    self._costs[each] = measure(self.model, texts, known, each)
+                    drop()
+            self.ranks.end()
             random.restore(device)
         return self._costs[checkpointed]
 

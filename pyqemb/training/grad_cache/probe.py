@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.model.residual_stream import Boundaries
+from pyqemb.model.shards import local
 from pyqemb.ops.checks import shapes_only
 from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_boundaries
 
@@ -96,6 +97,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, existing: list[torch.Tensor]):
         super().__init__()
+        existing = [local(x) for x in existing]
         self._now, self._peak = [0, 0], [0, 0]
         self._known = {x.untyped_storage()._cdata for x in existing}
         self._gradients = {x.untyped_storage().nbytes() * wide for x in existing for wide in (1, 2)}

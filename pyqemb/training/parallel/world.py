@@ -23,6 +23,7 @@ from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
 _FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
+_BUCKET = 1 << 28  # bytes of gradients that are laid end to end for an all-reduce
 _FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
 
 
@@ -51,21 +52,18 @@ class World:
         return tensor
 
     def all_reduce_gradients(self, tensors: Iterable[Tensor]) -> None:
-        """Replace the .grad of each tensor by its sum over all ranks, one all-reduce for each dtype.
+        """Replace the .grad of each tensor by its sum over all ranks.
 
         A missing .grad counts as zeros.
         """
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        gradients = []
         for tensor in tensors:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-            by_dtype.setdefault(tensor.grad.dtype, []).append(tensor.grad)
-        for gradients in by_dtype.values():
-            total = self.all_reduce_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            parts = total.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+            gradients.append(tensor.grad)
+        all_reduce_flat(gradients)
 
     def all_gather(self, own_SE: Tensor, partition: Sequence[np.ndarray]) -> Tensor:
         """The vectors of all texts, [S, E], in their order, given those of this rank's texts; differentiable.
@@ -132,6 +130,22 @@ class World:
                         f"rank {rank} has {name} = {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; "
                         "all ranks need the same configuration, data and version of pyqemb"
                     )
+
+
+def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its sum over the ranks of the group, many in one all-reduce: up to _BUCKET bytes."""
+    bucket: list[Tensor] = []
+    for place, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        after = tensors[place + 1] if place + 1 < len(tensors) else None
+        size = sum(x.numel() * x.element_size() for x in bucket)
+        if after is not None and after.dtype == tensor.dtype and size + after.numel() * after.element_size() <= _BUCKET:
+            continue
+        total = torch.cat([x.reshape(-1) for x in bucket])
+        dist.all_reduce(total, group=group)
+        parts = total.split([x.numel() for x in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(x) for part, x in zip(parts, bucket, strict=True)])
+        bucket = []
 
 
 class _AllGather(torch.autograd.Function):
