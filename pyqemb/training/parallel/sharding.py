@@ -145,10 +145,10 @@ class Sharding(StepRanks):
         with catch_oom() as caught:
             yield caught
         if caught.error is not None:
-            self.root.reset_iter_state()
+            self._abandon()
             self.collectives.complete(self._passes[self._reshards, backward] * passes)
         if self.most(caught.error is not None) and caught.error is None:
-            self.root.reset_iter_state()
+            self._abandon()
             caught.error = MemoryError("another rank ran out of memory")
 
     @contextmanager
@@ -158,6 +158,13 @@ class Sharding(StepRanks):
         yield
         if self._reshards:
             self.root.reshard()  # FSDP keeps the root's weights after a forward pass
+
+    def _abandon(self) -> None:
+        """Forget what an attempt has left in FSDP, which would keep the gradients of a unit that it had not reduced."""
+        for parameter in self.model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.grad = None
+        self.root.reset_iter_state()
 
     def all_reduce_gradients(self, tensors: Iterable[Tensor]) -> None:
         """Sum the .grad of each tensor over the ranks that have not been summed over: shards over the replicas."""
