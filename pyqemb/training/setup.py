@@ -23,6 +23,7 @@ from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import Optimizer
+from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
 from pyqemb.training.state import Checkpoint, find, remove_leftovers
 
@@ -59,13 +60,11 @@ def load_sharded_model(config: TrainConfig, device: str, world: World) -> tuple[
     )
     model.to_empty(device=place)
 
-    def load() -> None:
+    with together(world):
         folder = local_folder(config.model.base)
         if world.is_first:
             check_digests(folder)
         model.load_rows(folder)
-
-    world.raise_together(load, place)
     if config.lora is not None:
         reset_lora(model.model, config.train.seed)
     return model, sharding

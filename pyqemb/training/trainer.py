@@ -282,7 +282,8 @@ class Run:
         if self.step == self.steps:
             with self._saving_on_error("writing the final model"):
                 self._write_final()
-        with self._saving_on_error("evaluate"):
+        gathered = self.sharding.gathered() if self.sharding else nullcontext()
+        with self._saving_on_error("evaluate"), gathered:
             values = self.evaluations.measure(self.model, self.world)
         if values:
             row = {"step": self.step, "eval": {name: self.evaluations.results.get(name) for name in values}}
