@@ -4,10 +4,10 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,20 @@ from pyqemb.data.pairs import INSTRUCTION, PairTokenizer
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
-from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, read_tensors
+from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Stored, Tensors, file_order, stream_safetensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.families import read_config
-from pyqemb.model.portable import check_digests, portable_folder
-from pyqemb.model.portable_reranker import like_reranker, reranker_name
+from pyqemb.model.portable import check_digests, model_folder, write_portable_files
+from pyqemb.model.portable_reranker import files_like, reranker_name
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import check_kind, kind_of, read_contract, read_instruction, read_sentence_settings
+from pyqemb.model.shard_files import ShardedTensors, shard_files
 
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,
     "linear": lambda tensors, weights: linear(list(tensors), weights),
     "karcher": lambda tensors, weights: karcher(list(tensors), weights),
 }
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,25 @@ def merge(
             "base": None if root is None else str(root),
         }
     }  # fmt: skip
-    named: Callable[[str], str] = reranker_name if reranks else str
     if reranks:
-        target = like_reranker(chosen, out, config, provenance)
+        write_files = files_like(chosen, config, provenance)
     else:
-        target = portable_folder(
-            out, config=config, tokenizer=Tokenizer.from_folder(chosen),
+        write_files = partial(
+            write_portable_files, config=config, tokenizer=Tokenizer.from_folder(chosen),
             settings=read_sentence_settings(chosen, config.hidden_size),
             matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
         )  # fmt: skip
-    with target as temporary, _weight_file(temporary / "model.safetensors", first, named) as file:
-        for name in first:
-            result = _blend_one(name, sources, len(folders), blend, normalized)
-            file.write(_bytes_of(result.tensor.to(first.dtype(name))))
-            merged.append(MergedTensor(name, result.angle, result.lerp))
+    names = {reranker_name(name) if reranks else name: name for name in first}
+    stored = {there: Stored(first.dtype(name), first.shape(name)) for there, name in names.items()}
+
+    def blended() -> Iterator[Tensor]:
+        for there in file_order(stored):
+            result = _blend_one(names[there], sources, len(folders), blend, normalized)
+            merged.append(MergedTensor(names[there], result.angle, result.lerp))
+            yield result.tensor.to(stored[there].dtype)
+
+    with model_folder(out, write_files) as temporary:
+        stream_safetensors(temporary / WEIGHTS, stored, blended())
     report = MergeReport(
         str(out), method, [str(f) for f in folders], normalized, None if root is None else str(root), merged
     )
@@ -255,20 +260,19 @@ class _Unrounded(Tensors):
 
     def __init__(self, folder: Path, heads: Collection[str]):
         super().__init__(folder, heads)
-        self._checkpoint: Tensors | None = None
+        self._checkpoint = ShardedTensors([])
         try:
             step = read_contract(folder)["provenance"]["step"]
             checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
         except (ValueError, KeyError, TypeError):
             return
-        if (checkpoint / WEIGHTS).is_file():
-            self._checkpoint = read_tensors(checkpoint)
+        self._checkpoint = ShardedTensors(shard_files(checkpoint, "model"))
 
     def __getitem__(self, name: str) -> Tensor:
         rounded = super().__getitem__(name)
-        if self._checkpoint is None or name not in self._checkpoint:
+        if f"model.{name}" not in self._checkpoint:
             return rounded
-        exact = self._checkpoint[name]
+        exact = self._checkpoint[f"model.{name}"]
         return exact if torch.equal(exact.to(rounded.dtype), rounded) else rounded
 
 
@@ -286,26 +290,3 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
                 raise CheckpointError(
                     f"{other.folder}: {name} has shape {other.shape(name)}, {first.shape(name)} in {first.folder}"
                 )
-
-
-@contextmanager
-def _weight_file(path: Path, tensors: Tensors, named: Callable[[str], str]) -> Iterator[BinaryIO]:
-    """A safetensors file after its head: where each tensor will stand is known before any tensor is.
-
-    `named`: as it is called there.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in tensors:
-        dtype, shape = tensors.dtype(name), tensors.shape(name)
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[named(name)] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        yield file
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

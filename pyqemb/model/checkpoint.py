@@ -1,18 +1,19 @@
-"""Weights in safetensors: read one by one from a single or sharded folder, loaded into a model, written atomically."""
+"""Weights in safetensors: read one by one from a single or sharded folder, loaded into a model, written one by one."""
 
 import hashlib
+import json
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
-from pyqemb.data.machine import raise_if_machine
+from pyqemb.data.machine import raise_if_machine, writing
 from pyqemb.errors import CheckpointError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
@@ -22,6 +23,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LM_HEAD = "lm_head.weight"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt"
 # Of transformers before 4.32: the rotary embedding's frequencies, which config.json says.
 _BUFFERS = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -106,12 +108,17 @@ class Tensors(Mapping[str, torch.Tensor]):
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise_if_machine(path, error)
-                raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {error}") from error
+            self._open[path] = open_safetensors(path)
         return self._open[path]
+
+
+def open_safetensors(path: Path) -> Any:
+    """A file, its tensors still unread. CheckpointError where it is damaged."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise_if_machine(path, error)
+        raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {error}") from error
 
 
 def read_tensors(folder: str | Path) -> Tensors:
@@ -205,13 +212,63 @@ def widest_dtype(tensors: Tensors) -> torch.dtype:
     return widest
 
 
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+
+def file_order(stored: Mapping[str, Stored]) -> list[str]:
+    """The names in the order in which the tensors lie in a file: wide dtypes first, then by name."""
+    return sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name))
+
+
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors to one file: a temporary one beside it, synced, renamed. An old file stays whole until then."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+) -> str:
+    """Write tensors to one file: a temporary one beside it, synced, renamed. An old file stays whole until then.
+
+    Returns the sha256 of the file.
+    """
+    stored = {name: Stored(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        return stream_safetensors(temporary, stored, (tensors[name] for name in file_order(stored)), metadata)
+
+
+def stream_safetensors(
+    path: Path, stored: Mapping[str, Stored], tensors: Iterable[torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write tensors as they come: memory holds one at a time.
+
+    Args:
+        path: the file, which is written in place.
+        stored: the header, known before any tensor is.
+        tensors: those of the header, in `file_order`, on any device.
+        metadata: texts by name, for the header.
+
+    Returns:
+        The sha256 of what was written.
+    """
+    names = file_order(stored)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        dtype, shape = stored[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with writing(path), path.open("wb") as file:
+        file.write(head)
+        for name, tensor in zip(names, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (stored[name].dtype, torch.Size(stored[name].shape)), name
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -5,6 +5,7 @@ Legend: B sequences, T packed tokens, E hidden size.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import ConfigError
-from pyqemb.model.checkpoint import WEIGHTS, write_safetensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.packed_model import open_folder, stored_as
-from pyqemb.model.portable import portable_folder
+from pyqemb.model.packed_model import Read, described_decoder, open_folder
+from pyqemb.model.portable import WriteFiles, write_portable_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
 from pyqemb.model.source import Attention, named_dtype, with_attention
@@ -88,6 +88,18 @@ class Embedder(Encoding):
             CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
         """
         path, model, tensors = open_folder(folder, "embedder", attention)
+        return cls._described(path, model, pooling, max_length)._load(tensors, dtype, device)
+
+    @classmethod
+    def from_description(cls, folder: Path) -> "Embedder":
+        """The model of what `write_description` wrote; its parameters are on the meta device."""
+        return cls._described(folder, described_decoder(folder, "embedder"))
+
+    @classmethod
+    def _described(
+        cls, path: Path, model: Decoder, pooling: str | None = None, max_length: int | None = None
+    ) -> "Embedder":
+        """A decoder with what its folder says beside it."""
         tokenizer = Tokenizer.from_folder(path, max_length)
         settings = read_sentence_settings(path, model.config.hidden_size)
         if pooling is not None:
@@ -98,7 +110,7 @@ class Embedder(Encoding):
         embedder.default_prompt_name = settings.default_prompt_name
         embedder.similarity_fn_name = settings.similarity_fn_name
         embedder.plain = not (path / "modules.json").is_file()
-        return embedder._load(tensors, dtype, device)
+        return embedder
 
     @classmethod
     def from_config(
@@ -195,7 +207,7 @@ class Embedder(Encoding):
     ) -> Path:
         """Write the folder that sentence-transformers, transformers, vLLM and TEI load, all or nothing.
 
-        Adapters are folded in.
+        Adapters are folded in. Where ranks share the weights every one of them calls this, and rank 0 writes.
 
         Args:
             folder: the folder to write. An older model folder there is replaced once the new one is complete; any other
@@ -210,17 +222,20 @@ class Embedder(Encoding):
             ConfigError: the folder is not empty and no model folder.
             CheckpointError: a weight is not finite.
         """
-        weights = stored_as(self._decoder_weights(), named_dtype(dtype) or self.dtype, folder)
-        with portable_folder(
-            folder,
-            config=self.config,
-            tokenizer=self.tokenizer,
-            settings=self.settings,
-            matryoshka=self.matryoshka,
-            provenance=provenance,
-        ) as temporary:
-            write_safetensors(temporary / WEIGHTS, weights)
-        return Path(folder)
+        stored = named_dtype(dtype) or self.dtype
+        return self.save_parameters(self._reader(stored), folder, stored, provenance)
+
+    def save_parameters(
+        self, read: Read, folder: str | Path, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
+    ) -> Path:
+        """`save_pretrained` for other parameters than the model's: those that `read` gives, by their names here."""
+        return self._write(folder, self._decoder_weights(read), dtype, self._files(provenance))
+
+    def _files(self, provenance: Mapping[str, Any] | None) -> WriteFiles:
+        return partial(
+            write_portable_files, config=self.config, tokenizer=self.tokenizer, settings=self.settings,
+            matryoshka=self.matryoshka, provenance=provenance,
+        )  # fmt: skip
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

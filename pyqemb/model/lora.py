@@ -6,7 +6,7 @@ Legend: R rank, I and O features in and out.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import Tensors, write_safetensors
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.linear import Linear, Lora
-from pyqemb.model.shards import local, own_rows
+from pyqemb.model.shards import full_tensor, is_writer, local, own_rows
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -120,32 +120,65 @@ def adapted(model: nn.Module) -> dict[str, Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora is not None}
 
 
-def merged_parameters(model: Decoder) -> dict[str, torch.Tensor]:
-    """The parameters by name as if the adapters had been folded in; detached."""
-    layers = adapted(model)
-    merged = {name: p.detach() for name, p in model.named_parameters() if ".lora." not in name}
-    for name, linear in layers.items():
-        merged[f"{name}.weight"] = _folded(linear)
-    return merged
+class MergedParameters(Mapping[str, torch.Tensor]):
+    """The parameters by name as if the adapters had been folded in; each is computed when it is asked for.
+
+    Args:
+        model: may live on the meta device where `read` is given.
+        read: gives the parameter of a name, detached (default: that of the model, which shares its memory).
+    """
+
+    def __init__(self, model: Decoder, read: Callable[[str], torch.Tensor] | None = None):
+        self._parameters = dict(model.named_parameters())
+        self._read = read or (lambda name: self._parameters[name].detach())
+        self._adapted = {f"{name}.weight": linear for name, linear in adapted(model).items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, linear = self._read(name), self._adapted.get(name)
+        if linear is None or linear.lora is None:
+            return weight
+        a_RI, b_OR = (self._read(f"{name.removesuffix('weight')}lora.{side}") for side in "AB")
+        return _folded(weight, a_RI, b_OR, linear.lora.scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._parameters if ".lora." not in name)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a parameter; nothing is computed."""
+        return self._parameters[name].shape
 
 
 def merge_lora(model: Decoder) -> None:
     """Fold the adapters into the weights, which can be trained again."""
+    merged = MergedParameters(model)
     with torch.no_grad():
-        for linear in adapted(model).values():
-            linear.weight.copy_(_folded(linear))
+        for name, linear in adapted(model).items():
+            linear.weight.copy_(merged[f"{name}.weight"])
             linear.lora = None
     model.requires_grad_(True)
 
 
 def save_adapter(
-    model: Decoder, folder: str | Path, base: str | None = None, task_type: str = "FEATURE_EXTRACTION"
+    model: Decoder,
+    folder: str | Path,
+    base: str | None = None,
+    task_type: str = "FEATURE_EXTRACTION",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
 
-    `base`: what adapter_config.json calls the base model. `task_type` "CAUSAL_LM": for the same decoder under a
-    language-model head.
-    Raises ConfigError: the model has no adapters, or ones of several ranks.
+    Args:
+        model: a decoder with adapters. Where ranks share its weights every one of them calls this, and rank 0 writes.
+        folder: the folder to write.
+        base: what adapter_config.json calls the base model.
+        task_type: "CAUSAL_LM": for the same decoder under a language-model head.
+        dtype: the dtype of the adapters in the folder (default: the parameters' own).
+
+    Raises:
+        ConfigError: the model has no adapters, or ones of several ranks.
     """
     layers = adapted(model)
     if not layers:
@@ -156,7 +189,9 @@ def save_adapter(
         raise ConfigError("the adapters differ in rank or scale; peft's plain format holds one of each")
     inner = "model." if task_type == "CAUSAL_LM" else ""
     tensors = {
-        f"{_PREFIX}{inner}{model.family.stored_name(name)}.lora_{side}.weight": getattr(lora, side)
+        f"{_PREFIX}{inner}{model.family.stored_name(name)}.lora_{side}.weight": full_tensor(
+            getattr(lora, side), dtype or lora.A.dtype
+        ).to(dtype or lora.A.dtype)
         for name, lora in loras.items()
         for side in "AB"
     }
@@ -167,7 +202,7 @@ def save_adapter(
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
         "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
-    return _write(folder, tensors, settings)
+    return _write(folder, tensors, settings) if is_writer(model) else Path(folder)
 
 
 def load_adapter(model: Decoder, folder: str | Path) -> None:
@@ -304,13 +339,11 @@ def _targets(model: Decoder, names: Sequence[str]) -> list[tuple[str, Linear]]:
     ]
 
 
-def _folded(linear: Linear) -> torch.Tensor:
+def _folded(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:
     """W + scale B A, in float32 at least."""
-    lora = linear.lora
-    assert lora is not None
-    wide = torch.promote_types(linear.weight.dtype, torch.float32)
-    delta = lora.scale * (lora.B.detach().to(wide) @ lora.A.detach().to(wide))
-    return (linear.weight.detach().to(wide) + delta).to(linear.weight.dtype)
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    delta = scale * (b_OR.to(wide) @ a_RI.to(wide))
+    return (weight_OI.to(wide) + delta).to(weight_OI.dtype)
 
 
 def _nearest(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pyqemb import __version__
-from pyqemb.model.checkpoint import Tensors, sha256
 
 
 def model_card(name: str, task: str, tags: Sequence[str], body: str, provenance: Mapping[str, Any]) -> str:
@@ -30,10 +29,11 @@ pipeline_tag: {task}
 {body}{_provenance_section(provenance)}"""
 
 
-def contract(tensors: Tensors, provenance: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+def contract(
+    digests: Mapping[str, str], provenance: Mapping[str, Any] | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of pyqemb.json: facts of the model, the digests of its weight files, what it came from."""
-    digests = {path.name: sha256(path) for path in tensors.files}
-    return {"pyqemb_version": __version__, **facts, "sha256": digests, "provenance": dict(provenance or {})}
+    return {"pyqemb_version": __version__, **facts, "sha256": dict(digests), "provenance": dict(provenance or {})}
 
 
 def write_json_files(folder: Path, files: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 It is a decoder and its tokenizer, read from and written to a folder, on one device.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,21 +16,41 @@ from torch import nn
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_sizes, check_weights, load_rows, load_weights
+from pyqemb.model.checkpoint import (
+    LM_HEAD,
+    WEIGHTS,
+    Stored,
+    Tensors,
+    check_sizes,
+    check_weights,
+    file_order,
+    load_rows,
+    load_weights,
+    stream_safetensors,
+)
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.device import pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
-from pyqemb.model.lora import merged_parameters
-from pyqemb.model.portable import check_digests
+from pyqemb.model.lora import MergedParameters
+from pyqemb.model.portable import WriteFiles, check_digests, model_folder
 from pyqemb.model.protocols import Ranks
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import Kind, check_kind
+from pyqemb.model.shards import full_tensor, has_shards, is_writer
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 
 _TOKENS_ON_CPU, _TOKENS_ON_DEVICE = 4096, 16384  # of one forward pass
 
 Model = TypeVar("Model", bound="PackedModel")
 Results = TypeVar("Results", torch.Tensor, list[Any])
+Read = Callable[[str], torch.Tensor]
+
+
+class Weight(NamedTuple):
+    """A tensor of a folder to be written, computed when its turn comes."""
+
+    shape: Sequence[int]
+    compute: Callable[[], torch.Tensor]
 
 
 class Opened(NamedTuple):
@@ -38,6 +59,13 @@ class Opened(NamedTuple):
     path: Path
     model: Decoder
     tensors: Tensors
+
+
+def described_decoder(folder: Path, kind: Kind) -> Decoder:
+    """The decoder of a folder that may have no weights, on the meta device; CheckpointError as of `open_folder`."""
+    check_kind(folder, kind)
+    with torch.device("meta"):
+        return build_decoder(read_config(folder))
 
 
 def open_folder(
@@ -134,9 +162,45 @@ class PackedModel(nn.Module):
         """Whether the weight of the token embedding is used beside its forward pass."""
         return False
 
-    def _decoder_weights(self) -> dict[str, torch.Tensor]:
+    def write_description(self, folder: Path, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
+        """Write the files of `save_pretrained` but the weights, which have this dtype, into an existing folder."""
+        self._files(provenance)(folder, folder.name, dtype, {})
+
+    def _files(self, provenance: Mapping[str, Any] | None) -> WriteFiles:
+        """Writes all that a folder holds but the weights."""
+        raise NotImplementedError
+
+    def _reader(self, dtype: torch.dtype) -> Read:
+        """Gives the parameter of a name; where ranks share them, in the dtype in which they are computed with."""
+        parameters = dict(self.named_parameters())
+        return lambda name: full_tensor(parameters[name], dtype)
+
+    def _decoder_weights(self, read: Read) -> dict[str, Weight]:
         """The decoder's parameters as a checkpoint names them, adapters folded in."""
-        return {self.model.family.stored_name(name): x for name, x in merged_parameters(self.model).items()}
+        merged = MergedParameters(self.model, lambda name: read(f"model.{name}"))
+        return {
+            self.model.family.stored_name(name): Weight(merged.shape(name), partial(merged.__getitem__, name))
+            for name in merged
+        }
+
+    def _write(
+        self, folder: str | Path, weights: Mapping[str, Weight], dtype: torch.dtype, write_files: WriteFiles
+    ) -> Path:
+        """Write a model folder, tensor by tensor. Where ranks share the weights each computes them, rank 0 writes.
+
+        Raises CheckpointError: NaN or infinity.
+        """
+        stored = {name: Stored(dtype, weight.shape) for name, weight in weights.items()}
+        tensors = (_finite(weights[name].compute().to(dtype), name, folder) for name in file_order(stored))
+        try:
+            if is_writer(self):
+                with model_folder(folder, write_files) as temporary:
+                    stream_safetensors(temporary / WEIGHTS, stored, tensors)
+        finally:
+            if has_shards(self):  # the ranks gather every tensor, also where rank 0 could not write
+                for _ in tensors:
+                    pass
+        return Path(folder)
 
     def _chunk_size(self, tokens_per_chunk: int | None) -> int:
         """The number of tokens in one forward pass; None: what suits the device."""
@@ -157,13 +221,10 @@ class PackedModel(nn.Module):
         return batch.to(self.device)
 
 
-def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype, folder: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in the dtype of a folder to be written; CheckpointError: NaN or infinity."""
-    stored = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
-    for name, tensor in stored.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {dtype}")
-    return stored
+def _finite(tensor: torch.Tensor, name: str, folder: str | Path) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{folder}: not written: {name} holds NaN or infinity as {tensor.dtype}")
+    return tensor
 
 
 @torch.inference_mode()

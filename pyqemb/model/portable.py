@@ -5,10 +5,12 @@ before 5.4, the rotary base under both of its names, weights without prefix, a t
 Newer names would be refused, or silently misread, by installations that are still in use.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pyqemb import __version__
 from pyqemb.data.files import atomic_folder
@@ -20,53 +22,64 @@ from pyqemb.model.config import DecoderConfig
 from pyqemb.model.model_card import contract, model_card, write_json_files
 from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings, read_contract
 
+# Writes the files of a model folder but its weights, given the folder, the model's name, the dtype and the digests of
+# the weight files by name.
+WriteFiles = Callable[[Path, str, torch.dtype, Mapping[str, str]], None]
+
 
 @contextmanager
-def portable_folder(
-    target: str | Path,
+def model_folder(target: str | Path, write_files: WriteFiles) -> Iterator[Path]:
+    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`.
+
+    An existing model folder is replaced only once the new one is complete and on the disk; any other non-empty
+    folder is refused.
+    """
+    target = Path(target)
+    check_replaceable(target)
+    with atomic_folder(target) as folder:
+        yield folder
+        tensors = Tensors(folder, heads=())
+        write_files(folder, target.name, widest_dtype(tensors), {path.name: sha256(path) for path in tensors.files})
+
+
+def write_portable_files(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    digests: Mapping[str, str],
     *,
     config: DecoderConfig,
     tokenizer: Tokenizer,
     settings: SentenceSettings,
     matryoshka: Sequence[int] | None = None,
     provenance: Mapping[str, Any] | None = None,
-) -> Iterator[Path]:
-    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`.
-
-    An existing model folder is replaced only once the new one is complete and on the disk; any other non-empty
-    folder is refused. `provenance` is kept in pyqemb.json.
-    """
-    target = Path(target)
-    check_replaceable(target)
-    with atomic_folder(target) as folder:
-        yield folder
-        tensors = Tensors(folder)
-        dtype = str(widest_dtype(tensors)).removeprefix("torch.")
-        max_length = tokenizer.max_length or config.max_position_embeddings
-        tokenizer.with_max_length(max_length).save(folder)
-        facts = {
-            "pooling": settings.pooling,
-            "attention": "causal" if config.is_causal else "bidirectional",
-            "dims": list(matryoshka or [config.hidden_size]),
-            "end_token": tokenizer.end_token,
-            "end_token_id": tokenizer.end_id,
-            "query_template": TEMPLATE,
-            "max_length": max_length,
-        }
-        files = {
-            "config.json": _config_json(config, tokenizer.end_id, dtype, matryoshka),
-            "modules.json": _modules_json(settings.normalize),
-            "1_Pooling/config.json": _pooling_json(config.hidden_size, settings.pooling),
-            "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": tokenizer.lower_case},
-            SETTINGS: _settings_json(settings),
-            CONTRACT: contract(tensors, provenance, facts),
-        }
-        if settings.normalize:
-            (folder / "2_Normalize").mkdir()
-        write_json_files(folder, files)
-        body = _card_body(target.name, config, settings.prompts, tokenizer.end_token, matryoshka)
-        card = model_card(target.name, "feature-extraction", ("feature-extraction",), body, provenance or {})
-        (folder / "README.md").write_text(card, encoding="utf-8")
+) -> None:
+    """Write the files of an embedding model, see WriteFiles; `provenance` is kept in pyqemb.json."""
+    max_length = tokenizer.max_length or config.max_position_embeddings
+    tokenizer.with_max_length(max_length).save(folder)
+    facts = {
+        "pooling": settings.pooling,
+        "attention": "causal" if config.is_causal else "bidirectional",
+        "dims": list(matryoshka or [config.hidden_size]),
+        "end_token": tokenizer.end_token,
+        "end_token_id": tokenizer.end_id,
+        "query_template": TEMPLATE,
+        "max_length": max_length,
+    }
+    files = {
+        "config.json": _config_json(config, tokenizer.end_id, str(dtype).removeprefix("torch."), matryoshka),
+        "modules.json": _modules_json(settings.normalize),
+        "1_Pooling/config.json": _pooling_json(config.hidden_size, settings.pooling),
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": tokenizer.lower_case},
+        SETTINGS: _settings_json(settings),
+        CONTRACT: contract(digests, provenance, facts),
+    }
+    if settings.normalize:
+        (folder / "2_Normalize").mkdir()
+    write_json_files(folder, files)
+    body = _card_body(name, config, settings.prompts, tokenizer.end_token, matryoshka)
+    card = model_card(name, "feature-extraction", ("feature-extraction",), body, provenance or {})
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_digests(folder: Path) -> None:

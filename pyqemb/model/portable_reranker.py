@@ -5,27 +5,30 @@ and renders pairs by the chat template where it knows how (from 6.0 on); older v
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyqemb import __version__
-from pyqemb.data.files import atomic_folder
 from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
-from pyqemb.model.checkpoint import LM_HEAD, Tensors, widest_dtype
+from pyqemb.model.checkpoint import LM_HEAD
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.model_card import contract, model_card, write_json_files
-from pyqemb.model.portable import check_replaceable
+from pyqemb.model.portable import WriteFiles
 from pyqemb.model.sentence import CONTRACT, read_contract, read_instruction
 
 FORMATS = ("causal-lm", "seq-cls")
 SCORE = "score.weight"
 
 
-@contextmanager
-def reranker_folder(
-    target: str | Path,
+def write_reranker_files(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    digests: Mapping[str, str],
     *,
     format: str,
     config: DecoderConfig,
@@ -33,41 +36,33 @@ def reranker_folder(
     tied: bool,
     instruction: str,
     provenance: Mapping[str, Any] | None = None,
-) -> Iterator[Path]:
-    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`."""
-    target = Path(target)
-    check_replaceable(target)
-    with atomic_folder(target) as folder:
-        yield folder
-        tensors = Tensors(folder, heads=())
-        dtype = str(widest_dtype(tensors)).removeprefix("torch.")
-        tokenizer.save(folder)
-        (folder / "chat_template.jinja").write_text(chat_template(instruction), encoding="utf-8")
-        facts = {
-            "kind": "reranker",
-            "format": format,
-            "instruction": instruction,
-            "yes_id": tokenizer.yes_id,
-            "no_id": tokenizer.no_id,
-            "end_token": tokenizer.end_token,
-            "max_length": tokenizer.max_length,
-        }
-        files = {
-            "config.json": _config_json(config, tokenizer, format, tied, dtype),
-            CONTRACT: contract(tensors, provenance, facts),
-        }
-        write_json_files(folder, files)
-        body = _card_body(target.name, format, instruction)
-        card = model_card(target.name, "text-ranking", ("cross-encoder", "reranker"), body, provenance or {})
-        (folder / "README.md").write_text(card, encoding="utf-8")
+) -> None:
+    """Write the files of a reranker, see WriteFiles; `provenance` is kept in pyqemb.json."""
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(chat_template(instruction), encoding="utf-8")
+    facts = {
+        "kind": "reranker",
+        "format": format,
+        "instruction": instruction,
+        "yes_id": tokenizer.yes_id,
+        "no_id": tokenizer.no_id,
+        "end_token": tokenizer.end_token,
+        "max_length": tokenizer.max_length,
+    }
+    files = {
+        "config.json": _config_json(config, tokenizer, format, tied, str(dtype).removeprefix("torch.")),
+        CONTRACT: contract(digests, provenance, facts),
+    }
+    write_json_files(folder, files)
+    body = _card_body(name, format, instruction)
+    card = model_card(name, "text-ranking", ("cross-encoder", "reranker"), body, provenance or {})
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def like_reranker(
-    folder: Path, target: str | Path, config: DecoderConfig, provenance: Mapping[str, Any]
-) -> AbstractContextManager[Path]:
-    """`reranker_folder` for other weights of the reranker in `folder`."""
-    return reranker_folder(
-        target, format=read_contract(folder).get("format", FORMATS[0]), config=config,
+def files_like(folder: Path, config: DecoderConfig, provenance: Mapping[str, Any]) -> WriteFiles:
+    """Writes the files of the reranker in `folder` for other weights."""
+    return partial(
+        write_reranker_files, format=read_contract(folder).get("format", FORMATS[0]), config=config,
         tokenizer=PairTokenizer.from_folder(folder), tied=config.tie_word_embeddings,
         instruction=read_instruction(folder, INSTRUCTION), provenance=provenance,
     )  # fmt: skip

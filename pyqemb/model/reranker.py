@@ -4,6 +4,7 @@ Legend: B pairs, E hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import nn
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer, format_pair
 from pyqemb.errors import CheckpointError, ConfigError
-from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Tensors, write_safetensors
+from pyqemb.model.checkpoint import LM_HEAD, Tensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import in_order, open_folder, stored_as
-from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_folder, reranker_name
+from pyqemb.model.packed_model import Read, Weight, described_decoder, in_order, open_folder
+from pyqemb.model.portable import WriteFiles
+from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
 from pyqemb.model.sentence import check_reranker_modules, read_instruction
@@ -72,6 +74,16 @@ class Reranker(Scoring):
         head, lm_head = _read_head(tensors, model.config, tokenizer)
         reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
         return reranker._load(tensors, dtype, device)
+
+    @classmethod
+    def from_description(cls, folder: Path, lm_head: torch.Tensor | None) -> "Reranker":
+        """The model of what `write_description` wrote; its parameters are on the meta device.
+
+        `lm_head` [V, E]: the language-model head of its base, None where that is tied.
+        """
+        model = described_decoder(folder, "reranker")
+        head = None if lm_head is None else torch.empty(2, model.config.hidden_size, device="meta")
+        return cls(model, PairTokenizer.from_folder(folder), head, lm_head, read_instruction(folder, INSTRUCTION))
 
     @torch.no_grad()
     def load_rows(self, folder: str | Path) -> None:
@@ -187,6 +199,8 @@ class Reranker(Scoring):
     ) -> Path:
         """Write a model folder that transformers, sentence-transformers' CrossEncoder and vLLM load, all or nothing.
 
+        Where ranks share the weights every one of them calls this, and rank 0 writes.
+
         Args:
             folder: the folder to write; an older model folder there is replaced once the new one is complete.
             dtype: the dtype of the weights (default: the parameters' own).
@@ -201,28 +215,48 @@ class Reranker(Scoring):
             ConfigError: the format is unknown, or "causal-lm" for a model that was loaded as a classifier.
             CheckpointError: a weight is not finite.
         """
+        stored = named_dtype(dtype) or self.dtype
+        return self.save_parameters(self._reader(stored), folder, stored, provenance, format)
+
+    def save_parameters(
+        self,
+        read: Read,
+        folder: str | Path,
+        dtype: torch.dtype,
+        provenance: Mapping[str, Any] | None = None,
+        format: str = "causal-lm",
+    ) -> Path:
+        """`save_pretrained` for other parameters than the model's: those that `read` gives, by their names here."""
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if format == "causal-lm" and self.head is not None and self._lm_head is None:
             raise ConfigError(
                 "format: a reranker that was loaded as a classifier has no language-model head to write; use 'seq-cls'"
             )
-        stored = named_dtype(dtype) or self.dtype
-        weights = {reranker_name(name): tensor for name, tensor in self._decoder_weights().items()}
-        rows = self._rows().detach().double()
+        weights = {reranker_name(name): weight for name, weight in self._decoder_weights(read).items()}
         if format == "seq-cls":
-            weights[SCORE] = (rows[:1] - rows[1:]).float()
-        elif self.head is not None and self._lm_head is not None:
-            full = self._lm_head.to(stored, copy=True)
-            full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = rows.to(stored).cpu()
-            weights[LM_HEAD] = full
-        weights = stored_as(weights, stored, folder)
-        with reranker_folder(
-            folder, format=format, config=self.config, tokenizer=self.tokenizer, tied=self.head is None,
+            weights[SCORE] = Weight((1, self.config.hidden_size), partial(self._classifier, read))
+        elif self._lm_head is not None:
+            weights[LM_HEAD] = Weight(self._lm_head.shape, partial(self._full_head, self._lm_head, read, dtype))
+        return self._write(folder, weights, dtype, self._files(provenance, format))
+
+    def _files(self, provenance: Mapping[str, Any] | None, format: str = "causal-lm") -> WriteFiles:
+        return partial(
+            write_reranker_files, format=format, config=self.config, tokenizer=self.tokenizer, tied=self.head is None,
             instruction=self.default_instruction, provenance=provenance,
-        ) as temporary:  # fmt: skip
-            write_safetensors(temporary / WEIGHTS, weights)
-        return Path(folder)
+        )  # fmt: skip
+
+    def _classifier(self, read: Read) -> torch.Tensor:
+        """The row [1, E] of a classifier: that of yes minus that of no."""
+        ids = [self.tokenizer.yes_id, self.tokenizer.no_id]
+        rows = read("head") if self.head is not None else read("model.embed_tokens.weight")[ids]
+        return (rows[:1].double() - rows[1:].double()).float()
+
+    def _full_head(self, lm_head: torch.Tensor, read: Read, dtype: torch.dtype) -> torch.Tensor:
+        """The language-model head [V, E] with the trained rows of yes and no."""
+        full = lm_head.to(dtype, copy=True)
+        full[[self.tokenizer.yes_id, self.tokenizer.no_id]] = read("head").to(full)
+        return full
 
     def _rows(self) -> torch.Tensor:
         """[2, E] of the head: yes, no."""

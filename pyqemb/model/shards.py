@@ -4,12 +4,24 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 
 def is_sharded(x: Any) -> bool:
     """Whether a tensor is a DTensor."""
     tensor = sys.modules.get("torch.distributed.tensor")  # a second to import: only who makes shards does
     return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a parameter of a module is sharded."""
+    return any(map(is_sharded, module.parameters()))
+
+
+def is_writer(module: nn.Module) -> bool:
+    """Whether this process writes the weights of a module: rank 0, or any process that has all of them."""
+    return not has_shards(module) or dist.get_rank() == 0
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -20,8 +32,18 @@ def local(x: torch.Tensor) -> torch.Tensor:
 def own_rows(x: torch.Tensor) -> slice:
     """Which rows of the whole tensor `local` holds: torch.chunk gives every rank ceil(rows / ranks) or what is left."""
     if not is_sharded(x):
-        return slice(0, len(x))
+        return slice(0, len(x) if x.ndim else 1)
     mesh: Any = x.device_mesh  # type: ignore[attr-defined]
     each = -(-len(x) // mesh.size())
     start, end = (min(place * each, len(x)) for place in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
     return slice(start, end)
+
+
+@torch.no_grad()
+def full_tensor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """All rows of a sharded tensor, in the dtype in which it is computed with; another tensor itself, detached.
+
+    Of a sharded tensor it is a collective: all ranks that share it call it.
+    """
+    whole: Any = x.detach()
+    return whole.to(dtype).full_tensor() if is_sharded(x) else whole

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pyqemb.errors import CheckpointError, MachineError
@@ -198,15 +199,30 @@ def test_write_replaces_at_the_end_only(tmp_path, monkeypatch):
     assert path.stat().st_mode == (tmp_path / "x").stat().st_mode
     before = path.read_bytes()
 
-    def full(tensors, file, metadata):
+    def full(file, *rest):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "stream_safetensors", full)
     with pytest.raises(MachineError, match=r"model\.safetensors: cannot be written: No space left"):
         write_safetensors(path, {"a": weight})
     assert path.read_bytes() == before
     assert {item.name for item in tmp_path.iterdir()} == {"model.safetensors", "x"}
+
+
+def test_written_files_are_those_of_safetensors(tmp_path):
+    """Byte by byte; the digest that is returned is the file's."""
+    tensors = {
+        "narrow": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(6.0).view(2, 3), "a": torch.tensor(7.0),
+        "none": torch.zeros(0, 4), "double": torch.ones(1, dtype=torch.float64),
+    }  # fmt: skip
+    digest = write_safetensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert digest == checkpoint.sha256(tmp_path / "theirs")
+    write_safetensors(tmp_path / "more", tensors, {"step": "\u00fc"})
+    with safe_open(tmp_path / "more", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "\u00fc"}
 
 
 def test_syncs_come_before_the_rename(tmp_path, monkeypatch):

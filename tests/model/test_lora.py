@@ -12,12 +12,12 @@ from pyqemb.model.embedder import Embedder
 from pyqemb.model.lora import (
     TARGETS,
     LoraConfig,
+    MergedParameters,
     adapted,
     add_lora,
     load_adapter,
     merge_adapters,
     merge_lora,
-    merged_parameters,
     save_adapter,
 )
 from pyqemb.model.residual_stream import Boundaries
@@ -102,7 +102,7 @@ def test_we_load_what_peft_writes(base, tmp_path, head, rslora):
 
 def test_merging_into_the_weights(base, tmp_path):
     embedder = with_adapter(base)
-    wanted, folded = embedder.encode(TEXTS), merged_parameters(embedder.model)
+    wanted, folded = embedder.encode(TEXTS), dict(MergedParameters(embedder.model))
     again = loaded(embedder.save_pretrained(tmp_path / "saved"))
     assert set(folded) == {name for name, _ in again.model.named_parameters()}
     assert abs(again.encode(TEXTS) - wanted).max() < 1e-5
@@ -145,14 +145,14 @@ def test_merging_adapters(base, tmp_path):
     merged = loaded(base)
     load_adapter(merged.model, merge_adapters(folders, [0.7, -0.2], out=tmp_path / "sum"))
     bases = dict(loaded(base).model.named_parameters())
-    parts = [merged_parameters(e.model) for e in embedders]
-    for name, tensor in merged_parameters(merged.model).items():
+    parts = [MergedParameters(e.model) for e in embedders]
+    for name, tensor in MergedParameters(merged.model).items():
         wanted = bases[name] + 0.7 * (parts[0][name] - bases[name]) - 0.2 * (parts[1][name] - bases[name])
         assert (tensor - wanted).abs().max() < 1e-5, name
     small = loaded(base)
     load_adapter(small.model, merge_adapters(folders, [0.7, -0.2], out=tmp_path / "small", rank=3))
     for name in adapted(small.model):
-        delta, exact = (merged_parameters(m.model)[f"{name}.weight"] - bases[f"{name}.weight"] for m in (small, merged))
+        delta, exact = (MergedParameters(m.model)[f"{name}.weight"] - bases[f"{name}.weight"] for m in (small, merged))
         u, s, v = torch.linalg.svd(exact)
         best = (u[:, :3] * s[:3]) @ v[:3]
         assert (delta - best).abs().max() < 1e-4
