@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyqemb.training import TrainConfig
+    from pyqemb.training.rank_plan import Ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
     )
+    parser.add_argument(
+        "--world", type=int, metavar="N",
+        help="with --dry-run: plan the run for N ranks, which need not be there; the weights are not read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="with --world: the memory of each rank's GPU, e.g. 80GB",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,13 +34,14 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.training import load_config, train
     from pyqemb.training.preflight import unused_evaluation
 
+    ranks = _ranks(args)
     config = load_config(args.config, args.overrides)
     measured = config.eval.data is not None or config.eval.datasets
     evaluate = DevSets(config.eval, config.task) if measured else None
     if not measured and (asked := unused_evaluation(config)):
         raise ConfigError(f"eval.{asked}: nothing is evaluated: eval.data or [[eval.datasets]] is missing")
     if args.dry_run:
-        _print_plan(config, evaluate, args.resume)
+        _print_plan(config, evaluate, args.resume, ranks)
         return 0
     result = train(config, evaluate=evaluate, resume=args.resume)
     print(f"trained {result.steps} steps; the model is in {result.folder}")
@@ -41,12 +50,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None) -> None:
+def _ranks(args: argparse.Namespace) -> "Ranks | None":
+    """The ranks of --world and --gpu-memory; None without them."""
+    from pyqemb.errors import ConfigError
+    from pyqemb.training.rank_plan import Ranks
+    from pyqemb.training.section import size_in_bytes
+
+    if args.world is None and args.gpu_memory is None:
+        return None
+    if not args.dry_run:
+        raise ConfigError(
+            "--world and --gpu-memory plan a run: they need --dry-run; torchrun starts the ranks of a run"
+        )
+    if args.world is None or args.gpu_memory is None:
+        raise ConfigError("--world and --gpu-memory belong together: give both")
+    if args.world < 1:
+        raise ConfigError(f"--world: expected at least one rank, got {args.world}")
+    try:
+        memory = size_in_bytes(args.gpu_memory)
+    except ValueError as error:
+        raise ConfigError(f"--gpu-memory: {error}, got {args.gpu_memory!r}") from error
+    if memory is None:
+        raise ConfigError(f"--gpu-memory: expected a size like '80GB', got {args.gpu_memory!r}")
+    return Ranks(args.world, memory)
+
+
+def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None, ranks: "Ranks | None") -> None:
     import json
 
     from pyqemb.training.dry_run import plan
 
-    lines = list(plan(config, evaluate, resume))  # what is wrong shows before the configuration scrolls by
+    lines = list(plan(config, evaluate, resume, ranks))  # what is wrong shows before the configuration scrolls by
     print(json.dumps(config.model_dump(mode="json"), indent=1))
     print("\n".join(lines))
 

@@ -69,6 +69,9 @@ class Tensors(Mapping[str, torch.Tensor]):
         """One of the heads, None where the folder has none of that name."""
         return self._read(self._heads[name], name) if name in self._heads else None
 
+    def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor
+        return name in self._home
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 

@@ -9,11 +9,15 @@ from pyqemb.model.config import DecoderConfig
 _CUDA_HEAD_DIMS = 64, 128  # of the CUDA attention
 
 
+def runs_on_cuda(config: DecoderConfig) -> bool:
+    """Whether the CUDA kernels can run a model of these sizes."""
+    return config.head_dim in _CUDA_HEAD_DIMS
+
+
 def pick_device(name: torch.device | str | None, config: DecoderConfig) -> torch.device:
     """The device of that name; None and "auto": the GPU where there is one that can run the model, else the CPU."""
     if name is None or name == "auto":
-        fits = config.head_dim in _CUDA_HEAD_DIMS
-        return torch.device("cuda" if fits and _cuda_is_there() else "cpu")
+        return torch.device("cuda" if runs_on_cuda(config) and _cuda_is_there() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -5,7 +5,6 @@ given.
 """
 
 import difflib
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pyqemb.model.lora import TARGETS
 from pyqemb.training.objectives.distillation import DistillationSection
 from pyqemb.training.objectives.info_nce import InfoNCESection
 from pyqemb.training.objectives.registry import check_name, check_settings
-from pyqemb.training.section import ALIASES, Section, canonical
+from pyqemb.training.section import ALIASES, Section, canonical, size_in_bytes
 
 STAGE_1: dict[str, dict[str, Any]] = {
     "loss": {"preset": "qwen3"},
@@ -133,18 +132,14 @@ class TrainSection(Section):
     @field_validator("memory", mode="before")
     @classmethod
     def _in_bytes(cls, size: Any) -> Any:
-        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", size) if isinstance(size, str) else None
-        if match is None:
-            if size == "none":
-                return None
-            if size not in (None, "auto") and not (type(size) is int and size > 0):
-                raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")
-            return size
-        power = "KMGT".index(match[2][0]) + 1
-        found = int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
-        if found < 1:
-            raise ValueError("expected at least one byte")
-        return found
+        found = size_in_bytes(size) if isinstance(size, str) else None
+        if found is not None:
+            return found
+        if size == "none":
+            return None
+        if size not in (None, "auto") and not (type(size) is int and size > 0):
+            raise ValueError("expected 'auto', a number of bytes or a size like '12GB'")
+        return size
 
     @field_validator("device")
     @classmethod

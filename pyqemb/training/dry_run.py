@@ -1,19 +1,22 @@
 """What a run would do, before it does it: for --dry-run."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pyqemb.data import mixing
 from pyqemb.data.example import Example
+from pyqemb.data.loader import TrainingBatch
 from pyqemb.data.pairs import PREFIX, SUFFIX
 from pyqemb.data.token_cache import TokenCache
+from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
-from pyqemb.training import preflight
+from pyqemb.training import preflight, rank_plan
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 from pyqemb.training.evaluations import Evaluate
@@ -21,32 +24,42 @@ from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.objectives import Objective
 from pyqemb.training.objectives.yes_no import YesNo
 from pyqemb.training.optim import warmup_steps
+from pyqemb.training.rank_plan import RankPlanner, Ranks
 from pyqemb.training.setup import load_model, pick_precision
 from pyqemb.training.state import find
 
 _SAMPLE = 512  # examples of a dataset that are tokenized for the estimate
 
 
-def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Path | None = None) -> Iterator[str]:
+def plan(
+    config: TrainConfig,
+    evaluate: Evaluate | None = None,
+    resume: str | Path | None = None,
+    ranks: Ranks | None = None,
+) -> Iterator[str]:
     """Yield the lines that describe a run, after all of its checks but the trial save.
 
     Args:
         config: the configuration of the run.
         evaluate: as for `train` (default: no evaluation).
         resume: as for `train` (default: a new run).
+        ranks: the ranks to plan for, which need not be there; weights are not read, and this machine's disk and memory
+            are not looked at (default: this machine and one rank).
 
     Raises:
         PyqembError: what `train` would raise before its first step.
     """
     preflight.check_evaluation(config, evaluate)
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
-    model = load_model(config)
-    precision = pick_precision(config.train.precision, model.device)
+    model = load_model(config, None if ranks is None else "meta")
+    device = model.device if ranks is None else _device_of_ranks(config, model)
+    precision = pick_precision(config.train.precision, device)
     datasets = read_datasets(config)
     preflight.set_query_instruction(model, config, datasets.instructions, evaluate)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
-    preflight.check_token_cache(config.train.token_cache)
+    if ranks is None:
+        preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
+        preflight.check_token_cache(config.train.token_cache)
     loader = make_loader(datasets, config)
     train = config.train
     steps = num_steps(config, loader)
@@ -56,7 +69,7 @@ def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Pa
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
     if config.lora is not None:
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
-    yield f"device     {model.device}, {str(precision).removeprefix('torch.')}"
+    yield f"device     {device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in datasets.examples.items():
         here = _mean_tokens(model, examples[:_SAMPLE], train.num_negatives, datasets.objectives[name])
@@ -72,14 +85,48 @@ def plan(config: TrainConfig, evaluate: Evaluate | None = None, resume: str | Pa
     )
     if isinstance(model, Embedder):
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
-    # Of the first batch, as training will plan it (less what one rank of several gets).
-    texts = datasets.objectives[loader.where(0)[0]].build_batch(loader.batch(0), model).texts
+    # Of the first batch, as training will plan it.
+    batch = datasets.objectives[loader.where(0)[0]].build_batch(loader.batch(0), model)
+    if ranks is None:
+        yield _memory_here(config, model, batch, precision, trained)
+    else:
+        planner = RankPlanner(config, model, precision, device.type, *_texts_of_ranks(model, batch))
+        yield from rank_plan.lines(planner, ranks, trained)
+    yield from _example(model, next(iter(datasets.examples.values()))[0])
+
+
+def _memory_here(
+    config: TrainConfig, model: Embedder | Reranker, batch: TrainingBatch, precision: torch.dtype, trained: int
+) -> str:
+    """The memory of one process on this machine. ConfigError: it does not suffice."""
+    train = config.train
     cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
-    stream = TokenCache(model.tokenizer).pack(texts)
+    stream = TokenCache(model.tokenizer).pack(batch.texts)
     narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
     preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
-    yield f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
-    example = next(iter(datasets.examples.values()))[0]
+    return f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
+
+
+def _device_of_ranks(config: TrainConfig, model: Embedder | Reranker) -> torch.device:
+    """A GPU, unless the configuration, or sizes that the CUDA kernels do not have, say the CPU."""
+    name = config.train.device.partition(":")[0]
+    if name == "auto":
+        name = "cuda" if runs_on_cuda(model.config) else "cpu"
+    return torch.device(name)
+
+
+def _texts_of_ranks(model: Embedder | Reranker, batch: TrainingBatch) -> tuple[Callable[[int], np.ndarray], int]:
+    """The tokens of each text of the rank that gets most of them, given the number of ranks; the number of texts."""
+    lengths = np.array([len(ids) for ids in model.tokenizer.encode_documents(batch.texts)], dtype=np.int64)
+
+    def heaviest(ranks: int) -> np.ndarray:
+        return max((lengths[part] for part in batch.text_partition(ranks)), key=np.sum)
+
+    return heaviest, len(lengths)
+
+
+def _example(model: Embedder | Reranker, example: Example) -> Iterator[str]:
+    """How an example is tokenized."""
     if isinstance(model, Reranker):
         yield f"example    {PREFIX + YesNo.build_batch([example], model).texts[0] + SUFFIX!r}"
         return

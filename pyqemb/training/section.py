@@ -1,5 +1,6 @@
 """The base class of the sections of a configuration, and the values that are one name of a list."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,18 @@ def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
             raise ConfigError(f"{key}: is the same as {name}, give one of them")
         renamed[name] = value
     return renamed
+
+
+def size_in_bytes(text: str) -> int | None:
+    """The bytes of a size like "12GB" or "1.5 GiB"; None where the text is no size."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", text)
+    if match is None:
+        return None
+    power = "KMGT".index(match[2][0]) + 1
+    found = int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
+    if found < 1:
+        raise ValueError("expected at least one byte")
+    return found
 
 
 def one_of(names: Iterable[str]) -> AfterValidator:

@@ -72,34 +72,37 @@ def test_shards_are_those_of_fsdp(ranks_of, lora):
     model(PackedBatch.pack([[1, 2, 3]]))
     gathered = sum(x.nbytes for x in model.parameters())
     assert gathered == whole.weights
-    assert gathered < predicted.gathered <= 2 * gathered
+    assert predicted.gathered == gathered
+    assert predicted.gathering == max(sum(x.nbytes for x in unit) for unit in units_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gathered_weights_and_reductions_by_hand(dtype):
     size = dtype.itemsize
-    units = [[torch.empty(n, 2, device="meta", requires_grad=True)] for n in (50, 20, 20, 1)]
+    units = [[torch.empty(n, 2, device="meta", requires_grad=True)] for n in (20, 20, 50, 1)]
     always, never = (rank_memory(units, 4, dtype, reshard) for reshard in (True, False))
-    assert never.gathered == size * 2 * (50 + 20 + 20 + 20)  # all, and a buffer of one while the last block comes
+    assert never.gathered == size * 2 * (50 + 20 + 20 + 1)
     assert always.gathered == size * 2 * (50 + 20)
+    assert (never.gathering, always.gathering) == (size * 2 * 50, 0)
     assert never.reduction == always.reduction == (size + 4) * 100
     assert never.weights == 4 * 2 * (13 + 5 + 5 + 1)
     assert never.standing == 3 * never.weights
-    for x in units[0]:
+    for x in units[2]:
         x.requires_grad_(False)
     assert rank_memory(units, 4, dtype).reduction == (size + 4) * 40
 
 
-def test_weights_stay_gathered_where_that_fits_without_checkpointing():
+def test_the_cheaper_schedule_that_fits_is_taken():
     def chosen(never, always, setting="auto"):
-        return choose_reshard(100, lambda reshard: always if reshard else never, setting)
+        plans = [Plan(8, peak_bytes=peak, cost=cost) for peak, cost in (never, always)]
+        reshard, plan = choose_reshard(100, lambda reshard: plans[reshard], setting)
+        assert plan is plans[reshard]
+        return reshard
 
-    fits, checkpointed = Plan(8, peak_bytes=90), Plan(8, checkpointing=True, peak_bytes=90)
-    too_much, more = (Plan(8, checkpointing=True, peak_bytes=peak) for peak in (110, 120))
-    assert chosen(fits, fits) == (False, fits)
-    assert chosen(checkpointed, fits) == (True, fits)
-    assert chosen(checkpointed, checkpointed) == (False, checkpointed)
-    assert chosen(too_much, checkpointed) == (True, checkpointed)
-    assert chosen(more, too_much) == (True, too_much)
-    assert chosen(checkpointed, fits, "never") == (False, checkpointed)
-    assert chosen(fits, checkpointed, "always") == (True, checkpointed)
+    assert not chosen((90, 5), (80, 6))
+    assert chosen((90, 6), (80, 5))
+    assert chosen((110, 5), (90, 6))
+    assert not chosen((90, 5), (90, 5))
+    assert chosen((130, 5), (120, 6))  # nothing fits
+    assert not chosen((110, 6), (90, 5), "never")
+    assert chosen((90, 5), (110, 6), "always")

@@ -243,3 +243,16 @@ def test_a_model_without_values_costs_as_much(shape, layers, lora, pooling, dtyp
     measured = costs(real)
     assert costs(unreal, "cpu") == pytest.approx(measured, rel=0.02)
     assert costs(unreal, "cuda")[:3] == pytest.approx(measured[:3])
+
+
+def test_with_shards_a_chunk_costs_communication():
+    sharded = SIZES._replace(gathered=30_000, loss=1)
+    budget = 60_000  # for chunks of 250 tokens, or of 500 with checkpointing
+    assert not chosen(budget).checkpointing
+    plan = choose(budget + sharded.gathered, 1000, 100, cut, COSTS, sharded, lambda: CHECKPOINTED)
+    assert plan.checkpointing
+    assert plan.tokens_per_chunk == 2 * chosen(budget).tokens_per_chunk
+    few = sharded._replace(trained=1e-4)  # adapters: hardly anything is reduced
+    assert not choose(budget + few.gathered, 1000, 100, cut, COSTS, few, lambda: CHECKPOINTED).checkpointing
+    plan = choose(budget + few.gathered, 1000, 100, cut, COSTS, few, lambda: CHECKPOINTED, reshard=True)
+    assert (plan.checkpointing, plan.kept) == (True, 0)

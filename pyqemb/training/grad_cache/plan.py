@@ -5,16 +5,21 @@ The memory model is in docs/grad_cache.md. Legend: U sequences, E dimension.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from pyqemb.training.grad_cache.probe import TokenCosts
 
-_BOUNDARY_SAVING = (
-    1 / 3
-)  # of a second forward pass, by boundary tensors: o_proj and down_proj hold a third of a layer's weights
+# Of a second forward pass, by boundary tensors: o_proj and down_proj hold a third of a layer's weights.
+_BOUNDARY_SAVING = 1 / 3
+LARGEST_CHUNK = {"cpu": 4096, "cuda": 16384}  # tokens; larger ones are not faster
+MARGIN = 0.9  # of what is free: the budget of "auto"
+# With shards every chunk ends with a reduce-scatter of all gradients (4 bytes a parameter). It takes as long as so many
+# forward passes of a token (2 operations a parameter), at 4e14 operations and 1e11 bytes a second. Where the weights
+# are resharded, three all-gathers (2 bytes a parameter each) come before it.
+_REDUCTION, _GATHERS = 8000, 12000
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Plan:
         reshard: the gathered weights of a sharded model are freed after each unit, so every pass gathers them, and no
             graph is kept. False: they stay gathered through the step.
         peak_bytes: the predicted growth of memory over the start of the step; None where nobody predicted.
+        cost: the work of the step, in forward passes of a token; only to compare plans of the same texts.
     """
 
     tokens_per_chunk: int
@@ -38,6 +44,7 @@ class Plan:
     checkpointing: bool = False
     reshard: bool = False
     peak_bytes: int | None = None
+    cost: float = field(default=0.0, compare=False, repr=False)
 
     def smaller(self, longest: int, can_checkpoint: bool) -> "Plan | None":
         """Return the plan to try when this one did not fit.
@@ -90,8 +97,10 @@ class Sizes(NamedTuple):
     largest: int  # of the largest of these; 0 where they are shards
     overhead: int = 0  # what earlier steps took beyond the prediction
     gathered: int = 0  # sharded weights in the dtype that computes, as many as are gathered at a time
+    gathering: int = 0  # the largest buffer while all of them are gathered before the first pass
     reduction: int = 0  # sharded gradients: those of one unit before their reduce-scatter, and its buffer
     loss: int = 0  # that the loss holds at its highest; 0: six times `vectors`
+    trained: float = 1.0  # share of the parameters whose gradients are reduced
 
 
 class Phase(NamedTuple):
@@ -102,11 +111,12 @@ class Phase(NamedTuple):
     activations: float = 0.0
     gradients: float = 0.0  # with what their reduction takes
     loss: float = 0.0
+    gathering: float = 0.0
 
     @property
     def total(self) -> float:
         """All kinds together."""
-        return self.vectors + self.activations + self.gradients + self.loss
+        return self.vectors + self.activations + self.gradients + self.loss + self.gathering
 
 
 def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> int:
@@ -133,6 +143,8 @@ def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> 
     other, keeping = tokens[: len(tokens) - kept], tokens[len(tokens) - kept :]
     saving = other[len(other) - min(plan.boundaries, len(other)) :]
     held = costs.boundary * saving.sum() + costs.graph * keeping.sum()  # boundary tensors and graphs
+    if sizes.gathering:
+        yield Phase("gathering of the weights", gathering=sizes.gathering)
     # 1. The first pass: all that is held at its end, and the chunk that runs.
     yield Phase("first pass", sizes.vectors, held + costs.forward * tokens.max(initial=0))
     # 2. The loss: the vectors in the caller's order, their gradients, and as much again for what the loss holds.
@@ -170,6 +182,9 @@ def choose(
 ) -> Plan:
     """The plan that leaves least to recompute among those that fit; the smallest where none does.
 
+    Chunks are halved before activations are checkpointed. With shards, where a chunk costs communication, the cheaper
+    of the two is taken.
+
     Args:
         budget: bytes that the step may take over its start.
         largest_chunk: the number of tokens from which a larger chunk is no faster.
@@ -184,8 +199,9 @@ def choose(
     tried = [largest_chunk]
     while tried[-1] > longest:
         tried.append(max(tried[-1] // 2, longest))
+    fitting: list[Plan] = []
     for checkpointing in (False, True):
-        if checkpointing and checkpointed is None:
+        if checkpointing and (checkpointed is None or (fitting and not sizes.gathered)):
             break
         if checkpointing and checkpointed is not None:
             costs = checkpointed()
@@ -199,8 +215,22 @@ def choose(
             if peak(plan) <= budget:
                 if not checkpointing:
                     plan = _filled(plan, tokens, lambda plan: peak(plan) <= budget, may_save and costs.boundary > 0)
-                return replace(plan, peak_bytes=peak(plan))
-    return replace(plan, peak_bytes=peak(plan))
+                fitting.append(replace(plan, peak_bytes=peak(plan), cost=_cost(plan, tokens, sizes)))
+                break
+    return min(fitting, key=lambda plan: plan.cost) if fitting else replace(plan, peak_bytes=peak(plan))
+
+
+def _cost(plan: Plan, tokens: np.ndarray, sizes: Sizes) -> float:
+    """The work of a step: forward, backward (two of it), what is computed again, and the communication of shards."""
+    passes = (4 + plan.checkpointing) * float(tokens.sum()) - _spared(plan, tokens)
+    return passes + len(tokens) * (_REDUCTION * sizes.trained + _GATHERS * plan.reshard if sizes.gathered else 0)
+
+
+def _spared(plan: Plan, tokens: np.ndarray) -> float:
+    """Forward passes of a token that kept graphs and boundary tensors spare."""
+    other = len(tokens) - min(plan.kept, len(tokens))
+    saving = tokens[max(other - plan.boundaries, 0) : other]
+    return float(tokens[other:].sum() + _BOUNDARY_SAVING * saving.sum())
 
 
 def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_save: bool) -> Plan:
@@ -222,10 +252,6 @@ def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_sa
         counts = range(1, most + 1 - plan.kept)
         return replace(plan, boundaries=bisect_left(counts, True, key=lambda n: not fits(replace(plan, boundaries=n))))
 
-    def saved(plan: Plan) -> float:
-        other = len(tokens) - plan.kept
-        saving = tokens[max(other - plan.boundaries, 0) : other]
-        return float(tokens[other:].sum() + _BOUNDARY_SAVING * saving.sum())
-
-    best = max(with_graphs(with_boundaries(plan)), with_boundaries(with_graphs(plan)), key=saved)
+    both = with_graphs(with_boundaries(plan)), with_boundaries(with_graphs(plan))
+    best = max(both, key=lambda plan: _spared(plan, tokens))
     return replace(best, boundaries=min(best.boundaries, most - best.kept))

@@ -13,13 +13,11 @@ from pyqemb.data.batch import PackedBatch
 from pyqemb.training.grad_cache.chunks import chunk_tokens
 from pyqemb.training.grad_cache.memory import free_bytes, give_back, gradients_aside, used_bytes
 from pyqemb.training.grad_cache.passes import Model, RngState, checkpointed_parts, device_of
-from pyqemb.training.grad_cache.plan import Plan, Sizes, choose, predict
+from pyqemb.training.grad_cache.plan import LARGEST_CHUNK, MARGIN, Plan, Sizes, choose, predict
 from pyqemb.training.grad_cache.probe import TokenCosts, measure
 from pyqemb.training.grad_cache.ranks import StepRanks
 
 log = logging.getLogger("pyqemb")
-_LARGE_CHUNK, _LARGE_CHUNK_ON_A_GPU = 4096, 16384  # tokens; larger ones are not faster
-_MARGIN = 0.9  # of what is free: the budget of "auto"
 
 
 class StepPlanner:
@@ -56,7 +54,7 @@ class StepPlanner:
         if self.memory is None:
             return replace(self.given, reshard=self.ranks.first_choice).within(self._limit)
         device = device_of(self.model, [texts])
-        self._budget = self.memory if isinstance(self.memory, int) else int(_MARGIN * free_bytes(device))
+        self._budget = self.memory if isinstance(self.memory, int) else int(MARGIN * free_bytes(device))
         plan = self.ranks.choose(self._budget, lambda reshard: self._choose(texts, device, reshard))
         # Texts are skipped in their second pass, and a chunk that kept its graph has none.
         return plan if self.may_save or not plan.kept else self.predicted(replace(plan, kept=0, peak_bytes=None), texts)
@@ -66,7 +64,7 @@ class StepPlanner:
         costs, sizes = self._standing(texts, reshard=reshard)
         return choose(
             self._budget,
-            min(self.given.tokens_per_chunk, _LARGE_CHUNK if device.type == "cpu" else _LARGE_CHUNK_ON_A_GPU),
+            min(self.given.tokens_per_chunk, LARGEST_CHUNK[device.type]),
             int(lengths.max(initial=1)),
             lambda budget: chunk_tokens(lengths, budget),
             costs,

@@ -1,11 +1,10 @@
 """What a rank holds of a model whose weights are sharded: bytes by kind, from the sizes of the parameters alone.
 
-A model is cut into units, each of which FSDP gathers and reduces at once: the token embeddings, every decoder block,
+A model is cut into units, each of which FSDP gathers and reduces at once: every decoder block, the token embeddings,
 and the rest (the final norm, a head). The parameters may be on the meta device.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,10 +26,12 @@ class RankMemory(NamedTuple):
 
     weights: int  # float32 weights, or this rank's shards of them; without shards also the copies that compute
     gathered: int  # whole weights in the dtype that computes; 0 without shards
+    gathering: int  # the largest buffer of an all-gather where all weights are gathered before the first pass
     gradients: int  # float32, of the trained parameters or of this rank's shards of them
     reduction: int  # the gradients of the largest unit before their reduce-scatter, and its buffer; 0 without shards
     moments: int  # of AdamW
     largest: int  # of the gradients, the largest; 0 with shards
+    trained: float  # share of the parameters
 
     @property
     def standing(self) -> int:
@@ -39,15 +40,34 @@ class RankMemory(NamedTuple):
 
     def sizes(self, vectors: int, loss: int = 0, overhead: int = 0) -> Sizes:
         """What the plan of a step stands on, given the bytes of this rank's vectors and of the loss."""
-        return Sizes(vectors, self.gradients, self.largest, overhead, self.gathered, self.reduction, loss)
+        return Sizes(
+            vectors=vectors,
+            gradients=self.gradients,
+            largest=self.largest,
+            overhead=overhead,
+            gathered=self.gathered,
+            gathering=self.gathering,
+            reduction=self.reduction,
+            loss=loss,
+            trained=self.trained,
+        )
 
 
 def units_of(model: PackedModel) -> list[Unit]:
-    """The parameters of each unit, in the order in which a forward pass gathers them."""
+    """The parameters of each unit: the decoder blocks, the token embeddings, the rest.
+
+    Embeddings that a head reads too belong to the rest.
+    """
     decoder = model.model
-    units: list[Unit] = [list(part.parameters()) for part in (decoder.embed_tokens, *decoder.layers)]
+    parts = [*decoder.layers] if model.reads_embedding else [*decoder.layers, decoder.embed_tokens]
+    units: list[Unit] = [list(part.parameters()) for part in parts]
     inside = {id(parameter) for unit in units for parameter in unit}
     return [*units, [parameter for parameter in model.parameters() if id(parameter) not in inside]]
+
+
+def trained_units(units: Sequence[Unit]) -> list[Unit]:
+    """The trained parameters of each unit."""
+    return [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
 
 
 def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: bool = False) -> RankMemory:
@@ -60,18 +80,19 @@ def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: 
         reshard: whether a unit's gathered weights are freed after its forward and after its backward pass. False: all
             stay gathered from the first chunk of a step to the last.
     """
-    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
+    trained = trained_units(units)
+    share = _elements(trained) / _elements(units)
     if shard == 1:
         copies = dtype.itemsize * _elements(units) if dtype.itemsize < _WIDE else _WIDE * _elements(_frozen(units))
         gradients = _WIDE * _elements(trained)
         largest = max((_WIDE * x.numel() for unit in trained for x in unit), default=0)
-        return RankMemory(gradients + copies, 0, gradients, 0, 2 * gradients, largest)
+        return RankMemory(gradients + copies, 0, 0, gradients, 0, 2 * gradients, largest, share)
     gathered = [dtype.itemsize * _elements([unit]) for unit in units]
-    # A unit is copied out of the buffer of its all-gather.
-    most = sum(sorted(gathered)[-2:]) if reshard else max(map(sum, zip(accumulate(gathered), gathered, strict=True)))
+    most = sum(sorted(gathered)[-2:]) if reshard else sum(gathered)  # the next unit is gathered while one computes
     gradients = _WIDE * _shard_elements(trained, shard)
     reduction = (dtype.itemsize + _WIDE) * max(_elements([unit]) for unit in trained)
-    return RankMemory(_WIDE * _shard_elements(units, shard), most, gradients, reduction, 2 * gradients, 0)
+    weights, gathering = _WIDE * _shard_elements(units, shard), 0 if reshard else max(gathered)
+    return RankMemory(weights, most, gathering, gradients, reduction, 2 * gradients, 0, share)
 
 
 def _frozen(units: Sequence[Unit]) -> list[Unit]:
@@ -87,19 +108,29 @@ def _shard_elements(units: Sequence[Unit], shard: int) -> int:
     return sum(-(-len(x) // shard) * (x.numel() // len(x)) for unit in units for x in unit)
 
 
+def loss_bytes(vectors: int, all_vectors: int, ranks: int, ring: bool) -> int:
+    """What the loss of a step holds at its highest, given the bytes of the vectors of this rank and of all ranks.
+
+    Gathered vectors are there as they come, in order, as queries and documents, with their gradients as these and in
+    order; blocks of a ring are sent and received with their gradients, and copied out of the blocks.
+    """
+    if ranks == 1:
+        return 6 * vectors
+    return 12 * vectors if ring else 6 * all_vectors
+
+
 def choose_reshard(
     budget: int, plan_of: Callable[[bool], Plan], setting: Literal["auto", "always", "never"] = "auto"
 ) -> tuple[bool, Plan]:
     """Whether the weights are resharded after each pass through a unit, and the plan of the step.
 
-    "auto": weights stay gathered where a plan fits that way, unless only activation checkpointing makes it fit:
-    gathering the weights for every chunk costs less than a third forward pass. Where none fits, the smaller plan.
+    "auto": as it costs less, recomputation and communication together; where nothing fits, as it takes less memory.
 
     Args:
         budget: bytes that the step may take over its start.
-        plan_of: the plan with its peak, given whether weights are resharded.
+        plan_of: the plan with its peak and its cost, given whether weights are resharded.
         setting: `parallel.reshard_after_forward`.
     """
     schedules = {"auto": (False, True), "always": (True,), "never": (False,)}[setting]
     plans = [(reshard, plan_of(reshard)) for reshard in schedules]
-    return min(plans, key=lambda choice: (max((choice[1].peak_bytes or 0) - budget, 0), choice[1].checkpointing))
+    return min(plans, key=lambda choice: (max((choice[1].peak_bytes or 0) - budget, 0), choice[1].cost))
