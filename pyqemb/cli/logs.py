@@ -1,7 +1,6 @@
 """What the command line shows of the logger "pyqemb": each message as a line on standard error."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ class StderrHandler(logging.Handler):
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Show messages of the level INFO and above; of the ranks of one run but the first only those from WARNING on."""
+    """Show messages of the level INFO and above."""
     logger, handler = logging.getLogger("pyqemb"), StderrHandler()
     before = logger.level
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield

@@ -29,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.data.rank_logs import rank_logs
+    from pyqemb.training.parallel.world import rank_and_size
+
+    rank, size = rank_and_size()
+    with rank_logs(rank, size):
+        return _run(args, rank)
+
+
+def _run(args: argparse.Namespace, rank: int) -> int:
     from pyqemb.errors import ConfigError
     from pyqemb.evaluation import DevSets
     from pyqemb.training import load_config, train
@@ -44,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(config, evaluate, args.resume, ranks)
         return 0
     result = train(config, evaluate=evaluate, resume=args.resume)
+    if rank:
+        return 0
     print(f"trained {result.steps} steps; the model is in {result.folder}")
     if result.best is not None:
         print(f"the best by evaluation is in {result.best}")

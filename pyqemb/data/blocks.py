@@ -10,7 +10,6 @@ rewritten: whatever a kill has torn or the disk has damaged is skipped, and what
 
 import fcntl
 import hashlib
-import logging
 import os
 import struct
 import zlib
@@ -24,6 +23,7 @@ import numpy as np
 from pyqemb.data.files import fsync_folder
 from pyqemb.data.keyed import KEY, Keys
 from pyqemb.data.machine import unreadable, unwritable
+from pyqemb.data.rank_logs import RANK_LOG
 from pyqemb.errors import MachineError
 
 _MAGIC = b"\x93qblock1"
@@ -33,8 +33,6 @@ _HEAD = struct.Struct(
 _SEAL = 16  # bytes of the digest behind a record
 _MOST = 8192  # values of a block: what the first read of one of them has to check
 _CHUNK = 1 << 24
-
-log = logging.getLogger("pyqemb")
 
 
 class Blocks:
@@ -196,7 +194,7 @@ class Blocks:
             except OSError as error:
                 raise unreadable(block.files.path, error, MachineError) from error
             if not block.sound:
-                log.warning("%s: damaged at byte %d; what was lost is made again", block.files.path, block.offset)
+                RANK_LOG.warning("%s: damaged at byte %d; what was lost is made again", block.files.path, block.offset)
         return block.sound
 
 

@@ -6,26 +6,28 @@ Finds the checkpoint to continue from.
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.errors import ConfigError
 from pyqemb.model.device import pick_device
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.lora import LoraConfig, add_lora, reset_lora
 from pyqemb.model.portable import check_digests
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.source import local_folder
+from pyqemb.training.agreement import blind_ranks, check_same_checkpoint
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import Optimizer
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
-from pyqemb.training.state import Checkpoint, find, remove_leftovers
+from pyqemb.training.state import Checkpoint, checkpoints, find, remove_leftovers, step_of
 
 if TYPE_CHECKING:
     from pyqemb.training.parallel.sharding import Sharding
@@ -48,11 +50,13 @@ def load_sharded_model(config: TrainConfig, device: str, world: World) -> tuple[
 
     A rank reads its own rows only.
     """
-    if config.parallel.mesh(world.size)[1] == 1:
-        return load_model(config, device), None
+    is_sharded = config.parallel.mesh(world.size)[1] > 1
+    with together(world):
+        model = load_model(config, "meta" if is_sharded else device)
+    if not is_sharded:
+        return model, None
     from pyqemb.training.parallel.sharding import Sharding, make_mesh  # a second to import
 
-    model = load_model(config, "meta")
     place = pick_device(device, model.config)
     precision = pick_precision(config.train.precision, place)
     sharding = Sharding(
@@ -121,16 +125,43 @@ def build_cache(
 
 
 def find_checkpoint(folder: Path, resume: str | Path | None, world: World) -> Checkpoint | None:
-    """The checkpoint that a run in `folder` continues from, the same on all ranks; see `state.find`."""
-    if world.is_first:
-        remove_leftovers(folder)
-    world.barrier()  # the others look for checkpoints when the leftovers are gone
-    warn = log.warning if world.is_first else log.debug
-    checkpoint = find(folder, resume, warn=warn)
-    step = checkpoint and checkpoint.step
-    if step != (first := world.broadcast_object(step)):
-        raise CheckpointError(f"{folder / 'checkpoints'}: rank {world.rank} found step {step}, rank 0 step {first}")
+    """The checkpoint that a run in `folder` continues from, the same on all ranks; see `state.find`.
+
+    Ranks that do not see the folder of rank 0 receive its checkpoint.
+
+    Raises:
+        ConfigError: the ranks find different checkpoints, or such a rank has a newer one in its own folder.
+    """
+    with together(world):  # the others look for checkpoints when the leftovers are gone
+        if world.is_first:
+            remove_leftovers(folder)
+    blind = blind_ranks(world, folder)
+    with together(world):
+        checkpoint = find(folder, resume, warn=log.warning) if world.is_first or not blind else None
+    if blind:
+        log.warning(
+            "save.dir: rank %s does not see the folder of rank 0, %s: checkpoints and models are on its machine only",
+            ", ".join(map(str, blind)), folder.absolute(),
+        )  # fmt: skip
+        newest = world.gather_number(max((step_of(path) for path in checkpoints(folder / "checkpoints")), default=-1))
+        if resume is not None and max(newest) > newest[0]:
+            raise ConfigError(
+                f"save.dir: rank {newest.index(max(newest))} has a checkpoint of step {max(newest)}, rank 0 has "
+                f"{f'one of step {newest[0]}' if newest[0] >= 0 else 'none'}, and they do not share {folder}: rank 0 "
+                "has to run on the machine with the newest checkpoint"
+            )
+        checkpoint = _received(world, checkpoint)
+    check_same_checkpoint(world, checkpoint)
     return checkpoint
+
+
+def _received(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint of rank 0, on all ranks."""
+    head = world.broadcast_object(None if checkpoint is None else replace(checkpoint, weights={}, optimizer={}))
+    if head is None:
+        return None
+    own = checkpoint or head
+    return replace(head, weights=world.broadcast_tensors(own.weights), optimizer=world.broadcast_tensors(own.optimizer))
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

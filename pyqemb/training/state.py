@@ -57,6 +57,7 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+    digest: str = ""  # of its manifest, where it was read
 
     def save(self, folder: Path, keep: int) -> Path:
         """Write the checkpoint as `folder/step_XXXXXXXX`; then delete all but the `keep` newest.
@@ -87,6 +88,7 @@ class Checkpoint:
         try:
             weights, optimizer = (load_file(folder / name) for name in _FILES[:2])
             state = parse((folder / _FILES[2]).read_bytes(), str(folder / _FILES[2]))
+            digest = sha256(folder / MANIFEST)
         except OSError as error:
             raise unreadable(error.filename or folder, error, CheckpointError) from error
         except (SafetensorError, ValueError) as error:
@@ -94,7 +96,7 @@ class Checkpoint:
         _check_fields(folder / _FILES[2], state, STATE)
         if state["best"] is not None:
             _check_fields(folder / _FILES[2], state["best"], _BEST)
-        return cls(step, weights, optimizer, state)
+        return cls(step, weights, optimizer, state, digest)
 
 
 def verify(folder: Path) -> int:
@@ -235,7 +237,12 @@ def checkpoints(folder: Path) -> list[Path]:
 def _steps(folder: Path) -> list[Path]:
     """All that has the name of a checkpoint, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(path.name.removeprefix("step_"))
 
 
 def remove_leftovers(run: Path) -> None:
@@ -275,7 +282,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 def _retain(folder: Path, newest: int, keep: int) -> None:
     """Later steps than the one just saved are of an abandoned branch (it was resumed from before them)."""
-    stale = [path for path in checkpoints(folder) if int(path.name.removeprefix("step_")) > newest]
+    stale = [path for path in checkpoints(folder) if step_of(path) > newest]
     current = [path for path in checkpoints(folder) if path not in stale]
     for path in [*stale, *current[:-keep]]:
         try:

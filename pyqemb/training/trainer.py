@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from pyqemb.data.files import locked
 from pyqemb.errors import Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
 from pyqemb.training import preflight
+from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
 from pyqemb.training.callbacks import Callback, MetricsFile, ProgressDisplay, StepFunction, TensorBoard, Throughput
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import TrainConfig, load_config
@@ -25,7 +26,7 @@ from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import learning_rate
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World, is_of_a_collective, joined
-from pyqemb.training.resume import check_continues, flat
+from pyqemb.training.resume import check_continues
 from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_sharded_model, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import Checkpoint, random_states, restore_random_states
@@ -80,16 +81,20 @@ def train(
     raises on one rank, the other ranks raise a RankError that names the rank and the error.
 
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
-    plan.
+    plan. Of several ranks the first logs; the logger "pyqemb.rank" has the messages that are about one rank.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config)
-    preflight.check_place(Path(config.save.dir))
+    folder = Path(config.save.dir)
     hooks = [*callbacks, StepFunction(on_step)] if on_step is not None else list(callbacks)
     with (
         StopRequest() as stop,
         joined(config.train.device, config.train.rank_timeout) as (world, device),
-        locked(Path(config.save.dir), "training run") if world.is_first else nullcontext(),
+        ExitStack() as held,
     ):
+        with together(world):
+            preflight.check_place(folder)
+            if world.is_first:
+                held.enter_context(locked(folder, "training run"))
         return Run(config, resume, world, device, stop, evaluate, hooks).train()
 
 
@@ -115,19 +120,22 @@ class Run:
     ):
         self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
+        check_same_settings(world, config, resume, evaluate)
         config.parallel.mesh(world.size)
         preflight.check_evaluation(config, evaluate)
         checkpoint = find_checkpoint(self.folder, resume, world)
+        check_same_model(world, config.model.base)
         self.model, self.sharding = load_sharded_model(config, device, world)
-        datasets = read_datasets(config)
-        self.fingerprint = datasets.fingerprint
-        world.check_equal({"pyqemb": __version__, "data": self.fingerprint, **flat(config.model_dump(mode="json"))})
+        with together(world):
+            datasets = read_datasets(config)
+            self.fingerprint = datasets.fingerprint
+        check_same_data(world, datasets, self.fingerprint)
         preflight.set_query_instruction(self.model, config, datasets.instructions, evaluate)
         parameters = LossParameters(config.loss).to(self.model.device)
         self.batches = StepLoader(config, datasets, self.model, parameters, world)
         self.steps = self.batches.steps
         preflight.warn_of_settings(config, self.model, datasets, self.batches.loader, self.steps)
-        if len(datasets.examples) > 1 and world.is_first:
+        if len(datasets.examples) > 1:
             log.info("\n".join(mixing.lines(mixture(self.batches.loader, self.steps))))
         self.optimizer = build_optimizer(config, self.model, parameters, self.sharding)
         self.cache = build_cache(config, self.model, self.optimizer, self.sharding)
@@ -143,7 +151,8 @@ class Run:
         if checkpoint is not None:
             self._continue_from(checkpoint)
         with together(world):
-            self._preflight()
+            self._check_folders()
+        self._check_memory()
         if world.is_first:
             write_notes(self.folder, config, self.model.device, getattr(self.sharding, "dtype", self.model.dtype))
 
@@ -183,7 +192,7 @@ class Run:
             raise Interrupted(f"{stopped} after step {self.step} of {self.steps}, saved; continue with --resume auto")
         if self.step and self.bad_steps == self.step:
             raise PyqembError(f"none of the {self.step} steps was finite: nothing was trained")
-        if early and self.step < self.steps and self.world.is_first:
+        if early and self.step < self.steps:
             log.info(
                 "stopped after step %d of %d: %d evaluations without a better value",
                 self.step, self.steps, self.evaluations.since_best,
@@ -266,7 +275,7 @@ class Run:
         self.metrics.append(row)
         self.bad_steps = 0 if skipped is None else self.bad_steps + 1
         self._call("on_step_end", row)
-        if skipped is not None and self.world.is_first:
+        if skipped is not None:
             log.warning("left out %s", skipped)
         if self.bad_steps >= min(self.config.train.max_bad_steps, self.steps):
             raise PyqembError(
@@ -332,17 +341,22 @@ class Run:
         restore_random_states(state["random"])
         self.step, self.saved_step, self.bad_steps = checkpoint.step, checkpoint.step, state["bad_steps"]
         self.evaluations.best, self.evaluations.since_best = state["best"], state["evaluations_since_best"]
-        if self.world.is_first:
-            preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
+        preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
 
-    def _preflight(self) -> None:
-        """Refuse what the machine cannot hold."""
+    def _check_folders(self) -> None:
+        """Refuse what cannot be written."""
         if self.world.is_first:
             weights = sum(4 * weight.numel() for weight in self.optimizer.weights.values())
             preflight.check_output(self.folder, 3 * weights)
-            preflight.check_token_cache(self.config.train.token_cache)
-        if self.step < self.steps:
+        preflight.check_token_cache(self.config.train.token_cache)
+
+    def _check_memory(self) -> None:
+        """Refuse a step that does not fit into memory."""
+        if self.step == self.steps:
+            return
+        with together(self.world):
             stream = self.batches.load(self.step).stream
+        with together(self.world):
             moments = preflight.pending_moments(self.optimizer)
             if stream.num_sequences or self.sharding:  # ranks of a sharded model pass through it together
                 preflight.check_memory(self.cache, stream, moments, self.model.device)

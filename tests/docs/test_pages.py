@@ -3,6 +3,7 @@ the site builds.
 """
 
 import json
+import os
 import random
 import re
 import shlex
@@ -105,9 +106,41 @@ def test_every_block_runs(page, workplace):
             Path(title).write_text(code)
             if "[model]" in code:
                 load_config(title)
+        elif language == "bash":
+            Path(title).write_text(code)
+            subprocess.run(["bash", "-n", title], check=True)
         else:
             assert language == "json"
             assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("fails", [0, 1])
+def test_the_batch_script_trains_and_comes_back_after_a_failure(workplace, fails):
+    """On a cluster of this machine alone, whose commands note their arguments."""
+    page = ROOT / "docs" / "how-to" / "several-machines.md"
+    for language, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language in ("bash", "toml"):
+            Path(title).write_text(code)
+    run = 'NODES=1 GPUS=1 PORT=0 RESTARTS=0 exec "$@"'
+    commands = {
+        "scontrol": 'echo "$@" >> calls; echo localhost; echo other',
+        "srun": 'echo "$@" >> calls; shift; ' + ("exit 1" if fails else run),
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    (workplace / "bin").mkdir()
+    for name, line in commands.items():
+        (workplace / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (workplace / "bin" / name).chmod(0o755)
+    cluster = {
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b",
+        "PATH": f"{workplace / 'bin'}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(["bash", "train.sbatch"], env={**os.environ, **cluster}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls = ["show hostnames a,b", "--kill-on-bad-exit=0 bash node.sh localhost", *(["requeue 7"] if fails else [])]
+    assert (workplace / "calls").read_text().splitlines() == calls
+    assert (workplace / "runs" / "nodes" / "final" / "config.json").exists() == (not fails)
 
 
 def test_blocks_of_the_other_pages(workplace):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyqemb.data.batch import PackedBatch
+from pyqemb.data.rank_logs import RANK_LOG
 from pyqemb.training.grad_cache.chunks import chunk_tokens
 from pyqemb.training.grad_cache.memory import free_bytes, give_back, gradients_aside, used_bytes
 from pyqemb.training.grad_cache.passes import Model, RngState, checkpointed_parts, device_of
@@ -108,7 +109,7 @@ class StepPlanner:
         else:
             self._overhead += self._budget // 10
         reason = (str(failed) or type(failed).__name__).splitlines()[0]
-        log.warning("gradient cache: out of memory (%s); trying again with %s", reason, smaller)
+        RANK_LOG.warning("gradient cache: out of memory (%s); trying again with %s", reason, smaller)
         return smaller
 
     def announce(self, plan: Plan, chunks: int) -> None:
@@ -119,13 +120,13 @@ class StepPlanner:
             self._announced = what
             log.info(plan.line(chunks))
             if plan.peak_bytes is not None and plan.peak_bytes > self._budget:
-                log.warning("gradient cache: nothing fits into %s; trying the smallest plan", _mib(self._budget))
+                RANK_LOG.warning("gradient cache: nothing fits into %s; trying the smallest plan", _mib(self._budget))
 
     def compare(self, predicted: int | None, measured: int) -> None:
         """Plan with the difference from now on where the budget was passed."""
         if measured > self._budget and predicted is not None:
             self._overhead += max(measured - predicted, 0)
-            log.warning(
+            RANK_LOG.warning(
                 "gradient cache: the step took %s, more than its %s; predictions are raised by %s",
                 _mib(measured), _mib(self._budget), _mib(self._overhead),
             )  # fmt: skip

@@ -5,7 +5,7 @@ A thread in each rank sends a beat every second over a connection of its own to 
 Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the
 others; these notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the
 collectives themselves need no timeout. A rank that waits in a collective cannot be reached by an exception: its process
-ends with RankError's exit code.
+ends with the exit code of the error that the other rank left with, or with RankError's.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pyqemb.data.machine import exit_code_of
 from pyqemb.errors import RankError
 
 _INTERVAL = 1.0  # seconds between two beats
@@ -53,6 +54,8 @@ class Heartbeat:
     def __init__(self, rank: int, size: int, timeout: float, broadcast: Callable[[Any], Any]):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.lost: str | None = None  # which rank is gone, and why
+        self.exit_code = RankError.exit_code  # that of the error with which it left
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._name = f"rank {rank} ({platform.node()}, pid {os.getpid()})"
         self._closing, self._noticed = threading.Event(), threading.Event()
         self._goodbye: dict[str, Any] = {"bye": True}
@@ -85,7 +88,7 @@ class Heartbeat:
     def close(self, error: BaseException | None) -> None:
         """Leave. Where there is an error the others learn of it, and leave too."""
         if error is not None:
-            self._goodbye = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            self._goodbye = {"error": f"{type(error).__name__}: {error}"[:2000], "exit_code": exit_code_of(error)}
         self._closing.set()
         self._thread.join(2 * _GRACE)
 
@@ -145,9 +148,9 @@ class Heartbeat:
         peer.name = message.get("name", peer.name)
         peer.left = "bye" in message or "error" in message
         if "lost" in message:
-            self._lose(message["lost"])
+            self._lose(message["lost"], message["exit_code"])
         elif "error" in message:
-            self._lose(f"{peer.name} left with {message['error']}")
+            self._lose(f"{peer.name} left with {message['error']}", message["exit_code"])
 
     async def _watch(self) -> None:
         start = last = time.monotonic()
@@ -164,7 +167,7 @@ class Heartbeat:
                 beaten = now
                 self._tell({"name": self._name})
             self._check(now, start)
-        self._tell(self._goodbye if self.lost is None else {"lost": self.lost})
+        self._tell(self._goodbye if self.lost is None else self._news())
         end = time.monotonic() + _GRACE
         # Rank 0 stays until the others have left: they could not tell a rank 0 that is done from one that is gone.
         while self.rank == 0 and time.monotonic() < end and not all(peer.left for peer in self._peers):
@@ -178,15 +181,20 @@ class Heartbeat:
         for peer in self._peers:
             if not peer.left and now - peer.heard > self.timeout:
                 self._lose(f"{peer.name} is stopped or its machine is gone: nothing heard for {now - peer.heard:.0f} s")
+        if self._agent is not None and os.getppid() != self._agent:
+            self._lose(f"the agent of {self._name} died (torchrun, pid {self._agent})")
         if self.lost is not None and now > self._deadline:
             self._end()
 
-    def _lose(self, what: str) -> None:
+    def _lose(self, what: str, exit_code: int = RankError.exit_code) -> None:
         if self.lost is None:
-            self.lost = what
+            self.lost, self.exit_code = what, exit_code
             self._deadline = time.monotonic() + _GRACE
             self._noticed.set()
-            self._tell({"lost": what})
+            self._tell(self._news())
+
+    def _news(self) -> dict[str, Any]:
+        return {"lost": self.lost, "exit_code": self.exit_code}
 
     def _tell(self, message: dict[str, Any]) -> None:
         for peer in self._peers:
@@ -199,7 +207,7 @@ class Heartbeat:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(2, text.encode())
-        os._exit(RankError.exit_code)
+        os._exit(self.exit_code)
 
 
 def lost_message(rank: int, lost: str) -> str:

@@ -6,7 +6,7 @@ Legend: S texts of a batch, E dimension.
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyqemb.data.rank_logs import rank_logs
 from pyqemb.errors import ConfigError, Interrupted, RankError
 from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
 _FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
 _BUCKET = 1 << 28  # bytes of gradients that are laid end to end for an all-reduce
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
+_NAMED = 5  # facts in an error
 _FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
 
 
@@ -100,12 +103,25 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of rank 0 by name, on the CPU of all ranks; what the others give is ignored."""
+        kinds = self.broadcast_object({name: (x.shape, x.dtype) for name, x in tensors.items()})
+        received = {}
+        for name, (shape, dtype) in kinds.items():
+            own = tensors[name] if self.is_first else torch.empty(shape, dtype=dtype)
+            if self.size > 1:
+                data = own.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+                dist.broadcast(data, 0)
+                own = data.cpu().view(dtype).reshape(shape)
+            received[name] = own
+        return received
+
     def gather_number(self, number: int) -> list[int]:
         """The number of each rank, on every rank."""
         if self.size == 1:
             return [number]
         numbers = torch.empty(self.size, dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(numbers, torch.tensor([number], device=self.device))
+        _all_gather_single(numbers, torch.tensor([int(number)], device=self.device))
         return numbers.tolist()
 
     def gather_object(self, value: Value) -> list[Value]:
@@ -116,20 +132,23 @@ class World:
         return values
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """Raise a ConfigError on all ranks if a rank has another value of a fact than rank 0.
+        """Raise a ConfigError on all ranks unless they have the same facts.
 
-        The error names the rank, the fact and both values.
+        The error names each fact that differs, the first rank with another value than rank 0, and both values.
         """
-        if self.size == 1:
-            return
         everyone = self.gather_object(facts)
-        for rank, theirs in enumerate(everyone):
-            for name in sorted(facts.keys() | theirs.keys()):
-                if theirs.get(name) != everyone[0].get(name):
-                    raise ConfigError(
-                        f"rank {rank} has {name} = {theirs.get(name)!r}, rank 0 has {everyone[0].get(name)!r}; "
-                        "all ranks need the same configuration, data and version of pyqemb"
-                    )
+        different = []
+        for name in sorted({name for each in everyone for name in each}):
+            values = [each.get(name) for each in everyone]
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            if others:
+                also = f" ({len(others)} of {self.size} ranks differ from it)" if len(others) > 1 else ""
+                different.append(f"rank {others[0]} has {name} = {values[others[0]]!r}, rank 0 has {values[0]!r}{also}")
+        if different:
+            more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+            raise ConfigError(
+                f"{'; '.join(different[:_NAMED])}{more}: all ranks need the same configuration, files and versions"
+            )
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -155,7 +174,7 @@ class _AllGather(torch.autograd.Function):
         padded = own_SE.new_zeros(width, dim)
         padded[: len(own_SE)] = own_SE
         everything = own_SE.new_empty(world.size * width, dim)
-        dist.all_gather_into_tensor(everything, padded)
+        _all_gather_single(everything, padded)
         row_S = np.empty(sum(map(len, partition)), dtype=np.int64)
         for rank, texts in enumerate(partition):
             row_S[texts] = rank * width + np.arange(len(texts))
@@ -176,9 +195,9 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds,
     dies, or is not heard of for so long is named by a RankError in every other rank, or where a rank waits in a
     collective by a line on stderr and RankError's exit code. When a rank leaves with an error of its own, the others
-    name that error and leave in the same way.
+    name that error and leave in the same way, with its exit code.
     """
-    size = _number("WORLD_SIZE", 1)
+    rank, size = rank_and_size()
     if not dist.is_available() or (size == 1 and not dist.is_initialized()):
         yield World(), device
         return
@@ -189,8 +208,8 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     own_group, on = not dist.is_initialized(), device if on_gpu else "cpu"
-    store = _rendezvous(_number("RANK"), size, timeout) if own_group else None
-    world = World(_number("RANK"), size, on) if own_group else World(dist.get_rank(), dist.get_world_size(), on)
+    store = _rendezvous(rank, size, timeout) if own_group else None
+    world = World(rank, size, on) if own_group else World(dist.get_rank(), dist.get_world_size(), on)
 
     def broadcast(value: Any) -> Any:
         """Rank 0's value. No collective where the group is still to be made: that may be where a rank is lost."""
@@ -207,14 +226,17 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", store=store, rank=world.rank, world_size=size, timeout=_FOREVER
             )
-        yield world, on
+        with rank_logs(world.rank, world.size):
+            yield world, on
         dist.barrier()  # nobody closes its connections while another still reads from them
     except BaseException as error:
         failed = error
         if heartbeat is not None and is_of_a_collective(error):
             lost = heartbeat.wait_for_loss(_FOLLOWS) or f"a collective failed: {str(error).splitlines()[0]}"
-            failed = RankError(lost_message(world.rank, lost))
+            failed = RankError(lost_message(world.rank, lost), heartbeat.exit_code)
             raise failed from error
+        if heartbeat is not None and heartbeat.lost is not None and isinstance(error, Interrupted):
+            raise Interrupted(f"{error}; {heartbeat.lost}") from error
         raise
     finally:
         if heartbeat is not None:
@@ -224,6 +246,12 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
         time.sleep(0.05)
         if own_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Those of this process, by the environment. ConfigError where it is not one of torchrun's."""
+    size = _number("WORLD_SIZE", 1)
+    return (_number("RANK") if size > 1 else 0), size
 
 
 _groups = count()  # of this process; every rank makes as many

@@ -1,0 +1,103 @@
+"""What the ranks of a run have to have in common: settings, versions, the files that they read.
+
+Each check is a collective. Its ConfigError, raised on every rank, names the rank, the fact and both values.
+"""
+
+import hashlib
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from pyqemb import __version__
+from pyqemb.data.machine import unreadable
+from pyqemb.model.source import local_folder
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.datasets import Datasets
+from pyqemb.training.evaluations import Evaluate
+from pyqemb.training.parallel.together import together
+from pyqemb.training.parallel.world import World
+from pyqemb.training.resume import flat
+from pyqemb.training.state import Checkpoint
+
+_NETWORK_DELAY = 2.0  # seconds after which a file is seen through a network file system
+_MODEL_FILES = "*.json", "*.safetensors", "*/*.json"
+_BLOCKS, _BLOCK = 64, 4096  # of a file, evenly spaced: any two checkpoints of a model differ in nearly all bytes
+
+
+def check_same_settings(
+    world: World, config: TrainConfig, resume: str | Path | None, evaluate: Evaluate | None
+) -> None:
+    """Versions, the configuration, and the arguments of `train` that decide which collectives follow."""
+    world.check_equal(
+        {
+            "pyqemb": __version__,
+            "torch": torch.__version__,
+            "resume": None if resume is None else str(resume),
+            "evaluate": "given" if evaluate is not None else "not given",
+            **flat(config.model_dump(mode="json")),
+        }
+    )
+
+
+def check_same_model(world: World, base: str) -> None:
+    """The files of the base model: their names, their sizes, and a sample of their bytes."""
+    if world.size == 1:
+        return
+    with together(world):
+        files = model_files(local_folder(base))
+    world.check_equal({f"model.base: {name}": digest for name, digest in files.items()})
+
+
+def check_same_data(world: World, datasets: Datasets, fingerprint: str) -> None:
+    """The training rows; `fingerprint` is that of the datasets."""
+    rows = {f"the rows of {name!r}": len(examples) for name, examples in datasets.examples.items()}
+    world.check_equal({**rows, "the digest of the data": fingerprint})
+
+
+def blind_ranks(world: World, folder: Path) -> list[int]:
+    """The ranks that do not see what rank 0 writes to `folder`: those on another file system."""
+    if world.size == 1:
+        return []
+    token = folder / f".shared-{world.broadcast_object(uuid.uuid4().hex)}"
+    with together(world):
+        if world.is_first:
+            token.touch()
+    end = time.monotonic() + _NETWORK_DELAY
+    while not (seen := token.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(world.gather_number(seen)) if not sees]
+    if world.is_first:
+        token.unlink(missing_ok=True)
+    return blind
+
+
+def check_same_checkpoint(world: World, checkpoint: Checkpoint | None) -> None:
+    """The checkpoint to continue from: its step, and the digest of its manifest."""
+    found = "none" if checkpoint is None else f"step {checkpoint.step}, digest {checkpoint.digest[:16]}"
+    world.check_equal({"the checkpoint": found})
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """Size and digest of each file that a model is read from; of a large file, of a sample of its bytes.
+
+    Raises:
+        MachineError, DataError: a file cannot be read.
+    """
+    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            last = max(size - _BLOCK, 0)
+            digest = hashlib.sha256()
+            for place in sorted({last * number // (_BLOCKS - 1) for number in range(_BLOCKS)}):
+                file.seek(place)
+                digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
