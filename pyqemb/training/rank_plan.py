@@ -198,7 +198,7 @@ class RankPlanner:
             vectors = self.texts * self._measured(False).vector
             found += [
                 Traffic("all-gathers of vectors", 1, vectors),
-                Traffic("all-reduces of their gradients", 1, vectors),
+                Traffic("all-reduces of the gradients of vectors", 1, vectors),
             ]
         return found
 
@@ -243,7 +243,7 @@ def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
     if found.shard > 1 and not plan.reshard:
         yield "           weights are gathered once a step"
     for kind, number, nbytes in found.traffic:
-        yield f"collective {number} {kind} a step, {in_units(nbytes)} together"
+        yield f"collective {kind}: {number} a step, {in_units(nbytes)}"
     yield f"checkpoint {in_units(12 * trained)}, {in_units(12 * trained / found.shard)} of each shard"
 
 

@@ -77,8 +77,8 @@ def test_the_plan_of_ranks_without_their_weights(workplace, dry_run):
     assert "ranks      16: 2 replicas of 8 shards, 6.00 GB each" in out
     assert f"between steps: weights {in_units(memory.weights)}, moments {in_units(memory.moments)}" in out
     assert f"gathered weights {in_units(2 * parameters)}, " in out
-    assert "collective 8 all-gathers of weights a step" in out
-    assert "collective 1 all-reduces of gradients a step" in out
+    assert "collective all-gathers of weights: 8 a step" in out
+    assert "collective all-reduces of gradients: 1 a step" in out
     assert f"checkpoint {in_units(12 * parameters)}, " in out
     line = out[out.index("at most, in the") :].splitlines()[0]
     kinds = [float(size) * {"G": 1, "M": 1e-3}[unit] for size, unit in re.findall(r"([\d.]+) ([GM])B", line)]
@@ -141,7 +141,7 @@ def four_ranks():
 
 @pytest.mark.parametrize("reshard", ["never", "always"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_collectives_are_those_of_a_step(four_ranks, lora, reshard):
+def test_peak_and_collectives_are_those_of_a_step(four_ranks, lora, reshard):
     def model():
         model = tiny_embedder(num_hidden_layers=3)
         if lora:
@@ -157,7 +157,10 @@ def test_collectives_are_those_of_a_step(four_ranks, lora, reshard):
     mesh = make_mesh(parallel, four_ranks, torch.device("cpu"))
     sharding = Sharding(sharded, mesh, torch.float32, four_ranks, reshard)
     cache = GradCache(sharded, None, 20, ranks=sharding)
-    stream = PackedBatch.pack([[number] * 10 for number in range(6)])
+    stream = PackedBatch.pack([[*range(first, first + 10)] for first in range(0, 60, 10)])
+    live = cache.planned(stream)
+    assert live.reshard == planned.plan.reshard == (reshard == "always")
+    assert planned.plan.peak_bytes == pytest.approx(live.peak_bytes, rel=0.05)
     cache.step_stream(stream, lambda vectors: vectors.sum())  # the first has passes over nothing besides
     before = dict(sharding.collectives.counts)
     sent = Counter()
