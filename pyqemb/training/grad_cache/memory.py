@@ -14,6 +14,7 @@ import torch
 from pyqemb.ops import memory as kept_memory
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -62,6 +63,16 @@ def give_back(device: torch.device) -> None:
     kept_memory.release_kept()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Let the C library give every freed block of a megabyte or more back to the system.
+
+    By itself glibc raises that size to 32 MB as such blocks are freed, and keeps those below, in several arenas. Weights
+    that are gathered and freed again and again then take several times their size.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def is_allocation_failure(error: BaseException) -> bool:

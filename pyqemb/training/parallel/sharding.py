@@ -21,7 +21,7 @@ from pyqemb.errors import ConfigError
 from pyqemb.model.packed_model import PackedModel
 from pyqemb.model.shards import local
 from pyqemb.training.config import ParallelSection
-from pyqemb.training.grad_cache.memory import CaughtError, catch_oom
+from pyqemb.training.grad_cache.memory import CaughtError, catch_oom, return_large_blocks
 from pyqemb.training.grad_cache.plan import Plan, Sizes
 from pyqemb.training.grad_cache.ranks import StepRanks
 from pyqemb.training.parallel.layout import choose_reshard, rank_memory, units_of
@@ -52,7 +52,8 @@ class Sharding(StepRanks):
         _require("reset_iter_state", "set_reduce_scatter_unused_params")
         self.model, self.dtype, self.world, self.reshard = model, dtype, world, reshard
         self.group, self.replicas = mesh["shard"].get_group(), mesh["replicate"].get_group()
-        self.device_type = mesh.device_type
+        if mesh.device_type == "cpu":
+            return_large_blocks()
         narrow = dtype if dtype != torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         decoder = model.model

@@ -24,7 +24,7 @@ from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
 _FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
-_BUCKET = 1 << 28  # bytes of gradients that are laid end to end for an all-reduce
+_BUCKET = 1 << 25  # bytes of gradients that are laid end to end for an all-reduce
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
 _NAMED = 5  # facts in an error
 _FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
