@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -64,11 +65,10 @@ def work(config_file: str, out: str, steps: int) -> None:
     from pyqemb.training.signals import StopRequest
     from pyqemb.training.trainer import Run
 
-    if torch.distributed.is_available():  # what sharding imports is no memory of the model
-        import torch.distributed.fsdp
-        import torch.distributed.tensor
+    import_module("torch.distributed.fsdp")  # what sharding imports is no memory of the model
     torch.set_num_threads(1)
     config = TrainConfig(**json.loads(Path(config_file).read_text()))
+    Path(config.save.dir).mkdir(exist_ok=True)
     with StopRequest() as stop, joined(config.train.device, 300) as (world, device):
         place = torch.device(device if device != "auto" else "cpu")
         with PeakMemory(place) as before:

@@ -68,8 +68,8 @@ def give_back(device: torch.device) -> None:
 def return_large_blocks() -> None:
     """Let the C library give every freed block of a megabyte or more back to the system.
 
-    By itself glibc raises that size to 32 MB as such blocks are freed, and keeps those below, in several arenas. Weights
-    that are gathered and freed again and again then take several times their size.
+    By itself glibc raises that size to 32 MB as such blocks are freed, and keeps those below, in several arenas.
+    Weights that are gathered and freed again and again then take several times their size.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
