@@ -71,6 +71,7 @@ bench: $(VENV)/test.stamp
 
 bench-cuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks/cuda -o python_files="bench_*.py" --benchmark-disable -rs
+	$(BIN)/python benchmarks/bench_scale.py --device cuda --hidden 2048 --layers 24 --batch 256 --words 100 --chunk 16384
 
 fix: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py
