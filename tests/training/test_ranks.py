@@ -1,5 +1,6 @@
 """A rank that is missing, stopped, killed or fails is named, and nobody waits for it."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,10 @@ import textwrap
 import time
 
 import pytest
+
+from pyqemb.testing.tiny import write_tiny_folder
+from pyqemb.training import stage2
+from pyqemb.training.state import checkpoints, verify
 
 TIMEOUT = 6
 
@@ -50,16 +55,44 @@ STEPS = """
 """
 
 
+# `pyqemb train`, with a misfortune of a rank before its second step, when the first is saved.
+RUN = """
+    import errno, os, resource, signal, sys
+    import torch
+    from pyqemb.cli import main
+    from pyqemb.training import trainer
+    case = sys.argv[1]
+    torch.set_num_threads(1)
+    real = trainer.Run.train_step
+
+    def train_step(self):
+        if self.step == 1:
+            if case == f"disk {self.world.rank}":
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file; a checkpoint's have more
+            elif case == f"read {self.world.rank}":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "pairs.jsonl")
+            elif case == f"terminate {self.world.rank}":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif case == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    trainer.Run.train_step = train_step
+    sys.exit(main(["train", "run.json", "--resume", "auto"]))
+"""
+
+
 def free_port():
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
 
 
-def start(case, size, ranks, timeout=TIMEOUT):
+def start(case, size, ranks, timeout=TIMEOUT, script=STEPS, folder=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(STEPS), case, str(timeout)],
+            [sys.executable, "-c", textwrap.dedent(script), case, str(timeout)], cwd=folder,
             env={**environment, "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
@@ -67,10 +100,10 @@ def start(case, size, ranks, timeout=TIMEOUT):
     ]  # fmt: skip
 
 
-def finish(jobs, without=()):
+def finish(jobs, without=(), seconds=60):
     """(exit code, stderr) of each rank but those that are left alone."""
     done = {}
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     for rank, job in enumerate(jobs):
         if rank not in without:
             _, said = job.communicate(timeout=end - time.monotonic())
@@ -167,3 +200,39 @@ def test_variables_that_are_missing_are_named():
     )  # fmt: skip
     assert done.returncode == 2
     assert "ConfigError: the environment variable RANK is not set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "words", "saved"),
+    [
+        ("disk 0", 74, ("step_00000002: could not be written: File too large", "rank 0 ("), [1]),
+        pytest.param("read 1", 74, ("rank 1 (", "pairs.jsonl: Input/output error"), [1], marks=pytest.mark.deep),
+        (
+            "terminate 1",
+            75,
+            ("stopped by a signal after step 2", "stopped by SIGTERM after step 2"),
+            [1, 2],
+        ),
+        pytest.param(
+            "interrupt", 75, ("stopped by SIGINT after step 2 of 4, saved",) * 2, [1, 2], marks=pytest.mark.deep
+        ),
+    ],
+)
+def test_the_misfortune_of_a_rank_ends_all_with_one_code_and_costs_no_checkpoint(tmp_path, case, code, words, saved):
+    write_tiny_folder(tmp_path / "base")
+    rows = [{"query": f"q {i}", "positive": f"d {i}"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = stage2(
+        model={"base": "base"}, data=[{"path": "pairs.jsonl"}], save={"dir": "run", "every": 1, "keep": 4},
+        train={"steps": 4, "global_batch_size": 4, "num_negatives": 0, "device": "cpu"},
+    )  # fmt: skip
+    (tmp_path / "run.json").write_text(settings.model_dump_json())
+    done = finish(start(case, 2, range(2), script=RUN, folder=tmp_path), seconds=240)
+    assert [done[rank][0] for rank in range(2)] == [code, code], done
+    for rank in range(2):
+        last = done[rank][1].strip().splitlines()[-1]
+        assert words[rank] in last, done
+    assert [verify(each) for each in checkpoints(tmp_path / "run" / "checkpoints")] == saved
+    done = finish(start("none", 2, range(2), script=RUN, folder=tmp_path), seconds=240)
+    assert [done[rank][0] for rank in range(2)] == [0, 0], done
+    assert (tmp_path / "run" / "final").is_dir()

@@ -46,7 +46,7 @@ class MetricsFile(RowLogger):
             self._file.close()
 
     def describe(self, hook: str) -> str:
-        return f"writing {self.path.name}"
+        return "writing metrics.jsonl"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
