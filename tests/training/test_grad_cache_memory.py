@@ -13,7 +13,7 @@ from pyqemb.testing.cases import heavy_tailed
 from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training.grad_cache import GradCache, Plan, passes, planner
 from pyqemb.training.grad_cache.chunks import distinct, pack
-from pyqemb.training.grad_cache.memory import PeakMemory
+from pyqemb.training.grad_cache.memory import PeakMemory, free_bytes, give_back
 
 ALL = 10**6
 
@@ -340,3 +340,11 @@ def test_a_step_over_its_budget_corrects_the_next(monkeypatch, said):
     cache.step(*batches())
     assert cache.last.plan != first.plan
     assert passes.checkpointed_parts(model)
+
+
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
+    give_back(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    alone = free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.5)
