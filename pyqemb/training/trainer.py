@@ -314,8 +314,9 @@ class Run:
         """Write a checkpoint of this step, its metrics first, unless there is one."""
         if self.saved_step == self.step:
             return
-        if self.world.is_first:
-            self._write_checkpoint()
+        with together(self.world):
+            if self.world.is_first:
+                self._write_checkpoint()
         self.saved_step = self.step
         self._call("on_save", self.step, self.checkpoints / f"step_{self.step:08}")
 

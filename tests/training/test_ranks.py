@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+import torch.distributed as dist
 
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
@@ -89,8 +90,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(case, size, ranks, timeout=TIMEOUT, script=STEPS, folder=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+def start(case, size, ranks, timeout=TIMEOUT, script=STEPS, folder=None, port=None):
+    port = str(port or free_port())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), case, str(timeout)], cwd=folder,
@@ -193,6 +195,22 @@ def test_all_stopped_and_continued_go_on():
         assert code == 0, said
 
 
+def test_ranks_meet_in_a_store_that_has_seen_earlier_starts(monkeypatch):
+    """That of torchrun, whose agents on several machines may count the restarts differently."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for counts in ((0, 0), (0, 1)):
+        jobs = []
+        for rank, count in enumerate(counts):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+            jobs += start("none", 2, [rank], timeout=60, port=port)
+        for code, said in finish(jobs, seconds=200).values():
+            assert code == 0, said
+    assert store.check(["pyqemb/meeting"])
+
+
 def test_variables_that_are_missing_are_named():
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR")}
     done = subprocess.run(
@@ -206,7 +224,7 @@ def test_variables_that_are_missing_are_named():
 @pytest.mark.parametrize(
     ("case", "code", "words", "saved"),
     [
-        ("disk 0", 74, ("step_00000002: could not be written: File too large", "rank 0 ("), [1]),
+        ("disk 0", 74, ("step_00000002: could not be written: File too large", "rank 0 failed with"), [1]),
         pytest.param(
             "metrics 0",
             74,

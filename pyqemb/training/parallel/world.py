@@ -6,11 +6,11 @@ Legend: S texts of a batch, E dimension.
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ Value = TypeVar("Value")
 _FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
 _BUCKET = 1 << 25  # bytes of gradients that are laid end to end for an all-reduce
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
+_MEETING = "pyqemb/meeting"  # a key of torchrun's store
 _NAMED = 5  # facts in an error
 _FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
 
@@ -254,9 +255,6 @@ def rank_and_size() -> tuple[int, int]:
     return (_number("RANK") if size > 1 else 0), size
 
 
-_groups = count()  # of this process; every rank makes as many
-
-
 def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
     """A store that all ranks have reached. RankError names those that have not come in time."""
     address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
@@ -265,7 +263,6 @@ def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
     # Within torchrun the store is its agent's, and lives through restarts.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(seconds=timeout)
-    waiting = set(range(size)) - {rank}
     end = time.monotonic() + timeout
     try:
         tcp = dist.TCPStore(
@@ -276,16 +273,35 @@ def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
             raise RankError(f"rank 0 cannot listen at port {port}: {str(error).splitlines()[0]}") from error
         who = "the agent of torchrun does not answer" if hosted else f"rank 0 has not started within {timeout:g} s"
         raise RankError(f"{who}: no connection to {address}:{port}; rank {rank} stops") from error
-    store = dist.PrefixStore(f"pyqemb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_groups)}", tcp)
+    own, missing = uuid.uuid4().hex, set(range(size)) - {rank}
     with suppress(RuntimeError):  # rank 0 has given up, or died: it cannot have seen more than this rank has
-        store.set(f"rank {rank}", "here")
-        while waiting and time.monotonic() < end:
-            waiting = {each for each in waiting if not store.check([f"rank {each}"])}
+        if rank == 0:
+            tcp.set(_MEETING, own)
+        while time.monotonic() < end:
+            group, missing = _meet(tcp, own, rank, size)
+            if group is not None:
+                return group
             time.sleep(0.05)
-    if waiting:
-        names = " and ".join(f"rank {each}" for each in sorted(waiting))
-        raise RankError(f"{names} of {size} ranks did not start within {timeout:g} s; rank {rank} stops")
-    return store
+    names = " and ".join(f"rank {each}" for each in sorted(missing))
+    raise RankError(f"{names} of {size} ranks did not start within {timeout:g} s; rank {rank} stops")
+
+
+def _meet(store: dist.Store, own: str, rank: int, size: int) -> tuple[dist.Store | None, set[int]]:
+    """The part of the store where all ranks have met (None: not yet), and the ranks that are missing.
+
+    torchrun's store lives through restarts, and the agents of several machines count these differently. So each start
+    of a rank has a name of its own: that of rank 0 is the meeting's, and rank 0 lists the names that it has met.
+    """
+    if not store.check([_MEETING]):
+        return None, {0}
+    group = dist.PrefixStore(f"{_MEETING}/{store.get(_MEETING).decode()}", store)
+    group.set(f"rank {rank}", own)
+    missing = {each for each in range(size) if not group.check([f"rank {each}"])}
+    if rank == 0 and not missing:
+        group.set("all", json.dumps([group.get(f"rank {each}").decode() for each in range(size)]))
+    if group.check(["all"]) and json.loads(group.get("all"))[rank] == own:
+        return group, set()
+    return None, missing or {0}
 
 
 def _number(name: str, default: int | None = None) -> int:
