@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import load_config, stage2, train
 
+# As in docs/how-to/several-machines.md: else a torchrun that was started again waits for an address until it gives up.
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 WITHIN = 60  # seconds within which the ranks leave that wait for a lost one
 
 # `pyqemb train`; once, after a step, a node's rank or its agent is killed.
@@ -127,9 +129,7 @@ class Nodes:
             str(self.folders[0] / "mark"), "run.json", "--resume", "auto",
         ]  # fmt: skip
         with (folder / f"log{node}").open("a") as log:
-            return subprocess.Popen(
-                command, cwd=folder, stderr=log, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            return subprocess.Popen(command, cwd=folder, stderr=log, stdout=log, env={**os.environ, **ENVIRONMENT})
 
     def wait_for_the_store(self):
         """The agent that comes first holds the rendezvous."""
