@@ -225,9 +225,10 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
                     float& x = s[m][n][half + j];
                     x = edge && start + n * 8 + lane % 4 * 2 + j >= seen ? -INFINITY : x * scale;
                 }
+            const float earlier_max = row_max[i];
             const float factor = online_softmax<kBlockKeys<D> / 4>(
                 row_max[i], sum[i], 1, [&](int at) -> float& { return s[m][at / 2][half + at % 2]; });
-            const bool rescale = any_lane(factor != 1);  // seldom, once the first blocks are done
+            const bool rescale = any_lane(row_max[i] > earlier_max);  // seldom, once the first blocks are done
             if (!rescale) continue;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
