@@ -19,6 +19,7 @@ _HOME = {
     "TrainConfig": "pyqemb.training",
     "stage1": "pyqemb.training",
     "stage2": "pyqemb.training",
+    "consolidate": "pyqemb.training",
     "merge": "pyqemb.merging",
     "evaluate": "pyqemb.evaluation",
     "curate": "pyqemb.curation",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pyqemb.model.reranker import Reranker as Reranker
     from pyqemb.synthesis import synthesize as synthesize
     from pyqemb.training import TrainConfig as TrainConfig
+    from pyqemb.training import consolidate as consolidate
     from pyqemb.training import stage1 as stage1
     from pyqemb.training import stage2 as stage2
     from pyqemb.training import train as train

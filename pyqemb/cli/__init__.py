@@ -18,6 +18,7 @@ VERBS = {
     "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
     "mine": "add hard negatives to training pairs",
     "train": "train an embedding model from a TOML or YAML file",
+    "consolidate": "write the model of a run's newest checkpoint as a portable folder, from shards too",
     "merge": "blend checkpoints into one (slerp, linear, karcher)",
     "evaluate": "measure a model on a retrieval, STS or bitext folder, a reranker on examples with negatives",
     "encode": "write the vectors of a file of texts",

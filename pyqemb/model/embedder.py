@@ -20,7 +20,7 @@ from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.packed_model import Read, described_decoder, open_folder
+from pyqemb.model.packed_model import Read, open_folder, portable_decoder
 from pyqemb.model.portable import WriteFiles, write_portable_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
@@ -88,15 +88,15 @@ class Embedder(Encoding):
             CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
         """
         path, model, tensors = open_folder(folder, "embedder", attention)
-        return cls._described(path, model, pooling, max_length)._load(tensors, dtype, device)
+        return cls._from_files(path, model, pooling, max_length)._load(tensors, dtype, device)
 
     @classmethod
-    def from_description(cls, folder: Path) -> "Embedder":
-        """The model of what `write_description` wrote; its parameters are on the meta device."""
-        return cls._described(folder, described_decoder(folder, "embedder"))
+    def from_portable(cls, folder: Path) -> "Embedder":
+        """The model of what `write_portable` wrote; its parameters are on the meta device."""
+        return cls._from_files(folder, portable_decoder(folder, "embedder"))
 
     @classmethod
-    def _described(
+    def _from_files(
         cls, path: Path, model: Decoder, pooling: str | None = None, max_length: int | None = None
     ) -> "Embedder":
         """A decoder with what its folder says beside it."""

@@ -61,7 +61,7 @@ class Opened(NamedTuple):
     tensors: Tensors
 
 
-def described_decoder(folder: Path, kind: Kind) -> Decoder:
+def portable_decoder(folder: Path, kind: Kind) -> Decoder:
     """The decoder of a folder that may have no weights, on the meta device; CheckpointError as of `open_folder`."""
     check_kind(folder, kind)
     with torch.device("meta"):
@@ -162,7 +162,7 @@ class PackedModel(nn.Module):
         """Whether the weight of the token embedding is used beside its forward pass."""
         return False
 
-    def write_description(self, folder: Path, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
+    def write_portable(self, folder: Path, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
         """Write the files of `save_pretrained` but the weights, which have this dtype, into an existing folder."""
         self._files(provenance)(folder, folder.name, dtype, {})
 

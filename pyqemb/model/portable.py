@@ -109,12 +109,17 @@ def check_replaceable(target: Path) -> None:
 
 
 def _config_json(config: DecoderConfig, end_id: int, dtype: str, matryoshka: Sequence[int] | None) -> dict[str, Any]:
-    values = config.to_dict()
-    values["eos_token_id"] = end_id if config.eos_token_id is None else config.eos_token_id
-    values["dtype"] = values["torch_dtype"] = dtype
+    own: dict[str, Any] = {"dtype": dtype, "torch_dtype": dtype}
+    if config.eos_token_id is None:
+        own["eos_token_id"] = end_id
     if matryoshka:
-        values["is_matryoshka"], values["matryoshka_dimensions"] = True, sorted(matryoshka, reverse=True)
-    return values
+        own |= {"is_matryoshka": True, "matryoshka_dimensions": sorted(matryoshka, reverse=True)}
+    return with_last(config.to_dict(), own)
+
+
+def with_last(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `own` in place of theirs and behind them: a folder that is read and written again is the same."""
+    return {**{key: value for key, value in values.items() if key not in own}, **own}
 
 
 def _modules_json(normalize: bool) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pyqemb.data.pairs import INSTRUCTION, PREFIX, SUFFIX, PairTokenizer
 from pyqemb.model.checkpoint import LM_HEAD
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.model_card import contract, model_card, write_json_files
-from pyqemb.model.portable import WriteFiles
+from pyqemb.model.portable import WriteFiles, with_last
 from pyqemb.model.sentence import CONTRACT, read_contract, read_instruction
 
 FORMATS = ("causal-lm", "seq-cls")
@@ -93,17 +93,16 @@ def chat_template(instruction: str) -> str:
 def _config_json(
     config: DecoderConfig, tokenizer: PairTokenizer, format: str, tied: bool, dtype: str
 ) -> dict[str, Any]:
-    values = config.to_dict()
-    architecture = config.architectures[0]
+    architecture, own = config.architectures[0], dict[str, Any]()
     if format == "seq-cls":
         architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
-        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        values["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.2"}
-    values |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.end_id}
-    values["tie_word_embeddings"] = tied and format == "causal-lm"
-    if values["eos_token_id"] is None:
-        values["eos_token_id"] = tokenizer.end_id
-    return values
+        own |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        own["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.2"}
+    own |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "pad_token_id": tokenizer.end_id}
+    own["tie_word_embeddings"] = tied and format == "causal-lm"
+    if config.eos_token_id is None:
+        own["eos_token_id"] = tokenizer.end_id
+    return with_last(config.to_dict(), own)
 
 
 def _card_body(name: str, format: str, instruction: str) -> str:

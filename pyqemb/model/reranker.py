@@ -18,7 +18,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import Read, Weight, described_decoder, in_order, open_folder
+from pyqemb.model.packed_model import Read, Weight, in_order, open_folder, portable_decoder
 from pyqemb.model.portable import WriteFiles
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
 from pyqemb.model.residual_stream import Boundaries
@@ -76,12 +76,12 @@ class Reranker(Scoring):
         return reranker._load(tensors, dtype, device)
 
     @classmethod
-    def from_description(cls, folder: Path, lm_head: torch.Tensor | None) -> "Reranker":
-        """The model of what `write_description` wrote; its parameters are on the meta device.
+    def from_portable(cls, folder: Path, lm_head: torch.Tensor | None) -> "Reranker":
+        """The model of what `write_portable` wrote; its parameters are on the meta device.
 
         `lm_head` [V, E]: the language-model head of its base, None where that is tied.
         """
-        model = described_decoder(folder, "reranker")
+        model = portable_decoder(folder, "reranker")
         head = None if lm_head is None else torch.empty(2, model.config.hidden_size, device="meta")
         return cls(model, PairTokenizer.from_folder(folder), head, lm_head, read_instruction(folder, INSTRUCTION))
 

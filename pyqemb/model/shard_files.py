@@ -158,3 +158,15 @@ def _read_slices(path: Path, file: Any) -> dict[str, tuple[int, tuple[int, ...]]
         return {name: (int(entry["first"]), tuple(entry["shape"])) for name, entry in slices.items()}
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata of slices cannot be read: {error}") from error
+
+
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read where it lies in files."""
+    return tensors.shape(name) if isinstance(tensors, ShardedTensors) else tuple(tensors[name].shape)
+
+
+def rows_of(tensors: Mapping[str, torch.Tensor], name: str, rows: slice) -> torch.Tensor:
+    """Some rows of a tensor; the others are not read where it lies in files."""
+    if isinstance(tensors, ShardedTensors):
+        return tensors.rows(name, rows)
+    return tensors[name][rows] if tensors[name].ndim else tensors[name]

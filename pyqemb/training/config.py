@@ -224,6 +224,7 @@ class SaveSection(Section):
     dir: str = "runs/run"
     every: int | None = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    background: bool = False  # write checkpoints, of which memory holds a copy, while training goes on
 
 
 # Settings that a task does not have.

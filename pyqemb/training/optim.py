@@ -4,12 +4,13 @@ Also the learning-rate schedule and gradient clipping.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from pyqemb.model.shards import is_sharded, local
+from pyqemb.model.shard_files import rows_of, sharded_like
+from pyqemb.model.shards import is_sharded, local, own_rows
 from pyqemb.training.config import TrainSection
 
 
@@ -109,20 +110,22 @@ class Optimizer:
         }
         return moments | {f"{name}/value": parameter.detach() for name, parameter in self.extra_parameters.items()}
 
-    def load(self, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-        """Put back what `weights` and `state_tensors` held."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(weights[name])
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `weights` and `state_tensors` held; of sharded weights the rows of this rank, read alone."""
+        for name, weight in self.weights.items():
+            local(weight).copy_(rows_of(weights, name, own_rows(weight)))
         self._round()
-        for key, value in state.items():
+        for key in state:
             name, _, kind = key.rpartition("/")
             weight = (self.weights | self.extra_parameters)[name]
             if kind == "value":
-                with torch.no_grad():
-                    weight.copy_(value)
-                continue
-            self.adamw.state[weight][kind] = value.to(weight.device, copy=True)  # the step count too, as `fused` has it
+                weight.copy_(state[key])
+            elif kind == "step":
+                self.adamw.state[weight][kind] = state[key].to(weight.device, copy=True)  # as `fused` has it
+            else:
+                rows = rows_of(state, key, own_rows(weight)).to(weight.device, copy=True)
+                self.adamw.state[weight][kind] = sharded_like(weight, rows)
 
     @torch.no_grad()
     def _round(self) -> None:

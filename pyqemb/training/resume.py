@@ -1,8 +1,12 @@
 """Whether a checkpoint continues with a configuration."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.shard_files import shape_of
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.state import Checkpoint
 
@@ -20,14 +24,16 @@ _FREE = {
 _LENGTH = {"train.steps", "train.epochs"}  # free too, unless the sampling weights depend on it
 
 
-def check_continues(checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, weights: set[str]) -> None:
+def check_continues(
+    checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, weights: Mapping[str, torch.Tensor]
+) -> None:
     """Raise where the checkpoint is of another run.
 
     Args:
         checkpoint: the checkpoint to continue from.
         config: the configuration of the resumed run.
         fingerprint: of the training data.
-        weights: names of the tensors that are trained.
+        weights: the tensors that are trained, by name.
 
     Raises:
         ConfigError: the configuration or the data are other ones.
@@ -39,7 +45,8 @@ def check_continues(checkpoint: Checkpoint, config: TrainConfig, fingerprint: st
         raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError("cannot resume: the training data are not those of the checkpoint")
-    if set(checkpoint.weights) != weights:
+    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
+    if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
         raise CheckpointError(f"step {checkpoint.step}: its tensors are not those of {config.model.base}")
 
 

@@ -124,35 +124,45 @@ def build_cache(
     )  # fmt: skip
 
 
-def find_checkpoint(folder: Path, resume: str | Path | None, world: World) -> Checkpoint | None:
+def find_checkpoint(folder: Path, resume: str | Path | None, world: World, shards: int = 1) -> Checkpoint | None:
     """The checkpoint that a run in `folder` continues from, the same on all ranks; see `state.find`.
 
     Ranks that do not see the folder of rank 0 receive its checkpoint.
 
     Raises:
-        ConfigError: the ranks find different checkpoints, or such a rank has a newer one in its own folder.
+        ConfigError: the ranks find different checkpoints, such a rank has a newer one in its own folder, or there are
+            such ranks where several share the weights (`shards`).
     """
     with together(world):  # the others look for checkpoints when the leftovers are gone
         if world.is_first:
             remove_leftovers(folder)
     blind = blind_ranks(world, folder)
-    with together(world):
-        checkpoint = find(folder, resume, warn=log.warning) if world.is_first or not blind else None
-    if blind:
-        log.warning(
-            "save.dir: rank %s does not see the folder of rank 0, %s: checkpoints and models are on its machine only",
-            ", ".join(map(str, blind)), folder.absolute(),
-        )  # fmt: skip
-        newest = world.gather_number(max((step_of(path) for path in checkpoints(folder / "checkpoints")), default=-1))
-        if resume is not None and max(newest) > newest[0]:
-            raise ConfigError(
-                f"save.dir: rank {newest.index(max(newest))} has a checkpoint of step {max(newest)}, rank 0 has "
-                f"{f'one of step {newest[0]}' if newest[0] >= 0 else 'none'}, and they do not share {folder}: rank 0 "
-                "has to run on the machine with the newest checkpoint"
-            )
-        checkpoint = _received(world, checkpoint)
+    if blind and shards > 1:
+        raise ConfigError(
+            f"save.dir: rank {blind[0]} does not see the folder of rank 0, {folder.absolute()}: ranks that share the "
+            "weights write their checkpoints into one folder, on a file system that all of them see"
+        )
+    checkpoint = _find_blind(folder, resume, world, blind) if blind else find(folder, resume, log.warning, world)
     check_same_checkpoint(world, checkpoint)
     return checkpoint
+
+
+def _find_blind(folder: Path, resume: str | Path | None, world: World, blind: list[int]) -> Checkpoint | None:
+    """The checkpoint of rank 0, on all ranks, where some do not see its folder."""
+    log.warning(
+        "save.dir: rank %s does not see the folder of rank 0, %s: checkpoints and models are on its machine only",
+        ", ".join(map(str, blind)), folder.absolute(),
+    )  # fmt: skip
+    with together(world):
+        checkpoint = find(folder, resume, log.warning) if world.is_first else None
+    newest = world.gather_number(max((step_of(path) for path in checkpoints(folder / "checkpoints")), default=-1))
+    if resume is not None and max(newest) > newest[0]:
+        raise ConfigError(
+            f"save.dir: rank {newest.index(max(newest))} has a checkpoint of step {max(newest)}, rank 0 has "
+            f"{f'one of step {newest[0]}' if newest[0] >= 0 else 'none'}, and they do not share {folder}: rank 0 "
+            "has to run on the machine with the newest checkpoint"
+        )
+    return _received(world, checkpoint)
 
 
 def _received(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:

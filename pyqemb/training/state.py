@@ -2,16 +2,17 @@
 
 Damaged ones are found and skipped.
 
-A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON. It is written beside its place, synced and renamed;
-its manifest.json, written last, names every file's size and sha256.
+A checkpoint is a folder `step_XXXXXXXX`: of every rank that holds a shard of the weights a file model and a file
+optimizer (safetensors), state.json, and `portable`, the files of the model's folder but its weights. It is written
+beside its place, synced and renamed; its manifest.json, written last, names every file's size and sha256.
 """
 
-import json
+import errno
 import logging
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +20,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from pyqemb.data.files import atomic_folder, kind_of_path, remove, remove_folder
-from pyqemb.data.machine import reason, unreadable
+from pyqemb.data.files import kind_of_path, remove, remove_folder
+from pyqemb.data.machine import unreadable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, ConfigError, DataError, MachineError
 from pyqemb.model.checkpoint import sha256, write_safetensors
+from pyqemb.model.shard_files import ShardedTensors, Slice, shard_names, slices_metadata
+from pyqemb.training.parallel.together import together
+from pyqemb.training.parallel.world import World
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-_FILES = "model.safetensors", "optimizer.safetensors", "state.json"
-# Key -> type: configuration, data fingerprint, random states, best evaluation, skipped steps in a row, evaluations in a
-# row without a better value, steps of the whole run.
+FORMAT = 3
+STATE_FILE = "state.json"
+PORTABLE = "portable"
+_KINDS = "model", "optimizer"
+# Key -> type: configuration, data fingerprint, random states of each rank, best evaluation, skipped steps in a row,
+# evaluations in a row without a better value, steps of the whole run.
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": str,
-    "random": dict,
+    "random": list,
     "best": (dict, type(None)),
     "bad_steps": int,
     "evaluations_since_best": int,
@@ -45,58 +49,76 @@ STATE: dict[str, type | tuple[type, ...]] = {
 }
 _BEST = {"metric": str, "value": (int, float), "step": int}
 _MODELS = "final", "best"  # folders of a run
+_ALONE = World()
 _NAME = re.compile(r"step_(\d{8,})")
 _verified: set[Path] = set()  # by this process: a checkpoint of 8B parameters is 100 GB to read
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step left behind. `state` is JSON with the keys of STATE."""
+    """What a step left behind. Tensors are read when they are asked for; `state` is JSON with the keys of STATE."""
 
+    folder: Path
     step: int
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
     state: dict[str, Any]
     digest: str = ""  # of its manifest, where it was read
 
-    def save(self, folder: Path, keep: int) -> Path:
-        """Write the checkpoint as `folder/step_XXXXXXXX`; then delete all but the `keep` newest.
-
-        Older ones are deleted only once the new one has been verified.
-
-        A checkpoint is only deleted when it verifies: one that is damaged or cannot be read is left where it is.
-        Raises MachineError, with every older checkpoint intact, where it cannot be written.
-        """
-        target = folder / f"step_{self.step:08}"
-        try:
-            with atomic_folder(target) as temporary:
-                write_safetensors(temporary / _FILES[0], self.weights)
-                write_safetensors(temporary / _FILES[1], self.optimizer)
-                (temporary / _FILES[2]).write_text(json.dumps(self.state), encoding="utf-8")
-                (temporary / MANIFEST).write_bytes(_manifest(temporary, self.step))
-        except MachineError as error:
-            words = f"{target}: could not be written: {reason(error)}; older checkpoints are intact"
-            raise MachineError(words, error.errno, str(target)) from error
-        verify(target)
-        _retain(folder, self.step, keep)
-        return target
-
     @classmethod
-    def load(cls, folder: Path) -> "Checkpoint":
-        """Verify and read one checkpoint; CheckpointError names the file that is missing or damaged."""
-        step = verify(folder)
+    def load(cls, folder: Path, rank: int = 0, size: int = 1) -> "Checkpoint":
+        """Verify and open one checkpoint; CheckpointError names what is missing or damaged.
+
+        Of `size` ranks each reads a part of the files.
+        """
+        manifest = _check_files(folder, rank, size)
+        path = folder / STATE_FILE
+        weights, optimizer = (
+            ShardedTensors([folder / name for name in shard_names(kind, manifest["shards"])]) for kind in _KINDS
+        )
         try:
-            weights, optimizer = (load_file(folder / name) for name in _FILES[:2])
-            state = parse((folder / _FILES[2]).read_bytes(), str(folder / _FILES[2]))
+            state = parse(path.read_bytes(), str(path))
             digest = sha256(folder / MANIFEST)
         except OSError as error:
-            raise unreadable(error.filename or folder, error, CheckpointError) from error
-        except (SafetensorError, ValueError) as error:
+            raise unreadable(path, error, CheckpointError) from error
+        except ValueError as error:
             raise CheckpointError(f"{folder}: damaged: {error}") from error
-        _check_fields(folder / _FILES[2], state, STATE)
+        _check_fields(path, state, STATE)
         if state["best"] is not None:
-            _check_fields(folder / _FILES[2], state["best"], _BEST)
-        return cls(step, weights, optimizer, state, digest)
+            _check_fields(path, state["best"], _BEST)
+        return cls(folder, manifest["step"], weights, optimizer, state, digest)
+
+
+def write_shard(
+    folder: Path, number: int, count: int, weights: Mapping[str, Slice], optimizer: Mapping[str, Slice]
+) -> dict[str, Any]:
+    """Write shard `number`, from 0, of `count` into the folder of a checkpoint, and read it back.
+
+    Tensors that are not shared by rows are written with the first shard only.
+
+    Returns:
+        Size and digest of each file by its name, for the manifest.
+
+    Raises:
+        MachineError: a file cannot be written, or does not hold what was written.
+    """
+    files = {}
+    for kind, slices in zip(_KINDS, (weights, optimizer), strict=True):
+        own = {name: part for name, part in slices.items() if number == 0 or not part.is_whole}
+        path = folder / shard_names(kind, count)[number]
+        digest = write_safetensors(path, {name: part.tensor for name, part in own.items()}, slices_metadata(own))
+        if sha256(path) != digest:
+            raise MachineError(f"{path}: cannot be written: what was read back is not the same", errno.EIO, str(path))
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    return files
+
+
+def write_manifest(folder: Path, step: int, shards: int, files: Mapping[str, Any]) -> None:
+    """Complete the folder of a checkpoint, given the entries of its shards; the other files are there."""
+    others = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    entries = {name: _entry(path) for name, path in others.items() if name not in files}
+    manifest = {"format": FORMAT, "step": step, "shards": shards, "files": {**files, **entries}}
+    (folder / MANIFEST).write_bytes(seal(manifest))
 
 
 def verify(folder: Path) -> int:
@@ -106,23 +128,22 @@ def verify(folder: Path) -> int:
         CheckpointError: a file is missing or damaged, or the format is another one.
         MachineError: a file cannot be read, which says nothing about what it holds.
     """
+    step: int = _check_files(folder)["step"]
+    mark_verified(folder)
+    return step
+
+
+def _check_files(folder: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    """`verify`, of which each of `size` ranks reads a part of the files; returns the manifest."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
-        manifest = unseal(raw, str(path))
-        _check_fields(path, manifest, {"format": int, "step": int, "files": dict})
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: is of format {manifest['format']}, this version reads {FORMAT}")
-        if f"step_{manifest['step']:08}" != folder.name:
-            raise CheckpointError(f"{path}: is of step {manifest['step']}, which is not the folder's name")
-        _check_fields(path, manifest["files"], dict.fromkeys(_FILES, dict))
-        for name, promised in manifest["files"].items():
-            _check_fields(path, promised, {"size": int, "sha256": str})
+        manifest = _read_manifest(folder, path)
+        for number, (name, promised) in enumerate(sorted(manifest["files"].items())):
             file = folder / name
-            size = file.stat().st_size
-            if size != promised["size"]:
-                raise CheckpointError(f"{file}: damaged: expected {promised['size']} bytes, found {size}")
-            if sha256(file) != promised["sha256"]:
+            length = file.stat().st_size
+            if length != promised["size"]:
+                raise CheckpointError(f"{file}: damaged: expected {promised['size']} bytes, found {length}")
+            if number % size == rank and sha256(file) != promised["sha256"]:
                 raise CheckpointError(f"{file}: damaged: its checksum is not the one in {MANIFEST}")
     except CheckpointError:
         raise
@@ -132,8 +153,32 @@ def verify(folder: Path) -> int:
         raise unreadable(error.filename or folder, error, CheckpointError) from error
     except DataError as error:
         raise CheckpointError(str(error)) from error
+    return manifest
+
+
+def mark_verified(folder: Path) -> None:
+    """This process need not read the checkpoint again before it deletes it."""
     _verified.add(folder.absolute())
-    return manifest["step"]
+
+
+def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
+    manifest = unseal(path.read_bytes(), str(path))
+    if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: is of format {manifest['format']}, this version reads {FORMAT}")
+    _check_fields(path, manifest, {"format": int, "step": int, "shards": int, "files": dict})
+    if f"step_{manifest['step']:08}" != folder.name:
+        raise CheckpointError(f"{path}: is of step {manifest['step']}, which is not the folder's name")
+    files, shards = manifest["files"], min(manifest["shards"], len(manifest["files"]))
+    own = {name: entry for name, entry in files.items() if not name.startswith(f"{PORTABLE}/")}
+    names = [name for kind in _KINDS for name in shard_names(kind, shards)]
+    _check_fields(path, own, dict.fromkeys([*names, STATE_FILE], dict))
+    for entry in files.values():
+        _check_fields(path, entry, {"size": int, "sha256": str})
+    return manifest
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
@@ -146,8 +191,8 @@ def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: damaged: {name!r} is {values[name]!r:.80}")
 
 
-def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to continue from.
+def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], world: World = _ALONE) -> Checkpoint | None:
+    """The checkpoint to continue from, the same on all ranks; each of them verifies a part of it.
 
     "auto": the newest sound one of the run folder, None where there was no run. A path: that checkpoint, or the newest
     sound one of that folder. None: no checkpoint.
@@ -160,18 +205,34 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> C
     """
     if resume == "":
         raise ConfigError("resume: expected 'auto' or the path of a checkpoint, got ''")
-    _check_kinds(run)
-    if resume is None:
-        _check_vacant(run)
-        return None
-    auto = resume == "auto"
+    candidates: list[Path] = []
+    with together(world):
+        if world.is_first:
+            _check_kinds(run)
+            if resume is not None:
+                candidates = _candidates(run / "checkpoints" if resume == "auto" else Path(resume))
+    candidates = world.broadcast_object(candidates)
     try:
-        checkpoint = _newest(run / "checkpoints" if auto else Path(resume), warn)
+        if resume is not None and _NAME.fullmatch(Path(resume).name):
+            checkpoint: Checkpoint | None = _load_together(candidates[0], world)
+        else:
+            checkpoint = newest_sound(candidates, warn, world)
     except MachineError as error:
         raise MachineError(f"{error}; nothing was deleted", error.errno, error.filename) from error
-    if checkpoint is None and not auto:
+    with together(world):
+        if world.is_first:
+            _check_start(run, resume, checkpoint, warn)
+    return checkpoint
+
+
+def _check_start(
+    run: Path, resume: str | Path | None, checkpoint: Checkpoint | None, warn: Callable[[str], None]
+) -> None:
+    """Whether a run may start from this checkpoint, or anew where it is None."""
+    auto = resume == "auto"
+    if checkpoint is None and resume is not None and not auto:
         raise CheckpointError(f"{resume}: holds no sound checkpoint")
-    if checkpoint is None and (found := checkpoints(run / "checkpoints")):
+    if checkpoint is None and auto and (found := checkpoints(run / "checkpoints")):
         raise CheckpointError(
             f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over "
             "them: move the folder away, or choose another save.dir"
@@ -179,9 +240,8 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None]) -> C
     if checkpoint is None and auto and (run / "best").exists() and not (run / "final").exists():
         # Killed between its first evaluation and its first checkpoint: a job that a scheduler starts again must go on.
         warn(f"{run}: the run that left {run / 'best'} has no checkpoint; it starts anew and replaces that model")
-    elif checkpoint is None or not (auto or _is_within(Path(resume), run)):
+    elif checkpoint is None or not (auto or _is_within(Path(resume or ""), run)):
         _check_vacant(run)
-    return checkpoint
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -189,19 +249,36 @@ def _is_within(path: Path, folder: Path) -> bool:
     return path.absolute().is_relative_to(folder.absolute()) or path.resolve().is_relative_to(folder.resolve())
 
 
-def _newest(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint at `path`, or the newest sound one in it or in its folder `checkpoints`.
-
-    None where none is sound.
-    """
+def _candidates(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those in it or in its folder `checkpoints`, the newest first."""
     if _NAME.fullmatch(path.name):
-        return Checkpoint.load(path)
-    for each in reversed(checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)):
+        return [path]
+    return checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)[::-1]
+
+
+def newest_sound(candidates: Sequence[Path], warn: Callable[[str], None], world: World = _ALONE) -> Checkpoint | None:
+    """The first of these checkpoints that is sound, None where none is; MachineError where one cannot be read."""
+    for path in candidates:
         try:
-            return Checkpoint.load(each)
+            return _load_together(path, world)
         except CheckpointError as error:
             warn(f"passed over a checkpoint: {error}")
     return None
+
+
+def _load_together(path: Path, world: World) -> Checkpoint:
+    """A checkpoint that every rank finds sound; the error of one of them is raised on all."""
+    checkpoint, failure = None, None
+    try:
+        checkpoint = Checkpoint.load(path, world.rank, world.size)
+    except (CheckpointError, MachineError) as error:
+        failure = error
+    failures = [error for error in world.gather_object(failure) if error is not None]
+    if failures:  # what cannot be read may be sound: it counts more
+        raise next((error for error in failures if isinstance(error, MachineError)), failures[0])
+    mark_verified(path)
+    assert checkpoint is not None
+    return checkpoint
 
 
 def _check_kinds(run: Path) -> None:
@@ -280,8 +357,12 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(_tensor(state), device)
 
 
-def _retain(folder: Path, newest: int, keep: int) -> None:
-    """Later steps than the one just saved are of an abandoned branch (it was resumed from before them)."""
+def retain(folder: Path, newest: int, keep: int) -> None:
+    """Delete all checkpoints but the `keep` newest up to the step just saved, which has been verified.
+
+    Later steps are of an abandoned branch (the run was resumed from before them). A checkpoint is only deleted when it
+    verifies: one that is damaged or cannot be read is left where it is.
+    """
     stale = [path for path in checkpoints(folder) if step_of(path) > newest]
     current = [path for path in checkpoints(folder) if path not in stale]
     for path in [*stale, *current[:-keep]]:
@@ -292,11 +373,6 @@ def _retain(folder: Path, newest: int, keep: int) -> None:
             logging.getLogger("pyqemb").warning("an old checkpoint is left in place: %s", error)
             continue
         remove_folder(path)
-
-
-def _manifest(folder: Path, step: int) -> bytes:
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _FILES}
-    return seal({"format": FORMAT, "step": step, "files": files})
 
 
 def _tensor(text: str) -> torch.Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pyqemb import __version__
 from pyqemb.data import mixing
 from pyqemb.data.files import locked
@@ -27,6 +29,7 @@ from pyqemb.training.optim import learning_rate
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World, is_of_a_collective, joined
 from pyqemb.training.resume import check_continues
+from pyqemb.training.saving import Saver
 from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_sharded_model, seed_everything
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import Checkpoint, random_states, restore_random_states
@@ -121,9 +124,9 @@ class Run:
         self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
         check_same_settings(world, config, resume, evaluate)
-        config.parallel.mesh(world.size)
+        _, shards = config.parallel.mesh(world.size)
         preflight.check_evaluation(config, evaluate)
-        checkpoint = find_checkpoint(self.folder, resume, world)
+        checkpoint = find_checkpoint(self.folder, resume, world, shards)
         check_same_model(world, config.model.base)
         self.model, self.sharding = load_sharded_model(config, device, world)
         with together(world):
@@ -147,6 +150,7 @@ class Run:
         self.metrics: list[Row] = []
         self.step, self.bad_steps, self.saved_step = 0, 0, 0
         self.stopping = False  # what all ranks have agreed on
+        self.saver = Saver(self.checkpoints, config.save.keep, world)
         seed_everything(config.train.seed)
         if checkpoint is not None:
             self._continue_from(checkpoint)
@@ -154,7 +158,7 @@ class Run:
             self._check_folders()
         self._check_memory()
         if world.is_first:
-            write_notes(self.folder, config, self.model.device, getattr(self.sharding, "dtype", self.model.dtype))
+            write_notes(self.folder, config, self.model.device, self._dtype)
 
     def train(self) -> TrainResult:
         """The whole run, its callbacks around it."""
@@ -168,6 +172,7 @@ class Run:
             best = self.folder / "best" if self.evaluations.best is not None else None
             result = TrainResult(self.folder / "final", best, self.step, self.metrics)
         finally:
+            self.saver.leave()
             for callback in begun:
                 callback.on_train_end(result)
         return result
@@ -179,13 +184,16 @@ class Run:
             self._evaluate()  # the run before may have been lost in its last evaluation
         while self.step < self.steps and not early and not self._asked_to_stop():
             self._end_step(self.train_step())
+            self._finish_saving(wait=False)
             if self.evaluations.due(self.step, self.steps):
                 self._evaluate()
                 early = self.evaluations.out_of_patience
             if self.step == self.steps or early or self._due(self.config.save.every):
                 self.save()
+        self._finish_saving()
         if self.step < self.steps and not early:
             self.save()
+            self._finish_saving()
             stopped = f"stopped by {self.stop.name or 'a signal'}"
             if not self.step:
                 raise Interrupted(f"{stopped} before the first step; nothing is lost, --resume auto starts the run")
@@ -197,8 +205,8 @@ class Run:
                 "stopped after step %d of %d: %d evaluations without a better value",
                 self.step, self.steps, self.evaluations.since_best,
             )  # fmt: skip
-        self._write_final()  # again where it was measured: the results are on its card
-        self.world.barrier()
+        with together(self.world):
+            self._write_final()  # again where it was measured: the results are on its card
 
     def train_step(self) -> StepResult:
         """Batch -> gradients -> weights.
@@ -278,6 +286,7 @@ class Run:
         if skipped is not None:
             log.warning("left out %s", skipped)
         if self.bad_steps >= min(self.config.train.max_bad_steps, self.steps):
+            self._finish_saving()
             raise PyqembError(
                 f"stopped after {self.bad_steps} steps in a row that were not finite, the last: {skipped}; "
                 f"earlier checkpoints in {self.checkpoints} are intact"
@@ -299,47 +308,66 @@ class Run:
             self.metrics.append(row)
             self._call("on_evaluate", row)
         with self._saving_on_error("evaluate"):
-            if self.evaluations.is_best(values, self.step) and self.world.is_first:
-                self.model.save_pretrained(self.folder / "best", provenance=self._provenance())
+            if self.evaluations.is_best(values, self.step):
+                self._write_model(self.folder / "best")
 
     def _write_final(self) -> None:
-        if not self.world.is_first:
-            return
-        self.model.save_pretrained(self.folder / "final", provenance=self._provenance())
-        if self.config.lora is not None:
+        self._write_model(self.folder / "final")
+        if self.config.lora is not None and (self.world.is_first or self.sharding):
             task = _PEFT_TASKS[self.config.task]
-            save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task)
+            save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task, self._dtype)
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the portable model; where ranks share the weights they all take part."""
+        if self.world.is_first or self.sharding:
+            self.model.save_pretrained(folder, dtype=self._dtype, provenance=self._provenance())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.sharding.dtype if self.sharding else self.model.dtype
 
     def save(self) -> None:
-        """Write a checkpoint of this step, its metrics first, unless there is one."""
+        """Write a checkpoint of this step, its metrics first, unless there is one; in the background it only begins."""
         if self.saved_step == self.step:
             return
+        self._finish_saving()
         with together(self.world):
             if self.world.is_first:
-                self._write_checkpoint()
+                self.metrics_file.sync()
+        background = self.config.save.background
+        self.saver.start(
+            self.step, self.optimizer.weights, self.optimizer.state_tensors(), self._state(),
+            lambda folder: self.model.write_portable(folder, self._dtype, self._provenance()), copy=background,
+        )  # fmt: skip
         self.saved_step = self.step
-        self._call("on_save", self.step, self.checkpoints / f"step_{self.step:08}")
+        if not background:
+            self._finish_saving()
 
-    def _write_checkpoint(self) -> None:
-        self.metrics_file.sync()
-        state = {
+    def _finish_saving(self, wait: bool = True) -> None:
+        """Take note of a checkpoint that has become complete; `wait`: until it is."""
+        folder = self.saver.wait() if wait else self.saver.poll()
+        if folder is not None:
+            self._call("on_save", self.saved_step, folder)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors; the random states are those of all ranks."""
+        return {
             "config": self.config.model_dump(mode="json"),
             "data": self.fingerprint,
-            "random": random_states(),
+            "random": self.world.gather_object(random_states()),
             "best": self.evaluations.best,
             "bad_steps": self.bad_steps,
             "evaluations_since_best": self.evaluations.since_best,
             "steps": self.steps,
         }
-        weights = {name: weight.detach().contiguous().cpu() for name, weight in self.optimizer.weights.items()}
-        moments = {name: value.contiguous().cpu() for name, value in self.optimizer.state_tensors().items()}
-        Checkpoint(self.step, weights, moments, state).save(self.checkpoints, self.config.save.keep)
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
-        check_continues(checkpoint, self.config, self.fingerprint, set(self.optimizer.weights))
-        state = checkpoint.state
-        self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
-        restore_random_states(state["random"])
+        check_continues(checkpoint, self.config, self.fingerprint, self.optimizer.weights)
+        state, random = checkpoint.state, checkpoint.state["random"]
+        with together(self.world):
+            self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
+            restore_random_states(random[self.world.rank % len(random)])
         self.step, self.saved_step, self.bad_steps = checkpoint.step, checkpoint.step, state["bad_steps"]
         self.evaluations.best, self.evaluations.since_best = state["best"], state["evaluations_since_best"]
         preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
@@ -364,8 +392,8 @@ class Run:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all callbacks, on the first rank; an exception costs no training."""
-        called = self.callbacks[0]
-        with self._saving_on_error(lambda: called.describe(hook)):
+        called: Callback | None = None
+        with self._saving_on_error(lambda: called.describe(hook) if called else hook):
             for called in self.callbacks if self.world.is_first else []:
                 getattr(called, hook)(*arguments)
 
@@ -384,6 +412,7 @@ class Run:
             try:
                 with together(self.world):
                     self.save()
+                    self._finish_saving()
             except PyqembError as failed:
                 log.error("%s, and a checkpoint could not be saved: %s", message, failed)
             else:

@@ -240,7 +240,7 @@ def test_what_was_not_verified_is_not_deleted(place, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {**m, "format": 1}, "is of format 1, this version reads 2"),
+        (lambda m: {**m, "format": 1}, "is of format 1, this version reads 3"),
         (lambda m: {**m, "step": 3}, "is of step 3, which is not the folder's name"),
         (lambda m: {**m, "extra": 1}, "expected the fields"),
         (lambda m: {k: v for k, v in m.items() if k != "step"}, "expected the fields"),

@@ -1,0 +1,119 @@
+"""The model of a training checkpoint as a portable folder, tensor by tensor: from shards, without the ranks."""
+
+import logging
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from pyqemb.data.files import locked
+from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_weights
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.families import read_config
+from pyqemb.model.lora import LoraConfig, add_lora
+from pyqemb.model.packed_model import Read
+from pyqemb.model.reranker import Reranker
+from pyqemb.model.sentence import read_contract
+from pyqemb.model.source import local_folder, named_dtype
+from pyqemb.training.config import TrainConfig
+from pyqemb.training.state import PORTABLE, Checkpoint, checkpoints, newest_sound
+
+_log = logging.getLogger("pyqemb")
+
+
+def consolidate(run: str | Path, step: int | None = None, out: str | Path | None = None) -> Path:
+    """Write the model of a run's checkpoint as the folder that the run would write at its end.
+
+    Memory holds about one tensor. Adapters are folded in. What a killed process has left of the folder is removed, and
+    the folder is written from its beginning.
+
+    Args:
+        run: the folder of a run, `save.dir`. The run may go on where `out` lies elsewhere.
+        step: of the checkpoint (default: the newest sound one).
+        out: the folder to write (default: `final` in the folder of the run).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: there is something at `out` already, or the run is at work and `out` is in its folder.
+        CheckpointError: the checkpoint is missing or damaged, or the base model, from which a run of adapters takes the
+            other weights, is missing.
+        MachineError: the folder cannot be written.
+
+    Example:
+        >>> pyqemb.consolidate("runs/first", step=500, out="models/first-500")  # doctest: +SKIP
+    """
+    run = Path(run)
+    target = run / "final" if out is None else Path(out)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already; choose another folder with --out, or delete it")
+    if not checkpoints(run / "checkpoints"):
+        raise CheckpointError(f"{run}: holds no checkpoint of a training run")
+    inside = target.absolute().is_relative_to(run.absolute())
+    with locked(run, "process") if inside else nullcontext():
+        checkpoint = _checkpoint(run / "checkpoints", step)
+        portable = checkpoint.folder / PORTABLE
+        dtype = named_dtype(read_config(portable).extra["dtype"])
+        assert dtype is not None
+        model, read = _model(checkpoint, TrainConfig(**checkpoint.state["config"]), portable)
+        provenance = read_contract(portable)["provenance"]
+        return model.save_parameters(lambda name: read(name).float().to(dtype), target, dtype, provenance)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    if step is not None:
+        path = folder / f"step_{step:08}"
+        if not path.is_dir():
+            found = ", ".join(str(int(each.name.removeprefix("step_"))) for each in checkpoints(folder))
+            raise CheckpointError(f"{path}: no such checkpoint; there are those of the steps {found}")
+        return Checkpoint.load(path)
+    checkpoint = newest_sound(checkpoints(folder)[::-1], _log.warning)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder}: holds no sound checkpoint")
+    return checkpoint
+
+
+class _Base:
+    """The weights of the base model, opened when they are wanted: a run that trains all of them does without it."""
+
+    def __init__(self, folder: str, kind: type[Embedder | Reranker]):
+        self.folder, self.kind = folder, kind
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Those of its folder."""
+        return Tensors(local_folder(self.folder), self.kind.heads)
+
+    @cached_property
+    def lm_head(self) -> torch.Tensor:
+        """The language-model head of a base that is not tied."""
+        head = self.tensors.head(LM_HEAD)
+        if head is None:
+            raise CheckpointError(f"{self.folder}: {LM_HEAD} is missing, which the trained reranker had")
+        return head
+
+
+def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple[Embedder | Reranker, Read]:
+    """The model on the meta device, and what reads its parameters: from the checkpoint, or from the base model."""
+    base = _Base(config.model.base, Reranker if config.task == "rerank" else Embedder)
+    if config.task == "rerank":
+        tied = read_config(portable).tie_word_embeddings
+        model: Embedder | Reranker = Reranker.from_portable(portable, None if tied else base.lm_head)
+    else:
+        model = Embedder.from_portable(portable)
+    names: dict[str, str] = {}
+    if config.lora is not None:
+        add_lora(model.model, LoraConfig(**config.lora.model_dump()))
+        names = check_weights(model.model, base.tensors)
+
+    def read(name: str) -> torch.Tensor:
+        if name in checkpoint.weights:
+            return checkpoint.weights[name]
+        if name == "head" and isinstance(model, Reranker):
+            return base.lm_head[[model.tokenizer.yes_id, model.tokenizer.no_id]]
+        return base.tensors[names[name.removeprefix("model.")]]
+
+    return model, read
