@@ -98,6 +98,7 @@ def run(count, folder, *runs: TrainConfig, **options):
         capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Exception in callback" not in done.stderr
     return done.stdout
 
 

@@ -115,7 +115,8 @@ class Heartbeat:
         writer.write(self._token.encode() + b"\n")
         self._missing.discard(peer.rank)
         self._peers.append(peer)
-        await self._listen(peer)
+        with suppress(asyncio.CancelledError):  # when this rank leaves; asyncio would print a traceback
+            await self._listen(peer)
 
     async def _join(self, names: list[str], ports: list[int], first: str) -> None:
         for name, port in product(names, ports):
