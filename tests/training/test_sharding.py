@@ -252,6 +252,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_sharding_is_seen(workplace, alone, broken):
     change = "\n".join(line.strip() for line in BROKEN[broken].strip().splitlines())
@@ -261,6 +262,7 @@ def test_broken_sharding_is_seen(workplace, alone, broken):
         assert_as_alone(workplace, alone, f"{broken} 2", CASES[name][1])
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("broken", ["no empty chunks", "a retry of one rank alone"])
 def test_ranks_that_differ_in_passes_never_finish(workplace, broken):
     change = {
