@@ -7,7 +7,7 @@ import torch
 
 from pyqemb.errors import CheckpointError, ConfigError, MachineError
 from pyqemb.testing.tiny import write_tiny_folder
-from pyqemb.training import stage2
+from pyqemb.training import setup, stage2
 from pyqemb.training.datasets import read_datasets
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.parallel.together import together
@@ -72,6 +72,13 @@ def test_no_checkpoint_where_there_was_no_run(config, tmp_path):
     assert find_checkpoint(tmp_path / "run", "auto", World()) is None
     with pytest.raises(CheckpointError, match="holds no sound checkpoint"):
         find_checkpoint(tmp_path / "run", tmp_path / "base", World())
+
+
+def test_ranks_that_share_the_weights_share_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "blind_ranks", lambda world, folder: [3])
+    with pytest.raises(ConfigError, match=r"save\.dir: rank 3 does not see the folder of rank 0, .*into one folder"):
+        find_checkpoint(tmp_path, None, World(), shards=2)
+    assert find_checkpoint(tmp_path, None, World()) is None
 
 
 def test_a_check_that_fails_raises_its_error():
