@@ -5,10 +5,11 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from pyqemb.data import strict_json
 from pyqemb.data.machine import unreadable
@@ -24,6 +25,7 @@ _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 20
 _MAX_VALUES = 100_000
 _MAX_INTEGER = 2**63
+_WRONG_VALUE: Final = "wrong_value"
 
 
 class StrictModel(BaseModel):
@@ -38,9 +40,9 @@ class StrictModel(BaseModel):
             known = cls.model_fields.get(name)
             if known is not None and (kinds := _kinds(known.annotation)) & {int, float}:
                 if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
-                    raise ValueError(f"{name}: expected a number, got {_shown(value)}")
+                    raise _wrong_value("expected a number", name, value)
                 if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
-                    raise ValueError(f"{name}: expected a number of at most 64 bits, got {_shown(value)}")
+                    raise _wrong_value("expected a number of at most 64 bits", name, value)
         return values
 
 
@@ -163,8 +165,15 @@ def explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {'missing' if error['type'] == 'missing' else 'unknown key'}"
+    value = error["input"]
+    if error["type"] == _WRONG_VALUE:  # found by the section, which pydantic takes for what is wrong
+        where, value = f"{where}.{error['ctx']['key']}" if error["loc"] else error["ctx"]["key"], error["ctx"]["value"]
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(error['input'])}"
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(value)}"
+
+
+def _wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
+    return PydanticCustomError(_WRONG_VALUE, wanted, {"key": key, "value": value})  # type: ignore[arg-type]
 
 
 class _Loader(yaml.SafeLoader):

@@ -171,7 +171,6 @@ class ParallelSection(Section):
 
         ConfigError where they do not make up all ranks.
         """
-        started = f"{ranks} rank{'s' if ranks > 1 else ''} started"
         replicas = self.replicate or (1 if self.shard == -1 else max(ranks // self.shard, 1))
         shard = max(ranks // replicas, 1) if self.shard == -1 else self.shard
         if replicas * shard != ranks:
@@ -179,8 +178,8 @@ class ParallelSection(Section):
             if self.replicate is not None:
                 given += f" and parallel.replicate {self.replicate}"
             raise ConfigError(
-                f"{given}: shard x replicate must be the number of ranks, {started} "
-                f"(torchrun --nproc-per-node={replicas * shard})"
+                f"{given}: shard x replicate must be the number of ranks: expected {replicas * shard} of them "
+                f"(torchrun --nproc-per-node={replicas * shard}), got {ranks}"
             )
         return replicas, shard
 
@@ -350,7 +349,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section = _SECTIONS.get(str(parents[0])) if parents else TrainConfig
         names = [*section.model_fields, *ALIASES] if section else []
-        close = difflib.get_close_matches(str(key), names, n=1)
+        close = [name for name in names if len(str(key)) > 2 and name.startswith(str(key))]
+        close = close or difflib.get_close_matches(str(key), names, n=1)
         known = [home for home, fields in _SECTIONS.items() if key in fields.model_fields]
         hint = f"did you mean {close[0]!r}?" if close else f"it belongs in {known[0]!r}" if known else ""
         return f"{where}: unknown key" + (f"; {hint}" if hint else "")

@@ -17,7 +17,7 @@ from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training import preflight, rank_plan
-from pyqemb.training.config import TrainConfig
+from pyqemb.training.config import ParallelSection, TrainConfig
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 from pyqemb.training.evaluations import Evaluate
 from pyqemb.training.grad_cache import GradCache
@@ -87,7 +87,9 @@ def plan(
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
     # Of the first batch, as training will plan it.
     batch = datasets.objectives[loader.where(0)[0]].build_batch(loader.batch(0), model)
-    if ranks is None:
+    if ranks is None and config.parallel != ParallelSection():
+        yield "memory     not planned: [parallel] shares it among ranks; --world RANKS --gpu-memory SIZE plans theirs"
+    elif ranks is None:
         yield _memory_here(config, model, batch, precision, trained)
     else:
         planner = RankPlanner(config, model, precision, device.type, *_texts_of_ranks(model, batch))

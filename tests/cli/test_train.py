@@ -52,6 +52,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(workplace, capsys):
     assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "train.memory=1GB"]) == 0
     assert "chunks of up to" in (out := capsys.readouterr().out)
     assert "predicted peak" in out
+    assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "parallel.shard=2"]) == 0
+    assert "--world RANKS --gpu-memory SIZE plans theirs" in capsys.readouterr().out
     assert not (workplace / "run").exists()
 
 

@@ -69,6 +69,8 @@ def test_yaml_numbers_without_a_point(tmp_path):
     [
         ({"train": {"learning_rat": 1}}, "train.learning_rat: unknown key; did you mean 'learning_rate'"),
         ({"trian": {}}, "trian: unknown key; did you mean 'train'"),
+        ({"parallel": {"reshard": "always"}}, "parallel.reshard: .*did you mean 'reshard_after_forward'"),
+        ({"parallel": {"shard": True}}, r"^parallel\.shard: expected a number, got True$"),
         ({"train": {"temperature": 0.1}}, "train.temperature: unknown key.*"),
         ({"loss": {"temperature": 0}}, "loss.temperature: .*greater than 0, got 0"),
         ({"loss": {"temperature": float("nan")}}, "loss.temperature"),

@@ -288,10 +288,10 @@ def test_mesh(section, ranks, mesh):
 
 @pytest.mark.parametrize(
     ("section", "ranks", "said"),
-    [({"shard": 8}, 1, "parallel.shard is 8: .* the number of ranks, 1 rank started .*--nproc-per-node=8"),
-     ({"shard": 3}, 4, "parallel.shard is 3: .*4 ranks started"),
-     ({"shard": 2, "replicate": 4}, 4, "parallel.shard is 2 and parallel.replicate 4.*4 ranks started"),
-     ({"shard": -1, "replicate": 3}, 4, "parallel.shard is -1 and parallel.replicate 3.*4 ranks started")],
+    [({"shard": 8}, 1, "parallel.shard is 8: .* the number of ranks: expected 8 .*--nproc-per-node=8.*got 1$"),
+     ({"shard": 3}, 4, "parallel.shard is 3: .*, got 4$"),
+     ({"shard": 2, "replicate": 4}, 4, "parallel.shard is 2 and parallel.replicate 4.*, got 4$"),
+     ({"shard": -1, "replicate": 3}, 4, "parallel.shard is -1 and parallel.replicate 3.*, got 4$")],
 )  # fmt: skip
 def test_meshes_that_are_not_the_ranks(section, ranks, said):
     with pytest.raises(ConfigError, match=said):
