@@ -173,7 +173,7 @@ def explain(error: Any) -> str:
 
 
 def _wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
-    return PydanticCustomError(_WRONG_VALUE, wanted, {"key": key, "value": value})  # type: ignore[arg-type]
+    return PydanticCustomError(_WRONG_VALUE, wanted, {"key": key, "value": value})
 
 
 class _Loader(yaml.SafeLoader):
