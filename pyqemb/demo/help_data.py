@@ -54,7 +54,7 @@ def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
     They are title -> paragraph, half -> half, and neighbors on a page in one language and across two.
 
     Batches hold one task. Each task has one language on a side: were several mixed, the language alone would tell most
-    negatives from the positive, and the model would learn languages in place of meaning (docs/log.md).
+    negatives from the positive, and the model would learn languages in place of meaning (docs/dev/log.md).
     """
     languages, pages = (_DOCUMENT, *LANGUAGES), _by_page(rows)
     titles = [

@@ -35,7 +35,7 @@ MODEL, CORPUS, RESULTS, REPORT = "model", "corpus.jsonl", "results.json", "repor
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and rates, found by experiment (docs/log.md)."""
+    """Sizes and rates, found by experiment (docs/dev/log.md)."""
 
     vocab_size: int = 8000
     hidden_size: int = 192

@@ -23,7 +23,7 @@ COSTS = TokenCosts(forward=20, graph=100, backward=20, boundary=10, vector=4)
 CHECKPOINTED = TokenCosts(forward=20, graph=15, backward=50, boundary=10, vector=4)
 SIZES = Sizes(vectors=1000, gradients=5000, largest=2000)
 TOTAL = 10_000  # tokens
-LIBRARIES = 30 << 20  # bytes that they keep for themselves, which nobody predicts (docs/grad_cache.md)
+LIBRARIES = 30 << 20  # bytes that they keep for themselves, which nobody predicts (docs/dev/grad_cache.md)
 
 
 def cut(size, total=TOTAL):

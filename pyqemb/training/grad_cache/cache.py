@@ -1,6 +1,6 @@
 """GradCache: the gradients of one big batch in the memory of one chunk, or in as much memory as there is.
 
-Source: Gao et al., arXiv 2101.06983; the schedule, the planner and what they cost are in docs/grad_cache.md.
+Source: Gao et al., arXiv 2101.06983; the schedule, the planner and what they cost are in docs/dev/grad_cache.md.
 Legend: B queries, M documents, S sequences of a stream, U distinct ones, E dimension.
 """
 

@@ -1,6 +1,6 @@
 """How a step spends its memory: chunk size, kept graphs, boundary tensors, checkpointing; and what that will take.
 
-The memory model is in docs/grad_cache.md. Legend: U sequences, E dimension.
+The memory model is in docs/dev/grad_cache.md. Legend: U sequences, E dimension.
 """
 
 from bisect import bisect_left
