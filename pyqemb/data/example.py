@@ -1,87 +1,146 @@
 """Training examples in and out of files and folders.
 
-`layouts` says which columns rows may have, `rows` which formats there are.
+`layouts` says which columns rows may have, `rows` which formats there are, `tables` which objects in memory.
 """
 
 import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from pyqemb.data.beir import is_beir, read_pairs
+from pyqemb.data.columns import Columns
 from pyqemb.data.files import atomic_file
-from pyqemb.data.layouts import Example, UnusedColumns, examples_of
-from pyqemb.data.rows import format_of, read_lines, read_rows, read_text
+from pyqemb.data.layouts import Example, Layout
+from pyqemb.data.rows import format_of, kind_of, read_lines, read_rows, read_text
 from pyqemb.data.splits import dataset_files
+from pyqemb.data.tables import HUB, is_saved, open_hub, open_saved, read_table
 from pyqemb.errors import ConfigError, DataError
 
 __all__ = ["Example", "read_examples", "read_lines", "read_located", "read_text", "to_row", "write_examples"]
 
 
-def read_examples(path: str | Path, split: str | None = None, *, allow_empty: bool = False) -> Iterator[Example]:
-    r"""Yield the examples of a file or a folder.
+def read_examples(
+    source: Any, split: str | None = None, *, columns: Columns | None = None, allow_empty: bool = False
+) -> Iterator[Example]:
+    r"""Yield the examples of a file, a folder, a table in memory or a dataset of the hub.
 
-    A list of positives gives one example each. Columns that no layout knows are left out, with one warning that counts
-    them.
+    A list of positives gives one example each. Columns of files that no layout knows are left out, with one warning
+    that counts them; in other data, and where `columns` is given, they are errors.
 
     Args:
-        path: a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed), or a folder: of such files in the
-            layout of a dataset on the hub, in BEIR's layout, or of shards.
-        split: of a folder: train, validation, test or another that its file names tell; None: train, or the only one
-            there.
+        source: a path, the address of a dataset on the Hugging Face Hub, or rows in memory:
+
+            - a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed);
+            - a folder of such files in the layout of a dataset on the hub, in BEIR's layout, of shards, or saved by
+              `save_to_disk` of datasets;
+            - "hub://ORG/NAME", "hub://ORG/NAME@REVISION/SUBSET": downloaded by datasets unless it is in its cache;
+            - a Dataset or DatasetDict of datasets, a pandas or Polars DataFrame, an Arrow table;
+            - a list of dicts or of Examples.
+        split: of a folder, a hub dataset or a DatasetDict: train, validation, test or another that is there; None:
+            train, or the only one there.
+        columns: which column is read as which of pyqemb's, {"query": "question", "negatives": ["hard_1", "hard_2"],
+            "ignore": ["id"]}; the columns of `ignore` are left out (default: they have names that a layout knows).
         allow_empty: accept empty queries and positives, for curation, which drops them.
 
     Raises:
         DataError: the file, line and column of what is not such a row; files of a folder that are not understood.
+        ConfigError: `columns` is wrong, or a package is missing.
 
     Example:
-        >>> from pathlib import Path
-        >>> _ = Path("pairs.jsonl").write_text('{"query": "q", "positive": "p", "negatives": ["n"]}\n')
-        >>> [example.positive for example in read_examples("pairs.jsonl")]
-        ['p']
+        >>> rows = [{"question": "q", "positive": "p", "negatives": ["n"], "id": 1}]
+        >>> [example.query for example in read_examples(rows, columns={"query": "question", "ignore": "id"})]
+        ['q']
     """
-    return (example for _, example in read_located(path, split, allow_empty))
+    return (example for _, example in read_located(source, split, columns, allow_empty))
 
 
 def read_located(
-    path: str | Path, split: str | None = None, allow_empty: bool = False
+    source: Any,
+    split: str | None = None,
+    columns: Columns | None = None,
+    allow_empty: bool = False,
+    name: str | None = None,
 ) -> Iterator[tuple[str, Example]]:
-    """`read_examples` with the place of each: "file:line" or "file:row"."""
+    """`read_examples` with the place of each: "file:line", "file:row" or "NAME[index]"; `name`: of rows in memory."""
+    if isinstance(source, str) and source.startswith(HUB):
+        yield from _read_table(open_hub(source), split, columns, allow_empty, source)
+    elif not isinstance(source, str | Path):
+        yield from _read_table(source, split, columns, allow_empty, name)
+    else:
+        yield from _read_path(Path(source), split, columns, allow_empty)
+
+
+def _read_path(
+    path: Path, split: str | None, columns: Columns | None, allow_empty: bool
+) -> Iterator[tuple[str, Example]]:
     from pyqemb.data.shards import is_shards, read_shards  # imports pyarrow
 
-    path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if split is not None and (path.is_file() or is_shards(path)):
         raise DataError(f"{path}: has no splits to choose from; got split {split!r}")
+    if columns and (is_shards(path) or is_beir(path)):
+        raise DataError(f"{path}: columns is for rows; shards and BEIR folders have columns of their own")
     if path.is_file():
-        yield from _read_files([path], path, allow_empty)
+        yield from _read_files([path], path, columns, allow_empty)
     elif is_shards(path):
         for shards in read_shards(path).values():
             for number, example in enumerate(shards, start=1):
                 yield f"{path}:{number}", example
+    elif is_saved(path):
+        yield from _read_table(open_saved(path), split, columns, allow_empty, str(path))
     elif is_beir(path):
         for where, query, positive in read_pairs(path, split, allow_empty):
             yield where, Example(query, positive)
     else:
-        yield from _read_files(dataset_files(path, split), path, allow_empty)
+        yield from _read_files(dataset_files(path, split), path, columns, allow_empty)
 
 
-def _read_files(files: list[Path], source: Path, allow_empty: bool) -> Iterator[tuple[str, Example]]:
-    unused = UnusedColumns()
+def _read_files(
+    files: list[Path], source: Path, columns: Columns | None, allow_empty: bool
+) -> Iterator[tuple[str, Example]]:
+    layout = Layout(columns, cells=format_of(files[0]) in (".csv", ".tsv"), allow_empty=allow_empty)
     for path in files:
-        cells = format_of(path) in (".csv", ".tsv")
         empty = True
         for where, row in read_rows(path):
-            for example in examples_of(row, where, unused, cells, allow_empty):
+            for example in layout.examples(row, where):
                 empty = False
                 yield where, example
         if empty:
             raise DataError(f"{path}: holds no examples")
-    unused.warn(source)
+    layout.finish(source)
+
+
+def _read_table(
+    source: Any, split: str | None, columns: Columns | None, allow_empty: bool, name: str | None
+) -> Iterator[tuple[str, Example]]:
+    layout = Layout(columns, in_memory=True, allow_empty=allow_empty)
+    name = name or type(source).__name__
+    empty = True
+    for where, row in read_table(source, split, name):
+        if isinstance(row, Example):
+            row = to_row(row)
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: expected a dict or an Example, got {kind_of(row)}")
+        for example in layout.examples({key: _plain(value) for key, value in row.items()}, where):
+            empty = False
+            yield where, example
+    if empty:
+        raise DataError(f"{name}: holds no examples")
+    layout.finish(name)
+
+
+def _plain(value: Any) -> Any:
+    """A tuple, or an array or number of NumPy, as JSON would have it."""
+    if value is None or isinstance(value, str):
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def to_row(example: Example) -> dict[str, Any]:

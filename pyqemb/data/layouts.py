@@ -3,27 +3,27 @@
 They are pyqemb's own, and those of sentence-transformers, FlagEmbedding and ms-swift.
 """
 
-import logging
 import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from pyqemb.data.columns import (
+    IGNORE,
+    LAYOUTS,
+    LISTS,
+    MESSAGES,
+    NEGATIVES,
+    NUMBERED_NEGATIVE,
+    POSITIVE,
+    QUERY,
+    SCORE,
+    ColumnMap,
+    Columns,
+    UnusedColumns,
+)  # fmt: skip
 from pyqemb.data.rows import Row, is_blank, kind_of, number_of, other_delimiter
 from pyqemb.errors import DataError
-
-LAYOUTS = (
-    "query, positive, negative(s); anchor, positive, negative or negative_1 ... negative_n; sentence1, sentence2, "
-    "score or label; question, answer; query, answer (sentence-transformers); query, pos, neg (FlagEmbedding); "
-    "messages, positive_messages, negative_messages; query, response, rejected_response (ms-swift)"
-)
-_QUERY = ("query", "anchor", "sentence1", "question", "messages")
-_POSITIVE = ("positive", "sentence2", "pos", "answer", "response", "positive_messages")
-_NEGATIVES = ("negatives", "negative", "neg", "rejected_response", "negative_messages")
-_NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
-_LISTS = {"negatives", "neg", "scores", "pos_scores", "neg_scores", "query_embedding", "positive_embedding"}
-_MESSAGES = ("messages", "positive_messages", "negative_messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,82 +46,91 @@ class Example:
     positive_embedding: tuple[float, ...] = ()
 
 
-@dataclass
-class UnusedColumns:
-    """Columns that are read by nobody: how many rows have each, and the first place."""
+class Layout:
+    """How the rows of one source are read as examples.
 
-    _found: dict[str, list[Any]] = field(default_factory=dict)
-
-    def add(self, names: set[str], where: str) -> None:
-        """Count the columns `names` of one row; `where` is its place, "file:line"."""
-        for name in sorted(names):
-            self._found.setdefault(name, [0, where])[0] += 1
-
-    def warn(self, source: Any) -> None:
-        """Log one line, if there are any."""
-        if self:
-            logging.getLogger("pyqemb").warning("%s: columns that are not used: %s", source, self)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._found
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name!r} ({count:,} rows, first {at})" for name, (count, at) in self._found.items())
-
-
-def examples_of(
-    row: Row, where: str, unused: UnusedColumns, cells: bool = False, allow_empty: bool = False
-) -> Iterator[Example]:
-    """The examples of a row, one for each of its positives. `cells`: all values are text (CSV).
-
-    Raises DataError naming the place and the column that is missing or wrong; a layout that is not known with those
-    that are.
+    Args:
+        columns: the `columns` setting (default: the columns have names that a layout knows).
+        cells: all values are text (CSV).
+        in_memory: a column that no layout knows is an error, as it is with `columns`; of files it is counted.
+        allow_empty: accept empty queries and positives.
     """
-    columns = _Columns(row, where, cells, allow_empty)
-    query_key, positive_key = columns.first_of(*_QUERY), columns.first_of(*_POSITIVE)
-    instruction = columns.text("instruction")
-    if query_key == "messages":
-        query, system, positives = columns.conversation("messages")
-        instruction = instruction or system
-    else:
-        query, positives = columns.need(query_key), []
-    positives = positives or columns.texts(positive_key, needed=True)
-    numbered = sorted((int(match[1]), key) for key in row if (match := _NUMBERED_NEGATIVE.fullmatch(key)))
-    negatives = [text for key in (*_NEGATIVES, *(key for _, key in numbered)) for text in columns.texts(key)]
-    if positive_key == "pos" and instruction is None:
-        instruction = columns.text("prompt")
-    task = columns.text("task")
-    score = columns.numbers(columns.first_of("score", "label"), many=False)
-    scores = columns.teacher_scores(positives, negatives, of_lists=positive_key == "pos")
-    vectors = [columns.numbers(key) for key in ("query_embedding", "positive_embedding")]
-    if any(vectors) and len(positives) > 1:
-        raise columns.bad(positive_key, "must be one text beside a teacher's vectors")
-    columns.count_unused(unused)
-    for positive, own in zip(positives, scores, strict=True):
-        yield Example(query, positive, tuple(negatives), instruction, task, score[0] if score else None, own, *vectors)
+
+    def __init__(
+        self, columns: Columns | None = None, *, cells: bool = False, in_memory: bool = False, allow_empty: bool = False
+    ):
+        self.columns, self.cells, self.allow_empty = ColumnMap(columns or {}, in_memory), cells, allow_empty
+        self._strict = in_memory or bool(self.columns)
+        self._unused = UnusedColumns()
+
+    def examples(self, row: Row, where: str) -> Iterator[Example]:
+        """The examples of a row, one for each of its positives.
+
+        Raises DataError naming the place and the column that is missing, wrong or unknown, the columns of the row and
+        those that are known.
+        """
+        columns = _Columns(row, where, self)
+        query_key, positive_key = columns.first_of(*QUERY), columns.first_of(*POSITIVE)
+        instruction = columns.text("instruction")
+        if query_key == "messages":
+            query, system, positives = columns.conversation("messages")
+            instruction = instruction or system
+        else:
+            query, positives = columns.need(query_key), []
+        positives = positives or columns.texts(positive_key, needed=True)
+        negatives = [text for key in columns.negatives() for text in columns.texts(key)]
+        if positive_key == "pos" and instruction is None:
+            instruction = columns.text("prompt")
+        task = columns.text("task")
+        score = columns.numbers(columns.first_of(*SCORE), many=False)
+        scores = columns.teacher_scores(positives, negatives, of_lists=positive_key == "pos")
+        vectors = [columns.numbers(key) for key in ("query_embedding", "positive_embedding")]
+        if any(vectors) and len(positives) > 1:
+            raise columns.bad(positive_key, "must be one text beside a teacher's vectors")
+        self._check_unused(columns.unused(), row, where)
+        for positive, own in zip(positives, scores, strict=True):
+            yield Example(
+                query, positive, tuple(negatives), instruction, task, score[0] if score else None, own, *vectors
+            )
+
+    def finish(self, source: Any) -> None:
+        """After the last row: warn of columns that are not used. DataError: `columns` names one that no row has."""
+        self.columns.check_seen(source)
+        self._unused.warn(source)
+
+    def _check_unused(self, unused: list[str], row: Row, where: str) -> None:
+        if unused and self._strict:
+            raise DataError(
+                f"{where}: column {', '.join(map(repr, unused))} is not understood; the row has {sorted(row)}; "
+                f"accepted are {LAYOUTS}; name it, or leave it out: {self.columns.shown({IGNORE: unused})}"
+            )
+        self._unused.add(unused, where)
 
 
 class _Columns:
     """Reads the columns of a row and remembers which."""
 
-    def __init__(self, row: Row, where: str, cells: bool, allow_empty: bool):
-        self._row, self._where, self._cells, self._allow_empty = row, where, cells, allow_empty
+    def __init__(self, row: Row, where: str, layout: Layout):
+        self._row, self._where, self._map = layout.columns.rename(row, where), where, layout.columns
+        self._found = sorted(row)
+        self._cells, self._allow_empty = layout.cells, layout.allow_empty
         self._used: set[str] = set()
 
     def bad(self, key: str, message: str) -> DataError:
-        return DataError(f"{self._where}: column {key!r} {message}")
+        return DataError(f"{self._where}: column {self._map.source(key)!r} {message}")
 
     def first_of(self, *names: str) -> str:
         """The name that the row has, the first where it has none."""
         return next((key for key in names if key in self._row), names[0])
 
-    def count_unused(self, unused: UnusedColumns) -> None:
-        rest = self._row.keys() - self._used
-        if rest:
-            unused.add({key for key in rest if self._row[key] is not None}, self._where)
+    def negatives(self) -> list[str]:
+        """The names of the columns that may hold negatives."""
+        numbered = sorted((int(match[1]), key) for key in self._row if (match := NUMBERED_NEGATIVE.fullmatch(key)))
+        return [*NEGATIVES, *(key for _, key in numbered)]
+
+    def unused(self) -> list[str]:
+        """The columns that hold something and were not read."""
+        return sorted(key for key in self._row.keys() - self._used if self._row[key] is not None)
 
     def text(self, key: str) -> str | None:
         """A column that may be absent or null."""
@@ -133,7 +142,7 @@ class _Columns:
     def need(self, key: str) -> str:
         """A column of text that is not empty."""
         if key not in self._row:
-            raise self.bad(key, f"is missing; the row has {sorted(self._row)}{self._hint()}; accepted are {LAYOUTS}")
+            raise self.bad(key, f"is missing; the row has {self._found}{self._hint()}; accepted are {LAYOUTS}")
         value = self._get(key)
         if not isinstance(value, str) and not (value is None and self._cells):
             raise self.bad(key, f"must be text, got {kind_of(value)}")
@@ -152,7 +161,7 @@ class _Columns:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list):
             raise self.bad(key, f"must be text or a list of texts, got {kind_of(value)}")
-        if key in _MESSAGES:
+        if key in MESSAGES:
             # A list of conversations, or one conversation.
             conversations = [values] if values and isinstance(values[0], dict) else values
             values = [self._one_message(key, conversation) for conversation in conversations]
@@ -232,17 +241,22 @@ class _Columns:
         return messages
 
     def _hint(self) -> str:
-        """What to do about names that are almost known, for the end of an error."""
-        known = {*_QUERY, *_POSITIVE, *_NEGATIVES}
+        """What to do about names that are almost known, or not at all, for the middle of an error."""
+        known = {*QUERY, *POSITIVE, *NEGATIVES}
         renamed = [name for name in self._row if name not in known and name.strip().lower() in known]
         if renamed:
             return "; " + ", ".join(f"rename {name!r} to {name.strip().lower()!r}" for name in renamed)
-        return other_delimiter(self._row) if self._cells else ""
+        if self._cells and (delimiter := other_delimiter(self._row)):
+            return delimiter
+        missing = [names[0] for names in (QUERY, POSITIVE) if self.first_of(*names) not in self._row]
+        others = [name for name, value in self._row.items() if name not in known and isinstance(value, str | list)]
+        guess = {name: [other] for name, other in zip(missing, [*others, "...", "..."], strict=False)}
+        return f"; say which column it is, for example {self._map.shown(guess)}"
 
     def _get(self, key: str) -> Any:
         self._used.add(key)
         value = self._row.get(key)
-        if self._cells and value is not None and key in _LISTS | set(_MESSAGES):
+        if self._cells and value is not None and key in LISTS | set(MESSAGES):
             raise self.bad(
                 key, "is a list, which a cell cannot hold; use JSONL or Parquet, or negative_1 ... negative_n"
             )

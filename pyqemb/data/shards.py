@@ -22,6 +22,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
+from pyqemb.data.columns import Columns
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.layouts import Example
 from pyqemb.data.machine import unreadable, unwritable
@@ -233,8 +234,10 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
     return sum(s.rows for s in summaries)
 
 
-def shards_of_parquet(folder: Path, examples: Iterable[Example], split: str | None = None) -> Path:
-    """Return a folder of shards of the Parquet files of a folder's split.
+def shards_of_parquet(
+    folder: Path, examples: Iterable[Example], split: str | None = None, columns: Columns | None = None
+) -> Path:
+    """Return a folder of shards of the Parquet files of a folder's split, whose rows `columns` reads as examples.
 
     It is written at its first use and whenever the files have changed.
 
@@ -243,7 +246,8 @@ def shards_of_parquet(folder: Path, examples: Iterable[Example], split: str | No
     files = [(str(path), path.stat()) for path in dataset_files(folder, split)]
     facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     digest = hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:16]
-    source = hashlib.sha256(json.dumps([str(folder.resolve()), split]).encode()).hexdigest()[:16]
+    chosen = [str(folder.resolve()), split, *([dict(columns)] if columns else [])]
+    source = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
     home = cache_folder() / "shards"
     target = home / f"{source}-{digest}"
     if not is_shards(target):

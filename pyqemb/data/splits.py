@@ -113,7 +113,7 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
     return files
 
 
-def choose(folder: Path, found: Iterable[str], split: str | None, default: str = "train") -> str:
+def choose(folder: Path | str, found: Iterable[str], split: str | None, default: str = "train") -> str:
     """The split among those that are there: `split`, else `default`, else the only one, which is said."""
     names = sorted(found)
     wanted = default if split is None else split

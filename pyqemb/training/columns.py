@@ -5,7 +5,8 @@ They are reported before the first step, and refused where they say that a pair 
 
 import logging
 
-from pyqemb.data.layouts import Example, UnusedColumns
+from pyqemb.data.columns import UnusedColumns
+from pyqemb.data.layouts import Example
 from pyqemb.data.shards import Shards
 from pyqemb.errors import DataError
 from pyqemb.training.objectives import Objective

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
+from pyqemb.data.tables import is_table
 from pyqemb.errors import ConfigError
 from pyqemb.model.lora import TARGETS
 from pyqemb.training.objectives.distillation import DistillationSection
@@ -39,16 +41,51 @@ class ModelSection(Section):
 
 
 class DataSet(Section):
-    """One file or folder of examples. Each task in it becomes a dataset of its own: no batch mixes datasets."""
+    """One source of examples. Each task in it becomes a dataset of its own: no batch mixes datasets."""
 
-    path: str
-    split: str | None = None  # of a folder; None: train, or the only one there
+    path: str | None = None  # a file, a folder, or a dataset of the hub: hub://ORG/NAME
+    rows: Any = Field(None, exclude=True, repr=False)  # from Python, in place of path: a table or list in memory
+    split: str | None = None  # of a folder, a hub dataset or a DatasetDict; None: train, or the only one there
+    # the columns of the rows by pyqemb's names, { query = "question" }; ignore = ["id"] leaves some out
+    columns: dict[str, str | tuple[str, ...]] | None = None
     name: str | None = None  # None: the file's name
     instruction: str | None = None  # for examples that bring none
     weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
     max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other datasets
     max_epochs: float | None = Field(None, gt=0)  # passes over it in the whole run, at most
     in_batch_negatives: bool | None = None  # None: by task; classification has none
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: Columns | None) -> Columns | None:
+        try:
+            ColumnMap(columns or {})
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("columns: ")) from error
+        return columns
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSet":
+        if self.path is None and self.rows is None:
+            raise ValueError("expected a path (or rows, from Python)")
+        if self.path is not None and self.rows is not None:
+            raise ValueError("path and rows exclude each other")
+        return self
+
+    @property
+    def source(self) -> Any:
+        """What `read_examples` reads."""
+        return self.path if self.rows is None else self.rows
+
+    @property
+    def label(self) -> str:
+        """What the dataset is called: its name, or that of its file."""
+        return self.name or ("data" if self.path is None else Path(self.path).name.split(".")[0])
 
 
 class LoraSection(Section):
@@ -239,7 +276,7 @@ class TrainConfig(Section):
     task: Literal["embedding", "rerank"] = "embedding"  # rerank: yes or no for each pair of query and document
     stage: Literal[1, 2] = 2
     model: ModelSection
-    data: tuple[DataSet, ...] = Field(min_length=1)
+    data: tuple[DataSet, ...] = Field((), min_length=1)  # may be left out where `train` is given data
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     train: TrainSection = Field(default_factory=lambda: TrainSection())
@@ -290,14 +327,75 @@ _SECTIONS: dict[str, type[Section]] = {
 def stage1(**sections: Any) -> TrainConfig:
     """Large batches, in-batch negatives only.
 
-    `stage1(model={"base": ...}, data=[{"path": ...}], train={"lr": 1e-4})`.
+    Args:
+        sections: the sections of a run, `model={"base": ...}, train={"lr": 1e-4}`; `data` may also be data as people
+            have it: see `as_data`.
+
+    Example:
+        >>> config = stage1(model={"base": "m"}, data={"faq": [{"query": "q", "positive": "p"}]})
+        >>> config.data[0].label
+        'faq'
     """
-    return TrainConfig(**{**sections, "stage": 1})
+    return _stage(1, sections)
 
 
 def stage2(**sections: Any) -> TrainConfig:
     """Smaller task-pure batches with hard negatives; sections as for stage1."""
-    return TrainConfig(**{**sections, "stage": 2})
+    return _stage(2, sections)
+
+
+def _stage(stage: int, sections: dict[str, Any]) -> TrainConfig:
+    data = {"data": as_data(sections["data"])} if "data" in sections else {}
+    return TrainConfig(**{**sections, **data, "stage": stage})
+
+
+def as_data(data: Any) -> list[Any]:
+    """The entries of the `data` section for what a caller has.
+
+    Args:
+        data: one or several of these:
+
+            - a path, "hub://ORG/NAME", or rows in memory, as for `pyqemb.read_examples`: one dataset;
+            - {name: any of these}: several datasets;
+            - a list of paths, or of entries with the keys of `[[data]]`, `{"path": ..., "weight": 2}`; an entry may
+              have `rows` in place of `path`, and be a value of {name: ...} too.
+
+    Example:
+        >>> as_data("pairs.jsonl")
+        [{'path': 'pairs.jsonl'}]
+        >>> as_data({"faq": [{"query": "q", "positive": "p"}]})
+        [{'rows': [{'query': 'q', 'positive': 'p'}], 'name': 'faq'}]
+    """
+    if isinstance(data, Mapping) and not is_table(data) and not _is_entry(data):
+        return [_entry(value, name) for name, value in data.items()]
+    if isinstance(data, list | tuple) and all(isinstance(item, str | Path) or _is_entry(item) for item in data):
+        return [_entry(item) for item in data]
+    return [_entry(data)]
+
+
+def with_data(config: TrainConfig, data: Any = None) -> TrainConfig:
+    """The configuration with `data`, as for `as_data`. ConfigError: both have data, or neither."""
+    if data is None:
+        if not config.data:
+            raise ConfigError("data: missing; expected [[data]] with a path, or train(data=...)")
+        return config
+    if config.data:
+        raise ConfigError("data: is in the configuration and given to train(data=...) too; give one of them")
+    return config.model_copy(update={"data": TrainConfig(model=config.model, data=as_data(data)).data})
+
+
+def _is_entry(data: Any) -> bool:
+    """Whether it is an entry of the `data` section, no row."""
+    return isinstance(data, DataSet) or (isinstance(data, dict) and bool({"path", "rows"} & data.keys()))
+
+
+def _entry(data: Any, name: str | None = None) -> Any:
+    named = {} if name is None else {"name": name}
+    if isinstance(data, DataSet):
+        return data.model_copy(update=named)
+    if _is_entry(data):
+        return {**data, **named}
+    return {"path" if isinstance(data, str | Path) else "rows": data, **named}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -13,6 +13,7 @@ from pyqemb.data.loader import Loader
 from pyqemb.data.rows import format_of
 from pyqemb.data.shards import Shards, is_shards, read_shards, shards_of_parquet
 from pyqemb.data.splits import dataset_files
+from pyqemb.data.tables import is_saved
 from pyqemb.data.token_cache import TokenCache, TokenFolder
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
@@ -66,8 +67,7 @@ def read_datasets(config: TrainConfig) -> Datasets:
         tasks |= {task for task in by_task if task is not None}
         total = sum(map(len, by_task.values()))
         for task, rows in by_task.items():
-            base = entry.name or Path(entry.path).name.split(".")[0]
-            name = base if len(by_task) == 1 else f"{base}/{task}"
+            name = entry.label if len(by_task) == 1 else f"{entry.label}/{task}"
             if name in examples:
                 raise ConfigError(f"data: two datasets are called {name!r}; give one of them another name")
             objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
@@ -124,17 +124,17 @@ def token_cache(config: TrainConfig, tokenizer: Tokenizer) -> TokenCache | Token
 
 def _by_task(entry: DataSet, config: TrainConfig) -> Mapping[str | None, Sequence[Example]]:
     """The rows of each task, checked for columns that its objective does not use."""
-    path = Path(entry.path)
     unused: dict[str | None, UnusedByObjective] = {}
     by_task: dict[str | None, Sequence[Example]] = {}
-    if (shards := _shards(path, entry.split)) is not None:
+    label = entry.path or entry.label
+    if (shards := _shards(entry)) is not None:
         for task, rows in read_shards(shards).items():
             unused[task] = UnusedByObjective(task, _objective(task, config))
-            unused[task].add_shards(entry.path, rows)
+            unused[task].add_shards(label, rows)
             by_task[task] = rows.with_instruction(entry.instruction)
     else:
         lists: dict[str | None, list[Example]] = {}
-        for where, example in read_located(path, entry.split):
+        for where, example in read_located(entry.source, entry.split, entry.columns, name=entry.label):
             task = example.task
             if task not in lists:
                 lists[task], unused[task] = [], UnusedByObjective(task, _objective(task, config))
@@ -144,18 +144,20 @@ def _by_task(entry: DataSet, config: TrainConfig) -> Mapping[str | None, Sequenc
             lists[task].append(example)
         by_task = {**lists}
     for task, found in unused.items():
-        found.warn(entry.path if task is None else f"{entry.path} ({task})")
+        found.warn(label if task is None else f"{label} ({task})")
     return by_task
 
 
-def _shards(path: Path, split: str | None) -> Path | None:
+def _shards(entry: DataSet) -> Path | None:
     """The folder of shards that a folder is, or is read by (Parquet); None: another file or folder."""
-    if not path.is_dir() or is_beir(path):
+    if entry.path is None or not (path := Path(entry.path)).is_dir() or is_beir(path) or is_saved(path):
         return None
+    split, columns = entry.split, entry.columns
     if is_shards(path):
-        return path if split is None else None
-    parquet = format_of(dataset_files(path, split)[0]) == ".parquet"
-    return shards_of_parquet(path, read_examples(path, split), split) if parquet else None
+        return path if split is None and not columns else None
+    if format_of(dataset_files(path, split)[0]) != ".parquet":
+        return None
+    return shards_of_parquet(path, read_examples(path, split, columns=columns), split, columns)
 
 
 def _objective(task: str | None, config: TrainConfig) -> type[Objective]:

@@ -17,7 +17,7 @@ from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training import preflight, rank_plan
-from pyqemb.training.config import ParallelSection, TrainConfig
+from pyqemb.training.config import ParallelSection, TrainConfig, with_data
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 from pyqemb.training.evaluations import Evaluate
 from pyqemb.training.grad_cache import GradCache
@@ -49,6 +49,7 @@ def plan(
     Raises:
         PyqembError: what `train` would raise before its first step.
     """
+    config = with_data(config)
     preflight.check_evaluation(config, evaluate)
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
     model = load_model(config, None if ranks is None else "meta")

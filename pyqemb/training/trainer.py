@@ -19,7 +19,7 @@ from pyqemb.training import preflight
 from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
 from pyqemb.training.callbacks import Callback, MetricsFile, ProgressDisplay, StepFunction, TensorBoard, Throughput
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
-from pyqemb.training.config import TrainConfig, load_config
+from pyqemb.training.config import TrainConfig, load_config, with_data
 from pyqemb.training.datasets import mixture, read_datasets
 from pyqemb.training.evaluations import Evaluate, Evaluations
 from pyqemb.training.grad_cache.passes import gradient_at
@@ -52,6 +52,7 @@ class TrainResult:
 def train(
     config: TrainConfig | str | Path,
     *,
+    data: Any = None,
     evaluate: Evaluate | None = None,
     on_step: OnStep | None = None,
     callbacks: Sequence[Callback] = (),
@@ -64,6 +65,9 @@ def train(
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
+        data: the training data, where the configuration has none: a path, "hub://ORG/NAME", a Dataset or DatasetDict,
+            a DataFrame, a list of dicts or Examples (see `read_examples`), {name: any of these}, or a list of
+            `[[data]]` entries with `path` or `rows`. Every rank gives the same data.
         evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by
             name. An attribute `metric_names` lets eval.metric be checked before the first step;
             pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one
@@ -86,7 +90,7 @@ def train(
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
     plan. Of several ranks the first logs; the logger "pyqemb.rank" has the messages that are about one rank.
     """
-    config = config if isinstance(config, TrainConfig) else load_config(config)
+    config = with_data(config if isinstance(config, TrainConfig) else load_config(config), data)
     folder = Path(config.save.dir)
     hooks = [*callbacks, StepFunction(on_step)] if on_step is not None else list(callbacks)
     with (

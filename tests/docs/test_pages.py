@@ -40,7 +40,12 @@ PAGES = sorted(  # every page of a user that has blocks
     if "```" in page.read_text(encoding="utf-8")
 )
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDS = {"mteb.md": "mteb", "export.md": "sentence_transformers", "transformers.md": "transformers"}
+NEEDS = {
+    "data-formats.md": "datasets",
+    "mteb.md": "mteb",
+    "export.md": "sentence_transformers",
+    "transformers.md": "transformers",
+}
 LIBRARIES = "langchain_core", "chromadb", "llama_index.core", "lancedb"  # of vector-databases.md
 
 

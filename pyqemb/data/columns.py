@@ -1,0 +1,139 @@
+"""The names of the columns that rows may have, and the `columns` setting, which gives other names a meaning."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from pyqemb.data.rows import Row
+from pyqemb.errors import ConfigError, DataError
+
+LAYOUTS = (
+    "query, positive, negative(s); anchor, positive, negative or negative_1 ... negative_n; sentence1, sentence2, "
+    "score or label; question, answer; query, answer (sentence-transformers); query, pos, neg (FlagEmbedding); "
+    "messages, positive_messages, negative_messages; query, response, rejected_response (ms-swift)"
+)
+QUERY = ("query", "anchor", "sentence1", "question", "messages")
+POSITIVE = ("positive", "sentence2", "pos", "answer", "response", "positive_messages")
+NEGATIVES = ("negatives", "negative", "neg", "rejected_response", "negative_messages")
+SCORE = ("score", "label")
+NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
+LISTS = {"negatives", "neg", "scores", "pos_scores", "neg_scores", "query_embedding", "positive_embedding"}
+MESSAGES = ("messages", "positive_messages", "negative_messages")
+# pyqemb's own names: those of `Example`, and the ones that `columns` may give.
+OWN = (
+    "query", "positive", "negatives", "instruction", "task", "score", "scores", "query_embedding", "positive_embedding",
+)  # fmt: skip
+IGNORE = "ignore"  # in `columns`: the columns that are left out
+
+Columns = Mapping[str, str | Sequence[str]]  # name of pyqemb's -> column of the rows, or several (negatives, ignore)
+
+
+class ColumnMap:
+    """Renames the columns of rows by the `columns` setting.
+
+    Args:
+        columns: {"query": "question", "negatives": ["hard_1", "hard_2"], "ignore": ["id"]}: a name of pyqemb's, and the
+            column that is read as it; `negatives` and `ignore` may name several.
+        in_memory: messages show the setting as Python; of files, as TOML.
+
+    Raises:
+        ConfigError: a name that pyqemb does not have, or a column that is named twice.
+    """
+
+    def __init__(self, columns: Columns, in_memory: bool = False):
+        self._in_memory = in_memory
+        self._columns = {name: [given] if isinstance(given, str) else list(given) for name, given in columns.items()}
+        for name, sources in self._columns.items():
+            if name not in (*OWN, IGNORE):
+                raise ConfigError(
+                    f"columns: {name!r} is no column of pyqemb's; expected some of {', '.join(OWN)}, {IGNORE}"
+                )
+            if not sources or not all(isinstance(source, str) and source for source in sources):
+                raise ConfigError(f"columns: {name!r} must be the name of a column, got {columns[name]!r}")
+            if len(sources) > 1 and name not in ("negatives", IGNORE):
+                raise ConfigError(f"columns: {name!r} must be one column, got {sources}")
+        every = [source for sources in self._columns.values() for source in sources]
+        if twice := {source for source in every if every.count(source) > 1}:
+            raise ConfigError(f"columns: {min(twice)!r} is named twice")
+        self._names = {source: name for name, sources in self._columns.items() for source in sources}
+        for number, source in enumerate(self._columns.get("negatives", ()), start=1):
+            self._names[source] = f"negative_{number}"  # which may hold one text or a list
+        self._sources = {name: source for source, name in self._names.items()}
+        self._unseen = set(every)
+
+    def rename(self, row: Row, where: str) -> Row:
+        """The row under pyqemb's names. DataError: it has a column of such a name beside the one of the setting."""
+        if not self._columns:
+            return row
+        self._unseen -= row.keys()
+        renamed: Row = {}
+        for column, value in row.items():
+            name = self._names.get(column)
+            if name is None and (own := _own_name(column)) in self._columns:
+                raise DataError(
+                    f"{where}: column {column!r} is there beside {self._columns[own]}, which `columns` reads as {own}; "
+                    f"name it, or leave it out: {self.shown({IGNORE: [column]})}"
+                )
+            if name != IGNORE:
+                renamed[name or column] = value
+        return renamed
+
+    def source(self, name: str) -> str:
+        """The column of the rows that is read as `name`."""
+        return self._sources.get(name, name)
+
+    def shown(self, more: Mapping[str, Sequence[str]]) -> str:
+        """The setting with further columns, as one would write it."""
+        merged = {name: [*self._columns.get(name, ()), *more.get(name, ())] for name in (*self._columns, *more)}
+        values = {name: given if len(given) > 1 or name == IGNORE else given[0] for name, given in merged.items()}
+        if self._in_memory:
+            return f"columns={json.dumps(values, ensure_ascii=False)}"
+        pairs = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+        return f"columns = {{{', '.join(pairs)}}}"
+
+    def check_seen(self, source: Any) -> None:
+        """DataError where no row had a column that the setting names."""
+        if self._unseen:
+            raise DataError(f"{source}: columns names {', '.join(map(repr, sorted(self._unseen)))}, which no row has")
+
+    def __bool__(self) -> bool:
+        return bool(self._columns)
+
+
+@lru_cache
+def _own_name(column: str) -> str:
+    """The name of pyqemb's that a layout reads a column as; the column's name where none does."""
+    if NUMBERED_NEGATIVE.fullmatch(column):
+        return "negatives"
+    groups = {"query": QUERY, "positive": POSITIVE, "negatives": NEGATIVES, "score": SCORE}
+    return next((name for name, columns in groups.items() if column in columns), column)
+
+
+@dataclass
+class UnusedColumns:
+    """Columns that are read by nobody: how many rows have each, and the first place."""
+
+    _found: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str], where: str) -> None:
+        """Count the columns `names` of one row; `where` is its place, "file:line"."""
+        for name in sorted(names):
+            self._found.setdefault(name, [0, where])[0] += 1
+
+    def warn(self, source: Any) -> None:
+        """Log one line, if there are any."""
+        if self:
+            logging.getLogger("pyqemb").warning("%s: columns that are not used: %s", source, self)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name!r} ({count:,} rows, first {at})" for name, (count, at) in self._found.items())

@@ -1,0 +1,139 @@
+"""Rows that are in memory or that other libraries store: datasets, pandas, Polars, Arrow, lists of dicts.
+
+These libraries are looked up among the imported modules: an object of theirs exists only where they are imported.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pyqemb.data.rows import Row
+from pyqemb.data.splits import choose
+from pyqemb.errors import ConfigError, DataError
+
+HUB = "hub://"
+_HUB_ADDRESS = re.compile(r"hub://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([\w.-]+))?")
+_BATCH = 1024
+
+
+def read_table(source: Any, split: str | None = None, name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of rows in memory; the place is "NAME[index]", from 0. A row is a dict, or as a list holds it.
+
+    Args:
+        source: a Dataset or DatasetDict of the package datasets, a pandas or Polars DataFrame, an Arrow table, or an
+            iterable of rows.
+        split: of a DatasetDict; None: train, or the only one there.
+        name: of the data, for messages (default: the name of the type).
+
+    Raises:
+        DataError: another object, a split that is not there, a table that cannot be read.
+    """
+    name = name or type(source).__name__
+    if _is(source, "datasets", "DatasetDict", "IterableDatasetDict"):
+        source = source[choose(name, source, split)]
+    elif split is not None:
+        raise DataError(f"{name}: has no splits to choose from; got split {split!r}")
+    for number, row in enumerate(_rows(source, name)):
+        yield f"{name}[{number}]", row
+
+
+def is_table(source: Any) -> bool:
+    """Whether an object is a table of one of the libraries."""
+    return (
+        _is(source, "datasets", "Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
+        or _is(source, "pandas", "DataFrame")
+        or _is(source, "polars", "DataFrame", "LazyFrame")
+        or _is(source, "pyarrow", "Table", "RecordBatch")
+    )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one that `save_to_disk` of datasets made."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def open_saved(folder: Path) -> Any:
+    """The Dataset or DatasetDict of a folder that `save_to_disk` made."""
+    datasets = _import_datasets(folder)
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # of Arrow, JSON, the file system or datasets
+        raise DataError(f"{folder}: no dataset that load_from_disk can read: {_one_line(error)}") from error
+
+
+def open_hub(address: str) -> Any:
+    """The DatasetDict of hub://ORG/NAME, hub://ORG/NAME@REVISION/SUBSET; it is downloaded unless it is in the cache.
+
+    Raises:
+        ConfigError: another form of address, or datasets is missing. DataError: it cannot be loaded.
+    """
+    match = _HUB_ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConfigError(f"{address}: expected {HUB}ORG/NAME, with @REVISION and /SUBSET after it where needed")
+    repository, revision, subset = match.groups()
+    datasets = _import_datasets(address)
+    if Path(repository).exists():  # load_dataset would read it instead
+        raise DataError(f"{address}: the folder {repository} is here; rename it, or give its path without {HUB}")
+    try:
+        return datasets.load_dataset(repository, subset, revision=revision)
+    except Exception as error:  # of the network, the hub, the files or datasets
+        hint = f" (a subset is written as {HUB}ORG/NAME/SUBSET)" if isinstance(error, ValueError) and not subset else ""
+        raise DataError(f"{address}: cannot be loaded: {_one_line(error)}{hint}") from error
+
+
+def _rows(source: Any, name: str) -> Iterator[Any]:
+    if _is(source, "datasets", "Dataset") and source.format["type"] != "custom":  # a transform makes rows of its own
+        plain = source.with_format("arrow", columns=source.format["columns"])
+        source = (row for table in plain.iter(batch_size=_BATCH) for row in table.to_pylist())
+    elif _is(source, "pandas", "DataFrame"):
+        source = _rows_of_arrow(_arrow_of_pandas(source, name))
+    elif _is(source, "polars", "DataFrame"):
+        source = source.iter_rows(named=True)
+    elif _is(source, "polars", "LazyFrame"):
+        raise DataError(f"{name}: is a LazyFrame; give its collect()")
+    elif _is(source, "pyarrow", "Table", "RecordBatch"):
+        source = _rows_of_arrow(source)
+    elif isinstance(source, str | bytes | dict) or not isinstance(source, Iterable):
+        raise DataError(
+            f"{name}: expected a Dataset or DatasetDict, a pandas or Polars DataFrame, an Arrow table, a list of "
+            f"dicts or Examples, or a path, got {type(source).__name__}"
+        )
+    yield from source
+
+
+def _arrow_of_pandas(frame: Any, name: str) -> Any:
+    import pyarrow
+
+    if odd := [column for column in frame.columns if not isinstance(column, str)]:
+        raise DataError(f"{name}: expected names of columns that are text, got {odd[0]!r}")
+    try:
+        return pyarrow.Table.from_pandas(frame, preserve_index=False)
+    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        raise DataError(f"{name}: {_one_line(error)}") from error
+
+
+def _rows_of_arrow(table: Any) -> Iterator[Row]:
+    for start in range(0, table.num_rows, _BATCH):
+        yield from table.slice(start, _BATCH).to_pylist()
+
+
+def _is(source: Any, library: str, *names: str) -> bool:
+    """Whether an object is of one of the classes of a library."""
+    module = sys.modules.get(library)
+    return module is not None and isinstance(source, tuple(getattr(module, name, ()) or () for name in names))
+
+
+def _import_datasets(source: Any) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{source}: reading it needs datasets: pip install 'pyqemb[datasets]'") from error
+    return datasets
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
