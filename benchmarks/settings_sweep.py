@@ -60,6 +60,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("log", "false negatives", train={"num_negatives": 1}, data="false negatives")
     yield Variant("log", "wrong positives", data="wrong positives")
     yield Variant("log", "few distinct pairs", data="few distinct pairs")
+    yield Variant("log", "wrong positives, temperature 0.002", loss={"temperature": 0.002}, data="wrong positives")
     for rate in (2e-4, 1e-3, 5e-3, 2e-2, 5e-2):
         yield Variant("learning rate", f"{rate:g}", train={"learning_rate": rate})
     for temperature in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2):
