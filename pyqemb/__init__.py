@@ -15,7 +15,7 @@ _HOME = {
     "read_examples": "pyqemb.data.example",
     "write_examples": "pyqemb.data.example",
     "GradCache": "pyqemb.training.grad_cache",
-    "train": "pyqemb.training",
+    "train": "pyqemb.api",
     "TrainConfig": "pyqemb.training",
     "stage1": "pyqemb.training",
     "stage2": "pyqemb.training",
@@ -30,6 +30,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from pyqemb.api import train as train
     from pyqemb.curation import curate as curate
     from pyqemb.curation import mine as mine
     from pyqemb.data.batch import PackedBatch as PackedBatch
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from pyqemb.training import consolidate as consolidate
     from pyqemb.training import stage1 as stage1
     from pyqemb.training import stage2 as stage2
-    from pyqemb.training import train as train
     from pyqemb.training.grad_cache import GradCache as GradCache
 
 

@@ -23,7 +23,8 @@ PYTHON = {
     "synthesis": {"errors", "data", "ops", "model", "llm"},
     "merging": {"errors", "data", "model"},
     "demo": {"errors", "data", "ops", "model"} | JOBS,
-    "cli": {"errors", "data", "ops", "model", "interop", "llm", "demo"} | JOBS,
+    "api": {"errors", "data"} | JOBS,
+    "cli": {"errors", "data", "ops", "model", "interop", "llm", "demo", "api"} | JOBS,
     "testing": {"errors", "data", "ops", "model"} | JOBS,
 }
 CPP = {

@@ -17,7 +17,7 @@ from pyqemb.data.files import atomic_file
 from pyqemb.data.layouts import Example, Layout
 from pyqemb.data.rows import format_of, kind_of, read_lines, read_rows, read_text
 from pyqemb.data.splits import dataset_files
-from pyqemb.data.tables import HUB, is_saved, open_hub, open_saved, read_table
+from pyqemb.data.tables import HUB, is_saved, open_hub, open_saved, read_table, source_name
 from pyqemb.errors import ConfigError, DataError
 
 __all__ = ["Example", "read_examples", "read_lines", "read_located", "read_text", "to_row", "write_examples"]
@@ -119,7 +119,7 @@ def _read_table(
     source: Any, split: str | None, columns: Columns | None, allow_empty: bool, name: str | None
 ) -> Iterator[tuple[str, Example]]:
     layout = Layout(columns, in_memory=True, allow_empty=allow_empty)
-    name = name or type(source).__name__
+    name = name or source_name(source)
     empty = True
     for where, row in read_table(source, split, name):
         if isinstance(row, Example):

@@ -30,13 +30,18 @@ def read_table(source: Any, split: str | None = None, name: str | None = None) -
     Raises:
         DataError: another object, a split that is not there, a table that cannot be read.
     """
-    name = name or type(source).__name__
+    name = name or source_name(source)
     if _is(source, "datasets", "DatasetDict", "IterableDatasetDict"):
         source = source[choose(name, source, split)]
     elif split is not None:
         raise DataError(f"{name}: has no splits to choose from; got split {split!r}")
     for number, row in enumerate(_rows(source, name)):
         yield f"{name}[{number}]", row
+
+
+def source_name(source: Any) -> str:
+    """What messages and reports call a source: its path, or the type of an object in memory."""
+    return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
 def is_table(source: Any) -> bool:
@@ -47,6 +52,13 @@ def is_table(source: Any) -> bool:
         or _is(source, "polars", "DataFrame", "LazyFrame")
         or _is(source, "pyarrow", "Table", "RecordBatch")
     )
+
+
+def has_splits(source: Any) -> bool:
+    """Whether a source is a dataset with splits to choose from: a DatasetDict, also a saved one, or one of the hub."""
+    if isinstance(source, str | Path):
+        return str(source).startswith(HUB) or (Path(source) / "dataset_dict.json").is_file()
+    return _is(source, "datasets", "DatasetDict", "IterableDatasetDict")
 
 
 def is_saved(folder: Path) -> bool:

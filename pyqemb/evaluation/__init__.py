@@ -1,7 +1,10 @@
-"""Measuring: retrieval, STS and bitext folders, with bootstrap intervals."""
+"""Measuring: retrieval, STS and bitext, from folders or from examples, with bootstrap intervals."""
 
 from pyqemb.evaluation.dev import DevSets as DevSets
 from pyqemb.evaluation.run import evaluate as evaluate
 from pyqemb.evaluation.run import rank as rank
 from pyqemb.evaluation.run import retrieve as retrieve
 from pyqemb.evaluation.run import score_rankings as score_rankings
+from pyqemb.evaluation.tasks import Bitext as Bitext
+from pyqemb.evaluation.tasks import Retrieval as Retrieval
+from pyqemb.evaluation.tasks import Sts as Sts

@@ -5,23 +5,24 @@ The datasets of the [eval] section become a function of the model; they are chec
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pyqemb.data import beir
+from pyqemb.data.columns import Columns
 from pyqemb.data.splits import canonical, choose
 from pyqemb.errors import ConfigError
 from pyqemb.evaluation.reranking import METRICS, read_ranked_examples
 from pyqemb.evaluation.run import evaluate, metric_names
-from pyqemb.evaluation.tasks import Retrieval, load_task
+from pyqemb.evaluation.tasks import Retrieval, is_folder, load_task
 from pyqemb.model.protocols import PairScorer, VectorEncoder
 
 
 @dataclass(frozen=True)
 class _Dataset:
     name: str
-    path: str
+    source: Any  # as for `evaluate`
     split: str | None
     instruction: str | None
     metrics: tuple[str, ...]
@@ -29,20 +30,22 @@ class _Dataset:
 
 
 class DevSets:
-    """A function of a model that measures it on the datasets of the [eval] section: {metric: value}.
+    """A function of a model that measures it on several datasets: {metric: value}.
 
-    The metrics of eval.data are named like `ndcg@10`. Those of eval.datasets are named like `NAME/ndcg@10`, and
+    The metrics of eval.data are named like `ndcg@10`. Those of several datasets are named like `NAME/ndcg@10`, and
     `ndcg@10` is their mean.
 
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
         task: "embedding" or "rerank".
+        datasets: {name: dataset} in place of those of the section. A dataset is whatever `evaluate` takes as `folder`,
+            or a dict with it as `path` or `rows`, and with `split`, `columns` and `instruction`.
 
     `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction` says whether
     some queries are measured with the model's own prompt.
 
     Raises:
-        ConfigError: a file of examples is given a split.
+        ConfigError: a file of examples is given a split, or the section has datasets beside `datasets`.
         DataError: a dataset cannot be read.
 
     Example:
@@ -50,10 +53,16 @@ class DevSets:
         >>> pyqemb.train(config, evaluate=DevSets(config.eval, config.task))         # doctest: +SKIP
     """
 
-    def __init__(self, section: Any, task: str = "embedding"):
-        self._named = bool(section.datasets)
-        given = section.datasets or [section]
-        self._datasets = [_read(entry, section.instruction, task) for entry in given]
+    def __init__(self, section: Any, task: str = "embedding", datasets: Mapping[str, Any] | None = None):
+        given = [_of_section(entry) for entry in section.datasets or [section]]
+        if datasets is not None:
+            if section.data is not None or section.datasets:
+                raise ConfigError("eval: has datasets, and evaluate=... is given too; give one of them")
+            if not datasets:
+                raise ConfigError("evaluate: expected at least one dataset")
+            given = [_of_mapping(name, dataset) for name, dataset in datasets.items()]
+        self._named = bool(datasets or section.datasets)
+        self._datasets = [_read(name, entry, section.instruction, task) for name, entry in given]
         self.metric_names = tuple(self._names())
         self.needs_instruction = any(
             dataset.instruction is None and not dataset.queries_have_instructions for dataset in self._datasets
@@ -63,7 +72,7 @@ class DevSets:
         """Measure the model on every dataset."""
         reports = {}
         for dataset in self._datasets:
-            report = evaluate(model, dataset.path, instruction=dataset.instruction, split=dataset.split, bootstrap=0)
+            report = evaluate(model, dataset.source, instruction=dataset.instruction, split=dataset.split, bootstrap=0)
             reports[dataset.name] = {name: value["value"] for name, value in report["metrics"].items()}
         if not self._named:
             return next(iter(reports.values()))
@@ -81,20 +90,51 @@ def _value(name: str, values: Mapping[str, float], reports: Mapping[str, Mapping
     return values[name] if name in values else statistics.fmean(report[name] for report in reports.values())
 
 
-def _read(entry: Any, instruction: str | None, task: str) -> _Dataset:
-    """Read a dataset once, so that what is wrong with it shows before training."""
+@dataclass(frozen=True)
+class _Entry:
+    """A dataset that is to be measured, under the names of the keys of [[eval.datasets]]; `rows` are in memory."""
+
+    path: Any = None
+    rows: Any = None
+    split: str | None = None
+    columns: Columns | None = None
+    instruction: str | None = None
+
+
+def _of_section(entry: Any) -> tuple[str, _Entry]:
     path = entry.data if hasattr(entry, "data") else entry.path
-    name = getattr(entry, "name", None) or Path(path).name.split(".")[0]
-    split = getattr(entry, "split", None)
+    name = getattr(entry, "name", None) or Path(path or "").name.split(".")[0]
+    return name, _Entry(path, split=getattr(entry, "split", None), instruction=entry.instruction)
+
+
+def _of_mapping(name: str, dataset: Any) -> tuple[str, _Entry]:
+    if not (isinstance(dataset, dict) and {"path", "rows"} & dataset.keys()):
+        return name, _Entry(dataset)
+    known = [field.name for field in fields(_Entry)]
+    if unknown := sorted(set(dataset) - set(known)):
+        raise ConfigError(f"evaluate: {name!r}: unknown key {unknown[0]!r}; expected some of {', '.join(known)}")
+    if {"path", "rows"} <= dataset.keys():
+        raise ConfigError(f"evaluate: {name!r}: path and rows exclude each other")
+    return name, _Entry(**dataset)
+
+
+def _read(name: str, entry: _Entry, instruction: str | None, task: str) -> _Dataset:
+    """Read a dataset once, so that what is wrong with it shows before training.
+
+    A folder is read again for each evaluation; other data stay in memory.
+    """
+    source, split = entry.path if entry.rows is None else entry.rows, entry.split
     own = entry.instruction if entry.instruction is not None else instruction
     if task == "rerank":
-        if split is not None:
-            raise ConfigError(f"eval: {path!r} is a file of examples, which has no split {split!r}")
-        examples = read_ranked_examples(path)
-        return _Dataset(name, path, None, own, METRICS, all(e.instruction is not None for e in examples))
-    if split is None and Path(path).is_dir() and beir.is_beir(Path(path)):
-        names = beir.splits(Path(path))
-        split = choose(Path(path), names, "dev" if canonical("dev") in map(canonical, names) else None, "test")
-    found = load_task(path, split)
+        if split is not None and isinstance(source, str) and Path(source).is_file():
+            raise ConfigError(f"eval: {source!r} is a file of examples, which has no split {split!r}")
+        examples = read_ranked_examples(source, split, entry.columns)
+        return _Dataset(name, examples, None, own, METRICS, all(e.instruction is not None for e in examples))
+    if not is_folder(source):
+        source, split = load_task(source, split, entry.columns), None
+    elif split is None and beir.is_beir(Path(source)):
+        names = beir.splits(Path(source))
+        split = choose(Path(source), names, "dev" if canonical("dev") in map(canonical, names) else None, "test")
+    found = load_task(source, split, entry.columns)
     all_have_one = isinstance(found, Retrieval) and set(found.queries) <= set(found.instructions)
-    return _Dataset(name, path, split, own, metric_names(found), all_have_one)
+    return _Dataset(name, source, split, own, metric_names(found), all_have_one)

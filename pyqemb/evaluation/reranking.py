@@ -1,23 +1,27 @@
 """How well a reranker tells an example's positive from its negatives."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pyqemb.data.columns import Columns
 from pyqemb.data.example import Example, read_examples
+from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import DataError
 from pyqemb.model.protocols import PairScorer
 
 METRICS = ("accuracy@1", "mrr@10", "ndcg@10", "accuracy")
 
 
-def measure_reranker(model: PairScorer, path: str | Path, instruction: str | None = None) -> dict[str, np.ndarray]:
+def measure_reranker(
+    model: PairScorer, examples: Sequence[Example], instruction: str | None = None
+) -> dict[str, np.ndarray]:
     """Measure how a reranker ranks each example's positive among its negatives.
 
     Args:
         model: a Reranker, or any object with its `score`.
-        path: a file of examples; those without negatives are skipped.
+        examples: examples with negatives, of `read_ranked_examples`.
         instruction: instruction for examples without their own (default: the model's).
 
     Returns:
@@ -25,9 +29,8 @@ def measure_reranker(model: PairScorer, path: str | Path, instruction: str | Non
         `accuracy` is the fraction of the example's pairs that a threshold of 0.5 classifies correctly.
 
     Raises:
-        DataError: the file cannot be read, no example has negatives, or a score is not finite.
+        DataError: a score is not finite.
     """
-    examples = read_ranked_examples(path)
     scores = _scores(model, examples, instruction)
     values: dict[str, list[float]] = {name: [] for name in METRICS}
     for own in scores:
@@ -41,11 +44,15 @@ def measure_reranker(model: PairScorer, path: str | Path, instruction: str | Non
     return {name: np.array(each) for name, each in values.items()}
 
 
-def read_ranked_examples(path: str | Path) -> list[Example]:
-    """The examples with negatives. DataError: the file cannot be read, or has none."""
-    examples = [example for example in read_examples(path) if example.negatives]
+def read_ranked_examples(source: Any, split: str | None = None, columns: Columns | None = None) -> list[Example]:
+    """The examples with negatives, of any source of `read_examples`. DataError: it cannot be read, or has none.
+
+    `split` None: of a DatasetDict or a dataset of the hub, test.
+    """
+    split = "test" if split is None and has_splits(source) else split
+    examples = [example for example in read_examples(source, split, columns=columns) if example.negatives]
     if not examples:
-        raise DataError(f"{path}: no example has negatives to tell the positive from")
+        raise DataError(f"{source_name(source)}: no example has negatives to tell the positive from")
     return examples
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from pyqemb import ops
+from pyqemb.data.columns import Columns
+from pyqemb.data.tables import source_name
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
-from pyqemb.evaluation.reranking import measure_reranker
-from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, load_task
+from pyqemb.evaluation.reranking import measure_reranker, read_ranked_examples
+from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, is_folder, load_task
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import open_model, unit_encoder
 from pyqemb.model.protocols import PairScorer, VectorEncoder
@@ -39,24 +41,28 @@ def metric_names(task: Task) -> tuple[str, ...]:
 
 def evaluate(
     model: VectorEncoder | PairScorer | str | Path,
-    folder: str | Path,
+    folder: Any,
     *,
     instruction: str | None = None,
     dim: int | None = None,
     split: str | None = None,
+    columns: Columns | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a model on a folder (see `tasks`), or a reranker on a file of examples (see `reranking`).
+    """Measure a model on a task (see `tasks`), or a reranker on examples (see `reranking`).
 
     Args:
         model: an Embedder, any object with `encode_query` and `encode_document`, a Reranker, or a model folder.
-        folder: a retrieval (BEIR), STS or bitext folder; for a reranker, a file of examples with negatives.
+        folder: a retrieval (BEIR), STS or bitext folder, or examples: a file, a Dataset, a DataFrame, a list, or
+            another source of `read_examples`. Examples that all have a score are graded pairs; of others, the corpus is
+            the positives and negatives of all of them. A reranker needs examples with negatives.
         instruction: instruction for queries (default: the model's own). Queries with an instruction in the folder keep
             it.
         dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: the model's own).
         split: the split of a retrieval folder, as in qrels/SPLIT.tsv (default: test, or the only one that the folder
-            has, which is logged).
+            has, which is logged); of a DatasetDict or a dataset of the hub, its split (default: test).
+        columns: of examples, as for `read_examples` (default: they have names that a layout knows).
         bootstrap: the number of resamples for the 95 % intervals, 0 for none (default 1000).
         seed: seed of the resampling (default 0).
 
@@ -66,29 +72,24 @@ def evaluate(
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: the folder cannot be read, or the model returns values that are not finite.
+        DataError: the data cannot be read, or the model returns values that are not finite.
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
-    task = None if Path(folder).is_file() else load_task(folder, split)
+    task = load_task(folder, split, columns) if is_folder(folder) else None  # before a model is opened
     if isinstance(model, (str, Path)):
         model = open_model(model)
     if isinstance(model, PairScorer):
-        rows = measure_reranker(model, folder, instruction)
+        rows = measure_reranker(model, read_ranked_examples(folder, split, columns), instruction)
         intervals = {key: bootstrap_interval(list(row), bootstrap, seed) for key, row in rows.items()}
-        return {
-            "task": "reranking",
-            "folder": str(folder),
-            "count": len(rows["accuracy"]),
-            "metrics": {key: value._asdict() for key, value in intervals.items()},
-            "per_query": {key: {str(i): float(v) for i, v in enumerate(row)} for key, row in rows.items()},
-        }
-    if task is None:
-        raise DataError(f"{folder}: expected a folder; a file of examples is for a reranker")
-    name, count, values, per_query = _measure(unit_encoder(model), task, instruction, dim, bootstrap, seed)
+        per_query = {key: {str(i): float(v) for i, v in enumerate(row)} for key, row in rows.items()}
+        name, count, values = "reranking", len(rows["accuracy"]), intervals
+    else:
+        task = task or load_task(folder, split, columns)
+        name, count, values, per_query = _measure(unit_encoder(model), task, instruction, dim, bootstrap, seed)
     return {
         "task": name,
-        "folder": str(folder),
+        "folder": source_name(folder),
         "count": count,
         "metrics": {key: value._asdict() for key, value in values.items()},
         "per_query": per_query,

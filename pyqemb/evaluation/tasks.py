@@ -2,16 +2,21 @@
 
 The files of a folder say which kind it is: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1,
 sentence2, score; bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
+Examples of any other source are graded pairs or a retrieval task.
 """
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyqemb.data import beir
+from pyqemb.data.columns import Columns
+from pyqemb.data.example import Example, read_examples
 from pyqemb.data.rows import FORMATS, format_of, is_blank, number_of, read_rows
+from pyqemb.data.tables import HUB, has_splits, is_saved, source_name
 from pyqemb.errors import DataError
 
 
@@ -51,18 +56,27 @@ class Bitext:
 Task = Retrieval | Sts | Bitext
 
 
-def load_task(folder: str | Path, split: str | None = None) -> Task:
-    """Read the task of a folder. DataError names the file and line that is wrong, or what was looked for.
+def load_task(source: Any, split: str | None = None, columns: Columns | None = None) -> Task:
+    """Read a task. DataError names the file and line that is wrong, or what was looked for.
 
     Queries and sentences that are empty are counted in a warning.
 
     Args:
-        folder: a retrieval (BEIR), STS or bitext folder.
-        split: which judgements of a retrieval folder; None: test, or the only ones there, which is said.
+        source: a retrieval (BEIR), STS or bitext folder; a task; or examples, in any form that `read_examples` takes.
+            Examples that all have a score are an STS task. Others are a retrieval task, whose corpus is the positives
+            and negatives of all examples.
+        split: which judgements of a retrieval folder; None: test, or the only ones there, which is said. Of a
+            DatasetDict or a dataset of the hub, which of its splits; None: test.
+        columns: of examples, as for `read_examples`.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+    if isinstance(source, Retrieval | Sts | Bitext):
+        return source
+    if not is_folder(source):
+        split = "test" if split is None and has_splits(source) else split
+        return _task_of_examples(read_examples(source, split, columns=columns), source_name(source))
+    folder = Path(source)
+    if columns:
+        raise DataError(f"{folder}: columns is for examples; an evaluation folder has columns of its own")
     if beir.is_beir(folder) or beir.corpus_files(folder):
         found = beir.read_beir(folder, split)
         qrels = {
@@ -79,6 +93,42 @@ def load_task(folder: str | Path, split: str | None = None) -> Task:
         pairs = [_sentences(row, at) for at, row in _rows(bitext)]
         return Bitext([p[0] for p in pairs], [p[1] for p in pairs])
     raise DataError(f"{folder}: expected corpus.jsonl (retrieval), sts.jsonl or bitext.jsonl, found none of them")
+
+
+def is_folder(source: Any) -> bool:
+    """Whether a source of `load_task` is a folder with a task; DataError for a path that is not there."""
+    if not isinstance(source, str | Path) or str(source).startswith(HUB):
+        return False
+    if not Path(source).exists():
+        raise DataError(f"{source}: no such folder or file")
+    return Path(source).is_dir() and not is_saved(Path(source))
+
+
+def _task_of_examples(examples: Iterable[Example], name: str) -> Task:
+    """Graded pairs, or retrieval among the documents of all examples."""
+    rows = list(examples)
+    graded = [row for row in rows if row.score is not None]
+    if graded and len(graded) < len(rows):
+        raise DataError(
+            f"{name}: {len(graded)} of {len(rows)} rows have a score; expected one in all (graded pairs) or none "
+            "(retrieval)"
+        )
+    if graded:
+        return Sts([row.query for row in rows], [row.positive for row in rows], [float(row.score or 0) for row in rows])
+    documents: dict[str, str] = {}
+    queries: dict[tuple[str, str | None], str] = {}
+    qrels: dict[str, dict[str, float]] = {}
+    for row in rows:
+        query = queries.setdefault((row.query, row.instruction), f"query {len(queries)}")
+        for text in (row.positive, *row.negatives):
+            documents.setdefault(text, f"document {len(documents)}")
+        qrels.setdefault(query, {})[documents[row.positive]] = 1.0
+    return Retrieval(
+        {key: text for (text, _), key in queries.items()},
+        {key: text for text, key in documents.items()},
+        qrels,
+        {key: instruction for (_, instruction), key in queries.items() if instruction is not None},
+    )
 
 
 def find_pairs(folder: Path, name: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from pyqemb import __version__
 from pyqemb.data import mixing
 from pyqemb.data.files import locked
-from pyqemb.errors import Interrupted, PyqembError
+from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
 from pyqemb.training import preflight
 from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
@@ -53,7 +53,7 @@ def train(
     config: TrainConfig | str | Path,
     *,
     data: Any = None,
-    evaluate: Evaluate | None = None,
+    evaluate: Evaluate | Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
     callbacks: Sequence[Callback] = (),
     resume: str | Path | None = None,
@@ -72,7 +72,9 @@ def train(
             name. An attribute `metric_names` lets eval.metric be checked before the first step;
             pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one
             and calls it: the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them
-            with the same texts on every rank. The numbers of the first rank count.
+            with the same texts on every rank. The numbers of the first rank count. pyqemb.train also takes datasets,
+            {name: dataset}: folders, files, tables in memory or what else pyqemb.evaluate measures; their metrics are
+            called NAME/METRIC.
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
@@ -90,6 +92,8 @@ def train(
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
     plan. Of several ranks the first logs; the logger "pyqemb.rank" has the messages that are about one rank.
     """
+    if isinstance(evaluate, Mapping):
+        raise ConfigError("evaluate: expected a function of the model; pyqemb.train takes datasets by name")
     config = with_data(config if isinstance(config, TrainConfig) else load_config(config), data)
     folder = Path(config.save.dir)
     hooks = [*callbacks, StepFunction(on_step)] if on_step is not None else list(callbacks)
