@@ -131,6 +131,7 @@ with open(f"{folder}/rank{rank}.json", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_ranks_agree_by_what_the_data_hold(tmp_path):
     write_tiny_folder(tmp_path / "base", prefix=True, num_hidden_layers=1)
     (tmp_path / "script.py").write_text(SCRIPT)
