@@ -45,6 +45,7 @@ NEEDS = {  # packages beside those of the extra `test`, or that extras install
     "export.md": ["sentence_transformers"],
     "from-sentence-transformers.md": ["sentence_transformers", "datasets", "accelerate"],
     "mteb.md": ["mteb"],
+    "reproduce-qwen3-embedding.md": ["pandas", "sentence_transformers"],
     "transformers.md": ["transformers"],
     "vector-databases.md": ["langchain_core", "chromadb", "llama_index.core", "lancedb"],
 }
