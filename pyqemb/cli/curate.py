@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML: input, out, and [[step]] tables in their order")
-    parser.add_argument("--input", type=Path, nargs="+", help="examples, in place of those of the file")
+    parser.add_argument("--input", nargs="+", help="examples, in place of those of the file")
     parser.add_argument("--out", type=Path, help="folder, in place of the file's")
 
 

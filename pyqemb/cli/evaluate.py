@@ -8,14 +8,19 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
     parser.add_argument(
-        "folder", type=Path, nargs="?", help="BEIR layout, or sts.jsonl, or bitext.jsonl; examples for a reranker"
-    )
+        "folder", nargs="?",
+        help="BEIR layout, or sts.jsonl, or bitext.jsonl; or examples (a file, a saved dataset, hub://ORG/NAME)",
+    )  # fmt: skip
     parser.add_argument(
         "--suite", help="in place of a folder: mteb:NAME of a benchmark or of tasks, separated by commas"
     )
     parser.add_argument("--instruction", help="for queries; the model's own when not given")
     parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
-    parser.add_argument("--split", help="which qrels/SPLIT.tsv (test, or the only one there)")
+    parser.add_argument("--split", help="which qrels/SPLIT.tsv (test, or the only one there), or split of a dataset")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=COLUMN",
+        help="a column of the examples that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals (1000)")
     parser.add_argument("--json", type=Path, help="also write the whole report there")
 
@@ -24,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from pyqemb.data.columns import parse_columns
     from pyqemb.data.files import atomic_file, check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.evaluation import evaluate
@@ -35,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.suite is not None:
         return _suite(args)
     report = evaluate(
-        args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split, bootstrap=args.bootstrap
-    )
+        args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split,
+        columns=parse_columns(args.column), bootstrap=args.bootstrap,
+    )  # fmt: skip
     table = Table(title=f"{report['task']}: {args.folder}, {report['count']} rows")
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")

@@ -6,8 +6,13 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Qwen3 or sentence-transformers folder, or a Qwen3 model on the hub")
-    parser.add_argument("examples", type=Path, help="training pairs in any form that pyqemb reads")
+    parser.add_argument("examples", help="training pairs in any form that pyqemb reads, or hub://ORG/NAME")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--split", help="of a folder or a dataset of the hub (train, or the only one)")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=COLUMN",
+        help="a column of the pairs that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--corpus", type=Path, help="more documents: a corpus (JSONL with `text`), its folder, or examples"
     )
@@ -34,16 +39,18 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.curation import mine
     from pyqemb.curation.corpus import read_corpus
     from pyqemb.curation.text import language_of
+    from pyqemb.data.columns import parse_columns
     from pyqemb.data.example import check_output, read_examples, write_examples
     from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_encoder, open_reranker
 
-    if args.out.resolve() in {path.resolve() for path in (args.examples, args.corpus) if path is not None}:
+    columns = parse_columns(args.column)
+    if args.out.resolve() in {Path(path).resolve() for path in (args.examples, args.corpus) if path is not None}:
         raise ConfigError(f"--out: {args.out} is also an input")
     check_output(args.out)
     check_writable(args.out)
-    examples = list(read_examples(args.examples))
+    examples = read_examples(args.examples, args.split, columns=columns)
     corpus = None if args.corpus is None else list(read_corpus(args.corpus))
     mined = mine(
         open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,

@@ -11,6 +11,7 @@ from pyqemb.curation.rank import Consistency, Rank
 from pyqemb.curation.relabel import Relabel
 from pyqemb.curation.similarity import Similarity
 from pyqemb.curation.text import Language, Length
+from pyqemb.data.example import Example
 from pyqemb.data.settings import Settings
 
 AnyStep = Annotated[
@@ -20,12 +21,14 @@ AnyStep = Annotated[
 
 
 class CurateConfig(Settings):
-    """`input`: one or several files or folders of examples, read one after the other.
+    """`input`: one or several sources of examples, as for `read_examples`, read one after the other.
 
-    `out`: the folder of the results.
+    `split` and `columns` are for all of them. `out`: the folder of the results.
     """
 
-    input: list[Path] = Field(min_length=1)
+    input: list[Any] = Field(min_length=1)
+    split: str | None = None
+    columns: dict[str, str | tuple[str, ...]] | None = None
     out: Path
     step: list[AnyStep] = Field(min_length=1)
     samples: int = Field(20, ge=0)  # of each outcome of each step, in the report
@@ -34,4 +37,5 @@ class CurateConfig(Settings):
     @field_validator("input", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, (str, Path)) else value
+        several = isinstance(value, list | tuple) and not any(isinstance(item, dict | Example) for item in value)
+        return value if several else [value]

@@ -13,7 +13,8 @@ from pyqemb.curation.search import Search
 from pyqemb.curation.search import approximate as approximate_search
 from pyqemb.curation.search import exact as exact_search
 from pyqemb.curation.vectors import CachedEncoder, chunks
-from pyqemb.data.example import Example
+from pyqemb.data.columns import Columns
+from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import unit_encoder
@@ -62,8 +63,9 @@ class Negatives:
 
 def mine(
     model: Any,
-    examples: Iterable[Example],
+    examples: Any,
     *,
+    columns: Columns | None = None,
     corpus: Iterable[str] | None = None,
     k: int = 7,
     max_positive_ratio: float | None = 0.95,
@@ -87,8 +89,10 @@ def mine(
 
     Args:
         model: an Embedder, or any object with `encode_query` and `encode_document`.
-        examples: queries with their positives. No positive of a query becomes its negative; queries are compared by
-            text.
+        examples: queries with their positives: a list of Examples or dicts, a Dataset, a DataFrame, a path, or another
+            source of `read_examples`. No positive of a query becomes its negative; queries are compared by text.
+        columns: which columns of the rows are the query, the positive and so on, as for `read_examples` (default: they
+            have names that a layout knows).
         corpus: further documents to choose from, besides the positives of all examples. Equal texts are one document.
         k: how many negatives each example gets at most (default 7).
         max_positive_ratio: a negative scores at most this ratio of the positive's score (TopK-PercPos): at most
@@ -116,7 +120,7 @@ def mine(
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: there are no examples, or the model returns vectors that are not finite.
+        DataError: the examples cannot be read, there are none, or the model returns vectors that are not finite.
 
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """
@@ -131,9 +135,7 @@ def mine(
         sampling=sampling,
         sampling_temperature=sampling_temperature,
     )
-    examples = list(examples)
-    if not examples:
-        raise DataError("no examples to mine negatives for")
+    examples = list(read_examples(examples, columns=columns))
     _warn_of_losses(examples)
     model = unit_encoder(model if cache is None else CachedEncoder(model, cache))
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))

@@ -9,10 +9,9 @@ from typing import IO, Any
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.report import write_report
-from pyqemb.data.example import Example, read_examples, to_row
+from pyqemb.data.example import Example, check_source, read_examples, to_row
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import writing
-from pyqemb.errors import DataError
 
 Progress = Callable[[list[Ledger]], None]
 _EVERY = 256  # examples read between two calls of `on_progress`
@@ -39,7 +38,8 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     The results appear when all steps are done; those of an earlier run stay until then.
 
     Args:
-        config: the inputs, the output folder and the steps, as a CurateConfig or a dict of its fields.
+        config: the inputs (paths, or data in memory, as for `read_examples`), the output folder and the steps, as a
+            CurateConfig or a dict of its fields.
         on_progress: called with the ledgers of all steps after every 256 examples and at the end (default: not called).
 
     Returns:
@@ -52,13 +52,12 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     """
     config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
     out = config.out
-    for path in config.input:
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
+    for source in config.input:
+        check_source(source)
     with writing(out), atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
         with dropped.open("wb") as losses, kept.open("wb") as file:
             source, ledgers = Ledger("input"), _ledgers(config, losses)
-            examples: Iterator[Example] = _read(config.input, source, ledgers, on_progress)
+            examples: Iterator[Example] = _read(config, source, ledgers, on_progress)
             for step, ledger in zip(config.step, ledgers, strict=True):
                 examples = step.run(examples, ledger)
             for example in examples:
@@ -85,9 +84,11 @@ def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
     return ledgers
 
 
-def _read(paths: list[Path], source: Ledger, ledgers: list[Ledger], on_progress: Progress | None) -> Iterator[Example]:
-    for path in paths:
-        for example in read_examples(path, allow_empty=True):
+def _read(
+    config: CurateConfig, source: Ledger, ledgers: list[Ledger], on_progress: Progress | None
+) -> Iterator[Example]:
+    for given in config.input:
+        for example in read_examples(given, config.split, columns=config.columns, allow_empty=True):
             source.counts["kept"] += 1
             if on_progress is not None and source.kept % _EVERY == 0:
                 on_progress(ledgers)

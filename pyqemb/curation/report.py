@@ -8,6 +8,7 @@ from typing import Any
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.ledger import KEPT, Histogram, Ledger, Sample
 from pyqemb.data.files import atomic_file
+from pyqemb.data.tables import source_name
 
 _COLORS = ["#3b6ea5", "#c8553d", "#e0a458", "#7a5c99", "#6b8f71", "#999999"]  # kept, then the reasons
 _WIDTH, _HEIGHT = 720, 160
@@ -26,7 +27,7 @@ def write_report(out: Path, config: CurateConfig, ledgers: list[Ledger]) -> None
     """Write report.json and report.html into `out`. `ledgers` holds one ledger for each step of `config`."""
     settings = [step.model_dump(mode="json", exclude_defaults=True, fallback=_name) for step in config.step]
     record = {
-        "input": [str(path) for path in config.input],
+        "input": [source_name(source) for source in config.input],
         "seen": ledgers[0].counts.total(),
         "kept": ledgers[-1].kept,
         "steps": [{**ledger.summary(), "settings": own} for ledger, own in zip(ledgers, settings, strict=True)],

@@ -104,6 +104,25 @@ class ColumnMap:
         return bool(self._columns)
 
 
+def parse_columns(arguments: Iterable[str]) -> Columns | None:
+    """The setting of a command line's NAME=COLUMN arguments, of which several may name negatives or ignored columns.
+
+    ConfigError: another form, or a wrong setting.
+
+    Example:
+        >>> parse_columns(["query=question", "ignore=id", "ignore=url"])
+        {'query': ['question'], 'ignore': ['id', 'url']}
+    """
+    columns: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, equals, column = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"--column: expected NAME=COLUMN, such as query=question, got {argument!r}")
+        columns.setdefault(name, []).append(column)
+    ColumnMap(columns)
+    return columns or None
+
+
 @lru_cache
 def _own_name(column: str) -> str:
     """The name of pyqemb's that a layout reads a column as; the column's name where none does."""

@@ -74,13 +74,18 @@ def read_located(
         yield from _read_path(Path(source), split, columns, allow_empty)
 
 
+def check_source(source: Any) -> None:
+    """DataError for a path that is not there."""
+    if isinstance(source, str | Path) and not str(source).startswith(HUB) and not Path(source).exists():
+        raise DataError(f"{source}: no such file or folder")
+
+
 def _read_path(
     path: Path, split: str | None, columns: Columns | None, allow_empty: bool
 ) -> Iterator[tuple[str, Example]]:
     from pyqemb.data.shards import is_shards, read_shards  # imports pyarrow
 
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    check_source(path)
     if split is not None and (path.is_file() or is_shards(path)):
         raise DataError(f"{path}: has no splits to choose from; got split {split!r}")
     if columns and (is_shards(path) or is_beir(path)):

@@ -1,5 +1,9 @@
 """Training on data as people have it: tables in memory, several by name, and their place in a resumed run."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 import pyqemb
@@ -102,3 +106,40 @@ def test_a_run_on_data_in_memory_resumes_on_the_same_data_alone(tmp_path):
         pyqemb.train(config, data={"faq": pd.DataFrame(changed)}, resume="auto")
     result = pyqemb.train(config, data={"faq": datasets.Dataset.from_list(ROWS)}, resume="auto")
     assert result.steps == 2
+
+
+SCRIPT = """
+import json, sys
+import torch, pandas, datasets, pyqemb
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank, folder = torch.distributed.get_rank(), sys.argv[1]
+rows = [{"query": f"q {i}", "positive": f"p {i}"} for i in range(6)]
+config = lambda name: pyqemb.stage1(
+    model={"base": f"{folder}/base"}, save={"dir": f"{folder}/{name}"},
+    train={"global_batch_size": 3, "memory": "none", "device": "cpu"},
+)
+data = [pandas.DataFrame(rows), datasets.Dataset.from_list(rows)][rank]
+steps = pyqemb.train(config("same"), data={"faq": data}, evaluate={"dev": rows}).steps
+try:
+    pyqemb.train(config("other"), data={"faq": rows if rank else rows[::-1]})
+    error = None
+except Exception as caught:
+    error = f"{type(caught).__name__}: {caught}"
+with open(f"{folder}/rank{rank}.json", "w") as file:
+    json.dump([steps, error], file)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_agree_by_what_the_data_hold(tmp_path):
+    write_tiny_folder(tmp_path / "base", prefix=True, num_hidden_layers=1)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "script.py")]
+    done = subprocess.run([sys.executable, *command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        steps, error = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert steps == 2
+        assert error.startswith("ConfigError: ")
+        assert "rank 1 has the digest of the data = " in error
