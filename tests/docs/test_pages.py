@@ -30,7 +30,8 @@ else:
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SECTIONS = "tutorials", "how-to", "concepts"
-IN_ORDER = "get-started.md", "troubleshooting.md", "faq.md", "objectives.md", "reranking.md"  # of the pages outside of these folders
+# of the pages outside of these folders
+IN_ORDER = "get-started.md", "troubleshooting.md", "faq.md", "objectives.md", "reranking.md", "data.md"
 PAGES = sorted(  # every page of a user that has blocks
     page
     for page in [
