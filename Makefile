@@ -6,14 +6,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help docs demo test test-deep test-cpp test-cuda bench bench-cuda build wheel check-cuda fix check clean
+.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda build wheel check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
-	@echo "make docs   the site, in build/site      make wheel  a wheel, repaired and tested, in build/wheel"
+	@echo "make docs   the site, in build/site      make reference   its pages of the settings"
+	@echo "make wheel  a wheel, repaired and tested, in build/wheel"
 	@echo "make build  the native library, in place      make fix    format and lint"
 
 $(BIN)/python:
@@ -37,6 +38,10 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 	@touch $@
 
 build: $(VENV)/build.stamp
+
+# The pages of the settings and the template of run.toml, from the descriptions in the code.
+reference: $(VENV)/build.stamp
+	$(BIN)/python -m pyqemb.cli.reference
 
 docs: $(VENV)/test.stamp
 	$(BIN)/python -m mkdocs build

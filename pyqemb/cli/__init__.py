@@ -24,6 +24,7 @@ VERBS = {
     "encode": "write the vectors of a file of texts",
     "export": "write a model as a folder that other tools load, and check that they do",
     "rerank": "score pairs of query and document with a reranker",
+    "schema": "print the JSON Schema of a configuration file, for editors",
     "completion": "make the shell complete verbs and options",
 }
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-_TEMPLATE = Path(__file__).parent / "run.toml"
+from pyqemb.cli.reference import TEMPLATE as _TEMPLATE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="with --world: the memory of each rank's GPU, e.g. 80GB",
     )  # fmt: skip
+    parser.add_argument(
+        "--help-config", action=_HelpConfig, nargs="?", metavar="KEY",
+        help="list the keys of the file, or explain one, e.g. train.warmup; then stop",
+    )  # fmt: skip
+
+
+class _HelpConfig(argparse.Action):
+    """Prints and exits, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        import difflib
+
+        from pyqemb.cli.reference import explain_keys
+        from pyqemb.data.settings_keys import tables
+        from pyqemb.errors import ConfigError
+        from pyqemb.training.config import TrainConfig
+
+        found = tables(TrainConfig)
+        text = explain_keys(found, values)
+        if text is None:
+            names = [name for table in found for key in table.keys for name in (key.name, key.last)]
+            close = difflib.get_close_matches(values, names, n=1)
+            raise ConfigError(
+                f"--help-config: unknown key {values!r}" + (f"; did you mean {close[0]!r}?" * bool(close))
+            )
+        print(text)
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:

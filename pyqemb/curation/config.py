@@ -21,18 +21,28 @@ AnyStep = Annotated[
 
 
 class CurateConfig(Settings):
-    """`input`: one or several sources of examples, as for `read_examples`, read one after the other.
+    """The configuration of a curation: inputs, output, and the steps in their order."""
 
-    `split` and `columns` are for all of them. `out`: the folder of the results.
-    """
-
-    input: list[Any] = Field(min_length=1)
-    split: str | None = None
-    columns: dict[str, str | tuple[str, ...]] | None = None
-    out: Path
+    input: list[Any] = Field(
+        min_length=1,
+        description="Source of examples, or a list of them: a file, a folder, or a dataset on the Hub (hub://ORG/NAME). "
+        "In Python also tables and lists in memory.",
+        examples=[["pairs.jsonl", "synthetic/examples.jsonl"]],
+        json_schema_extra={"items": {"type": "string"}},
+    )
+    split: str | None = Field(
+        None, description="Split of folders and Hub datasets (default: train, or the only split).", examples=["train"]
+    )
+    columns: dict[str, str | tuple[str, ...]] | None = Field(
+        None,
+        description="Columns of the rows, by the names of pyqemb (default: by their own names). `ignore` lists columns "
+        "that are not read.",
+        examples=[{"query": "question", "ignore": ["id"]}],
+    )
+    out: Path = Field(description="Folder of the results.", examples=["curated"])
     step: list[AnyStep] = Field(min_length=1)
-    samples: int = Field(20, ge=0)  # of each outcome of each step, in the report
-    seed: int = 0
+    samples: int = Field(20, ge=0, description="Examples of each outcome of each step in the report.", examples=[5])
+    seed: int = Field(0, description="Seed of the samples in the report.", examples=[0])
 
     @field_validator("input", mode="before")
     @classmethod

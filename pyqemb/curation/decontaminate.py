@@ -22,26 +22,36 @@ from pyqemb.errors import DataError
 
 
 class Decontaminate(Step):
-    """Drop an example that shares text with the evaluation.
+    """Drop examples that share text with evaluation data.
 
-    It does if its query or its positive shares `ngram` words in a row with a text of the evaluation, or all words of a
-    shorter text.
+    An example is dropped if its query or its positive shares `ngram` words in a row with an evaluation text, or all
+    words of a shorter evaluation text. Accents, invisible characters and HTML entities are ignored.
 
-    Words are compared as `normalize.plain` leaves them: without accents, invisible characters and HTML entities.
-
-    The evaluation's texts are its queries and, unless `documents` is off, the documents judged relevant to them:
-    documents that nobody is asked for may be trained on. With a `model`, an example is also dropped when its query
-    scores above `max_similarity` against a query of the evaluation, or its positive against such a document.
-
-    `folders`: retrieval (BEIR; every split but train), STS or bitext folders, or files of examples.
+    The evaluation texts are the queries and, unless `documents` is false, the documents judged relevant to them, of
+    every split but train. With a `model`, an example is also dropped if its query has a similarity above
+    `max_similarity` to an evaluation query, or its positive to a relevant document.
     """
 
     kind: Literal["decontaminate"] = "decontaminate"
-    folders: list[Path] = Field(min_length=1)
-    ngram: int = Field(13, ge=1)
-    documents: bool = True
-    model: Any = None
-    max_similarity: float = Field(0.95, ge=-1, le=1)
+    folders: list[Path] = Field(
+        min_length=1,
+        description="Evaluation data: retrieval, STS or bitext folders, or files of examples.",
+        examples=[["mteb/scifact", "mteb/stsb"]],
+    )
+    ngram: int = Field(13, ge=1, description="Number of words in a row that count as shared text.", examples=[13])
+    documents: bool = Field(
+        True, description="Compare with the relevant documents too, not only with the queries.", examples=[False]
+    )
+    model: Any = Field(
+        None,
+        description="Embedding model that finds near copies (default: none). A folder or a hub id; in "
+        "Python also an object with `encode_query` and `encode_document`.",
+        examples=["my-embedder"],
+        json_schema_extra={"type": "string"},
+    )
+    max_similarity: float = Field(
+        0.95, ge=-1, le=1, description="Similarity by `model` above which an example is dropped.", examples=[0.9]
+    )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the examples that share no text with the evaluation, in their order."""

@@ -18,15 +18,13 @@ _WHOLE = 1 << 40  # words: every text is one n-gram
 
 
 class Exact(Step):
-    """Keep the first of equal texts.
+    """Keep the first of several examples with the same words.
 
-    Only words are compared (`ops.shingles`): texts that differ in case, spaces or punctuation are equal.
-
-    Needs 8 bytes for each example.
+    Case, spaces and punctuation are ignored. The step takes 8 bytes of memory per example.
     """
 
     kind: Literal["exact"] = "exact"
-    on: On = "pair"
+    on: On = Field("pair", description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"])
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the first example of each group of equal texts, in their order."""
@@ -39,20 +37,24 @@ class Exact(Step):
 
 
 class Near(Step):
-    """Keep the first of each cluster of texts whose sets of word n-grams are alike.
+    """Keep the first of each cluster of near copies.
 
-    Pairs are proposed by bands of MinHash signatures (LSH) and joined where the signatures agree in at least
-    `threshold` of their places, an estimate of the Jaccard similarity with an error of 0.5 / sqrt(num_hashes).
-    Signatures lie on disk, 4 bytes times num_hashes an example; memory is about 40 bytes an example.
+    Two texts are near copies if the Jaccard similarity of their sets of word n-grams is at least `threshold`. MinHash
+    signatures estimate it with an error of 0.5 / sqrt(num_hashes); candidate pairs come from bands of the signatures
+    (LSH). The step takes 4 * num_hashes bytes per example on disk and about 40 bytes in memory.
 
     Source: Broder (1997); bands: Leskovec et al., Mining of Massive Datasets, section 3.4.
     """
 
     kind: Literal["near"] = "near"
-    on: On = "pair"
-    threshold: float = Field(0.8, gt=0, le=1)
-    ngram: int = Field(5, ge=1)
-    num_hashes: int = Field(128, ge=16)
+    on: On = Field("pair", description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"])
+    threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity from which two texts are near copies.", examples=[0.9]
+    )
+    ngram: int = Field(5, ge=1, description="Words per n-gram.", examples=[5])
+    num_hashes: int = Field(
+        128, ge=16, description="Hash functions of a MinHash signature. More are more exact and slower.", examples=[256]
+    )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the first example of each cluster of similar texts, in their order."""

@@ -24,10 +24,21 @@ class _Ranked(Step):
     documents, the same ones every time.
     """
 
-    model: Any
-    pool: list[Path] = Field([])
-    pool_size: int = Field(1_000_000, ge=1)
-    instruction: str | None = None
+    model: Any = Field(
+        description="Embedding model that ranks. A folder or a hub id; in Python also an object with "
+        "`encode_query` and `encode_document`.",
+        examples=["my-embedder"],
+        json_schema_extra={"type": "string"},
+    )
+    pool: list[Path] = Field(
+        [], description="Files whose documents join the positives in the pool.", examples=[["corpus.jsonl"]]
+    )
+    pool_size: int = Field(1_000_000, ge=1, description="Maximum number of documents in the pool.", examples=[100_000])
+    instruction: str | None = Field(
+        None,
+        description="Instruction for queries without their own (default: none).",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
 
     def _bounds(self) -> tuple[int, int]:
         raise NotImplementedError
@@ -84,13 +95,15 @@ class _Ranked(Step):
 
 
 class Consistency(_Ranked):
-    """Keep a pair when its positive is among the `top` nearest of its query in the pool.
+    """Keep a pair if its positive is among the `top` documents nearest to its query.
+
+    The pool of documents holds all positives and those of the files `pool`.
 
     Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
     """
 
     kind: Literal["consistency"] = "consistency"
-    top: int = Field(20, ge=1)
+    top: int = Field(20, ge=1, description="Lowest rank of the positive at which the pair is kept.", examples=[20])
 
     def _bounds(self) -> tuple[int, int]:
         return 1, self.top
@@ -100,14 +113,15 @@ class Consistency(_Ranked):
 
 
 class Rank(_Ranked):
-    """Keep a pair when the rank of its positive in the pool lies in a window: 1 is the nearest.
+    """Keep a pair if the rank of its positive lies in a window.
 
-    Ranks below `min_rank` are too easy.
+    Rank 1 is the document nearest to the query. A pair below `min_rank` is too easy, one above `max_rank` probably
+    wrong.
     """
 
     kind: Literal["rank"] = "rank"
-    min_rank: int = Field(1, ge=1)
-    max_rank: int = Field(100, ge=1)
+    min_rank: int = Field(1, ge=1, description="First rank of the window; 1 is the nearest document.", examples=[2])
+    max_rank: int = Field(100, ge=1, description="Last rank of the window.", examples=[100])
 
     @model_validator(mode="after")
     def _ordered(self) -> "Rank":

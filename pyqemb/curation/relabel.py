@@ -23,22 +23,41 @@ class Judgement(BaseModel):  # noqa: D101  a docstring would become part of the 
 
 
 class Relabel(Step):
-    """Judge the negatives that score at least `suspect` times their positive by `model`; without a model, all of them.
+    """Ask a language model which negatives are relevant, and correct those examples.
 
-    `action` with one that is relevant: "promote" makes it the positive of one more example, "remove" takes it out of
-    the negatives, "drop" drops the example. An answer that stays malformed leaves the negative where it is. Answers are
-    kept in the output folder: a second run asks only what is new.
+    With a `model`, only negatives whose score is at least `suspect` times that of the positive are judged. A negative
+    without a well-formed answer is left as it is. Answers are stored in the output folder, so a second run asks only
+    for new ones.
 
     Source: RLHN (arXiv 2505.16967), which found promoting better than dropping.
     """
 
     kind: Literal["relabel"] = "relabel"
     endpoint: Endpoint
-    model: Any = None
-    suspect: float = 0.9
-    action: Literal["promote", "remove", "drop"] = "promote"
-    attempts: int = Field(2, ge=1)
-    instruction: str | None = None
+    model: Any = Field(
+        None,
+        description="Embedding model that selects the negatives to judge (default: all are judged). A "
+        "folder or a hub id; in Python also an object with `encode_query` and `encode_document`.",
+        examples=["my-embedder"],
+        json_schema_extra={"type": "string"},
+    )
+    suspect: float = Field(
+        0.9,
+        description="A negative is judged if its score is at least this times that of the positive.",
+        examples=[0.95],
+    )
+    action: Literal["promote", "remove", "drop"] = Field(
+        "promote",
+        description="What happens with a relevant negative. `promote` makes it the positive of one more example, "
+        "`remove` takes it out of the negatives, `drop` drops the example.",
+        examples=["remove"],
+    )
+    attempts: int = Field(2, ge=1, description="Requests per negative until the answer is well formed.", examples=[3])
+    instruction: str | None = Field(
+        None,
+        description="Instruction for queries without their own (default: none).",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the examples after the language model has judged their suspected negatives."""

@@ -15,20 +15,37 @@ from pyqemb.data.example import Example
 
 
 class Similarity(Step):
-    """Keep a pair when the score of query and positive lies between the bounds.
+    """Keep a pair if the similarity of query and positive lies between the bounds.
 
-    min_sim 0.7 is the report's (arXiv 2506.05176, section 3.3). What a score means depends on the model: with another
-    one, look at the histogram, or give shares of the data instead, which are found by scoring all of it first:
-    `min_quantile` 0.2 drops the lowest fifth.
+    The default of 0.7 is that of the Qwen3 Embedding report (arXiv 2506.05176, section 3.3). The scale depends on the
+    model: for another model, choose bounds from the histogram in the report, or use quantiles. `min_quantile = 0.2`
+    drops the fifth of the pairs with the lowest similarity; all pairs are scored first.
     """
 
     kind: Literal["similarity"] = "similarity"
-    model: Any
-    min_sim: float | None = None
-    max_sim: float | None = None
-    min_quantile: float | None = Field(None, ge=0, le=1)
-    max_quantile: float | None = Field(None, ge=0, le=1)
-    instruction: str | None = None
+    model: Any = Field(
+        description="Embedding model that scores. A folder or a hub id; in Python also an object with "
+        "`encode_query` and `encode_document`.",
+        examples=["my-embedder"],
+        json_schema_extra={"type": "string"},
+    )
+    min_sim: float | None = Field(
+        None, description="Lowest similarity that is kept (default: 0.7 if no bound is set).", examples=[0.7]
+    )
+    max_sim: float | None = Field(
+        None, description="Highest similarity that is kept (default: no limit).", examples=[0.95]
+    )
+    min_quantile: float | None = Field(
+        None, ge=0, le=1, description="Lowest quantile of the data that is kept (default: no limit).", examples=[0.2]
+    )
+    max_quantile: float | None = Field(
+        None, ge=0, le=1, description="Highest quantile of the data that is kept (default: no limit).", examples=[0.99]
+    )
+    instruction: str | None = Field(
+        None,
+        description="Instruction for queries without their own (default: none).",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,17 +13,23 @@ from pyqemb.errors import ConfigError
 
 
 class Length(Step):
-    """Lengths in characters, without the spaces at the ends.
+    """Keep pairs whose query and positive have an allowed length, in characters without surrounding spaces.
 
-    A query that is its own positive is dropped unless allowed.
+    A pair whose query and positive are the same text is dropped unless `allow_identical` is set.
     """
 
     kind: Literal["length"] = "length"
-    min_query: int = Field(1, ge=0)
-    max_query: int | None = Field(None, ge=1)
-    min_positive: int = Field(1, ge=0)
-    max_positive: int | None = Field(None, ge=1)
-    allow_identical: bool = False
+    min_query: int = Field(1, ge=0, description="Minimum characters of the query.", examples=[10])
+    max_query: int | None = Field(
+        None, ge=1, description="Maximum characters of the query (default: no limit).", examples=[1000]
+    )
+    min_positive: int = Field(1, ge=0, description="Minimum characters of the positive.", examples=[20])
+    max_positive: int | None = Field(
+        None, ge=1, description="Maximum characters of the positive (default: no limit).", examples=[8000]
+    )
+    allow_identical: bool = Field(
+        False, description="Keep pairs whose query and positive are the same text.", examples=[True]
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Length":
@@ -51,17 +57,23 @@ class Length(Step):
 
 
 class Language(Step):
-    """Keep texts in the named languages (ISO 639-1), as py3langid tells them.
+    """Keep examples in the listed languages, as detected by py3langid.
 
-    Short texts carry too little to judge: one with fewer than `min_letters` letters passes, as does one whose best
-    language is less sure than `min_confidence`.
+    A text with fewer than `min_letters` letters, or whose detected language has a confidence below `min_confidence`,
+    counts as being in a listed language.
     """
 
     kind: Literal["language"] = "language"
-    languages: list[str] = Field(min_length=1)
-    sides: list[Side] = Field(["query", "positive"], min_length=1)
-    min_letters: int = Field(20, ge=0)
-    min_confidence: float = Field(0.8, ge=0, le=1)
+    languages: list[str] = Field(
+        min_length=1, description="Languages that are kept, as ISO 639-1 codes.", examples=[["en", "de"]]
+    )
+    sides: list[Side] = Field(
+        ["query", "positive"], min_length=1, description="Texts of an example that are checked.", examples=[["query"]]
+    )
+    min_letters: int = Field(20, ge=0, description="Letters below which a text is kept without a check.", examples=[50])
+    min_confidence: float = Field(
+        0.8, ge=0, le=1, description="Confidence of the detector below which a text is kept.", examples=[0.9]
+    )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the examples in the named languages, in their order."""

@@ -21,36 +21,72 @@ _OWN_FIELDS = {"model", "messages", "stream", "n", *OMITTABLE}
 
 
 class Endpoint(BaseModel):
-    """Where answers come from: a server, or a local folder.
+    """The language model that answers: a server that speaks OpenAI's protocol, or a local folder.
 
-    The server speaks OpenAI's protocol (vLLM, SGLang, llama.cpp, a hosted one).
+    Servers are vLLM, SGLang, llama.cpp or a hosted one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str  # the server's name for it, or a folder with `backend = "transformers"`
-    backend: Literal["openai", "transformers"] = "openai"
-    base_url: str | None = None  # None: OPENAI_BASE_URL, or OpenAI's own
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; servers of one's own need none
-    structured: Literal["auto", "json_schema", "json_object", "off"] = (
-        "auto"  # auto: the strictest that the server takes
+    model: str = Field(
+        description='Name of the model on the server. With `backend = "transformers"`, a model folder.',
+        examples=["Qwen/Qwen3-32B"],
     )
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(512, ge=1)
-    omit: tuple[Omittable, ...] = ()  # fields that the server does not take
-    extra_body: dict[str, Any] = Field(  # further fields, e.g. {"chat_template_kwargs": {"enable_thinking": false}}
-        default_factory=dict, validation_alias=AliasChoices("extra_body", "extra")
+    backend: Literal["openai", "transformers"] = Field(
+        "openai",
+        description="Where the model runs. `openai`: on a server that speaks OpenAI's protocol; `transformers`: in "
+        "this process.",
+        examples=["transformers"],
     )
-    concurrency: int = Field(32, ge=1)  # requests under way at a time; a local model's batch
-    timeout: float = Field(120.0, gt=0)  # seconds without an answer, of one try
+    base_url: str | None = Field(
+        None,
+        description="URL of the server (default: OPENAI_BASE_URL, or OpenAI's own).",
+        examples=["http://localhost:8000/v1"],
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable that holds the API key. Servers of your own need none.",
+        examples=["MY_API_KEY"],
+    )
+    structured: Literal["auto", "json_schema", "json_object", "off"] = Field(
+        "auto",
+        description="How answers are held to JSON. `auto` is the strictest way that the server supports.",
+        examples=["json_object"],
+    )
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature.", examples=[0.0])
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling: probability mass kept.", examples=[1.0])
+    max_tokens: int = Field(512, ge=1, description="Maximum tokens of an answer.", examples=[1024])
+    omit: tuple[Omittable, ...] = Field(
+        (), description="Fields left out of the request because the server refuses them.", examples=[["seed"]]
+    )
+    extra_body: dict[str, Any] = Field(
+        {},
+        validation_alias=AliasChoices("extra_body", "extra"),
+        description="Additional fields of the request.",
+        examples=[{"chat_template_kwargs": {"enable_thinking": False}}],
+    )
+    concurrency: int = Field(
+        32,
+        ge=1,
+        description="Requests at a time. For a model in this process, the batch size.",
+        examples=[64],
+    )
+    timeout: float = Field(120.0, gt=0, description="Seconds to wait for an answer, per try.", examples=[300.0])
     retries: int = Field(
-        6, ge=0
-    )  # after the first try: 429, 5xx, timeouts, cut connections, answers that are no answers
-    max_wait: float = Field(60.0, gt=0)  # seconds between two tries, at most
-    give_up_after: int = Field(8, ge=1)  # requests in a row that stay without an answer
-    price_in: float = Field(0.0, ge=0)  # of a million prompt tokens
-    price_out: float = Field(0.0, ge=0)
+        6,
+        ge=0,
+        description="Tries after the first one. Status 429 and 5xx, timeouts, cut connections and invalid bodies are "
+        "tried again.",
+        examples=[3],
+    )
+    max_wait: float = Field(60.0, gt=0, description="Maximum seconds between two tries.", examples=[30.0])
+    give_up_after: int = Field(
+        8, ge=1, description="Requests in a row without an answer, after which the job stops.", examples=[20]
+    )
+    price_in: float = Field(0.0, ge=0, description="Price of a million prompt tokens, for the report.", examples=[0.1])
+    price_out: float = Field(
+        0.0, ge=0, description="Price of a million generated tokens, for the report.", examples=[0.3]
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> "Endpoint":

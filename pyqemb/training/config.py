@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)  # fmt: skip
+from pydantic.json_schema import SkipJsonSchema
 
 from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
@@ -20,7 +29,7 @@ from pyqemb.model.lora import TARGETS
 from pyqemb.training.objectives.distillation import DistillationSection
 from pyqemb.training.objectives.info_nce import InfoNCESection
 from pyqemb.training.objectives.registry import check_name, check_settings
-from pyqemb.training.section import ALIASES, Section, canonical, size_in_bytes
+from pyqemb.training.section import ALIASES, SIZE_PATTERN, Section, canonical, size_in_bytes
 
 STAGE_1: dict[str, dict[str, Any]] = {
     "loss": {"preset": "qwen3"},
@@ -29,31 +38,98 @@ STAGE_1: dict[str, dict[str, Any]] = {
 
 
 class ModelSection(Section):
-    """Where training starts."""
+    """The model that training starts from."""
 
-    base: str  # a model folder or hub id
-    attention: Literal["causal", "bidirectional"] | None = None  # None: what the checkpoint says
-    pooling: Literal["last", "mean"] | None = None
-    max_length: int | None = Field(None, ge=2)  # tokens of a text, with the end token
-    # Task sentence in the query prompt that is saved with the model; "": no prompt. None: the one instruction of the
-    # data
-    instruction: str | None = None
+    base: str = Field(
+        description="Base model: a local folder or a Hugging Face hub id.",
+        examples=["Qwen/Qwen3-0.6B-Base"],
+    )
+    attention: Literal["causal", "bidirectional"] | None = Field(
+        None,
+        description="Attention mask, `causal` or `bidirectional` (default: as stored with the base model). With "
+        "`causal`, a token attends to itself and the tokens before it; with `bidirectional`, to all tokens of its "
+        "text.",
+        examples=["causal"],
+    )
+    pooling: Literal["last", "mean"] | None = Field(
+        None,
+        description="Embedding from the `last` token or the `mean` of all (default: as stored with the base model).",
+        examples=["last"],
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Maximum tokens per text, with the end token (default: the base model's limit). Longer texts are "
+        "truncated.",
+        examples=[512],
+    )
+    instruction: str | None = Field(
+        None,
+        description="Task instruction in the query prompt saved with the model (default: that of the data). The "
+        "default applies if all data share one instruction. An empty string saves a model without a query prompt.",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
 
 
 class DataSet(Section):
-    """One source of examples. Each task in it becomes a dataset of its own: no batch mixes datasets."""
+    """One source of examples. Each task in it becomes a dataset of its own; a batch never mixes datasets."""
 
-    path: str | None = None  # a file, a folder, or a dataset of the hub: hub://ORG/NAME
-    rows: Any = Field(None, exclude=True, repr=False)  # from Python, in place of path: a table or list in memory
-    split: str | None = None  # of a folder, a hub dataset or a DatasetDict; None: train, or the only one there
-    # the columns of the rows by pyqemb's names, { query = "question" }; ignore = ["id"] leaves some out
-    columns: dict[str, str | tuple[str, ...]] | None = None
-    name: str | None = None  # None: the file's name
-    instruction: str | None = None  # for examples that bring none
-    weight: float | None = Field(None, gt=0)  # share of the steps; None: rows ** train.mixing_alpha
-    max_share: float | None = Field(None, gt=0, le=1)  # of the steps, at most; the rest goes to the other datasets
-    max_epochs: float | None = Field(None, gt=0)  # passes over it in the whole run, at most
-    in_batch_negatives: bool | None = None  # None: by task; classification has none
+    model_config = ConfigDict(json_schema_extra={"required": ["path"]})  # of files; Python has `rows` too
+
+    path: str | None = Field(
+        None,
+        description="JSONL, CSV or Parquet file, a folder, or a dataset on the Hub (hub://ORG/NAME). Rows have "
+        "`query`, `positive` and optional `negatives`, or another layout that docs/how-to/data-formats.md lists.",
+        examples=["pairs.jsonl"],
+    )
+    rows: SkipJsonSchema[Any] = Field(None, exclude=True, repr=False)  # from Python, instead of path: rows in memory
+    split: str | None = Field(
+        None,
+        description="Split of a folder or a Hub dataset (default: train, or the only split).",
+        examples=["train"],
+    )
+    columns: dict[str, str | tuple[str, ...]] | None = Field(
+        None,
+        description="Columns of the rows, by the names of pyqemb (default: by their own names). `ignore` lists columns "
+        "that are not read.",
+        examples=[{"query": "question", "ignore": ["id"]}],
+    )
+    name: str | None = Field(
+        None,
+        description="Name of the dataset in logs and metrics (default: the file name).",
+        examples=["pairs"],
+    )
+    instruction: str | None = Field(
+        None,
+        description="Instruction for queries without their own (default: none).",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Sampling weight (default: `rows ** train.mixing_alpha`). The weight is set for every "
+        "dataset or for none.",
+        examples=[1.0],
+    )
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Maximum share of the steps (default: no limit). The steps above it go to the other datasets.",
+        examples=[0.3],
+    )
+    max_epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum passes over the dataset in the whole run (default: no limit).",
+        examples=[2.0],
+    )
+    in_batch_negatives: bool | None = Field(
+        None,
+        description="Whether documents of other queries are negatives (default: by task). Only classification has no "
+        "in-batch negatives by default.",
+        examples=[True],
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -89,16 +165,30 @@ class DataSet(Section):
 
 
 class LoraSection(Section):
-    """Train low-rank adapters in place of all weights.
+    """Train low-rank adapters instead of all weights.
 
-    The run also writes them, in peft's form, to save.dir/adapter.
+    Without this section all weights are trained. The run also writes the adapters, in peft's format, to
+    save.dir/adapter.
     """
 
-    rank: int = Field(16, ge=1)
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
-    dropout: float = Field(0.0, ge=0, lt=1)
-    rank_stabilised: bool = False
+    rank: int = Field(16, ge=1, description="Rank of the adapters.", examples=[16])
+    alpha: float = Field(
+        32.0,
+        description="Scale of the adapters. Their output is multiplied by `alpha / rank`.",
+        examples=[32.0],
+    )
+    targets: tuple[str, ...] = Field(
+        TARGETS,
+        description="Linear layers that get an adapter.",
+        examples=[["q_proj", "v_proj"]],
+        json_schema_extra={"items": {"enum": [*TARGETS]}},
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapters.", examples=[0.05])
+    rank_stabilised: bool = Field(
+        False,
+        description="Multiply the adapters' output by `alpha / sqrt(rank)` instead (rsLoRA).",
+        examples=[True],
+    )
 
     @field_validator("targets")
     @classmethod
@@ -109,12 +199,24 @@ class LoraSection(Section):
 
 
 class LossSection(InfoNCESection, DistillationSection):
-    """The settings of the objectives, and which objective a task is trained with."""
+    """The training objectives and their settings."""
 
-    # of examples whose task has no objective; None: info_nce
-    objective: Annotated[str, AfterValidator(check_name)] | None = None
-    tasks: dict[str, Annotated[str, AfterValidator(check_name)]] = Field(default_factory=dict)  # objectives of tasks
-    objectives: dict[str, dict[str, Any]] | None = None  # settings of registered objectives, by name
+    objective: Annotated[str, AfterValidator(check_name)] | None = Field(
+        None,
+        description="Objective for examples whose task has none (default: info_nce). It is `info_nce`, "
+        "`classification`, `cosent`, `distillation` or the name of a registered objective.",
+        examples=["info_nce"],
+    )
+    tasks: dict[str, Annotated[str, AfterValidator(check_name)]] = Field(
+        {},
+        description="Objective by task of the examples. Tasks that are not listed keep their objective.",
+        examples=[{"my_pairs": "cosent"}],
+    )
+    objectives: dict[str, dict[str, Any]] | None = Field(
+        None,
+        description="Settings of registered objectives, by name (default: none).",
+        examples=[{}],
+    )
 
     @field_validator("objectives")
     @classmethod
@@ -125,39 +227,152 @@ class LossSection(InfoNCESection, DistillationSection):
 
 
 class TrainSection(Section):
-    """Batches, optimiser, schedule."""
+    """Batches, optimizer, schedule, precision and memory."""
 
-    seed: int = Field(0, ge=0)
-    steps: int | None = Field(None, ge=1)  # None: `epochs` times the data
-    epochs: float = Field(1.0, gt=0)
-    global_batch_size: int = Field(512, ge=1)  # queries a step
-    num_negatives: int = Field(7, ge=0)  # hard negatives a query, chosen anew each time when there are more
-    mixing_alpha: float = Field(1.0, ge=0)  # 1: datasets in proportion to their rows, 0: all alike
-    rank_timeout: float = Field(45.0, ge=3)  # seconds without a sign of life after which a rank counts as lost
-    token_cache: str | None = None  # a folder that keeps token ids for later epochs and runs; None: in memory
-    tokens_per_chunk: int = Field(16384, ge=1)  # of one forward pass, at most; memory, not results, depends on it
-    learning_rate: float = Field(1e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0)  # below 1: share of the steps; from 1 on: steps
-    final_share: float = Field(0.0, ge=0, le=1)  # learning rate of the last step, as a share of the highest
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    max_bad_steps: int = Field(10, ge=1)  # steps in a row with a loss or gradient that is not finite, before it stops
-    # What the model computes in; weights are kept and updated in float32. auto: bfloat16 on a GPU, float32 on the CPU
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"  # auto: a GPU where there is one that can run the model
-    activation_checkpointing: bool = False
-    # What a step may take: "auto" (nine tenths of what is free), bytes, or a size like "12GB"; chunks are planned and
-    # graphs kept for it. None or "none": chunks of tokens_per_chunk, nothing kept
-    memory: Literal["auto"] | int | None = "auto"
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Seed of batches, sampled negatives and dropout.",
+        examples=[0],
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="Number of optimizer steps (default: `epochs` passes over the data).",
+        examples=[1000],
+    )
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        description="Passes over the data. Ignored if `steps` is set.",
+        examples=[2.0],
+    )
+    global_batch_size: int = Field(
+        512,
+        ge=1,
+        description="Queries per step, over all ranks. GPU memory does not depend on it: gradients are cached. "
+        "The default of stage 1 is 4096.",
+        examples=[512],
+    )
+    num_negatives: int = Field(
+        7,
+        ge=0,
+        description="Hard negatives per query. If a query has more, each epoch samples this many. The default of "
+        "stage 1 is 0.",
+        examples=[7],
+    )
+    mixing_alpha: float = Field(
+        1.0,
+        ge=0,
+        description="Datasets are sampled in proportion to `rows ** mixing_alpha`. 1 samples every row equally often, "
+        "0 every dataset.",
+        examples=[0.5],
+    )
+    rank_timeout: float = Field(
+        45.0,
+        ge=3,
+        description="Seconds without a heartbeat after which a rank counts as lost.",
+        examples=[120.0],
+    )
+    token_cache: str | None = Field(
+        None,
+        description="Folder that keeps token ids for later epochs and runs (default: in memory, for this run).",
+        examples=["tokens"],
+    )
+    learning_rate: float = Field(
+        1e-5,
+        gt=0,
+        description="Peak learning rate. The default of stage 1 is 2e-5.",
+        examples=[1e-5],
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine",
+        description="Learning rate after the warmup: `cosine`, `linear` or `constant`. `cosine` and `linear` decay it "
+        "to `final_share` of its peak.",
+        examples=["linear"],
+    )
+    warmup: float = Field(
+        0.05,
+        ge=0,
+        description="Linear warmup: a fraction of the steps if below 1, otherwise a number of steps.",
+        examples=[100.0],
+    )
+    final_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Learning rate of the last step, as a fraction of the peak.",
+        examples=[0.1],
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.", examples=[0.1])
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.", examples=[[0.9, 0.98]])
+    epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.", examples=[1e-6])
+    max_grad_norm: float | None = Field(
+        1.0,
+        gt=0,
+        description="Gradient clipping: maximum norm of the gradient. null turns it off.",
+        examples=[1.0],
+    )
+    max_bad_steps: int = Field(
+        10,
+        ge=1,
+        description="Steps in a row without a finite loss or gradient, after which the run stops.",
+        examples=[3],
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Data type of the computation; `auto`: bfloat16 on a GPU, float32 on the CPU. Weights are stored "
+        "and updated in float32.",
+        examples=["bfloat16"],
+    )
+    device: str = Field(
+        "auto",
+        description="Device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if one can run the model.",
+        examples=["cuda:0"],
+    )
+    tokens_per_chunk: int = Field(
+        16384,
+        ge=1,
+        description="Maximum tokens per forward pass. It changes memory and speed, not the result.",
+        examples=[8192],
+    )
+    memory: Literal["auto"] | int | None = Field(
+        "auto",
+        description='Memory budget of a step: "auto", a size like "12GB", or "none". The chunk size and the graphs '
+        "kept for the backward pass are planned for it. `auto` takes nine tenths of the free memory; an integer is a "
+        "number of bytes; `none` plans nothing and uses chunks of `tokens_per_chunk` tokens.",
+        examples=["12GB"],
+        json_schema_extra={
+            "anyOf": [
+                {"enum": ["auto", "none", None]},
+                {"type": "integer", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": SIZE_PATTERN},
+            ]
+        },
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, more time.",
+        examples=[True],
+    )
     skip_gradients: float = Field(
-        0.0, ge=0, lt=1
-    )  # share of the cached gradients' norm whose texts go without a second pass
-    documents: Literal["gather", "ring"] = "gather"  # with several processes: all vectors everywhere, or passed round
-    log_every: int = Field(1, ge=1)
-    tensorboard: bool = False
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the cached gradients' norm whose texts skip the second pass. 0 gives the exact gradient; "
+        "larger values give an approximate one in less time.",
+        examples=[0.01],
+    )
+    documents: Literal["gather", "ring"] = Field(
+        "gather",
+        description="How ranks exchange embeddings: `gather` (every rank holds all) or `ring` (passed from rank to "
+        "rank). The ring needs less memory.",
+        examples=["ring"],
+    )
+    log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.", examples=[10])
+    tensorboard: bool = Field(
+        False, description="Write TensorBoard logs. This needs pyqemb[tensorboard].", examples=[True]
+    )
 
     @field_validator("betas")
     @classmethod
@@ -187,14 +402,28 @@ class TrainSection(Section):
 
 
 class ParallelSection(Section):
-    """How the ranks of a run share the weights, gradients and moments. shard x replicate is the number of ranks."""
+    """How the ranks of a run (torchrun) shard weights, gradients and optimizer state.
 
-    # ranks that share one copy; 1: every rank holds all; -1: all ranks, or all of a replica where `replicate` is given
-    shard: int = Field(1, ge=-1)
-    replicate: int | None = Field(None, ge=1)  # copies; None: ranks / shard
-    # whether the gathered weights are freed after each block (always: least memory) or kept through a step (never:
-    # one all-gather a step); auto: kept where memory allows
-    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    By default every rank holds all of them. shard x replicate is the number of ranks.
+    """
+
+    shard: int = Field(
+        1,
+        ge=-1,
+        description="Number of ranks that shard one copy; 1: every rank holds a copy, -1: all ranks. With `replicate`, "
+        "-1 means all ranks of a replica.",
+        examples=[8],
+        json_schema_extra={"not": {"const": 0}},
+    )
+    replicate: int | None = Field(
+        None, ge=1, description="Number of copies (default: number of ranks / shard).", examples=[1]
+    )
+    reshard_after_forward: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Free gathered weights after each block (`always`) or after the step (`never`). `always` needs the "
+        "least memory, `never` one all-gather per step; `auto` is `never` if memory allows.",
+        examples=["always"],
+    )
 
     @field_validator("shard")
     @classmethod
@@ -222,25 +451,61 @@ class ParallelSection(Section):
 
 
 class EvalDataset(Section):
-    """One of several evaluation datasets; its metrics are called NAME/METRIC."""
+    """One of several evaluation datasets. Its metrics are called NAME/METRIC."""
 
-    path: str  # as eval.data
-    name: str | None = None  # None: the folder's name
-    split: str | None = None  # None: dev, or test where there is no dev
-    instruction: str | None = Field(None, min_length=1)  # None: eval.instruction
+    path: str = Field(description="Evaluation folder, as in eval.data.", examples=["dev-de"])
+    name: str | None = Field(None, description="Name in metrics (default: the folder name).", examples=["de"])
+    split: str | None = Field(
+        None, description="Split of the folder (default: dev, or test if there is no dev).", examples=["dev"]
+    )
+    instruction: str | None = Field(
+        None,
+        min_length=1,
+        description="Instruction for queries without their own (default: eval.instruction).",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
 
 
 class EvalSection(Section):
-    """Measuring while training. `every` None: at the end only."""
+    """Evaluation while training."""
 
-    data: str | None = None  # a folder that `pyqemb evaluate` reads; examples with negatives for a reranker
-    datasets: tuple[EvalDataset, ...] = ()  # several, in place of `data`
-    # Of queries that bring none. None: model.instruction, or the one instruction of the data
-    instruction: str | None = Field(None, min_length=1)
-    every: int | None = Field(None, ge=1)
-    metric: str | None = None  # selects the best model. None: the first one reported
-    mode: Literal["max", "min"] = "max"  # whether higher or lower values of the metric are better
-    patience: int | None = Field(None, ge=1)  # stop after so many evaluations in a row without a better value
+    data: str | None = Field(
+        None,
+        description="Evaluation folder (default: none). It has a layout that `pyqemb evaluate` reads; for a reranker, "
+        "examples with negatives.",
+        examples=["dev"],
+    )
+    datasets: tuple[EvalDataset, ...] = Field(
+        (),
+        description="Several evaluation datasets instead of `data`. Metrics are called NAME/ndcg@10; ndcg@10 is their "
+        "mean.",
+        examples=[[{"path": "dev-de", "name": "de"}, {"path": "dev-en", "name": "en"}]],
+    )
+    instruction: str | None = Field(
+        None,
+        min_length=1,
+        description="Instruction for queries without their own (default: that of the model). That is "
+        "model.instruction, or the instruction of the data if all data share one.",
+        examples=["Given a question, retrieve passages that answer it"],
+    )
+    every: int | None = Field(
+        None, ge=1, description="Steps between evaluations (default: only at the end).", examples=[200]
+    )
+    metric: str | None = Field(
+        None,
+        description="Metric that selects the best model (default: the first reported). The best model is kept in "
+        "save.dir/best.",
+        examples=["ndcg@10"],
+    )
+    mode: Literal["max", "min"] = Field(
+        "max", description="Whether higher (`max`) or lower (`min`) values of the metric are better.", examples=["min"]
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many evaluations in a row without a better value (default: never).",
+        examples=[5],
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvalSection":
@@ -255,12 +520,21 @@ class EvalSection(Section):
 
 
 class SaveSection(Section):
-    """The run folder and its checkpoints. `every` None: only when interrupted and at the end."""
+    """The run folder and its checkpoints."""
 
-    dir: str = "runs/run"
-    every: int | None = Field(500, ge=1)
-    keep: int = Field(2, ge=1)
-    background: bool = False  # write checkpoints, of which memory holds a copy, while training goes on
+    dir: str = Field("runs/run", description="Folder of the run.", examples=["runs/run"])
+    every: int | None = Field(
+        500,
+        ge=1,
+        description="Steps between checkpoints. null: only when the run is interrupted, and at the end.",
+        examples=[500],
+    )
+    keep: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are deleted.", examples=[2])
+    background: bool = Field(
+        False,
+        description="Write checkpoints while training continues. Memory then holds a copy of the checkpoint.",
+        examples=[True],
+    )
 
 
 # Settings that a task does not have.
@@ -273,10 +547,21 @@ _NOT_OF = {
 class TrainConfig(Section):
     """A whole training run. ConfigError names the key that is unknown or wrong."""
 
-    task: Literal["embedding", "rerank"] = "embedding"  # rerank: yes or no for each pair of query and document
-    stage: Literal[1, 2] = 2
+    model_config = ConfigDict(json_schema_extra={"required": ["model", "data"]})  # of files; `train` also takes data
+
+    task: Literal["embedding", "rerank"] = Field(
+        "embedding",
+        description="What is trained: `embedding`, or `rerank` (yes or no for a query and a document).",
+        examples=["rerank"],
+    )
+    stage: Literal[1, 2] = Field(
+        2,
+        description="Defaults of stage 1 (large batches, in-batch negatives) or 2 (hard negatives). Stage 1 is for "
+        "weakly supervised pairs; a key that is set overrides the default of either stage.",
+        examples=[1],
+    )
     model: ModelSection
-    data: tuple[DataSet, ...] = Field((), min_length=1)  # may be left out where `train` is given data
+    data: tuple[DataSet, ...] = Field((), min_length=1)  # left out where `train` is given data
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     train: TrainSection = Field(default_factory=lambda: TrainSection())

@@ -1,12 +1,16 @@
 """The base class of the sections of a configuration, and the values that are one name of a list."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from pyqemb.data.settings import StrictModel
+from pyqemb.data.settings_keys import ALIAS_OF
 from pyqemb.errors import ConfigError
 
 ALIASES = {
@@ -16,6 +20,7 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "dtype": "precision",
 }
+SIZE_PATTERN = r"^\s*([\d.]+)\s*([KMGT]i?)B\s*$"
 
 
 class Section(StrictModel):
@@ -27,6 +32,15 @@ class Section(StrictModel):
     @classmethod
     def _rename(cls, values: Any) -> Any:
         return canonical(cls, values) if isinstance(values, Mapping) else values
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for alias, name in ALIASES.items():
+            if name in properties:
+                properties[alias] = {**properties[name], "description": f"Another name of `{name}`.", ALIAS_OF: name}
+        return schema
 
 
 def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
 
 def size_in_bytes(text: str) -> int | None:
     """The bytes of a size like "12GB" or "1.5 GiB"; None where the text is no size."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?)B\s*", text)
+    match = re.match(SIZE_PATTERN, text)
     if match is None:
         return None
     power = "KMGT".index(match[2][0]) + 1
@@ -53,13 +67,19 @@ def size_in_bytes(text: str) -> int | None:
     return found
 
 
-def one_of(names: Iterable[str]) -> AfterValidator:
-    """Return a validator for annotated types: the value must be one of the names."""
-    known = tuple(names)
+@dataclass(frozen=True)
+class OneOf:
+    """For annotated types: the value is one of the names."""
 
-    def check(value: str) -> str:
-        if value not in known:
-            raise ValueError(f"expected one of {', '.join(known)}")
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(core_schema), "enum": [*self.names]}
+
+    def _check(self, value: str) -> str:
+        if value not in self.names:
+            raise ValueError(f"expected one of {', '.join(self.names)}")
         return value
-
-    return AfterValidator(check)

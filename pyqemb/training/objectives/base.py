@@ -34,10 +34,26 @@ class LossPart(NamedTuple):
 class EmbeddingSection(Section):
     """Settings that all objectives of embeddings share."""
 
-    temperature: float = Field(0.02, gt=0)
-    learn_temperature: bool = False  # `temperature` is where it starts
-    matryoshka: tuple[int, ...] | None = None  # rising or falling
-    matryoshka_weights: tuple[float, ...] | None = None  # None: their mean
+    temperature: float = Field(
+        0.02,
+        gt=0,
+        description="Temperature of the softmax over cosine similarities.",
+        examples=[0.05],
+    )
+    learn_temperature: bool = Field(
+        False, description="Train the temperature too. `temperature` is its first value.", examples=[True]
+    )
+    matryoshka: tuple[int, ...] | None = Field(
+        None,
+        description="Dimensions of Matryoshka training, rising or falling (default: the full dimension alone). The "
+        "loss is the weighted sum over the normalized prefixes of these dimensions.",
+        examples=[[1024, 512, 256, 128]],
+    )
+    matryoshka_weights: tuple[float, ...] | None = Field(
+        None,
+        description="Weights of the Matryoshka dimensions (default: equal weights that add up to 1).",
+        examples=[[1.0, 1.0, 1.0, 1.0]],
+    )
 
     @field_validator("matryoshka")
     @classmethod

@@ -17,7 +17,9 @@ from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objectiv
 class DistillationSection(EmbeddingSection):
     """Settings of distillation."""
 
-    teacher_temperature: float = Field(1.0, gt=0)  # of the softmax over a teacher's scores
+    teacher_temperature: float = Field(
+        1.0, gt=0, description="Temperature of the softmax over a teacher's scores.", examples=[2.0]
+    )
 
 
 class Distillation(Objective):

@@ -16,7 +16,7 @@ from pyqemb.ops.groups import GROUPS, PRESETS, Options
 from pyqemb.ops.info_nce import Stats
 from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number
 from pyqemb.training.parallel.ring import Ring
-from pyqemb.training.section import Section, one_of
+from pyqemb.training.section import OneOf, Section
 
 if TYPE_CHECKING:
     from pyqemb.training.config import LossSection
@@ -25,23 +25,61 @@ _IN_BATCH = {True: "info_nce", False: "classification"}
 
 
 class GroupSection(Section):
-    """How a group of candidates takes part in InfoNCE: pyqemb.ops.Group."""
+    """How a group of candidates takes part in InfoNCE (pyqemb.ops.Group). docs/dev/info_nce.md lists the groups."""
 
-    mask: Literal["own", "query_document", False] = "own"
-    margin: float | None = None
-    relative: bool = False
-    hardness: float = 0.0
+    mask: Literal["own", "query_document", False] = Field(
+        "own",
+        description="Score that is compared with the limit of false negatives. `own`: the candidate's; "
+        "`query_document`: for the groups of document pairs, that of the query and the other document; false: no "
+        "candidate of the group is masked.",
+        examples=["own"],
+    )
+    margin: float | None = Field(
+        None,
+        description="Margin of the limit (default: loss.margin). A candidate above the positive's score plus the "
+        "margin is masked as a false negative.",
+        examples=[-0.05],
+    )
+    relative: bool = Field(
+        False, description="Multiply the margin by the absolute value of the positive's score.", examples=[True]
+    )
+    hardness: float = Field(
+        0.0,
+        description="Add this times the score to the logit, so that hard candidates count more. The added term has no "
+        "gradient.",
+        examples=[5.0],
+    )
 
 
 class InfoNCESection(EmbeddingSection):
     """Settings of InfoNCE: pyqemb.ops.info_nce."""
 
-    preset: Annotated[str, one_of(PRESETS)] = "qwen3"
-    # changes to the preset; false: off
-    groups: dict[Annotated[str, one_of(GROUPS)], bool | GroupSection] = Field(default_factory=dict)
-    softmax: Literal["joint", "split"] = "joint"
-    focal: float = Field(0.0, ge=0)
-    margin: float | None = 0.1  # a negative above the positive's score plus this is taken for a false one; None: off
+    preset: Annotated[str, OneOf(tuple(PRESETS))] = Field(
+        "qwen3",
+        description="Published version of InfoNCE, which chooses the groups of candidates. docs/dev/info_nce.md "
+        "lists the groups of each preset.",
+        examples=["mnrl"],
+    )
+    groups: dict[Annotated[str, OneOf(GROUPS)], bool | GroupSection] = Field(
+        {},
+        description="Changes to the preset, by group of candidates. false turns a group off, true turns it on, and a "
+        "table sets its mask.",
+        examples=[{"query_query": False, "batch_hard": {"margin": -0.05}}],
+    )
+    softmax: Literal["joint", "split"] = Field(
+        "joint",
+        description="One softmax over all groups (`joint`) or one for each kind of score (`split`).",
+        examples=["split"],
+    )
+    focal: float = Field(
+        0.0, ge=0, description="Focal exponent; above 0, queries with a low loss count less.", examples=[0.5]
+    )
+    margin: float | None = Field(
+        0.1,
+        description="A negative that scores above the positive plus this margin is masked as a false negative. null "
+        "turns the mask off.",
+        examples=[0.05],
+    )
 
 
 class InfoNCE(Objective):
