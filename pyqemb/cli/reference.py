@@ -89,9 +89,11 @@ def explain_keys(tables: Sequence[Table], wanted: str | None) -> str | None:
     if wanted is None:
         found = keys
     else:
-        found = [key for key in keys if wanted in _names(key)] or [
-            key for key in keys if key.name.startswith(f"{wanted}.") or wanted in (key.last, *key.aliases)
-        ]
+        found = (
+            [key for key in keys if wanted in _names(key)]
+            or [key for key in keys if key.name.startswith(f"{wanted}.")]
+            or [key for key in keys if wanted in (key.last, *key.aliases)]
+        )
     if not found:
         return None
     if len(found) > 1:
