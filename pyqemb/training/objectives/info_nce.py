@@ -25,7 +25,7 @@ _IN_BATCH = {True: "info_nce", False: "classification"}
 
 
 class GroupSection(Section):
-    """How a group of candidates takes part in InfoNCE (pyqemb.ops.Group). docs/dev/info_nce.md lists the groups."""
+    """How a group of candidates takes part in InfoNCE. docs/concepts/info-nce.md explains the groups."""
 
     mask: Literal["own", "query_document", False] = Field(
         "own",
@@ -56,8 +56,8 @@ class InfoNCESection(EmbeddingSection):
 
     preset: Annotated[str, OneOf(tuple(PRESETS))] = Field(
         "qwen3",
-        description="Published version of InfoNCE, which chooses the groups of candidates. docs/dev/info_nce.md "
-        "lists the groups of each preset.",
+        description="Published version of InfoNCE, which chooses the groups of candidates. docs/concepts/info-nce.md "
+        "explains them.",
         examples=["mnrl"],
     )
     groups: dict[Annotated[str, OneOf(GROUPS)], bool | GroupSection] = Field(
