@@ -22,7 +22,7 @@ from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.demo.material import Material
 from pyqemb.demo.measure import ModelSearch, best_and_worst, bm25_search, measure
 from pyqemb.demo.report import write_report
-from pyqemb.demo.results import Results, Row, Step, markdown
+from pyqemb.demo.results import BM25, UNTRAINED, Results, Row, Step, markdown
 from pyqemb.demo.tokenizer import train_tokenizer
 from pyqemb.merging import merge
 from pyqemb.model.embedder import Embedder
@@ -97,9 +97,9 @@ class _Demo:
 
     def run(self) -> None:
         base = self.make_base()
-        self.measure("untrained", base)
-        with self.step("BM25"):
-            self.add(measure("BM25", bm25_search, self.material, self.settings.seed))
+        self.measure(UNTRAINED, base)
+        with self.step(BM25):
+            self.add(measure(BM25, bm25_search, self.material, self.settings.seed))
 
         weak = self.write("weak", self.material.weak)
         first = self.train("stage 1", stage1, base, weak)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyqemb.demo.results import ACCURACY, MEAN, NDCG, Results
+from pyqemb.demo.results import MEAN, NDCG, Results
 from pyqemb.errors import ConfigError
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -13,60 +13,63 @@ _POINTS = 400  # of one curve; more are not seen and only fill the file
 
 def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """The training loss of each run by step, smoothed, raw values faint behind."""
-    figure, axes = _figure(height=3.4)
+    figure, axes = _figure(height=3.6)
     for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
         steps, losses = _values(curve, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(steps, _smooth(losses), color=colour, linewidth=1.5, label=run)
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _svg(figure)
 
 
 def similarity_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Mean similarity of positives (full) and of the kept negatives (dashed) by step."""
-    figure, axes = _figure(height=3.4)
+    figure, axes = _figure(height=3.6)
     for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
         for name, style in (("positive", "-"), ("negative", "--")):
             steps, values = _values(curve, name)
             axes.plot(steps, _smooth(values), style, color=colour, linewidth=1.2, label=run if style == "-" else None)
     axes.set(xlabel="step", ylabel="cosine similarity")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _svg(figure)
 
 
 def table_plot(results: Results) -> str:
-    """The mean of every row with its interval: a panel a metric, a colour a corpus."""
-    figure, panels = _figure(height=0.7 + 0.42 * len(results.rows), panels=2)
+    """The mean nDCG@10 of every row with its interval, a color a corpus."""
+    figure, axes = _figure(height=1.2 + 0.34 * len(results.rows))
     names = [row.name for row in results.rows]
-    for axes, metric in zip(panels, (NDCG, ACCURACY), strict=True):
-        for number, corpus in enumerate(results.corpora):
-            shift = 0.12 if number == 0 else -0.12
-            scores = [row.scores[corpus][MEAN][metric] for row in results.rows]
-            values = [score.value for score in scores]
-            bars = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
-            heights = [len(names) - 1 - index + shift for index in range(len(names))]
-            axes.errorbar(
-                values, heights, xerr=bars, fmt="o", color=_COLOURS[number], markersize=4, capsize=2, label=corpus
-            )
-        axes.set(xlim=(0, 1), xlabel=f"{metric}, mean of {', '.join(results.groups)}")
-        axes.set_yticks(range(len(names)), reversed(names))
-        axes.grid(axis="x", alpha=0.3)
-    panels[1].tick_params(labelleft=False)
-    panels[0].legend(frameon=False, fontsize=8, loc="center left")
+    for number, corpus in enumerate(results.corpora):
+        shift = 0.12 if number == 0 else -0.12
+        scores = [row.scores[corpus][MEAN][NDCG] for row in results.rows]
+        values = [score.value for score in scores]
+        bars = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
+        heights = [len(names) - 1 - index + shift for index in range(len(names))]
+        axes.errorbar(
+            values, heights, xerr=bars, fmt="o", color=_COLOURS[number], markersize=5, capsize=2, label=corpus
+        )
+    axes.set(xlim=(0, 1), xlabel=NDCG)
+    axes.set_yticks(range(len(names)), reversed(names))
+    axes.grid(axis="x", alpha=0.3)
+    _legend(axes)
     return _svg(figure)
 
 
-def _figure(*, height: float, panels: int = 1) -> tuple[Any, Any]:
+def _figure(*, height: float) -> tuple[Any, Any]:
+    """Narrow enough that its text, which scales with it, can be read on a phone."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ConfigError("the report's plots need matplotlib: pip install 'pyqemb[demo]'") from error
-    figure = Figure(figsize=(8.6, height), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=panels > 1)
-    for each in axes if panels > 1 else [axes]:
-        each.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(5.4, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it covers no data."""
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 def _svg(figure: Any) -> str:

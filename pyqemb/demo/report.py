@@ -7,15 +7,17 @@ from pathlib import Path
 
 from pyqemb.data.files import atomic_file
 from pyqemb.demo import plots
-from pyqemb.demo.results import METRICS, Found, Results
+from pyqemb.demo.results import BM25, METRICS, NDCG, UNTRAINED, Found, Results
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-size: 13px; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { overflow-wrap: break-word; }
+.result { font-size: 1.2rem; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-size: 14px; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.n small { color: #777; display: block; } tr.last td { font-weight: 600; }
-img { max-width: 100%; } pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; }
+img { display: block; width: 100%; max-width: 44rem; } pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; }
 details { border-left: 3px solid #ddd; padding-left: 0.8rem; margin: 0.6rem 0; }
 .hit { color: #00734d; } .miss { color: #555; }
 """
@@ -32,17 +34,21 @@ def render(results: Results) -> str:
     title = f"pyqemb demo: {results.data}"
     body = "\n".join(_body(results, title))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"/><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
 def _body(results: Results, title: str) -> Iterable[str]:
     yield f"<h1>{escape(title)}</h1>"
-    yield _pairs_table({**results.facts, **results.environment})
-    yield "<h2>Table</h2>"
-    yield f"<p>Mean over {escape(', '.join(results.groups))}; 95 % bootstrap intervals over the questions.</p>"
-    yield _image(plots.table_plot(results), "mean scores with intervals")
+    yield f'<p class="result">{escape(headline(results))}</p>'
+    yield _image(plots.table_plot(results), f"{NDCG} of every row with its interval")
+    yield (
+        f"<p>Mean over {escape(', '.join(results.groups))}; the intervals are 95 % bootstrap intervals over the "
+        "questions.</p>"
+    )
+    yield "<h2>Scores</h2>"
     for metric in METRICS:
         for corpus in results.corpora:
             yield f"<h3>{escape(metric)}, {escape(corpus)}</h3>"
@@ -57,8 +63,22 @@ def _body(results: Results, title: str) -> Iterable[str]:
         yield from map(_found, found)
     yield "<h2>Time and memory</h2>"
     yield _step_table(results)
+    yield "<h2>Data and environment</h2>"
+    yield _pairs_table({**results.facts, **results.environment})
     yield "<h2>Use the model</h2>"
     yield f"<pre>{escape(how_to(results))}</pre>"
+
+
+def headline(results: Results) -> str:
+    """The result in one sentence: the last row against the rows that were not trained."""
+    row = results.rows[-1].name
+    others = [f"{name}: {results.mean(name).value:.3f}" for name in (UNTRAINED, BM25) if name in _names(results)]
+    against = f" ({', '.join(others)})" if others else ""
+    return f"The {row} model reaches {NDCG} {results.mean(row)} on {results.corpora[0]}{against}."
+
+
+def _names(results: Results) -> set[str]:
+    return {row.name for row in results.rows}
 
 
 def how_to(results: Results) -> str:
@@ -86,7 +106,7 @@ def _score_table(results: Results, metric: str, corpus: str) -> str:
         )
         last = ' class="last"' if row is results.rows[-1] else ""
         lines.append(f"<tr{last}><td>{escape(row.name)}</td>{cells}</tr>")
-    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+    return _table(f"<tr><th></th>{head}</tr>{''.join(lines)}")
 
 
 def _step_table(results: Results) -> str:
@@ -101,12 +121,17 @@ def _step_table(results: Results) -> str:
         f'<tr class="last"><td>total</td><td class="n">{total:.1f}</td><td class="n">{peak:.2f}</td><td></td></tr>'
     )
     head = '<tr><th>step</th><th class="n">seconds</th><th class="n">peak memory so far, GiB</th><th></th></tr>'
-    return f"<table>{head}{''.join(lines)}</table>"
+    return _table(head + "".join(lines))
+
+
+def _table(rows: str) -> str:
+    """A table that scrolls by itself where the screen is narrow."""
+    return f'<div class="wide"><table>{rows}</table></div>'
 
 
 def _pairs_table(pairs: dict[str, object]) -> str:
     lines = [f'<tr><td>{escape(key)}</td><td class="n">{escape(str(value))}</td></tr>' for key, value in pairs.items()]
-    return f"<table>{''.join(lines)}</table>"
+    return _table("".join(lines))
 
 
 def _found(found: Found) -> str:

@@ -15,6 +15,7 @@ MEAN = "mean"
 NDCG = "nDCG@10"
 ACCURACY = "accuracy@1"
 METRICS = (NDCG, ACCURACY)
+UNTRAINED, BM25 = "untrained", "BM25"  # the rows to compare with
 
 
 @dataclass(frozen=True, slots=True)

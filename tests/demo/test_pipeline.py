@@ -53,6 +53,7 @@ def test_report_stands_alone(demo):
     out, results, _ = demo
     report = (out / "report.html").read_text()
     assert len(report.encode()) < 2_000_000
+    assert re.search(r"The merged model reaches nDCG@10 0\.\d{3} \[.*\(untrained: 0\.\d{3}, BM25: ", report)
     root = ElementTree.fromstring(report.removeprefix("<!DOCTYPE html>\n"))
     assert not [e for e in root.iter() if e.tag in ("script", "link", "iframe")]
     assert not re.search(r"""(src|href)=["']https?:""", report)
