@@ -77,7 +77,9 @@ def read_located(
 def check_source(source: Any) -> None:
     """DataError for a path that is not there."""
     if isinstance(source, str | Path) and not str(source).startswith(HUB) and not Path(source).exists():
-        raise DataError(f"{source}: no such file or folder")
+        like_an_id = not Path(source).suffix and len(Path(source).parts) == 2 and not Path(source).is_absolute()
+        hint = f" (a dataset of the hub is written {HUB}{source})" if like_an_id else ""
+        raise DataError(f"{source}: no such file or folder{hint}")
 
 
 def _read_path(

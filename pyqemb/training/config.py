@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from pyqemb.data.columns import ColumnMap, Columns
+from pyqemb.data.layouts import Example
 from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
 from pyqemb.data.tables import is_table
 from pyqemb.errors import ConfigError
@@ -642,8 +643,8 @@ def as_data(data: Any) -> list[Any]:
 
             - a path, "hub://ORG/NAME", or rows in memory, as for `pyqemb.read_examples`: one dataset;
             - {name: any of these}: several datasets;
-            - a list of paths, or of entries with the keys of `[[data]]`, `{"path": ..., "weight": 2}`; an entry may
-              have `rows` in place of `path`, and be a value of {name: ...} too.
+            - a list of paths and tables, or of entries with the keys of `[[data]]`, `{"path": ..., "weight": 2}`; an
+              entry may have `rows` in place of `path`, and be a value of {name: ...} too.
 
     Example:
         >>> as_data("pairs.jsonl")
@@ -653,7 +654,7 @@ def as_data(data: Any) -> list[Any]:
     """
     if isinstance(data, Mapping) and not is_table(data) and not _is_entry(data):
         return [_entry(value, name) for name, value in data.items()]
-    if isinstance(data, list | tuple) and all(isinstance(item, str | Path) or _is_entry(item) for item in data):
+    if isinstance(data, list | tuple) and not any(isinstance(item, Example) or _is_row(item) for item in data):
         return [_entry(item) for item in data]
     return [_entry(data)]
 
@@ -672,6 +673,10 @@ def with_data(config: TrainConfig, data: Any = None) -> TrainConfig:
 def _is_entry(data: Any) -> bool:
     """Whether it is an entry of the `data` section, no row."""
     return isinstance(data, DataSet) or (isinstance(data, dict) and bool({"path", "rows"} & data.keys()))
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, dict) and not is_table(item) and not _is_entry(item)
 
 
 def _entry(data: Any, name: str | None = None) -> Any:

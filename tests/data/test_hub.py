@@ -60,7 +60,7 @@ def test_from_a_server_and_then_from_the_cache(hub, tmp_path):
     assert lines[4].startswith("DataError hub://org/faq: cannot be loaded: ValueError: Config name is missing")
     assert "['pair', 'other']" in lines[4]
     assert lines[4].endswith("(a subset is written as hub://ORG/NAME/SUBSET)")
-    assert lines[5] == "DataError org/faq: no such file or folder"
+    assert lines[5] == "DataError org/faq: no such file or folder (a dataset of the hub is written hub://org/faq)"
     hub.shutdown()
     hub.server_close()
     assert read(HF_HUB_OFFLINE="1")[:2] == lines[:2]

@@ -30,6 +30,7 @@ def test_what_data_may_be(tmp_path):
         (path, ["rows"]),
         (str(path), ["rows"]),
         ([path], ["rows"]),
+        ([path, frame], ["rows", "data"]),
         ([{"path": path, "weight": 2}], ["rows"]),
         (DataSet(path=str(path)), ["rows"]),
         (ROWS, ["data"]),
@@ -88,8 +89,8 @@ def test_data_are_given_once():
         pyqemb.train(stage2(model={"base": "m"}, data=ROWS), data=ROWS)
     with pytest.raises(DataError, match=r"faq\[1\]: column 'positive' is missing; the row has \['query'\]"):
         read({"faq": [ROWS[0], {"query": "q"}]})
-    with pytest.raises(ConfigError, match="two datasets are called 'data'"):
-        read([{"rows": ROWS}, {"rows": ROWS}])
+    with pytest.raises(ConfigError, match="two datasets are called 'data'; give one of them another name"):
+        read([pd.DataFrame(ROWS), pl.DataFrame(ROWS)])
 
 
 def test_a_run_on_data_in_memory_resumes_on_the_same_data_alone(tmp_path):
