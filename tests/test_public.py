@@ -1,5 +1,8 @@
 """The names of the package itself."""
 
+import subprocess
+import sys
+
 import pyqemb
 
 
@@ -7,6 +10,21 @@ def test_every_public_name_is_listed_and_loads():
     assert set(pyqemb.__all__) <= set(dir(pyqemb))
     for name in pyqemb.__all__:
         assert getattr(pyqemb, name) is not None
+
+
+def test_help_and_completion_show_the_public_names():
+    """In a new process: no name is loaded before."""
+    code = (
+        "import pydoc, rlcompleter, pyqemb; names = set(dir(pyqemb)); print('torch' in __import__('sys').modules)\n"
+        "assert {'train', 'Embedder', 'stage1', 'TrainConfig'} <= names\n"
+        "assert rlcompleter.Completer({'pyqemb': pyqemb}).complete('pyqemb.mer', 0).startswith('pyqemb.merge')\n"
+        "text = pydoc.plain(pydoc.render_doc(pyqemb))\n"
+        "missing = [name for name in pyqemb.__all__ if name not in text]\n"
+        "assert not missing, missing\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "False"
 
 
 def test_configurations_come_from_the_package():

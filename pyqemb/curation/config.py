@@ -25,8 +25,8 @@ class CurateConfig(Settings):
 
     input: list[Any] = Field(
         min_length=1,
-        description="Source of examples, or a list of them: a file, a folder, or a dataset on the Hub (hub://ORG/NAME). "
-        "In Python also tables and lists in memory.",
+        description="File, folder or dataset on the Hub (hub://ORG/NAME), or a list of them. In Python also "
+        "tables and lists in memory.",
         examples=[["pairs.jsonl", "synthetic/examples.jsonl"]],
         json_schema_extra={"items": {"type": "string"}},
     )

@@ -35,12 +35,25 @@ class MiningReport:
     negative_score: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mined:
-    """The examples in their order, each with its negatives, hardest first."""
+    """The result of `mine`.
+
+    Attributes:
+        examples: in their order, each with its negatives, hardest first.
+        report: counts and mean scores.
+    """
 
     examples: list[Example]
     report: MiningReport
+
+    def __repr__(self) -> str:
+        report = self.report
+        return (
+            f"Mined({report.rows} examples from {report.documents} documents; mean similarity of positives "
+            f"{report.positive_score:.3f}, of negatives {report.negative_score:.3f}; "
+            f"{report.short} examples with fewer than k negatives)"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,16 @@ def mine(
     Raises:
         ConfigError: an argument is out of range.
         DataError: the examples cannot be read, there are none, or the model returns vectors that are not finite.
+
+    Example:
+        >>> from pyqemb.testing.tiny import tiny_embedder
+        >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(4)]
+        >>> mined = pyqemb.mine(tiny_embedder(), rows, k=1, max_positive_ratio=None)
+        >>> mined
+        Mined(4 examples from 4 documents; mean similarity of positives ..., of negatives ...;
+        0 examples with fewer than k negatives)
+        >>> len(mined.examples[0].negatives)
+        1
 
     Source: NV-Retriever (arXiv 2407.15831), section 3; Qwen3-VL-Embedding (arXiv 2601.04720), section 3.3.
     """

@@ -17,14 +17,25 @@ Progress = Callable[[list[Ledger]], None]
 _EVERY = 256  # examples read between two calls of `on_progress`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curated:
-    """`folder` holds kept.jsonl, dropped.jsonl (each row with its step and reason), report.json and report.html."""
+    """The result of `curate`.
+
+    Attributes:
+        folder: with kept.jsonl, dropped.jsonl (each row with its step and reason), report.json and report.html.
+        seen: the number of examples read.
+        kept: the number of examples that passed all steps.
+        ledgers: the account of each step, in order.
+    """
 
     folder: Path
     seen: int
     kept: int
     ledgers: list[Ledger]
+
+    def __repr__(self) -> str:
+        dropped = "".join(f", {sum(ledger.dropped.values())} dropped by {ledger.name}" for ledger in self.ledgers)
+        return f"Curated({self.kept} of {self.seen} examples kept{dropped}; results in {self.folder})"
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
@@ -49,6 +60,11 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
         ConfigError: a setting is wrong, or a model or package is missing.
         DataError: an input cannot be read or is empty.
         MachineError: the disk is full, or another error of the machine.
+
+    Example:
+        >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in (1, 2, 2)]
+        >>> pyqemb.curate({"input": [rows], "out": "curated", "step": [{"kind": "exact"}]})
+        Curated(2 of 3 examples kept, 1 dropped by exact; results in curated)
     """
     config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
     out = config.out

@@ -29,12 +29,31 @@ def _check(name: str, value: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"[PackedBatch] {name} must be dense with one dimension, got shape {list(value.shape)}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedBatch:
-    """A batch that knows its own layout.
+    """Sequences of tokens, concatenated without padding.
 
-    Sequence b holds the tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`; it may be empty. Its last token is pooled.
-    `cu_seqlens_cpu` is the same on the CPU, where lengths are known without waiting for a GPU.
+    Sequence b has the tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`; it may be empty. Usually `PackedBatch.pack` makes
+    a batch.
+
+    Args:
+        input_ids_T: token ids, int64 [T].
+        positions_T: position of each token in its sequence, int64 [T].
+        cu_seqlens: cumulative sequence lengths, int32 [B + 1], from 0 to T.
+        max_seqlen: length of the longest sequence.
+        cu_seqlens_cpu: `cu_seqlens` on the CPU, so that lengths are known without a wait for the GPU (default: copied
+            once).
+
+    Raises:
+        TypeError: a value is not a tensor of its dtype.
+        ValueError: shapes, devices or lengths do not fit each other.
+
+    Example:
+        >>> batch = pyqemb.PackedBatch.pack([[5, 6, 7], [8]])
+        >>> batch
+        PackedBatch(2 sequences, 4 tokens, longest 3, cpu)
+        >>> batch.cu_seqlens.tolist()
+        [0, 3, 4]
     """
 
     input_ids_T: torch.Tensor  # int64 [T]
@@ -81,6 +100,12 @@ class PackedBatch:
             raise ValueError(
                 f"[PackedBatch] max_seqlen must be from {longest} to {self.num_tokens}, got {self.max_seqlen!s:.100}"
             )
+
+    def __repr__(self) -> str:
+        longest = int(self.lengths.max(initial=0))
+        return (
+            f"PackedBatch({self.num_sequences} sequences, {self.num_tokens} tokens, longest {longest}, {self.device})"
+        )
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":

@@ -46,13 +46,17 @@ def read_examples(
             "ignore": ["id"]}; the columns of `ignore` are left out (default: they have names that a layout knows).
         allow_empty: accept empty queries and positives, for curation, which drops them.
 
+    Returns:
+        An iterator of Examples; rows are read as it advances.
+
     Raises:
         DataError: the file, line and column of what is not such a row; files of a folder that are not understood.
         ConfigError: `columns` is wrong, or a package is missing.
 
     Example:
         >>> rows = [{"question": "q", "positive": "p", "negatives": ["n"], "id": 1}]
-        >>> [example.query for example in read_examples(rows, columns={"query": "question", "ignore": "id"})]
+        >>> examples = pyqemb.read_examples(rows, columns={"query": "question", "ignore": "id"})
+        >>> [example.query for example in examples]
         ['q']
     """
     return (example for _, example in read_located(source, split, columns, allow_empty))
@@ -168,6 +172,11 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
 
     Raises:
         ConfigError: the name ends with another format.
+
+    Example:
+        >>> examples = pyqemb.read_examples([{"query": "q", "positive": "p"}])
+        >>> pyqemb.write_examples("pairs.jsonl.gz", examples)
+        1
     """
     return write_rows(path, map(to_row, examples))
 

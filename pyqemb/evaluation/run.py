@@ -39,6 +39,16 @@ def metric_names(task: Task) -> tuple[str, ...]:
     return _STS if isinstance(task, Sts) else _BITEXT
 
 
+class Evaluation(dict[str, Any]):
+    """The result of `evaluate`: a dict that prints as a short table."""
+
+    def __repr__(self) -> str:
+        lines = [f"{self['task']}, {self['folder']}, {self['count']} rows, with 95 % intervals"]
+        for name, at in self["metrics"].items():
+            lines.append(f"{name:12} {at['value']:.4f}  [{at['low']:.4f}, {at['high']:.4f}]")
+        return "\n".join(lines)
+
+
 def evaluate(
     model: VectorEncoder | PairScorer | str | Path,
     folder: Any,
@@ -49,7 +59,7 @@ def evaluate(
     columns: Columns | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure a model on a task (see `tasks`), or a reranker on examples (see `reranking`).
 
     Args:
@@ -73,6 +83,15 @@ def evaluate(
     Raises:
         ConfigError: an argument is out of range.
         DataError: the data cannot be read, or the model returns values that are not finite.
+
+    Example:
+        >>> from pyqemb.testing.tiny import tiny_embedder
+        >>> pairs = [("a cat", "a cat sits", 4), ("a cat", "tax law", 0), ("a dog", "dogs run", 3)]
+        >>> rows = [{"sentence1": first, "sentence2": second, "score": score} for first, second, score in pairs]
+        >>> print(pyqemb.evaluate(tiny_embedder(), rows))
+        sts, ..., 3 rows, with 95 % intervals
+        spearman ...
+        pearson ...
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
@@ -87,13 +106,13 @@ def evaluate(
     else:
         task = task or load_task(folder, split, columns)
         name, count, values, per_query = _measure(unit_encoder(model), task, instruction, dim, bootstrap, seed)
-    return {
+    return Evaluation({
         "task": name,
         "folder": source_name(folder),
         "count": count,
         "metrics": {key: value._asdict() for key, value in values.items()},
         "per_query": per_query,
-    }
+    })  # fmt: skip
 
 
 def rank(

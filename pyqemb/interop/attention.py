@@ -33,7 +33,8 @@ def register_transformers() -> None:
     argument, the mask or the class that cannot be served. Padding keys are left out. Queries without keys, and the
     padding of causal sequences, give zeros.
 
-    Raises ConfigError: transformers is not there, or older than 4.57.
+    Raises:
+        ConfigError: transformers is missing, or older than 4.57.
 
     Example:
         >>> import torch, transformers

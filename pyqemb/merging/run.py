@@ -43,7 +43,7 @@ class MergedTensor:
     lerp: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
     """What a merge did; written to merge_report.json in the merged folder."""
 
@@ -53,6 +53,14 @@ class MergeReport:
     weights: list[float]
     base: str | None
     tensors: list[MergedTensor]
+
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{weight:.3g}" for weight in self.weights)
+        lerp = f", {self.num_lerp} interpolated linearly" if self.num_lerp else ""
+        return (
+            f"MergeReport({self.method} of {len(self.checkpoints)} checkpoints, weights {weights}; "
+            f"{len(self.tensors)} tensors, largest angle {self.max_angle:.2f} degrees{lerp}; model in {self.folder})"
+        )
 
     @property
     def max_angle(self) -> float:
@@ -95,6 +103,12 @@ def merge(
         ConfigError: arguments, architectures or settings that do not fit, by name.
         CheckpointError: a tensor is missing, has another shape, is not finite or is opposite to another; the tensor is
             named. Nothing is written then.
+
+    Example:
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> checkpoints = [write_tiny_folder("a", seed=0), write_tiny_folder("b", seed=1)]
+        >>> pyqemb.merge(checkpoints, weights=[2, 1], out="merged")
+        MergeReport(slerp of 2 checkpoints, weights 0.667, 0.333; ... tensors, largest angle ...; model in merged)
 
     Source: slerp of fine-tuned checkpoints as in the Qwen3 Embedding report (arXiv 2506.05176), section 3.
     """

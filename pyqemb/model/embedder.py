@@ -29,10 +29,27 @@ from pyqemb.ops.prefixes import unit_rows
 
 
 class Embedder(Encoding):
-    """A text embedding model.
+    """A text embedding model: texts or packed tokens in, vectors out. Usually `from_pretrained` makes one.
 
-    `model` is the Decoder; `prompts` holds what encode_query ("query") and encode_document ("document") put before a
-    text; `matryoshka` names the dimensions it was trained for, largest first (None: only the full one).
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        pooling: "last" (default) or "mean".
+        prompts: what encode_query ("query") and encode_document ("document") put before a text.
+        matryoshka: the dimensions that the model was trained for, largest first (default: only the full one).
+
+    Raises:
+        ConfigError: the pooling is unknown.
+
+    Example:
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> model = pyqemb.Embedder.from_pretrained(write_tiny_folder("model"), device="cpu")
+        >>> queries = model.encode_query(["What is the capital of China?"])
+        >>> documents = model.encode_document(["Beijing is the capital of China.", "Gravity attracts bodies."])
+        >>> queries.shape, documents.shape
+        ((1, 32), (2, 32))
+        >>> model.similarity(queries, documents).shape
+        torch.Size([1, 2])
 
     Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
     (whether the folder has a Normalize module), `plain` (whether it is a base model's, without modules.json),

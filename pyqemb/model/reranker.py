@@ -31,10 +31,24 @@ _PAIRS_AT_ONCE = 4096  # tokenized together
 
 
 class Reranker(Scoring):
-    """Scores pairs of query and document by the logits of "yes" and "no" behind the template of Qwen3-Reranker.
+    """A reranker: scores pairs of query and document by the logits of "yes" and "no" after Qwen3-Reranker's template.
 
-    `model` is the Decoder. `head` [2, E] holds the rows of the language-model head for yes and no; None where they are
-    tied to the token embeddings. `default_instruction` None: that of the model card.
+    Usually `from_pretrained` makes one.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer for pairs.
+        head: [2, E], the rows of the language-model head for yes and no (default: those of the token embeddings).
+        lm_head: [V, E], the whole language-model head, which is saved with the model (default: tied embeddings).
+        default_instruction: instruction for pairs without their own (default: that of Qwen3-Reranker's model card).
+
+    Example:
+        >>> from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+        >>> folder = write_tiny_folder("model", prefix=True)
+        >>> answering_tokenizer().save(str(folder / "tokenizer.json"))
+        >>> model = pyqemb.Reranker.from_pretrained(folder, device="cpu")
+        >>> model.score([("What is the capital of China?", "Beijing."), ("What is gravity?", "Beijing.")]).shape
+        (2,)
     """
 
     heads = (LM_HEAD, SCORE)

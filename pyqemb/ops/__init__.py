@@ -28,7 +28,15 @@ from pyqemb.ops.top_k import top_k
 
 
 def cuda_is_built() -> bool:
-    """Whether the native library holds CUDA kernels."""
+    """Whether the native library has CUDA kernels.
+
+    Returns:
+        True if it was built with nvcc.
+
+    Example:
+        >>> pyqemb.ops.cuda_is_built() in (True, False)
+        True
+    """
     return _C.cuda_is_built()
 
 

@@ -18,7 +18,20 @@ _MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """The lengths of a batch and how the CUDA kernels cut it into work: for every layer and for both passes."""
+    """The lengths of a batch, and the tiles in which the CUDA kernels process it. `attention_plan` makes one.
+
+    Args:
+        cu_seqlens: [B + 1] int32, cumulative lengths of the queries.
+        cu_seqlens_k: [B + 1] int32, cumulative lengths of the keys.
+        tokens: the number of query tokens, T.
+        tokens_k: the number of key tokens, S.
+        data: the tiles of the CUDA kernels (default: none, for the CPU).
+        sizes: the sizes of the parts of `data`.
+
+    Example:
+        >>> pyqemb.ops.attention_plan(torch.tensor([0, 2, 5], dtype=torch.int32)).tokens
+        5
+    """
 
     cu_seqlens: Tensor  # int32 [B + 1], where the kernels read it
     cu_seqlens_k: Tensor
@@ -47,8 +60,18 @@ def attention_plan(
         tokens_k: the last value of cu_seqlens_k, S, likewise.
         device: the device of the tensors that will attend (default: that of cu_seqlens).
 
+    Returns:
+        The plan, for all layers and both passes of the batch.
+
     Raises:
         TypeError, ValueError: cu_seqlens that are none; tokens that are missing.
+
+    Example:
+        >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+        >>> plan = pyqemb.ops.attention_plan(cu_seqlens)
+        >>> q_TND = torch.randn(5, 4, 16)
+        >>> pyqemb.ops.varlen_attention(q_TND, q_TND, q_TND, None, plan=plan).shape
+        torch.Size([5, 4, 16])
     """
     op = "attention_plan"
     cu_seqlens = _lengths_tensor(op, "cu_seqlens", cu_seqlens)
@@ -178,6 +201,12 @@ def varlen_attention(
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes, head counts or cu_seqlens that do not fit.
+
+    Example:
+        >>> q_TND, k_SKD, v_SKD = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
+        >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+        >>> pyqemb.ops.varlen_attention(q_TND, k_SKD, v_SKD, cu_seqlens, causal=True).shape
+        torch.Size([5, 4, 16])
 
     Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; grouped heads, Ainslie et al. 2023.
     """

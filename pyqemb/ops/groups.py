@@ -25,6 +25,10 @@ class Group:
         relative: the limit is s_i + margin * |s_i| instead.
         hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv 2503.04812,
             section 3).
+
+    Example:
+        >>> pyqemb.ops.Group(margin=0.05, hardness=5.0)
+        Group(mask='own', margin=0.05, relative=False, hardness=5.0)
     """
 
     mask: Literal["own", "query_document"] | None = "own"

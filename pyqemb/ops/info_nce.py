@@ -122,6 +122,12 @@ def info_nce(
         fit, an index out of range (not looked at on a GPU: `positive` must be right there), a temperature that is not
         positive and finite, Matryoshka dimensions outside 1..E or not in order.
 
+    Example:
+        >>> queries_BE = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+        >>> documents_ME = queries_BE.clone()  # document i is the positive of query i
+        >>> pyqemb.ops.info_nce(queries_BE, documents_ME, torch.arange(4), temperature=0.02).shape
+        torch.Size([])
+
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), equation 1.
     """
     queries_BE, documents_ME = checks.tensor(_OP, "queries", queries_BE), checks.tensor(_OP, "documents", documents_ME)

@@ -35,6 +35,12 @@ def last_token_pool(
         TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, shapes or cu_seqlens that do not
             fit.
 
+    Example:
+        >>> hidden_TE = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
+        >>> pyqemb.ops.last_token_pool(hidden_TE, torch.tensor([0, 2, 3], dtype=torch.int32))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 1.0000]])
+
     Source: Qwen3 Embedding technical report (arXiv 2506.05176), section 2; Matryoshka, Kusupati et al. 2022.
     """
     op = "last_token_pool"

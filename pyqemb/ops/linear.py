@@ -24,6 +24,10 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     Raises:
         TypeError: not a tensor, or two dtypes without autocast.
         ValueError: shapes that do not fit.
+
+    Example:
+        >>> pyqemb.ops.linear(torch.ones(1, 3), torch.eye(3)[:2])
+        tensor([[1., 1.]])
     """
     x_TI, weight_OI = tensor("linear", "x", x_TI), tensor("linear", "weight", weight_OI)
     for name, value in (("x", x_TI), ("weight", weight_OI)):

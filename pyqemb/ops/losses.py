@@ -37,6 +37,12 @@ def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: f
         TypeError: not a tensor. ValueError: no rows, shapes that do not fit, scores that are not finite, a bad
             temperature.
 
+    Example:
+        >>> first_BE = torch.eye(2)
+        >>> second_BE = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # cosines 1 and 0
+        >>> pyqemb.ops.cosent(first_BE, second_BE, torch.tensor([5.0, 1.0])) < 1e-6  # in the order of the scores
+        tensor(True)
+
     Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): the pairs of a level
     of scores are its rows against all rows of lower levels, whose sum is a running one.
     """
@@ -76,10 +82,18 @@ def distill_scores(
         teacher_temperature: of the teacher's softmax (default 1).
         reduction: "mean" over the queries (default) or "sum".
 
+    Returns:
+        The loss, a scalar in float32 (float64 for float64).
+
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a query without candidates,
-            an index out
-        of range, a score that is not finite, a bad temperature.
+            an index out of range, a score that is not finite, a bad temperature.
+
+    Example:
+        >>> queries_BE, documents_ME = torch.eye(2)[:1], torch.eye(2)
+        >>> candidates_BK, teacher_BK = torch.tensor([[0, 1]]), torch.tensor([[9.0, 1.0]])
+        >>> pyqemb.ops.distill_scores(queries_BE, documents_ME, candidates_BK, teacher_BK, temperature=0.125)
+        tensor(0.0030)
 
     Source: Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1: one positive and k negatives.
     """
@@ -135,9 +149,16 @@ def distill_embeddings(
             truncated to its first E components (Matryoshka teachers; F must be at least E).
         reduction: "mean" over the rows (default) or "sum".
 
+    Returns:
+        The loss, a scalar in float32 (float64 for float64).
+
     Raises:
         TypeError: not a tensor. ValueError: no rows, shapes that do not fit, teacher's vectors that are zero or not
             finite.
+
+    Example:
+        >>> pyqemb.ops.distill_embeddings(torch.eye(2), torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+        tensor(0.5000)
 
     Source: jina-embeddings-v5 (arXiv 2602.15547), stage 1, with a projection; F2LLM-v2 for the prefix.
     """
@@ -186,8 +207,15 @@ def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -
         labels_B: [B], true or 1 where the answer is yes.
         reduction: "mean" over the rows (default) or "sum".
 
+    Returns:
+        The loss, a scalar in float32 (float64 for float64).
+
     Raises:
         TypeError: not a tensor. ValueError: no rows, shapes that do not fit, a label that is neither 0 nor 1.
+
+    Example:
+        >>> pyqemb.ops.yes_no(torch.zeros(2, 2), torch.tensor([True, False]))
+        tensor(0.6931)
 
     Source: Qwen3 Embedding report (arXiv 2506.05176), equation 2.
     """

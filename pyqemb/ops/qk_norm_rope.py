@@ -26,13 +26,35 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
 
+    Example:
+        >>> x_TND, angles_TH = torch.randn(3, 2, 4), torch.arange(3.0)[:, None] * torch.tensor([1.0, 0.1])
+        >>> pyqemb.ops.qk_norm_rope(x_TND, torch.ones(4), angles_TH.cos(), angles_TH.sin()).shape
+        torch.Size([3, 2, 4])
+
     Source: Qwen3 technical report (arXiv 2505.09388), section 2; rotary embedding, Su et al. 2021, equation 34.
     """
     return _rotated("qk_norm_rope", x_TND, norm_weight, cos_TH, sin_TH, eps)
 
 
 def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """The rotary embedding alone, as in Llama and Qwen2: `qk_norm_rope` without its norm.
+    """Rotary embedding without a norm, as in Llama and Qwen2; differentiable once.
+
+    Args:
+        x_TND: [T, N, D] float32, bfloat16, float16 or float64, D even.
+        cos_TH: [T, D / 2], the cosines of each token's angles, float32 (float64 for float64); feature i turns with
+            feature i + D / 2.
+        sin_TH: [T, D / 2], their sines.
+
+    Returns:
+        [T, N, D], dtype of x.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit.
+
+    Example:
+        >>> quarter_turn = torch.zeros(1, 1), torch.ones(1, 1)  # cosine and sine of 90 degrees
+        >>> pyqemb.ops.rope(torch.tensor([[[1.0, 0.0]]]), *quarter_turn)
+        tensor([[[0., 1.]]])
 
     Source: Su et al. 2021, equation 34.
     """

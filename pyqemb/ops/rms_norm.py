@@ -32,6 +32,10 @@ def rms_norm(
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
 
+    Example:
+        >>> pyqemb.ops.rms_norm(torch.tensor([3.0, -3.0]), torch.ones(2))
+        tensor([ 1.0000, -1.0000])
+
     Source: Zhang and Sennrich 2019, equation 4.
     """
     op = "rms_norm"

@@ -20,11 +20,20 @@ def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     Words are runs of letters and digits, case and Unicode forms (NFKC) ignored; each character of a script without
     spaces is a word. A text of fewer than n words is one n-gram; a text without words has none.
 
+    Args:
+        texts: the texts, N of them.
+        n: words per n-gram (default 5).
+
     Returns:
         hashes [total] uint64 and counts [N] int64: how many belong to each text.
 
     Raises:
         TypeError: not texts. ValueError: n below 1.
+
+    Example:
+        >>> hashes, counts = pyqemb.ops.shingles(["one two three", "One, two!"], n=2)
+        >>> counts.tolist(), bool(hashes[0] == hashes[2])
+        ([2, 1], True)
     """
     n = integer("shingles", "n", n, 1, _MOST)
     texts, text, offsets = _joined("shingles", texts)
@@ -37,14 +46,27 @@ def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 
 def min_hash(texts: Sequence[str], num_hashes: int = 128, n: int = 5) -> np.ndarray:
-    """Return MinHash signatures: [N, num_hashes] uint32.
+    """Compute MinHash signatures.
 
     The fraction of equal places estimates the Jaccard similarity of two texts' sets of word n-grams (those of
     `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes). A text without words gets all ones.
 
+    Args:
+        texts: the texts, N of them.
+        num_hashes: hash functions of a signature (default 128).
+        n: words per n-gram (default 5).
+
+    Returns:
+        [N, num_hashes] uint32.
+
     Raises:
         TypeError: not texts.
         ValueError: n or num_hashes below 1.
+
+    Example:
+        >>> first, second = pyqemb.ops.min_hash(["the same words here", "The same words, here."], n=2)
+        >>> float((first == second).mean())
+        1.0
 
     Source: Broder, On the resemblance and containment of documents (1997).
     """

@@ -12,7 +12,20 @@ from pyqemb.ops.common import differentiable, empty_like, native, new
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element, differentiable once.
 
-    Both of one shape and dtype (float32, bfloat16, float16 or float64). TypeError and ValueError as above.
+    Args:
+        gate: a tensor of any shape, float32, bfloat16, float16 or float64.
+        up: a tensor of the same shape and dtype.
+
+    Returns:
+        The shape and dtype of the arguments.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype.
+        ValueError: two shapes.
+
+    Example:
+        >>> pyqemb.ops.swiglu(torch.zeros(2), torch.ones(2))
+        tensor([0., 0.])
 
     Source: Shazeer 2020, equation 6.
     """

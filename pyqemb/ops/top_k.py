@@ -32,6 +32,11 @@ def top_k(
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: k outside 0..M, shapes that do not fit.
+
+    Example:
+        >>> scores, indices = pyqemb.ops.top_k(torch.eye(2), torch.tensor([[0.5, 0.0], [1.0, 0.2], [0.0, 1.0]]), 2)
+        >>> indices.tolist()
+        [[1, 0], [2, 1]]
     """
     op = "top_k"
     queries_BE, documents_ME = tensor(op, "queries", queries_BE), tensor(op, "documents", documents_ME)

@@ -22,7 +22,7 @@ ANSWERS, EXAMPLES, MALFORMED, REPORT = "answers.sqlite", "examples.jsonl", "malf
 _AHEAD = 4  # examples begun for each request that may be under way: a slow one holds nobody up until then
 
 
-@dataclass
+@dataclass(repr=False)
 class Synthesis:
     """What a synthesis wrote.
 
@@ -38,6 +38,12 @@ class Synthesis:
     by_task: Counter[str] = field(default_factory=Counter)
     usage: Usage = field(default_factory=Usage)
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Synthesis({self.examples} examples, {self.failed} given up, "
+            f"{sum(self.malformed.values())} malformed answers, {self.seconds:.1f} s; results in {self.folder})"
+        )
 
     def report(self, config: SynthesisConfig) -> dict[str, Any]:
         """Return the content of report.json: counts, tokens, cost, seconds and the configuration."""
@@ -73,6 +79,13 @@ def synthesize(
         MachineError: the disk is full, or another error of the machine.
 
     All answers are kept, also after an error or a KeyboardInterrupt.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("passages.txt").write_text("The bridge was built in 1894 and is 244 meters long, with two towers.")
+        >>> endpoint = {"model": "Qwen/Qwen3-32B", "base_url": "http://localhost:8000/v1"}
+        >>> pyqemb.synthesize({"passages": "passages.txt", "out": "synthetic", "endpoint": endpoint})
+        Synthesis(1 examples, 0 given up, 0 malformed answers, ... s; results in synthetic)
     """
     config = config if isinstance(config, SynthesisConfig) else SynthesisConfig(**config)
     with writing(config.out):

@@ -546,7 +546,30 @@ _NOT_OF = {
 
 
 class TrainConfig(Section):
-    """A whole training run. ConfigError names the key that is unknown or wrong."""
+    """The configuration of a training run. docs/reference/configuration.md describes each key.
+
+    Usually `stage1`, `stage2` or `pyqemb.training.load_config` makes one. It is frozen.
+
+    Args:
+        task: "embedding" (default) or "rerank".
+        stage: 1 or 2 (default), which sets defaults.
+        model: the base model.
+        data: the datasets, with `path` or `rows`.
+        lora: adapters (default: all weights are trained).
+        loss: the objectives.
+        train: batches, optimizer, schedule, precision and memory.
+        parallel: sharding.
+        eval: evaluation while training.
+        save: the run folder and its checkpoints.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; it is named.
+
+    Example:
+        >>> config = pyqemb.TrainConfig(model={"base": "base"}, data=[{"path": "pairs.jsonl"}])
+        >>> config.train.learning_rate
+        1e-05
+    """
 
     model_config = ConfigDict(json_schema_extra={"required": ["model", "data"]})  # of files; `train` also takes data
 
@@ -611,14 +634,20 @@ _SECTIONS: dict[str, type[Section]] = {
 
 
 def stage1(**sections: Any) -> TrainConfig:
-    """Large batches, in-batch negatives only.
+    """Configure stage 1: large batches with in-batch negatives only.
 
     Args:
         sections: the sections of a run, `model={"base": ...}, train={"lr": 1e-4}`; `data` may also be data as people
             have it: see `as_data`.
 
+    Returns:
+        The configuration, with the defaults of stage 1.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; it is named.
+
     Example:
-        >>> config = stage1(model={"base": "m"}, data={"faq": [{"query": "q", "positive": "p"}]})
+        >>> config = pyqemb.stage1(model={"base": "m"}, data={"faq": [{"query": "q", "positive": "p"}]})
         >>> config.data[0].label
         'faq'
     """
@@ -626,7 +655,22 @@ def stage1(**sections: Any) -> TrainConfig:
 
 
 def stage2(**sections: Any) -> TrainConfig:
-    """Smaller task-pure batches with hard negatives; sections as for stage1."""
+    """Configure stage 2: smaller batches of one task each, with hard negatives.
+
+    Args:
+        sections: as for `stage1`.
+
+    Returns:
+        The configuration, with the defaults of stage 2.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; it is named.
+
+    Example:
+        >>> config = pyqemb.stage2(model={"base": "base"}, data="pairs.jsonl", loss={"temperature": 0.05})
+        >>> config.train.num_negatives
+        7
+    """
     return _stage(2, sections)
 
 

@@ -44,7 +44,15 @@ def consolidate(run: str | Path, step: int | None = None, out: str | Path | None
         MachineError: the folder cannot be written.
 
     Example:
-        >>> pyqemb.consolidate("runs/first", step=500, out="models/first-500")  # doctest: +SKIP
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(8)]
+        >>> settings = {"steps": 2, "global_batch_size": 4, "device": "cpu"}
+        >>> config = pyqemb.stage1(
+        ...     model={"base": str(write_tiny_folder("base"))}, data=rows, train=settings, save={"dir": "run"}
+        ... )
+        >>> _ = pyqemb.train(config)
+        >>> pyqemb.consolidate("run", out="model")
+        PosixPath('model')
     """
     run = Path(run)
     target = run / "final" if out is None else Path(out)

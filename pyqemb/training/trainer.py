@@ -39,14 +39,27 @@ log = logging.getLogger("pyqemb")
 _PEFT_TASKS = {"embedding": "FEATURE_EXTRACTION", "rerank": "CAUSAL_LM"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
-    """`folder` is the portable model of the last step, `best` that of the best evaluation (None without one)."""
+    """The result of `train`.
+
+    Attributes:
+        folder: the model folder of the last step.
+        best: the model folder of the best evaluation; None without evaluations.
+        steps: the number of steps of the run.
+        metrics: the rows of metrics.jsonl that this call wrote.
+    """
 
     folder: Path
     best: Path | None
     steps: int
     metrics: list[Row]
+
+    def __repr__(self) -> str:
+        losses = [row["loss"] for row in self.metrics if "loss" in row]
+        loss = f", last loss {losses[-1]:.4f}" if losses else ""
+        best = f", best model in {self.best}" if self.best is not None else ""
+        return f"TrainResult({self.steps} steps{loss}, model in {self.folder}{best})"
 
 
 def train(
@@ -80,11 +93,22 @@ def train(
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
             A folder with checkpoints or models of a run that would not be continued is refused.
 
+    Returns:
+        The model folders of the last step and of the best evaluation, and the metrics.
+
     Raises:
         ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder,
             or a step does not fit into memory; nothing was trained.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues
             bit by bit.
+
+    Example:
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(8)]
+        >>> settings = {"steps": 2, "global_batch_size": 4, "device": "cpu"}
+        >>> config = pyqemb.stage1(model={"base": str(write_tiny_folder("base"))}, train=settings)
+        >>> pyqemb.train(config, data=rows)
+        TrainResult(2 steps, last loss ..., model in runs/run/final)
 
     What `evaluate`, `on_step` or a callback raises goes on to the caller, after a checkpoint has been saved. Where it
     raises on one rank, the other ranks raise a RankError that names the rank and the error.

@@ -65,12 +65,7 @@ class GradCache:
     repeated with smaller chunks.
 
     A step has three phases, which `step` runs for a loss of queries and documents. Run them yourself where the loss
-    needs more, such as a reduction over ranks:
-
-        >>> record = cache.forward(stream)                                      # doctest: +SKIP
-        >>> embeddings = record.embeddings.requires_grad_()                     # doctest: +SKIP
-        >>> loss = loss_of(embeddings)                                          # doctest: +SKIP
-        >>> cache.backward(record, torch.autograd.grad(loss, embeddings)[0])    # doctest: +SKIP
+    needs more, such as a reduction over ranks (see the example).
 
     Args:
         model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare
@@ -93,6 +88,22 @@ class GradCache:
 
     `last` is the StepReport of the last step. The logger "pyqemb" gets a line when the plan changes, or when a step
     runs out of memory.
+
+    Example:
+        >>> from pyqemb.testing.tiny import tiny_embedder
+        >>> model = tiny_embedder()
+        >>> texts = ["one question", "another one", "its answer", "another answer"]
+        >>> batch = pyqemb.PackedBatch.pack(model.tokenizer.encode_documents(texts))
+        >>> loss_fn = lambda queries_BE, documents_BE: (1 - (queries_BE * documents_BE).sum(1)).mean()
+        >>> cache = pyqemb.GradCache(model, loss_fn, tokens_per_chunk=16)
+        >>> loss = cache.step(batch.select([0, 1]), batch.select([2, 3]))  # adds to the .grad of the parameters
+
+        The same in three phases:
+
+        >>> record = cache.forward(batch)
+        >>> embeddings_SE = record.embeddings.requires_grad_()
+        >>> loss = loss_fn(embeddings_SE[:2], embeddings_SE[2:])
+        >>> cache.backward(record, torch.autograd.grad(loss, embeddings_SE)[0])
     """
 
     def __init__(
