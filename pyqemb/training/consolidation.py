@@ -66,7 +66,8 @@ def consolidate(run: str | Path, step: int | None = None, out: str | Path | None
         portable = checkpoint.folder / PORTABLE
         dtype = named_dtype(read_config(portable).extra["dtype"])
         assert dtype is not None
-        model, read = _model(checkpoint, TrainConfig(**checkpoint.state["config"]), portable)
+        settings = {name: section for name, section in checkpoint.state["config"].items() if name != "data"}
+        model, read = _model(checkpoint, TrainConfig(**settings), portable)  # data may have been rows in memory
         provenance = read_contract(portable)["provenance"]
         return model.save_parameters(lambda name: read(name).float().to(dtype), target, dtype, provenance)
 
