@@ -1,8 +1,8 @@
 """What gradient caching costs over one uncached batch: nothing kept, a third of the graphs, boundary tensors besides,
 all.
 
-A ratio is the cached step's time over the uncached one's: 1.33, 1.22, 1.15 and 1.00 in theory (docs/dev/grad_cache.md). The
-uncached step holds all graphs at once, about 14 GB.
+A ratio is the cached step's time over the uncached one's: 1.33, 1.22, 1.15 and 1.00 in theory (docs/dev/grad_cache.md).
+The uncached step holds all graphs at once, about 14 GB.
 """
 
 import torch
