@@ -128,10 +128,10 @@ def _read(name: str, entry: _Entry, instruction: str | None, task: str) -> _Data
     if task == "rerank":
         if split is not None and isinstance(source, str) and Path(source).is_file():
             raise ConfigError(f"eval: {source!r} is a file of examples, which has no split {split!r}")
-        examples = read_ranked_examples(source, split, entry.columns)
+        examples = read_ranked_examples(source, split, entry.columns, name)
         return _Dataset(name, examples, None, own, METRICS, all(e.instruction is not None for e in examples))
     if not is_folder(source):
-        source, split = load_task(source, split, entry.columns), None
+        source, split = load_task(source, split, entry.columns, name), None
     elif split is None and beir.is_beir(Path(source)):
         names = beir.splits(Path(source))
         split = choose(Path(source), names, "dev" if canonical("dev") in map(canonical, names) else None, "test")

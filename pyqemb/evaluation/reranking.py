@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pyqemb.data.columns import Columns
-from pyqemb.data.example import Example, read_examples
+from pyqemb.data.example import Example, read_located
 from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import DataError
 from pyqemb.model.protocols import PairScorer
@@ -44,15 +44,18 @@ def measure_reranker(
     return {name: np.array(each) for name, each in values.items()}
 
 
-def read_ranked_examples(source: Any, split: str | None = None, columns: Columns | None = None) -> list[Example]:
+def read_ranked_examples(
+    source: Any, split: str | None = None, columns: Columns | None = None, name: str | None = None
+) -> list[Example]:
     """The examples with negatives, of any source of `read_examples`. DataError: it cannot be read, or has none.
 
-    `split` None: of a DatasetDict or a dataset of the hub, test.
+    `split` None: of a DatasetDict or a dataset of the hub, test. `name`: of data in memory, for messages.
     """
     split = "test" if split is None and has_splits(source) else split
-    examples = [example for example in read_examples(source, split, columns=columns) if example.negatives]
+    located = read_located(source, split, columns, name=name)
+    examples = [example for _, example in located if example.negatives]
     if not examples:
-        raise DataError(f"{source_name(source)}: no example has negatives to tell the positive from")
+        raise DataError(f"{name or source_name(source)}: no example has negatives to tell the positive from")
     return examples
 
 

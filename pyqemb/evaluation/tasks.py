@@ -14,7 +14,7 @@ from typing import Any
 
 from pyqemb.data import beir
 from pyqemb.data.columns import Columns
-from pyqemb.data.example import Example, read_examples
+from pyqemb.data.example import Example, read_located
 from pyqemb.data.rows import FORMATS, format_of, is_blank, number_of, read_rows
 from pyqemb.data.tables import HUB, has_splits, is_saved, source_name
 from pyqemb.errors import DataError
@@ -56,7 +56,7 @@ class Bitext:
 Task = Retrieval | Sts | Bitext
 
 
-def load_task(source: Any, split: str | None = None, columns: Columns | None = None) -> Task:
+def load_task(source: Any, split: str | None = None, columns: Columns | None = None, name: str | None = None) -> Task:
     """Read a task. DataError names the file and line that is wrong, or what was looked for.
 
     Queries and sentences that are empty are counted in a warning.
@@ -68,12 +68,14 @@ def load_task(source: Any, split: str | None = None, columns: Columns | None = N
         split: which judgements of a retrieval folder; None: test, or the only ones there, which is said. Of a
             DatasetDict or a dataset of the hub, which of its splits; None: test.
         columns: of examples, as for `read_examples`.
+        name: of data in memory, for messages (default: the name of the type).
     """
     if isinstance(source, Retrieval | Sts | Bitext):
         return source
     if not is_folder(source):
         split = "test" if split is None and has_splits(source) else split
-        return _task_of_examples(read_examples(source, split, columns=columns), source_name(source))
+        examples = (example for _, example in read_located(source, split, columns, name=name))
+        return _task_of_examples(examples, name or source_name(source))
     folder = Path(source)
     if columns:
         raise DataError(f"{folder}: columns is for examples; an evaluation folder has columns of its own")

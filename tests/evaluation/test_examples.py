@@ -109,7 +109,7 @@ def test_several_datasets_by_name_while_training(base, tmp_path):
         ),
         ({"a": {"rows": PAIRS, "path": "b"}}, "path and rows exclude each other"),
         ({"a": "nowhere"}, "nowhere: no such folder"),
-        ({"a": [{"title": "a", "body": "b"}]}, r"list\[0\]: column 'query' is missing"),
+        ({"faq": [{"title": "a", "body": "b"}]}, r"faq\[0\]: column 'query' is missing"),
     ],
 )
 def test_what_is_refused_before_training(evaluate, message, tmp_path):
