@@ -109,7 +109,17 @@ class PackedBatch:
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":
-        """Pack lists of token ids as given: nothing is appended. No sequences give an ordinary empty batch."""
+        """Pack lists of token ids as given: nothing is appended.
+
+        Args:
+            sequences: B lists of token ids; no sequences give an empty batch.
+
+        Returns:
+            The batch, on the CPU.
+
+        Raises:
+            TypeError: not lists of integers.
+        """
         try:
             lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
             input_ids = np.array(array("q", chain.from_iterable(sequences)), dtype=np.int64)
@@ -135,7 +145,17 @@ class PackedBatch:
 
     @classmethod
     def concat(cls, batches: Sequence["PackedBatch"]) -> "PackedBatch":
-        """The sequences of all of them, in order."""
+        """Concatenate batches.
+
+        Args:
+            batches: at least one, all on one device.
+
+        Returns:
+            A batch of the sequences of all of them, in order.
+
+        Raises:
+            TypeError: not batches. ValueError: no batches, or several devices.
+        """
         for at, batch in enumerate(batches):
             if not isinstance(batch, PackedBatch):
                 raise TypeError(f"[PackedBatch.concat] batches[{at}] must be a PackedBatch, got {type(batch).__name__}")
@@ -170,9 +190,16 @@ class PackedBatch:
         return self.cu_seqlens_cpu.numpy().astype(np.int64)
 
     def split(self, max_tokens: int) -> list["PackedBatch"]:
-        """Cut into contiguous chunks of whole sequences, each of at most `max_tokens` tokens.
+        """Split into contiguous chunks of whole sequences.
 
-        A sequence longer than that gets a chunk of its own. An empty batch gives one empty chunk.
+        Args:
+            max_tokens: the maximum tokens of a chunk. A longer sequence gets a chunk of its own.
+
+        Returns:
+            The chunks, in order; one empty chunk for an empty batch.
+
+        Raises:
+            TypeError: `max_tokens` is not an integer. ValueError: it is below 1.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer):
             raise TypeError(f"[PackedBatch.split] max_tokens must be an integer, got {type(max_tokens).__name__}")
@@ -201,7 +228,17 @@ class PackedBatch:
         )
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "PackedBatch":
-        """The sequences at `indices`, in that order; an index may come more than once."""
+        """Select sequences.
+
+        Args:
+            indices: their numbers, in the order of the result; a number may come more than once.
+
+        Returns:
+            A batch of these sequences.
+
+        Raises:
+            TypeError: not integers on the CPU. IndexError: outside 0 to B - 1.
+        """
         try:
             chosen = np.asarray(indices)
         except (TypeError, ValueError) as error:
@@ -224,9 +261,11 @@ class PackedBatch:
         return PackedBatch._from_lengths(self.input_ids_T[to_device(torch.from_numpy(tokens), self.device)], lengths)
 
     def last_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the pooled tokens are: their indices, int64 [B'], and the cu_seqlens, int32 [B + 1], of these alone.
+        """Find the last token of each sequence, which is pooled.
 
-        B' counts the sequences that have a token; an empty sequence stays empty in the second tensor.
+        Returns:
+            Their indices, int64 [B'], where B' counts the sequences that have a token, and the cu_seqlens of these
+            tokens, int32 [B + 1], in which an empty sequence stays empty.
         """
         ends = self.cu_seqlens_cpu[1:].long()
         filled = ends > self.cu_seqlens_cpu[:-1]
@@ -235,7 +274,17 @@ class PackedBatch:
         return to_device(ends[filled] - 1, self.device), to_device(cu_last, self.device)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on another device; `cu_seqlens_cpu` stays."""
+        """Move to another device; `cu_seqlens_cpu` stays on the CPU.
+
+        Args:
+            device: a torch.device or its name.
+
+        Returns:
+            The batch on that device.
+
+        Raises:
+            ValueError: not a device.
+        """
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError):

@@ -101,6 +101,9 @@ class Embedder(Encoding):
             device: where the model goes (default: a GPU that can run the model, else the CPU); "meta": shapes without
                 weights, see `load_rows`.
 
+        Returns:
+            The model.
+
         Raises:
             CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
         """
@@ -142,6 +145,17 @@ class Embedder(Encoding):
         """An untrained model: normal weights of deviation `initializer_range`, norms one. The same for the same seed.
 
         torch's global random state is neither used nor changed.
+
+        Args:
+            config: sizes and constants of the decoder.
+            tokenizer: its tokenizer.
+            seed: seed of the weights.
+            attention: "causal" or "bidirectional" (default: as in `config`).
+            pooling: "last" (default) or "mean".
+            dtype: the dtype of the weights (default: float32).
+
+        Returns:
+            The model, on the CPU.
         """
         config = with_attention(config, attention)
         with torch.device("meta"):
@@ -177,17 +191,16 @@ class Embedder(Encoding):
         self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
 
     def forward(self, batch: PackedBatch, dim: int | None = None, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Return unit vectors [B, dim or E] of packed token ids, differentiable.
-
-        They are float32, or float64 for a float64 model.
-
-        An empty sequence gives a zero row.
+        """Encode packed token ids, differentiably.
 
         Args:
             batch: B sequences, on any device; the vectors are on the model's.
             dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: E).
             boundaries: an empty object is filled with what saves a second pass over this batch a third of its products;
                 a filled one is used (default: neither).
+
+        Returns:
+            Unit vectors [B, dim or E], float32, or float64 for a float64 model. An empty sequence gives a zero row.
         """
         self._check_dim(dim)
         batch = self._checked(batch)
@@ -202,7 +215,14 @@ class Embedder(Encoding):
         return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.scale), eps=norm.eps, dim=dim)
 
     def pooled(self, batch: PackedBatch) -> torch.Tensor:
-        """Vectors [B, E] before they are normalized, else as `forward` gives them."""
+        """Encode packed token ids without the final normalization.
+
+        Args:
+            batch: B sequences, on any device.
+
+        Returns:
+            Vectors [B, E], dtypes as of `forward`.
+        """
         batch = self._checked(batch)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch), batch, None, normalize=False)
@@ -213,7 +233,14 @@ class Embedder(Encoding):
         return vectors_BE
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states [T, E] after the final norm."""
+        """Compute the hidden states of packed token ids after the final norm.
+
+        Args:
+            batch: B sequences of T tokens in total, on any device.
+
+        Returns:
+            Hidden states [T, E] in the dtype of the model.
+        """
         return self.model(self._checked(batch))
 
     def save_pretrained(

@@ -158,7 +158,19 @@ class Encoding(Pooled, PackedModel):
         instruction: str | None = None,
         **options: Any,
     ) -> Encoded:
-        """`encode` for queries: with the model's prompt "query" unless a prompt or an instruction is given."""
+        """Encode queries: `encode` with the model's prompt "query" unless a prompt or an instruction is given.
+
+        Args:
+            texts: one query or a list of queries.
+            prompt_name: the name of another prompt.
+            prompt: another prompt.
+            rest: further arguments of `encode`, in its order.
+            instruction: the task sentence of the query prompt (default: that of the model).
+            options: further arguments of `encode`, by name.
+
+        Returns:
+            Vectors as of `encode`.
+        """
         if prompt_name is None and prompt is None and instruction is None and "query" in self.prompts:
             prompt_name = "query"
         return self.encode(texts, prompt_name, prompt, *rest, instruction=instruction, **options)
@@ -172,31 +184,74 @@ class Encoding(Pooled, PackedModel):
         *rest: Any,
         **options: Any,
     ) -> Encoded:
-        """`encode` for documents: with the model's prompt "document" unless another prompt is given."""
+        """Encode documents: `encode` with the model's prompt "document" unless another prompt is given.
+
+        Args:
+            texts: one document or a list of documents.
+            prompt_name: the name of another prompt.
+            prompt: another prompt.
+            rest: further arguments of `encode`, in its order.
+            options: further arguments of `encode`, by name.
+
+        Returns:
+            Vectors as of `encode`.
+        """
         if prompt_name is None and prompt is None and "document" in self.prompts:
             prompt_name = "document"
         return self.encode(texts, prompt_name, prompt, *rest, **options)
 
     def embed_query(self, text: str) -> list[float]:
-        """For LangChain: the vector of one query."""
+        """Encode one query, as LangChain calls it.
+
+        Args:
+            text: the query.
+
+        Returns:
+            Its vector, as a list.
+        """
         register_with_langchain(type(self))
         return self.encode_query(text).tolist()
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """For LangChain: the vectors of documents."""
+        """Encode documents, as LangChain calls it.
+
+        Args:
+            texts: the documents.
+
+        Returns:
+            Their vectors, as lists.
+        """
         register_with_langchain(type(self))
         return self.encode_document(texts).tolist()
 
     async def aembed_query(self, text: str) -> list[float]:
-        """`embed_query` in a thread."""
+        """Call `embed_query` in a thread.
+
+        Args:
+            text: the query.
+
+        Returns:
+            Its vector, as a list.
+        """
         return await asyncio.to_thread(self.embed_query, text)
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        """`embed_documents` in a thread."""
+        """Call `embed_documents` in a thread.
+
+        Args:
+            texts: the documents.
+
+        Returns:
+            Their vectors, as lists.
+        """
         return await asyncio.to_thread(self.embed_documents, texts)
 
     def get_embedding_dimension(self) -> int:
-        """The number of components that `encode` returns, by sentence-transformers' name."""
+        """Get the dimension of a vector, by sentence-transformers' name.
+
+        Returns:
+            The number of components that `encode` returns.
+        """
         return self._width(None, None)
 
     get_sentence_embedding_dimension = get_embedding_dimension
@@ -211,12 +266,23 @@ class Encoding(Pooled, PackedModel):
         self.tokenizer = self.tokenizer.with_max_length(value or self.config.max_position_embeddings)
 
     def get_max_seq_length(self) -> int | None:
-        """`max_seq_length`."""
+        """Get `max_seq_length`.
+
+        Returns:
+            The number of tokens to which a text is truncated.
+        """
         return self.max_seq_length
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Within this context `encode` returns the first `truncate_dim` components."""
+        """Within this context `encode` returns the first `truncate_dim` components.
+
+        Args:
+            truncate_dim: the number of components; None for all.
+
+        Yields:
+            Nothing.
+        """
         before, self.truncate_dim = self.truncate_dim, truncate_dim
         try:
             yield
@@ -240,11 +306,27 @@ class Encoding(Pooled, PackedModel):
         self._similarity_fn_name = check_similarity(name)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """[len(embeddings1), len(embeddings2)]: of each vector with each, by `similarity_fn_name`."""
+        """Compare each vector with each, by `similarity_fn_name`.
+
+        Args:
+            embeddings1: [N, E] array or tensor.
+            embeddings2: [M, E] array or tensor.
+
+        Returns:
+            Similarities [N, M].
+        """
         return similarity(self.similarity_fn_name, embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """[len(embeddings1)]: of each vector with the one in the same row, by `similarity_fn_name`."""
+        """Compare each vector with the one in the same row, by `similarity_fn_name`.
+
+        Args:
+            embeddings1: [N, E] array or tensor.
+            embeddings2: [N, E] array or tensor.
+
+        Returns:
+            Similarities [N].
+        """
         return similarity_pairwise(self.similarity_fn_name, embeddings1, embeddings2)
 
     def _windows(

@@ -20,10 +20,19 @@ class Pooled:
     """What the Embedder and the Reranker share of sentence-transformers' multi-process API."""
 
     def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> Pool:
-        """Start one worker process for each device; None: all GPUs, or four processes on the CPU.
+        """Start one worker process for each device.
 
-        Pass the result as `pool=`, and to stop_multi_process_pool at the end. The model itself moves to the CPU, where
-        the workers share its memory. A script that calls this needs `if __name__ == "__main__":`.
+        The model itself moves to the CPU, where the workers share its memory. A script that calls this needs
+        `if __name__ == "__main__":`.
+
+        Args:
+            target_devices: the devices (default: all GPUs, or four processes on the CPU).
+
+        Returns:
+            The processes. Pass them as `pool=`, and to `stop_multi_process_pool` at the end.
+
+        Raises:
+            ConfigError: there is no device.
         """
         if target_devices is None:
             gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -44,7 +53,11 @@ class Pooled:
 
     @staticmethod
     def stop_multi_process_pool(pool: Pool) -> None:
-        """End the processes of start_multi_process_pool."""
+        """End the processes of `start_multi_process_pool`.
+
+        Args:
+            pool: its result.
+        """
         for process in pool["processes"]:
             process.terminate()
         for process in pool["processes"]:

@@ -79,8 +79,20 @@ class Reranker(Scoring):
     ) -> "Reranker":
         """Load a folder of a causal language model or of a classifier with one label, or download one by its hub id.
 
-        A causal language model may be a base model; it is then untrained as a reranker. Arguments and errors are those
-        of `Embedder.from_pretrained`; the default of `max_length` is 8192 tokens.
+        A causal language model may be a base model; it is then untrained as a reranker.
+
+        Args:
+            folder: a model folder or hub id.
+            attention: "causal" or "bidirectional" (default: `is_causal` of config.json; absent: causal).
+            dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
+            max_length: pairs are truncated to this many tokens (default: 8192).
+            device: where the model goes (default: a GPU that can run the model, else the CPU).
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
         """
         path, model, tensors = open_folder(folder, "reranker", attention, cls.heads)
         tokenizer = PairTokenizer.from_folder(path, max_length)
@@ -123,11 +135,19 @@ class Reranker(Scoring):
         self._instruction = INSTRUCTION if task is None else task
 
     def forward(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Return the logits [B, 2] of yes and no after packed pairs, differentiable; float32, or float64.
-
-        The pairs are those of `tokenizer.encode_documents`.
+        """Score packed pairs, differentiably.
 
         Only the last token of each pair leaves the last layer, and of the vocabulary only two rows are multiplied.
+
+        Args:
+            batch: B pairs, as `tokenizer.encode_documents` makes them.
+            boundaries: as of `Embedder.forward`.
+
+        Returns:
+            The logits [B, 2] of yes and no, float32, or float64 for a float64 model.
+
+        Raises:
+            ValueError: a sequence is empty.
         """
         batch = self._checked(batch)
         if batch.num_sequences and not bool((batch.cu_seqlens_cpu.diff() > 0).all()):
@@ -142,12 +162,15 @@ class Reranker(Scoring):
         instruction: str | Sequence[str | None] | None = None,
         tokens_per_chunk: int | None = None,
     ) -> np.ndarray:
-        """Return the probability of yes against no for each (query, document): float32 [len(pairs)].
+        """Score pairs of query and document.
 
         Args:
             pairs: (query, document) texts.
             instruction: the task sentence of all pairs, or one for each pair (default: `default_instruction`).
             tokens_per_chunk: tokens in one forward pass (default: by the device).
+
+        Returns:
+            The probability of yes against no for each pair: float32 [len(pairs)].
 
         Raises:
             TypeError: not pairs of two texts.
@@ -165,9 +188,16 @@ class Reranker(Scoring):
         tokens_per_chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`score` before the sigmoid: how far the logit of yes lies above that of no.
+        """Compute `score` before the sigmoid: the logit of yes minus that of no.
 
-        `on_progress` takes the number of new margins.
+        Args:
+            pairs: (query, document) texts.
+            instruction: the task sentence of all pairs, or one for each pair (default: `default_instruction`).
+            tokens_per_chunk: tokens in one forward pass (default: by the device).
+            on_progress: called with the number of new margins (default: not called).
+
+        Returns:
+            float32 [len(pairs)].
         """
         bodies = self.format(pairs, instruction)
         margins = np.empty(len(bodies), dtype=np.float32)
@@ -181,7 +211,17 @@ class Reranker(Scoring):
     def rerank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, instruction: str | None = None
     ) -> list[tuple[int, float]]:
-        """(index, score) of the documents, best first, `top_k` of them. Equal scores keep their order."""
+        """Sort documents by their score for a query.
+
+        Args:
+            query: the query.
+            documents: the documents.
+            top_k: how many are returned (default: all).
+            instruction: the task sentence (default: `default_instruction`).
+
+        Returns:
+            (index, score) of the documents, best first; equal scores keep their order.
+        """
         scores = self.score([(query, document) for document in documents], instruction)
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [(int(i), float(scores[i])) for i in order]
@@ -189,7 +229,19 @@ class Reranker(Scoring):
     def format(
         self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None
     ) -> list[str]:
-        """The bodies that `tokenizer.encode_documents` takes."""
+        """Format pairs for `tokenizer.encode_documents`.
+
+        Args:
+            pairs: (query, document) texts.
+            instruction: the task sentence of all pairs, or one for each pair (default: `default_instruction`).
+
+        Returns:
+            A text for each pair.
+
+        Raises:
+            TypeError: not pairs of two texts.
+            ValueError: another number of instructions than pairs.
+        """
         if instruction is None or isinstance(instruction, str):
             instructions: Sequence[str | None] = [instruction] * len(pairs)
         else:

@@ -60,6 +60,9 @@ class Scoring(Pooled, PackedModel):
             pool: the processes of `start_multi_process_pool`, which score the pairs (default: this process).
             chunk_size: how many pairs a process of the pool gets at a time.
 
+        Returns:
+            A float32 numpy array [len(pairs)] unless an argument says otherwise; one score for a single pair.
+
         Raises:
             TypeError: not pairs of two texts. ConfigError (a ValueError): a value that an argument cannot take.
         """
@@ -105,9 +108,24 @@ class Scoring(Pooled, PackedModel):
         pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """{"corpus_id", "score"} of the documents, best first, `top_k` of them; `return_documents` adds their "text".
+        """Sort documents by their score for a query, with the arguments of CrossEncoder.rank, in its order.
 
-        The arguments are those of CrossEncoder.rank, in its order; see `predict`.
+        Args:
+            query: the query.
+            documents: the documents.
+            top_k: how many are returned (default: all).
+            return_documents: add the "text" of each document.
+            prompt_name: as of `predict`, like all arguments below.
+            prompt: the instruction (default: `default_instruction`).
+            batch_size: checked and otherwise unused.
+            show_progress_bar: True shows a bar on stderr.
+            activation_fn: applied to the difference of the logits of yes and no (default: the sigmoid).
+            device: move the model there first. A list of devices scores in one process for each.
+            pool: the processes of `start_multi_process_pool` (default: this process).
+            chunk_size: how many pairs a process of the pool gets at a time.
+
+        Returns:
+            {"corpus_id", "score"} for each document, best first.
         """
         scores = self.predict(
             [(query, document) for document in documents], prompt_name, prompt, batch_size, show_progress_bar,

@@ -20,6 +20,17 @@ PUBLIC = {
     for name in module.__all__
     if name != "__version__"
 }
+# Methods that the jobs of this package call on each other, not their users.
+INTERNAL = {
+    "encode_windows", "encoding_on", "from_portable", "in_processes", "load_rows", "save_parameters", "write_portable",
+}  # fmt: skip
+METHODS = {
+    f"{name}.{method}": member
+    for name, item in PUBLIC.items()
+    if inspect.isclass(item)
+    for method, member in inspect.getmembers(item, inspect.isroutine)
+    if not method.startswith("_") and method not in INTERNAL and (member.__module__ or "").startswith("pyqemb.")
+}
 SECTIONS = "Args", "Returns", "Raises", "Yields", "Attributes", "Example", "Source"
 
 
@@ -51,9 +62,9 @@ def raises(function):
     return any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
 def test_arguments_results_and_errors_are_documented(name):
-    item = PUBLIC[name]
+    item = {**PUBLIC, **METHODS}[name]
     assert not missing(item, inspect.isclass(item)), name
 
 

@@ -150,7 +150,13 @@ class GradCache:
     def step(self, queries: PackedBatch, documents: PackedBatch, scale: float = 1.0) -> torch.Tensor:
         """Add `scale` times the gradients of the loss over the whole batch to the .grad of the parameters.
 
-        Returns the loss, detached and not scaled. A loss that is not finite adds no gradient.
+        Args:
+            queries: the queries of the batch.
+            documents: its documents.
+            scale: a factor of the gradients (default 1).
+
+        Returns:
+            The loss, a scalar, detached and not scaled. A loss that is not finite adds no gradient.
 
         Raises:
             ValueError: no queries or no documents.
@@ -159,7 +165,19 @@ class GradCache:
         return self.step_stream(joined, self._pair_loss(queries), scale)
 
     def step_stream(self, stream: PackedBatch, loss_of: LossOf, scale: float = 1.0) -> torch.Tensor:
-        """`step` for one stream of texts: `loss_of` takes their vectors [S, E]. The stream may be empty."""
+        """Run `step` for one stream of texts.
+
+        Args:
+            stream: S texts, maybe none.
+            loss_of: vectors [S, E] -> scalar, differentiable.
+            scale: a factor of the gradients (default 1).
+
+        Returns:
+            The loss, a scalar, detached and not scaled.
+
+        Raises:
+            TypeError: `loss_of` is not callable.
+        """
         if not callable(loss_of):
             raise TypeError(f"[GradCache] loss_of must be callable, got {type(loss_of).__name__}")
         scale = checks.finite("GradCache", "scale", scale)
@@ -182,9 +200,13 @@ class GradCache:
         return loss_of(embeddings_SE)
 
     def forward(self, stream: PackedBatch) -> ForwardRecord:
-        """First phase: embed every text of the stream, which may be empty.
+        """First phase: embed every text of the stream. End the step with `backward` or `discard`.
 
-        End the step with `backward` or `discard`.
+        Args:
+            stream: S texts, maybe none.
+
+        Returns:
+            The embeddings [S, E], detached, and what the last phase needs.
         """
         _check_batch("stream", stream)
         peak = None
@@ -196,9 +218,14 @@ class GradCache:
         return record
 
     def backward(self, record: ForwardRecord, gradient_SE: torch.Tensor) -> None:
-        """Last phase: add the gradients of the parameters, given that of the loss at `record.embeddings`.
+        """Last phase: add the gradients of the parameters to their .grad.
+
+        Args:
+            record: the result of `forward`.
+            gradient_SE: [S, E], the gradient of the loss at `record.embeddings`.
 
         Raises:
+            TypeError: not a ForwardRecord and a tensor.
             ValueError: the gradient has another shape than the embeddings.
         """
         if not isinstance(record, ForwardRecord):
@@ -214,19 +241,37 @@ class GradCache:
         self._finish(record)
 
     def discard(self, record: ForwardRecord) -> None:
-        """End a step without gradients, for example because the loss is not finite; frees what the record holds."""
+        """End a step without gradients, for example because the loss is not finite, and free its memory.
+
+        Args:
+            record: the result of `forward`.
+        """
         record.encoded.graphs.clear()
         record.encoded.boundaries.clear()
         self.ranks.end()
         self._finish(record)
 
     def planned(self, stream: PackedBatch) -> Plan:
-        """The plan of a step over a stream of distinct texts, with its predicted peak; costs a probe the first time."""
+        """Plan a step; the first call runs a probe.
+
+        Args:
+            stream: distinct texts.
+
+        Returns:
+            The plan, with its predicted peak memory.
+        """
         _check_batch("stream", stream)
         return self._planner.predicted(self._planner.plan(stream), stream)
 
     def preview(self, stream: PackedBatch) -> str:
-        """`planned`, in a line."""
+        """Describe the plan of a step.
+
+        Args:
+            stream: distinct texts.
+
+        Returns:
+            A line.
+        """
         plan = self.planned(stream)
         return plan.line(len(chunk_tokens(stream.lengths, plan.tokens_per_chunk)))
 
