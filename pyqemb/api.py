@@ -10,10 +10,11 @@ from pyqemb.training import TrainConfig, TrainResult, load_config
 
 @wraps(training.train)
 def train(config: Any, *, evaluate: Any = None, **options: Any) -> TrainResult:
-    """`training.train`, whose `evaluate` may be datasets by name."""
-    if isinstance(evaluate, Mapping):
+    """`training.train`, which measures the datasets of the `eval` section, or those that `evaluate` names."""
+    config = config if isinstance(config, TrainConfig) else load_config(config)
+    measured = config.eval.data is not None or config.eval.datasets
+    if isinstance(evaluate, Mapping) or (evaluate is None and measured):
         from pyqemb.evaluation import DevSets  # a run without evaluation does not need it
 
-        config = config if isinstance(config, TrainConfig) else load_config(config)
         evaluate = DevSets(config.eval, config.task, evaluate)
     return training.train(config, evaluate=evaluate, **options)

@@ -87,7 +87,7 @@ def train(
             and calls it: the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them
             with the same texts on every rank. The numbers of the first rank count. pyqemb.train also takes datasets,
             {name: dataset}: folders, files, tables in memory or what else pyqemb.evaluate measures; their metrics are
-            called NAME/METRIC.
+            called NAME/METRIC. (Default: pyqemb.train measures the datasets of the `eval` section.)
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.

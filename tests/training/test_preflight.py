@@ -477,6 +477,11 @@ def test_sizes_have_units_that_show_them(count, text):
 
 def test_python_is_told_that_nothing_evaluates(place, caplog):
     with caplog.at_level(logging.WARNING, "pyqemb"):
-        pyqemb.train(config(place, eval={"data": str(place / "dev")}))
+        pyqemb.training.train(config(place, eval={"data": str(place / "dev")}))
     assert "eval.data: nothing is evaluated" in caplog.text
     assert "DevSets" in caplog.text
+
+
+def test_the_eval_section_is_measured(place):
+    result = pyqemb.train(config(place, eval={"data": str(place / "dev")}))
+    assert result.best is not None
