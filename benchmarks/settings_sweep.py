@@ -9,9 +9,11 @@ its English paragraph; the evaluation asks held-out pages.
 """
 
 import argparse
+import io
 import json
 import math
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -34,6 +36,7 @@ PLOTS = ROOT / "docs" / "assets" / "plots"
 LANGUAGES = "de", "fr"
 QUERIES = 300  # of each language
 CURVES = "loss", "positive", "negative", "masked", "grad_norm"
+BESIDE = {"false negatives": "without false negatives", "wrong positives, temperature 0.002": "wrong positives"}
 BASE = {
     "steps": 100, "global_batch_size": 128, "num_negatives": 0, "learning_rate": 5e-3, "schedule": "linear",
     "betas": (0.9, 0.95), "tokens_per_chunk": 32768, "log_every": 1000,
@@ -58,6 +61,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("log", "learning rate : 100", train={"learning_rate": 5e-5})
     yield Variant("log", "temperature 0.002", loss={"temperature": 0.002})
     yield Variant("log", "false negatives", train={"num_negatives": 1}, data="false negatives")
+    yield Variant("log", "without false negatives", data="false negatives")
     yield Variant("log", "wrong positives", data="wrong positives")
     yield Variant("log", "few distinct pairs", data="few distinct pairs")
     yield Variant("log", "wrong positives, temperature 0.002", loss={"temperature": 0.002}, data="wrong positives")
@@ -119,8 +123,8 @@ class Lab:
         return path
 
     def _changed(self, kind: str, pairs: list[Example]) -> list[Example]:
-        if kind == "false negatives":  # each hard negative says the same as the positive
-            return [replace(pair, negatives=(f"{pair.positive} {pair.positive}",)) for pair in pairs]
+        if kind == "false negatives":  # one half of the document is the positive, the other one the hard negative
+            return [replace(pair, positive=one, negatives=(other,)) for pair in pairs for one, other in halves_of(pair)]
         if kind == "wrong positives":  # of 30 % of the pairs
             wrong = len(pairs) * 3 // 10
             return [
@@ -172,6 +176,13 @@ class Lab:
             file.write(json.dumps(found) + "\n")
 
 
+def halves_of(pair: Example) -> list[tuple[str, str]]:
+    """The two halves of a document, in an order that depends on its text; none where it is short."""
+    words = pair.positive.split()
+    halves = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
+    return [tuple(random.Random(pair.positive).sample(halves, 2))] if len(words) > 7 else []
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs that were made."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -198,46 +209,46 @@ def table(runs: Sequence[dict[str, Any]], experiment: str) -> Iterator[str]:
 
 
 def draw(runs: Sequence[dict[str, Any]], folder: Path) -> None:
-    """A picture for each run of the experiment `log`: the healthy run in grey beside it."""
+    """A picture for each run of the experiment `log`: the healthy run, or the one of BESIDE, in grey beside it."""
     log = {run["name"]: run for run in reversed(runs) if run["experiment"] == "log"}
-    healthy = log["healthy"]
     folder.mkdir(parents=True, exist_ok=True)
     for name, run in log.items():
-        picture = figure([run] if run is healthy else [healthy, run])
-        (folder / f"log-{name.replace(' ', '-').replace(':', 'by')}.svg").write_text(picture, encoding="utf-8")
+        if name in BESIDE.values() and name != "wrong positives" or name == "temperature 0.002":
+            continue  # of the tables
+        beside = log[BESIDE.get(name, "healthy")]
+        file = re.sub(r"\W+", "-", name)
+        picture = figure([run] if run is beside else [beside, run])
+        (folder / f"log-{file}.svg").write_text(picture, encoding="utf-8")
 
 
 def figure(runs: Sequence[dict[str, Any]]) -> str:
     """Three panels as SVG: loss, similarities, nDCG@10."""
-    import io
-
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyqemb", "font.size": 11}):
-        whole = Figure(figsize=(9.5, 3.1), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyqemb", "font.size": 16}):
+        whole = Figure(figsize=(10, 3.3), dpi=72, layout="constrained")
         panels = whole.subplots(1, 3)
-        for run, color in zip(runs, ("#546e7a", "#c62828") if len(runs) == 2 else ("#3f51b5",), strict=True):
+        for run, color in zip(runs, ("#90a4ae", "#3f51b5")[-len(runs) :], strict=True):
             steps = range(1, len(run["curves"]["loss"]) + 1)
-            values = {
-                n: [math.nan if v is None else v for v in run["curves"][n]] for n in ("loss", "positive", "negative")
-            }
-            panels[0].plot(steps, values["loss"], color=color, linewidth=1.4, label=run["name"])
-            panels[1].plot(steps, values["positive"], color=color, linewidth=1.4)
-            panels[1].plot(steps, values["negative"], color=color, linewidth=1.4, linestyle="--")
-            panels[2].plot(*zip(*run["evaluations"], strict=True), color=color, linewidth=1.4, marker=".")
-        for panel, title in zip(panels, ("loss", "positive (full), negative (dashed)", "nDCG@10"), strict=True):
-            panel.set_title(title, fontsize=11)
+            for panel, name, style in ((0, "loss", "-"), (1, "positive", "-"), (1, "negative", "--")):
+                values = [math.nan if value is None else value for value in run["curves"][name]]
+                panels[panel].plot(steps, values, style, color=color, linewidth=2)
+            panels[2].plot(*zip(*run["evaluations"], strict=True), color=color, linewidth=2)
+        titles = "loss", "positive, negative - -", "nDCG@10"
+        for panel, title, top in zip(panels, titles, (None, 1.03, 0.8), strict=True):
+            panel.set_title(title, fontsize=16)
             panel.set_xlabel("step")
+            panel.set_ylim(0 if top is None else -0.02, top)
+            panel.xaxis.set_major_locator(MaxNLocator(2))
+            panel.yaxis.set_major_locator(MaxNLocator(4))
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylim(bottom=0)
-        panels[1].set_ylim(-0.1, 1.05)
-        panels[2].set_ylim(0, 1)
-        if len(runs) == 2:
-            panels[0].legend(frameon=False, fontsize=10)
         text = io.StringIO()
         whole.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue().replace("DejaVu Sans", "system-ui, sans-serif")
+    svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", text.getvalue())
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return svg[svg.index("<svg") :]
 
 
