@@ -37,6 +37,7 @@ LANGUAGES = "de", "fr"
 QUERIES = 300  # of each language
 CURVES = "loss", "positive", "negative", "masked", "grad_norm"
 BESIDE = {"false negatives": "without false negatives", "wrong positives, temperature 0.002": "wrong positives"}
+NOT_DRAWN = "without false negatives", "temperature 0.002"
 BASE = {
     "steps": 100, "global_batch_size": 128, "num_negatives": 0, "learning_rate": 5e-3, "schedule": "linear",
     "betas": (0.9, 0.95), "tokens_per_chunk": 32768, "log_every": 1000,
@@ -213,8 +214,8 @@ def draw(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     log = {run["name"]: run for run in reversed(runs) if run["experiment"] == "log"}
     folder.mkdir(parents=True, exist_ok=True)
     for name, run in log.items():
-        if name in BESIDE.values() and name != "wrong positives" or name == "temperature 0.002":
-            continue  # of the tables
+        if name in NOT_DRAWN:
+            continue
         beside = log[BESIDE.get(name, "healthy")]
         file = re.sub(r"\W+", "-", name)
         picture = figure([run] if run is beside else [beside, run])
