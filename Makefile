@@ -50,7 +50,7 @@ demo: build
 	$(BIN)/pyqemb demo
 
 test: test-cpp
-	$(BIN)/python -m pytest tests -m "not deep" --durations=10
+	$(BIN)/python -m pytest tests -m "not deep" -n 2 --dist loadfile --durations=10
 
 # What `make test` leaves out as well.
 test-deep: test-cpp

@@ -64,13 +64,13 @@ _SETTINGS: dict[str, Rule | None] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """scale = alpha / rank, or alpha / sqrt(rank) where `rank_stabilised`. ConfigError: what is out of range."""
+    """scale = alpha / rank, or alpha / sqrt(rank) where `rank_stabilized`. ConfigError: what is out of range."""
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -84,7 +84,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """The factor of the adapter's product."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:

@@ -185,7 +185,7 @@ class LoraSection(Section):
         json_schema_extra={"items": {"enum": [*TARGETS]}},
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapters.", examples=[0.05])
-    rank_stabilised: bool = Field(
+    rank_stabilized: bool = Field(
         False,
         description="Multiply the adapters' output by `alpha / sqrt(rank)` instead (rsLoRA).",
         examples=[True],

@@ -66,10 +66,10 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(base):
         assert (parameter.grad is not None) == parameter.requires_grad == (".lora." in name), name
 
 
-@pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_peft_loads_what_we_write(base, tmp_path, rank_stabilised):
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_peft_loads_what_we_write(base, tmp_path, rank_stabilized):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    embedder = with_adapter(base, rank_stabilised=rank_stabilised)
+    embedder = with_adapter(base, rank_stabilized=rank_stabilized)
     folder = save_adapter(embedder.model, tmp_path / "adapter", str(base))
     model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), folder).eval()
     assert abs(their_vectors(model, embedder) - embedder.encode(TEXTS)).max() < 1e-5

@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
 }
 
 // A block for each row and anchor: adds the splits in order, what the row owns, and the positive. The queries' sum goes
-// to d_queries, the positives' to doc_grad.
+// to d_queries, the positives' to doc_grad. Twelve blocks on a multiprocessor, 40 registers: it waits for memory alone.
 template <class T>
-__global__ void finish_row_gradients(const Panel<T> a) {
-    const int64_t row = blockIdx.x % a.count, dim = a.p.dim;
-    const int side = static_cast<int>(blockIdx.x / a.count);
+__global__ void __launch_bounds__(128, 12) finish_row_gradients(const Panel<T> a) {
+    const int side = blockIdx.x < a.count ? 0 : 1;
+    const int64_t row = blockIdx.x - side * a.count, dim = a.p.dim;
     const int64_t query = a.query(row);
     const T* const positive = a.documents.data + a.p.positive[query] * dim;
     const T* const anchor = side == 0 ? a.anchors[0].data + row * dim : positive;
@@ -83,14 +83,16 @@ __global__ void finish_row_gradients(const Panel<T> a) {
             float total = side == 0 ? positive_weight * to_float(positive[d]) : 0.0f;
             for (int64_t part = 0; part < a.num_parts; ++part) {
                 const Kind kind = a.parts[part];
-                if ((kind == kDocDoc) != (side == 1)) continue;
+                if (side_of(kind) != side) continue;
                 float sum = 0;
-                for (int64_t split = part * a.splits; split < (part + 1) * a.splits; ++split)
-                    sum += a.partial[(split * a.rows + row) * dim + d];
+                for (int64_t split = 0; split < a.splits; ++split)
+                    sum += a.partial[((part * a.splits + split) * a.rows + row) * dim + d];
                 total += a.row_weight[a.softmax_of(kind) * a.rows + row] * sum;
             }
-            for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
-                total += a.own_of(layer, e).weight[side] * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
+            if (a.owns)
+                for (int64_t e = a.own_begin(row); e < a.own_end(row); ++e)
+                    total +=
+                        a.own_of(layer, e).weight[side] * to_float(a.documents.data[a.p.own_documents[e] * dim + d]);
             if (a.prefixes) total -= radial_grad * to_float(anchor[d]);
             if (side == 0)
                 d_query[d] += total;

@@ -3,6 +3,7 @@
 Source: torch.distributed.fsdp.fully_shard; the schedule and its figures are in docs/dev/sharding.md.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class Sharding(StepRanks):
         self, model: PackedModel, mesh: DeviceMesh, dtype: torch.dtype, world: World, reshard: Reshard = "auto"
     ):
         _require("reset_iter_state", "set_reduce_scatter_unused_params")
+        # Blocks return views, which nothing changes in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.model, self.dtype, self.world, self.reshard = model, dtype, world, reshard
         self.group, self.replicas = mesh["shard"].get_group(), mesh["replicate"].get_group()
         if mesh.device_type == "cpu":
