@@ -371,9 +371,7 @@ class TrainSection(Section):
         examples=["ring"],
     )
     log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.", examples=[10])
-    tensorboard: bool = Field(
-        False, description="Write TensorBoard logs. This needs pyqemb[tensorboard].", examples=[True]
-    )
+    tensorboard: bool = Field(False, description='Same as log.to = ["tensorboard"].', examples=[True])
 
     @field_validator("betas")
     @classmethod
@@ -538,6 +536,23 @@ class SaveSection(Section):
     )
 
 
+class LogSection(Section):
+    """Loggers of the run, beside metrics.jsonl."""
+
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (),
+        description="Loggers of metrics: `tensorboard`, `wandb` (Weights & Biases), `mlflow`, `trackio`. Each needs "
+        "the extra of its name, for example pyqemb[wandb].",
+        examples=[["tensorboard", "wandb"]],
+    )
+    project: str = Field(
+        "pyqemb",
+        min_length=1,
+        description="Project of W&B and trackio, experiment of MLflow. The run has the name of its folder save.dir.",
+        examples=["pyqemb"],
+    )
+
+
 # Settings that a task does not have.
 _NOT_OF = {
     "embedding": (),
@@ -592,6 +607,7 @@ class TrainConfig(Section):
     parallel: ParallelSection = Field(default_factory=lambda: ParallelSection())
     eval: EvalSection = Field(default_factory=lambda: EvalSection())
     save: SaveSection = Field(default_factory=lambda: SaveSection())
+    log: LogSection = Field(default_factory=lambda: LogSection())
 
     def __init__(self, **values: Any):
         try:
@@ -630,6 +646,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelSection,
     "eval": EvalSection,
     "save": SaveSection,
+    "log": LogSection,
 }
 
 

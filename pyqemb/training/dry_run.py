@@ -17,6 +17,7 @@ from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.training import preflight, rank_plan
+from pyqemb.training.callbacks import make_loggers
 from pyqemb.training.config import ParallelSection, TrainConfig, with_data
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
 from pyqemb.training.evaluations import Evaluate
@@ -51,6 +52,7 @@ def plan(
     """
     config = with_data(config)
     preflight.check_evaluation(config, evaluate)
+    make_loggers(config)
     find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
     model = load_model(config, None if ranks is None else "meta")
     device = model.device if ranks is None else _device_of_ranks(config, model)

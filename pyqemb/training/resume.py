@@ -15,6 +15,7 @@ _FREE = {
     "parallel",
     "eval",
     "save",
+    "log",
     "train.log_every",
     "train.tensorboard",
     "train.max_bad_steps",

@@ -17,7 +17,7 @@ from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
 from pyqemb.training import preflight
 from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
-from pyqemb.training.callbacks import Callback, MetricsFile, ProgressDisplay, StepFunction, TensorBoard, Throughput
+from pyqemb.training.callbacks import Callback, MetricsFile, ProgressDisplay, StepFunction, Throughput, make_loggers
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import TrainConfig, load_config, with_data
 from pyqemb.training.datasets import mixture, read_datasets
@@ -158,6 +158,8 @@ class Run:
         check_same_settings(world, config, resume, evaluate)
         _, shards = config.parallel.mesh(world.size)
         preflight.check_evaluation(config, evaluate)
+        with together(world):
+            loggers = make_loggers(config) if world.is_first else []
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
         check_same_model(world, config.model.base)
         self.model, self.sharding = load_sharded_model(config, device, world)
@@ -176,8 +178,7 @@ class Run:
         self.cache = build_cache(config, self.model, self.optimizer, self.sharding)
         self.evaluations = Evaluations(config.eval, evaluate)
         self.metrics_file = MetricsFile()
-        board = [TensorBoard()] if config.train.tensorboard and world.is_first else []
-        self.callbacks: list[Callback] = [self.metrics_file, *board, ProgressDisplay(), *callbacks]
+        self.callbacks: list[Callback] = [self.metrics_file, *loggers, ProgressDisplay(), *callbacks]
         self.throughput = Throughput()
         self.metrics: list[Row] = []
         self.step, self.bad_steps, self.saved_step = 0, 0, 0

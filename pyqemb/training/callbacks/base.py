@@ -27,9 +27,9 @@ class TrainInfo:
 class Callback:
     """Hooks that `pyqemb.train(config, callbacks=[...])` calls. Override those that you need.
 
-    Only the first rank calls them, in the order of the list, after the run's own: metrics.jsonl, TensorBoard, the
-    progress display. When a hook raises an exception, a checkpoint is saved, then the exception goes on to the caller
-    of `train`; the other ranks raise a RankError.
+    Only the first rank calls them, in the order of the list, after the run's own: metrics.jsonl, the loggers of
+    `log.to`, the progress display. When a hook raises an exception, a checkpoint is saved, then the exception goes on
+    to the caller of `train`; the other ranks raise a RankError.
 
     Example:
         >>> class Best(Callback):
