@@ -1,8 +1,10 @@
 """`pyqemb train run.toml`: check the configuration, show the plan, train, measure on the dev set, save."""
 
 import argparse
+import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pyqemb.training import TrainConfig
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
     )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings")
+    shown.add_argument("--json", action="store_true", help="print the rows of metrics.jsonl in place of the progress")
     parser.add_argument(
         "--world", type=int, metavar="N",
         help="with --dry-run: plan the run for N ranks, which need not be there; the weights are not read",
@@ -81,8 +86,15 @@ def _run(args: argparse.Namespace, rank: int) -> int:
     if args.dry_run:
         _print_plan(config, evaluate, args.resume, ranks)
         return 0
-    result = train(config, evaluate=evaluate, resume=args.resume)
+    if args.quiet:
+        logging.getLogger("pyqemb").setLevel(logging.WARNING)
+    progress: Literal["auto", "json", "off"] = "off" if args.quiet else "json" if args.json else "auto"
+    result = train(config, evaluate=evaluate, resume=args.resume, progress=progress)
     if rank:
+        return 0
+    if args.json:
+        best = None if result.best is None else str(result.best)
+        print(json.dumps({"steps": result.steps, "folder": str(result.folder), "best": best}))
         return 0
     print(f"trained {result.steps} steps; the model is in {result.folder}")
     if result.best is not None:
@@ -116,8 +128,6 @@ def _ranks(args: argparse.Namespace) -> "Ranks | None":
 
 
 def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None, ranks: "Ranks | None") -> None:
-    import json
-
     from pyqemb.training.dry_run import plan
 
     lines = list(plan(config, evaluate, resume, ranks))  # what is wrong shows before the configuration scrolls by

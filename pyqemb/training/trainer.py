@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
 from pyqemb.training import preflight
 from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
-from pyqemb.training.callbacks import Callback, MetricsFile, ProgressDisplay, StepFunction, Throughput, make_loggers
+from pyqemb.training.callbacks import Callback, MetricsFile, StepFunction, Throughput, make_loggers, progress_callbacks
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import TrainConfig, load_config, with_data
 from pyqemb.training.datasets import mixture, read_datasets
@@ -70,6 +70,7 @@ def train(
     on_step: OnStep | None = None,
     callbacks: Sequence[Callback] = (),
     resume: str | Path | None = None,
+    progress: Literal["auto", "json", "off"] = "auto",
 ) -> TrainResult:
     """Train a model and write it to `save.dir`/final.
 
@@ -92,6 +93,8 @@ def train(
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
             A folder with checkpoints or models of a run that would not be continued is refused.
+        progress: "auto" shows a bar and evaluations on standard error if it is a terminal, otherwise a line for each
+            logged step; "json" prints the rows of metrics.jsonl on standard output; "off" shows nothing.
 
     Returns:
         The model folders of the last step and of the best evaluation, and the metrics.
@@ -130,7 +133,7 @@ def train(
             preflight.check_place(folder)
             if world.is_first:
                 held.enter_context(locked(folder, "training run"))
-        return Run(config, resume, world, device, stop, evaluate, hooks).train()
+        return Run(config, resume, world, device, stop, evaluate, hooks, progress).train()
 
 
 class StepResult(NamedTuple):
@@ -152,12 +155,14 @@ class Run:
         stop: StopRequest,
         evaluate: Evaluate | None = None,
         callbacks: Sequence[Callback] = (),
+        progress: str = "auto",
     ):
         self.config, self.folder, self.world, self.stop = config, Path(config.save.dir), world, stop
         self.checkpoints = self.folder / "checkpoints"
         check_same_settings(world, config, resume, evaluate)
         _, shards = config.parallel.mesh(world.size)
         preflight.check_evaluation(config, evaluate)
+        shown = progress_callbacks(progress)
         with together(world):
             loggers = make_loggers(config) if world.is_first else []
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
@@ -178,7 +183,7 @@ class Run:
         self.cache = build_cache(config, self.model, self.optimizer, self.sharding)
         self.evaluations = Evaluations(config.eval, evaluate)
         self.metrics_file = MetricsFile()
-        self.callbacks: list[Callback] = [self.metrics_file, *loggers, ProgressDisplay(), *callbacks]
+        self.callbacks: list[Callback] = [self.metrics_file, *loggers, *shown, *callbacks]
         self.throughput = Throughput()
         self.metrics: list[Row] = []
         self.step, self.bad_steps, self.saved_step = 0, 0, 0
@@ -198,8 +203,9 @@ class Run:
         result: TrainResult | None = None
         begun: list[Callback] = []
         try:
+            info = TrainInfo(self.config, self.folder, self.steps, self.step, str(self.model.device))
             for callback in self.callbacks if self.world.is_first else []:
-                callback.on_train_begin(TrainInfo(self.config, self.folder, self.steps, self.step))
+                callback.on_train_begin(info)
                 begun.append(callback)
             self.loop()
             best = self.folder / "best" if self.evaluations.best is not None else None

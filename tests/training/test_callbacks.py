@@ -1,15 +1,20 @@
 """Callbacks: the order of their calls, what an exception in one costs, and which rank calls them."""
 
+import fcntl
+import io
 import json
 import logging
 import os
+import re
 import signal
+import struct
+import termios
 
 import pytest
 
 import pyqemb
 from pyqemb.cli import main
-from pyqemb.errors import Interrupted
+from pyqemb.errors import ConfigError, Interrupted
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import Callback, stage1
 from pyqemb.training.callbacks import ProgressDisplay, TrainInfo
@@ -141,47 +146,81 @@ def test_an_exception_before_the_first_step_ends_those_that_began(place):
     assert calls == [("a", "begin", 0), ("b", "begin", 0), ("a", "end", None)]
 
 
-class Terminal:
-    """A stream that is a terminal."""
-
-    encoding = "utf-8"
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-        return len(text)
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return True
+ROW = {
+    "step": 1, "loss": 12.5, "positive": 0.5, "negative": 0.25, "masked": 0.01, "grad_norm": 1.0, "learning_rate": 1e-3,
+    "tokens": 9, "tokens_per_second": 123456,
+}  # fmt: skip
 
 
-def test_a_skipped_step_is_shown_on_a_terminal(place):
-    """As its row, between the live lines, which need a loss."""
-    terminal = Terminal()
-    display = ProgressDisplay(terminal)
-    display.on_train_begin(TrainInfo(config(place), place, steps=2))
-    row = {
-        "step": 1,
-        "loss": 2.5,
-        "positive": 0.5,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": 9,
-        "tokens_per_second": 9,
-    }
-    display.on_step_end(row)
-    assert "step 1/2  loss 2.500  pos 0.50 " in display.line(row)
-    assert "masked" not in display.line(row)
+def show_a_run(place, stream):
+    display = ProgressDisplay(stream)
+    display.on_train_begin(TrainInfo(config(place, eval={"every": 2}), place, steps=20_000))
+    display.on_step_end(ROW)
     display.on_step_end({"step": 2, "loss": None, "skipped": True, "rows": [3], "tokens": 9})
-    display.on_evaluate({"step": 2, "eval": {"score": 0.25}})
+    display.on_evaluate({"step": 2, "eval": {"ndcg@10": 0.250000001, "de/recall@100": 0.5}})
+    display.on_step_end(ROW | {"step": 3})
+    display.on_evaluate({"step": 3, "eval": {"ndcg@10": 0.3, "de/recall@100": None}})
+    display.on_step_end(ROW | {"step": 12_345})
     display.on_train_end(None)
-    assert '"skipped": true' in terminal.text
-    assert '"score": 0.25' in terminal.text
+
+
+def test_a_run_on_a_terminal_of_80_columns(place):
+    """On a pseudo-terminal: a header, a bar of one line, tables of evaluations."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        assert stream.isatty()
+        show_a_run(place, stream)
+        os.set_blocking(ours, False)
+        text = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text))
+    assert lines[:4] == [f"model   {place / 'base'}", "task    embedding", "device  cpu", f"folder  {place}"]
+    assert max(map(len, lines[4:])) <= 80
+    assert "plan    20,000 steps of 8 examples, evaluated every 2, saved every 2" in lines
+    (last,) = {line for line in lines if line.startswith("12345/20000")}
+    assert re.fullmatch(r"12345/20000 \S{4,} +loss 12.500  pos 0.50  neg 0.25  123,456 tok/s  ETA \S+ *", last)
+    assert "step 2/20000  skipped: its loss or gradient is not finite" in lines
+    cells = [re.findall(r"[^\s\u2502]+", line) for line in lines]
+    assert ["ndcg@10", "0.2500"] in cells
+    assert ["ndcg@10", "0.3000", "+0.0500"] in cells
+    assert ["de/recall@100", "not", "finite"] in cells
+
+
+def test_a_redirected_run_is_a_line_for_each_row(place):
+    stream = io.StringIO()
+    show_a_run(place, stream)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["model", "task", "device", "folder", "plan"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step ", line) for line in lines[5:])
+    first, skipped, evaluation, *_ = (line.split(maxsplit=2)[2] for line in lines[5:])
+    assert re.fullmatch(
+        r"step 1/20000  loss 12.500  pos 0.50  neg 0.25  masked 1.0%  grad 1.00  lr 1.0e-03  123,456 tok/s  "
+        r"ETA \S+  mem [\d,]+ MB", first,
+    )  # fmt: skip
+    assert skipped == "step 2/20000  skipped: its loss or gradient is not finite"
+    assert evaluation == "step 2/20000  evaluation  ndcg@10 0.2500  de/recall@100 0.5000"
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_options_of_the_command_line(place, capsys, option):
+    path = place / "run.json"
+    path.write_text(config(place).model_dump_json())
+    assert main(["train", str(path), option]) == 0
+    output = capsys.readouterr()
+    final = place / "run" / "final"
+    if option == "--quiet":
+        assert (output.out, output.err) == (f"trained 4 steps; the model is in {final}\n", "")
+        return
+    *rows, last = map(json.loads, output.out.splitlines())
+    assert rows == [json.loads(line) for line in (place / "run" / "metrics.jsonl").open()]
+    assert last == {"steps": 4, "folder": str(final), "best": None}
+    assert "step 1" not in output.err
+
+
+def test_an_unknown_progress_is_refused(place):
+    with pytest.raises(ConfigError, match="progress: expected 'auto', 'json' or 'off', got 'loud'"):
+        pyqemb.train(config(place), progress="loud")
 
 
 def test_messages_go_to_the_logger(place, caplog, capsys):

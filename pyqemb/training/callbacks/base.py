@@ -22,6 +22,7 @@ class TrainInfo:
     folder: Path  # of the run, save.dir
     steps: int  # of the whole run
     step: int = 0  # steps done already: above 0 where a run is resumed
+    device: str = "cpu"
 
 
 class Callback:
