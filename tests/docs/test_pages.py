@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SECTIONS = "tutorials", "how-to", "concepts"
 # of the pages outside of these folders
-IN_ORDER = "get-started.md", "troubleshooting.md", "faq.md", "objectives.md", "reranking.md", "data.md"
+IN_ORDER = "get-started.md", "troubleshooting.md", "faq.md", "objectives.md", "reranking.md", "data.md", "mining.md"
 PAGES = sorted(  # every page of a user that has blocks
     page
     for page in [
