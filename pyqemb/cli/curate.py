@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyqemb.cli.logs import add_quiet, only_warnings
+
 if TYPE_CHECKING:
     from pyqemb.curation.ledger import Ledger
 
@@ -13,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML: input, out, and [[step]] tables in their order")
     parser.add_argument("--input", nargs="+", help="examples, in place of those of the file")
     parser.add_argument("--out", type=Path, help="folder, in place of the file's")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,10 +27,12 @@ def run(args: argparse.Namespace) -> int:
 
     given = {"input": args.input, "out": args.out}
     config = CurateConfig.from_file(args.config, {key: value for key, value in given.items() if value is not None})
+    if args.quiet:
+        only_warnings()
     console = Console(stderr=True)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
+        disable=args.quiet or not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("reading", total=None)
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pyqemb.cli.logs import add_quiet, only_warnings
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", action="append", help="repeat for a process each, e.g. cuda:0 and cuda:1")
     parser.add_argument("--processes", type=int, help="so many processes on the CPU")
     parser.add_argument("--rows-per-part", type=int, default=8192, help="what a kill can cost (8192)")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    if args.quiet:
+        only_warnings()
     console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = Progress(*columns, console=console, transient=True, disable=args.quiet or not console.is_terminal)
     task = bar.add_task("", total=total, rows=0, rate=0.0)
 
     def show(rows: int, size: int) -> None:

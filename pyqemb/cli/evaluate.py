@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from pyqemb.cli.logs import add_quiet, progress_shown
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals (1000)")
     parser.add_argument("--json", type=Path, help="also write the whole report there")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     if args.suite is not None:
         return _suite(args)
-    report = evaluate(
-        args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split,
-        columns=parse_columns(args.column), bootstrap=args.bootstrap,
-    )  # fmt: skip
+    with progress_shown(args.quiet):
+        report = evaluate(
+            args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split,
+            columns=parse_columns(args.column), bootstrap=args.bootstrap,
+        )  # fmt: skip
     table = Table(title=f"{report['task']}: {args.folder}, {report['count']} rows")
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -69,7 +73,8 @@ def _suite(args: argparse.Namespace) -> int:
         raise ConfigError(f"--suite: expected mteb:NAME, got {args.suite!r}")
     from pyqemb.interop.mteb import run_suite
 
-    scores = run_suite(open_model(args.model), name, f"pyqemb/{Path(args.model).name}")
+    with progress_shown(args.quiet):
+        scores = run_suite(open_model(args.model), name, f"pyqemb/{Path(args.model).name}")
     table = Table("task", "main score", title=args.suite)
     for task, score in scores.items():
         table.add_row(task, f"{score:.4f}")

@@ -1,5 +1,6 @@
 """What the command line shows of the logger "pyqemb": each message as a line on standard error."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,27 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message as a line."""
         print(self.format(record), file=sys.stderr)
+
+
+def add_quiet(parser: argparse._ActionsContainer) -> None:
+    """The option --quiet."""
+    parser.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings")
+
+
+def only_warnings() -> None:
+    """Drop messages below WARNING until the command ends (`log_to_stderr`)."""
+    logging.getLogger("pyqemb").setLevel(logging.WARNING)
+
+
+@contextmanager
+def progress_shown(quiet: bool) -> Iterator[None]:
+    """Show progress bars inside, if standard error is a terminal; with `quiet` none, and of messages only warnings."""
+    from pyqemb.model.progress import progress_bars
+
+    if quiet:
+        only_warnings()
+    with progress_bars(not quiet and sys.stderr.isatty()):
+        yield
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyqemb.cli.logs import add_quiet, progress_shown
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="two or more model folders of one architecture")
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "not differ",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,9 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.merging import merge
 
     check_writable(args.out, folder=True)
-    report = merge(
-        args.checkpoints, args.method, args.weights, args.base, out=args.out, settings_from=args.settings_from
-    )
+    with progress_shown(args.quiet):
+        report = merge(
+            args.checkpoints, args.method, args.weights, args.base, out=args.out, settings_from=args.settings_from
+        )
     if args.verbose:
         for tensor in report.tensors:
             print(f"{tensor.angle:9.4f} degrees  {'lerp ' if tensor.lerp else '     '} {tensor.name}")

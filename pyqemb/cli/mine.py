@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pyqemb.cli.logs import add_quiet, progress_shown
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Qwen3 or sentence-transformers folder, or a Qwen3 model on the hub")
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--approximate", metavar="INDEX", help="search by a faiss index, e.g. HNSW32, in place of exactly"
     )
     parser.add_argument("--cache", type=Path, help="a folder that keeps the vectors; a killed job goes on from it")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,14 +55,15 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out)
     examples = read_examples(args.examples, args.split, columns=columns)
     corpus = None if args.corpus is None else list(read_corpus(args.corpus))
-    mined = mine(
-        open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
-        margin=args.margin, max_score=args.max_score, skip_top=args.skip_top, depth=args.depth, sampling=args.sampling,
-        seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin,
-        sampling_temperature=args.sampling_temperature, pool_of=language_of if args.by_language else None,
-        approximate=args.approximate, cache=args.cache,
-        reranker=None if args.reranker is None else open_reranker(args.reranker),
-    )  # fmt: skip
+    with progress_shown(args.quiet):
+        mined = mine(
+            open_encoder(args.model), examples, corpus=corpus, k=args.k, max_positive_ratio=args.max_positive_ratio,
+            margin=args.margin, max_score=args.max_score, skip_top=args.skip_top, depth=args.depth,
+            sampling=args.sampling, seed=args.seed, instruction=args.instruction, mean_margin=args.mean_margin,
+            sampling_temperature=args.sampling_temperature, pool_of=language_of if args.by_language else None,
+            approximate=args.approximate, cache=args.cache,
+            reranker=None if args.reranker is None else open_reranker(args.reranker),
+        )  # fmt: skip
     write_examples(args.out, mined.examples)
     report = mined.report
     print(f"{report.rows} rows, {report.documents} documents, {report.short} rows with fewer than {args.k} negatives")

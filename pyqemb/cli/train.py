@@ -2,9 +2,10 @@
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pyqemb.cli.logs import add_quiet, only_warnings
 
 if TYPE_CHECKING:
     from pyqemb.training import TrainConfig
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
     )
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings")
+    add_quiet(shown)
     shown.add_argument("--json", action="store_true", help="print the rows of metrics.jsonl in place of the progress")
     parser.add_argument(
         "--world", type=int, metavar="N",
@@ -87,7 +88,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         _print_plan(config, evaluate, args.resume, ranks)
         return 0
     if args.quiet:
-        logging.getLogger("pyqemb").setLevel(logging.WARNING)
+        only_warnings()
     progress: Literal["auto", "json", "off"] = "off" if args.quiet else "json" if args.json else "auto"
     result = train(config, evaluate=evaluate, resume=args.resume, progress=progress)
     if rank:

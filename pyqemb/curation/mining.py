@@ -18,6 +18,7 @@ from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import unit_encoder
+from pyqemb.model.progress import progress_bar
 
 _TILE = 8192  # queries searched at a time
 _JUDGED = 256  # with a reranker
@@ -268,19 +269,21 @@ def search_negatives(
     )
     result = Negatives.none(count, rules.k)
     wanted = min(rules.depth + rules.skip_top, len(documents))
-    for part in chunks(count, _TILE if rescore is None else _JUDGED):
-        queries = query_vectors[query_rows[part]]
-        own = (queries * documents[positives[part]]).sum(axis=1)
-        if rescore is None:
-            means = _mean_scores(queries, documents, excluded[part]) if rules.mean_margin is not None else own
-            found_scores, found = search(queries, excluded[part], rules.ceilings(own, means), wanted)
-        else:
-            found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
-            own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], excluded[part], found)
-        result.positive_scores[part] = own
-        places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
-        result.indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
-        result.scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
+    with progress_bar("Queries", count) as advance:
+        for part in chunks(count, _TILE if rescore is None else _JUDGED):
+            queries = query_vectors[query_rows[part]]
+            own = (queries * documents[positives[part]]).sum(axis=1)
+            if rescore is None:
+                means = _mean_scores(queries, documents, excluded[part]) if rules.mean_margin is not None else own
+                found_scores, found = search(queries, excluded[part], rules.ceilings(own, means), wanted)
+            else:
+                found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
+                own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], excluded[part], found)
+            result.positive_scores[part] = own
+            places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
+            result.indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
+            result.scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
+            advance(len(queries))
     return result
 
 

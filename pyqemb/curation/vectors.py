@@ -13,6 +13,7 @@ from pyqemb.data.blocks import Blocks
 from pyqemb.data.keyed import keys_of
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.encoder import unit_encoder
+from pyqemb.model.progress import progress_bar
 
 _FORMAT = "vectors-2"
 _CHUNK = 4096  # texts embedded between two writes: what a kill can cost
@@ -54,10 +55,12 @@ class CachedEncoder:
         keys = keys_of(texts)
         first = np.sort(np.unique(keys, return_index=True)[1])
         new = first[store.rows(keys[first]) < 0]
-        for start in range(0, len(new), _CHUNK):
-            some = new[start : start + _CHUNK]
-            if len(some := some[store.rows(keys[some]) < 0]):  # another process may have embedded them by now
-                _append(store, keys[some], np.asarray(encode([texts[i] for i in some]), dtype="<f4"))
+        with progress_bar("Texts", len(new)) as advance:
+            for part in chunks(len(new), _CHUNK):
+                some = new[part]
+                if len(some := some[store.rows(keys[some]) < 0]):  # another process may have embedded them by now
+                    _append(store, keys[some], np.asarray(encode([texts[i] for i in some]), dtype="<f4"))
+                advance(part.stop - part.start)
         if not len(keys):
             return np.empty((0, (store.width or 0) // 4), dtype=np.float32)
         rows = store.rows(keys)

@@ -23,6 +23,7 @@ from pyqemb.model.config import DecoderConfig
 from pyqemb.model.families import read_config
 from pyqemb.model.portable import check_digests, model_folder, write_portable_files
 from pyqemb.model.portable_reranker import files_like, reranker_name
+from pyqemb.model.progress import progress_bar
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import check_kind, kind_of, read_contract, read_instruction, read_sentence_settings
 from pyqemb.model.shard_files import ShardedTensors, shard_files
@@ -157,8 +158,9 @@ def merge(
             result = _blend_one(names[there], sources, len(folders), blend, normalized)
             merged.append(MergedTensor(names[there], result.angle, result.lerp))
             yield result.tensor.to(stored[there].dtype)
+            advance(1)
 
-    with model_folder(out, write_files) as temporary:
+    with model_folder(out, write_files) as temporary, progress_bar("Tensors", len(stored)) as advance:
         stream_safetensors(temporary / WEIGHTS, stored, blended())
     report = MergeReport(
         str(out), method, [str(f) for f in folders], normalized, None if root is None else str(root), merged

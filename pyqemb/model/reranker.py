@@ -21,6 +21,7 @@ from pyqemb.model.decoder import Decoder
 from pyqemb.model.packed_model import Read, Weight, in_order, open_folder, portable_decoder
 from pyqemb.model.portable import WriteFiles
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
+from pyqemb.model.progress import progress_bar
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
 from pyqemb.model.sentence import check_reranker_modules, read_instruction
@@ -178,7 +179,8 @@ class Reranker(Scoring):
 
         Source: the Qwen3 Embedding report (arXiv 2506.05176), section 2.
         """
-        margins = self.margins(pairs, instruction, tokens_per_chunk)
+        with progress_bar("Pairs", len(pairs)) as advance:
+            margins = self.margins(pairs, instruction, tokens_per_chunk, advance)
         return (1 / (1 + np.exp(-margins.astype(np.float64)))).astype(np.float32)
 
     def margins(
