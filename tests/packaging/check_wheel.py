@@ -22,7 +22,7 @@ from pyqemb.testing.tiny import write_tiny_folder
 write_tiny_folder("base")
 rows = [{"query": f"query {i}", "positive": f"document {i * i}"} for i in range(16)]
 pathlib.Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-config = pyqemb.training.stage2(
+config = pyqemb.stage2(
     model={"base": "base"}, data=[{"path": "pairs.jsonl"}], train={"global_batch_size": 8, "steps": 2},
     save={"dir": "run"},
 )
