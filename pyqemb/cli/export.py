@@ -26,11 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load it in other libraries, compare results with theirs and the source's, check what servers read",
     )
 
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face Hub, after --verify")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
+
 
 def run(args: argparse.Namespace) -> int:
     from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_model
+    from pyqemb.model.hub import check_push, push_folder
     from pyqemb.model.lora import load_adapter
     from pyqemb.model.reranker import Reranker
     from pyqemb.model.source import local_folder
@@ -38,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and Path(args.model).exists() and args.out.resolve() == Path(args.model).resolve():
         raise ConfigError(f"--out: {args.out} is the model itself")
     check_writable(args.out, folder=True)
+    if args.push is not None:
+        check_push(args.push)
+    elif args.private:
+        raise ConfigError("--private needs --push")
     reranks = args.reranker or args.format is not None
     source = local_folder(args.model)
     # On the CPU the weights keep their stored dtype.
@@ -50,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         model.save_pretrained(args.out, args.dtype, provenance)
     print(f"written to {args.out}")
-    return _verified(args.out, source, model) if args.verify else 0
+    code = _verified(args.out, source, model) if args.verify else 0
+    if args.push is not None and code == 0:
+        print(f"pushed to {push_folder(args.out, args.push, private=args.private or None)}")
+    return code
 
 
 def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from pyqemb.model.checkpoint import (
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.device import pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
+from pyqemb.model.hub import check_push, push_folder
 from pyqemb.model.lora import MergedParameters
 from pyqemb.model.portable import WriteFiles, check_digests, model_folder
 from pyqemb.model.protocols import Ranks
@@ -165,6 +167,45 @@ class PackedModel(nn.Module):
     def write_portable(self, folder: Path, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
         """Write the files of `save_pretrained` but the weights, which have this dtype, into an existing folder."""
         self._files(provenance)(folder, folder.name, dtype, {})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the folder of `save_pretrained` to the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: the repository, "ORG/NAME"; it is created if it does not exist.
+            dtype: the dtype of the weights (default: the parameters' own).
+            private: whether a new repository is private (default: the default of the account or organization).
+            revision: the branch (default: main).
+            commit_message: of the commit (default: "Upload model").
+            token: a token with write access (default: that of `hf auth login` or HF_TOKEN).
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            ConfigError: `repo_id` is no id, there is no token, or the hub refuses the upload.
+            CheckpointError: a weight is not finite.
+            MachineError: the network or the disk fails.
+        """
+        check_push(repo_id, token)
+        with TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / repo_id.partition("/")[2], dtype)
+            return push_folder(
+                folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
+            )
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> Path:
+        """Write the model folder."""
+        raise NotImplementedError
 
     def _files(self, provenance: Mapping[str, Any] | None) -> WriteFiles:
         """Writes all that a folder holds but the weights."""
