@@ -53,6 +53,7 @@ def of_wandb(place, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
     def records(path):
         """The payloads of a file of records as LevelDB writes them, all within its first block."""
@@ -81,6 +82,7 @@ def of_wandb(place, monkeypatch):
 
 @pytest.fixture
 def of_mlflow(place, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
 
