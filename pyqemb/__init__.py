@@ -6,7 +6,7 @@ Names load on first use, so that `pyqemb --help` does not pay for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Embedder": "pyqemb.model.embedder",
