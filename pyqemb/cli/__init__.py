@@ -11,21 +11,21 @@ from pyqemb.cli.exits import EXIT_CODES, guarded
 from pyqemb.cli.logs import log_to_stderr
 
 VERBS = {
-    "init": "write a commented run.toml to begin with",
-    "doctor": "what this installation is, and whether its kernels work",
-    "demo": "the whole recipe on the data that ships with pyqemb: a model, a table and a report",
+    "init": "write a commented run.toml to start from",
+    "doctor": "show what is installed and test its kernels",
+    "demo": "run the whole recipe on the data that ship with pyqemb: a model, a table and a report",
     "synthesize": "write training pairs for passages with a language model",
     "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
     "mine": "add hard negatives to training pairs",
-    "train": "train an embedding model from a TOML or YAML file",
-    "consolidate": "write the model of a run's newest checkpoint as a portable folder, from shards too",
-    "merge": "blend checkpoints into one (slerp, linear, karcher)",
-    "evaluate": "measure a model on a retrieval, STS or bitext folder, a reranker on examples with negatives",
-    "encode": "write the vectors of a file of texts",
-    "export": "write a model as a folder that other tools load, and check that they do",
-    "rerank": "score pairs of query and document with a reranker",
+    "train": "train an embedding model or a reranker from a configuration file",
+    "consolidate": "write the model of a run's newest checkpoint, sharded or not, as a portable folder",
+    "merge": "merge checkpoints into one model (slerp, linear, karcher)",
+    "evaluate": "evaluate a model on retrieval, STS or bitext data, or a reranker on examples with negatives",
+    "encode": "encode a file of texts and write the vectors",
+    "export": "write a model folder for other tools, and check that they load it",
+    "rerank": "score query-document pairs with a reranker",
     "schema": "print the JSON Schema of a configuration file, for editors",
-    "completion": "make the shell complete verbs and options",
+    "completion": "print the completion script of a shell",
 }
 
 

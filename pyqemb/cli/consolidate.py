@@ -6,8 +6,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run (save.dir)")
-    parser.add_argument("--step", type=int, help="of the checkpoint (the newest sound one)")
-    parser.add_argument("--out", "-o", type=Path, help="the folder to write (RUN/final)")
+    parser.add_argument("--step", type=int, help="the step of the checkpoint (default: the newest that is intact)")
+    parser.add_argument("--out", "-o", type=Path, help="the folder to write (default: RUN/final)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="TOML: input, out, and [[step]] tables in their order")
-    parser.add_argument("--input", nargs="+", help="examples, in place of those of the file")
-    parser.add_argument("--out", type=Path, help="folder, in place of the file's")
+    parser.add_argument(
+        "config", type=Path, help="a .toml, .yaml or .json file with input, out and the [[step]] tables in order"
+    )
+    parser.add_argument("--input", nargs="+", help="examples to read instead of those in the file")
+    parser.add_argument("--out", type=Path, help="output folder, instead of the one in the file")
     add_quiet(parser)
 
 

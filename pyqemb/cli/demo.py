@@ -12,14 +12,21 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
-    parser.add_argument("--ask", metavar="QUESTION", help="ask the model of a finished demo instead of training one")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
     parser.add_argument(
-        "--data", choices=["help", "python"], default="help", help="what ships with pyqemb, or the installed Python"
+        "--ask", metavar="QUESTION", help="search with the model of a finished demo instead of training one"
     )
-    parser.add_argument("--train", type=Path, help="own training pairs, with --eval")
-    parser.add_argument("--eval", type=Path, help="own BEIR folder, with --train")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see every step; learns little")
+    parser.add_argument(
+        "--data",
+        choices=["help", "python"],
+        default="help",
+        help="the data that ship with pyqemb, or code search over the installed Python (default: help)",
+    )
+    parser.add_argument("--train", type=Path, help="your own training pairs; needs --eval")
+    parser.add_argument("--eval", type=Path, help="your own BEIR folder; needs --train")
+    parser.add_argument(
+        "--quick", action="store_true", help="run every step in about a minute; the model learns little"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -13,17 +13,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", "-o", type=Path, required=True, help=".npy, .safetensors or .parquet")
     parser.add_argument(
-        "--side", choices=["document", "query", "raw"], default="document", help="whose prompt (document)"
+        "--side", choices=["document", "query", "raw"], default="document", help="the prompt to use (default: document)"
     )
-    parser.add_argument("--instruction", help="for queries, in place of the model's own; implies --side query")
-    parser.add_argument("--field", default="text", help="the column (text)")
-    parser.add_argument("--dim", type=int, help="the first DIM features (Matryoshka)")
+    parser.add_argument(
+        "--instruction", help="instruction of the query prompt, instead of the model's own; implies --side query"
+    )
+    parser.add_argument("--field", default="text", help="the column that holds the texts (default: text)")
+    parser.add_argument("--dim", type=int, help="keep the first DIM features (Matryoshka)")
     parser.add_argument("--precision", choices=["float32", "int8", "uint8", "binary", "ubinary"], default="float32")
-    parser.add_argument("--max-length", type=int, help="tokens of a text; the model's own when not given")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="what the model computes in")
-    parser.add_argument("--device", action="append", help="repeat for a process each, e.g. cuda:0 and cuda:1")
-    parser.add_argument("--processes", type=int, help="so many processes on the CPU")
-    parser.add_argument("--rows-per-part", type=int, default=8192, help="what a kill can cost (8192)")
+    parser.add_argument("--max-length", type=int, help="longest text in tokens (default: the model's own)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
+    parser.add_argument(
+        "--device", action="append", help="device; repeat it for one process each, e.g. --device cuda:0 --device cuda:1"
+    )
+    parser.add_argument("--processes", type=int, help="number of processes on the CPU")
+    parser.add_argument(
+        "--rows-per-part",
+        type=int,
+        default=8192,
+        help="rows of a part; a killed job repeats at most one part (default: 8192)",
+    )
     add_quiet(parser)
 
 

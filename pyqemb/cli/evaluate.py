@@ -11,20 +11,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
     parser.add_argument(
         "folder", nargs="?",
-        help="BEIR layout, or sts.jsonl, or bitext.jsonl; or examples (a file, a saved dataset, hub://ORG/NAME)",
+        help="a folder in BEIR layout or with sts.jsonl or bitext.jsonl, or examples (a file, a saved dataset, hub://ORG/NAME)",
     )  # fmt: skip
     parser.add_argument(
-        "--suite", help="in place of a folder: mteb:NAME of a benchmark or of tasks, separated by commas"
+        "--suite", help="instead of a folder: mteb:NAME, where NAME is a benchmark or tasks separated by commas"
     )
-    parser.add_argument("--instruction", help="for queries; the model's own when not given")
+    parser.add_argument("--instruction", help="instruction of the queries (default: the model's own)")
     parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
-    parser.add_argument("--split", help="which qrels/SPLIT.tsv (test, or the only one there), or split of a dataset")
+    parser.add_argument(
+        "--split", help="split of the judgments, qrels/SPLIT.tsv, or of a dataset (default: test, or the only one)"
+    )
     parser.add_argument(
         "--column", action="append", default=[], metavar="NAME=COLUMN",
         help="a column of the examples that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals (1000)")
-    parser.add_argument("--json", type=Path, help="also write the whole report there")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="resamples of the 95%% bootstrap intervals (default: 1000)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the whole report to this file")
     add_quiet(parser)
 
 

@@ -12,18 +12,21 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, or the name of a model on the hub")
     parser.add_argument("--out", "-o", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--adapter", type=Path, help="a LoRA adapter (peft's) to fold into the weights")
+    parser.add_argument("--adapter", type=Path, help="a LoRA adapter in peft's format to merge into the weights")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights (bfloat16)"
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="dtype of the weights (default: bfloat16)",
     )
-    parser.add_argument("--format", choices=["causal-lm", "seq-cls"], help="of a reranker (causal-lm)")
+    parser.add_argument("--format", choices=["causal-lm", "seq-cls"], help="form of a reranker (default: causal-lm)")
     parser.add_argument(
-        "--reranker", action="store_true", help="a causal language model that pyqemb did not write is a reranker"
+        "--reranker", action="store_true", help="treat a causal language model that pyqemb did not write as a reranker"
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="load it in other libraries, compare results with theirs and the source's, check what servers read",
+        help="load the folder in other libraries, compare the results, and check the files that servers read",
     )
 
     parser.add_argument("--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face Hub, after --verify")

@@ -7,9 +7,13 @@ from pyqemb.cli.reference import TEMPLATE as _TEMPLATE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="where run.toml goes (here)")
     parser.add_argument(
-        "--model", default="Qwen/Qwen3-0.6B-Base", help="the base model: a folder or a hub id (Qwen/Qwen3-0.6B-Base)"
+        "folder", type=Path, nargs="?", default=Path(), help="folder for run.toml (default: the current one)"
+    )
+    parser.add_argument(
+        "--model",
+        default="Qwen/Qwen3-0.6B-Base",
+        help="base model: a folder or a hub id (default: Qwen/Qwen3-0.6B-Base)",
     )
     parser.add_argument("--task", choices=["embedding", "rerank"], default="embedding")
 

@@ -17,7 +17,7 @@ class StderrHandler(logging.Handler):
 
 def add_quiet(parser: argparse._ActionsContainer) -> None:
     """The option --quiet."""
-    parser.add_argument("--quiet", action="store_true", help="no progress and no messages but warnings")
+    parser.add_argument("--quiet", action="store_true", help="show no progress and only warnings")
 
 
 def only_warnings() -> None:

@@ -9,16 +9,18 @@ from pyqemb.cli.logs import add_quiet, progress_shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="two or more model folders of one architecture")
-    parser.add_argument("--out", type=Path, required=True, help="the merged model's folder")
-    parser.add_argument("--method", default="slerp", help="slerp (default), linear or karcher")
-    parser.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal when not given")
-    parser.add_argument("--base", type=Path, help="blend the differences from this checkpoint (task vectors)")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--method", default="slerp", help="slerp, linear or karcher (default: slerp)")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", help="one weight for each checkpoint (default: equal weights)"
+    )
+    parser.add_argument("--base", type=Path, help="merge the differences from this checkpoint (task vectors)")
     parser.add_argument(
         "--settings-from", type=Path, metavar="CHECKPOINT",
         help="whose prompts, tokenizer and longest text the merged model gets where they differ; without it they must "
         "not differ",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
+    parser.add_argument("--verbose", action="store_true", help="print a line for each tensor")
     add_quiet(parser)
 
 

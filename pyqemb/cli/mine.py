@@ -9,32 +9,47 @@ from pyqemb.cli.logs import add_quiet, progress_shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Qwen3 or sentence-transformers folder, or a Qwen3 model on the hub")
     parser.add_argument("examples", help="training pairs in any form that pyqemb reads, or hub://ORG/NAME")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--split", help="of a folder or a dataset of the hub (train, or the only one)")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument(
+        "--split", help="split of a folder or of a dataset on the hub (default: train, or the only one)"
+    )
     parser.add_argument(
         "--column", action="append", default=[], metavar="NAME=COLUMN",
         help="a column of the pairs that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--corpus", type=Path, help="more documents: a corpus (JSONL with `text`), its folder, or examples"
+        "--corpus", type=Path, help="more candidate documents: a corpus (JSONL with `text`), its folder, or examples"
     )
-    parser.add_argument("--k", type=int, default=7, help="negatives a query (7)")
-    parser.add_argument("--max-positive-ratio", type=float, default=0.95, help="of the positive's score (0.95)")
-    parser.add_argument("--margin", type=float, help="below the positive's score")
-    parser.add_argument("--max-score", type=float)
-    parser.add_argument("--mean-margin", type=float, help="above the mean score of the query's positives")
-    parser.add_argument("--skip-top", type=int, default=0)
-    parser.add_argument("--depth", type=int, default=100, help="candidates looked at (100)")
-    parser.add_argument("--sampling", choices=["top", "random", "softmax"], default="top")
-    parser.add_argument("--sampling-temperature", type=float, default=0.05, help="of softmax sampling (0.05)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--instruction", help="for queries that bring none")
-    parser.add_argument("--by-language", action="store_true", help="negatives in the language of the positive alone")
-    parser.add_argument("--reranker", type=Path, help="a cross-encoder folder whose scores decide among the candidates")
+    parser.add_argument("--k", type=int, default=7, help="negatives for each query (default: 7)")
     parser.add_argument(
-        "--approximate", metavar="INDEX", help="search by a faiss index, e.g. HNSW32, in place of exactly"
+        "--max-positive-ratio",
+        type=float,
+        default=0.95,
+        help="highest score of a negative, as a share of the positive's score (default: 0.95)",
     )
-    parser.add_argument("--cache", type=Path, help="a folder that keeps the vectors; a killed job goes on from it")
+    parser.add_argument("--margin", type=float, help="a negative scores at least this much less than the positive")
+    parser.add_argument("--max-score", type=float)
+    parser.add_argument(
+        "--mean-margin",
+        type=float,
+        help="a negative scores at most this much more than the mean of the query's positives",
+    )
+    parser.add_argument("--skip-top", type=int, default=0)
+    parser.add_argument("--depth", type=int, default=100, help="number of candidates for each query (default: 100)")
+    parser.add_argument("--sampling", choices=["top", "random", "softmax"], default="top")
+    parser.add_argument(
+        "--sampling-temperature", type=float, default=0.05, help="temperature of softmax sampling (default: 0.05)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--instruction", help="default instruction, used for queries without their own")
+    parser.add_argument(
+        "--by-language", action="store_true", help="take only negatives in the language of the positive"
+    )
+    parser.add_argument("--reranker", type=Path, help="a cross-encoder folder that rescores the candidates")
+    parser.add_argument(
+        "--approximate", metavar="INDEX", help="search with a faiss index, e.g. HNSW32, instead of exactly"
+    )
+    parser.add_argument("--cache", type=Path, help="a folder for the vectors; a killed job continues from it")
     add_quiet(parser)
 
 

@@ -12,10 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a reranker folder, or the name of one on the hub")
     parser.add_argument("pairs", type=Path, help="rows of `query` with `document`, or with a list `documents`")
     parser.add_argument(
-        "--out", type=Path, required=True, help="JSONL to write: the rows, with `score`, or with `scores`"
+        "--out", type=Path, required=True, help="JSONL file to write: the rows with `score` or `scores`"
     )
-    parser.add_argument("--instruction", help="for rows that bring none; the model's own when not given")
-    parser.add_argument("--top-k", type=int, help="sort each row's documents, best first, and keep so many")
+    parser.add_argument(
+        "--instruction", help="default instruction, used for rows without their own (default: the model's own)"
+    )
+    parser.add_argument("--top-k", type=int, help="sort each row's documents, best first, and keep TOP_K of them")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*SETTINGS],
         nargs="?",
         default="train",
-        help="the verb whose configuration file it describes (train)",
+        help="the command whose configuration file the schema describes (default: train)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it to a file instead of standard output")
 

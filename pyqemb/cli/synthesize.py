@@ -5,11 +5,17 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="TOML: passages, out, [endpoint], and what is drawn for each example")
-    parser.add_argument("--out", type=Path, help="folder, in place of the file's; a job found there goes on")
-    parser.add_argument("--limit", type=int, help="passages")
     parser.add_argument(
-        "--attempts", type=int, help="for each answer; more than before: malformed ones are asked again"
+        "config",
+        type=Path,
+        help="a .toml, .yaml or .json file with passages, out, [endpoint] and the values to draw for each example",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="output folder, instead of the one in the file; an unfinished job there continues"
+    )
+    parser.add_argument("--limit", type=int, help="use at most LIMIT passages")
+    parser.add_argument(
+        "--attempts", type=int, help="attempts for each answer; a higher number than before repeats the malformed ones"
     )
 
 
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         result = synthesize(config, on_progress=show)
     usage = result.usage
     print(f"{result.examples} examples, {result.failed} given up, in {result.seconds:.1f} s")
-    print(f"asked {usage.asked}, from the store {usage.stored}, {usage.retries.total()} further tries")
+    print(f"{usage.asked} requests, {usage.stored} answers from the store, {usage.retries.total()} retries")
     print(f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost(config.endpoint):.4f}")
     for reason, count in result.malformed.most_common():
         print(f"  {count} malformed: {reason}{f', e.g. {result.refusal!r}' if reason == 'refused' else ''}")

@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown = parser.add_mutually_exclusive_group()
     add_quiet(shown)
-    shown.add_argument("--json", action="store_true", help="print the rows of metrics.jsonl in place of the progress")
+    shown.add_argument("--json", action="store_true", help="print the rows of metrics.jsonl instead of progress")
     parser.add_argument(
         "--world", type=int, metavar="N",
-        help="with --dry-run: plan the run for N ranks, which need not be there; the weights are not read",
+        help="with --dry-run: plan the run for N ranks, which need not exist; no weights are read",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="with --world: the memory of each rank's GPU, e.g. 80GB",

@@ -109,7 +109,7 @@ class Consistency(_Ranked):
         return 1, self.top
 
     def _reason(self, rank: int) -> str:
-        return f"its document is not among the {self.top} nearest"
+        return f"the positive is not among the {self.top} nearest documents"
 
 
 class Rank(_Ranked):
