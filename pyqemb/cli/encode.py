@@ -20,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--field", default="text", help="the column that holds the texts (default: text)")
     parser.add_argument("--dim", type=int, help="keep the first DIM features (Matryoshka)")
-    parser.add_argument("--precision", choices=["float32", "int8", "uint8", "binary", "ubinary"], default="float32")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "int8", "uint8", "binary", "ubinary"],
+        default="float32",
+        help="format of the vectors (default: float32)",
+    )
     parser.add_argument("--max-length", type=int, help="longest text in tokens (default: the model's own)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
     parser.add_argument(

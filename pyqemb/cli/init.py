@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="Qwen/Qwen3-0.6B-Base",
         help="base model: a folder or a hub id (default: Qwen/Qwen3-0.6B-Base)",
     )
-    parser.add_argument("--task", choices=["embedding", "rerank"], default="embedding")
+    parser.add_argument(
+        "--task", choices=["embedding", "rerank"], default="embedding", help="what to train (default: embedding)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

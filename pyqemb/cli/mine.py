@@ -28,19 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="highest score of a negative, as a share of the positive's score (default: 0.95)",
     )
     parser.add_argument("--margin", type=float, help="a negative scores at least this much less than the positive")
-    parser.add_argument("--max-score", type=float)
+    parser.add_argument("--max-score", type=float, help="highest cosine similarity of a negative")
     parser.add_argument(
         "--mean-margin",
         type=float,
         help="a negative scores at most this much more than the mean of the query's positives",
     )
-    parser.add_argument("--skip-top", type=int, default=0)
+    parser.add_argument("--skip-top", type=int, default=0, help="skip so many of the best candidates (default: 0)")
     parser.add_argument("--depth", type=int, default=100, help="number of candidates for each query (default: 100)")
-    parser.add_argument("--sampling", choices=["top", "random", "softmax"], default="top")
+    parser.add_argument(
+        "--sampling",
+        choices=["top", "random", "softmax"],
+        default="top",
+        help="how negatives are chosen among the candidates (default: top)",
+    )
     parser.add_argument(
         "--sampling-temperature", type=float, default=0.05, help="temperature of softmax sampling (default: 0.05)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
     parser.add_argument("--instruction", help="default instruction, used for queries without their own")
     parser.add_argument(
         "--by-language", action="store_true", help="take only negatives in the language of the positive"

@@ -1,10 +1,13 @@
+"""The command line: help without torch, arguments, exit codes."""
+
+import argparse
 import subprocess
 import sys
 import time
 
 import pytest
 
-from pyqemb.cli import VERBS, main
+from pyqemb.cli import VERBS, main, whole_parser
 
 
 def test_help_is_quick_and_imports_no_torch():
@@ -25,6 +28,12 @@ def test_every_verb_has_help_without_torch(verb):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"pyqemb {verb}" in result.stdout
+
+
+def test_every_argument_has_help():
+    (verbs,) = (action for action in whole_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    silent = [(verb, x.dest) for verb, parser in verbs.choices.items() for x in parser._actions if not x.help]
+    assert silent == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--no-such-option"]])
