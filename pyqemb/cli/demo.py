@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=Path, help="your own training pairs; needs --eval")
     parser.add_argument("--eval", type=Path, help="your own BEIR folder; needs --train")
     parser.add_argument(
-        "--quick", action="store_true", help="run every step in about a minute; the model learns little"
+        "--quick", action="store_true", help="run every step in one to three minutes; the model learns little"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 

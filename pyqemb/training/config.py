@@ -245,7 +245,9 @@ class TrainSection(Section):
     epochs: float = Field(
         1.0,
         gt=0,
-        description="Passes over the data. Ignored if `steps` is set.",
+        description="Passes over the data. Ignored if `steps` is set. A pass is rounded up to whole batches, and the "
+        "last one is filled from the next pass: 300 rows in batches of 32 are 10 steps, so 20 epochs are shown as "
+        "21.33.",
         examples=[2.0],
     )
     global_batch_size: int = Field(
