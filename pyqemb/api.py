@@ -1,6 +1,5 @@
 """`pyqemb.train`: training, and what the package evaluation measures while it goes on."""
 
-from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
@@ -10,10 +9,10 @@ from pyqemb.training import TrainConfig, TrainResult, load_config
 
 @wraps(training.train)
 def train(config: Any, *, evaluate: Any = None, **options: Any) -> TrainResult:
-    """`training.train`, which measures the datasets of the `eval` section, or those that `evaluate` names."""
+    """`training.train`, which measures the datasets of the `eval` section, or those of `evaluate`."""
     config = config if isinstance(config, TrainConfig) else load_config(config)
     measured = config.eval.data is not None or config.eval.datasets
-    if isinstance(evaluate, Mapping) or (evaluate is None and measured):
+    if measured if evaluate is None else not callable(evaluate):
         from pyqemb.evaluation import DevSets  # a run without evaluation does not need it
 
         evaluate = DevSets(config.eval, config.task, evaluate)

@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         best = None if result.best is None else str(result.best)
         print(json.dumps({"steps": result.steps, "folder": str(result.folder), "best": best}))
         return 0
-    print(f"trained {result.steps} steps; the model is in {result.folder}")
+    print(f"trained {result.steps} step{'s' * (result.steps != 1)}; the model is in {result.folder}")
     if result.best is not None:
         print(f"the best by evaluation is in {result.best}")
     return 0

@@ -15,7 +15,7 @@ from pyqemb.data.splits import canonical, choose
 from pyqemb.errors import ConfigError
 from pyqemb.evaluation.reranking import METRICS, read_ranked_examples
 from pyqemb.evaluation.run import evaluate, metric_names
-from pyqemb.evaluation.tasks import Retrieval, is_folder, load_task
+from pyqemb.evaluation.tasks import Retrieval, Task, is_folder, load_task
 from pyqemb.model.protocols import PairScorer, VectorEncoder
 
 
@@ -27,6 +27,7 @@ class _Dataset:
     instruction: str | None
     metrics: tuple[str, ...]
     queries_have_instructions: bool
+    size: str
 
 
 class DevSets:
@@ -38,11 +39,11 @@ class DevSets:
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
         task: "embedding" or "rerank".
-        datasets: {name: dataset} in place of those of the section. A dataset is whatever `evaluate` takes as `folder`,
-            or a dict with it as `path` or `rows`, and with `split`, `columns` and `instruction`.
+        datasets: a dataset, or {name: dataset}, in place of those of the section. A dataset is whatever `evaluate`
+            takes as `folder`, or a dict with it as `path` or `rows`, and with `split`, `columns` and `instruction`.
 
     `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction` says whether
-    some queries are measured with the model's own prompt.
+    some queries are measured with the model's own prompt. `summary` has a line for each dataset.
 
     Raises:
         ConfigError: a file of examples is given a split, or the section has datasets beside `datasets`.
@@ -53,17 +54,19 @@ class DevSets:
         >>> pyqemb.train(config, evaluate=DevSets(config.eval, config.task))         # doctest: +SKIP
     """
 
-    def __init__(self, section: Any, task: str = "embedding", datasets: Mapping[str, Any] | None = None):
+    def __init__(self, section: Any, task: str = "embedding", datasets: Any = None):
         given = [_of_section(entry) for entry in section.datasets or [section]]
         if datasets is not None:
             if section.data is not None or section.datasets:
                 raise ConfigError("eval: has datasets, and evaluate=... is given too; give one of them")
-            if not datasets:
+            if isinstance(datasets, Mapping) and not datasets:
                 raise ConfigError("evaluate: expected at least one dataset")
-            given = [_of_mapping(name, dataset) for name, dataset in datasets.items()]
-        self._named = bool(datasets or section.datasets)
+            named = datasets if isinstance(datasets, Mapping) and not _is_entry(datasets) else {"evaluate": datasets}
+            given = [_of_mapping(name, dataset) for name, dataset in named.items()]
+        self._named = bool(section.datasets) or (isinstance(datasets, Mapping) and not _is_entry(datasets))
         self._datasets = [_read(name, entry, section.instruction, task) for name, entry in given]
         self.metric_names = tuple(self._names())
+        self.summary = [f"{dataset.name}: {dataset.size}" for dataset in self._datasets]
         self.needs_instruction = any(
             dataset.instruction is None and not dataset.queries_have_instructions for dataset in self._datasets
         )
@@ -107,8 +110,12 @@ def _of_section(entry: Any) -> tuple[str, _Entry]:
     return name, _Entry(path, split=getattr(entry, "split", None), instruction=entry.instruction)
 
 
+def _is_entry(dataset: Any) -> bool:
+    return isinstance(dataset, dict) and bool({"path", "rows"} & dataset.keys())
+
+
 def _of_mapping(name: str, dataset: Any) -> tuple[str, _Entry]:
-    if not (isinstance(dataset, dict) and {"path", "rows"} & dataset.keys()):
+    if not _is_entry(dataset):
         return name, _Entry(dataset)
     known = [field.name for field in fields(_Entry)]
     if unknown := sorted(set(dataset) - set(known)):
@@ -129,7 +136,8 @@ def _read(name: str, entry: _Entry, instruction: str | None, task: str) -> _Data
         if split is not None and isinstance(source, str) and Path(source).is_file():
             raise ConfigError(f"eval: {source!r} is a file of examples, which has no split {split!r}")
         examples = read_ranked_examples(source, split, entry.columns, name)
-        return _Dataset(name, examples, None, own, METRICS, all(e.instruction is not None for e in examples))
+        all_have_one = all(e.instruction is not None for e in examples)
+        return _Dataset(name, examples, None, own, METRICS, all_have_one, f"{len(examples)} queries")
     if not is_folder(source):
         source, split = load_task(source, split, entry.columns, name), None
     elif split is None and beir.is_beir(Path(source)):
@@ -137,4 +145,10 @@ def _read(name: str, entry: _Entry, instruction: str | None, task: str) -> _Data
         split = choose(Path(source), names, "dev" if canonical("dev") in map(canonical, names) else None, "test")
     found = load_task(source, split, entry.columns)
     all_have_one = isinstance(found, Retrieval) and set(found.queries) <= set(found.instructions)
-    return _Dataset(name, source, split, own, metric_names(found), all_have_one)
+    return _Dataset(name, source, split, own, metric_names(found), all_have_one, _size(found))
+
+
+def _size(task: Task) -> str:
+    if isinstance(task, Retrieval):
+        return f"{len(task.queries)} queries, {len(task.corpus)} documents"
+    return f"{len(task.first)} pairs"

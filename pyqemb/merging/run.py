@@ -248,8 +248,8 @@ def _settings_folder(
             if settings[key] != value:
                 seen = "" if key == "tokenizer" else f": {shown(settings[key])}, {shown(value)}"
                 raise ConfigError(
-                    f"{folder}: {key} differs from {folders[0]}{seen}; choose with settings_from whose settings the "
-                    "merged model gets"
+                    f"{folder}: {key} differs from {folders[0]}{seen}; settings_from (--settings-from) names the "
+                    "checkpoint whose settings the merged model gets"
                 )
     return folders[0]
 

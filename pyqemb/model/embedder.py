@@ -20,11 +20,11 @@ from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.packed_model import Read, open_folder, portable_decoder
+from pyqemb.model.packed_model import Read, empty_decoder, open_folder
 from pyqemb.model.portable import WriteFiles, write_portable_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
-from pyqemb.model.source import Attention, named_dtype, with_attention
+from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 from pyqemb.ops.prefixes import unit_rows
 
 
@@ -111,9 +111,19 @@ class Embedder(Encoding):
         return cls._from_files(path, model, pooling, max_length)._load(tensors, dtype, device)
 
     @classmethod
-    def from_portable(cls, folder: Path) -> "Embedder":
-        """The model of what `write_portable` wrote; its parameters are on the meta device."""
-        return cls._from_files(folder, portable_decoder(folder, "embedder"))
+    def without_weights(
+        cls,
+        folder: str | Path,
+        attention: Attention | None = None,
+        pooling: str | None = None,
+        max_length: int | None = None,
+    ) -> "Embedder":
+        """The model of a folder or hub id on the meta device; weights need not be there and are not downloaded.
+
+        Arguments and errors are those of `from_pretrained`.
+        """
+        path = local_folder(folder, weights=False)
+        return cls._from_files(path, empty_decoder(path, "embedder", attention), pooling, max_length)
 
     @classmethod
     def _from_files(

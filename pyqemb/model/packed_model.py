@@ -63,11 +63,13 @@ class Opened(NamedTuple):
     tensors: Tensors
 
 
-def portable_decoder(folder: Path, kind: Kind) -> Decoder:
+def empty_decoder(folder: Path, kind: Kind, attention: Attention | None = None) -> Decoder:
     """The decoder of a folder that may have no weights, on the meta device; CheckpointError as of `open_folder`."""
+    check_safe(folder)
+    config = with_attention(read_config(folder), attention)
     check_kind(folder, kind)
     with torch.device("meta"):
-        return build_decoder(read_config(folder))
+        return build_decoder(config)
 
 
 def open_folder(

@@ -18,7 +18,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import Read, Weight, in_order, open_folder, portable_decoder
+from pyqemb.model.packed_model import Read, Weight, empty_decoder, in_order, open_folder
 from pyqemb.model.portable import WriteFiles
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
 from pyqemb.model.progress import progress_bar
@@ -103,14 +103,24 @@ class Reranker(Scoring):
         return reranker._load(tensors, dtype, device)
 
     @classmethod
-    def from_portable(cls, folder: Path, lm_head: torch.Tensor | None) -> "Reranker":
-        """The model of what `write_portable` wrote; its parameters are on the meta device.
+    def without_weights(
+        cls,
+        folder: str | Path,
+        attention: Attention | None = None,
+        max_length: int | None = None,
+        lm_head: torch.Tensor | None = None,
+    ) -> "Reranker":
+        """The model of a folder or hub id on the meta device; weights need not be there and are not downloaded.
 
-        `lm_head` [V, E]: the language-model head of its base, None where that is tied.
+        Arguments and errors are those of `from_pretrained`. `lm_head` [V, E]: the language-model head to write with
+        the model, where it is not tied.
         """
-        model = portable_decoder(folder, "reranker")
-        head = None if lm_head is None else torch.empty(2, model.config.hidden_size, device="meta")
-        return cls(model, PairTokenizer.from_folder(folder), head, lm_head, read_instruction(folder, INSTRUCTION))
+        path = local_folder(folder, weights=False)
+        model = empty_decoder(path, "reranker", attention)
+        tied = model.config.tie_word_embeddings
+        head = None if tied else torch.empty(2, model.config.hidden_size, device="meta")
+        tokenizer = PairTokenizer.from_folder(path, max_length)
+        return cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
 
     @torch.no_grad()
     def load_rows(self, folder: str | Path) -> None:

@@ -13,11 +13,12 @@ from pyqemb.model.config import DecoderConfig
 
 Attention = Literal["causal", "bidirectional"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_HUB_FILES = ["*.json", "*.txt", "*.jinja"]
 
 
-def local_folder(folder: str | Path) -> Path:
-    """An existing folder as it is; `org/name` from the hub, weights and plain text files only."""
+def local_folder(folder: str | Path, weights: bool = True) -> Path:
+    """An existing folder as it is; `org/name` from the hub: plain text files, and the weights where asked for."""
     path = Path(folder)
     if path.exists() or not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
         if not path.is_dir():
@@ -31,7 +32,7 @@ def local_folder(folder: str | Path) -> Path:
             f"{folder}: no such folder here; to download it as a hub id: pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES, *[_WEIGHTS] * weights]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise_if_machine(folder, error)
         raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error

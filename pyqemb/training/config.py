@@ -789,6 +789,24 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise ConfigError(f"cannot set {text!r}: {error}") from error
 
 
+# Arguments of transformers' Trainer, and ours.
+_THEIR_NAMES = {
+    "per_device_train_batch_size": "global_batch_size",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "eval_steps": "every",
+    "save_steps": "every",
+    "metric_for_best_model": "metric",
+    "save_total_limit": "keep",
+    "output_dir": "dir",
+    "logging_steps": "log_every",
+    "bf16": "precision",
+}
+
+
 def _plain(section: Any) -> Any:
     return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
 
@@ -801,6 +819,7 @@ def _explain(error: Any) -> str:
         section = _SECTIONS.get(str(parents[0])) if parents else TrainConfig
         names = [*section.model_fields, *ALIASES] if section else []
         close = [name for name in names if len(str(key)) > 2 and name.startswith(str(key))]
+        close = [_THEIR_NAMES[key]] if _THEIR_NAMES.get(key) in names else close
         close = close or difflib.get_close_matches(str(key), names, n=1)
         known = [home for home, fields in _SECTIONS.items() if key in fields.model_fields]
         hint = f"did you mean {close[0]!r}?" if close else f"it belongs in {known[0]!r}" if known else ""

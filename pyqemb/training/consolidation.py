@@ -110,9 +110,9 @@ def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple
     base = _Base(config.model.base, Reranker if config.task == "rerank" else Embedder)
     if config.task == "rerank":
         tied = read_config(portable).tie_word_embeddings
-        model: Embedder | Reranker = Reranker.from_portable(portable, None if tied else base.lm_head)
+        model: Embedder | Reranker = Reranker.without_weights(portable, lm_head=None if tied else base.lm_head)
     else:
-        model = Embedder.from_portable(portable)
+        model = Embedder.without_weights(portable)
     names: dict[str, str] = {}
     if config.lora is not None:
         add_lora(model.model, LoraConfig(**config.lora.model_dump()))

@@ -53,8 +53,9 @@ def plan(
     config = with_data(config)
     preflight.check_evaluation(config, evaluate)
     make_loggers(config)
-    find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
-    model = load_model(config, None if ranks is None else "meta")
+    if ranks is None or resume is not None:
+        find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
+    model = load_model(config, weights=ranks is None)
     device = model.device if ranks is None else _device_of_ranks(config, model)
     precision = pick_precision(config.train.precision, device)
     datasets = read_datasets(config)
@@ -79,6 +80,9 @@ def plan(
         tokens += here * loader.batch_sizes[name] * loader.batches[name] / loader.steps_per_epoch
         yield f"dataset    {name}: {len(examples)} rows, {here:.0f} tokens a row"
     yield from mixing.lines(mixture(loader, steps))
+    when = "at the end" if config.eval.every is None else f"every {config.eval.every} steps"
+    for dataset in getattr(evaluate, "summary", ()):
+        yield f"evaluation {dataset}, {when}"
     size = max(loader.batch_sizes.values())
     hard = min(train.num_negatives, datasets.most_negatives)
     yield f"steps      {steps} ({loader.steps_per_epoch} an epoch), {warmup_steps(steps, train)} of them warm-up"

@@ -27,6 +27,7 @@ from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
 
 _log = logging.getLogger("pyqemb")
+_FEW_STEPS = 20  # fewer teach a model next to nothing at usual learning rates
 
 
 def set_query_instruction(
@@ -220,6 +221,11 @@ def warn_of_settings(
                 "each with up to %d negatives (train.global_batch_size, train.num_negatives)", name, objective.name,
                 size, negatives,
             )  # fmt: skip
+    if train.steps is None and steps < _FEW_STEPS:
+        _log.warning(
+            "the run has only %d step%s: train.global_batch_size is %d, the data have %d rows, train.epochs is %s",
+            steps, "s" * (steps != 1), train.global_batch_size, sum(map(len, datasets.examples.values())), train.epochs,
+        )  # fmt: skip
     if train.warmup >= 1 and 1 < steps <= train.warmup:
         _log.warning("train.warmup is %d steps of a run of %d: the learning rate only rises", int(train.warmup), steps)
     if length is not None and length > positions:

@@ -274,8 +274,8 @@ def _refusal(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str:
     if planner.train.memory != "auto":
         advice.append("train.memory = 'auto'")
     return (
-        f"--gpu-memory: {needs}, of {in_units(found.available)}, nine tenths of what weights and moments leave being "
-        f"planned for the step: {_kinds_at_the_peak(found)}; {', or '.join(filter(None, advice))}"
+        f"--gpu-memory: {needs} and has {in_units(found.available)}, a tenth of it beyond weights and moments kept "
+        f"free: {_kinds_at_the_peak(found)}; {', or '.join(filter(None, advice))}"
     )
 
 

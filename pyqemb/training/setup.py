@@ -5,10 +5,10 @@ Finds the checkpoint to continue from.
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,9 +35,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("pyqemb")
 
 
-def load_model(config: TrainConfig, device: str | None = None) -> Embedder | Reranker:
-    """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss."""
-    model = _LOADERS[config.task](config, device or config.train.device)
+def load_model(config: TrainConfig, device: str | None = None, weights: bool = True) -> Embedder | Reranker:
+    """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss.
+
+    Without `weights` it is on the meta device, and its folder may have none.
+    """
+    section = config.model
+    options: dict[str, Any] = {"attention": section.attention, "max_length": section.max_length}
+    if weights:
+        options |= {"dtype": torch.float32, "device": device or config.train.device}
+    model: Embedder | Reranker
+    if config.task == "rerank":
+        model = (Reranker.from_pretrained if weights else Reranker.without_weights)(section.base, **options)
+    else:
+        load = Embedder.from_pretrained if weights else Embedder.without_weights
+        model = load(section.base, pooling=section.pooling, **options)
+        _set_matryoshka(model, config.loss.matryoshka)
     model.model.checkpointing = config.train.activation_checkpointing
     if config.lora is not None:
         model.requires_grad_(False)
@@ -74,31 +87,11 @@ def load_sharded_model(config: TrainConfig, device: str, world: World) -> tuple[
     return model, sharding
 
 
-def _load_reranker(config: TrainConfig, device: str) -> Reranker:
-    model = config.model
-    return Reranker.from_pretrained(
-        model.base, attention=model.attention, dtype=torch.float32, max_length=model.max_length, device=device
-    )
-
-
-def _load_embedder(config: TrainConfig, device: str) -> Embedder:
-    model = config.model
-    embedder = Embedder.from_pretrained(
-        model.base, attention=model.attention, pooling=model.pooling, dtype=torch.float32, max_length=model.max_length,
-        device=device,
-    )  # fmt: skip
-    size = embedder.config.hidden_size
-    if config.loss.matryoshka is not None:
-        if max(config.loss.matryoshka) > size:
-            raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(config.loss.matryoshka)}")
-        embedder.matryoshka = tuple(sorted(config.loss.matryoshka, reverse=True))
-    return embedder
-
-
-_LOADERS: dict[str, Callable[[TrainConfig, str], Embedder | Reranker]] = {
-    "embedding": _load_embedder,
-    "rerank": _load_reranker,
-}
+def _set_matryoshka(model: Embedder, dims: Sequence[int] | None) -> None:
+    if dims is not None:
+        if max(dims) > (size := model.config.hidden_size):
+            raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(dims)}")
+        model.matryoshka = tuple(sorted(dims, reverse=True))
 
 
 def build_optimizer(

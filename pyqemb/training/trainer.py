@@ -86,9 +86,9 @@ def train(
             name. An attribute `metric_names` lets eval.metric be checked before the first step;
             pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one
             and calls it: the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them
-            with the same texts on every rank. The numbers of the first rank count. pyqemb.train also takes datasets,
-            {name: dataset}: folders, files, tables in memory or what else pyqemb.evaluate measures; their metrics are
-            called NAME/METRIC. (Default: pyqemb.train measures the datasets of the `eval` section.)
+            with the same texts on every rank. The numbers of the first rank count. pyqemb.train also takes a dataset
+            or {name: dataset}: folders, files, tables in memory or what else pyqemb.evaluate measures; with names, the
+            metrics are called NAME/METRIC. (Default: pyqemb.train measures the datasets of the `eval` section.)
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
         callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
         resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
@@ -119,8 +119,8 @@ def train(
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
     plan. Of several ranks the first logs; the logger "pyqemb.rank" has the messages that are about one rank.
     """
-    if isinstance(evaluate, Mapping):
-        raise ConfigError("evaluate: expected a function of the model; pyqemb.train takes datasets by name")
+    if evaluate is not None and not callable(evaluate):
+        raise ConfigError("evaluate: expected a function of the model; pyqemb.train takes datasets, also by name")
     config = with_data(config if isinstance(config, TrainConfig) else load_config(config), data)
     folder = Path(config.save.dir)
     hooks = [*callbacks, StepFunction(on_step)] if on_step is not None else list(callbacks)

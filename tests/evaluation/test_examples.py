@@ -123,7 +123,7 @@ def test_datasets_are_given_once(tmp_path):
     section = stage2(model={"base": "m"}, data=PAIRS, eval={"data": "dev"}).eval
     with pytest.raises(ConfigError, match=r"eval: has datasets, and evaluate=\.\.\. is given too"):
         DevSets(section, datasets={"a": PAIRS})
-    with pytest.raises(ConfigError, match=r"evaluate: expected a function of the model; pyqemb\.train takes"):
+    with pytest.raises(ConfigError, match=r"evaluate: expected a function of the model; pyqemb\.train takes datasets"):
         pyqemb.training.train(stage2(model={"base": "m"}, data=PAIRS), evaluate={"a": PAIRS})
 
 

@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_what_would(dry_run):
     code, out, err = dry_run("--dry-run", "--world", "8", "--gpu-memory", "6GB")
     assert code == 2
     assert not out
-    needed, given = re.search(r"a rank needs ([\d.]+) GB, of ([\d.]+) GB", err).groups()
+    needed, given = re.search(r"a rank needs ([\d.]+) GB and has ([\d.]+) GB", err).groups()
     assert float(needed) > float(given) == 6
     assert "[lora] adapters" in err
     shard = re.search(r"parallel.shard = (\d+) fits", err)[1]
@@ -102,6 +102,17 @@ def test_what_does_not_fit_is_refused_with_what_would(dry_run):
     world = re.search(r"parallel.shard = (\d+) on \1 ranks fits", err)[1]
     assert int(world) > 2
     assert dry_run("--dry-run", "--world", world, "--gpu-memory", "2GB", parallel__shard=world)[0] == 0
+
+
+def test_config_and_tokenizer_suffice(workplace, dry_run):
+    """Weights of several GB need not be there to plan for them."""
+    (workplace / "base" / "model.safetensors").rename(workplace / "elsewhere")
+    try:
+        code, out, err = dry_run("--dry-run", "--world", "16", "--gpu-memory", "6GB", parallel__shard=8)
+    finally:
+        (workplace / "elsewhere").rename(workplace / "base" / "model.safetensors")
+    assert code == 0, err
+    assert " M parameters, causal" in out
 
 
 @pytest.mark.parametrize(

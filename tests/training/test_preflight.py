@@ -485,3 +485,9 @@ def test_python_is_told_that_nothing_evaluates(place, caplog):
 def test_the_eval_section_is_measured(place):
     result = pyqemb.train(config(place, eval={"data": str(place / "dev")}))
     assert result.best is not None
+
+
+def test_a_run_of_few_steps_is_said(place, caplog):
+    with caplog.at_level(logging.WARNING, "pyqemb"):
+        pyqemb.train(config(place, train={"steps": None, "epochs": 1.0, "global_batch_size": 512}))
+    assert "the run has only 1 step: train.global_batch_size is 512" in caplog.text

@@ -29,7 +29,9 @@ def read_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     values = read_json(Path(folder), "config.json")
     if values is None:
-        raise CheckpointError(f"{folder}: has no config.json")
+        final = next((name for name in ("final", "best") if (Path(folder) / name / "config.json").is_file()), None)
+        hint = f"; it is the folder of a run, whose model is in {Path(folder) / final}" if final else ""
+        raise CheckpointError(f"{folder}: has no config.json{hint}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     try:
