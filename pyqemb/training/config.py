@@ -577,6 +577,7 @@ class TrainConfig(Section):
         train: batches, optimizer, schedule, precision and memory.
         parallel: sharding.
         eval: evaluation while training.
+        log: experiment trackers.
         save: the run folder and its checkpoints.
 
     Raises:
