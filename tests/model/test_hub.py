@@ -113,3 +113,17 @@ def test_refusals(hub, tmp_path, monkeypatch, capsys):
     assert "org/mine: pushing to the hub needs a token: hf auth login, or HF_TOKEN" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not hub.files
+
+
+def test_a_model_without_weights_downloads_none(tmp_path, monkeypatch):
+    folder, patterns = write_tiny_folder(tmp_path / "model"), []
+    (folder / "model.safetensors").unlink()
+
+    def download(name, allow_patterns):
+        patterns.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert next(Embedder.without_weights("some/model").parameters()).is_meta
+    assert "*.json" in patterns
+    assert not [pattern for pattern in patterns if "safetensors" in pattern]
