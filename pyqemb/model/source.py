@@ -32,7 +32,7 @@ def local_folder(folder: str | Path, weights: bool = True) -> Path:
             f"{folder}: no such folder here; to download it as a hub id: pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES, *[_WEIGHTS] * weights]))
+        return Path(snapshot_download(folder, allow_patterns=[*[_WEIGHTS] * weights, *_HUB_FILES]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise_if_machine(folder, error)
         raise CheckpointError(f"{folder}: no such folder here, and the hub did not give it: {error}") from error
