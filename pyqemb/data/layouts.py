@@ -251,6 +251,8 @@ class _Columns:
         missing = [names[0] for names in (QUERY, POSITIVE) if self.first_of(*names) not in self._row]
         others = [name for name, value in self._row.items() if name not in known and isinstance(value, str | list)]
         guess = {name: [other] for name, other in zip(missing, [*others, "...", "..."], strict=False)}
+        if rest := [name for name in self._row if name not in known and [name] not in guess.values()]:
+            guess[IGNORE] = rest
         return f"; say which column it is, for example {self._map.shown(guess)}"
 
     def _get(self, key: str) -> Any:

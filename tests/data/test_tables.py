@@ -95,6 +95,11 @@ def test_saved_datasets(tmp_path):
             r"name it, or leave it out: columns=\{\"ignore\": \[\"id\", \"url\"\]\}$",
         ),
         (
+            [{"title": "a", "body": "b", "id": 1}],
+            r"say which column it is, "
+            r"for example columns=\{\"query\": \"title\", \"positive\": \"body\", \"ignore\": \[\"id\"\]\}; accepted are",
+        ),
+        (
             [{"title": "a", "body": "b"}],
             r"list\[0\]: column 'query' is missing; the row has \['body', 'title'\]; say which column it is, "
             r"for example columns=\{\"query\": \"title\", \"positive\": \"body\"\}; accepted are",
