@@ -97,7 +97,7 @@ def test_saved_datasets(tmp_path):
         (
             [{"title": "a", "body": "b", "id": 1}],
             r"say which column it is, "
-            r"for example columns=\{\"query\": \"title\", \"positive\": \"body\", \"ignore\": \[\"id\"\]\}; accepted are",
+            r"for example columns=\{\"query\": \"title\", \"positive\": \"body\", \"ignore\": \[\"id\"\]\}; accepted",
         ),
         (
             [{"title": "a", "body": "b"}],
