@@ -1,10 +1,16 @@
 """Shared fixtures: a seed for every test, a cache folder of its own, a chat server that misbehaves on request."""
 
 import importlib.util
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+
+if threading.current_thread() is threading.main_thread():
+    # A shell gives its background jobs an ignored SIGINT, which the commands under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
