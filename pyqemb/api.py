@@ -11,8 +11,7 @@ from pyqemb.training import TrainConfig, TrainResult, load_config
 def train(config: Any, *, evaluate: Any = None, **options: Any) -> TrainResult:
     """`training.train`, which measures the datasets of the `eval` section, or those of `evaluate`."""
     config = config if isinstance(config, TrainConfig) else load_config(config)
-    measured = config.eval.data is not None or config.eval.datasets
-    if measured if evaluate is None else not callable(evaluate):
+    if config.eval.has_data if evaluate is None else not callable(evaluate):
         from pyqemb.evaluation import DevSets  # a run without evaluation does not need it
 
         evaluate = DevSets(config.eval, config.task, evaluate)

@@ -1,5 +1,14 @@
 """What can go wrong in a user's words, each with the exit code that the command line returns."""
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
 
 class PyqembError(Exception):
     """Base of all errors that pyqemb raises on purpose."""

@@ -44,21 +44,16 @@ class _HelpConfig(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        import difflib
-
         from pyqemb.cli.reference import explain_keys
         from pyqemb.data.settings_keys import tables
-        from pyqemb.errors import ConfigError
+        from pyqemb.errors import ConfigError, did_you_mean
         from pyqemb.training.config import TrainConfig
 
         found = tables(TrainConfig)
         text = explain_keys(found, values)
         if text is None:
             names = [name for table in found for key in table.keys for name in (key.name, key.last)]
-            close = difflib.get_close_matches(values, names, n=1)
-            raise ConfigError(
-                f"--help-config: unknown key {values!r}" + (f"; did you mean {close[0]!r}?" * bool(close))
-            )
+            raise ConfigError(f"--help-config: unknown key {values!r}{did_you_mean(values, names)}")
         print(text)
         parser.exit()
 
@@ -80,9 +75,8 @@ def _run(args: argparse.Namespace, rank: int) -> int:
 
     ranks = _ranks(args)
     config = load_config(args.config, args.overrides)
-    measured = config.eval.data is not None or config.eval.datasets
-    evaluate = DevSets(config.eval, config.task) if measured else None
-    if not measured and (asked := unused_evaluation(config)):
+    evaluate = DevSets(config.eval, config.task) if config.eval.has_data else None
+    if evaluate is None and (asked := unused_evaluation(config)):
         raise ConfigError(f"eval.{asked}: nothing is evaluated: eval.data or [[eval.datasets]] is missing")
     if args.dry_run:
         _print_plan(config, evaluate, args.resume, ranks)

@@ -13,7 +13,7 @@ from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.normalize import plain
 from pyqemb.curation.spool import windows
-from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.curation.steps import WINDOW, Step, encoder, model_field
 from pyqemb.data import beir
 from pyqemb.data.example import Example, read_examples
 from pyqemb.data.rows import FORMATS, format_of
@@ -42,13 +42,7 @@ class Decontaminate(Step):
     documents: bool = Field(
         True, description="Compare with the relevant documents too, not only with the queries.", examples=[False]
     )
-    model: Any = Field(
-        None,
-        description="Embedding model that finds near copies (default: none). A folder or a hub id; in "
-        "Python also an object with `encode_query` and `encode_document`.",
-        examples=["my-embedder"],
-        json_schema_extra={"type": "string"},
-    )
+    model: Any = model_field("Embedding model that finds near copies (default: none).", None)
     max_similarity: float = Field(
         0.95, ge=-1, le=1, description="Similarity by `model` above which an example is dropped.", examples=[0.9]
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +13,10 @@ from pyqemb.curation.spool import Seen, Spool, text_hash, windows, work_folder
 from pyqemb.curation.steps import WINDOW, Step
 from pyqemb.data.example import Example
 
-On = Literal["pair", "query", "positive"]
+On = Annotated[
+    Literal["pair", "query", "positive"],
+    Field(description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"]),
+]
 _WHOLE = 1 << 40  # words: every text is one n-gram
 
 
@@ -24,7 +27,7 @@ class Exact(Step):
     """
 
     kind: Literal["exact"] = "exact"
-    on: On = Field("pair", description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"])
+    on: On = "pair"
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the first example of each group of equal texts, in their order."""
@@ -47,7 +50,7 @@ class Near(Step):
     """
 
     kind: Literal["near"] = "near"
-    on: On = Field("pair", description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"])
+    on: On = "pair"
     threshold: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two texts are near copies.", examples=[0.9]
     )

@@ -13,7 +13,7 @@ from pyqemb import ops
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.spool import Spool, text_hash, windows, work_folder
-from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.curation.steps import WINDOW, Instruction, Step, encoder, model_field
 from pyqemb.data.example import Example, read_examples
 
 
@@ -24,21 +24,12 @@ class _Ranked(Step):
     documents, the same ones every time.
     """
 
-    model: Any = Field(
-        description="Embedding model that ranks. A folder or a hub id; in Python also an object with "
-        "`encode_query` and `encode_document`.",
-        examples=["my-embedder"],
-        json_schema_extra={"type": "string"},
-    )
+    model: Any = model_field("Embedding model that ranks.")
     pool: list[Path] = Field(
         [], description="Files whose documents join the positives in the pool.", examples=[["corpus.jsonl"]]
     )
     pool_size: int = Field(1_000_000, ge=1, description="Maximum number of documents in the pool.", examples=[100_000])
-    instruction: str | None = Field(
-        None,
-        description="Instruction for queries without their own (default: none).",
-        examples=["Given a question, retrieve passages that answer it"],
-    )
+    instruction: Instruction = None
 
     def _bounds(self) -> tuple[int, int]:
         raise NotImplementedError

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.spool import windows, work_folder
-from pyqemb.curation.steps import Step, encoder
+from pyqemb.curation.steps import Instruction, Step, encoder, model_field
 from pyqemb.data.example import Example
 from pyqemb.llm import Asker, Endpoint, MalformedAnswerError, Request, Store, parse, run_in_order
 from pyqemb.llm.prompt import prompt
@@ -34,13 +34,7 @@ class Relabel(Step):
 
     kind: Literal["relabel"] = "relabel"
     endpoint: Endpoint
-    model: Any = Field(
-        None,
-        description="Embedding model that selects the negatives to judge (default: all are judged). A "
-        "folder or a hub id; in Python also an object with `encode_query` and `encode_document`.",
-        examples=["my-embedder"],
-        json_schema_extra={"type": "string"},
-    )
+    model: Any = model_field("Embedding model that selects the negatives to judge (default: all are judged).", None)
     suspect: float = Field(
         0.9,
         description="A negative is judged if its score is at least this times that of the positive.",
@@ -53,11 +47,7 @@ class Relabel(Step):
         examples=["remove"],
     )
     attempts: int = Field(2, ge=1, description="Requests per negative until the answer is well formed.", examples=[3])
-    instruction: str | None = Field(
-        None,
-        description="Instruction for queries without their own (default: none).",
-        examples=["Given a question, retrieve passages that answer it"],
-    )
+    instruction: Instruction = None
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the examples after the language model has judged their suspected negatives."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.spool import Spool, windows, work_folder
-from pyqemb.curation.steps import WINDOW, Step, encoder
+from pyqemb.curation.steps import WINDOW, Instruction, Step, encoder, model_field
 from pyqemb.data.example import Example
 
 
@@ -23,12 +23,7 @@ class Similarity(Step):
     """
 
     kind: Literal["similarity"] = "similarity"
-    model: Any = Field(
-        description="Embedding model that scores. A folder or a hub id; in Python also an object with "
-        "`encode_query` and `encode_document`.",
-        examples=["my-embedder"],
-        json_schema_extra={"type": "string"},
-    )
+    model: Any = model_field("Embedding model that scores.")
     min_sim: float | None = Field(
         None, description="Lowest similarity that is kept (default: 0.7 if no bound is set).", examples=[0.7]
     )
@@ -41,11 +36,7 @@ class Similarity(Step):
     max_quantile: float | None = Field(
         None, ge=0, le=1, description="Highest quantile of the data that is kept (default: no limit).", examples=[0.99]
     )
-    instruction: str | None = Field(
-        None,
-        description="Instruction for queries without their own (default: none).",
-        examples=["Given a question, retrieve passages that answer it"],
-    )
+    instruction: Instruction = None
 
     @model_validator(mode="before")
     @classmethod

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from pyqemb.curation.ledger import Ledger
 from pyqemb.data.example import Example
@@ -13,6 +13,24 @@ from pyqemb.data.settings import StrictModel
 
 Side = Literal["query", "positive"]
 WINDOW = 4096  # examples looked at together
+
+Instruction = Annotated[
+    str | None,
+    Field(
+        description="Instruction for queries without their own (default: none).",
+        examples=["Given a question, retrieve passages that answer it"],
+    ),
+]
+
+
+def model_field(use: str, default: Any = ...) -> Any:
+    """The setting of an embedding model; `use` says in one sentence what the model does."""
+    return Field(
+        default,
+        description=f"{use} A folder or a hub id; in Python also an object with `encode_query` and `encode_document`.",
+        examples=["my-embedder"],
+        json_schema_extra={"type": "string"},
+    )
 
 
 class Step(StrictModel):

@@ -72,13 +72,10 @@ def _body(results: Results, title: str) -> Iterable[str]:
 def headline(results: Results) -> str:
     """The result in one sentence: the last row against the rows that were not trained."""
     row = results.rows[-1].name
-    others = [f"{name}: {results.mean(name).value:.3f}" for name in (UNTRAINED, BM25) if name in _names(results)]
+    names = {row.name for row in results.rows}
+    others = [f"{name}: {results.mean(name).value:.3f}" for name in (UNTRAINED, BM25) if name in names]
     against = f" ({', '.join(others)})" if others else ""
     return f"The {row} model reaches {NDCG} {results.mean(row)} on {results.corpora[0]}{against}."
-
-
-def _names(results: Results) -> set[str]:
-    return {row.name for row in results.rows}
 
 
 def how_to(results: Results) -> str:

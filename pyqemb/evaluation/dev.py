@@ -55,15 +55,15 @@ class DevSets:
     """
 
     def __init__(self, section: Any, task: str = "embedding", datasets: Any = None):
-        given = [_of_section(entry) for entry in section.datasets or [section]]
+        given, self._named = [_of_section(entry) for entry in section.datasets or [section]], bool(section.datasets)
         if datasets is not None:
-            if section.data is not None or section.datasets:
+            if section.has_data:
                 raise ConfigError("eval: has datasets, and evaluate=... is given too; give one of them")
             if isinstance(datasets, Mapping) and not datasets:
                 raise ConfigError("evaluate: expected at least one dataset")
-            named = datasets if isinstance(datasets, Mapping) and not _is_entry(datasets) else {"evaluate": datasets}
-            given = [_of_mapping(name, dataset) for name, dataset in named.items()]
-        self._named = bool(section.datasets) or (isinstance(datasets, Mapping) and not _is_entry(datasets))
+            self._named = isinstance(datasets, Mapping) and not _is_entry(datasets)
+            by_name = datasets if self._named else {"evaluate": datasets}
+            given = [_of_mapping(name, dataset) for name, dataset in by_name.items()]
         self._datasets = [_read(name, entry, section.instruction, task) for name, entry in given]
         self.metric_names = tuple(self._names())
         self.summary = [f"{dataset.name}: {dataset.size}" for dataset in self._datasets]

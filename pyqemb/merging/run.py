@@ -1,6 +1,5 @@
 """Checkpoints -> one: tensor by tensor, so that memory holds a few tensors and never a model."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,7 +15,7 @@ from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import shown
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer
 from pyqemb.data.tokenizer import Tokenizer
-from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.errors import CheckpointError, ConfigError, did_you_mean
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Stored, Tensors, file_order, stream_safetensors
 from pyqemb.model.config import DecoderConfig
@@ -202,8 +201,7 @@ def _finite(source: Tensors, name: str) -> Tensor:
 
 def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[float] | None) -> list[float]:
     if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(method, METHODS)
         raise ConfigError(f"method: must be one of {', '.join(METHODS)}, got {method!r}{hint}")
     if len(folders) < 2:
         raise ConfigError(f"checkpoints: two or more are needed, got {len(folders)}")

@@ -29,6 +29,7 @@ from pyqemb.model.checkpoint import (
     load_weights,
     stream_safetensors,
 )
+from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.device import pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
@@ -65,9 +66,7 @@ class Opened(NamedTuple):
 
 def empty_decoder(folder: Path, kind: Kind, attention: Attention | None = None) -> Decoder:
     """The decoder of a folder that may have no weights, on the meta device; CheckpointError as of `open_folder`."""
-    check_safe(folder)
-    config = with_attention(read_config(folder), attention)
-    check_kind(folder, kind)
+    config = _checked_config(folder, kind, attention)
     with torch.device("meta"):
         return build_decoder(config)
 
@@ -80,13 +79,18 @@ def open_folder(
     CheckpointError names the file that is wrong.
     """
     path = local_folder(folder)
-    check_safe(path)
-    config = with_attention(read_config(path), attention)
-    check_kind(path, kind)
+    config = _checked_config(path, kind, attention)
     tensors = Tensors(path, heads)
     check_sizes(config, FAMILIES[config.model_type], tensors)
     with torch.device("meta"):
         return Opened(path, build_decoder(config), tensors)
+
+
+def _checked_config(folder: Path, kind: Kind, attention: Attention | None) -> DecoderConfig:
+    check_safe(folder)
+    config = with_attention(read_config(folder), attention)
+    check_kind(folder, kind)
+    return config
 
 
 class PackedModel(nn.Module):

@@ -4,7 +4,6 @@ The class defaults are those of stage 2 (hard negatives, task-pure batches); `st
 given.
 """
 
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.layouts import Example
 from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
 from pyqemb.data.tables import is_table
-from pyqemb.errors import ConfigError
+from pyqemb.errors import ConfigError, did_you_mean
 from pyqemb.model.lora import TARGETS
 from pyqemb.training.objectives.distillation import DistillationSection
 from pyqemb.training.objectives.info_nce import InfoNCESection
@@ -470,6 +469,11 @@ class EvalDataset(Section):
 class EvalSection(Section):
     """Evaluation while training."""
 
+    @property
+    def has_data(self) -> bool:
+        """Whether it names what is measured."""
+        return self.data is not None or bool(self.datasets)
+
     data: str | None = Field(
         None,
         description="Evaluation folder (default: none). It has a layout that `pyqemb evaluate` reads; for a reranker, "
@@ -819,12 +823,14 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section = _SECTIONS.get(str(parents[0])) if parents else TrainConfig
         names = [*section.model_fields, *ALIASES] if section else []
-        close = [name for name in names if len(str(key)) > 2 and name.startswith(str(key))]
-        close = [_THEIR_NAMES[key]] if _THEIR_NAMES.get(key) in names else close
-        close = close or difflib.get_close_matches(str(key), names, n=1)
-        known = [home for home, fields in _SECTIONS.items() if key in fields.model_fields]
-        hint = f"did you mean {close[0]!r}?" if close else f"it belongs in {known[0]!r}" if known else ""
-        return f"{where}: unknown key" + (f"; {hint}" if hint else "")
+        meant = str(key)
+        if _THEIR_NAMES.get(meant) in names:
+            meant = _THEIR_NAMES[meant]
+        elif len(meant) > 2:
+            meant = next((name for name in names if name.startswith(meant)), meant)
+        homes = [home for home, fields in _SECTIONS.items() if key in fields.model_fields]
+        belongs = f"; it belongs in {homes[0]!r}" if homes else ""
+        return f"{where}: unknown key{did_you_mean(meant, names) or belongs}"
     if error["type"] == "missing":
         return f"{where}: missing"
     return explain(error)
