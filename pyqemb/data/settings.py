@@ -26,6 +26,7 @@ _MAX_DEPTH = 20
 _MAX_VALUES = 100_000
 _MAX_INTEGER = 2**63
 _WRONG_VALUE: Final = "wrong_value"
+_MISSING: Final = "missing_key"
 
 
 class StrictModel(BaseModel):
@@ -165,11 +166,18 @@ def explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {'missing' if error['type'] == 'missing' else 'unknown key'}"
-    value = error["input"]
-    if error["type"] == _WRONG_VALUE:  # found by the section, which pydantic takes for what is wrong
-        where, value = f"{where}.{error['ctx']['key']}" if error["loc"] else error["ctx"]["key"], error["ctx"]["value"]
+    value, own = error["input"], error.get("ctx", {})
+    if error["type"] in (_WRONG_VALUE, _MISSING):  # found by the section, which pydantic takes for what is wrong
+        where, value = f"{where}.{own['key']}" if error["loc"] else own["key"], own.get("value")
+    if error["type"] == _MISSING:
+        return f"{where}: missing"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(value)}"
+
+
+def missing(key: str) -> PydanticCustomError:
+    """The error of a section that lacks a key which only some of its uses need."""
+    return PydanticCustomError(_MISSING, "missing", {"key": key})
 
 
 def _wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:

@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.layouts import Example
-from pyqemb.data.settings import check_plain, explain, explain_all, parse_yaml, read_settings
+from pyqemb.data.settings import check_plain, explain, explain_all, missing, parse_yaml, read_settings
 from pyqemb.data.tables import is_table
 from pyqemb.errors import ConfigError, did_you_mean
 from pyqemb.model.lora import TARGETS
@@ -148,7 +148,7 @@ class DataSet(Section):
     @model_validator(mode="after")
     def _one_source(self) -> "DataSet":
         if self.path is None and self.rows is None:
-            raise ValueError("expected a path (or rows, from Python)")
+            raise missing("path")  # or `rows`, which only Python has
         if self.path is not None and self.rows is not None:
             raise ValueError("path and rows exclude each other")
         return self

@@ -58,7 +58,7 @@ def test_columns_on_the_command_line(tmp_path, capsys):
     assert main(["evaluate", str(base), rows, "--bootstrap", "0", *NAMED]) == 0
     assert "ndcg@10" in capsys.readouterr().out
     assert main(["mine", str(base), rows, "--out", out]) == 3
-    assert 'columns = {query = "title", positive = "body"}' in capsys.readouterr().err
+    assert 'columns = {query = "title", positive = "body", ignore = ["id"]}' in capsys.readouterr().err
     assert main(["mine", str(base), rows, "--out", out, "--column", "query"]) == 2
     assert "--column: expected NAME=COLUMN" in capsys.readouterr().err
 
