@@ -1,12 +1,15 @@
 """Shared fixtures: a seed for every test, a cache folder of its own, a chat server that misbehaves on request."""
 
 import importlib.util
+import os
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 if threading.current_thread() is threading.main_thread():
     # A shell gives its background jobs an ignored SIGINT, which the commands under test would inherit.

@@ -1,10 +1,12 @@
 """Progress of the commands: on a terminal only, not with --quiet; Ctrl-C ends them with one line."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -36,18 +38,22 @@ def place(tmp_path, monkeypatch):
 def on_a_terminal(monkeypatch, arguments):
     """The exit code of a command, and what it writes to standard error, a pseudo-terminal."""
     ours, theirs = os.openpty()
-    os.set_blocking(ours, False)
+    parts = []
+
+    def read():
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(ours, 1 << 16):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with os.fdopen(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         patch.setenv("TERM", "xterm")
         code = main(arguments)
-        stream.flush()
-        try:
-            text = os.read(ours, 1 << 20).decode()
-        except BlockingIOError:
-            text = ""
+    reader.join()
     os.close(ours)
-    return code, text
+    return code, b"".join(parts).decode()
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

@@ -43,9 +43,12 @@ def hub():
 
 
 def test_from_a_server_and_then_from_the_cache(hub, tmp_path):
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*",
-    }  # fmt: skip
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "*",
+    }
 
     def read(**more):
         done = subprocess.run(

@@ -1,7 +1,6 @@
 """The exported folder in the real sentence-transformers and transformers, and its safety as a folder."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from pyqemb.errors import CheckpointError, ConfigError, DataError
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.tiny import TEXTS, tiny_embedder, tiny_tokenizer, write_tiny_folder
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 VARIED = [*TEXTS, "word " * 200, "ends with the token <|endoftext|>", "tab\tand\r\nnew line", "café café"]
 
 

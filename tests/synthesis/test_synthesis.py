@@ -213,7 +213,7 @@ def test_command_line(settings, tmp_path, capsys):
     assert main(["synthesize", str(config), "--limit", "2", "--out", str(tmp_path / "other")]) == 0
     out = capsys.readouterr().out
     assert "2 examples, 0 given up" in out
-    assert "asked 4" in out
+    assert "4 requests, 0 answers from the store" in out
     assert len(list(read_examples(tmp_path / "other" / "examples.jsonl"))) == 2
 
 
