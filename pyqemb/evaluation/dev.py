@@ -55,7 +55,7 @@ class DevSets:
     """
 
     def __init__(self, section: Any, task: str = "embedding", datasets: Any = None):
-        given, self._named = [_of_section(entry) for entry in section.datasets or [section]], bool(section.datasets)
+        given, self._named = _of_section(section), bool(section.datasets)
         if datasets is not None:
             if section.has_data:
                 raise ConfigError("eval: has datasets, and evaluate=... is given too; give one of them")
@@ -104,10 +104,17 @@ class _Entry:
     instruction: str | None = None
 
 
-def _of_section(entry: Any) -> tuple[str, _Entry]:
-    path = entry.data if hasattr(entry, "data") else entry.path
-    name = getattr(entry, "name", None) or Path(path or "").name.split(".")[0]
-    return name, _Entry(path, split=getattr(entry, "split", None), instruction=entry.instruction)
+def _of_section(section: Any) -> list[tuple[str, _Entry]]:
+    if not section.datasets:
+        return [(_name_of(section.data or ""), _Entry(section.data))]
+    return [
+        (each.name or _name_of(each.path), _Entry(each.path, None, each.split, each.columns, each.instruction))
+        for each in section.datasets
+    ]
+
+
+def _name_of(path: str) -> str:
+    return Path(path).name.split(".")[0]
 
 
 def _is_entry(dataset: Any) -> bool:

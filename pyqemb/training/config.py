@@ -37,6 +37,17 @@ STAGE_1: dict[str, dict[str, Any]] = {
 }
 
 
+def _known_columns(columns: Columns | None) -> Columns | None:
+    try:
+        ColumnMap(columns or {})
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("columns: ")) from error
+    return columns
+
+
+_ColumnsOfRows = Annotated[dict[str, str | tuple[str, ...]] | None, AfterValidator(_known_columns)]
+
+
 class ModelSection(Section):
     """The model that training starts from."""
 
@@ -88,7 +99,7 @@ class DataSet(Section):
         description="Split of a folder or a Hub dataset (default: train, or the only split).",
         examples=["train"],
     )
-    columns: dict[str, str | tuple[str, ...]] | None = Field(
+    columns: _ColumnsOfRows = Field(
         None,
         description="Columns of the rows, by the names of pyqemb (default: by their own names). `ignore` lists columns "
         "that are not read.",
@@ -135,15 +146,6 @@ class DataSet(Section):
     @classmethod
     def _as_text(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: Columns | None) -> Columns | None:
-        try:
-            ColumnMap(columns or {})
-        except ConfigError as error:
-            raise ValueError(str(error).removeprefix("columns: ")) from error
-        return columns
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSet":
@@ -453,10 +455,15 @@ class ParallelSection(Section):
 class EvalDataset(Section):
     """One of several evaluation datasets. Its metrics are called NAME/METRIC."""
 
-    path: str = Field(description="Evaluation folder, as in eval.data.", examples=["dev-de"])
+    path: str = Field(description="Evaluation folder or examples, as in eval.data.", examples=["dev-de"])
     name: str | None = Field(None, description="Name in metrics (default: the folder name).", examples=["de"])
     split: str | None = Field(
         None, description="Split of the folder (default: dev, or test if there is no dev).", examples=["dev"]
+    )
+    columns: _ColumnsOfRows = Field(
+        None,
+        description="Columns of examples, as in data.columns (default: by their own names).",
+        examples=[{"query": "question", "positive": "answer"}],
     )
     instruction: str | None = Field(
         None,
@@ -476,8 +483,8 @@ class EvalSection(Section):
 
     data: str | None = Field(
         None,
-        description="Evaluation folder (default: none). It has a layout that `pyqemb evaluate` reads; for a reranker, "
-        "examples with negatives.",
+        description="Evaluation folder or examples, as for `pyqemb evaluate` (default: none). For a reranker, examples "
+        "with negatives.",
         examples=["dev"],
     )
     datasets: tuple[EvalDataset, ...] = Field(

@@ -487,6 +487,17 @@ def test_the_eval_section_is_measured(place):
     assert result.best is not None
 
 
+def test_columns_of_an_evaluation_dataset(place):
+    rows = [{"question": f"query {i}", "answer": f"positive {i}", "id": i} for i in range(8)]
+    (place / "faq.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"query": "question", "positive": "answer", "ignore": "id"}
+    dataset = {"path": str(place / "faq.jsonl"), "columns": columns}
+    result = pyqemb.train(config(place, eval={"datasets": [dataset]}))
+    assert 0 < [row["eval"] for row in result.metrics if "eval" in row][-1]["faq/ndcg@10"] <= 1
+    with pytest.raises(ConfigError, match=r"eval\.datasets\.0\.columns: 'query_text' is no column"):
+        config(place, eval={"datasets": [dataset | {"columns": {"query_text": "question"}}]})
+
+
 def test_a_run_of_few_steps_is_said(place, caplog):
     with caplog.at_level(logging.WARNING, "pyqemb"):
         pyqemb.train(config(place, train={"steps": None, "epochs": 1.0, "global_batch_size": 512}))
