@@ -1,4 +1,4 @@
 """The packed decoder and its families, and the models around it.
 
-Embedder and Reranker are read from folders and written to them.
+`Embedder` and `Reranker` are loaded from and saved to model folders.
 """

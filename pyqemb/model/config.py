@@ -21,9 +21,8 @@ Config = TypeVar("Config", bound="DecoderConfig")
 class DecoderConfig:
     """Sizes and constants of a decoder. Each family has a subclass, see `pyqemb.model.families`.
 
-    `is_causal` False makes its attention bidirectional. `rope_scaling` is the scaled rotary embedding of config.json,
-    None for the plain one. `extra` keeps the other keys of the config.json that it was read from, so that writing it
-    again loses nothing.
+    With `is_causal` False, attention is bidirectional. `rope_scaling` is the scaled rotary embedding of config.json,
+    None for the plain one. `extra` holds the other keys of the config.json, so that they are written again.
     """
 
     vocab_size: int
@@ -46,12 +45,12 @@ class DecoderConfig:
     rope_scaling: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    architectures: ClassVar[Sequence[str]] = ()  # of transformers; the first is written
+    architectures: ClassVar[Sequence[str]] = ()  # class names of transformers; the first is written
     hidden_act: ClassVar[str] = "silu"  # the activation of the MLP
-    keys: ClassVar[Mapping[str, Rule | None]] = {}  # settings of config.json that are understood, beside the fields
-    written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # those that are written where they are absent
-    qk_norm: ClassVar[bool] = False  # whether each head of q and k is normed
-    reads_attention_bias: ClassVar[bool] = False  # whether attention_bias says that q, k, v and o_proj have biases
+    keys: ClassVar[Mapping[str, Rule | None]] = {}  # known settings of config.json that are not fields
+    written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # settings that are written if absent
+    qk_norm: ClassVar[bool] = False  # whether each head of q and k is normalized
+    reads_attention_bias: ClassVar[bool] = False  # whether attention_bias sets the biases of q, k, v and o_proj
     reads_mlp_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -78,7 +77,7 @@ class DecoderConfig:
             )
         if self.head_dim % 8 or self.head_dim > _MAX_HEAD_DIM:
             raise ConfigError(f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {self.head_dim}")
-        _ = self.rope  # is checked as it is made
+        _ = self.rope  # the constructor checks it
 
     @cached_property
     def rope(self) -> Rope:
@@ -93,12 +92,12 @@ class DecoderConfig:
 
     @property
     def output_bias(self) -> bool:
-        """Whether o_proj has one."""
+        """Whether o_proj has a bias."""
         return self.reads_attention_bias and self.attention_bias
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Read the keys of a Hugging Face config; ConfigError for anything that would change the arithmetic."""
+        """Read the keys of a Hugging Face config; ConfigError for an unsupported key that would change the results."""
         own = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
         cls.check_settings(values)
         _check_known(values, {**dict.fromkeys(own), **cls.keys})
@@ -120,12 +119,12 @@ class DecoderConfig:
 
     @classmethod
     def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the keys that a config.json leaves out stand for, where they may be left out."""
+        """Defaults of the keys that a config.json may omit."""
         return {}
 
     @classmethod
     def check_settings(cls, values: Mapping[str, Any]) -> None:
-        """ConfigError for a setting whose arithmetic the decoder does not have."""
+        """ConfigError for a setting that the decoder does not support."""
         if values.get("hidden_act", cls.hidden_act) != cls.hidden_act:
             raise ConfigError(f"hidden_act must be {cls.hidden_act!r}, got {values['hidden_act']!r}")
         for name in ("use_sliding_window", "quantization_config", "rope_interleaved", "use_mrope"):
@@ -143,7 +142,7 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of config.json.
 
-        The rotary embedding has both of its names: each version of transformers reads only one.
+        The rotary embedding is written under both of its names, because each version of transformers reads only one.
         """
         values: dict[str, Any] = {
             "architectures": [self.architectures[0]],
@@ -171,7 +170,7 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
-# Other libraries' name for is_causal false; without either a model is causal.
+# The name that other libraries use for is_causal = false; without either, a model is causal.
 _BIDIRECTIONAL = "use_bidirectional_attention"
 _ATTENTION = (
     "_attn_implementation",

@@ -1,6 +1,6 @@
 """The settings of config.json that change no hidden state.
 
-transformers and others write them, and they are written again.
+transformers and other libraries write them; saving a model writes them again.
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ HARMLESS: dict[str, Rule | None] = {
     "add_cross_attention": one_of(False, None),
     "cross_attention_hidden_size": one_of(None),
     "pruned_heads": one_of({}, None),
-    "max_window_layers": lambda value: value is None or type(value) is int,  # counts only with use_sliding_window
+    "max_window_layers": lambda value: value is None or type(value) is int,  # used only with use_sliding_window
     "matryoshka_dimensions": _list_of_counts,
     "is_matryoshka": one_of(True, False, None),
     "sentence_transformers": lambda value: value is None or isinstance(value, dict),  # of a cross-encoder
     **dict.fromkeys(
-        (  # Where it comes from and how it is stored.
+        (  # Origin and storage of the model.
          "_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "dtype", "torch_dtype",
          "model_name", "unsloth_fixed", "unsloth_version", "name_or_path", "license", "vocab_files", "tokenizer_class",
          "prefix", "use_bfloat16", "torchscript", "tf_legacy_loss", "base_model_name_or_path", "adapters",
          "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "is_llama_config", "method",
-         # What a call returns and how it is computed.
+         # Outputs of a call, and how they are computed.
          "use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate",
          "output_scores",
            "chunk_size_feed_forward", "pretraining_tp", "gradient_checkpointing", "use_flash_attn", "attention_dropout",

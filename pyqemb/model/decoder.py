@@ -1,7 +1,7 @@
 """The packed decoder: embedding, blocks of attention and MLP around a residual stream, final norm.
 
-The parts here are those of Qwen3; `families/` says which a model type has. Parameter names are those of Hugging Face's
-Qwen3Model.
+The parts here are those of Qwen3; `families/` defines the parts of each model type. Parameter names are those of
+Hugging Face's Qwen3Model.
 
 Legend: T packed tokens, B sequences, S queries (T, or the last token of each sequence), U distinct ids, N query heads,
 K key heads, D head dim, E hidden, I intermediate.
@@ -27,7 +27,7 @@ from pyqemb.model.rope import Rotary
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 where the storage is narrower."""
+    """x / rms(x) * weight over the last dimension, computed at least in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x / rms(x) * scale, of the shape and dtype of x."""
-        return ops.rms_norm(x, self.scale.to(x.dtype), self.eps)  # they differ under autocast
+        return ops.rms_norm(x, self.scale.to(x.dtype), self.eps)  # the dtypes differ under autocast
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the sum, and the sum."""
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x_TE: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
-        """What o_proj takes, [S, N D]."""
+        """The input of o_proj, [S, N D]."""
         q_SND = self._heads(tokens.project_queries(self.q_proj, x_TE))
         k_TKD = self._heads(tokens.project(self.k_proj, x_TE))
         v_TKD = self._heads(tokens.project(self.v_proj, x_TE))
@@ -109,7 +109,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
-        """What down_proj takes, [S, I]."""
+        """The input of down_proj, [S, I]."""
         return ops.swiglu(self.gate_proj(x_SE), self.up_proj(x_SE))
 
 
@@ -133,13 +133,13 @@ class Block(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """A row for each token id, whatever its position."""
+    """One row for each token id, independent of the position."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config.vocab_size, config.hidden_size)
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        """Rows of the distinct ids [U, E] and where each token finds its own; or of all tokens [T, E] and None."""
+        """The rows of the distinct ids [U, E] and the index of each token's row; or the rows of all tokens [T, E] and None."""
         ids_U, inverse_T = distinct(batch.input_ids_T)
         return super().forward(ids_U), inverse_T
 
@@ -151,14 +151,14 @@ def final_norm(config: DecoderConfig) -> RMSNorm:
 
 @dataclass(frozen=True)
 class Family:
-    """What a decoder of one model type is made of.
+    """The parts of the decoder of one model type.
 
     Attributes:
         config: reads and writes its config.json.
-        block: a layer, from the configuration and the layer's number.
+        block: makes a layer from the configuration and the layer's number.
         embedding: see `TokenEmbedding`.
         norm: see `final_norm`.
-        weight_names: parts of our parameter names and what a checkpoint has in their place.
+        weight_names: parts of our parameter names, and their names in a checkpoint.
     """
 
     config: type[DecoderConfig]
@@ -168,7 +168,7 @@ class Family:
     weight_names: Mapping[str, str] = field(default_factory=dict)
 
     def stored_name(self, name: str) -> str:
-        """What a checkpoint calls a parameter."""
+        """The name of a parameter in a checkpoint."""
         for ours, stored in self.weight_names.items():
             name = name.replace(ours, stored)
         return name
@@ -193,9 +193,9 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Hidden states [T, E] after the final norm.
 
-        With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to those
-        rows of the full pass. `batch.last_tokens()` tells the rows' layout.
-        `boundaries` are filled, or used when they are filled already, by a pass over this batch with this `last_only`.
+        With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to these
+        rows of the full pass. `batch.last_tokens()` gives the layout of the rows. `boundaries` is filled, or read if it
+        was filled by a pass over this batch with the same `last_only`.
         """
         x_TE, inverse_T = self.embed_tokens(batch)
         tokens = [PackedTokens.of(batch, x_TE.device, x_TE.dtype)] * len(self.layers)

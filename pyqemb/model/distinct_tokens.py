@@ -1,6 +1,6 @@
 """Distinct-token projection: the first layer projects each distinct id once.
 
-Before the first attention a token is its id alone.
+Before the first attention, the hidden state of a token depends only on its id.
 
 Legend: T tokens, U distinct ids, F features in, G features out.
 """
@@ -9,7 +9,7 @@ import torch
 
 from pyqemb.model.packed_tokens import PackedTokens, Projection
 
-_WORTH = 0.75  # distinct ids per token above which the gathering costs more than it spares
+_WORTH = 0.75  # with more distinct ids per token, gathering costs more than it saves
 
 
 class DistinctTokens(PackedTokens):
@@ -29,13 +29,13 @@ class DistinctTokens(PackedTokens):
 
     def queries(self, x_UF: torch.Tensor) -> torch.Tensor:
         """The row of every token, [T, F]."""
-        return x_UF.index_select(0, self.inverse_T)  # its gradient is added up in order, and fast
+        return x_UF.index_select(0, self.inverse_T)  # has a fast gradient that is summed in a fixed order
 
 
 def distinct(input_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Distinct ids [U] and where each token finds its own; all ids and None where that would save little.
+    """The distinct ids [U] and the index of each token's id; all ids and None if deduplication would save little.
 
-    On a GPU counting them would make the host wait.
+    On a GPU it always returns all ids, because counting distinct ids would make the host wait.
     """
     if input_ids_T.device.type == "cpu" and len(input_ids_T):
         ids_U, inverse_T = input_ids_T.unique(return_inverse=True)

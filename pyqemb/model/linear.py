@@ -1,4 +1,4 @@
-"""The matrix products of a decoder, each with room for a low-rank adapter.
+"""The matrix products of a decoder, each with an optional low-rank adapter.
 
 Legend: R rank, I and O features in and out.
 """
@@ -11,19 +11,19 @@ from pyqemb.ops.linear import add_known_output
 
 
 class Lora(nn.Module):
-    """What a low-rank adapter adds to a product: scale (x A^T) B^T."""
+    """The output of a low-rank adapter, which is added to a product: scale (x A^T) B^T."""
 
     def __init__(self, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0):
         super().__init__()
         self.A, self.B, self.scale, self.dropout = nn.Parameter(a_RI), nn.Parameter(b_OR), scale, nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return scale (x A^T) B^T: [..., I] -> [..., O]; dropout applies to x while training."""
+        """Return scale (x A^T) B^T: [..., I] -> [..., O]; in training mode, dropout is applied to x."""
         return ops.linear(ops.linear(self.dropout(x), self.A), self.B) * self.scale
 
 
 class Linear(nn.Linear):
-    """x W^T (+ b) on the library's op; plus what the adapter adds where it has one."""
+    """x W^T (+ b), computed by `ops.linear`, plus the output of the adapter if there is one."""
 
     lora: Lora | None
 
@@ -32,14 +32,14 @@ class Linear(nn.Linear):
         self.lora = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x W^T (+ b), plus the adapter's product where there is one: [..., I] -> [..., O]."""
+        """Return x W^T (+ b), plus the output of the adapter if there is one: [..., I] -> [..., O]."""
         product = ops.linear(x, self.weight)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
         return product if self.lora is None else product + self.lora(x)
 
     def add_known_output(self, x: torch.Tensor, residual: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the residual and x W^T (+ b), which is known to be `total`.
+        """Return residual + x W^T (+ b), whose value `total` is known.
 
         The forward pass skips the product; the backward pass computes its gradients.
         """

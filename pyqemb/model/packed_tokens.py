@@ -14,7 +14,7 @@ Projection = Callable[[torch.Tensor], torch.Tensor]
 class PackedTokens:
     """Row t of a layer's input is token t, and every token is a query.
 
-    `DistinctTokens` and `QuerySubset` take its place in the layers where less has to be computed.
+    `DistinctTokens` and `QuerySubset` replace it in layers that can skip a part of the computation.
     """
 
     def __init__(self, plan: ops.AttentionPlan, tables: RotaryTables):
@@ -35,7 +35,7 @@ class PackedTokens:
         return projection(x_TF)
 
     def queries(self, x_TF: torch.Tensor) -> torch.Tensor:
-        """The rows of the queries, [S, F], which are what leaves the layer."""
+        """The rows of the queries, [S, F], which the layer returns."""
         return x_TF
 
     def rotary(self, rope: Rope, head_dim: int) -> Rotary:

@@ -1,4 +1,4 @@
-"""Query subset: where only some tokens are wanted from a layer, only these are its queries.
+"""Query subset: if only some output tokens of a layer are needed, only these are queries of its attention.
 
 Legend: T tokens, S queries, F features in, G features out.
 """
@@ -13,9 +13,9 @@ from pyqemb.model.rope import Rope, Rotary
 
 
 class QuerySubset(PackedTokens):
-    """A layer whose queries are the last token of every sequence that has one; its keys and values are all tokens.
+    """A layer whose queries are the last tokens of all non-empty sequences; keys and values are computed for all tokens.
 
-    Attention is aligned to the bottom right: the last token sees every key under both masks.
+    Attention masks are aligned to the bottom right, so the last token sees every key with either mask.
     """
 
     def __init__(self, all_tokens: PackedTokens, batch: PackedBatch):
@@ -31,13 +31,13 @@ class QuerySubset(PackedTokens):
         return self.all_tokens.project(projection, x_TF)
 
     def project_queries(self, projection: Projection, x_TF: torch.Tensor) -> torch.Tensor:
-        """The projection of the wanted tokens, [S, G]."""
+        """The projection of the query tokens, [S, G]."""
         return projection(self.queries(x_TF))
 
     def queries(self, x_TF: torch.Tensor) -> torch.Tensor:
-        """The rows of the wanted tokens, [S, F]."""
+        """The rows of the query tokens, [S, F]."""
         return self.all_tokens.queries(x_TF).index_select(0, self.tokens_S)
 
     def query_rotary(self, rope: Rope, head_dim: int) -> Rotary:
-        """Angles of the wanted tokens."""
+        """Angles of the query tokens."""
         return self.rotary(rope, head_dim).at(self.tokens_S)

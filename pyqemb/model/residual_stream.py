@@ -1,7 +1,8 @@
-"""Residual-stream reuse: a second pass over the same batch leaves out the products that end in the residual stream.
+"""Residual-stream reuse: a second pass over a batch skips the products that are added to the residual stream.
 
-A first pass keeps the stream after each of them. A second pass that needs gradients takes the stream from there: the
-value of x + W y is known, only its gradients are computed. Same bits, a third of the products less.
+The first pass stores the residual stream after each of these products. The second pass, which needs gradients, reads
+the value of x + W y from there and computes only its gradients. The results have the same bits, with a third of the
+products less.
 """
 
 from typing import Protocol
@@ -26,10 +27,10 @@ class AddingNorm(Protocol):
 
 
 class ResidualStream:
-    """Where a layer adds the results of its products: x + W y.
+    """Adds the products of a layer to its input: x + W y.
 
     Args:
-        known: sums of an earlier pass over the same batch, taken instead of computing them.
+        known: sums of an earlier pass over the same batch, used instead of computing them.
         kept: filled with the sums of this pass.
     """
 
@@ -60,9 +61,9 @@ class ResidualStream:
 
 
 class Boundaries:
-    """What a pass leaves for a second pass over the same batch: the residual stream after each product, by layer.
+    """The residual stream after each product, by layer, stored by one pass for a second pass over the same batch.
 
-    Given empty, the pass fills it. Given filled, the pass uses it.
+    A pass fills an empty object, and reads a filled one.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The rotary embedding: its frequencies, as config.json scales them, and the angles of tokens.
+"""The rotary embedding: its frequencies, scaled as config.json says, and the angles of tokens.
 
 Legend: T tokens, H = head_dim / 2.
 """
@@ -17,10 +17,9 @@ from pyqemb.errors import ConfigError
 class Rope:
     """A rotary embedding.
 
-    `kind` is the rope type of transformers ("default", "linear", "llama3" or "yarn"), `settings` holds the numbers that
-    go with it.
+    `kind` is the rope type of transformers ("default", "linear", "llama3" or "yarn"), `settings` holds its parameters.
 
-    Raises ConfigError: another kind, a number that is missing or not positive.
+    Raises ConfigError: an unknown kind, a number that is missing or not positive.
     """
 
     theta: float = 1_000_000.0
@@ -52,7 +51,7 @@ class Rope:
         return hash((self.theta, self.kind, *sorted(self.settings.items())))
 
     def frequencies(self, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
-        """float32 [H]: radians by which each pair of features turns from one position to the next."""
+        """float32 [H]: the rotation of each pair of features from one position to the next, in radians."""
         exponents_H = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         return _KINDS[self.kind][0](self, 1.0 / self.theta**exponents_H, head_dim)
 
@@ -69,7 +68,7 @@ class Rope:
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Rope":
-        """Of a config.json: the base at the top level or in rope_parameters, the scaling in that or in rope_scaling."""
+        """Read a config.json: the base at the top level or in rope_parameters, the scaling there or in rope_scaling."""
         bases = [] if values.get("rope_theta") is None else [values["rope_theta"]]
         inner: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
@@ -108,21 +107,21 @@ class Rotary:
     sin: torch.Tensor
 
     def at(self, tokens: torch.Tensor) -> "Rotary":
-        """Of some tokens."""
+        """The angles of the selected tokens."""
         return Rotary(self.cos[tokens], self.sin[tokens])
 
 
 class RotaryTables:
-    """The angles of a batch's tokens: made once for all layers that turn by the same frequencies."""
+    """The angles of the tokens of a batch, computed once for all layers with the same frequencies."""
 
     def __init__(self, positions_T: torch.Tensor, dtype: torch.dtype):
         self._positions_T = positions_T
-        # bf16 and fp16 heads are turned in float32; float64 ones keep the float32 angles that the checkpoints know.
+        # bf16 and fp16 heads are rotated in float32; float64 heads use float32 angles too, as in transformers.
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._made: dict[tuple[Rope, int], Rotary] = {}
 
     def __call__(self, rope: Rope, head_dim: int) -> Rotary:
-        """Of heads of that size."""
+        """The angles for heads of that size."""
         key = rope, head_dim
         if key not in self._made:
             angles_TH = self._positions_T.float()[:, None] * rope.frequencies(head_dim, self._positions_T.device)
@@ -149,7 +148,7 @@ def _linear(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Ten
 
 
 def _llama3(rope: Rope, frequencies_H: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Slow features are slowed by the factor, fast ones left, those between blended (Llama 3.1)."""
+    """Divide low frequencies by the factor, keep high ones, and interpolate in between (Llama 3.1)."""
     low, high = rope.settings["low_freq_factor"], rope.settings["high_freq_factor"]
     turns_H = rope.settings["original_max_position_embeddings"] * frequencies_H / (2 * math.pi)  # in the trained window
     fast_H = ((turns_H - low) / (high - low)).clamp(0, 1)
@@ -179,7 +178,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-# rope type: (its frequencies, the numbers that it needs, those that it may have)
+# rope type: (its frequencies, required numbers, optional numbers)
 _KINDS: dict[str, tuple[Callable[[Rope, torch.Tensor, int], torch.Tensor], tuple[str, ...], tuple[str, ...]]] = {
     "default": (_plain, (), ("original_max_position_embeddings",)),
     "linear": (_linear, ("factor",), ("original_max_position_embeddings",)),

@@ -4,7 +4,7 @@ The only importer of `pyqemb._C`. Legend: T query tokens, S key tokens, N query 
 size, B sequences or queries, M documents.
 """
 
-import torch  # noqa: F401  torch first: the native code runs on the threads of the runtime that torch has loaded
+import torch  # noqa: F401  torch first: the native code uses the OpenMP runtime that torch loads
 
 try:
     from pyqemb import _C

@@ -38,7 +38,7 @@ class AttentionPlan:
     tokens: int
     tokens_k: int
     data: Tensor | None = None  # int32, the lists of csrc/ops/attention.h; None on the CPU
-    # Room in its lists: tiles, blocks, key blocks, summed blocks; and 1 where no sequence has more than one query.
+    # Capacities of its lists: tiles, blocks, key blocks, summed blocks; and 1 if no sequence has more than one query.
     sizes: Sequence[int] = (0, 0, 0, 0, 0)
 
 
@@ -50,21 +50,22 @@ def attention_plan(
     tokens_k: int | None = None,
     device: torch.device | str | None = None,
 ) -> AttentionPlan:
-    """The plan of a batch for `varlen_attention(..., plan=...)`: made once, not once a layer.
+    """The plan of a batch for `varlen_attention(..., plan=...)`, made once instead of in every layer.
 
     Args:
-        cu_seqlens: [B + 1] int32, as for varlen_attention. Best on the CPU, where the lengths are known: the plan is
-            exact, and is checked and copied without waiting. On a GPU a kernel makes it, with room for any lengths.
+        cu_seqlens: [B + 1] int32, as for varlen_attention. Preferably on the CPU, where the lengths are known: the plan
+            is exact, and is checked and copied without waiting. On a GPU a kernel makes the plan, with capacity for any
+            lengths.
         cu_seqlens_k: the same for the keys (default: queries and keys are the same tokens).
-        tokens: the last value of cu_seqlens, T; needed where cu_seqlens is on a GPU (default: read from it).
+        tokens: the last value of cu_seqlens, T; required if cu_seqlens is on a GPU (default: read from it).
         tokens_k: the last value of cu_seqlens_k, S, likewise.
-        device: the device of the tensors that will attend (default: that of cu_seqlens).
+        device: the device of q, k and v (default: that of cu_seqlens).
 
     Returns:
         The plan, for all layers and both passes of the batch.
 
     Raises:
-        TypeError, ValueError: cu_seqlens that are none; tokens that are missing.
+        TypeError, ValueError: invalid cu_seqlens; missing tokens.
 
     Example:
         >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -107,7 +108,7 @@ def _lengths_tensor(op: str, name: str, value: Any) -> Tensor:
 
 
 def _count(op: str, name: str, count: Any, cu: Tensor) -> int:
-    """How many tokens there are: as given, or the last value of cu_seqlens."""
+    """The number of tokens: `count`, or the last value of cu_seqlens."""
     if count is not None:
         count = checks.integer(op, name, count, 0, _MOST_TOKENS)
         if cu.device.type == "cpu" and not checks.has_no_values() and count != int(cu[-1]):
@@ -144,7 +145,7 @@ def _lengths(
 def _plan_on_host(
     op: str, cu_q: Tensor, cu_k: Tensor | None, tokens: int, tokens_k: int, device: torch.device
 ) -> AttentionPlan:
-    """Plan and lengths in one copy that the host does not wait for."""
+    """The plan and the lengths, sent in one asynchronous copy."""
     _C.check_cu_seqlens(op, "cu_seqlens", cu_q, tokens, "q")
     _C.check_cu_seqlens(op, "cu_seqlens_k", cu_q if cu_k is None else cu_k, tokens_k, "k")
     lengths = [cu_q] if cu_k is None else [cu_q, cu_k]
@@ -188,19 +189,19 @@ def varlen_attention(
             and D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
         k_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
         v_SKD: [S, K, D] of the same dtype.
-        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. What is on a GPU already is not checked.
-        cu_seqlens_k: the same for the keys, `[0, ..., S]`; None where queries and keys are the same tokens.
+        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. Not checked if it is on a GPU already.
+        cu_seqlens_k: the same for the keys, `[0, ..., S]`; None if queries and keys are the same tokens.
         causal: query i of n sees key j of m when j <= i + m - n (aligned to the bottom right). False: all keys.
         scale: 1 / sqrt(D) when None.
-        plan: `attention_plan` of these cu_seqlens, which are then taken from it (and may be None here). Without one a
-            call on CUDA makes its own: a layer's worth of host time that the layers of a model can share.
+        plan: `attention_plan` of these cu_seqlens, which are then read from the plan (and may be None here). Without
+            it, each call on CUDA computes its own plan; sharing one between layers saves host time.
 
     Returns:
         [T, N, D], dtype of q. Arithmetic is float32 (float64 for float64). A query without keys gives zeros. The result
-        for a sequence has the same bits whatever else is in the batch and however many threads run.
+        for a sequence is bitwise identical for any other content of the batch and any number of threads.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes, head counts or cu_seqlens that do not fit.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: incompatible shapes, head counts or cu_seqlens.
 
     Example:
         >>> q_TND, k_SKD, v_SKD = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
@@ -210,7 +211,7 @@ def varlen_attention(
 
     Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; grouped heads, Ainslie et al. 2023.
     """
-    if scale is None:  # a q that has no head dimension is refused below
+    if scale is None:  # a q without a head dimension raises below
         scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
     scale, causal = checks.finite(_OP, "scale", scale), checks.flag(_OP, "causal", causal)
     q_TND, k_SKD, v_SKD = (_last_contiguous(name, x) for name, x in (("q", q_TND), ("k", k_SKD), ("v", v_SKD)))
@@ -267,7 +268,7 @@ def _gradient(
 def _work(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int]
 ) -> tuple[Tensor | None, Sequence[int]]:
-    """The plan as the native code takes it; compiled graphs come without one."""
+    """The plan as the native code takes it; compiled graphs have none."""
     if plan is None and q.device.type == "cuda":
         plan, sizes = _plan_on_device(cu_q, cu_k, len(q), len(k))
     return plan, sizes

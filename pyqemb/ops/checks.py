@@ -1,9 +1,9 @@
-"""The checks that every public function makes of its arguments.
+"""Argument checks of the public functions.
 
-An error is one line that names the argument, what was wanted and what came.
+An error is one line that names the argument, the expected value and the actual value.
 
-What only the native code can see cheaply (shapes, dtypes, devices, the values of cu_seqlens) is checked there, in the
-same words.
+The native code checks what is cheaper to check there (shapes, dtypes, devices, the values of cu_seqlens), with the same
+messages.
 """
 
 import math
@@ -21,9 +21,9 @@ _stands_for: str | None = None
 
 @contextmanager
 def shapes_only(device: str) -> Iterator[None]:
-    """Inside, the ops take tensors of the meta device: they return, and save for backward, what they do on `device`.
+    """Context in which the ops take meta tensors, and return and save for backward the same shapes as on `device`.
 
-    `device` is "cpu" or "cuda", which need not be there. As in a compiled graph, values are not checked.
+    `device` is "cpu" or "cuda", which need not exist. As in a compiled graph, values are not checked.
     """
     global _stands_for
     before, _stands_for = _stands_for, device
@@ -39,14 +39,14 @@ def has_no_values() -> bool:
 
 
 def device_type(x: Tensor) -> str:
-    """The type of a tensor's device; in `shapes_only` that of the device it stands for."""
+    """The type of a tensor's device; in `shapes_only` that of the device that the meta device replaces."""
     return _stands_for or x.device.type
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
     """Check a tensor whose memory the kernels can read.
 
-    It is strided, on the CPU or on a CUDA device, and no wrapper of another tensor.
+    It must be strided, on the CPU or on a CUDA device, and not a wrapper of another tensor.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -73,7 +73,7 @@ def on_device_of(op: str, name: str, value: Tensor, other_name: str, other: Tens
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """A real number that is no bool."""
+    """Check a real number that is not a bool."""
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -109,7 +109,7 @@ def not_negative(op: str, name: str, value: Any) -> float:
 
 
 def integer(op: str, name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """An integer that is no bool, of at least `low` and at most `high`."""
+    """Check an integer that is not a bool, of at least `low` and at most `high`."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"[{op}] {name} must be an integer, got {value!r:.100} of type {type(value).__name__}")
     whole: int = value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[assignment]
@@ -128,14 +128,14 @@ def flag(op: str, name: str, value: Any) -> bool:
 
 
 def choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    """Check a text that is one of the choices."""
+    """Check that a string is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         listed = " or ".join(map(repr, choices))
         raise ValueError(f"[{op}] {name} must be {listed}, got {value!r:.100}")
 
 
 def items(op: str, name: str, value: Any, of: str) -> list[Any]:
-    """The items of a list, a tuple or another sequence that is no text and no mapping."""
+    """The items of a list, a tuple or another sequence that is neither a string nor a mapping."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
         raise TypeError(f"[{op}] {name} must be a list of {of}, got {type(value).__name__}")
     return list(value)

@@ -1,4 +1,4 @@
-"""What the ops share: memory for results, and how a native function becomes an op of torch."""
+"""Shared code of the ops: memory for results, and the registration of native functions as torch ops."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a result. A large one on the CPU comes from the blocks that earlier results have left."""
+    """Memory for a result; large results on the CPU come from the buffer cache."""
     size = math.prod(shape)
     if device.type != "cpu" or size * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -36,7 +36,7 @@ def empty_like(x: Tensor) -> Tensor:
 def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device: torch.device) -> Tensor:
     """Return cu_seqlens where the kernels of `device` read it.
 
-    On the way from the CPU to a GPU it is checked: from the GPU the host would have to wait for it.
+    It is checked when it is copied from the CPU to a GPU. On the GPU a check would make the host wait.
     """
     cu_seqlens = tensor(op, name, cu_seqlens).contiguous()
     if device.type == "cpu" or cu_seqlens.device.type != "cpu":
@@ -48,22 +48,22 @@ def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device
 
 
 class Native(NamedTuple):
-    """A function that allocates its results and calls the native module, as it is and as torch.ops.pyqemb.<name>.
+    """A function that allocates its results and calls the native module, directly and as torch.ops.pyqemb.<name>.
 
-    Outside a compiled graph the ops call `raw`: torch's dispatcher would cost several times what the rest of the call
-    does.
+    Outside a compiled graph the ops call `raw`, because torch's dispatcher would take several times as long as the rest
+    of the call.
     """
 
     raw: Callable[..., Any]
     op: Any
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function, or the op of torch where tensors have no values."""
+        """Call the function, or the torch op if tensors have no values."""
         return (self.op if has_no_values() else self.raw)(*arguments)
 
 
 def native(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Native]:
-    """Registers the decorated function for the CPU and for CUDA; `fake` gives its results' shapes."""
+    """Register the decorated function for the CPU and for CUDA; `fake` returns results of the same shapes."""
     name = schema.split("(")[0]
 
     def register(raw: Callable[..., Any]) -> Native:
@@ -79,14 +79,14 @@ def native(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 def differentiable(
     name: str, forward: Native, gradient: Native | None, keep: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`forward` with its gradient, which can be taken once.
+    """`forward` as a function that is differentiable once.
 
-    `keep(ctx, inputs, output)` saves what `backward(gradient, ctx, *grads)` needs; both serve eager calls and compiled
-    graphs.
+    `keep(ctx, inputs, output)` saves what `backward(gradient, ctx, *grads)` needs; both are used in eager calls and
+    compiled graphs.
     """
 
     def guarded(call: Any, ctx: Any, *grads: Any) -> Any:
-        # (torch's once_differentiable notices only incoming gradients that require grad, not saved inputs.)
+        # (torch's once_differentiable checks only incoming gradients that require grad, not saved inputs.)
         if torch.is_grad_enabled():
             raise RuntimeError(f"[{name}] is differentiable once: its gradient cannot be taken with create_graph=True")
         return backward(call, ctx, *grads)
@@ -114,20 +114,20 @@ def differentiable(
 
 
 def new(x: Tensor) -> Tensor:
-    """Of the shape and dtype of x, contiguous; for fakes."""
+    """An empty contiguous tensor of the shape and dtype of x, for fake implementations."""
     return x.new_empty(x.shape)
 
 
 def new_rows(x: Tensor) -> Tensor:
-    """A number of the arithmetic type for each row of x."""
+    """An empty tensor with one number of the arithmetic dtype for each row of x."""
     return x.new_empty(x.shape[:-1], dtype=arithmetic(x.dtype))
 
 
 def new_gradient(weight: Tensor, wanted: bool) -> Tensor:
-    """Where a kernel sums the gradient of a weight; without elements where nobody wants it."""
+    """The buffer in which a kernel sums the gradient of a weight; without elements if it is not needed."""
     return weight.new_empty(weight.shape if wanted else (0,), dtype=arithmetic(weight.dtype))
 
 
 def rounded(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor | None:
-    """The gradient of a weight in the weight's dtype; None where nobody wants it."""
+    """The gradient of a weight in the weight's dtype; None if it is not needed."""
     return dweight.to(weight.dtype) if wanted else None

@@ -1,4 +1,4 @@
-"""The named groups of InfoNCE's candidates, the presets made of them, and the options as the kernels take them."""
+"""The named groups of InfoNCE candidates, the presets, and the options as the kernels take them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ _OP = "info_nce"
 
 @dataclass(frozen=True)
 class Group:
-    """How a group of candidates takes part in the softmax.
+    """How a group of candidates is masked and weighted in the softmax.
 
     Attributes:
         mask: which score is compared with the row's limit: "own", the candidate's; "query_document", for the
-            document-document groups that of (q_i, d_j), as equation 1 of the Qwen3 Embedding report reads literally;
-            None: nothing is masked.
+            document-document groups, the score of (q_i, d_j), which is the literal reading of equation 1 of the Qwen3
+            Embedding report; None: nothing is masked.
         margin: the limit is s_i + margin, s_i the positive's score (default: the margin of the call).
         relative: the limit is s_i + margin * |s_i| instead.
-        hardness: this times the score is added to the logit, a constant to the gradient (Lan et al., arXiv 2503.04812,
+        hardness: this times the score is added to the logit, as a constant (no gradient) (Lan et al., arXiv 2503.04812,
             section 3).
 
     Example:
@@ -57,15 +57,15 @@ def _preset(masked: Sequence[str] = (), by_query: Sequence[str] = (), plain: Seq
 _QUERY_DOCUMENT = ("own_hard", "batch_positive", "batch_hard")
 PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
     {
-        # Qwen3 Embedding (arXiv 2506.05176), equation 1: everything, one mask
+        # Qwen3 Embedding (arXiv 2506.05176), equation 1: all groups, one mask
         "qwen3": _preset(masked=(*_QUERY_DOCUMENT, "query_query"), by_query=("doc_positive", "doc_hard")),
         # Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1, stage 2: query-document scores only
         "qwen3_stage2": _preset(masked=_QUERY_DOCUMENT),
         # Multiple negatives ranking loss (Henderson et al., arXiv 1705.00652)
         "mnrl": _preset(plain=_QUERY_DOCUMENT),
-        # As ms-swift reads equation 1: documents against the positive are never masked, own hard negatives among them
+        # As ms-swift implements equation 1: the document-document groups, with own hard negatives, are never masked
         "ms_swift": _preset(masked=(*_QUERY_DOCUMENT, "query_query"), plain=("doc_own", "doc_positive", "doc_hard")),
-        # As memeff reads it: nobody else's hard negatives, each score masked by itself
+        # As memeff implements it: without hard negatives of other queries, each score masked by itself
         "memeff": _preset(masked=("own_hard", "batch_positive", "query_query", "doc_positive")),
         # Own wrong labels only (Qwen3-VL-Embedding, section 5.1)
         "classification": _preset(plain=("own_hard",)),
@@ -74,9 +74,9 @@ PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
 
 
 class Options(NamedTuple):
-    """What the kernels take besides tensors, in types that an op of torch may have.
+    """The arguments of the kernels other than tensors, in types that a torch op accepts.
 
-    The lists have an entry for each group that is on.
+    The lists have an entry for each enabled group.
     """
 
     groups: Sequence[str]
@@ -94,7 +94,7 @@ class Options(NamedTuple):
         cls, preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
         softmax: str, focal: float, temperature: float, scale: float,
     ) -> "Options":  # fmt: skip
-        """Return the options of a call, checked.
+        """Check and return the options of a call.
 
         The arguments are those of `info_nce`; `scale` multiplies the loss and its gradients.
         """
@@ -131,11 +131,11 @@ class Options(NamedTuple):
         )
 
     def native(self) -> _C.InfoNceOptions:
-        """The options object of the native module, one for equal options."""
+        """The options object of the native module; equal options share one."""
         return _native(*(tuple(value) if isinstance(value, list) else value for value in self))
 
 
-@lru_cache(maxsize=64)  # a small call is mostly Python: this spares a tenth of it
+@lru_cache(maxsize=64)  # saves a tenth of the time of a small call
 def _native(*values: Any) -> _C.InfoNceOptions:
     given = Options(*values)
     options = _C.InfoNceOptions(temperature=given.temperature, split=given.split, focal=given.focal, scale=given.scale)
@@ -147,7 +147,7 @@ def _native(*values: Any) -> _C.InfoNceOptions:
 
 
 def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: str | None) -> dict[str, Group]:
-    """The groups that are on."""
+    """The enabled groups."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"[info_nce] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     chosen = dict(PRESETS[preset])

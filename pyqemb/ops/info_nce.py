@@ -1,4 +1,4 @@
-"""The contrastive loss over huge batches: loss and gradients in one sweep, the score matrix never exists."""
+"""The contrastive loss for large batches: loss and gradients in one sweep, without storing the score matrix."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -70,57 +70,57 @@ def info_nce(
     rows: tuple[int, int] | None = None,
     return_stats: bool = False,
 ) -> "Tensor | tuple[Tensor, Stats]":
-    """Mean over queries of -log(exp(s_i / tau) / Z_i), s the dot product of unit vectors, differentiable once.
+    """Mean over queries of -log(exp(s_i / tau) / Z_i), where s is the dot product of unit vectors; differentiable once.
 
-    Z_i sums exp(score / tau) over the positive and the groups of candidates that are on:
+    Z_i sums exp(score / tau) over the positive and the enabled groups of candidates:
 
     | group | score | candidates |
     | --- | --- | --- |
-    | own_hard | q_i . d_j | documents that query i owns |
-    | batch_positive, batch_hard | q_i . d_j | positives of other queries; all other documents of others |
+    | own_hard | q_i . d_j | documents that belong to query i |
+    | batch_positive, batch_hard | q_i . d_j | positives of other queries; all other documents of other queries |
     | query_query | q_i . q_j | the other queries |
     | doc_own, doc_positive, doc_hard | d_i+ . d_j | the same three kinds of documents against the positive |
 
-    A candidate is left out where its score exceeds the group's limit, or where its text equals the positive's.
+    A candidate is masked if its score exceeds the group's limit, or if its text equals the positive's.
 
     Args:
         queries_BE: [B, E] unit vectors, float32, bfloat16, float16 or float64. Logits are float32 (float64 for
             float64).
-        documents_ME: [M, E] of the same dtype; positives, hard negatives, anything else.
+        documents_ME: [M, E] of the same dtype: positives, hard negatives and any other documents.
         positive: [B] int64, the index of each query's positive among the documents. Queries may share one.
         owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none.
             Queries may own different numbers of documents.
-        document_ids: [M] int64, equal where texts are equal. In the query-query group, queries whose positives are
-            equal texts leave each other out as well.
-        preset: which groups are on and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or
+        document_ids: [M] int64, equal for equal texts. In the query-query group, queries whose positives are equal
+            texts mask each other too.
+        preset: which groups are enabled and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or
             classification.
-        groups: changes to the preset by group: a Group, True (a Group as it comes), or False or None for off.
+        groups: changes to the preset by group: a Group, True (a Group with its defaults), or False or None to disable
+            it.
         temperature: tau > 0; a tensor of one element gets a gradient (on a GPU the host waits for its value).
-        margin: of the groups that bring none of their own; None switches their masks off.
-        doc_mask: mask of the document-document groups that are on: "query_document", "own" or "none"; None: as the
-            preset has it.
-        softmax: "joint", or "split": one softmax each for own_hard, the batch groups, query_query and the doc groups,
-            with the positive in each, their losses added up.
-        focal: gamma >= 0: a softmax that gives the positive P counts (1 - P) ** gamma, which the gradient sees (Lin et
-            al., arXiv 1708.02002, equation 4).
-        matryoshka: dimensions, rising or falling, whose prefixes, normalised again, make the loss, e.g. [1024, 256].
-            All of them take one sweep (on a GPU up to eight; more take one each).
-        matryoshka_weights: of their losses; None: their mean.
+        margin: the margin of the groups without their own; None disables their masks.
+        doc_mask: mask of the enabled document-document groups: "query_document", "own" or "none"; None: that of the
+            preset.
+        softmax: "joint", or "split": a separate softmax for own_hard, the batch groups, query_query and the doc groups,
+            each with the positive; the loss is their sum.
+        focal: gamma >= 0: a softmax that gives the positive the probability P is weighted by (1 - P) ** gamma, which is
+            differentiated too (Lin et al., arXiv 1708.02002, equation 4).
+        matryoshka: ascending or descending dimensions; the loss is computed for each prefix of the vectors, normalized
+            again, e.g. [1024, 256]. All prefixes take one sweep (on a GPU up to eight; with more, one sweep each).
+        matryoshka_weights: weights of their losses; None: the mean of the losses.
         reduction: "mean" over the queries or "sum".
-        rows: (first, count): only these queries are anchors. The mean is still over all B, so that the parts of several
-            processes add up to the loss.
-        return_stats: also return {"positive", "negative", "masked"}: mean score of positives, of the query-document
-            candidates kept, and the share of candidates left out (of the largest prefix). On a GPU the host waits for
-            them where they are read.
+        rows: (first, count): only these queries are anchors. The mean is still over all B, so that the losses of
+            several ranks add up to the loss of the batch.
+        return_stats: also return {"positive", "negative", "masked"}: mean score of the positives, mean score of the
+            query-document candidates that are not masked, and the share of masked candidates (all of the largest
+            prefix). On a GPU the host waits for them when they are read.
 
     Returns:
         The loss, a scalar tensor in the arithmetic dtype; with return_stats a pair (loss, mapping).
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, shapes that
-            do not
-        fit, an index out of range (not looked at on a GPU: `positive` must be right there), a temperature that is not
-        positive and finite, Matryoshka dimensions outside 1..E or not in order.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, incompatible
+            shapes, an index out of range (not checked on a GPU, where `positive` must be valid), a temperature that is
+            not positive and finite, Matryoshka dimensions outside 1..E or not in order.
 
     Example:
         >>> queries_BE = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
@@ -184,7 +184,7 @@ def info_nce(
 
 
 def _temperature(value: Any, queries: Tensor) -> tuple[Tensor | None, float]:
-    """The tensor that gets a gradient, where the temperature is one, and its value."""
+    """The temperature as a tensor that gets a gradient (None for a number), and its value."""
     if not isinstance(value, Tensor):
         return None, checks.positive(_OP, "temperature", value)
     tau = checks.tensor(_OP, "temperature", value)
@@ -209,8 +209,7 @@ def _rows(rows: Any, num_queries: int) -> tuple[int, int]:
 class Stats(Mapping[str, float]):
     """The statistics of one call, fetched from the device when they are first read.
 
-    `totals`: what they are made of, float64 [5]: sums over the rows that were anchors, so that those of several calls
-    add up.
+    `totals`, float64 [5], holds sums over the anchor rows; the totals of several calls can be added.
     """
 
     def __init__(self, totals: Tensor, num_rows: int):
@@ -236,9 +235,9 @@ class Stats(Mapping[str, float]):
 
 
 class Block(NamedTuple):
-    """What one block of columns gives to R anchors.
+    """The contribution of one block of columns to R anchors.
 
-    It holds losses, log sums [R, 4], the totals of Stats, and gradients where they are wanted.
+    It holds losses, log sums [R, 4], the totals of Stats, and gradients if they are requested.
     """
 
     losses_R: Tensor
@@ -285,11 +284,12 @@ def info_nce_block(
     adds_positive: bool = True,
     gradients: bool = False,
 ) -> Block:
-    """One block of documents and queries against R anchors, for a ring that never holds all of them.
+    """One block of documents and queries against R anchors, for a ring in which no rank holds all of them.
 
-    The first round takes the log sums of each block and adds them up (torch.logaddexp); the second gives the totals
-    back and gets gradients, where `adds_positive`, in one block only, adds what concerns the anchors and their
-    positives alone. Texts are equal where their ids are, which also keeps an anchor away from itself among the others.
+    The first round computes the log sums of each block, which the caller adds up (torch.logaddexp). The second round
+    takes the totals and returns gradients. `adds_positive`, set for one block only, adds the terms of the anchors and
+    their positives. Texts are equal if their ids are equal, which also excludes an anchor from its own query-query
+    candidates.
     """
     rows, texts = len(anchors.queries_RE), torch.cat([anchors.text_R, columns.text_C])
     if not rows:
@@ -309,7 +309,7 @@ def info_nce_block(
     batch = _Batch(
         queries=torch.cat([anchors.queries_RE, others.queries_QE]),
         documents=torch.cat([anchors.positives_RE, columns.documents_CE]),
-        # The positives of the others are elsewhere; nobody looks at them.
+        # The positives of the others are on other ranks; the kernel does not read them.
         positive=torch.cat([torch.arange(rows, device=texts.device), torch.zeros_like(others.text_Q)]),
         query_text=torch.cat([anchors.text_R, others.text_Q]),
         document_text=texts,
@@ -370,7 +370,7 @@ def _sweep(
 ) -> tuple[Tensor, ...]:
     """Return the losses of the rows, the totals, and the gradients of queries, documents and temperature.
 
-    Gradients that are not wanted have no elements.
+    Gradients that are not requested have no elements.
     """
     queries, documents, owner = batch.queries, batch.documents, batch.owner
     losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (num_rows, 5, 1 if learns else 0))
@@ -414,8 +414,8 @@ class _Inputs(NamedTuple):
     num_rows: int
     dims: Sequence[int]
     dim_weights: Sequence[float]
-    differs: bool  # whether queries or documents want a gradient
-    learns: bool  # whether the temperature does
+    differs: bool  # whether queries or documents need a gradient
+    learns: bool  # whether the temperature needs one
 
 
 def _inputs(given: Sequence[Any]) -> tuple[_Inputs, Options]:

@@ -1,4 +1,4 @@
-"""Packed hidden states -> one vector per sequence."""
+"""One vector per sequence from packed hidden states."""
 
 from typing import Any
 
@@ -22,18 +22,18 @@ def last_token_pool(
 
     Args:
         hidden_TE: [T, E] float32, bfloat16, float16 or float64.
-        cu_seqlens: [B + 1] int32, `[0, ..., T]`. The pooled token is the last of each sequence, never searched for.
-        norm_weight: [E] of the final RMSNorm (over all E features, before the cut); None: hidden_TE is already normed.
-        eps: of the RMSNorm.
-        dim: features kept (Matryoshka); E when None.
-        normalize: divide by the L2 norm, at any magnitude. A row of zeros stays zero, and so is its gradient.
+        cu_seqlens: [B + 1] int32, `[0, ..., T]`. The pooled token is always the last of each sequence.
+        norm_weight: [E] weight of the final RMSNorm (over all E features, before truncation); None: hidden_TE is
+            already normalized.
+        eps: added to the mean square of the RMSNorm.
+        dim: number of features to keep (Matryoshka); E when None.
+        normalize: divide by the L2 norm, at any magnitude. A row of zeros stays zero, and so does its gradient.
 
     Returns:
-        [B, dim], dtype of hidden_TE. A sequence without tokens gives zeros.
+        [B, dim], dtype of hidden_TE. A sequence without tokens has a vector of zeros.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, shapes or cu_seqlens that do not
-            fit.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: dim outside 1..E, incompatible shapes or cu_seqlens.
 
     Example:
         >>> hidden_TE = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])

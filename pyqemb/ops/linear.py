@@ -1,4 +1,4 @@
-"""x W^T with results in kept memory; the product itself is torch's."""
+"""x W^T, computed by torch, with results allocated from the buffer cache."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
     Args:
         x_TI: [T, I].
-        weight_OI: [O, I] of the same dtype; under autocast of any dtype.
+        weight_OI: [O, I] of the same dtype; any dtype under autocast.
 
     Returns:
-        [T, O], what torch.nn.functional.linear gives. On the CPU its memory, and that of the gradients, is taken from
-        the blocks that earlier results have left: the page faults of fresh memory cost up to a fifth of the product.
+        [T, O], the result of torch.nn.functional.linear. On the CPU the result and the gradients are allocated from a
+        buffer cache, because the page faults of new memory take up to a fifth of the time of the product.
 
     Raises:
-        TypeError: not a tensor, or two dtypes without autocast.
-        ValueError: shapes that do not fit.
+        TypeError: not a tensor, or different dtypes without autocast.
+        ValueError: incompatible shapes.
 
     Example:
         >>> pyqemb.ops.linear(torch.ones(1, 3), torch.eye(3)[:2])
@@ -47,16 +47,16 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def add_known_output(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor, sum_TO: Tensor) -> Tensor:
-    """Return residual + x W^T where that sum is known from an earlier pass.
+    """Return residual + x W^T, when this sum is known from an earlier pass.
 
     Args:
         x_TI: [T, I].
         weight_OI: [O, I] of the dtype of x.
-        residual_TO: [T, O]; under autocast it may have another dtype than x.
+        residual_TO: [T, O]; under autocast its dtype may differ from that of x.
         sum_TO: [T, O], the known sum, of the dtype of the residual.
 
     Returns:
-        `sum_TO` itself, with the gradients of the sum.
+        `sum_TO` itself, with the gradients of residual + x W^T.
     """
     return _AddKnownOutput.apply(x_TI, weight_OI, residual_TO, sum_TO)
 
@@ -85,7 +85,7 @@ class _AddKnownOutput(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and weight, where they are wanted."""
+    """The gradients of x and weight, None if not needed."""
     if torch.is_grad_enabled():  # create_graph
         return dy @ weight, dy.T @ x
     dx = dweight = None

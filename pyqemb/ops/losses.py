@@ -1,6 +1,6 @@
-"""The objectives beside InfoNCE: graded pairs, a teacher's scores, a teacher's vectors, yes or no.
+"""The losses other than InfoNCE: graded pairs, scores of a teacher, vectors of a teacher, yes or no.
 
-Plain torch, few numbers.
+They are plain torch, because they are small.
 
 Legend: B rows, M documents, K candidates of a row, E dimension, F the teacher's. All return a scalar, differentiable.
 """
@@ -19,22 +19,22 @@ _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
 
 def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: float = 0.05) -> Tensor:
-    """Return the CoSENT loss of rows of two vectors.
+    """Return the CoSENT loss of pairs of vectors.
 
-    It is log(1 + sum of exp((c_j - c_i) / tau) over all i, j with scores_i > scores_j), c the dot product of a row's
-    two vectors.
+    It is log(1 + sum of exp((c_j - c_i) / tau) over all i, j with scores_i > scores_j), where c is the dot product of
+    the two vectors of a row.
 
     Args:
         first_BE: [B, E] unit vectors of a floating dtype.
         second_BE: [B, E] unit vectors of the same dtype.
-        scores_B: [B], the higher the more alike.
+        scores_B: [B], higher for more similar pairs.
         temperature: tau > 0 (default 0.05).
 
     Returns:
-        One loss for all rows, in float32 (float64 for float64). 0 where all scores are equal.
+        One loss for all rows, in float32 (float64 for float64). 0 if all scores are equal.
 
     Raises:
-        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, scores that are not finite, a bad
+        TypeError: not a tensor. ValueError: no rows, incompatible shapes, scores that are not finite, an invalid
             temperature.
 
     Example:
@@ -43,8 +43,8 @@ def cosent(first_BE: Tensor, second_BE: Tensor, scores_B: Tensor, temperature: f
         >>> pyqemb.ops.cosent(first_BE, second_BE, torch.tensor([5.0, 1.0])) < 1e-6  # in the order of the scores
         tensor(True)
 
-    Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): the pairs of a level
-    of scores are its rows against all rows of lower levels, whose sum is a running one.
+    Source: CoSENT (Su 2022); Qwen3-VL-Embedding (arXiv 2601.04720), section 5.1. Takes O(B log B): each row is compared
+    with the running sum over all rows of lower scores.
     """
     op = "cosent"
     first_BE = _matrix(op, "first", first_BE)
@@ -71,23 +71,23 @@ def distill_scores(
     teacher_temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Cross-entropy from the softmax of a teacher's scores over each query's candidates to that of the student.
+    """Cross-entropy between the teacher's and the student's softmax over the candidates of each query.
 
     Args:
         queries_BE: [B, E] unit vectors.
         documents_ME: [M, E] unit vectors.
-        candidates_BK: [B, K] int64, indices of documents; -1 where a query has fewer.
-        teacher_BK: [B, K] the teacher's scores (logits), finite where there is a candidate.
-        temperature: of the student's softmax (default 0.05).
-        teacher_temperature: of the teacher's softmax (default 1).
+        candidates_BK: [B, K] int64, indices of documents; padded with -1.
+        teacher_BK: [B, K] the teacher's scores (logits), finite for every candidate.
+        temperature: temperature of the student's softmax (default 0.05).
+        teacher_temperature: temperature of the teacher's softmax (default 1).
         reduction: "mean" over the queries (default) or "sum".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64).
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a query without candidates,
-            an index out of range, a score that is not finite, a bad temperature.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: incompatible shapes, a query without candidates, an
+            index out of range, a score that is not finite, an invalid temperature.
 
     Example:
         >>> queries_BE, documents_ME = torch.eye(2)[:1], torch.eye(2)
@@ -129,7 +129,7 @@ def distill_scores(
             f"[{op}] teacher must hold finite scores, got {teacher_BK[there][~teacher_BK[there].isfinite()][0]}"
         )
     wide = arithmetic(queries_BE.dtype)
-    # Zeros where there is no candidate: a NaN there would reach the gradient of the query.
+    # Zeros for the padding: a NaN there would reach the gradient of the query.
     chosen_BKE = documents_ME[candidates_BK.clamp_min(0)].to(wide).masked_fill(~there[..., None], 0)
     student = torch.einsum("be,bke->bk", queries_BE.to(wide), chosen_BKE) / temperature
     student = student.masked_fill(~there, -torch.inf).log_softmax(dim=1).masked_fill(~there, 0)
@@ -140,21 +140,20 @@ def distill_scores(
 def distill_embeddings(
     student_BE: Tensor, teacher_BF: Tensor, projection_FE: Tensor | None = None, reduction: Reduction = "mean"
 ) -> Tensor:
-    """1 - cosine of each row to the teacher's vector.
+    """1 - cosine between each row and the teacher's vector.
 
     Args:
         student_BE: [B, E] unit vectors.
         teacher_BF: [B, F], of any norm; a constant.
-        projection_FE: [F, E], learned: the student is brought to the teacher's size. Without it the teacher is
-            truncated to its first E components (Matryoshka teachers; F must be at least E).
+        projection_FE: [F, E], a learned projection from the student's to the teacher's dimension. Without it the
+            teacher is truncated to its first E components (Matryoshka teachers; F must be at least E).
         reduction: "mean" over the rows (default) or "sum".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64).
 
     Raises:
-        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, teacher's vectors that are zero or not
-            finite.
+        TypeError: not a tensor. ValueError: no rows, incompatible shapes, teacher vectors that are zero or not finite.
 
     Example:
         >>> pyqemb.ops.distill_embeddings(torch.eye(2), torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
@@ -200,18 +199,18 @@ def distill_embeddings(
 
 
 def yes_no(logits_B2: Tensor, labels_B: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """-log p(label), p the softmax over the logits of the two answers: a reranker's loss.
+    """-log p(label), where p is the softmax over the logits of the two answers: the loss of a reranker.
 
     Args:
         logits_B2: [B, 2] of "yes" and "no".
-        labels_B: [B], true or 1 where the answer is yes.
+        labels_B: [B], true or 1 if the answer is yes.
         reduction: "mean" over the rows (default) or "sum".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64).
 
     Raises:
-        TypeError: not a tensor. ValueError: no rows, shapes that do not fit, a label that is neither 0 nor 1.
+        TypeError: not a tensor. ValueError: no rows, incompatible shapes, a label that is neither 0 nor 1.
 
     Example:
         >>> pyqemb.ops.yes_no(torch.zeros(2, 2), torch.tensor([True, False]))
@@ -245,7 +244,7 @@ def _dots(a_BE: Tensor, b_BE: Tensor) -> Tensor:
 def _matrix(
     op: str, name: str, value: Any, like_name: str = "", like: Tensor | None = None, rows: bool = True
 ) -> Tensor:
-    """[B, E] with rows; as wide as `like`, and with as many rows unless they are another thing."""
+    """Check a nonempty [B, E] tensor; with `like`, of the same dimension and, with `rows`, as many rows."""
     x = checks.tensor(op, name, value) if like is None else _beside(op, name, value, like_name, like)
     if x.dim() != 2 or not len(x) or not x.shape[1] or not x.is_floating_point():
         raise ValueError(f"[{op}] {name} must be floating, of shape [B, E], got {x.dtype} of shape {list(x.shape)}")

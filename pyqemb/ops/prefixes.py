@@ -1,4 +1,4 @@
-"""Matryoshka: the prefixes of the vectors that a loss is taken of, and a loss taken of each."""
+"""Matryoshka: the prefix dimensions of a loss, and the sum of a loss over prefixes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from pyqemb.ops import checks
 
 
 def is_ordered(dims: Sequence[int]) -> bool:
-    """Whether Matryoshka dimensions are at least 1 and rise or fall, each once; and there are any."""
+    """Whether there are Matryoshka dimensions, all at least 1 and strictly ascending or descending."""
     rising = sorted(set(dims))
     return bool(rising) and rising[0] >= 1 and list(dims) in (rising, rising[::-1])
 
@@ -18,7 +18,7 @@ def is_ordered(dims: Sequence[int]) -> bool:
 def prefixes(
     matryoshka: Sequence[int] | None, weights: Sequence[float] | None, size: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Dimensions, rising, and the weights of their losses."""
+    """The dimensions in ascending order, and the weights of their losses."""
     if matryoshka is None:
         if weights is not None:
             raise ValueError("[info_nce] matryoshka_weights need matryoshka, got None")
@@ -42,7 +42,7 @@ def prefixes(
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of length 1, at any magnitude; a row of zeros stays zero, and so is its gradient."""
+    """Rows normalized to length 1, at any magnitude; a row of zeros stays zero, and so does its gradient."""
     largest = x.detach().abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_ones(1)
     scaled = x / torch.where(largest > 0, largest, 1)
     norms = scaled.norm(dim=-1, keepdim=True)
@@ -52,7 +52,7 @@ def unit_rows(x: Tensor) -> Tensor:
 def over_prefixes(
     loss: Callable[..., Tensor], dims: Sequence[int], weights: Sequence[float], *vectors: Tensor
 ) -> Tensor:
-    """The weighted sum of a loss over the prefixes of the vectors, normalized again; one call each, in order."""
+    """The weighted sum of `loss` over the prefixes of the vectors, normalized again; one call for each prefix."""
     parts = [
         weight * loss(*(unit_rows(x[:, :dim]) for x in vectors)) for dim, weight in zip(dims, weights, strict=True)
     ]

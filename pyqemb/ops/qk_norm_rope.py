@@ -10,7 +10,7 @@ from pyqemb.ops.common import differentiable, empty_like, native, new, new_gradi
 
 
 def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Tensor, eps: float = 1e-6) -> Tensor:
-    """What Qwen3 does to q and to k before attention: RMSNorm of each head, then rotary embedding; differentiable once.
+    """RMSNorm of each head, then the rotary embedding, as Qwen3 applies to q and k; differentiable once.
 
     Args:
         x_TND: [T, N, D] float32, bfloat16, float16 or float64, D even.
@@ -18,13 +18,13 @@ def qk_norm_rope(x_TND: Tensor, norm_weight: Tensor, cos_TH: Tensor, sin_TH: Ten
         cos_TH: [T, D / 2], the cosines of each token's angles, float32 (float64 for float64); feature i turns with
             feature i + D / 2.
         sin_TH: [T, D / 2], their sines.
-        eps: of the RMSNorm.
+        eps: added to the mean square of the RMSNorm.
 
     Returns:
         [T, N, D], dtype of x.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: incompatible shapes, a negative eps.
 
     Example:
         >>> x_TND, angles_TH = torch.randn(3, 2, 4), torch.arange(3.0)[:, None] * torch.tensor([1.0, 0.1])
@@ -49,7 +49,7 @@ def rope(x_TND: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
         [T, N, D], dtype of x.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: incompatible shapes.
 
     Example:
         >>> quarter_turn = torch.zeros(1, 1), torch.ones(1, 1)  # cosine and sine of 90 degrees
@@ -98,7 +98,7 @@ def _keep_qk_norm_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _qk_norm_rope_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under checkpointing each reading computes them again
+    saved = ctx.saved_tensors  # read once: under activation checkpointing each access recomputes them
     dx, dweight = gradient(*saved, dy, ctx.needs_input_grad[1])
     return dx, rounded(dweight, saved[1], ctx.needs_input_grad[1]), None, None, None
 

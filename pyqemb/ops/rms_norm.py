@@ -22,7 +22,7 @@ def rms_norm(
         x: [..., E] float32, bfloat16, float16 or float64.
         weight: [E] of the same dtype.
         eps: added to the mean square (default 1e-6).
-        residual: of the shape and dtype of x; x + residual, rounded to that dtype, is normalized in place of x
+        residual: a tensor of the shape and dtype of x; x + residual, rounded to that dtype, is normalized instead of x
             (default: none).
 
     Returns:
@@ -30,7 +30,7 @@ def rms_norm(
         residual).
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: shapes that do not fit, a negative eps.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: incompatible shapes, a negative eps.
 
     Example:
         >>> pyqemb.ops.rms_norm(torch.tensor([3.0, -3.0]), torch.ones(2))

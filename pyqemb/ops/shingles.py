@@ -15,20 +15,20 @@ _MOST = 2**63 - 1  # the native code counts in int64
 
 
 def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the word n-grams of each text, in order, repeats included.
+    """Hashes of the word n-grams of each text, in order, including repeated ones.
 
-    Words are runs of letters and digits, case and Unicode forms (NFKC) ignored; each character of a script without
-    spaces is a word. A text of fewer than n words is one n-gram; a text without words has none.
+    Words are runs of letters and digits, ignoring case and Unicode forms (NFKC); in scripts without spaces, each
+    character is a word. A text of fewer than n words is one n-gram; a text without words has none.
 
     Args:
         texts: the texts, N of them.
         n: words per n-gram (default 5).
 
     Returns:
-        hashes [total] uint64 and counts [N] int64: how many belong to each text.
+        hashes [total] uint64, and counts [N] int64, the number of hashes of each text.
 
     Raises:
-        TypeError: not texts. ValueError: n below 1.
+        TypeError: not a list of texts. ValueError: n below 1.
 
     Example:
         >>> hashes, counts = pyqemb.ops.shingles(["one two three", "One, two!"], n=2)
@@ -46,22 +46,22 @@ def shingles(texts: Sequence[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 
 def min_hash(texts: Sequence[str], num_hashes: int = 128, n: int = 5) -> np.ndarray:
-    """Compute MinHash signatures.
+    """Compute the MinHash signature of each text.
 
-    The fraction of equal places estimates the Jaccard similarity of two texts' sets of word n-grams (those of
-    `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes). A text without words gets all ones.
+    The fraction of equal entries in two signatures estimates the Jaccard similarity of the sets of word n-grams (those
+    of `shingles`), with a standard error of at most 0.5 / sqrt(num_hashes). All bits of the signature of a text without
+    words are one.
 
     Args:
         texts: the texts, N of them.
-        num_hashes: hash functions of a signature (default 128).
+        num_hashes: the number of hash functions of a signature (default 128).
         n: words per n-gram (default 5).
 
     Returns:
         [N, num_hashes] uint32.
 
     Raises:
-        TypeError: not texts.
-        ValueError: n or num_hashes below 1.
+        TypeError: not a list of texts. ValueError: n or num_hashes below 1.
 
     Example:
         >>> first, second = pyqemb.ops.min_hash(["the same words here", "The same words, here."], n=2)

@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype.
-        ValueError: two shapes.
+        ValueError: different shapes.
 
     Example:
         >>> pyqemb.ops.swiglu(torch.zeros(2), torch.ones(2))

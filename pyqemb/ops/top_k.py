@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search by dot product."""
+"""Exact nearest-neighbor search by dot product."""
 
 import torch
 from torch import Tensor
@@ -16,22 +16,21 @@ def top_k(
     exclude: Tensor | None = None,
     ceiling: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k documents with the largest dot product for each query; the [B, M] matrix never exists. Not differentiable.
+    """The k documents with the largest dot product for each query, without storing the [B, M] matrix.
 
     Args:
         queries_BE: [B, E] float32, bfloat16, float16 or float64.
         documents_ME: [M, E] of the same dtype.
         k: from 0 to M.
-        exclude: [B, X] int64, documents that a query must not get (-1 for none).
-        ceiling: [B] float32, documents that score above it are skipped (false negatives, when mining).
+        exclude: [B, X] int64, documents to exclude for each query (-1 for none).
+        ceiling: [B] float32; documents with a higher score are skipped (false negatives, when mining).
 
     Returns:
-        scores [B, k] float32 and indices [B, k] int64, best first, equal scores by lower index. Where fewer than k
-        documents
-        qualify: -inf and -1. A NaN score never qualifies.
+        scores [B, k] float32 and indices [B, k] int64, best first, equal scores by lower index; padded with -inf and
+        -1. Documents with a NaN score are skipped. Not differentiable.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype. ValueError: k outside 0..M, shapes that do not fit.
+        TypeError: not a tensor, or of the wrong dtype. ValueError: k outside 0..M, incompatible shapes.
 
     Example:
         >>> scores, indices = pyqemb.ops.top_k(torch.eye(2), torch.tensor([[0.5, 0.0], [1.0, 0.2], [0.0, 1.0]]), 2)

@@ -1,6 +1,6 @@
 """The decoder families, one file for each.
 
-A file says how config.json is read, and which parts and weight names the decoder has.
+A file defines how config.json is read, and the parts and the weight names of the decoder.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def build_decoder(config: DecoderConfig) -> Decoder:
-    """The decoder of a configuration, with the weights that torch's initialization gives."""
+    """The decoder of a configuration, with torch's weight initialization."""
     return Decoder(config, FAMILIES[config.model_type])
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
-    """Read `config.json` of a model folder; CheckpointError names it when it is not one that we can run."""
+    """Read `config.json` of a model folder; CheckpointError if it is missing or not supported."""
     path = Path(folder) / "config.json"
     values = read_json(Path(folder), "config.json")
     if values is None:
@@ -41,10 +41,10 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
 
 def parse_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """The configuration that the keys of a Hugging Face config say.
+    """The configuration from the keys of a Hugging Face config.
 
     Raises:
-        ConfigError: a model_type that is not among the families, a setting that is not known or not supported.
+        ConfigError: an unknown model_type, a setting that is not known or not supported.
     """
     for name, value in values.items():
         if makes_loaders_run_code(name, value):

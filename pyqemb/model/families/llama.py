@@ -1,4 +1,4 @@
-"""Llama: no norm of q and k; biases of attention and MLP where config.json says so.
+"""Llama: no norm of q and k; biases of attention and MLP if config.json sets them.
 
 Source: Llama 2, arXiv 2307.09288, section 2; Llama 3, arXiv 2407.21783, section 3.2.
 """
@@ -28,9 +28,9 @@ class LlamaConfig(DecoderConfig):
 
 
 def older_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what Llama, Qwen2 and Mistral take for absent keys.
+    """Return the defaults of Llama, Qwen2 and Mistral for absent keys.
 
-    There are as many key heads as query heads, and hidden_size is divided among the heads.
+    The number of key heads is that of the query heads, and head_dim is hidden_size divided by it.
     """
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     found = {"num_key_value_heads": heads, "tie_word_embeddings": False}

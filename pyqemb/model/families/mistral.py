@@ -1,4 +1,4 @@
-"""Mistral: no norm of q and k, no biases; a sliding window is supported where no text is longer than it.
+"""Mistral: no norm of q and k, no biases; a sliding window is supported if no text is longer than the window.
 
 Source: Mistral 7B, arXiv 2310.06825, section 2.
 """

@@ -1,4 +1,4 @@
-"""Qwen3: a norm of each head of q and k; biases of the attention where config.json says so.
+"""Qwen3: a norm of each head of q and k; biases of the attention if config.json sets them.
 
 Source: Qwen3 technical report, arXiv 2505.09388, section 2.
 """
