@@ -1,4 +1,4 @@
-"""Weights in safetensors: read one by one from a single or sharded folder, loaded into a model, written one by one."""
+"""Weights in safetensors: read tensor by tensor from one file or several, loaded into a model, written one by one."""
 
 import hashlib
 import json
@@ -25,16 +25,17 @@ LM_HEAD = "lm_head.weight"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt"
-# Of transformers before 4.32: the rotary embedding's frequencies, which config.json says.
+# Written by transformers before 4.32: the frequencies of the rotary embedding, which follow from config.json.
 _BUFFERS = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _SHOWN = 5  # names in an error before "and n more"
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """A folder's tensors by name; each is read from the disk when it is asked for.
+    """The tensors of a folder by name; each is read from the disk on access.
 
-    Names come without the `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file` None:
-    the model's, one or in shards. CheckpointError names the file that is missing, damaged or outside the folder.
+    Names have no `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file`: the weight file
+    (None: those of the model, one file or shards). CheckpointError names the file that is missing, damaged or outside
+    the folder.
     """
 
     def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,), file: str | None = None):
@@ -46,7 +47,7 @@ class Tensors(Mapping[str, torch.Tensor]):
             stored = set(self._handle(path).keys())
             if promised is not None and stored != promised:
                 raise CheckpointError(
-                    f"{path}: does not hold what {INDEX} says: missing {_some(promised - stored)}, "
+                    f"{path}: does not match {INDEX}: missing {_some(promised - stored)}, "
                     f"surplus {_some(stored - promised)}"
                 )
             self._heads |= dict.fromkeys(stored & {*heads}, path)
@@ -55,7 +56,7 @@ class Tensors(Mapping[str, torch.Tensor]):
                 if _BUFFERS.fullmatch(ours):
                     continue
                 if ours in self._home:
-                    raise CheckpointError(f"{path}: {ours} is there twice")
+                    raise CheckpointError(f"{path}: {ours} appears twice")
                 self._home[ours] = path, name
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -66,7 +67,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         return self._read(*self._home[name], rows)
 
     def head(self, name: str) -> torch.Tensor | None:
-        """One of the heads, None where the folder has none of that name."""
+        """The head of that name, None if the folder does not have it."""
         return self._read(self._heads[name], name) if name in self._heads else None
 
     def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor
@@ -88,12 +89,12 @@ class Tensors(Mapping[str, torch.Tensor]):
         return self._home[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header: nothing is read."""
+        """The shape of a tensor, from the header; the tensor is not read."""
         path, stored = self._home[name]
         return tuple(self._handle(path).get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """From the header; CheckpointError for anything but float64, float32, bfloat16 and float16."""
+        """The dtype of a tensor, from the header; CheckpointError unless float64, float32, bfloat16 or float16."""
         path, stored = self._home[name]
         dtype = self._handle(path).get_slice(stored).get_dtype()
         if dtype not in DTYPES:
@@ -116,7 +117,7 @@ class Tensors(Mapping[str, torch.Tensor]):
 
 
 def open_safetensors(path: Path) -> Any:
-    """A file, its tensors still unread. CheckpointError where it is damaged."""
+    """Open a file without reading its tensors. CheckpointError if it is damaged."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -133,7 +134,7 @@ def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None
     """Compare config.json with the headers of the weights, before anything is allocated.
 
     Raises:
-        CheckpointError: another number of layers, or sizes that are not those of the first layer and the embeddings.
+        CheckpointError: the number of layers, or the sizes of the first layer and the embeddings, differ.
     """
     prefix = family.stored_name("layers.")
     layers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
@@ -156,15 +157,15 @@ def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None
 
 
 def check_weights(module: Decoder, tensors: Tensors) -> dict[str, str]:
-    """Compare the names, shapes and dtypes of a folder's tensors with a decoder's parameters; nothing is read.
+    """Compare names, shapes and dtypes of the tensors of a folder with the parameters of a decoder, from the headers.
 
-    Adapters are no part of it.
+    Adapters are ignored.
 
     Returns:
         The stored name of each parameter.
 
     Raises:
-        CheckpointError: names are missing or surplus, or a shape or dtype is another one.
+        CheckpointError: names are missing or surplus, or a shape or dtype differs.
     """
     parameters = {name: x for name, x in module.named_parameters() if ".lora." not in name}
     stored = {name: module.family.stored_name(name) for name in parameters}
@@ -181,14 +182,14 @@ def check_weights(module: Decoder, tensors: Tensors) -> dict[str, str]:
 
 
 def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dtype | None = None) -> None:
-    """Fill a decoder (it may live on the meta device) from a folder; dtype None keeps the stored one.
+    """Load the weights of a folder into a decoder, which may be on the meta device; dtype None: the stored dtype.
 
-    CheckpointError, naming the tensor, for missing and surplus names, other shapes or dtypes, NaN and infinity.
+    CheckpointError, which names the tensor, for missing and surplus names, wrong shapes or dtypes, NaN and infinity.
     """
     tensors = source if isinstance(source, Tensors) else read_tensors(source)
     names = check_weights(module, tensors)
     dtype = widest_dtype(tensors) if dtype is None else dtype
-    # Copies: the mapped file may be replaced or changed while the model lives.
+    # Copies, because the mapped file may be replaced or changed while the model is in use.
     copies = {name: _finite(tensors, stored).to(dtype, copy=True) for name, stored in names.items()}
     module.load_state_dict(copies, assign=True)
     module.requires_grad_(True)
@@ -196,9 +197,9 @@ def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dty
 
 @torch.no_grad()
 def load_rows(module: Decoder, tensors: Tensors) -> None:
-    """Fill the parameters of a decoder in place; of a sharded one only the rows that this rank holds are read.
+    """Load weights into the parameters of a decoder in place; of sharded parameters, only this rank's rows are read.
 
-    CheckpointError as of `load_weights`.
+    CheckpointError as in `load_weights`.
     """
     names = check_weights(module, tensors)
     for name, parameter in module.named_parameters():
@@ -208,7 +209,7 @@ def load_rows(module: Decoder, tensors: Tensors) -> None:
 
 
 def widest_dtype(tensors: Tensors) -> torch.dtype:
-    """The stored dtype, or the narrowest that holds them all where they differ."""
+    """The stored dtype, or the narrowest dtype that represents all stored dtypes."""
     widest = torch.bfloat16 if not len(tensors) else tensors.dtype(next(iter(tensors)))
     for name in tensors:
         widest = torch.promote_types(widest, tensors.dtype(name))
@@ -216,21 +217,21 @@ def widest_dtype(tensors: Tensors) -> torch.dtype:
 
 
 class Stored(NamedTuple):
-    """What the header of a file says of a tensor."""
+    """The entry of a tensor in the header of a file."""
 
     dtype: torch.dtype
     shape: Sequence[int]
 
 
 def file_order(stored: Mapping[str, Stored]) -> list[str]:
-    """The names in the order in which the tensors lie in a file: wide dtypes first, then by name."""
+    """The names in the order of the tensors in a file: wide dtypes first, then by name."""
     return sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name))
 
 
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write tensors to one file: a temporary one beside it, synced, renamed. An old file stays whole until then.
+    """Write tensors to a temporary file, sync it, and rename it; an existing file stays intact until then.
 
     Returns the sha256 of the file.
     """
@@ -242,16 +243,16 @@ def write_safetensors(
 def stream_safetensors(
     path: Path, stored: Mapping[str, Stored], tensors: Iterable[torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write tensors as they come: memory holds one at a time.
+    """Write tensors one at a time, so that only one is in memory.
 
     Args:
-        path: the file, which is written in place.
-        stored: the header, known before any tensor is.
-        tensors: those of the header, in `file_order`, on any device.
-        metadata: texts by name, for the header.
+        path: the file, written in place.
+        stored: the header, which is written before the tensors are computed.
+        tensors: the tensors of the header, in `file_order`, on any device.
+        metadata: strings by name, for the header.
 
     Returns:
-        The sha256 of what was written.
+        The sha256 of the file.
     """
     names = file_order(stored)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -275,7 +276,7 @@ def stream_safetensors(
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
+    """The hex digest of a file."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
@@ -305,7 +306,7 @@ def _finite(tensors: Tensors, name: str, rows: slice | None = None) -> torch.Ten
 
 
 def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """The safetensors files of a folder, each with the names that the index promises (None without an index)."""
+    """The safetensors files of a folder, each with the tensor names of the index (None without an index)."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if member(folder, WEIGHTS).is_file():
@@ -326,7 +327,7 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
 
 
 def _inside(folder: Path, index: Path, file: Any) -> Path:
-    """The path of a shard; an index may come from a stranger and must not reach files elsewhere."""
+    """The path of a shard; an untrusted index must not name files outside of the folder."""
     if not isinstance(file, str) or not file.endswith(".safetensors") or len(PurePosixPath(file).parts) != 1:
         raise CheckpointError(f"{index}: weight_map may name .safetensors files of its own folder only, got {file!r}")
     path = member(folder, file)

@@ -139,7 +139,7 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(config.vocab_size, config.hidden_size)
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        """The rows of the distinct ids [U, E] and the index of each token's row; or the rows of all tokens [T, E] and None."""
+        """Rows of the distinct ids [U, E] and the row index of each token; or rows of all tokens [T, E] and None."""
         ids_U, inverse_T = distinct(batch.input_ids_T)
         return super().forward(ids_U), inverse_T
 

@@ -1,4 +1,4 @@
-"""Embedder: the packed decoder, its tokenizer and its pooling. Texts or packed tokens in, unit vectors out.
+"""Embedder: a packed decoder with tokenizer and pooling, which encodes texts or packed tokens as unit vectors.
 
 Legend: B sequences, T packed tokens, E hidden size.
 """
@@ -29,13 +29,13 @@ from pyqemb.ops.prefixes import unit_rows
 
 
 class Embedder(Encoding):
-    """A text embedding model: texts or packed tokens in, vectors out. Usually `from_pretrained` makes one.
+    """A text embedding model: encodes texts or packed tokens as vectors. Usually loaded with `from_pretrained`.
 
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
         pooling: "last" (default) or "mean".
-        prompts: what encode_query ("query") and encode_document ("document") put before a text.
+        prompts: the prefixes that encode_query ("query") and encode_document ("document") add to a text.
         matryoshka: the dimensions that the model was trained for, largest first (default: only the full one).
 
     Raises:
@@ -51,8 +51,8 @@ class Embedder(Encoding):
         >>> model.similarity(queries, documents).shape
         torch.Size([1, 2])
 
-    Set by from_pretrained from the folder's files, with the meaning they have in sentence-transformers: `normalize`
-    (whether the folder has a Normalize module), `plain` (whether it is a base model's, without modules.json),
+    `from_pretrained` sets these attributes from the folder's files, with the meaning of sentence-transformers:
+    `normalize` (whether the folder has a Normalize module), `plain` (whether it is a base model, without modules.json),
     `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
     """
 
@@ -98,14 +98,15 @@ class Embedder(Encoding):
             dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
             max_length: texts are truncated to this many tokens (default: sentence_bert_config.json or
                 tokenizer_config.json).
-            device: where the model goes (default: a GPU that can run the model, else the CPU); "meta": shapes without
-                weights, see `load_rows`.
+            device: the device of the model (default: a GPU that can run the model, else the CPU); "meta": shapes
+                without weights, see `load_rows`.
 
         Returns:
             The model.
 
         Raises:
-            CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
+            CheckpointError: a file is missing, damaged or unsafe, or a setting is not supported; the error names the
+                file.
         """
         path, model, tensors = open_folder(folder, "embedder", attention)
         return cls._from_files(path, model, pooling, max_length)._load(tensors, dtype, device)
@@ -118,7 +119,7 @@ class Embedder(Encoding):
         pooling: str | None = None,
         max_length: int | None = None,
     ) -> "Embedder":
-        """The model of a folder or hub id on the meta device; weights need not be there and are not downloaded.
+        """The model of a folder or hub id on the meta device; its weights are not needed and not downloaded.
 
         Arguments and errors are those of `from_pretrained`.
         """
@@ -129,7 +130,7 @@ class Embedder(Encoding):
     def _from_files(
         cls, path: Path, model: Decoder, pooling: str | None = None, max_length: int | None = None
     ) -> "Embedder":
-        """A decoder with what its folder says beside it."""
+        """A decoder with the settings of its folder."""
         tokenizer = Tokenizer.from_folder(path, max_length)
         settings = read_sentence_settings(path, model.config.hidden_size)
         if pooling is not None:
@@ -152,9 +153,9 @@ class Embedder(Encoding):
         pooling: str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> "Embedder":
-        """An untrained model: normal weights of deviation `initializer_range`, norms one. The same for the same seed.
+        """An untrained model: normal weights of deviation `initializer_range`, norm weights of one.
 
-        torch's global random state is neither used nor changed.
+        The weights depend only on the seed. torch's global random state is neither used nor changed.
 
         Args:
             config: sizes and constants of the decoder.
@@ -182,7 +183,7 @@ class Embedder(Encoding):
 
     @property
     def settings(self) -> SentenceSettings:
-        """What a saved folder says beside the decoder. ConfigError: values that do not go together."""
+        """The settings that are saved with the decoder. ConfigError: incompatible values."""
         return SentenceSettings(
             self.pooling, self.prompts, self.default_prompt_name, self.similarity_fn_name, self.truncate_dim,
             self.normalize
@@ -190,7 +191,7 @@ class Embedder(Encoding):
 
     @property
     def default_instruction(self) -> str | None:
-        """The task sentence inside the query prompt; None where the prompt is empty or of another form."""
+        """The task sentence in the query prompt; None if the prompt is empty or has another form."""
         before, after = TEMPLATE.format(task="\0", query="").split("\0")
         prompt = self.prompts.get("query", "")
         fits = prompt.startswith(before) and prompt.endswith(after)
@@ -201,13 +202,13 @@ class Embedder(Encoding):
         self.prompts["query"] = "" if task is None else TEMPLATE.format(task=task, query="")
 
     def forward(self, batch: PackedBatch, dim: int | None = None, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Encode packed token ids, differentiably.
+        """Encode packed token ids; differentiable.
 
         Args:
-            batch: B sequences, on any device; the vectors are on the model's.
+            batch: B sequences, on any device; the vectors are on the device of the model.
             dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: E).
-            boundaries: an empty object is filled with what saves a second pass over this batch a third of its products;
-                a filled one is used (default: neither).
+            boundaries: an empty object is filled, so that a second pass over this batch saves a third of its products;
+                a filled object is used (default: none).
 
         Returns:
             Unit vectors [B, dim or E], float32, or float64 for a float64 model. An empty sequence gives a zero row.
@@ -216,7 +217,7 @@ class Embedder(Encoding):
         batch = self._checked(batch)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch, boundaries=boundaries), batch, dim)
-        # Only the last tokens leave the last layer: the rest of its work would be thrown away.
+        # The last layer computes only the last tokens, because the others are not used.
         hidden_BE = _wide(self.model(batch, last_only=True, boundaries=boundaries))
         _, cu_last = batch.last_tokens()
         norm = self.model.norm
@@ -231,7 +232,7 @@ class Embedder(Encoding):
             batch: B sequences, on any device.
 
         Returns:
-            Vectors [B, E], dtypes as of `forward`.
+            Vectors [B, E], with the dtype of `forward`.
         """
         batch = self._checked(batch)
         if self.pooling == "mean":
@@ -259,21 +260,21 @@ class Embedder(Encoding):
         dtype: torch.dtype | str | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the folder that sentence-transformers, transformers, vLLM and TEI load, all or nothing.
+        """Write a model folder for sentence-transformers, transformers, vLLM and TEI, completely or not at all.
 
-        Adapters are folded in. Where ranks share the weights every one of them calls this, and rank 0 writes.
+        Adapters are merged into the weights. If the weights are sharded, every rank calls this, and rank 0 writes.
 
         Args:
-            folder: the folder to write. An older model folder there is replaced once the new one is complete; any other
-                non-empty folder is refused.
+            folder: the folder to write. An existing model folder is replaced once the new one is complete; any other
+                non-empty folder is an error.
             dtype: the dtype of the weights (default: the parameters' own).
-            provenance: what the model came from; pyqemb.json keeps it.
+            provenance: the origin of the model, stored in pyqemb.json.
 
         Returns:
             The folder.
 
         Raises:
-            ConfigError: the folder is not empty and no model folder.
+            ConfigError: the folder is neither empty nor a model folder.
             CheckpointError: a weight is not finite.
         """
         stored = named_dtype(dtype) or self.dtype
@@ -282,7 +283,7 @@ class Embedder(Encoding):
     def save_parameters(
         self, read: Read, folder: str | Path, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
     ) -> Path:
-        """`save_pretrained` for other parameters than the model's: those that `read` gives, by their names here."""
+        """`save_pretrained` with the parameters that `read` returns by name, instead of the model's."""
         return self._write(folder, self._decoder_weights(read), dtype, self._files(provenance))
 
     def _files(self, provenance: Mapping[str, Any] | None) -> WriteFiles:
@@ -293,14 +294,14 @@ class Embedder(Encoding):
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: unit vectors rounded to bfloat16 would cost the loss two digits."""
+    """Convert to float32 or wider, because rounding unit vectors to bfloat16 costs the loss two digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None, normalize: bool = True) -> torch.Tensor:
     wide_TE = _wide(hidden_TE)
     lengths = to_device(torch.from_numpy(batch.lengths), wide_TE.device)
-    # In the order of the tokens on a GPU too, where index_add is not.
+    # Sums in the order of the tokens on a GPU too, unlike index_add.
     sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
     if not normalize:
         return sums_BE / lengths.clamp(min=1)[:, None]

@@ -1,4 +1,4 @@
-"""Whatever embeds: pyqemb's own model, or any folder that sentence-transformers loads, behind the same two methods."""
+"""One interface for pyqemb's models and for folders that sentence-transformers loads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ Encoder = TypeVar("Encoder")
 
 
 class SentenceTransformerEncoder:
-    """A sentence-transformers folder, read from the disk alone, safetensors only.
+    """A sentence-transformers folder; weights are read from local safetensors files only.
 
-    Its own query prompt is used where it has one; an `instruction` is not, for such models were trained with other
+    Its query prompt is used if it has one. An `instruction` is ignored, because such models were trained with other
     templates.
     """
 
@@ -52,7 +52,7 @@ class SentenceTransformerEncoder:
 
 
 class UnitEncoder:
-    """Unit vectors of an Embedder whose folder asks for others: searches compare by the cosine."""
+    """Unit vectors of an Embedder without normalization, for searches by cosine."""
 
     def __init__(self, model: Embedder):
         self.model = model
@@ -70,16 +70,16 @@ class UnitEncoder:
 
 
 def unit_encoder(model: Encoder) -> "Encoder | UnitEncoder":
-    """The model itself, or one that gives the unit vectors of an Embedder that does not."""
+    """The model itself, or a wrapper that returns unit vectors if the Embedder does not."""
     if isinstance(model, Embedder) and not (model.normalize and model.truncate_dim is None):
         return UnitEncoder(model)
     return model
 
 
 def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
-    """An Embedder for a Qwen3 folder or a hub id, else what sentence-transformers makes of the folder.
+    """An Embedder for a Qwen3 folder or a hub id, else the model that sentence-transformers loads.
 
-    Raises CheckpointError, naming the file, for a folder that neither can load.
+    Raises CheckpointError, which names the file, for a folder that neither can load.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -91,7 +91,7 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
 
 
 def open_model(folder: str | Path, device: str | None = None) -> Embedder | Reranker:
-    """A Reranker where the folder says that it is one, else an Embedder."""
+    """A Reranker if the folder holds one, else an Embedder."""
     reranks = kind_of(local_folder(folder)) == "reranker"
     return (
         Reranker.from_pretrained(folder, device=device) if reranks else Embedder.from_pretrained(folder, device=device)

@@ -1,4 +1,4 @@
-"""Texts to vectors, whatever their number, with the methods and arguments of SentenceTransformer.
+"""Encoding of any number of texts, with the methods and arguments of SentenceTransformer.
 
 Legend: B texts, T tokens, E hidden size.
 """
@@ -25,16 +25,16 @@ from pyqemb.model.protocols import Ranks
 from pyqemb.model.quantize import quantize
 from pyqemb.model.similarity import check_similarity, similarity, similarity_pairwise
 
-_TEXTS_AT_ONCE = 8192  # sorted and tokenized together, so that a large corpus never lies in memory as token lists
+_TEXTS_AT_ONCE = 8192  # sorted and tokenized together, so that not all token lists of a large corpus are in memory
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 _log = logging.getLogger("pyqemb")
 
-# An array or a tensor; a list of tensors, or of details, one for each text; the details of one text.
+# An array or a tensor; a list of tensors or dicts, one for each text; the dict of one text.
 Encoded = np.ndarray | torch.Tensor | list[Any] | dict[str, Any]
 
 
 class Encoding(Pooled, PackedModel):
-    """The methods; the class that has them is called with a PackedBatch and a dim, and has what is named here."""
+    """The methods, as a base class; subclasses are called with a PackedBatch and a dim, and have these attributes."""
 
     prompts: dict[str, str]
     default_prompt_name: str | None
@@ -67,15 +67,14 @@ class Encoding(Pooled, PackedModel):
         tokens_per_chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Encoded:
-        """Vectors [len(texts), E] in the order of the texts; [E] for a single text; shape (0,) for no text.
+        """Encode texts as vectors: [len(texts), E] in the order of the texts, [E] for a single text, (0,) for no text.
 
         The arguments are those of SentenceTransformer.encode, in its order, and four of pyqemb's own.
 
         Args:
             texts: one text or a list of texts; `sentences` and `inputs` are other names of this argument.
-            prompt_name: the name in `prompts` of what precedes each text (default: `default_prompt_name`, where the
-                model has one).
-            prompt: what precedes each text, in place of a named prompt.
+            prompt_name: the name in `prompts` of the prefix of each text (default: the model's `default_prompt_name`).
+            prompt: the prefix of each text, instead of a named prompt.
             batch_size: checked and otherwise unused; forward passes are bounded by `tokens_per_chunk`.
             show_progress_bar: True shows a bar on stderr.
             output_value: "token_embeddings" gives a tensor [tokens, E] for each text, None gives a dict of input_ids,
@@ -84,15 +83,15 @@ class Encoding(Pooled, PackedModel):
             convert_to_numpy: False gives a list of tensors.
             convert_to_tensor: True gives one tensor.
             device: move the model there first. A list of devices encodes in one process for each.
-            normalize_embeddings: True gives unit vectors. Otherwise a model whose folder has a Normalize module gives
-                unit vectors, and a model without one gives what its pooling gives. For a base model (a folder without
-                modules.json), False gives what its pooling gives, and None, the default, gives unit vectors.
+            normalize_embeddings: True gives unit vectors. Otherwise the vectors are normalized if the model's folder
+                has a Normalize module. For a base model (a folder without modules.json), None (the default) gives unit
+                vectors and False the output of the pooling.
             truncate_dim: keep the first components only; they are normalized again only by `normalize_embeddings=True`.
                 None: the model's own `truncate_dim`.
-            pool: the processes of `start_multi_process_pool`, which encode the texts (default: this process).
-            chunk_size: how many texts a process of the pool gets at a time.
-            instruction: one, or one for each text, formats the texts as queries.
-            dim: the first so many components, normalized again (Matryoshka).
+            pool: the worker processes of `start_multi_process_pool` (default: encode in this process).
+            chunk_size: the number of texts that a worker process gets at a time.
+            instruction: format the texts as queries with this task sentence, or with one for each text.
+            dim: the number of first components to keep, normalized again (Matryoshka).
             tokens_per_chunk: tokens in one forward pass; None: 4096 on the CPU, 16384 elsewhere.
             on_progress: called with the number of texts that are done.
 
@@ -100,7 +99,7 @@ class Encoding(Pooled, PackedModel):
             A float32 numpy array, or one of the precision's dtype, unless an argument says otherwise.
 
         Raises:
-            TypeError: not texts, an unknown argument. ConfigError (a ValueError): a value that an argument cannot take.
+            TypeError: not texts, an unknown argument. ConfigError (a ValueError): an invalid value of an argument.
 
         Example:
             >>> from pyqemb.testing.tiny import tiny_embedder
@@ -143,7 +142,7 @@ class Encoding(Pooled, PackedModel):
     def encode_windows(
         self, texts: Sequence[str], dim: int | None = None, tokens_per_chunk: int | None = None
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Rows and their unit vectors, window after window; while the model works on one the next is tokenized."""
+        """Yield row indices and their unit vectors by windows; the next window is tokenized while the model runs."""
         forward: Callable[[PackedBatch], torch.Tensor] = lambda chunk: self(chunk, dim)  # noqa: E731
         for rows, window in self._windows(texts, forward, tokens_per_chunk, lambda done: None, self._ranks):
             yield rows, window.cpu().numpy()
@@ -298,7 +297,7 @@ class Encoding(Pooled, PackedModel):
 
     @property
     def similarity_fn_name(self) -> str:
-        """What `similarity` computes: cosine, dot, euclidean or manhattan; the last two are negative distances."""
+        """The measure of `similarity`: cosine, dot, euclidean or manhattan; the last two are negative distances."""
         return self._similarity_fn_name
 
     @similarity_fn_name.setter
@@ -353,7 +352,7 @@ class Encoding(Pooled, PackedModel):
     def _vectors_of(
         self, dim: int | None, truncate_dim: int | None, normalize_embeddings: bool | None
     ) -> Callable[[PackedBatch], torch.Tensor]:
-        """A forward pass that ends as sentence-transformers' modules and arguments say."""
+        """A forward pass with the output that sentence-transformers' modules and arguments define."""
         width = self._width(dim, truncate_dim)
         if dim is not None or normalize_embeddings:
             return lambda chunk: self(chunk, width)
@@ -378,7 +377,7 @@ class Encoding(Pooled, PackedModel):
 
     def _converted(self, vectors: np.ndarray, to_numpy: bool, to_tensor: bool) -> Encoded:
         if not len(vectors):
-            vectors = np.array([], dtype=np.float32 if to_tensor else np.float64)  # of sentence-transformers' dtype
+            vectors = np.array([], dtype=np.float32 if to_tensor else np.float64)  # the dtype of sentence-transformers
         if to_numpy and not to_tensor:
             return vectors
         tensor = torch.from_numpy(vectors)
@@ -431,7 +430,7 @@ def _check_output(output_value: str | None, precision: str, texts: int) -> None:
 
 
 def _joined(parts: list[Any], width: int, output_value: str | None) -> np.ndarray | list[Any]:
-    """The results of several processes as those of one."""
+    """Concatenate the results of several processes."""
     if output_value == "sentence_embedding":
         return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.float32)
     return as_tensors([item for part in parts for item in part])

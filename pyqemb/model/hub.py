@@ -9,7 +9,7 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repo_id: str, token: str | None = None) -> None:
-    """Whether a model can be pushed to `repo_id`, as far as is known without the network.
+    """Check whether a model can be pushed to `repo_id`, without using the network.
 
     Raises:
         ConfigError: the id is not ORG/NAME, or there is no token.
@@ -21,7 +21,7 @@ def check_push(repo_id: str, token: str | None = None) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ConfigError(f"{repo_id}: no id of a model on the hub: {error}") from error
+        raise ConfigError(f"{repo_id}: not an id of a model on the hub: {error}") from error
     if repo_id.count("/") != 1:
         raise ConfigError(f"{repo_id}: expected an id of the hub, ORG/NAME")
     if token is None and get_token() is None:
@@ -39,21 +39,21 @@ def push_folder(
 ) -> str:
     """Upload a model folder to the Hugging Face Hub, in one commit.
 
-    Weights of the repository that the folder does not have are deleted, so that no mixture of two models stays.
+    Weights of the repository that the folder does not have are deleted, so that the repository never mixes two models.
 
     Args:
         folder: the model folder.
         repo_id: the repository, "ORG/NAME"; it is created if it does not exist.
         private: whether a new repository is private (default: the default of the account or organization).
         revision: the branch (default: main).
-        commit_message: of the commit (default: "Upload model").
+        commit_message: the message of the commit (default: "Upload model").
         token: a token with write access (default: that of `hf auth login` or HF_TOKEN).
 
     Returns:
         The URL of the commit.
 
     Raises:
-        ConfigError: `repo_id` is no id, there is no token, or the hub refuses the upload.
+        ConfigError: `repo_id` is not an id, there is no token, or the hub rejects the upload.
         MachineError: the network or the disk fails.
     """
     from huggingface_hub import HfApi

@@ -1,7 +1,7 @@
-"""Low-rank adapters on the packed decoder: x W^T + scale (x A^T) B^T. Written and read as peft's.
+"""Low-rank adapters on the packed decoder: x W^T + scale (x A^T) B^T. They are written and read in peft's format.
 
-Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scale, Kalajdzievski 2023, arXiv 2312.03732.
-Legend: R rank, I and O features in and out.
+Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilized scale, Kalajdzievski 2023, arXiv 2312.03732. Legend: R rank, I
+and O features in and out.
 """
 
 import json
@@ -37,20 +37,20 @@ _SETTINGS: dict[str, Rule | None] = {
         value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1)
     ),
     "use_rslora": one_of(True, False, None),
-    "target_modules": _NAMES,  # the tensors say which modules have an adapter
+    "target_modules": _NAMES,  # the tensors define which modules have an adapter
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
-    # The others change the base weights, for which the adapter was trained: pissa, olora, corda, loftq, lora_ga.
+    # The other methods change the base weights that the adapter was trained for: pissa, olora, corda, loftq, lora_ga.
     "init_lora_weights": one_of(True, False, None, "gaussian", "eva", "orthogonal"),
     "bias": one_of("none"),
     "inference_mode": one_of(True, False, None),
     "task_type": lambda value: value is None or isinstance(value, str),
-    "base_model_name_or_path": None,  # where the adapter comes from
+    "base_model_name_or_path": None,  # the origin of the adapter
     "revision": None,
     "peft_version": None,
-    "eva_config": None,  # of the initialization
+    "eva_config": None,  # settings of the initialization
     "megatron_core": None,
-    "qalora_group_size": None,  # counts only with use_qalora
+    "qalora_group_size": None,  # used only with use_qalora
     "runtime_config": None,
     **dict.fromkeys(
         ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
@@ -64,7 +64,7 @@ _SETTINGS: dict[str, Rule | None] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """scale = alpha / rank, or alpha / sqrt(rank) where `rank_stabilized`. ConfigError: what is out of range."""
+    """scale = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized`. ConfigError: a value out of range."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -83,14 +83,14 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of the adapter's product."""
+        """The factor of the adapter's output."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
-    """Freeze the model and give its targets new adapters, which change nothing yet (B is zero).
+    """Freeze the model and add new adapters to its targets, which do not change its output yet (B is zero).
 
-    The same for the same seed.
+    The initial weights depend only on the seed.
     """
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
@@ -104,12 +104,12 @@ def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
 
 @torch.no_grad()
 def reset_lora(model: Decoder, seed: int = 0) -> None:
-    """Give the adapters of a model their first weights, the same for the same seed; sharded ones the rows of these."""
+    """Set the initial weights of the adapters, the same for the same seed; sharded adapters get their rows of them."""
     generator = torch.Generator().manual_seed(seed)
     for linear in adapted(model).values():
         lora = linear.lora
         assert lora is not None
-        bound = 1 / math.sqrt(lora.A.shape[1])  # as peft and nn.Linear draw it
+        bound = 1 / math.sqrt(lora.A.shape[1])  # the initialization of peft and nn.Linear
         a_RI = (torch.rand(lora.A.shape, generator=generator) * 2 - 1) * bound
         local(lora.A).copy_(a_RI[own_rows(lora.A)])
         local(lora.B).zero_()
@@ -121,11 +121,11 @@ def adapted(model: nn.Module) -> dict[str, Linear]:
 
 
 class MergedParameters(Mapping[str, torch.Tensor]):
-    """The parameters by name as if the adapters had been folded in; each is computed when it is asked for.
+    """The parameters by name, with the adapters merged in; each is computed on access.
 
     Args:
-        model: may live on the meta device where `read` is given.
-        read: gives the parameter of a name, detached (default: that of the model, which shares its memory).
+        model: the decoder; it may be on the meta device if `read` is given.
+        read: returns the parameter of a name, detached (default: the model's, which shares its memory).
     """
 
     def __init__(self, model: Decoder, read: Callable[[str], torch.Tensor] | None = None):
@@ -147,12 +147,12 @@ class MergedParameters(Mapping[str, torch.Tensor]):
         return sum(1 for _ in self)
 
     def shape(self, name: str) -> torch.Size:
-        """Of a parameter; nothing is computed."""
+        """The shape of a parameter, without computing it."""
         return self._parameters[name].shape
 
 
 def merge_lora(model: Decoder) -> None:
-    """Fold the adapters into the weights, which can be trained again."""
+    """Merge the adapters into the weights, which become trainable again."""
     merged = MergedParameters(model)
     with torch.no_grad():
         for name, linear in adapted(model).items():
@@ -171,14 +171,14 @@ def save_adapter(
     """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
 
     Args:
-        model: a decoder with adapters. Where ranks share its weights every one of them calls this, and rank 0 writes.
+        model: a decoder with adapters. If its weights are sharded, every rank calls this, and rank 0 writes.
         folder: the folder to write.
-        base: what adapter_config.json calls the base model.
+        base: the name of the base model in adapter_config.json.
         task_type: "CAUSAL_LM": for the same decoder under a language-model head.
         dtype: the dtype of the adapters in the folder (default: the parameters' own).
 
     Raises:
-        ConfigError: the model has no adapters, or ones of several ranks.
+        ConfigError: the model has no adapters, or adapters of different ranks or scales.
     """
     layers = adapted(model)
     if not layers:
@@ -206,10 +206,10 @@ def save_adapter(
 
 
 def load_adapter(model: Decoder, folder: str | Path) -> None:
-    """Give the model the adapters of a peft folder, plain LoRA on its projections; the model is frozen but for them.
+    """Load the adapters of a peft folder (plain LoRA on the projections) and freeze all other parameters.
 
-    Raises CheckpointError, naming the file: a setting that would change the arithmetic, a tensor that is missing,
-    surplus, or of another shape. ConfigError: the model has adapters already.
+    Raises CheckpointError, which names the file: an unsupported setting, a tensor that is missing, surplus, or of
+    another shape. ConfigError: the model has adapters already.
     """
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
@@ -218,7 +218,7 @@ def load_adapter(model: Decoder, folder: str | Path) -> None:
     for name, (a_RI, b_OR) in adapter.pairs.items():
         linear = layers.get(name)
         if linear is None:
-            raise CheckpointError(f"{folder}: has an adapter for {name}, which the model has not")
+            raise CheckpointError(f"{folder}: has an adapter for {name}, which the model does not have")
         wanted = (b_OR.shape[0], a_RI.shape[1])
         if tuple(linear.weight.shape) != wanted or a_RI.shape[0] != b_OR.shape[1]:
             raise CheckpointError(
@@ -238,17 +238,17 @@ def merge_adapters(
 
     Args:
         folders: two or more adapter folders.
-        weights: one for each adapter, which may be negative (default: equal ones that add up to 1).
+        weights: one for each adapter, which may be negative (default: equal weights that add up to 1).
         out: the folder of the merged adapter.
-        rank: the rank of the result, which then is the nearest in the Frobenius norm, by SVD (default: the sum of the
-            ranks, which is exact).
+        rank: the rank of the result; it is then the best approximation in the Frobenius norm, by SVD (default: the sum
+            of the ranks, which is exact).
 
     Returns:
         The folder of the merged adapter.
 
     Raises:
-        ConfigError: there are fewer than two adapters, or the weights do not fit.
-        CheckpointError: as `load_adapter`, or the adapters are for different modules.
+        ConfigError: fewer than two adapters, or another number of weights than adapters.
+        CheckpointError: as in `load_adapter`, or the adapters are for different modules.
     """
     if len(folders) < 2:
         raise ConfigError(f"adapters: two or more are needed, got {len(folders)}")
@@ -281,7 +281,7 @@ def merge_adapters(
 
 @dataclass(frozen=True)
 class Adapter:
-    """A peft folder: (A, B) by module of the decoder; `inner` is what stands before its names."""
+    """A peft folder: (A, B) by module of the decoder; `inner` is the prefix of its names."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -292,14 +292,14 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read a peft folder; CheckpointError as of load_adapter."""
+    """Read a peft folder; CheckpointError as in `load_adapter`."""
     folder = Path(folder)
     path = folder / CONFIG
     settings = read_object(folder, CONFIG)
     try:
         rank, alpha = settings["r"], settings["lora_alpha"]
     except KeyError as error:
-        raise CheckpointError(f"{path}: no LoRA adapter: {error!r}") from error
+        raise CheckpointError(f"{path}: not a LoRA adapter: {error!r}") from error
     check_keys(settings, {name: _SETTINGS.get(name, _NOTHING) for name in settings}, path)
     pickled = [file.name for file in folder.glob("adapter_model.bin")]
     if pickled and not (folder / WEIGHTS).is_file():
@@ -310,23 +310,25 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name in tensors:
         module, _, side = name.removeprefix(_PREFIX + inner).removesuffix(".weight").rpartition(".lora_")
         if not name.startswith(_PREFIX + inner) or side not in ("A", "B"):
-            raise CheckpointError(f"{tensors.file(name)}: {name} is no weight of a LoRA adapter")
+            raise CheckpointError(f"{tensors.file(name)}: {name} is not a weight of a LoRA adapter")
         if not torch.isfinite(tensors[name]).all():
             raise CheckpointError(f"{tensors.file(name)}: {name} holds NaN or infinity")
         found.setdefault(module, {})[side] = tensors[name].clone()
     for module, sides in found.items():
         if set(sides) != {"A", "B"} or len(sides["A"]) != rank:
-            raise CheckpointError(f"{folder / WEIGHTS}: {module} has not the two matrices of an adapter of rank {rank}")
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {module} does not have the two matrices of an adapter of rank {rank}"
+            )
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     pairs = {module: (sides["A"], sides["B"]) for module, sides in found.items()}
     return Adapter(folder, settings, pairs, scale, float(settings.get("lora_dropout") or 0.0), inner)
 
 
 def _write(folder: str | Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Path:
-    """All or nothing; ConfigError where something else lies there."""
+    """Write the folder completely or not at all; ConfigError if it exists and is not an adapter."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: is there and is no adapter; refusing to replace it")
+        raise ConfigError(f"{folder}: exists and is not an adapter; refusing to replace it")
     with atomic_folder(folder) as temporary:
         write_safetensors(temporary / WEIGHTS, tensors)
         (temporary / CONFIG).write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
@@ -340,14 +342,14 @@ def _targets(model: Decoder, names: Sequence[str]) -> list[tuple[str, Linear]]:
 
 
 def _folded(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + scale B A, in float32 at least."""
+    """W + scale B A, in float32 or wider."""
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
     delta = scale * (b_OR.to(wide) @ a_RI.to(wide))
     return (weight_OI.to(wide) + delta).to(weight_OI.dtype)
 
 
 def _nearest(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of that rank whose product is nearest to B A. Only matrices of the given rank are decomposed."""
+    """(A, B) of the given rank whose product is nearest to B A. Only small matrices are decomposed."""
     q_OR, left_RR = torch.linalg.qr(b_OR.double())
     q_IR, right_RR = torch.linalg.qr(a_RI.double().T)
     u, s, v = torch.linalg.svd(left_RR @ right_RR.T)

@@ -15,8 +15,8 @@ def model_card(name: str, task: str, tags: Sequence[str], body: str, provenance:
         name: the name of the model.
         task: the hub's pipeline_tag.
         tags: further tags.
-        body: Markdown that says what the model is and how to use it.
-        provenance: what the model came from, and its "results" by metric.
+        body: Markdown with a description of the model and its usage.
+        provenance: the origin of the model, and its "results" by metric.
     """
     lines = "".join(f"- {tag}\n" for tag in ("sentence-transformers", *tags, "pyqemb"))
     return f"""---
@@ -32,7 +32,7 @@ pipeline_tag: {task}
 def contract(
     digests: Mapping[str, str], provenance: Mapping[str, Any] | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of pyqemb.json: facts of the model, the digests of its weight files, what it came from."""
+    """The content of pyqemb.json: properties of the model, the digests of its weight files, its origin."""
     return {"pyqemb_version": __version__, **facts, "sha256": dict(digests), "provenance": dict(provenance or {})}
 
 
@@ -45,20 +45,16 @@ def write_json_files(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def _base_model_line(provenance: Mapping[str, Any]) -> str:
-    """Where the base is a model on the hub."""
+    """The line of the base model if it is a model on the hub."""
     base = str(provenance.get("base") or "")
     return f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
 
 
 def _provenance_section(provenance: Mapping[str, Any]) -> str:
-    """What a model came from and what was measured."""
+    """The origin of a model, and its evaluation results."""
     facts = {key: value for key, value in provenance.items() if key not in ("results", "data") and value is not None}
     results = provenance.get("results") or {}
-    text = (
-        "\n## Where it comes from\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items())
-        if facts
-        else ""
-    )
+    text = "\n## Provenance\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items()) if facts else ""
     if results:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
         text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"

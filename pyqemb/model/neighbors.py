@@ -1,4 +1,4 @@
-"""What sentence-transformers and LangChain expect of a model beside its methods."""
+"""Attributes and checks that sentence-transformers and LangChain expect of a model."""
 
 import functools
 import sys
@@ -24,7 +24,7 @@ class ModelCardData:
 
 
 def also_called(name: str, *others: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let the first parameter, `name`, be given by any of the other names too."""
+    """Accept any of the other names for the first parameter, `name`."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -48,7 +48,7 @@ def check_batch_size(batch_size: int | None) -> None:
 
 
 def register_with_langchain(cls: type) -> None:
-    """Make the class a virtual subclass of LangChain's Embeddings, where LangChain is in use."""
+    """Make the class a virtual subclass of LangChain's Embeddings if LangChain is imported."""
     langchain = sys.modules.get("langchain_core.embeddings")
     if langchain is not None:
         langchain.Embeddings.register(cls)

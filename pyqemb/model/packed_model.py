@@ -1,6 +1,6 @@
-"""What an Embedder and a Reranker share.
+"""The base class of Embedder and Reranker.
 
-It is a decoder and its tokenizer, read from and written to a folder, on one device.
+It holds a decoder and its tokenizer on one device, and reads and writes model folders.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ Read = Callable[[str], torch.Tensor]
 
 
 class Weight(NamedTuple):
-    """A tensor of a folder to be written, computed when its turn comes."""
+    """A tensor to be written to a folder, computed when it is written."""
 
     shape: Sequence[int]
     compute: Callable[[], torch.Tensor]
@@ -65,7 +65,7 @@ class Opened(NamedTuple):
 
 
 def empty_decoder(folder: Path, kind: Kind, attention: Attention | None = None) -> Decoder:
-    """The decoder of a folder that may have no weights, on the meta device; CheckpointError as of `open_folder`."""
+    """The decoder of a folder, on the meta device; weights are not needed. CheckpointError as in `open_folder`."""
     config = _checked_config(folder, kind, attention)
     with torch.device("meta"):
         return build_decoder(config)
@@ -74,9 +74,9 @@ def empty_decoder(folder: Path, kind: Kind, attention: Attention | None = None) 
 def open_folder(
     folder: str | Path, kind: Kind, attention: Attention | None, heads: Collection[str] = (LM_HEAD,)
 ) -> Opened:
-    """Open a folder, or a hub id, that is to hold a model of that kind.
+    """Open a folder or a hub id and check that it holds a model of that kind.
 
-    CheckpointError names the file that is wrong.
+    CheckpointError names the invalid file.
     """
     path = local_folder(folder)
     config = _checked_config(path, kind, attention)
@@ -102,7 +102,7 @@ class PackedModel(nn.Module):
 
     tokenizer: Tokenizer
     _ranks: Ranks | None = None
-    heads: Collection[str] = (LM_HEAD,)  # tensors of a folder that are no weights of the decoder
+    heads: Collection[str] = (LM_HEAD,)  # tensors of a folder that are not weights of the decoder
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         super().__init__()
@@ -113,17 +113,17 @@ class PackedModel(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """The mask: causal, or every token sees its whole sequence."""
+        """The attention mask: causal or bidirectional."""
         return "causal" if self.config.is_causal else "bidirectional"
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return next(self.model.parameters()).dtype
 
     @contextmanager
@@ -139,7 +139,7 @@ class PackedModel(nn.Module):
             self._ranks = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, such as that of a worker process, encodes alone."""
+        """Pickled copies, as for worker processes, encode without other ranks."""
         return {**self.__dict__, "_ranks": None}
 
     def _load(
@@ -147,7 +147,7 @@ class PackedModel(nn.Module):
     ) -> Model:
         """Read the weights and move the model to its device.
 
-        On a GPU, wide weights become bfloat16 unless `dtype` says otherwise. On the meta device there are none.
+        On a GPU, float32 and float64 weights become bfloat16 unless `dtype` is given. On the meta device none are read.
         """
         if str(device) == "meta":
             check_weights(self.model, tensors)
@@ -159,19 +159,19 @@ class PackedModel(nn.Module):
         return self.to(place, torch.bfloat16 if narrows else self.dtype)
 
     def load_rows(self, folder: str | Path) -> None:
-        """Read the weights of a folder into parameters that are there already; of sharded ones this rank's rows alone.
+        """Load the weights of a folder into the existing parameters; of sharded parameters only the rows of this rank.
 
-        CheckpointError as of `from_pretrained`. Adapters stay as they are.
+        CheckpointError as in `from_pretrained`. Adapters do not change.
         """
         load_rows(self.model, Tensors(local_folder(folder), self.heads))
 
     @property
     def reads_embedding(self) -> bool:
-        """Whether the weight of the token embedding is used beside its forward pass."""
+        """Whether the weight of the token embedding is used outside of its forward pass."""
         return False
 
     def write_portable(self, folder: Path, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
-        """Write the files of `save_pretrained` but the weights, which have this dtype, into an existing folder."""
+        """Write the files of `save_pretrained` except the weights, whose dtype is `dtype`, into an existing folder."""
         self._files(provenance)(folder, folder.name, dtype, {})
 
     def push_to_hub(
@@ -191,14 +191,14 @@ class PackedModel(nn.Module):
             dtype: the dtype of the weights (default: the parameters' own).
             private: whether a new repository is private (default: the default of the account or organization).
             revision: the branch (default: main).
-            commit_message: of the commit (default: "Upload model").
+            commit_message: the message of the commit (default: "Upload model").
             token: a token with write access (default: that of `hf auth login` or HF_TOKEN).
 
         Returns:
             The URL of the commit.
 
         Raises:
-            ConfigError: `repo_id` is no id, there is no token, or the hub refuses the upload.
+            ConfigError: `repo_id` is not an id, there is no token, or the hub rejects the upload.
             CheckpointError: a weight is not finite.
             MachineError: the network or the disk fails.
         """
@@ -214,16 +214,16 @@ class PackedModel(nn.Module):
         raise NotImplementedError
 
     def _files(self, provenance: Mapping[str, Any] | None) -> WriteFiles:
-        """Writes all that a folder holds but the weights."""
+        """A function that writes all files of a folder except the weights."""
         raise NotImplementedError
 
     def _reader(self, dtype: torch.dtype) -> Read:
-        """Gives the parameter of a name; where ranks share them, in the dtype in which they are computed with."""
+        """A function that returns the parameter of a name; sharded parameters in their compute dtype."""
         parameters = dict(self.named_parameters())
         return lambda name: full_tensor(parameters[name], dtype)
 
     def _decoder_weights(self, read: Read) -> dict[str, Weight]:
-        """The decoder's parameters as a checkpoint names them, adapters folded in."""
+        """The decoder's parameters by their names in a checkpoint, with adapters merged in."""
         merged = MergedParameters(self.model, lambda name: read(f"model.{name}"))
         return {
             self.model.family.stored_name(name): Weight(merged.shape(name), partial(merged.__getitem__, name))
@@ -233,7 +233,7 @@ class PackedModel(nn.Module):
     def _write(
         self, folder: str | Path, weights: Mapping[str, Weight], dtype: torch.dtype, write_files: WriteFiles
     ) -> Path:
-        """Write a model folder, tensor by tensor. Where ranks share the weights each computes them, rank 0 writes.
+        """Write a model folder, tensor by tensor. With sharded weights every rank gathers them, and rank 0 writes.
 
         Raises CheckpointError: NaN or infinity.
         """
@@ -244,23 +244,23 @@ class PackedModel(nn.Module):
                 with model_folder(folder, write_files) as temporary:
                     stream_safetensors(temporary / WEIGHTS, stored, tensors)
         finally:
-            if has_shards(self):  # the ranks gather every tensor, also where rank 0 could not write
+            if has_shards(self):  # the ranks gather every tensor, even if rank 0 could not write
                 for _ in tensors:
                     pass
         return Path(folder)
 
     def _chunk_size(self, tokens_per_chunk: int | None) -> int:
-        """The number of tokens in one forward pass; None: what suits the device."""
+        """The number of tokens in one forward pass; None: the default of the device."""
         if tokens_per_chunk is not None:
             return tokens_per_chunk
         return _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
 
     def _checked(self, batch: PackedBatch) -> PackedBatch:
-        """The batch where the model is."""
+        """The checked batch on the device of the model."""
         if not isinstance(batch, PackedBatch):
             raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
         ids = batch.input_ids_T
-        if ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
+        if ids.device.type == "cpu" and ids.numel():  # on a GPU the check would make the host wait
             low, high = (int(value) for value in torch.aminmax(ids))
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
@@ -284,8 +284,8 @@ def in_order(
 ) -> Results:
     """The results of the forward passes in the order of `tokens`: a tensor [B, E], or a list.
 
-    The sequences are sorted by length, so that those of a chunk are alike. With `ranks`, which is for tensors, each
-    rank computes a part of the chunks and gets the results of all.
+    The sequences are sorted by length, so that those of a chunk have similar lengths. With `ranks`, which requires
+    tensors, each rank computes a part of the chunks and gets all results.
     """
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     batch = PackedBatch.pack([tokens[index] for index in order])
@@ -315,7 +315,7 @@ def _in_order_on(
     forward: Callable[[PackedBatch], Any],
     advance: Callable[[int], None],
 ) -> Any:
-    """`in_order` by several ranks: chunk i is computed by rank i % size. A rank without a chunk takes part."""
+    """`in_order` on several ranks: rank i % size computes chunk i. Ranks without a chunk join the collective."""
     places = np.split(np.array(order), np.cumsum([chunk.num_sequences for chunk in chunks])[:-1])
     none = np.empty(0, dtype=np.int64)
     partition = [np.concatenate([none, *places[rank :: ranks.size]]) for rank in range(ranks.size)]

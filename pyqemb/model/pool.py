@@ -17,7 +17,7 @@ _LONGEST_CHUNK = 5000
 
 
 class Pooled:
-    """What the Embedder and the Reranker share of sentence-transformers' multi-process API."""
+    """sentence-transformers' multi-process API for Embedder and Reranker."""
 
     def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> Pool:
         """Start one worker process for each device.
@@ -29,7 +29,7 @@ class Pooled:
             target_devices: the devices (default: all GPUs, or four processes on the CPU).
 
         Returns:
-            The processes. Pass them as `pool=`, and to `stop_multi_process_pool` at the end.
+            The worker processes. Pass them as `pool=`, and to `stop_multi_process_pool` at the end.
 
         Raises:
             ConfigError: there is no device.
@@ -53,10 +53,10 @@ class Pooled:
 
     @staticmethod
     def stop_multi_process_pool(pool: Pool) -> None:
-        """End the processes of `start_multi_process_pool`.
+        """Stop the processes of `start_multi_process_pool`.
 
         Args:
-            pool: its result.
+            pool: the result of `start_multi_process_pool`.
         """
         for process in pool["processes"]:
             process.terminate()
@@ -77,7 +77,7 @@ class Pooled:
         chunk_size: int | None,
         on_done: Callable[[int], None],
     ) -> list[Any]:
-        """The results of `method` for chunks of the items, in order; by `pool`, or by one that lives for this call."""
+        """The results of `method` for chunks of the items, in order, computed by `pool` or by a temporary pool."""
         if chunk_size is not None and chunk_size < 1:
             raise ConfigError(f"chunk_size must be at least 1, got {chunk_size}")
         if not items:
@@ -142,7 +142,7 @@ def _work(device: str, threads: int, model: torch.nn.Module, tasks: Any, results
 
 
 def _arrays(value: Any) -> Any:
-    """Tensors as numpy arrays, which need no file descriptor on their way between processes."""
+    """Convert tensors to numpy arrays, which need no file descriptors to be sent between processes."""
     if isinstance(value, torch.Tensor):
         value = value.float() if value.dtype == torch.bfloat16 else value
         return value.cpu().numpy()
@@ -152,7 +152,7 @@ def _arrays(value: Any) -> Any:
 
 
 def as_tensors(values: list[Any]) -> list[Any]:
-    """The same list with tensors in place of numpy arrays, at every level."""
+    """The same list with tensors instead of numpy arrays, at every level."""
     return [_tensors(value) for value in values]
 
 

@@ -1,8 +1,8 @@
 """The model folder that sentence-transformers, transformers, vLLM and TEI all load.
 
-The layout is the oldest one that each of them still reads: module names and pooling keys of sentence-transformers
-before 5.4, the rotary base under both of its names, weights without prefix, a tokenizer.json that appends its end.
-Newer names would be refused, or silently misread, by installations that are still in use.
+The layout is the oldest one that all of them still read: module names and pooling keys of sentence-transformers before
+5.4, the rotary base under both of its names, weights without prefix, a tokenizer.json that appends the end token. Older
+installations would reject or silently misread newer names.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,17 +22,17 @@ from pyqemb.model.config import DecoderConfig
 from pyqemb.model.model_card import contract, model_card, write_json_files
 from pyqemb.model.sentence import CONTRACT, MODE_KEYS, POOLINGS, SETTINGS, SentenceSettings, read_contract
 
-# Writes the files of a model folder but its weights, given the folder, the model's name, the dtype and the digests of
-# the weight files by name.
+# Writes the files of a model folder except its weights, given the folder, the model's name, the dtype and the digests
+# of the weight files by name.
 WriteFiles = Callable[[Path, str, torch.dtype, Mapping[str, str]], None]
 
 
 @contextmanager
 def model_folder(target: str | Path, write_files: WriteFiles) -> Iterator[Path]:
-    """Yield a temporary folder for the caller to write the weights into; then complete it and rename it to `target`.
+    """Yield a temporary folder into which the caller writes the weights; then complete it and rename it to `target`.
 
-    An existing model folder is replaced only once the new one is complete and on the disk; any other non-empty
-    folder is refused.
+    An existing model folder is replaced only once the new one is complete and on the disk; any other non-empty folder
+    is an error.
     """
     target = Path(target)
     check_replaceable(target)
@@ -54,7 +54,7 @@ def write_portable_files(
     matryoshka: Sequence[int] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the files of an embedding model, see WriteFiles; `provenance` is kept in pyqemb.json."""
+    """Write the files of an embedding model, see WriteFiles; `provenance` is stored in pyqemb.json."""
     max_length = tokenizer.max_length or config.max_position_embeddings
     tokenizer.with_max_length(max_length).save(folder)
     facts = {
@@ -118,7 +118,7 @@ def _config_json(config: DecoderConfig, end_id: int, dtype: str, matryoshka: Seq
 
 
 def with_last(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with `own` in place of theirs and behind them: a folder that is read and written again is the same."""
+    """The values with `own` replaced and moved to the end, so that reading and writing a folder does not change it."""
     return {**{key: value for key, value in values.items() if key not in own}, **own}
 
 
@@ -169,6 +169,6 @@ Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get(
 
 BIDIRECTIONAL = """
 Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`).
-transformers knows that from 5.3 on, vLLM by the same key; a library that does not would compute other vectors
-without a word.
+transformers knows that from 5.3 on, vLLM by the same key; a library that does not know it computes other
+vectors without an error.
 """

@@ -1,7 +1,7 @@
 """The reranker's folder: a causal language model, or a sequence classifier, with the template as a chat template.
 
-No modules.json: sentence-transformers' CrossEncoder finds out what a folder is by its architecture, in every version,
-and renders pairs by the chat template where it knows how (from 6.0 on); older versions want the rendered text.
+There is no modules.json, because every version of sentence-transformers' CrossEncoder detects the kind of a folder by
+its architecture. From 6.0 on it renders pairs with the chat template; older versions need the rendered text.
 """
 
 import json
@@ -37,7 +37,7 @@ def write_reranker_files(
     instruction: str,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the files of a reranker, see WriteFiles; `provenance` is kept in pyqemb.json."""
+    """Write the files of a reranker, see WriteFiles; `provenance` is stored in pyqemb.json."""
     tokenizer.save(folder)
     (folder / "chat_template.jinja").write_text(chat_template(instruction), encoding="utf-8")
     facts = {
@@ -60,7 +60,7 @@ def write_reranker_files(
 
 
 def files_like(folder: Path, config: DecoderConfig, provenance: Mapping[str, Any]) -> WriteFiles:
-    """Writes the files of the reranker in `folder` for other weights."""
+    """A function that writes the files of the reranker in `folder` for other weights."""
     return partial(
         write_reranker_files, format=read_contract(folder).get("format", FORMATS[0]), config=config,
         tokenizer=PairTokenizer.from_folder(folder), tied=config.tie_word_embeddings,
@@ -69,14 +69,15 @@ def files_like(folder: Path, config: DecoderConfig, provenance: Mapping[str, Any
 
 
 def reranker_name(name: str) -> str:
-    """What a tensor of the decoder, or a head, is called in a reranker's folder."""
+    """The name of a tensor of the decoder, or of a head, in the folder of a reranker."""
     return name if name in (LM_HEAD, SCORE) else f"model.{name}"
 
 
 def chat_template(instruction: str) -> str:
-    """Messages of the roles query and document, and of system for another instruction, to the text that is tokenized.
+    """A Jinja template that renders messages of the roles query and document, and system for another instruction.
 
-    All of it is in string literals: Jinja drops a newline at a template's end, and the suffix ends with two.
+    All text is in string literals, because Jinja drops a newline at the end of a template, and the suffix ends with
+    two.
     """
     prefix, body, suffix = json.dumps(PREFIX + "<Instruct>: "), json.dumps("\n<Document>: "), json.dumps(SUFFIX)
     return (

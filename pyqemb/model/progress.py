@@ -9,7 +9,7 @@ _SHOWN = ContextVar("shown", default=False)
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Inside, `progress_bar` shows a bar, or not, where its caller does not say."""
+    """Context that sets whether `progress_bar` shows a bar by default."""
     token = _SHOWN.set(shown)
     try:
         yield
@@ -21,12 +21,13 @@ def progress_bars(shown: bool) -> Iterator[None]:
 def progress_bar(name: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes the number of items done since its last call.
 
-    Work inside shows no bar of its own.
+    Progress bars inside of this context are not shown.
 
     Args:
-        name: what the items are called.
+        name: the name of the items.
         total: the number of items.
-        shown: show the bar and leave it there when it is full (default: as `progress_bars` says, and remove it then).
+        shown: show the bar and leave it on the terminal when it is full (default: as set by `progress_bars`, and remove
+            it when it is full).
     """
     if not (_SHOWN.get() if shown is None else shown):
         yield lambda done: None

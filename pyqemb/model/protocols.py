@@ -1,4 +1,4 @@
-"""What the jobs need of a model. Embedder and Reranker have it; so has any other class with these methods."""
+"""The interfaces that jobs require of a model; Embedder and Reranker implement them, and other classes can."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,9 +11,9 @@ from pyqemb.data.tokenizer import Tokenizer
 
 
 class TextEncoder(Protocol):
-    """Packed tokens to one row for each sequence: the forward pass that training differentiates.
+    """A differentiable forward pass from packed tokens to one row for each sequence, as used in training.
 
-    An Embedder gives unit vectors, a Reranker the two logits of each pair.
+    An Embedder returns unit vectors, a Reranker the two logits of each pair.
     """
 
     @property
@@ -23,7 +23,7 @@ class TextEncoder(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, and the rows."""
+        """The device of the parameters and the rows."""
         ...
 
     def __call__(self, batch: PackedBatch, /) -> torch.Tensor:
@@ -32,11 +32,11 @@ class TextEncoder(Protocol):
 
 
 class Ranks(Protocol):
-    """The ranks that encode together: of the chunks of a batch each passes every `size`-th through the model."""
+    """The ranks that encode together; each passes every `size`-th chunk of a batch through the model."""
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """The rank of this process, from 0."""
         ...
 
     @property
@@ -49,19 +49,19 @@ class Ranks(Protocol):
 
         Args:
             own_BE: the rows of this rank's sequences, in the order of its part of `partition`.
-            partition: for each rank the places, in the result, of its sequences.
+            partition: for each rank, the indices of its sequences in the result.
             batch: all sequences, the same on every rank.
         """
         ...
 
 
 class VectorEncoder(Protocol):
-    """Texts to vectors: what evaluation needs."""
+    """Encodes texts as vectors, as evaluation requires."""
 
     def encode_query(
         self, texts: Sequence[str], *, instruction: str | None = None, dim: int | None = None
     ) -> np.ndarray:
-        """float32 [len(texts), dim or E]; `instruction` None: the model's own."""
+        """float32 [len(texts), dim or E]; `instruction` None: that of the model."""
         ...
 
     def encode_document(self, texts: Sequence[str], *, dim: int | None = None) -> np.ndarray:
@@ -71,7 +71,7 @@ class VectorEncoder(Protocol):
 
 @runtime_checkable
 class PairScorer(Protocol):
-    """(query, document) pairs to scores: what evaluating a reranker needs."""
+    """Scores (query, document) pairs, as evaluation of a reranker requires."""
 
     def score(
         self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None

@@ -1,4 +1,7 @@
-"""Vectors in one byte or one bit a feature, as sentence-transformers quantises them. Legend: N vectors, E features."""
+"""Quantization of vectors to one byte or one bit per feature, as in sentence-transformers.
+
+Legend: N vectors, E features.
+"""
 
 from typing import Literal, get_args
 
@@ -11,11 +14,11 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def quantize(vectors_NE: np.ndarray, precision: str, ranges_2E: np.ndarray | None = None) -> np.ndarray:
-    """float32 vectors in another precision.
+    """Convert float32 vectors to another precision.
 
-    int8, uint8: 256 steps between the least and the greatest value of each feature, `ranges_2E`, or those of these
-    vectors. Give the same ranges to queries and documents that are to be compared. binary, ubinary: the signs, eight
-    features a byte, [N, ceil(E / 8)], as int8 (less 128) or uint8.
+    int8, uint8: 256 steps between the minimum and the maximum of each feature, `ranges_2E` or those of these vectors.
+    Use the same ranges for queries and documents that are compared. binary, ubinary: the signs, eight features per
+    byte, [N, ceil(E / 8)], as int8 (minus 128) or uint8.
 
     Raises ConfigError: an unknown precision, ranges of another shape.
     """
@@ -36,7 +39,7 @@ def quantize(vectors_NE: np.ndarray, precision: str, ranges_2E: np.ndarray | Non
 
 
 def value_ranges(vectors_NE: np.ndarray) -> np.ndarray:
-    """float32 [2, E]: the least and the greatest value of each feature."""
+    """float32 [2, E]: the minimum and the maximum of each feature."""
     if not len(vectors_NE):
         return np.zeros((2, vectors_NE.shape[-1]), dtype=np.float32)
     return np.stack([vectors_NE.min(axis=0), vectors_NE.max(axis=0)])

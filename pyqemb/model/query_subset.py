@@ -13,7 +13,7 @@ from pyqemb.model.rope import Rope, Rotary
 
 
 class QuerySubset(PackedTokens):
-    """A layer whose queries are the last tokens of all non-empty sequences; keys and values are computed for all tokens.
+    """A layer whose queries are the last tokens of the non-empty sequences; keys and values are those of all tokens.
 
     Attention masks are aligned to the bottom right, so the last token sees every key with either mask.
     """

@@ -1,4 +1,4 @@
-"""Reranker: does a document answer a query? The packed decoder is asked for yes or no, and for nothing else.
+"""Reranker: scores whether a document answers a query, by the decoder's logits of yes and no.
 
 Legend: B pairs, E hidden size.
 """
@@ -34,7 +34,7 @@ _PAIRS_AT_ONCE = 4096  # tokenized together
 class Reranker(Scoring):
     """A reranker: scores pairs of query and document by the logits of "yes" and "no" after Qwen3-Reranker's template.
 
-    Usually `from_pretrained` makes one.
+    Usually loaded with `from_pretrained`.
 
     Args:
         model: the decoder.
@@ -67,7 +67,7 @@ class Reranker(Scoring):
         longest = model.config.max_position_embeddings
         self.tokenizer: PairTokenizer = tokenizer.with_max_length(min(tokenizer.max_length or longest, longest))
         self.head = None if head is None else nn.Parameter(head)
-        self._lm_head = lm_head  # the rest of an untied head, to be written again
+        self._lm_head = lm_head  # the other rows of an untied head, for saving
 
     @classmethod
     def from_pretrained(
@@ -87,13 +87,14 @@ class Reranker(Scoring):
             attention: "causal" or "bidirectional" (default: `is_causal` of config.json; absent: causal).
             dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
             max_length: pairs are truncated to this many tokens (default: 8192).
-            device: where the model goes (default: a GPU that can run the model, else the CPU).
+            device: the device of the model (default: a GPU that can run the model, else the CPU).
 
         Returns:
             The model.
 
         Raises:
-            CheckpointError: something is missing, damaged or unsafe, or a setting cannot be honored; the file is named.
+            CheckpointError: a file is missing, damaged or unsafe, or a setting is not supported; the error names the
+                file.
         """
         path, model, tensors = open_folder(folder, "reranker", attention, cls.heads)
         tokenizer = PairTokenizer.from_folder(path, max_length)
@@ -110,10 +111,10 @@ class Reranker(Scoring):
         max_length: int | None = None,
         lm_head: torch.Tensor | None = None,
     ) -> "Reranker":
-        """The model of a folder or hub id on the meta device; weights need not be there and are not downloaded.
+        """The model of a folder or hub id on the meta device; its weights are not needed and not downloaded.
 
-        Arguments and errors are those of `from_pretrained`. `lm_head` [V, E]: the language-model head to write with
-        the model, where it is not tied.
+        Arguments and errors are those of `from_pretrained`. `lm_head` [V, E]: the language-model head to save with the
+        model if it is not tied.
         """
         path = local_folder(folder, weights=False)
         model = empty_decoder(path, "reranker", attention)
@@ -124,7 +125,7 @@ class Reranker(Scoring):
 
     @torch.no_grad()
     def load_rows(self, folder: str | Path) -> None:
-        """Read the weights of a folder into the parameters, the head among them."""
+        """Load the weights of a folder, including the head, into the parameters."""
         super().load_rows(folder)
         if self.head is not None:
             head, _ = _read_head(Tensors(local_folder(folder), self.heads), self.config, self.tokenizer)
@@ -133,12 +134,12 @@ class Reranker(Scoring):
 
     @property
     def reads_embedding(self) -> bool:
-        """Whether the rows of yes and no are those of the token embedding."""
+        """Whether the rows of yes and no are rows of the token embedding."""
         return self.head is None
 
     @property
     def default_instruction(self) -> str:
-        """For pairs that bring none."""
+        """The instruction of pairs without their own."""
         return self._instruction
 
     @default_instruction.setter
@@ -146,13 +147,13 @@ class Reranker(Scoring):
         self._instruction = INSTRUCTION if task is None else task
 
     def forward(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> torch.Tensor:
-        """Score packed pairs, differentiably.
+        """Compute the logits of packed pairs; differentiable.
 
-        Only the last token of each pair leaves the last layer, and of the vocabulary only two rows are multiplied.
+        The last layer computes only the last token of each pair, and the head only two rows of the vocabulary.
 
         Args:
             batch: B pairs, as `tokenizer.encode_documents` makes them.
-            boundaries: as of `Embedder.forward`.
+            boundaries: as in `Embedder.forward`.
 
         Returns:
             The logits [B, 2] of yes and no, float32, or float64 for a float64 model.
@@ -181,7 +182,7 @@ class Reranker(Scoring):
             tokens_per_chunk: tokens in one forward pass (default: by the device).
 
         Returns:
-            The probability of yes against no for each pair: float32 [len(pairs)].
+            The probability of yes versus no for each pair: float32 [len(pairs)].
 
         Raises:
             TypeError: not pairs of two texts.
@@ -275,14 +276,14 @@ class Reranker(Scoring):
         provenance: Mapping[str, Any] | None = None,
         format: str = "causal-lm",
     ) -> Path:
-        """Write a model folder that transformers, sentence-transformers' CrossEncoder and vLLM load, all or nothing.
+        """Write a model folder for transformers, sentence-transformers and vLLM, completely or not at all.
 
-        Where ranks share the weights every one of them calls this, and rank 0 writes.
+        If the weights are sharded, every rank calls this, and rank 0 writes.
 
         Args:
-            folder: the folder to write; an older model folder there is replaced once the new one is complete.
+            folder: the folder to write; an existing model folder is replaced once the new one is complete.
             dtype: the dtype of the weights (default: the parameters' own).
-            provenance: what the model came from; pyqemb.json keeps it.
+            provenance: the origin of the model, stored in pyqemb.json.
             format: "causal-lm" (default), a causal language model like Qwen3-Reranker, or "seq-cls", a classifier with
                 one label, whose row is the difference of the head's two rows.
 
@@ -304,7 +305,7 @@ class Reranker(Scoring):
         provenance: Mapping[str, Any] | None = None,
         format: str = "causal-lm",
     ) -> Path:
-        """`save_pretrained` for other parameters than the model's: those that `read` gives, by their names here."""
+        """`save_pretrained` with the parameters that `read` returns by name, instead of the model's."""
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if format == "causal-lm" and self.head is not None and self._lm_head is None:
@@ -325,7 +326,7 @@ class Reranker(Scoring):
         )  # fmt: skip
 
     def _classifier(self, read: Read) -> torch.Tensor:
-        """The row [1, E] of a classifier: that of yes minus that of no."""
+        """The row [1, E] of a classifier: the row of yes minus that of no."""
         ids = [self.tokenizer.yes_id, self.tokenizer.no_id]
         rows = read("head") if self.head is not None else read("model.embed_tokens.weight")[ids]
         return (rows[:1].double() - rows[1:].double()).float()
@@ -337,7 +338,7 @@ class Reranker(Scoring):
         return full
 
     def _rows(self) -> torch.Tensor:
-        """[2, E] of the head: yes, no."""
+        """The rows of the head for yes and no, [2, E]."""
         if self.head is not None:
             return self.head
         ids = torch.tensor([self.tokenizer.yes_id, self.tokenizer.no_id], device=self.device)
@@ -353,7 +354,7 @@ class Reranker(Scoring):
 def _read_head(
     tensors: Tensors, config: DecoderConfig, tokenizer: PairTokenizer
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(rows of yes and no, the whole head); both None where the head is that of the embeddings."""
+    """(rows of yes and no, the whole head); both None if the head is tied to the embeddings."""
     score = tensors.head(SCORE)
     if score is not None:
         if score.shape != (1, config.hidden_size):

@@ -1,6 +1,6 @@
 """Check a model folder before another library opens it.
 
-Loaders run code that a model folder names; this refuses such folders.
+Some loaders run code that a model folder names; these checks reject such folders.
 
 sentence-transformers before 6 imports whatever `type` modules.json names and whatever activation a Dense module names;
 transformers before 5.3 downloads kernels that config.json names.
@@ -51,7 +51,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _ACTIVATION_KEYS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
-# Attention that transformers itself holds; any other name is a repository that it downloads code from.
+# Attention implementations of transformers itself; any other name is a repository from which it downloads code.
 _ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
     *(f"paged|{name}" for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")),
@@ -62,12 +62,12 @@ _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*model*.pt", "*model*.p
 
 
 def check_safe(folder: str | Path) -> Path:
-    """The folder, when no loader can be made to run code by it.
+    """Return the folder if it cannot make a loader run code.
 
     Raises:
         CheckpointError: modules.json names a class that is not one of sentence-transformers' plain modules, or a path
             outside the folder; a configuration has `auto_map`, an attention implementation that is not one of
-            transformers' own, `trust_remote_code` or an activation that is no plain one of torch; a file is a link that
+            transformers' own, `trust_remote_code` or an activation that is not one of torch; a file is a link that
             leaves the folder; weights are a pickle; the folder holds an adapter, which some loaders apply to its
             weights and others do not.
     """
@@ -94,12 +94,12 @@ def check_safe(folder: str | Path) -> Path:
 
 
 def makes_loaders_run_code(key: str, value: Any) -> bool:
-    """Whether a setting is one of those by which a folder brings code, or names code elsewhere."""
+    """Whether a setting makes loaders run code of the folder or of another repository."""
     if key == "trust_remote_code":
         return bool(value)
     if key in _ACTIVATION_KEYS:  # sentence-transformers imports a dotted name; others are looked up in a table
         return isinstance(value, str) and "." in value and value not in _ACTIVATIONS
-    if key == "_attn_implementation_autoset" and isinstance(value, bool):  # a mark that transformers 4 left behind
+    if key == "_attn_implementation_autoset" and isinstance(value, bool):  # written by transformers 4
         return False
     if key.startswith(_ATTENTION_KEYS):
         names = value.values() if isinstance(value, dict) else [value]  # by the name of a sub-configuration
@@ -115,10 +115,10 @@ class Module(NamedTuple):
 
 
 def read_modules(folder: Path) -> list[Module] | None:
-    """modules.json in its order; None where there is none.
+    """The modules of modules.json in order; None without the file.
 
     Raises:
-        CheckpointError: not a list of modules, an unknown key, a class that is not on the list, a path that leaves the
+        CheckpointError: not a list of modules, an unknown key, a class that is not allowed, a path outside of the
             folder.
     """
     where, entries = folder / "modules.json", read_json(folder, "modules.json")

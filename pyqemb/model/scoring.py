@@ -1,4 +1,4 @@
-"""Pairs to scores with the methods and arguments of CrossEncoder."""
+"""Scoring of pairs, with the methods and arguments of CrossEncoder."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -16,7 +16,7 @@ from pyqemb.model.progress import progress_bar
 
 
 class Scoring(Pooled, PackedModel):
-    """The methods; the class that has them has what is named here."""
+    """The methods, as a base class; subclasses have these attributes."""
 
     num_labels = 1
     margins: Callable[..., np.ndarray]
@@ -42,7 +42,7 @@ class Scoring(Pooled, PackedModel):
         pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> np.ndarray | np.floating | torch.Tensor | list[torch.Tensor]:
-        """Scores [len(pairs)] of (query, document) pairs; one score for a single pair.
+        """Score (query, document) pairs: [len(pairs)], or one score for a single pair.
 
         The arguments are those of CrossEncoder.predict, in its order.
 
@@ -53,18 +53,18 @@ class Scoring(Pooled, PackedModel):
             batch_size: checked and otherwise unused; forward passes are bounded by their tokens.
             show_progress_bar: True shows a bar on stderr.
             activation_fn: applied to the difference of the logits of yes and no; None: the sigmoid.
-            apply_softmax: changes nothing, since there is one label.
+            apply_softmax: no effect, since there is one label.
             convert_to_numpy: False gives a list of tensors.
             convert_to_tensor: True gives one tensor.
             device: move the model there first. A list of devices scores in one process for each.
-            pool: the processes of `start_multi_process_pool`, which score the pairs (default: this process).
-            chunk_size: how many pairs a process of the pool gets at a time.
+            pool: the worker processes of `start_multi_process_pool` (default: score in this process).
+            chunk_size: the number of pairs that a worker process gets at a time.
 
         Returns:
             A float32 numpy array [len(pairs)] unless an argument says otherwise; one score for a single pair.
 
         Raises:
-            TypeError: not pairs of two texts. ConfigError (a ValueError): a value that an argument cannot take.
+            TypeError: not pairs of two texts. ConfigError (a ValueError): an invalid value of an argument.
         """
         check_batch_size(batch_size)
         if prompt_name is not None:
@@ -113,9 +113,9 @@ class Scoring(Pooled, PackedModel):
         Args:
             query: the query.
             documents: the documents.
-            top_k: how many are returned (default: all).
+            top_k: the number of documents to return (default: all).
             return_documents: add the "text" of each document.
-            prompt_name: as of `predict`, like all arguments below.
+            prompt_name: as in `predict`, like all arguments below.
             prompt: the instruction (default: `default_instruction`).
             batch_size: checked and otherwise unused.
             show_progress_bar: True shows a bar on stderr.

@@ -1,6 +1,6 @@
-"""What a folder says beside the decoder: pooling, normalization, prompts, similarity.
+"""The settings of a model folder other than the decoder: pooling, normalization, prompts, similarity.
 
-Every setting is honored or refused by name.
+Every setting is applied, or raises an error that names it.
 """
 
 from collections.abc import Mapping
@@ -36,14 +36,14 @@ class SentenceSettings:
 
     Attributes:
         pooling: "last" or "mean".
-        prompts: by name what stands before a text; encode_query takes "query", encode_document "document".
+        prompts: prefixes of texts by name; encode_query uses "query", encode_document "document".
         default_prompt_name: the prompt of `encode`; None: none.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan".
-        truncate_dim: vectors have only so many dimensions, cut after normalization. None: all.
+        truncate_dim: vectors are truncated to this many dimensions, after normalization. None: all.
         normalize: whether vectors have unit length.
 
     Raises:
-        ConfigError: a value out of range, or two that do not go together.
+        ConfigError: a value out of range, or incompatible values.
     """
 
     pooling: str = "last"
@@ -77,7 +77,7 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
     config_sentence_transformers.json holds others.
 
     Raises:
-        CheckpointError: a module, a setting or a value that cannot be honored. File, key and value are named.
+        CheckpointError: an unsupported module, setting or value; the error names file, key and value.
     """
     modules = read_modules(folder)
     if modules is None:
@@ -116,11 +116,11 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
 
 
 def read_contract(folder: Path) -> dict[str, Any]:
-    """pyqemb.json, empty where there is none.
+    """Read pyqemb.json; empty if there is none.
 
     Raises:
-        CheckpointError: an unknown key, or a value of a key that is read and cannot be. What only records how the
-            folder was made (pooling, attention, lengths) is not compared with the files that decide it.
+        CheckpointError: an unknown key, or an invalid value of a key that is used. Keys that only record how the folder
+            was made (pooling, attention, lengths) are not compared with the files that define these settings.
     """
     values = read_object(folder, CONTRACT)
     check_keys(values, _CONTRACT, folder / CONTRACT)
@@ -128,7 +128,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
 
 
 def check_kind(folder: Path, wanted: Kind) -> None:
-    """CheckpointError unless the folder holds that kind of model, or a language model, which can become either."""
+    """CheckpointError unless the folder holds that kind of model, or a language model, which can be used as either."""
     found, reason = _kind(folder)
     if found not in (None, wanted):
         names = {"embedder": "an embedding model", "reranker": "a reranker"}
@@ -136,12 +136,12 @@ def check_kind(folder: Path, wanted: Kind) -> None:
 
 
 def kind_of(folder: Path) -> Kind | None:
-    """What a folder holds; None for a language model."""
+    """The kind of model in a folder; None for a language model."""
     return _kind(folder)[0]
 
 
 def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
-    """CheckpointError unless modules.json is absent or says what a Reranker computes."""
+    """CheckpointError unless modules.json is absent or describes a Reranker."""
     modules = read_modules(folder)
     if modules is None:
         return
@@ -163,7 +163,7 @@ def check_reranker_modules(folder: Path, yes_id: int, no_id: int) -> None:
 
 
 def read_instruction(folder: Path, default: str) -> str:
-    """Return a reranker's instruction.
+    """Return the instruction of a reranker.
 
     It is that of pyqemb.json, else the default prompt of config_sentence_transformers.json, else `default`.
     """
@@ -209,7 +209,7 @@ def _check_own_folder(folder: Path, module: Module) -> None:
 
 
 def _read_pooling(folder: Path, place: str, hidden_size: int) -> str | None:
-    """The pooling module's mode ("last" or "mean"), in either of its spellings; None where it has no file."""
+    """The mode of the pooling module ("last" or "mean"), in either of its formats; None without a file."""
     path = f"{place}/config.json"
     values = read_object(folder, path)
     if not values:
@@ -223,7 +223,7 @@ def _read_pooling(folder: Path, place: str, hidden_size: int) -> str | None:
     known = {theirs: ours for ours, theirs in POOLINGS.items()}
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in list(known):
         raise CheckpointError(f"{folder / path}: pooling must be one of {', '.join(known)}, got {modes}")
-    if values.get("include_prompt") is False and modes != ["lasttoken"]:  # the last token is none of the prompt's
+    if values.get("include_prompt") is False and modes != ["lasttoken"]:  # the last token is not part of the prompt
         raise CheckpointError(f"{folder / path}: include_prompt False is not supported with mean pooling")
     contradicting = [key for mode, key in MODE_KEYS.items() if values.get(key) and mode != modes[0]]
     if contradicting:

@@ -1,7 +1,7 @@
-"""Files of which each holds some rows of its tensors, as the ranks of a run write them.
+"""Files that each hold some rows of the tensors, as the ranks of a run write them.
 
-A file names the rows in its safetensors metadata: under "slices", JSON that maps the name of a tensor to its first row
-here and the shape of the whole. A tensor without an entry is whole.
+The safetensors metadata of a file lists the rows: "slices" is JSON that maps the name of a tensor to its first row in
+this file and the shape of the whole tensor. A tensor without an entry is whole.
 """
 
 import json
@@ -24,7 +24,7 @@ _SLICES = "slices"
 
 @dataclass(frozen=True)
 class Slice:
-    """The rows of a tensor that this rank holds: `tensor` from the row `first` of a tensor of `shape`."""
+    """The rows of a tensor that this rank holds: `tensor` starts at the row `first` of a tensor of `shape`."""
 
     tensor: torch.Tensor
     first: int
@@ -32,7 +32,7 @@ class Slice:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Slice":
-        """Those of a sharded tensor; all of another one. They share its memory."""
+        """The local rows of a sharded tensor, or all rows of another one; they share its memory."""
         return cls(local(tensor.detach()), own_rows(tensor).start, tuple(tensor.shape))
 
     @property
@@ -46,7 +46,7 @@ class Slice:
 
 
 def sharded_like(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """This rank's rows as a tensor that is sharded as `x` is; where it is not, the rows themselves."""
+    """The rows of this rank as a tensor that is sharded like `x`; the rows themselves if `x` is not sharded."""
     if not is_sharded(x):
         return rows
     from torch.distributed.tensor import DTensor
@@ -58,20 +58,20 @@ def sharded_like(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def slices_metadata(slices: Mapping[str, Slice]) -> dict[str, str]:
-    """The metadata of a file of these slices."""
+    """The safetensors metadata of a file with these slices."""
     partial = {name: {"first": s.first, "shape": s.shape} for name, s in slices.items() if not s.is_whole}
     return {_SLICES: json.dumps(partial)} if partial else {}
 
 
 def shard_names(kind: str, count: int) -> list[str]:
-    """The names of the `count` files over which tensors are spread, e.g. model-00001-of-00002.safetensors."""
+    """The names of the `count` files that hold the tensors, e.g. model-00001-of-00002.safetensors."""
     if count == 1:
         return [f"{kind}.safetensors"]
     return [f"{kind}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def shard_files(folder: Path, kind: str) -> list[Path]:
-    """Those files of a folder."""
+    """The files of that kind in a folder."""
     whole = folder / f"{kind}.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob(f"{kind}-*-of-*.safetensors"))
 
@@ -86,9 +86,9 @@ class _Part:
 
 
 class ShardedTensors(Mapping[str, torch.Tensor]):
-    """The tensors of files of which each holds some rows; they are read from the disk when they are asked for.
+    """The tensors of files that each hold some rows; they are read from the disk on access.
 
-    CheckpointError names the file that is damaged, or the rows that are in none of them.
+    CheckpointError names the damaged file or the missing rows.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -101,7 +101,7 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
                 own = tuple(file.get_slice(name).get_shape())
                 first, shape = slices.get(name, (0, own))
                 if self._shapes.setdefault(name, shape) != shape or own[1:] != shape[1:]:
-                    raise CheckpointError(f"{path}: {name} has another shape than in the other files")
+                    raise CheckpointError(f"{path}: {name} has a different shape in the other files")
                 rows = own[0] if own else 1
                 self._parts.setdefault(name, []).append(_Part(first, first + rows, path))
         for name in self._shapes:
@@ -117,7 +117,7 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
         return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self._shapes[name]
 
     def rows(self, name: str, rows: slice) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _read_slices(path: Path, file: Any) -> dict[str, tuple[int, tuple[int, ...]]
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor, which is not read where it lies in files."""
+    """The shape of a tensor, without reading it from files."""
     return tensors.shape(name) if isinstance(tensors, ShardedTensors) else tuple(tensors[name].shape)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds some rows: DTensors of torch, sharded along their first dimension by FSDP2."""
+"""Sharded tensors: DTensors of torch, sharded along their first dimension by FSDP2."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 def is_sharded(x: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    tensor = sys.modules.get("torch.distributed.tensor")  # a second to import: only who makes shards does
+    tensor = sys.modules.get("torch.distributed.tensor")  # a slow import, done only if there are shards
     return tensor is not None and isinstance(x, tensor.DTensor)
 
 
@@ -25,12 +25,12 @@ def is_writer(module: nn.Module) -> bool:
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a sharded tensor, sharing its memory; another tensor itself."""
+    """The rows of this rank of a sharded tensor, sharing its memory; any other tensor itself."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def own_rows(x: torch.Tensor) -> slice:
-    """Which rows of the whole tensor `local` holds: torch.chunk gives every rank ceil(rows / ranks) or what is left."""
+    """The rows of the whole tensor that `local` holds: torch.chunk gives every rank at most ceil(rows / ranks)."""
     if not is_sharded(x):
         return slice(0, len(x) if x.ndim else 1)
     mesh: Any = x.device_mesh  # type: ignore[attr-defined]
@@ -41,9 +41,9 @@ def own_rows(x: torch.Tensor) -> slice:
 
 @torch.no_grad()
 def full_tensor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """All rows of a sharded tensor, in the dtype in which it is computed with; another tensor itself, detached.
+    """All rows of a sharded tensor, in its compute dtype; any other tensor itself, detached.
 
-    Of a sharded tensor it is a collective: all ranks that share it call it.
+    For a sharded tensor this is a collective: all ranks that share it must call it.
     """
     whole: Any = x.detach()
     return whole.to(dtype).full_tensor() if is_sharded(x) else whole

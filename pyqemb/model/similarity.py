@@ -1,4 +1,4 @@
-"""Similarities of vectors under sentence-transformers' names. Legend: M, N vectors, E features."""
+"""Similarities of vectors, named as in sentence-transformers. Legend: M, N vectors, E features."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _NORMS = {"euclidean": 2.0, "manhattan": 1.0}  # their similarity is the negativ
 
 
 def check_similarity(name: Any) -> str:
-    """The name, also of an enum member that has it as its value; None is "cosine". ConfigError: an unknown name."""
+    """Return the name, which may be given as an enum member; None is "cosine". ConfigError: an unknown name."""
     value = "cosine" if name is None else getattr(name, "value", name)
     if value not in SIMILARITIES:
         raise ConfigError(f"similarity_fn_name must be one of {', '.join(SIMILARITIES)}, got {value!r}")

@@ -25,7 +25,7 @@ def test_a_gpu_is_chosen_where_it_can_run_the_model(monkeypatch, gpu, built, hea
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch, gpu, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(ops, "cuda_is_built", lambda: False)
-    with pytest.raises(ConfigError, match=f"'cuda:1' was asked for, but {message}"):
+    with pytest.raises(ConfigError, match=f"'cuda:1' was requested, but {message}"):
         pick_device("cuda:1", tiny_config())
     with pytest.raises(ConfigError, match="expected 'auto', 'cpu' or 'cuda'"):
         pick_device("gpu", tiny_config())

@@ -166,7 +166,7 @@ def test_merging_adapters(base, tmp_path):
         merge_adapters([folders[0], other], out=tmp_path / "x")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is there and is no adapter; refusing to replace it"):
+    with pytest.raises(ConfigError, match="exists and is not an adapter; refusing to replace it"):
         merge_adapters(folders, out=tmp_path / "notes")
 
 
@@ -198,12 +198,12 @@ def test_what_is_refused(base, tmp_path):
             load_adapter(loaded(base).model, folder)
 
     refused("use_dora True is not supported", {**settings, "use_dora": True})
-    refused("no LoRA adapter: KeyError", {"r": 4})
-    refused("has not the two matrices of an adapter of rank 9", {**settings, "r": 9})
+    refused("not a LoRA adapter: KeyError", {"r": 4})
+    refused("does not have the two matrices of an adapter of rank 9", {**settings, "r": 9})
     some = next(iter(tensors))
-    refused("has not the two matrices", weights={name: t for name, t in tensors.items() if name != some})
+    refused("does not have the two matrices", weights={name: t for name, t in tensors.items() if name != some})
     refused("holds NaN or infinity", weights={**tensors, some: tensors[some] * float("nan")})
-    refused("is no weight of a LoRA adapter", weights={**tensors, "base_model.model.norm.weight": torch.ones(3)})
+    refused("is not a weight of a LoRA adapter", weights={**tensors, "base_model.model.norm.weight": torch.ones(3)})
     wide = {name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in tensors.items()}
     refused("is for a weight of shape", weights=wide)
     (folder / "adapter_model.safetensors").unlink()
