@@ -200,7 +200,7 @@ def read_shards(folder: str | Path) -> dict[str | None, Shards]:
     manifest = parse(raw, str(path))
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise DataError(f"{folder}: is of format {found!r}, this version reads {FORMAT!r}; write it again")
+        raise DataError(f"{folder}: has format {found!r}, this version reads {FORMAT!r}; write it again")
     summaries = [Summary(**values) for values in unseal(raw, str(path))["tasks"]]
     return {summary.task: Shards(folder, number, summary) for number, summary in enumerate(summaries)}
 

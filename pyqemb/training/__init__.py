@@ -1,4 +1,4 @@
-"""Both training stages: config -> trainer -> gradient cache -> loss; checkpoints that continue bit by bit."""
+"""Both training stages: configuration, trainer, gradient cache, losses; checkpoints that resume bit for bit."""
 
 from pyqemb.training.callbacks import Callback as Callback
 from pyqemb.training.callbacks import TrainInfo as TrainInfo

@@ -1,6 +1,6 @@
-"""What the ranks of a run have to have in common: settings, versions, the files that they read.
+"""Checks that all ranks of a run have the same settings, versions and input files.
 
-Each check is a collective. Its ConfigError, raised on every rank, names the rank, the fact and both values.
+Each check is a collective. Its ConfigError is raised on every rank and names the rank, the difference and both values.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from pyqemb.training.parallel.world import World
 from pyqemb.training.resume import flat
 from pyqemb.training.state import Checkpoint
 
-_NETWORK_DELAY = 2.0  # seconds after which a file is seen through a network file system
+_NETWORK_DELAY = 2.0  # seconds until a new file is visible through a network file system
 _MODEL_FILES = "*.json", "*.safetensors", "*/*.json"
-_BLOCKS, _BLOCK = 64, 4096  # of a file, evenly spaced: any two checkpoints of a model differ in nearly all bytes
+_BLOCKS, _BLOCK = 64, 4096  # samples of a file, evenly spaced: two checkpoints of a model differ in nearly all bytes
 
 
 def check_same_settings(
     world: World, config: TrainConfig, resume: str | Path | None, evaluate: Evaluate | None
 ) -> None:
-    """Versions, the configuration, and the arguments of `train` that decide which collectives follow."""
+    """Check the versions, the configuration, and the arguments of `train` that determine the collectives."""
     world.check_equal(
         {
             "pyqemb": __version__,
@@ -42,7 +42,7 @@ def check_same_settings(
 
 
 def check_same_model(world: World, base: str) -> None:
-    """The files of the base model: their names, their sizes, and a sample of their bytes."""
+    """Check the files of the base model: names, sizes, and a sample of the bytes."""
     if world.size == 1:
         return
     with together(world):
@@ -51,13 +51,13 @@ def check_same_model(world: World, base: str) -> None:
 
 
 def check_same_data(world: World, datasets: Datasets, fingerprint: str) -> None:
-    """The training rows; `fingerprint` is that of the datasets."""
+    """Check the training rows; `fingerprint` is that of the datasets."""
     rows = {f"the rows of {name!r}": len(examples) for name, examples in datasets.examples.items()}
     world.check_equal({**rows, "the digest of the data": fingerprint})
 
 
 def blind_ranks(world: World, folder: Path) -> list[int]:
-    """The ranks that do not see what rank 0 writes to `folder`: those on another file system."""
+    """The ranks that do not see the files that rank 0 writes to `folder`, because they have another file system."""
     if world.size == 1:
         return []
     token = folder / f".shared-{world.broadcast_object(uuid.uuid4().hex)}"
@@ -74,13 +74,13 @@ def blind_ranks(world: World, folder: Path) -> list[int]:
 
 
 def check_same_checkpoint(world: World, checkpoint: Checkpoint | None) -> None:
-    """The checkpoint to continue from: its step, and the digest of its manifest."""
+    """Check the checkpoint to continue from: its step, and the digest of its manifest."""
     found = "none" if checkpoint is None else f"step {checkpoint.step}, digest {checkpoint.digest[:16]}"
     world.check_equal({"the checkpoint": found})
 
 
 def model_files(folder: Path) -> dict[str, str]:
-    """Size and digest of each file that a model is read from; of a large file, of a sample of its bytes.
+    """Size and digest of each file of a model; for a large file, the digest of a sample of its bytes.
 
     Raises:
         MachineError, DataError: a file cannot be read.

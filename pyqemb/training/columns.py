@@ -1,6 +1,6 @@
-"""Which columns of its rows a dataset is not trained on.
+"""Columns of a dataset that its objective does not use.
 
-They are reported before the first step, and refused where they say that a pair is not a positive one.
+They are reported before the first step. A column that marks a pair as not positive is an error.
 """
 
 import logging
@@ -15,7 +15,7 @@ _OPTIONAL = ("negatives", "score", "scores", "query_embedding", "positive_embedd
 
 
 class UnusedByObjective:
-    """Counts, for the rows of one task, the columns that its objective leaves out."""
+    """Counts the columns that the objective of a task does not use."""
 
     def __init__(self, task: str | None, objective: type[Objective]):
         self._task, self._objective = task, objective
@@ -25,7 +25,7 @@ class UnusedByObjective:
     def add(self, where: str, example: Example) -> None:
         """Count the columns of a row that the objective does not use.
 
-        Raises DataError for a pair whose score or label is 0 or less where every pair is taken for a positive one.
+        Raises DataError for a pair whose score or label is 0 or less, if the objective treats every pair as positive.
         """
         for column in self._columns:
             value = getattr(example, column)
@@ -34,16 +34,15 @@ class UnusedByObjective:
             if column == "score" and self._objective.positive_pairs:
                 if value <= 0:
                     raise DataError(
-                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective.name} takes every "
-                        "pair for a positive "
-                        f"one; leave the row out, or train on the scores: {self._hint()}"
+                        f"{where}: column 'score' (or 'label') is {value:g}, but {self._objective.name} treats every "
+                        f"pair as positive; remove the row, or train on the scores: {self._hint()}"
                     )
                 if value == 1:
                     continue
             self._unused.add({column}, where)
 
     def add_shards(self, path: str, shards: Shards) -> None:
-        """The same for shards, which are read only where their manifest says that there is something to find."""
+        """`add` for shards, which are read only if their manifest lists such columns."""
         counts = shards.summary.__dict__
         if any(counts.get(column, counts["query_embedding"]) for column in self._columns):
             for number, example in enumerate(shards, start=1):

@@ -1,4 +1,4 @@
-"""The model of a training checkpoint as a portable folder, tensor by tensor: from shards, without the ranks."""
+"""Export of a training checkpoint, sharded or not, as a portable folder, tensor by tensor in one process."""
 
 import logging
 from contextlib import nullcontext
@@ -26,21 +26,21 @@ _log = logging.getLogger("pyqemb")
 def consolidate(run: str | Path, step: int | None = None, out: str | Path | None = None) -> Path:
     """Write the model of a run's checkpoint as the folder that the run would write at its end.
 
-    Memory holds about one tensor. Adapters are folded in. What a killed process has left of the folder is removed, and
-    the folder is written from its beginning.
+    Memory holds about one tensor. Adapters are merged into the weights. Partial output of a killed process is removed,
+    and the folder is written again.
 
     Args:
-        run: the folder of a run, `save.dir`. The run may go on where `out` lies elsewhere.
-        step: of the checkpoint (default: the newest sound one).
+        run: the folder of a run, `save.dir`. The run may still be training if `out` is outside of it.
+        step: the step of the checkpoint (default: the newest intact one).
         out: the folder to write (default: `final` in the folder of the run).
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: there is something at `out` already, or the run is at work and `out` is in its folder.
-        CheckpointError: the checkpoint is missing or damaged, or the base model, from which a run of adapters takes the
-            other weights, is missing.
+        ConfigError: `out` exists, or the run is in progress and `out` is in its folder.
+        CheckpointError: the checkpoint is missing or damaged, or, for a run that trains adapters, the base model is
+            missing.
         MachineError: the folder cannot be written.
 
     Example:
@@ -57,7 +57,7 @@ def consolidate(run: str | Path, step: int | None = None, out: str | Path | None
     run = Path(run)
     target = run / "final" if out is None else Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already; choose another folder with --out, or delete it")
+        raise ConfigError(f"{target}: exists already; choose another folder with --out, or delete it")
     if not checkpoints(run / "checkpoints"):
         raise CheckpointError(f"{run}: holds no checkpoint of a training run")
     inside = target.absolute().is_relative_to(run.absolute())
@@ -77,28 +77,28 @@ def _checkpoint(folder: Path, step: int | None) -> Checkpoint:
         path = folder / f"step_{step:08}"
         if not path.is_dir():
             found = ", ".join(str(int(each.name.removeprefix("step_"))) for each in checkpoints(folder))
-            raise CheckpointError(f"{path}: no such checkpoint; there are those of the steps {found}")
+            raise CheckpointError(f"{path}: no such checkpoint; the run has checkpoints of steps {found}")
         return Checkpoint.load(path)
     checkpoint = newest_sound(checkpoints(folder)[::-1], _log.warning)
     if checkpoint is None:
-        raise CheckpointError(f"{folder}: holds no sound checkpoint")
+        raise CheckpointError(f"{folder}: holds no intact checkpoint")
     return checkpoint
 
 
 class _Base:
-    """The weights of the base model, opened when they are wanted: a run that trains all of them does without it."""
+    """The weights of the base model, opened on access; a run that trains all weights does not need them."""
 
     def __init__(self, folder: str, kind: type[Embedder | Reranker]):
         self.folder, self.kind = folder, kind
 
     @cached_property
     def tensors(self) -> Tensors:
-        """Those of its folder."""
+        """The tensors of its folder."""
         return Tensors(local_folder(self.folder), self.kind.heads)
 
     @cached_property
     def lm_head(self) -> torch.Tensor:
-        """The language-model head of a base that is not tied."""
+        """The untied language-model head of the base model."""
         head = self.tensors.head(LM_HEAD)
         if head is None:
             raise CheckpointError(f"{self.folder}: {LM_HEAD} is missing, which the trained reranker had")
@@ -106,7 +106,7 @@ class _Base:
 
 
 def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple[Embedder | Reranker, Read]:
-    """The model on the meta device, and what reads its parameters: from the checkpoint, or from the base model."""
+    """The model on the meta device, and a function that reads its parameters from the checkpoint or the base model."""
     base = _Base(config.model.base, Reranker if config.task == "rerank" else Embedder)
     if config.task == "rerank":
         tied = read_config(portable).tie_word_embeddings

@@ -1,4 +1,4 @@
-"""The datasets that a run trains on: read from the configured files, one for each task."""
+"""The training datasets of a run, read from the configured files, one for each task."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ from pyqemb.training.objectives import Objective, objective_of, with_in_batch_ne
 
 @dataclass(frozen=True)
 class Datasets:
-    """Examples by dataset, the configured weights (none: by rows) and caps, and the objective of each dataset."""
+    """Examples by dataset, the configured weights (none: by the number of rows) and caps, and the objectives."""
 
     examples: Mapping[str, Sequence[Example]]
     weights: Mapping[str, float]
@@ -34,17 +34,17 @@ class Datasets:
 
     @property
     def instructions(self) -> set[str | None]:
-        """Of all examples; of those in shards at least two where there are more."""
+        """The instructions of all examples; for shards, at least two if there are several."""
         return {each for examples in self.examples.values() for each in _instructions(examples)}
 
     @property
     def most_negatives(self) -> int:
-        """The most negatives that an example of any dataset has."""
+        """The largest number of negatives of an example in any dataset."""
         return max(map(most_negatives, self.examples.values()), default=0)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of every example in order: another dataset, row or text gives another. Shards bring their own."""
+        """The sha256 of all examples in order; shards have their own digest."""
         digest = hashlib.sha256()
         for name, examples in self.examples.items():
             digest.update(f"{name}\0{len(examples)}\0".encode())
@@ -57,7 +57,10 @@ class Datasets:
 
 
 def read_datasets(config: TrainConfig) -> Datasets:
-    """Read all data. DataError names file, line and column of a bad row, or what an objective misses in a dataset."""
+    """Read all data.
+
+    DataError names file, line and column of an invalid row, or what a dataset lacks for its objective.
+    """
     named: dict[str, dict[str, float]] = {"weight": {}, "max_share": {}, "max_epochs": {}}
     examples: dict[str, Sequence[Example]] = {}
     objectives: dict[str, type[Objective]] = {}
@@ -88,7 +91,7 @@ def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
     sizes = {name: min(train.global_batch_size, count) for name, count in rows.items()}
     covering = sum(-(-count // sizes[name]) for name, count in rows.items())
     caps = dict(datasets.max_share)
-    # A cap in epochs is one of the whole run, which then is a single epoch of the loader: shares are exact to a step.
+    # A cap in epochs applies to the whole run, which is then one epoch of the loader, so shares are exact to a step.
     steps = train.steps or math.ceil(train.epochs * covering)
     for name, cap in mixing.caps_of_epochs(rows, sizes, datasets.max_epochs, steps).items():
         caps[name] = min(cap, caps.get(name, 1.0))
@@ -105,19 +108,19 @@ def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
 
 
 def num_steps(config: TrainConfig, loader: Loader) -> int:
-    """Return how many steps the run has: `train.steps`, or what `train.epochs` comes to."""
-    whole_run = any(entry.max_epochs for entry in config.data)  # is one epoch of the loader
+    """The number of steps of the run: `train.steps`, or that of `train.epochs`."""
+    whole_run = any(entry.max_epochs for entry in config.data)  # the whole run is one epoch of the loader
     return config.train.steps or math.ceil((1 if whole_run else config.train.epochs) * loader.steps_per_epoch)
 
 
 def mixture(loader: Loader, steps: int) -> list[mixing.MixtureRow]:
-    """What a run of so many steps gives each dataset."""
+    """The share of each dataset in a run of that many steps."""
     rows = {name: len(examples) for name, examples in loader.datasets.items()}
     return mixing.table(rows, loader.batches, loader.batch_sizes, steps)
 
 
 def token_cache(config: TrainConfig, tokenizer: Tokenizer) -> TokenCache | TokenFolder:
-    """In memory, or in a folder that all ranks, and other runs, share."""
+    """The token cache: in memory, or in a folder that all ranks and other runs share."""
     folder = config.train.token_cache
     return TokenCache(tokenizer) if folder is None else TokenFolder(tokenizer, folder)
 
@@ -149,7 +152,7 @@ def _by_task(entry: DataSet, config: TrainConfig) -> Mapping[str | None, Sequenc
 
 
 def _shards(entry: DataSet) -> Path | None:
-    """The folder of shards that a folder is, or is read by (Parquet); None: another file or folder."""
+    """The folder of shards for a dataset: the folder itself, or the one made from Parquet files; None: neither."""
     if entry.path is None or not (path := Path(entry.path)).is_dir() or is_beir(path) or is_saved(path):
         return None
     split, columns = entry.split, entry.columns
@@ -173,7 +176,7 @@ def _instructions(examples: Sequence[Example]) -> set[str | None]:
 
 
 def most_negatives(examples: Sequence[Example]) -> int:
-    """Of a row of one dataset."""
+    """The largest number of negatives of an example."""
     if isinstance(examples, Shards):
         return examples.summary.most_negatives
     return max((len(example.negatives) for example in examples), default=0)

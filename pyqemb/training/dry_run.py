@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: for --dry-run."""
+"""The plan of a run, printed by --dry-run."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -44,11 +44,11 @@ def plan(
         config: the configuration of the run.
         evaluate: as for `train` (default: no evaluation).
         resume: as for `train` (default: a new run).
-        ranks: the ranks to plan for, which need not be there; weights are not read, and this machine's disk and memory
-            are not looked at (default: this machine and one rank).
+        ranks: the ranks to plan for, which need not exist; weights are not read, and disk and memory of this machine
+            are not checked (default: this machine and one rank).
 
     Raises:
-        PyqembError: what `train` would raise before its first step.
+        PyqembError: the errors that `train` raises before its first step.
     """
     config = with_data(config)
     preflight.check_evaluation(config, evaluate)
@@ -92,7 +92,7 @@ def plan(
     )
     if isinstance(model, Embedder):
         yield f"negatives  up to {size * (1 + hard) - 1} documents a query"
-    # Of the first batch, as training will plan it.
+    # The plan of the first batch, as in training.
     batch = datasets.objectives[loader.where(0)[0]].build_batch(loader.batch(0), model)
     if ranks is None and config.parallel != ParallelSection():
         yield "memory     not planned: [parallel] shares it among ranks; --world RANKS --gpu-memory SIZE plans theirs"
@@ -107,17 +107,17 @@ def plan(
 def _memory_here(
     config: TrainConfig, model: Embedder | Reranker, batch: TrainingBatch, precision: torch.dtype, trained: int
 ) -> str:
-    """The memory of one process on this machine. ConfigError: it does not suffice."""
+    """The memory of one process on this machine. ConfigError: it is not enough."""
     train = config.train
     cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
     stream = TokenCache(model.tokenizer).pack(batch.texts)
-    narrow = 0 if precision == torch.float32 else precision.itemsize  # the copy of the weights that computes
+    narrow = 0 if precision == torch.float32 else precision.itemsize  # the compute copy of the weights
     preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
     return f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
 
 
 def _device_of_ranks(config: TrainConfig, model: Embedder | Reranker) -> torch.device:
-    """A GPU, unless the configuration, or sizes that the CUDA kernels do not have, say the CPU."""
+    """A GPU, unless the configuration selects the CPU or the CUDA kernels do not support the model."""
     name = config.train.device.partition(":")[0]
     if name == "auto":
         name = "cuda" if runs_on_cuda(model.config) else "cpu"
@@ -125,7 +125,7 @@ def _device_of_ranks(config: TrainConfig, model: Embedder | Reranker) -> torch.d
 
 
 def _texts_of_ranks(model: Embedder | Reranker, batch: TrainingBatch) -> tuple[Callable[[int], np.ndarray], int]:
-    """The tokens of each text of the rank that gets most of them, given the number of ranks; the number of texts."""
+    """A function of the number of ranks that returns the token counts of the rank with the most tokens; all texts."""
     lengths = np.array([len(ids) for ids in model.tokenizer.encode_documents(batch.texts)], dtype=np.int64)
 
     def heaviest(ranks: int) -> np.ndarray:
@@ -135,7 +135,7 @@ def _texts_of_ranks(model: Embedder | Reranker, batch: TrainingBatch) -> tuple[C
 
 
 def _example(model: Embedder | Reranker, example: Example) -> Iterator[str]:
-    """How an example is tokenized."""
+    """Lines that show how an example is tokenized."""
     if isinstance(model, Reranker):
         yield f"example    {PREFIX + YesNo.build_batch([example], model).texts[0] + SUFFIX!r}"
         return
@@ -147,7 +147,7 @@ def _example(model: Embedder | Reranker, example: Example) -> Iterator[str]:
 def _mean_tokens(
     model: Embedder | Reranker, examples: Sequence[Example], num_negatives: int, objective: type[Objective]
 ) -> float:
-    """Tokens of a row: query, positive, and the negatives that are drawn."""
+    """Mean tokens of a row: query, positive, and the sampled negatives."""
     texts = [
         text
         for example in examples

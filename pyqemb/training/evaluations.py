@@ -1,4 +1,4 @@
-"""Evaluations while a model trains: which one is the best, and when to stop early."""
+"""Evaluations during training: the best one, and early stopping."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ class Evaluations:
     """The evaluations of a run.
 
     Attributes:
-        results: the finite numbers of the last one, for the model card.
+        results: the finite metrics of the last evaluation, for the model card.
         best: {"metric", "value", "step"} of the best one.
-        since_best: how many came after the best one.
+        since_best: the number of evaluations after the best one.
     """
 
     def __init__(self, section: EvalSection, evaluate: Evaluate | None):
@@ -37,11 +37,11 @@ class Evaluations:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether `eval.patience` evaluations in a row have not been better than the best one."""
+        """Whether the last `eval.patience` evaluations were not better than the best one."""
         return self.section.patience is not None and self.since_best >= self.section.patience
 
     def measure(self, model: Embedder | Reranker, world: World) -> dict[str, float]:
-        """Evaluate a model on all ranks, which share its forward passes; the numbers of rank 0 by name.
+        """Evaluate a model on all ranks, which share its forward passes; returns the metrics of rank 0 by name.
 
         Raises:
             RankError: `evaluate` raised on another rank. ConfigError: the ranks encode different texts.
@@ -56,15 +56,15 @@ class Evaluations:
         return values
 
     def is_best(self, values: Mapping[str, float], step: int) -> bool:
-        """Whether these are better than those of all steps before; counts the evaluation.
+        """Whether these metrics are the best so far; counts the evaluation.
 
-        ConfigError where eval.metric is missing.
+        ConfigError if eval.metric is missing.
         """
         metric = self.section.metric or next(iter(values), None)
         if metric is None:
             return False
         if metric not in values:
-            raise ConfigError(f"eval.metric: {metric!r} is not among what was measured: {', '.join(values)}")
+            raise ConfigError(f"eval.metric: {metric!r} is not among the measured metrics: {', '.join(values)}")
         value, before = values[metric], None if self.best is None else self.best["value"]
         better = before is None or (value > before if self.section.mode == "max" else value < before)
         if math.isfinite(value) and better:

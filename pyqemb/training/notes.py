@@ -1,4 +1,4 @@
-"""config.resolved.json and env.json: what was run, and where."""
+"""config.resolved.json and env.json: the configuration and the environment of a run."""
 
 import json
 import platform

@@ -1,7 +1,4 @@
-"""AdamW on float32 weights, also for a model that computes in bfloat16.
-
-Also the learning-rate schedule and gradient clipping.
-"""
+"""AdamW on float32 weights, also for a model that computes in bfloat16; the schedule; gradient clipping."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -30,18 +27,18 @@ def learning_rate(step: int, steps: int, config: TrainSection) -> float:
 
 
 def warmup_steps(steps: int, config: TrainSection) -> int:
-    """`warmup` below 1 is a share of the steps, from 1 on a number of them."""
+    """The number of warm-up steps; `warmup` below 1 is a share of all steps."""
     return min(math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup), steps)
 
 
 class Optimizer:
-    """AdamW; norms and other vectors do not decay.
+    """AdamW without weight decay for norms and other vectors.
 
-    It takes a float32 model. With a narrower `dtype` it keeps the float32 weights for itself and the model computes
-    with rounded ones, made anew after each step: bfloat16 is too coarse to add small updates to, and to add up the
-    gradients of many chunks in. Gradients then leave the parameters' .grad as soon as a backward pass has made them.
+    It takes a float32 model. With a narrower `dtype` it keeps the float32 weights, and the model computes with rounded
+    copies, which are renewed after each step: bfloat16 is too coarse for small updates and for sums of the gradients of
+    many chunks. A hook then moves each new gradient from the parameter's .grad to the float32 weight.
 
-    `extra_parameters` are parameters beside the model's, e.g. of the loss; they keep their dtype and do not decay.
+    `extra_parameters` are parameters outside of the model, e.g. of the loss; they keep their dtype and do not decay.
     """
 
     def __init__(
@@ -112,7 +109,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `weights` and `state_tensors` held; of sharded weights the rows of this rank, read alone."""
+        """Restore `weights` and `state_tensors`; of sharded weights only the rows of this rank are read."""
         for name, weight in self.weights.items():
             local(weight).copy_(rows_of(weights, name, own_rows(weight)))
         self._round()
@@ -122,21 +119,21 @@ class Optimizer:
             if kind == "value":
                 weight.copy_(state[key])
             elif kind == "step":
-                self.adamw.state[weight][kind] = state[key].to(weight.device, copy=True)  # as `fused` has it
+                self.adamw.state[weight][kind] = state[key].to(weight.device, copy=True)  # as `fused` expects
             else:
                 rows = rows_of(state, key, own_rows(weight)).to(weight.device, copy=True)
                 self.adamw.state[weight][kind] = sharded_like(weight, rows)
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Refresh the weights that the model computes with, where they are copies."""
+        """Update the model's copies of the weights, if it computes with copies."""
         pairs = [(p, self.weights[name]) for name, p in self.model.items() if p is not self.weights[name]]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [weight for _, weight in pairs])
 
 
 def _add_to(weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that moves a parameter's new gradient to that of its float32 weight."""
+    """A hook that adds a parameter's new gradient to that of its float32 weight."""
 
     def move(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -147,9 +144,9 @@ def _add_to(weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 
 def global_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The Euclidean norm of all of them together; NaN or infinity where one holds such.
+    """The Euclidean norm of all tensors together; not finite if a tensor is not.
 
-    Of sharded tensors every rank gives its rows: all ranks of a replica call it.
+    With sharded tensors this is a collective of all ranks of a replica.
     """
     tensors = list(tensors)
     if not tensors:

@@ -1,6 +1,6 @@
-"""What is checked before the first step, and by --dry-run.
+"""Checks before the first step, and in --dry-run.
 
-No run should be lost or measured wrongly by what could be known before.
+They find errors that would otherwise end a run later, or make its evaluation wrong.
 """
 
 import logging
@@ -27,28 +27,26 @@ from pyqemb.training.grad_cache.memory import free_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
 
 _log = logging.getLogger("pyqemb")
-_FEW_STEPS = 20  # fewer teach a model next to nothing at usual learning rates
+_FEW_STEPS = 20  # with fewer steps a model learns almost nothing at usual learning rates
 
 
 def set_query_instruction(
     model: Embedder | Reranker, config: TrainConfig, instructions: set[str | None], evaluate: Evaluate | None = None
 ) -> None:
-    """Give the model the query prompt that is saved with it.
+    """Set the query prompt that is saved with the model.
 
-    Evaluation uses it for queries without an instruction. The first of these that is there is taken:
-
-    model.instruction; the one instruction that all data share; eval.instruction. Without any, the base model's prompt
-    stays, with a warning.
+    Evaluation uses it for queries without an instruction. The instruction is the first of: model.instruction; the one
+    instruction that all data share; eval.instruction. Without any, the prompt of the base model is kept, with a
+    warning.
 
     Args:
         model: its `default_instruction` is set.
         config: the configuration of the run.
-        instructions: of all training rows; None stands for rows without one.
-        evaluate: the evaluation; its `needs_instruction` says that some queries are measured with the model's own
-            prompt.
+        instructions: the instructions of all training rows; None for rows without one.
+        evaluate: the evaluation; `needs_instruction` is true if some of its queries use the model's own prompt.
 
     Raises:
-        ConfigError: the data have several instructions, none is chosen, and evaluation depends on it.
+        ConfigError: the data have several instructions, none is configured, and evaluation depends on it.
     """
     if config.model.instruction is not None:
         model.default_instruction = config.model.instruction or None
@@ -70,7 +68,7 @@ def set_query_instruction(
 
 
 def check_evaluation(config: TrainConfig, evaluate: Evaluate | None) -> None:
-    """Log settings of `eval` that nothing uses without `evaluate`.
+    """Log settings of `eval` that are unused without `evaluate`.
 
     Raises:
         ConfigError: `evaluate` is known not to report eval.metric.
@@ -89,13 +87,13 @@ def check_evaluation(config: TrainConfig, evaluate: Evaluate | None) -> None:
 
 
 def unused_evaluation(config: TrainConfig) -> str | None:
-    """The first setting of `eval` that asks for an evaluation."""
+    """The first setting of `eval` that requires an evaluation."""
     asked = ("data", "datasets", "every", "metric", "patience")
     return next((name for name in asked if getattr(config.eval, name) not in (None, ())), None)
 
 
 def check_place(folder: Path) -> Path:
-    """The part of the path of save.dir that exists. ConfigError where that is no folder."""
+    """The part of the path of save.dir that exists. ConfigError if it is not a folder."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         raise ConfigError(f"save.dir: {there} is {kind_of_path(there)}, expected a folder")
@@ -103,15 +101,15 @@ def check_place(folder: Path) -> Path:
 
 
 def check_output(folder: Path, needed: int, trial: bool = True) -> None:
-    """Whether the run folder can be written and has room for two checkpoints.
+    """Check that the run folder is writable and has space for two checkpoints.
 
     Args:
         folder: save.dir.
-        needed: bytes of a checkpoint.
-        trial: make the folder, and write, sync and remove a small folder in it; False leaves nothing behind.
+        needed: the bytes of a checkpoint.
+        trial: create the folder, and write, sync and remove a small folder in it; False writes nothing.
 
     Raises:
-        MachineError: it cannot be written, or has no room.
+        MachineError: it is not writable, or has not enough space.
     """
     folder = folder.absolute()
     there = check_place(folder)
@@ -135,10 +133,10 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
 
 
 def check_token_cache(folder: str | None) -> None:
-    """Whether train.token_cache can be used. A complete one may be read-only, which is only logged.
+    """Check that train.token_cache can be used. A complete cache may be read-only, which is only logged.
 
     Raises:
-        ConfigError: it is a file. MachineError: it does not exist and cannot be made.
+        ConfigError: it is a file. MachineError: it does not exist and cannot be created.
     """
     if folder is None:
         return
@@ -154,16 +152,16 @@ def check_token_cache(folder: str | None) -> None:
 
 
 def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> None:
-    """Whether a step over `stream` fits into memory.
+    """Check that a step over `stream` fits into memory.
 
     Args:
-        cache: plans the step.
+        cache: the gradient cache, which plans the step.
         stream: the texts of the step.
         moments: bytes that the optimizer will still allocate.
         device: the device of the model.
 
     Raises:
-        ConfigError: with the numbers, where the plan takes more than there is, or more than train.memory.
+        ConfigError: the plan takes more than the free memory, or more than train.memory; the error has the numbers.
     """
     plan = cache.planned(stream)
     assert plan.peak_bytes is not None
@@ -185,12 +183,12 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
 
 
 def pending_moments(optimizer: Optimizer) -> int:
-    """Bytes of the moments that the first step will allocate; 0 where they are there."""
+    """Bytes of the moments that the first step will allocate; 0 if they exist already."""
     return 0 if optimizer.adamw.state else 8 * sum(local(weight).numel() for weight in optimizer.weights.values())
 
 
 def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int) -> None:
-    """Log what another number of steps does to the learning rate of a resumed run."""
+    """Log the change of the learning rate if a resumed run has another number of steps."""
     if before == now or step >= now:
         return
     old, new = learning_rate(min(step, before - 1), before, config.train), learning_rate(step, now, config.train)
@@ -205,7 +203,7 @@ def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int
 def warn_of_settings(
     config: TrainConfig, model: Embedder | Reranker, datasets: Datasets, loader: Loader, steps: int
 ) -> None:
-    """Log settings with which a run of `steps` steps does less than they say."""
+    """Log settings that have less effect than expected in a run of `steps` steps."""
     train, length, positions = config.train, config.model.max_length, model.config.max_position_embeddings
     if train.num_negatives and datasets.most_negatives == 0 and config.stage == 2:
         _log.warning(
@@ -234,6 +232,6 @@ def warn_of_settings(
 
 
 def in_units(count: float) -> str:
-    """Bytes in the unit that shows them."""
+    """Format bytes with a suitable unit."""
     unit, size = next(((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= n), ("bytes", 1.0))
     return f"{count / size:.2f} {unit}" if size > 1 else f"{count:.0f} {unit}"

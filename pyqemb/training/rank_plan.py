@@ -1,6 +1,6 @@
-"""What each rank of a run would hold, compute and send, from shapes alone: `pyqemb train --dry-run --world N`.
+"""Memory, work and communication of each rank of a run, from shapes alone: `pyqemb train --dry-run --world N`.
 
-Nothing is read of the weights, and neither the GPUs nor the other ranks have to be there.
+Weights are not read, and neither the GPUs nor the other ranks have to exist.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from pyqemb.training.parallel.layout import (
 )
 from pyqemb.training.preflight import in_units
 
-_MOST_RANKS = 1024  # that are looked at for advice
+_MOST_RANKS = 1024  # the largest number considered for advice
 
 
 class Ranks(NamedTuple):
@@ -40,7 +40,7 @@ class Ranks(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """The collectives of one kind in a step: how many, and the bytes of all their results, or inputs of reductions."""
+    """The collectives of one kind in a step: their number, and the bytes of their results, or inputs for reductions."""
 
     kind: str
     number: int
@@ -49,15 +49,15 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What the rank with the most tokens does in a step.
+    """A step of the rank with the most tokens.
 
     Attributes:
         replicas: copies of the weights; shard: the ranks that share one.
-        memory: bytes by kind. standing: those of them that are held between two steps.
-        plan: of the gradient cache. tokens: of each chunk.
-        texts: of the rank.
+        memory: bytes by kind. standing: the bytes that are held between two steps.
+        plan: the plan of the gradient cache. tokens: the tokens of each chunk.
+        texts: the texts of the rank.
         phase: the part of the step in which memory is highest.
-        available: bytes of the rank; budget: those that the step was planned for.
+        available: the memory of the rank in bytes; budget: the bytes that the step was planned for.
         traffic: the collectives of a step.
     """
 
@@ -74,25 +74,25 @@ class RankPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the rank at its highest."""
+        """The peak memory of the rank in bytes."""
         return self.memory.standing + self.memory.gathered + int(self.phase.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the step keeps to its budget, and the rank to its memory."""
+        """Whether the step fits into its budget, and the rank into its memory."""
         return self.memory.gathered + self.phase.total <= self.budget and self.peak <= self.available
 
 
 class RankPlanner:
-    """Plans the steps of a model for any number of ranks; what a token costs is found out once.
+    """Plans the steps of a model for any number of ranks; the cost of a token is measured once.
 
     Args:
-        config: of the run.
-        model: on the meta device; it is converted to `dtype`.
-        dtype: what it computes in.
+        config: the configuration of the run.
+        model: the model on the meta device; it is converted to `dtype`.
+        dtype: the compute dtype.
         device: "cpu" or "cuda", where it would run.
-        heaviest: the tokens of each text of the rank that gets most of them, given the number of ranks.
-        texts: of all ranks together.
+        heaviest: a function of the number of ranks that returns the token counts of the rank with the most tokens.
+        texts: the number of texts of all ranks.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class RankPlanner:
         self._chunk_tokens = cache(lambda world, budget: chunk_tokens(self.heaviest(world), budget))
 
     def plan(self, ranks: Ranks, parallel: ParallelSection | None = None) -> RankPlan:
-        """The plan of a rank. ConfigError: shard and replicate do not make up all ranks."""
+        """The plan of a rank. ConfigError: shard x replicate is not the number of ranks."""
         parallel = parallel or self.parallel
         replicas, shard = parallel.mesh(ranks.world)
         lengths, costs = self.heaviest(ranks.world), self._measured(False)
@@ -137,7 +137,7 @@ class RankPlanner:
             reshard, plan = choose_reshard(budget, plan_of, parallel.reshard_after_forward)
         memory, tokens = memories[reshard], self._chunk_tokens(ranks.world, plan.tokens_per_chunk)
         phase = peak_phase(plan, tokens, self._measured(plan.checkpointing), memory.sizes(vectors, loss))
-        flat = Phase("all-reduce of the gradients", gradients=2 * memory.gradients)  # of the replicas, in one message
+        flat = Phase("all-reduce of the gradients", gradients=2 * memory.gradients)  # over the replicas, in one message
         if replicas > 1 and flat.total > phase.total + memory.gathered:
             phase, memory = flat, memory._replace(gathered=0)
         traffic = self._traffic(replicas, shard, plan, len(tokens), memory, ranks.world)
@@ -147,7 +147,7 @@ class RankPlanner:
         )  # fmt: skip
 
     def _budget(self, left: int) -> int:
-        """Bytes that a step may take where weights and moments leave `left`."""
+        """Bytes that a step may take if `left` bytes remain after weights and moments."""
         if isinstance(self.train.memory, int):
             return self.train.memory
         return left if self.train.memory is None else int(MARGIN * max(left, 0))
@@ -186,7 +186,7 @@ class RankPlanner:
     def _traffic(
         self, replicas: int, shard: int, plan: Plan, chunks: int, memory: RankMemory, world: int
     ) -> list[Traffic]:
-        """The collectives of a step, without those of a few numbers."""
+        """The collectives of a step, except those of a few numbers."""
         found = []
         if shard > 1:
             found += _sharded_traffic(
@@ -204,7 +204,7 @@ class RankPlanner:
 
 
 def _sharded_traffic(units: Sequence[Unit], layers: int, itemsize: int, plan: Plan, chunks: int) -> list[Traffic]:
-    """What FSDP gathers and reduces in a step; the first `layers` units are the decoder blocks."""
+    """The collectives of FSDP in a step; the first `layers` units are the decoder blocks."""
     sizes = [sum(x.numel() for x in unit) for unit in units]
     blocks = sizes[:layers]
     gathers, gathered = len(sizes), sum(sizes)
@@ -219,15 +219,15 @@ def _sharded_traffic(units: Sequence[Unit], layers: int, itemsize: int, plan: Pl
 
 
 def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
-    """What `--dry-run --world N` prints of the ranks.
+    """The lines about the ranks that `--dry-run --world N` prints.
 
     Args:
-        planner: of the run.
+        planner: the planner of the run.
         ranks: the ranks.
         trained: the number of trained parameters.
 
     Raises:
-        ConfigError: it does not fit; with the numbers, and what would.
+        ConfigError: the run does not fit; the error has the numbers and settings that fit.
     """
     found = planner.plan(ranks)
     if not found.fits:
@@ -239,7 +239,7 @@ def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
     yield f"rank       {in_units(memory.standing)} between steps: {standing}"
     yield f"           {in_units(found.peak)} at most, in the {found.phase.name}: {_kinds_at_the_peak(found)}"
     yield f"step       {sum(found.tokens):,.0f} tokens in {found.texts} texts on the rank with the most tokens"
-    yield f"           {plan.line(len(found.tokens))}; {in_units(found.budget)} may be taken"
+    yield f"           {plan.line(len(found.tokens))}; budget {in_units(found.budget)}"
     if found.shard > 1 and not plan.reshard:
         yield "           weights are gathered once a step"
     for kind, number, nbytes in found.traffic:
@@ -264,7 +264,7 @@ def _kinds_at_the_peak(found: RankPlan) -> str:
 
 
 def _refusal(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str:
-    """Why a run does not fit, and what would."""
+    """The error message of a run that does not fit, with settings that fit."""
     needs = f"a rank needs {in_units(found.peak)}"
     advice = [_sharded_advice(planner, ranks, found)]
     if not any(not x.requires_grad for unit in planner._units for x in unit):
@@ -280,7 +280,7 @@ def _refusal(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str:
 
 
 def _sharded_advice(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str | None:
-    """The fewest shards, and else the fewest ranks, that fit."""
+    """The smallest number of shards, or else of ranks, that fits."""
     for world in (ranks.world * 2**n for n in range(11)):
         if world > max(_MOST_RANKS, ranks.world):
             break

@@ -1,4 +1,4 @@
-"""Whether a checkpoint continues with a configuration."""
+"""Checks whether a run with a given configuration can continue from a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from pyqemb.model.shard_files import shape_of
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.state import Checkpoint
 
-# A resumed run may change these; anything else would make it another run.
+# Settings that a resumed run may change.
 _FREE = {
     "parallel",
     "eval",
@@ -22,23 +22,23 @@ _FREE = {
     "train.token_cache",
     "train.rank_timeout",
 }
-_LENGTH = {"train.steps", "train.epochs"}  # free too, unless the sampling weights depend on it
+_LENGTH = {"train.steps", "train.epochs"}  # may change too, unless the sampling weights depend on it
 
 
 def check_continues(
     checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Raise where the checkpoint is of another run.
+    """Raise an error if the checkpoint belongs to another run.
 
     Args:
         checkpoint: the checkpoint to continue from.
         config: the configuration of the resumed run.
-        fingerprint: of the training data.
+        fingerprint: the digest of the training data.
         weights: the tensors that are trained, by name.
 
     Raises:
-        ConfigError: the configuration or the data are other ones.
-        CheckpointError: the tensors are other ones.
+        ConfigError: the configuration or the data differ.
+        CheckpointError: the tensors differ.
     """
     free = _FREE | (set() if any(entry.max_epochs for entry in config.data) else _LENGTH)
     changed = differences(checkpoint.state["config"], config.model_dump(mode="json"), free)
@@ -48,7 +48,7 @@ def check_continues(
         raise ConfigError("cannot resume: the training data are not those of the checkpoint")
     shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
     if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
-        raise CheckpointError(f"step {checkpoint.step}: its tensors are not those of {config.model.base}")
+        raise CheckpointError(f"step {checkpoint.step}: its tensors do not match those of {config.model.base}")
 
 
 def differences(before: Any, now: Any, free: set[str], path: str = "") -> list[str]:

@@ -1,8 +1,8 @@
-"""Checkpoints are written by threads, one in each rank that holds a shard of the weights.
+"""Writing of checkpoints by threads, one in each rank that holds a shard of the weights.
 
-The threads take part in no collective, which would get between those of the training: the sizes and digests of what a
-rank has written reach the first one through the file system, as a small file in the folder of the checkpoint. Whether
-all ranks are done, or one has failed, the main threads find out together, at a step boundary or while they wait.
+The threads call no collectives, because these would interleave with those of the training. A rank reports the sizes and
+digests of its files to the first rank through a small file in the folder of the checkpoint. The main threads agree on
+whether all ranks are done, or one has failed, at a step boundary or while they wait.
 """
 
 import json
@@ -29,15 +29,15 @@ from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
 
 _log = logging.getLogger("pyqemb")
-_POLL = 0.02  # seconds between two looks
-_PATIENCE = 4.0  # seconds that a first rank which leaves with an error waits for the shards of others
+_POLL = 0.02  # seconds between two checks
+_PATIENCE = 4.0  # seconds that the first rank, when it exits with an error, waits for the shards of others
 _RUNNING, _DONE, _FAILED = range(3)
 
 
 class Saver:
     """Writes the checkpoints of a run into `folder`, one at a time, and keeps the `keep` newest.
 
-    All ranks call the methods at the same step, but for `leave`.
+    All ranks call the methods at the same step, except `leave`.
     """
 
     def __init__(self, folder: Path, keep: int, world: World):
@@ -53,18 +53,18 @@ class Saver:
         write_portable: Callable[[Path], None],
         copy: bool,
     ) -> None:
-        """Begin to write a checkpoint; the one before has been waited for.
+        """Begin to write a checkpoint; the previous one must be complete.
 
         Args:
-            step: the step that it holds.
-            weights: of this rank; of sharded ones each rank of the first replica writes its rows.
+            step: the step of the checkpoint.
+            weights: the weights of this rank; of sharded weights, each rank of the first replica writes its rows.
             optimizer: the tensors of the optimizer.
             run_state: the content of state.json.
             write_portable: fills the folder `portable`.
-            copy: write copies of the tensors, so that training may go on before `wait` or `poll` returns the folder.
+            copy: write copies of the tensors, so that training can continue before `wait` or `poll` returns the folder.
 
         Raises:
-            MachineError: the folder cannot be made.
+            MachineError: the folder cannot be created.
         """
         assert self._save is None
         target, count = self.folder / f"step_{step:08}", _num_shards(weights)
@@ -86,11 +86,11 @@ class Saver:
         self._save.thread.start()
 
     def poll(self) -> Path | None:
-        """The folder of the checkpoint that has become complete since the last call; None where there is none.
+        """The folder of the checkpoint that was completed since the last call; None if there is none.
 
         Raises:
             MachineError: it could not be written; RankError: another rank could not write its shard. Older checkpoints
-                are intact, and nothing is left of this one.
+                are intact, and this one is removed.
         """
         save = self._save
         if save is None:
@@ -104,7 +104,7 @@ class Saver:
         return save.target
 
     def wait(self) -> Path | None:
-        """`poll` until the checkpoint that is being written is complete."""
+        """Call `poll` until the checkpoint that is being written is complete."""
         while self._save is not None:
             self._save.thread.join(_POLL if self.world.size > 1 else None)
             if (folder := self.poll()) is not None:
@@ -112,9 +112,9 @@ class Saver:
         return None
 
     def leave(self) -> None:
-        """Wait for the thread of this rank alone: for a rank that leaves with an error, of which others may not know.
+        """Wait for the thread of this rank only, when it exits with an error that other ranks may not know of.
 
-        The checkpoint becomes complete if the other ranks finish their shards too.
+        The checkpoint is completed if the other ranks finish their shards too.
         """
         save, self._save = self._save, None
         if save is None:
@@ -126,10 +126,10 @@ class Saver:
             _log.error("%s", save.error)
 
     def _give_up(self, save: "_Save", own: bool) -> None:
-        """Remove what has been written, and raise on every rank."""
+        """Remove the partial checkpoint, and raise on every rank."""
         save.deadline, self._save = 0.0, None
         save.thread.join()
-        self.world.barrier()  # no rank writes any more
+        self.world.barrier()  # no rank is writing
         save.discard()
         with together(self.world):
             if own and save.error is not None:
@@ -141,11 +141,11 @@ class _Save:
     """A checkpoint that is being written, as one rank sees it.
 
     Attributes:
-        number: of the rank; only those below `count` have a shard.
-        held: on the first rank, makes the folder complete when its block ends, and removes it after an error.
+        number: the rank; only ranks below `count` have a shard.
+        held: on the first rank, the context that completes the folder at its end, and removes it after an error.
         shards: this rank's slices of the weights and of the optimizer.
         deadline: when the first rank stops waiting for the shards of others.
-        error: why this rank failed.
+        error: the error of this rank.
     """
 
     target: Path
@@ -165,13 +165,13 @@ class _Save:
 
     @property
     def status(self) -> int:
-        """Of this rank: running, done or failed."""
+        """The status of this rank: running, done or failed."""
         if self.thread.is_alive():
             return _RUNNING
         return _DONE if self.error is None else _FAILED
 
     def discard(self) -> None:
-        """Remove what has been written, once no rank writes any more."""
+        """Remove the partial checkpoint, once no rank is writing."""
         with suppress(_DiscardedError), self.held:
             raise _DiscardedError
 
@@ -199,11 +199,11 @@ class _Save:
         state.retain(self.target.parent, self.step, self.keep)
 
     def _report(self, number: int) -> Path:
-        """Where a rank says that it has written its shard."""
+        """The file in which a rank reports that it has written its shard."""
         return self.temporary / f"shard-{number:05}.json"
 
     def _files_of(self, number: int) -> dict[str, Any]:
-        """The files that another rank has written, as soon as it has."""
+        """Wait for the files of another rank, and return them."""
         path = self._report(number)
         while not path.exists():
             if time.monotonic() > self.deadline:
@@ -218,12 +218,12 @@ class _Save:
 
 
 class _DiscardedError(Exception):
-    """Ends the block of a folder that is not to become complete."""
+    """Ends the context of a folder that will not be completed."""
 
 
 @contextmanager
 def _about(target: Path) -> Iterator[None]:
-    """Errors of the machine say what became of the checkpoint."""
+    """Add to errors of the machine that the checkpoint was not written."""
     try:
         yield
     except MachineError as error:

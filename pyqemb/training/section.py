@@ -1,4 +1,4 @@
-"""The base class of the sections of a configuration, and the values that are one name of a list."""
+"""The base class of configuration sections, and the type of values that are one name of a list."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ SIZE_PATTERN = r"^\s*([\d.]+)\s*([KMGT]i?)B\s*$"
 
 
 class Section(StrictModel):
-    """Frozen; unknown keys are refused."""
+    """A frozen section; unknown keys are errors."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ def canonical(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
 
 
 def size_in_bytes(text: str) -> int | None:
-    """The bytes of a size like "12GB" or "1.5 GiB"; None where the text is no size."""
+    """The bytes of a size like "12GB" or "1.5 GiB"; None if the text is not a size."""
     match = re.match(SIZE_PATTERN, text)
     if match is None:
         return None
@@ -69,7 +69,7 @@ def size_in_bytes(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class OneOf:
-    """For annotated types: the value is one of the names."""
+    """Annotation of a type whose value is one of the names."""
 
     names: tuple[str, ...]
 

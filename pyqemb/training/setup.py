@@ -1,7 +1,4 @@
-"""Builds the parts of a run: the model on its device, the optimizer, the gradient cache.
-
-Finds the checkpoint to continue from.
-"""
+"""Builds the parts of a run: the model on its device, the optimizer, the gradient cache, the checkpoint."""
 
 import logging
 import random
@@ -36,9 +33,9 @@ log = logging.getLogger("pyqemb")
 
 
 def load_model(config: TrainConfig, device: str | None = None, weights: bool = True) -> Embedder | Reranker:
-    """The base model in float32 on `device` (None: as configured); its Matryoshka dimensions are those of the loss.
+    """Load the base model in float32 on `device` (None: as configured), with the Matryoshka dimensions of the loss.
 
-    Without `weights` it is on the meta device, and its folder may have none.
+    Without `weights` it is on the meta device, and its folder need not have weights.
     """
     section = config.model
     options: dict[str, Any] = {"attention": section.attention, "max_length": section.max_length}
@@ -59,16 +56,16 @@ def load_model(config: TrainConfig, device: str | None = None, weights: bool = T
 
 
 def load_sharded_model(config: TrainConfig, device: str, world: World) -> tuple[Embedder | Reranker, "Sharding | None"]:
-    """`load_model`, and how its weights are shared by the ranks (None: every rank holds all of them).
+    """`load_model`, and the sharding of its weights (None: every rank holds all of them).
 
-    A rank reads its own rows only.
+    Each rank reads only its own rows.
     """
     is_sharded = config.parallel.mesh(world.size)[1] > 1
     with together(world):
         model = load_model(config, "meta" if is_sharded else device)
     if not is_sharded:
         return model, None
-    from pyqemb.training.parallel.sharding import Sharding, make_mesh  # a second to import
+    from pyqemb.training.parallel.sharding import Sharding, make_mesh  # a slow import
 
     place = pick_device(device, model.config)
     precision = pick_precision(config.train.precision, place)
@@ -99,7 +96,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW over the model's weights in float32 and the parameters of the loss.
 
-    The model then computes in `train.precision`; of a sharded one FSDP rounds the weights when it gathers them.
+    The model then computes in `train.precision`; for a sharded model, FSDP rounds the weights when it gathers them.
     """
     precision = torch.float32 if sharding else pick_precision(config.train.precision, model.device)
     extra_parameters = {f"loss.{name}": p for name, p in parameters.named_parameters()}
@@ -109,7 +106,7 @@ def build_optimizer(
 def build_cache(
     config: TrainConfig, model: Embedder | Reranker, optimizer: Optimizer, sharding: "Sharding | None" = None
 ) -> GradCache:
-    """The gradient cache, whose gradients end up at the optimizer's weights."""
+    """The gradient cache, which adds gradients to the optimizer's weights."""
     train = config.train
     return GradCache(
         model, None, train.tokens_per_chunk, memory=train.memory, skip=train.skip_gradients,
@@ -123,10 +120,10 @@ def find_checkpoint(folder: Path, resume: str | Path | None, world: World, shard
     Ranks that do not see the folder of rank 0 receive its checkpoint.
 
     Raises:
-        ConfigError: the ranks find different checkpoints, such a rank has a newer one in its own folder, or there are
-            such ranks where several share the weights (`shards`).
+        ConfigError: the ranks find different checkpoints; a rank that does not see the folder of rank 0 has a newer
+            checkpoint in its own folder; or there is such a rank and the weights are sharded (`shards`).
     """
-    with together(world):  # the others look for checkpoints when the leftovers are gone
+    with together(world):  # the other ranks search for checkpoints after the cleanup
         if world.is_first:
             remove_leftovers(folder)
     blind = blind_ranks(world, folder)
@@ -141,7 +138,7 @@ def find_checkpoint(folder: Path, resume: str | Path | None, world: World, shard
 
 
 def _find_blind(folder: Path, resume: str | Path | None, world: World, blind: list[int]) -> Checkpoint | None:
-    """The checkpoint of rank 0, on all ranks, where some do not see its folder."""
+    """The checkpoint of rank 0, on all ranks, if some do not see its folder."""
     log.warning(
         "save.dir: rank %s does not see the folder of rank 0, %s: checkpoints and models are on its machine only",
         ", ".join(map(str, blind)), folder.absolute(),
@@ -177,7 +174,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch. The loader draws from generators of its own."""
+    """Seed python, numpy and torch. The loader has its own generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a stop at the next step boundary; a second one ends the process at once."""
+"""SIGTERM and SIGINT stop the run at the next step boundary; a second signal ends the process at once."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class StopRequest:
-    """`name` is the signal that came, None before.
+    """`name` is the received signal, None before.
 
-    Signals are taken in the main thread only (Python allows no other).
+    Signals are handled in the main thread only, as Python requires.
     """
 
     def __init__(self) -> None:

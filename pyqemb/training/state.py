@@ -1,10 +1,10 @@
-"""Checkpoints that continue bit by bit: weights, optimizer, random states, position.
+"""Checkpoints that resume bit for bit: weights, optimizer, random states, position.
 
-Damaged ones are found and skipped.
+Damaged checkpoints are detected and skipped.
 
-A checkpoint is a folder `step_XXXXXXXX`: of every rank that holds a shard of the weights a file model and a file
-optimizer (safetensors), state.json, and `portable`, the files of the model's folder but its weights. It is written
-beside its place, synced and renamed; its manifest.json, written last, names every file's size and sha256.
+A checkpoint is a folder `step_XXXXXXXX`. It holds a model file and an optimizer file (safetensors) for every rank with
+a shard of the weights, state.json, and `portable`, the files of the model folder except its weights. It is written
+under a temporary name, synced and renamed; manifest.json, written last, has the size and sha256 of every file.
 """
 
 import errno
@@ -51,25 +51,25 @@ _BEST = {"metric": str, "value": (int, float), "step": int}
 _MODELS = "final", "best"  # folders of a run
 _ALONE = World()
 _NAME = re.compile(r"step_(\d{8,})")
-_verified: set[Path] = set()  # by this process: a checkpoint of 8B parameters is 100 GB to read
+_verified: set[Path] = set()  # in this process, because reading a checkpoint of 8B parameters (100 GB) is slow
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step left behind. Tensors are read when they are asked for; `state` is JSON with the keys of STATE."""
+    """The checkpoint of a step. Tensors are read on access; `state` is JSON with the keys of STATE."""
 
     folder: Path
     step: int
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     state: dict[str, Any]
-    digest: str = ""  # of its manifest, where it was read
+    digest: str = ""  # of its manifest, if it was read
 
     @classmethod
     def load(cls, folder: Path, rank: int = 0, size: int = 1) -> "Checkpoint":
-        """Verify and open one checkpoint; CheckpointError names what is missing or damaged.
+        """Verify and open one checkpoint; CheckpointError names the missing or damaged file.
 
-        Of `size` ranks each reads a part of the files.
+        Each of `size` ranks reads a part of the files.
         """
         manifest = _check_files(folder, rank, size)
         path = folder / STATE_FILE
@@ -94,13 +94,13 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write shard `number`, from 0, of `count` into the folder of a checkpoint, and read it back.
 
-    Tensors that are not shared by rows are written with the first shard only.
+    Tensors that are not sharded are written with the first shard only.
 
     Returns:
-        Size and digest of each file by its name, for the manifest.
+        The size and digest of each file by name, for the manifest.
 
     Raises:
-        MachineError: a file cannot be written, or does not hold what was written.
+        MachineError: a file cannot be written, or has other content when it is read back.
     """
     files = {}
     for kind, slices in zip(_KINDS, (weights, optimizer), strict=True):
@@ -108,13 +108,13 @@ def write_shard(
         path = folder / shard_names(kind, count)[number]
         digest = write_safetensors(path, {name: part.tensor for name, part in own.items()}, slices_metadata(own))
         if sha256(path) != digest:
-            raise MachineError(f"{path}: cannot be written: what was read back is not the same", errno.EIO, str(path))
+            raise MachineError(f"{path}: cannot be written: what was read back differs", errno.EIO, str(path))
         files[path.name] = {"size": path.stat().st_size, "sha256": digest}
     return files
 
 
 def write_manifest(folder: Path, step: int, shards: int, files: Mapping[str, Any]) -> None:
-    """Complete the folder of a checkpoint, given the entries of its shards; the other files are there."""
+    """Complete the folder of a checkpoint, given the entries of its shards; the other files must exist."""
     others = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     entries = {name: _entry(path) for name, path in others.items() if name not in files}
     manifest = {"format": FORMAT, "step": step, "shards": shards, "files": {**files, **entries}}
@@ -125,8 +125,8 @@ def verify(folder: Path) -> int:
     """Check every byte of a checkpoint against its manifest; returns its step.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the format is another one.
-        MachineError: a file cannot be read, which says nothing about what it holds.
+        CheckpointError: a file is missing or damaged, or the format is not supported.
+        MachineError: a file cannot be read, so the checkpoint may be intact.
     """
     step: int = _check_files(folder)["step"]
     mark_verified(folder)
@@ -134,7 +134,7 @@ def verify(folder: Path) -> int:
 
 
 def _check_files(folder: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
-    """`verify`, of which each of `size` ranks reads a part of the files; returns the manifest."""
+    """`verify` by `size` ranks, each of which reads a part of the files; returns the manifest."""
     path = folder / MANIFEST
     try:
         manifest = _read_manifest(folder, path)
@@ -157,17 +157,17 @@ def _check_files(folder: Path, rank: int = 0, size: int = 1) -> dict[str, Any]:
 
 
 def mark_verified(folder: Path) -> None:
-    """This process need not read the checkpoint again before it deletes it."""
+    """Record that this process need not read the checkpoint again before deleting it."""
     _verified.add(folder.absolute())
 
 
 def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     manifest = unseal(path.read_bytes(), str(path))
     if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: is of format {manifest['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
     _check_fields(path, manifest, {"format": int, "step": int, "shards": int, "files": dict})
     if f"step_{manifest['step']:08}" != folder.name:
-        raise CheckpointError(f"{path}: is of step {manifest['step']}, which is not the folder's name")
+        raise CheckpointError(f"{path}: has step {manifest['step']}, which does not match the folder's name")
     files, shards = manifest["files"], min(manifest["shards"], len(manifest["files"]))
     own = {name: entry for name, entry in files.items() if not name.startswith(f"{PORTABLE}/")}
     names = [name for kind in _KINDS for name in shard_names(kind, shards)]
@@ -182,7 +182,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
-    """Exactly these keys, of these types."""
+    """CheckpointError unless the values have exactly these keys with these types."""
     if not isinstance(values, dict) or values.keys() != fields.keys():
         found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)[:80]
         raise CheckpointError(f"{path}: damaged: expected the fields {', '.join(fields)}, found {found}")
@@ -194,14 +194,14 @@ def _check_fields(path: Path, values: Any, fields: Mapping[str, Any]) -> None:
 def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], world: World = _ALONE) -> Checkpoint | None:
     """The checkpoint to continue from, the same on all ranks; each of them verifies a part of it.
 
-    "auto": the newest sound one of the run folder, None where there was no run. A path: that checkpoint, or the newest
-    sound one of that folder. None: no checkpoint.
+    "auto": the newest intact one of the run folder, None if there was no run. A path: that checkpoint, or the newest
+    intact one of that folder. None: no checkpoint.
 
     Raises:
-        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file where a folder
-            has to be.
-        CheckpointError: there are checkpoints and none is sound, or the path holds none.
-        MachineError: one cannot be read; it may be sound, so no older one is taken in its place.
+        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file instead of a
+            folder.
+        CheckpointError: there are checkpoints and none is intact, or the path holds none.
+        MachineError: a checkpoint cannot be read; it may be intact, so no older one is used instead.
     """
     if resume == "":
         raise ConfigError("resume: expected 'auto' or the path of a checkpoint, got ''")
@@ -228,24 +228,26 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], worl
 def _check_start(
     run: Path, resume: str | Path | None, checkpoint: Checkpoint | None, warn: Callable[[str], None]
 ) -> None:
-    """Whether a run may start from this checkpoint, or anew where it is None."""
+    """Check that a run may start from this checkpoint, or from scratch if it is None."""
     auto = resume == "auto"
     if checkpoint is None and resume is not None and not auto:
-        raise CheckpointError(f"{resume}: holds no sound checkpoint")
+        raise CheckpointError(f"{resume}: holds no intact checkpoint")
     if checkpoint is None and auto and (found := checkpoints(run / "checkpoints")):
         raise CheckpointError(
-            f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is sound; the run does not start anew over "
-            "them: move the folder away, or choose another save.dir"
+            f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is intact; the run does not start over: "
+            "move the folder away, or choose another save.dir"
         )
     if checkpoint is None and auto and (run / "best").exists() and not (run / "final").exists():
-        # Killed between its first evaluation and its first checkpoint: a job that a scheduler starts again must go on.
-        warn(f"{run}: the run that left {run / 'best'} has no checkpoint; it starts anew and replaces that model")
+        # Killed between its first evaluation and its first checkpoint: a job that a scheduler restarts must run.
+        warn(
+            f"{run}: the run that left {run / 'best'} has no checkpoint; it starts from scratch and replaces that model"
+        )
     elif checkpoint is None or not (auto or _is_within(Path(resume or ""), run)):
         _check_vacant(run)
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    """By its name or, where links lead elsewhere, by its place."""
+    """Whether a path is in a folder, by its name or after resolving links."""
     return path.absolute().is_relative_to(folder.absolute()) or path.resolve().is_relative_to(folder.resolve())
 
 
@@ -257,24 +259,24 @@ def _candidates(path: Path) -> list[Path]:
 
 
 def newest_sound(candidates: Sequence[Path], warn: Callable[[str], None], world: World = _ALONE) -> Checkpoint | None:
-    """The first of these checkpoints that is sound, None where none is; MachineError where one cannot be read."""
+    """The first intact checkpoint, None if there is none; MachineError if one cannot be read."""
     for path in candidates:
         try:
             return _load_together(path, world)
         except CheckpointError as error:
-            warn(f"passed over a checkpoint: {error}")
+            warn(f"skipped a checkpoint: {error}")
     return None
 
 
 def _load_together(path: Path, world: World) -> Checkpoint:
-    """A checkpoint that every rank finds sound; the error of one of them is raised on all."""
+    """A checkpoint that every rank finds intact; the error of one rank is raised on all."""
     checkpoint, failure = None, None
     try:
         checkpoint = Checkpoint.load(path, world.rank, world.size)
     except (CheckpointError, MachineError) as error:
         failure = error
     failures = [error for error in world.gather_object(failure) if error is not None]
-    if failures:  # what cannot be read may be sound: it counts more
+    if failures:  # an unreadable checkpoint may be intact, so its error has priority
         raise next((error for error in failures if isinstance(error, MachineError)), failures[0])
     mark_verified(path)
     assert checkpoint is not None
@@ -282,7 +284,7 @@ def _load_together(path: Path, world: World) -> Checkpoint:
 
 
 def _check_kinds(run: Path) -> None:
-    """ConfigError where a folder of the run is a file, or a link that leads nowhere."""
+    """ConfigError if a folder of the run is a file or a broken link."""
     for path in (*(run / name for name in ("checkpoints", *_MODELS)), *_steps(run / "checkpoints")):
         if os.path.lexists(path) and not path.is_dir():
             raise ConfigError(
@@ -291,7 +293,7 @@ def _check_kinds(run: Path) -> None:
 
 
 def _check_vacant(run: Path) -> None:
-    """ConfigError where an earlier run left checkpoints or models: a new one would write over them."""
+    """ConfigError if an earlier run left checkpoints or models, which a new run would overwrite."""
     if existing := checkpoints(run / "checkpoints"):
         raise ConfigError(
             f"{existing[-1]}: an earlier run left checkpoints here; continue it with --resume auto "
@@ -307,12 +309,12 @@ def _check_vacant(run: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders, oldest first, sound or not."""
+    """The checkpoint folders, oldest first, intact or not."""
     return [path for path in _steps(folder) if path.is_dir()]
 
 
 def _steps(folder: Path) -> list[Path]:
-    """All that has the name of a checkpoint, oldest first."""
+    """All paths with the name of a checkpoint, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
@@ -323,14 +325,14 @@ def step_of(path: Path) -> int:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what a killed process left half-written in a run folder. Only for the holder of the run's lock."""
+    """Delete partial files of a killed process in a run folder. The caller must hold the run's lock."""
     for path in [*run.glob(".*.partial.*"), *(run / "checkpoints").glob(".*.partial.step_*"), *run.glob("trial-*")]:
         with suppress(OSError):
             remove(path)
 
 
 def random_states() -> dict[str, Any]:
-    """The generators of python, numpy and torch as JSON."""
+    """The states of the random generators of Python, numpy and torch, as JSON."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
@@ -338,13 +340,13 @@ def random_states() -> dict[str, Any]:
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
     }
-    if torch.cuda.is_initialized():  # a run on the CPU must not open a context on every GPU
+    if torch.cuda.is_initialized():  # a run on the CPU must not create a CUDA context on every GPU
         states["cuda"] = [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
     return states
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` returned. CheckpointError where it is none of that."""
+    """Restore the result of `random_states`. CheckpointError if it is invalid."""
     try:
         version, numbers, gauss = states["python"]
         random.setstate((version, tuple(numbers), gauss))
@@ -358,10 +360,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def retain(folder: Path, newest: int, keep: int) -> None:
-    """Delete all checkpoints but the `keep` newest up to the step just saved, which has been verified.
+    """Delete all checkpoints except the `keep` newest up to the step just saved, which has been verified.
 
-    Later steps are of an abandoned branch (the run was resumed from before them). A checkpoint is only deleted when it
-    verifies: one that is damaged or cannot be read is left where it is.
+    Later steps belong to an abandoned branch (the run was resumed from an earlier step). Only checkpoints that verify
+    are deleted; one that is damaged or cannot be read stays.
     """
     stale = [path for path in checkpoints(folder) if step_of(path) > newest]
     current = [path for path in checkpoints(folder) if path not in stale]

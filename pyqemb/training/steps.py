@@ -1,4 +1,4 @@
-"""What one step trains on, and the facts that its ranks agree on.
+"""The batch of a step, and the values that all ranks agree on.
 
 Legend: S texts of a batch, E dimension.
 """
@@ -25,14 +25,14 @@ from pyqemb.training.parallel.world import World
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The batch of a step: whose texts belong together, how they are trained, and the tokens of this rank's texts."""
+    """The batch of a step: its texts, their objective, and the tokens of this rank's texts."""
 
     dataset: str
     number: int  # batches of the dataset before this one
     objective: Objective
     texts: TrainingBatch
     partition: list[np.ndarray]  # the texts of each rank
-    stream: PackedBatch  # of this rank
+    stream: PackedBatch  # the tokens of this rank
 
     @property
     def num_queries(self) -> int:
@@ -42,7 +42,8 @@ class StepBatch:
     def loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
         """This rank's part of the loss, given the vectors of its own texts.
 
-        All ranks' vectors are gathered, or with `ring`, where the objective can, blocks of them go around the ranks.
+        The vectors of all ranks are gathered, or, with `ring` and an objective that supports it, blocks go around the
+        ranks.
         """
         batch, device = self.texts, own_SE.device
         if ring and self.objective.can_ring:
@@ -60,10 +61,10 @@ class StepBatch:
 
 
 def checked_part(part: LossPart, objective: Objective | type[Objective]) -> LossPart:
-    """The part, if it can be reduced over the ranks and has a gradient.
+    """Return the part after checking that it can be reduced over the ranks and has a gradient.
 
     Raises:
-        PyqembError: it cannot, or has none; the objective is named.
+        PyqembError: it cannot be reduced, or has no gradient; the error names the objective.
     """
     wrong = None
     if part.loss.ndim:
@@ -105,16 +106,16 @@ class StepLoader:
 
 
 class StepStats(NamedTuple):
-    """Sums over the ranks that are known before the gradients."""
+    """Sums over the ranks, before the backward pass."""
 
     loss: float
-    stop: bool  # a rank has been asked to stop
+    stop: bool  # a rank has received a signal to stop
     tokens: int
     totals: Tensor  # of the objective's statistics
 
     @classmethod
     def reduce(cls, part: LossPart, stop: bool, tokens: int, world: World) -> "StepStats":
-        """One all-reduce of the facts of every rank."""
+        """Sum the values of all ranks with one all-reduce."""
         facts = torch.tensor([float(part.loss.detach()), stop, tokens], dtype=torch.float64)
         message = torch.cat([facts, part.totals.cpu()]).to(part.loss.device)
         loss, stopping, tokens, *totals = world.all_reduce_(message).tolist()

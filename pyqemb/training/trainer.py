@@ -72,27 +72,27 @@ def train(
     resume: str | Path | None = None,
     progress: Literal["auto", "json", "off"] = "auto",
 ) -> TrainResult:
-    """Train a model and write it to `save.dir`/final.
+    """Train a model and save it to `save.dir`/final.
 
-    Under torchrun the ranks share each batch and take the same steps as one process would. They evaluate together; the
-    first rank writes.
+    Under torchrun the ranks share each batch and take the same steps as one process. They evaluate together; rank 0
+    saves.
 
     Args:
         config: a TrainConfig, or a TOML or YAML file.
-        data: the training data, where the configuration has none: a path, "hub://ORG/NAME", a Dataset or DatasetDict,
-            a DataFrame, a list of dicts or Examples (see `read_examples`), {name: any of these}, or a list of
-            `[[data]]` entries with `path` or `rows`. Every rank gives the same data.
+        data: the training data, if the configuration has none: a path, "hub://ORG/NAME", a Dataset or DatasetDict, a
+            DataFrame, a list of dicts or Examples (see `read_examples`), {name: any of these}, or a list of `[[data]]`
+            entries with `path` or `rows`. It must be the same on every rank.
         evaluate: called with the Embedder (or Reranker) every `eval.every` steps and at the end; returns numbers by
             name. An attribute `metric_names` lets eval.metric be checked before the first step;
-            pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank gives one
-            and calls it: the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them
-            with the same texts on every rank. The numbers of the first rank count. pyqemb.train also takes a dataset
-            or {name: dataset}: folders, files, tables in memory or what else pyqemb.evaluate measures; with names, the
-            metrics are called NAME/METRIC. (Default: pyqemb.train measures the datasets of the `eval` section.)
+            pyqemb.evaluation.DevSets, which measures the datasets of the `eval` section, has it. Every rank calls it:
+            the ranks share the forward passes of `encode` and `score`, so `evaluate` has to call them with the same
+            texts on every rank. The metrics of rank 0 are used. pyqemb.train also takes a dataset or {name: dataset}:
+            folders, files, tables in memory or anything else that pyqemb.evaluate accepts; with names, the metrics are
+            called NAME/METRIC. (Default: pyqemb.train measures the datasets of the `eval` section.)
         on_step: called after each step with its row of metrics.jsonl; short for a callback with `on_step_end`.
-        callbacks: hooks of the run, pyqemb.training.Callback; the first rank calls them.
-        resume: "auto" continues from the newest sound checkpoint of `save.dir`, a path from that one, None starts anew.
-            A folder with checkpoints or models of a run that would not be continued is refused.
+        callbacks: hooks of the run, pyqemb.training.Callback; rank 0 calls them.
+        resume: "auto" continues from the newest intact checkpoint of `save.dir`, a path from that checkpoint; None
+            starts from scratch. A folder with checkpoints or models of a run that would not be continued is an error.
         progress: "auto" shows a bar and evaluations on standard error if it is a terminal, otherwise a line for each
             logged step; "json" prints the rows of metrics.jsonl on standard output; "off" shows nothing.
 
@@ -100,10 +100,10 @@ def train(
         The model folders of the last step and of the best evaluation, and the metrics.
 
     Raises:
-        ConfigError, DataError, CheckpointError, MachineError: something is wrong with the input or the output folder,
-            or a step does not fit into memory; nothing was trained.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved unless no step was done, `resume="auto"` continues
-            bit by bit.
+        ConfigError, DataError, CheckpointError, MachineError: the input or the output folder is invalid, or a step does
+            not fit into memory; nothing was trained.
+        Interrupted: SIGTERM or SIGINT was received; a checkpoint was saved unless no step was done, and `resume="auto"`
+            continues bit for bit.
 
     Example:
         >>> from pyqemb.testing.tiny import write_tiny_folder
@@ -113,11 +113,11 @@ def train(
         >>> pyqemb.train(config, data=rows)
         TrainResult(2 steps, last loss ..., model in runs/run/final)
 
-    What `evaluate`, `on_step` or a callback raises goes on to the caller, after a checkpoint has been saved. Where it
-    raises on one rank, the other ranks raise a RankError that names the rank and the error.
+    If `evaluate`, `on_step` or a callback raises, a checkpoint is saved, and the exception propagates to the caller. If
+    one rank raises, the other ranks raise a RankError that names the rank and the error.
 
     The logger "pyqemb" gets the messages of a run: warnings, and as INFO the mixture of the datasets and the memory
-    plan. Of several ranks the first logs; the logger "pyqemb.rank" has the messages that are about one rank.
+    plan. Of several ranks only rank 0 logs to it; the logger "pyqemb.rank" gets the messages about one rank.
     """
     if evaluate is not None and not callable(evaluate):
         raise ConfigError("evaluate: expected a function of the model; pyqemb.train takes datasets, also by name")
@@ -137,10 +137,10 @@ def train(
 
 
 class StepResult(NamedTuple):
-    """What a step reports."""
+    """The result of a step."""
 
-    row: Row  # of metrics.jsonl
-    skipped: str | None  # which step was skipped, and why; None: it was taken
+    row: Row  # a row of metrics.jsonl
+    skipped: str | None  # which step was skipped, and why; None: not skipped
 
 
 class Run:
@@ -187,7 +187,7 @@ class Run:
         self.throughput = Throughput()
         self.metrics: list[Row] = []
         self.step, self.bad_steps, self.saved_step = 0, 0, 0
-        self.stopping = False  # what all ranks have agreed on
+        self.stopping = False  # the same on all ranks
         self.saver = Saver(self.checkpoints, config.save.keep, world)
         seed_everything(config.train.seed)
         if checkpoint is not None:
@@ -199,7 +199,7 @@ class Run:
             write_notes(self.folder, config, self.model.device, self._dtype)
 
     def train(self) -> TrainResult:
-        """The whole run, its callbacks around it."""
+        """Run the training, with its callbacks."""
         result: TrainResult | None = None
         begun: list[Callback] = []
         try:
@@ -217,10 +217,10 @@ class Run:
         return result
 
     def loop(self) -> None:
-        """Step until the end; at step boundaries evaluate, save, and leave when asked to."""
+        """Run the steps; at step boundaries evaluate, save, and stop after a signal."""
         early = self.evaluations.out_of_patience
         if self.evaluations.evaluate is not None and self.step == self.steps:
-            self._evaluate()  # the run before may have been lost in its last evaluation
+            self._evaluate()  # the previous run may have failed in its last evaluation
         while self.step < self.steps and not early and not self._asked_to_stop():
             self._end_step(self.train_step())
             self._finish_saving(wait=False)
@@ -245,10 +245,10 @@ class Run:
                 self.step, self.steps, self.evaluations.since_best,
             )  # fmt: skip
         with together(self.world):
-            self._write_final()  # again where it was measured: the results are on its card
+            self._write_final()  # again after an evaluation: the model card has the results
 
     def train_step(self) -> StepResult:
-        """Batch -> gradients -> weights.
+        """Compute the gradients of a batch and update the weights.
 
         If the loss or the gradient is not finite on any rank, every rank skips the step.
         """
@@ -274,7 +274,7 @@ class Run:
         return self._result(batch, stats, norm, rate)
 
     def _result(self, batch: StepBatch, stats: StepStats, norm: float, rate: float) -> StepResult:
-        """The row of the step that was taken, or skipped."""
+        """The row of metrics.jsonl for the step, skipped or not."""
         finite, skipped = math.isfinite(norm), None
         if finite:
             outcome: Row = dict(batch.objective.stats(stats.totals, batch.num_queries))
@@ -302,7 +302,7 @@ class Run:
         return StepResult(row, skipped)
 
     def _cache_report(self) -> Row:
-        """What the gradient cache did on this rank: its chunks, its memory where that is planned, what it skipped."""
+        """Columns about the gradient cache on this rank: its chunks, its memory if planned, skipped texts."""
         report, train = self.cache.last, self.config.train
         assert report is not None
         row: Row = {"chunks": report.chunks}
@@ -315,15 +315,14 @@ class Run:
     def _end_step(self, result: StepResult) -> None:
         """Report a step.
 
-        Skipped steps leave the weights as they were. Too many in a row, or all of a run, end it with the last
-        checkpoint intact.
+        Skipped steps do not change the weights. Too many in a row end the run; the last checkpoint stays intact.
         """
         row, skipped = result
         self.metrics.append(row)
         self.bad_steps = 0 if skipped is None else self.bad_steps + 1
         self._call("on_step_end", row)
         if skipped is not None:
-            log.warning("left out %s", skipped)
+            log.warning("skipped %s", skipped)
         if self.bad_steps >= min(self.config.train.max_bad_steps, self.steps):
             self._finish_saving()
             raise PyqembError(
@@ -332,9 +331,9 @@ class Run:
             )
 
     def _evaluate(self) -> None:
-        """Evaluate on all ranks, and keep the best model as `best`. All ranks get the values of the first.
+        """Evaluate on all ranks, and save the best model as `best`. All ranks get the values of rank 0.
 
-        After the last step the final model is written before, so that a failed evaluation does not cost it.
+        After the last step the final model is saved first, so that a failed evaluation does not lose it.
         """
         if self.step == self.steps:
             with self._saving_on_error("writing the final model"):
@@ -357,17 +356,17 @@ class Run:
             save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task, self._dtype)
 
     def _write_model(self, folder: Path) -> None:
-        """Write the portable model; where ranks share the weights they all take part."""
+        """Write the portable model; with sharded weights all ranks take part."""
         if self.world.is_first or self.sharding:
             self.model.save_pretrained(folder, dtype=self._dtype, provenance=self._provenance())
 
     @property
     def _dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The compute dtype of the model."""
         return self.sharding.dtype if self.sharding else self.model.dtype
 
     def save(self) -> None:
-        """Write a checkpoint of this step, its metrics first, unless there is one; in the background it only begins."""
+        """Write the metrics and a checkpoint of this step, unless it exists; may continue in the background."""
         if self.saved_step == self.step:
             return
         self._finish_saving()
@@ -384,13 +383,13 @@ class Run:
             self._finish_saving()
 
     def _finish_saving(self, wait: bool = True) -> None:
-        """Take note of a checkpoint that has become complete; `wait`: until it is."""
+        """Handle a checkpoint that was completed; `wait`: wait until it is complete."""
         folder = self.saver.wait() if wait else self.saver.poll()
         if folder is not None:
             self._call("on_save", self.saved_step, folder)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors; the random states are those of all ranks."""
+        """The content of state.json; the random states are those of all ranks."""
         return {
             "config": self.config.model_dump(mode="json"),
             "data": self.fingerprint,
@@ -412,25 +411,25 @@ class Run:
         preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)
 
     def _check_folders(self) -> None:
-        """Refuse what cannot be written."""
+        """Raise an error if an output folder cannot be written."""
         if self.world.is_first:
             weights = sum(4 * weight.numel() for weight in self.optimizer.weights.values())
             preflight.check_output(self.folder, 3 * weights)
         preflight.check_token_cache(self.config.train.token_cache)
 
     def _check_memory(self) -> None:
-        """Refuse a step that does not fit into memory."""
+        """Raise an error if a step does not fit into memory."""
         if self.step == self.steps:
             return
         with together(self.world):
             stream = self.batches.load(self.step).stream
         with together(self.world):
             moments = preflight.pending_moments(self.optimizer)
-            if stream.num_sequences or self.sharding:  # ranks of a sharded model pass through it together
+            if stream.num_sequences or self.sharding:  # the ranks of a sharded model run its passes together
                 preflight.check_memory(self.cache, stream, moments, self.model.device)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of all callbacks, on the first rank; an exception costs no training."""
+        """Call a hook of all callbacks on rank 0; after an exception a checkpoint is saved."""
         called: Callback | None = None
         with self._saving_on_error(lambda: called.describe(hook) if called else hook):
             for called in self.callbacks if self.world.is_first else []:
@@ -438,7 +437,7 @@ class Run:
 
     @contextmanager
     def _saving_on_error(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Where an exception leaves the block on any rank, every rank saves a checkpoint and raises."""
+        """If the block raises on any rank, every rank saves a checkpoint and raises."""
         try:
             with together(self.world):
                 yield
@@ -459,7 +458,7 @@ class Run:
             raise
 
     def _asked_to_stop(self) -> bool:
-        """A single process stops at once, several when all have agreed."""
+        """Whether to stop: after a signal for a single process, for several when all ranks have agreed."""
         return self.stopping if self.world.size > 1 else self.stop.name is not None
 
     def _due(self, every: int | None) -> bool:

@@ -80,7 +80,7 @@ def test_damage_is_named(folder, tmp_path):
     with pytest.raises(DataError, match=r"00000-00001\.arrow: no shard that can be read"):
         read_shards(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": "pyqemb-shards-9", "tasks": []}))
-    with pytest.raises(DataError, match="is of format 'pyqemb-shards-9'"):
+    with pytest.raises(DataError, match="has format 'pyqemb-shards-9'"):
         read_shards(folder)
     with pytest.raises(DataError, match="no examples to write"):
         write_shards(tmp_path / "none", [])
@@ -144,7 +144,7 @@ def test_a_changed_byte_is_never_read_as_data(tmp_path, monkeypatch):
 def test_files_of_an_older_version_are_named(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": "pyqemb-shards-1"}))
-    with pytest.raises(DataError, match="is of format 'pyqemb-shards-1', this version reads 'pyqemb-shards-2'"):
+    with pytest.raises(DataError, match="has format 'pyqemb-shards-1', this version reads 'pyqemb-shards-2'"):
         read_shards(folder)
 
 

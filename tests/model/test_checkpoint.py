@@ -173,7 +173,9 @@ def test_missing_and_mixed_up_shards_are_named(tmp_path):
     folder = write_tiny_folder(tmp_path, shards=2)
     first, second = sorted(folder.glob("model-*"))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match=rf"{second.name}: does not match model\.safetensors\.index\.json: missing"):
+    with pytest.raises(
+        CheckpointError, match=rf"{second.name}: does not match model\.safetensors\.index\.json: missing"
+    ):
         read_tensors(folder)
     second.unlink()
     with pytest.raises(CheckpointError, match=rf"{second.name}: missing"):

@@ -29,10 +29,10 @@ def test_a_label_of_0_is_refused(tmp_path, caplog):
     for value in (0, -1.0):
         path = pairs(tmp_path, 1.0, value)
         with pytest.raises(
-            DataError, match=rf"pairs\.jsonl:2: column 'score' \(or 'label'\) is {value:g}, but info_nce takes"
+            DataError, match=rf"pairs\.jsonl:2: column 'score' \(or 'label'\) is {value:g}, but info_nce treats"
         ):
             read(path)
-    with pytest.raises(DataError, match="but rerank takes every pair"):
+    with pytest.raises(DataError, match="but rerank treats every pair"):
         read(path, task="rerank")
     write_shards(tmp_path / "shards", [Example("q", "p"), Example("q", "p", score=0.0, task="t")])
     with pytest.raises(DataError, match=r"row 1 of task 't': column .*set loss\.tasks\.t = \"cosent\""):

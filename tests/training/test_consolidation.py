@@ -63,7 +63,7 @@ def place(tmp_path):
 def test_the_folder_is_the_one_of_the_run(place, monkeypatch, caplog):
     """Also without the base model; of any step; a damaged checkpoint is passed over."""
     result = pyqemb.train(config(place, loss={"matryoshka": [32, 8]}))
-    with pytest.raises(ConfigError, match="run/final: is there already; choose another folder with --out"):
+    with pytest.raises(ConfigError, match="run/final: exists already; choose another folder with --out"):
         pyqemb.consolidate(place / "run")
     expected = contents(result.folder)
     (place / "run" / "final").rename(place / "kept")
@@ -96,12 +96,12 @@ def test_what_cannot_be_consolidated(place, capsys):
     assert f"{place}/run: holds no checkpoint of a training run" in capsys.readouterr().err
     folder = write_shards(place / "run", tiny_embedder(), 2)
     assert main(["consolidate", str(place / "run"), "--step", "7"]) == 3
-    assert "step_00000007: no such checkpoint; there are those of the steps 3" in capsys.readouterr().err
+    assert "step_00000007: no such checkpoint; the run has checkpoints of steps 3" in capsys.readouterr().err
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert main(["consolidate", str(place / "run")]) == 3
     error = capsys.readouterr().err
     assert "model-00002-of-00002.safetensors: missing" in error
-    assert "holds no sound checkpoint" in error
+    assert "holds no intact checkpoint" in error
     assert main(["consolidate", str(place / "run"), "--out", str(place / "base")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert not (place / "run" / "final").exists()

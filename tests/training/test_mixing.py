@@ -140,7 +140,7 @@ def test_in_batch_negatives_by_set(workplace):
     assert objectives(labels) == {"labels": "classification"}
     assert objectives({**labels, "in_batch_negatives": True}) == {"labels": "info_nce"}
     write_examples(workplace / "sts.jsonl", [Example("a", "b", task="sts", score=1.0)])
-    with pytest.raises(ConfigError, match="set 'sts' is trained by cosent, which knows no negatives"):
+    with pytest.raises(ConfigError, match="set 'sts' is trained by cosent, which uses no negatives"):
         read_datasets(config(workplace, {"path": str(workplace / "sts.jsonl"), "in_batch_negatives": False}))
     rows = pyqemb.train(config(workplace, large, {**small, "in_batch_negatives": False}, run="x")).metrics
     assert {row["dataset"] for row in rows} == {"large", "small/one", "small/two"}

@@ -221,7 +221,7 @@ def test_a_run_does_not_start_anew_over_damaged_checkpoints(place):
     found = checkpoints(place / "run" / "checkpoints")
     for path in found:
         (path / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is sound"):
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is intact"):
         pyqemb.train(config(place), resume="auto")
     assert checkpoints(place / "run" / "checkpoints") == found
 
@@ -240,8 +240,8 @@ def test_what_was_not_verified_is_not_deleted(place, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {**m, "format": 1}, "is of format 1, this version reads 3"),
-        (lambda m: {**m, "step": 3}, "is of step 3, which is not the folder's name"),
+        (lambda m: {**m, "format": 1}, "has format 1, this version reads 3"),
+        (lambda m: {**m, "step": 3}, "has step 3, which does not match the folder's name"),
         (lambda m: {**m, "extra": 1}, "expected the fields"),
         (lambda m: {k: v for k, v in m.items() if k != "step"}, "expected the fields"),
         (lambda m: {**m, "files": {}}, "expected the fields"),
@@ -343,7 +343,7 @@ def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_star
     (place / "run" / "best").mkdir(parents=True)
     for code, error in plan_and_train(place, capsys, "--resume", "auto"):
         assert code == 0
-        assert "has no checkpoint; it starts anew" in error
+        assert "has no checkpoint; it starts from scratch" in error
 
 
 def test_a_run_is_not_continued_over_another_one(place):

@@ -70,7 +70,7 @@ def test_a_part_that_is_not_finite_makes_the_step_not_finite(config):
 
 def test_no_checkpoint_where_there_was_no_run(config, tmp_path):
     assert find_checkpoint(tmp_path / "run", "auto", World()) is None
-    with pytest.raises(CheckpointError, match="holds no sound checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no intact checkpoint"):
         find_checkpoint(tmp_path / "run", tmp_path / "base", World())
 
 

@@ -128,7 +128,7 @@ def test_best_checkpoint_is_kept(workplace):
     assert result.best is not None
     assert json.loads((result.best / "pyqemb.json").read_text())["provenance"]["step"] == 8
     wrong = stage2(**{**config(workplace, "wrong").model_dump(exclude_unset=True), "eval": {"metric": "none"}})
-    with pytest.raises(ConfigError, match="'none' is not among what was measured: score"):
+    with pytest.raises(ConfigError, match="'none' is not among the measured metrics: score"):
         pyqemb.train(wrong, evaluate=lambda model: {"score": 1.0})
 
 
@@ -161,7 +161,7 @@ def test_a_run_is_not_overwritten_or_mixed(workplace):
         file.write('{"query": "a", "positive": "b"}\n')
     with pytest.raises(ConfigError, match="training data are not those"):
         pyqemb.train(config(workplace), resume="auto")
-    with pytest.raises(CheckpointError, match="holds no sound checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no intact checkpoint"):
         pyqemb.train(config(workplace), resume=workplace / "base")
 
 

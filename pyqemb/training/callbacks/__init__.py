@@ -1,4 +1,4 @@
-"""Hooks of a training run: the protocol, and the run's own callbacks."""
+"""Hooks of a training run: the base class, and the built-in callbacks."""
 
 from pyqemb.training.callbacks.base import Callback as Callback
 from pyqemb.training.callbacks.base import StepFunction as StepFunction

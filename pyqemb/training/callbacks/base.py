@@ -10,27 +10,27 @@ from pyqemb.training.config import TrainConfig
 if TYPE_CHECKING:
     from pyqemb.training.trainer import TrainResult
 
-Row = dict[str, Any]  # of metrics.jsonl
+Row = dict[str, Any]  # a row of metrics.jsonl
 OnStep = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
 class TrainInfo:
-    """What is known of a run before its first step."""
+    """Information about a run before its first step."""
 
     config: TrainConfig
-    folder: Path  # of the run, save.dir
-    steps: int  # of the whole run
-    step: int = 0  # steps done already: above 0 where a run is resumed
+    folder: Path  # the run folder, save.dir
+    steps: int  # the number of steps of the whole run
+    step: int = 0  # steps done already: above 0 if the run is resumed
     device: str = "cpu"
 
 
 class Callback:
     """Hooks that `pyqemb.train(config, callbacks=[...])` calls. Override those that you need.
 
-    Only the first rank calls them, in the order of the list, after the run's own: metrics.jsonl, the loggers of
-    `log.to`, the progress display. When a hook raises an exception, a checkpoint is saved, then the exception goes on
-    to the caller of `train`; the other ranks raise a RankError.
+    Only rank 0 calls them, in the order of the list, after the built-in ones: metrics.jsonl, the loggers of `log.to`,
+    the progress display. If a hook raises an exception, a checkpoint is saved, and the exception propagates to the
+    caller of `train`; the other ranks raise a RankError.
 
     Example:
         >>> class Best(Callback):
@@ -43,7 +43,7 @@ class Callback:
         """Before the first step, after all checks."""
 
     def on_step_end(self, row: Row) -> None:
-        """After each step, with its row of metrics.jsonl; `row["loss"]` is None where the step was skipped."""
+        """After each step, with its row of metrics.jsonl; `row["loss"]` is None if the step was skipped."""
 
     def on_evaluate(self, row: Row) -> None:
         """After an evaluation, with its row: `{"step": 4, "eval": {"ndcg@10": 0.5}}`."""
@@ -55,7 +55,7 @@ class Callback:
         """Once at the end, also after an exception or an interruption: then `result` is None."""
 
     def describe(self, hook: str) -> str:
-        """What a message says that raised an exception."""
+        """The name of a hook in messages about its exceptions."""
         return f"{type(self).__name__}.{hook}"
 
 

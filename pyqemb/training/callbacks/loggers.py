@@ -1,4 +1,4 @@
-"""Loggers on request (`log.to`): TensorBoard, Weights & Biases, MLflow and trackio."""
+"""The loggers of `log.to`: TensorBoard, Weights & Biases, MLflow and trackio."""
 
 import json
 import re
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 def make_loggers(config: TrainConfig) -> list["Logger"]:
-    """The loggers of `log.to` and `train.tensorboard`. ConfigError where the package of one is not installed."""
+    """The loggers of `log.to` and `train.tensorboard`. ConfigError if a package is not installed."""
     names = [*config.log.to, *["tensorboard"] * config.train.tensorboard]
     return [LOGGERS[name]() for name in dict.fromkeys(names)]
 
 
 class Logger(RowLogger):
-    """Sends the scalars of each row to a package, which is imported with the first instance.
+    """Sends the scalars of each row to a package, which is imported when the first instance is created.
 
     Values of an evaluation are called eval/NAME. A resumed run continues the run of the package.
     """
 
-    name: ClassVar[str]  # in log.to, and of the extra
+    name: ClassVar[str]  # the name in log.to, and of the extra
     module: ClassVar[str]
 
     def __init__(self) -> None:
         try:
             self.package = import_module(self.module)
-            if self.package.__file__ is None:  # a folder of this name that the package has written
+            if self.package.__file__ is None:  # a folder of this name, written by the package
                 raise ImportError(self.module)
         except ImportError as error:
             raise ConfigError(
@@ -52,7 +52,7 @@ class Logger(RowLogger):
         self.log_scalars(dict(scalars(row)), row["step"])
 
     def start(self, info: TrainInfo) -> None:
-        """Begin a run, or continue it where `info.step` is above 0. A subclass defines it, and the two below."""
+        """Begin a run, or continue it if `info.step` is above 0. Subclasses define this and the next two methods."""
         raise NotImplementedError
 
     def log_scalars(self, values: dict[str, float], step: int) -> None:
@@ -124,7 +124,7 @@ class MLflow(Logger):
             self._client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
 
     def log_scalars(self, values: dict[str, float], step: int) -> None:
-        """Log the values; MLflow refuses "@" and other signs in names: ndcg@10 becomes ndcg_at_10."""
+        """Log the values. MLflow does not allow "@" and some other characters in names: ndcg@10 becomes ndcg_at_10."""
         now, metric = int(time.time() * 1000), self.package.entities.Metric
         names = {name: re.sub(r"[^\w\-. /]", "_", name.replace("@", "_at_")) for name in values}
         metrics = [metric(names[name], value, now, step) for name, value in values.items()]
@@ -175,13 +175,13 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def read_run_id(info: TrainInfo, logger: str) -> str | None:
-    """The id that a logger has given to the run that is resumed; None where it is new."""
+    """The id that a logger gave to the resumed run; None for a new run."""
     path = _run_id_path(info, logger)
     return path.read_text(encoding="utf-8").strip() if info.step and path.exists() else None
 
 
 def write_run_id(info: TrainInfo, logger: str, run_id: str) -> None:
-    """Keep the id for `read_run_id`."""
+    """Store the id for `read_run_id`."""
     _run_id_path(info, logger).write_text(run_id + "\n", encoding="utf-8")
 
 

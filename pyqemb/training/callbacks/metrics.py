@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MetricsFile(RowLogger):
-    """Appends rows to the file; a resumed run first drops those after its step."""
+    """Appends rows to the file; a resumed run first removes the rows after its step."""
 
     def on_train_begin(self, info: TrainInfo) -> None:
         super().on_train_begin(info)
@@ -25,7 +25,7 @@ class MetricsFile(RowLogger):
         self._lost = False  # a row could not be written
 
     def log(self, row: Row) -> None:
-        """Write one row. MachineError where it cannot be written."""
+        """Write one row. MachineError if it cannot be written."""
         try:
             self._file.write(json.dumps(row) + "\n")
         except OSError as error:
@@ -33,16 +33,16 @@ class MetricsFile(RowLogger):
             raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
-        """Flush the rows to the disk: a checkpoint must not be newer than its metrics.
+        """Flush the rows to the disk, because a checkpoint must not be newer than its metrics.
 
-        After a lost row nothing is written: a checkpoint without its metrics is better than no checkpoint.
+        After a lost row it does nothing: a checkpoint without its metrics is better than no checkpoint.
         """
         if not self._lost:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def on_train_end(self, result: "TrainResult | None") -> None:
-        with suppress(OSError) if self._lost else nullcontext():  # closing writes the lost row once more
+        with suppress(OSError) if self._lost else nullcontext():  # closing tries to write the lost row again
             self._file.close()
 
     def describe(self, hook: str) -> str:
@@ -50,7 +50,7 @@ class MetricsFile(RowLogger):
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the rows up to `step` (a resumed run writes the later ones again), drop a half-written last line."""
+    """Remove the rows after `step`, which a resumed run writes again, and a partial last line."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""What a run shows: a bar and tables on a terminal, lines elsewhere, or JSON."""
+"""The progress display of a run: a bar and tables on a terminal, lines elsewhere, or JSON."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyqemb.training.trainer import TrainResult
 
 _WINDOW = 30  # steps over which speed is averaged
-# Numbers of a row: their labels and formats, on a terminal and elsewhere.
+# Values of a row: their labels and formats, on a terminal and elsewhere.
 _SHORT = {"loss": ("loss", ".3f"), "positive": ("pos", ".2f"), "negative": ("neg", ".2f")}
 _LONG = _SHORT | {
     "masked": ("masked", ".1%"), "grad_norm": ("grad", ".2f"), "learning_rate": ("lr", ".1e"),
@@ -49,7 +49,7 @@ class ProgressDisplay(RowLogger):
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
-        self._bar: Any = None  # of rich, on a terminal
+        self._bar: Any = None  # a progress bar of rich, on a terminal
         self._values: dict[str, float] = {}  # of the last evaluation
 
     def on_train_begin(self, info: TrainInfo) -> None:
@@ -109,7 +109,7 @@ class ProgressDisplay(RowLogger):
         return f"{row['step']}/{self._steps}"
 
     def _text(self, row: Row, names: Mapping[str, tuple[str, str]]) -> str:
-        """The numbers of a step that was taken, and the time that is left."""
+        """The values of a step that was not skipped, and the remaining time."""
         found = [f"{label} {row[name]:{kind}}" for name, (label, kind) in names.items() if name in row]
         remaining = self._speed.seconds_per_step * (self._steps - row["step"])
         return "  ".join([*found, f"{row['tokens_per_second']:,} tok/s", f"ETA {_clock(remaining)}"])
@@ -123,7 +123,7 @@ class JsonRows(RowLogger):
 
 
 def progress_callbacks(progress: str) -> list[Callback]:
-    """What `train(progress=...)` shows. ConfigError where the word is unknown."""
+    """The callbacks of `train(progress=...)`. ConfigError for an unknown value."""
     kinds: dict[str, list[type[Callback]]] = {"auto": [ProgressDisplay], "json": [JsonRows], "off": []}
     if progress not in kinds:
         raise ConfigError(f"progress: expected 'auto', 'json' or 'off', got {progress!r}")
@@ -131,7 +131,7 @@ def progress_callbacks(progress: str) -> list[Callback]:
 
 
 def header(info: TrainInfo) -> list[str]:
-    """The lines before the first step: what is trained, on what, where to, and for how long."""
+    """The lines before the first step: model, task, device, run folder and number of steps."""
     config = info.config
     plan = f"{info.steps:,} steps of {config.train.global_batch_size:,} examples"
     if config.eval.every:
@@ -148,7 +148,7 @@ def header(info: TrainInfo) -> list[str]:
 
 
 def memory_mb() -> float:
-    """The most memory this process has held, in MB: of the GPU where it uses one."""
+    """The peak memory of this process in MB; GPU memory if it uses a GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

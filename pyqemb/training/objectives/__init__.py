@@ -1,4 +1,4 @@
-"""What datasets are trained with: one class an objective, found by its name."""
+"""The objectives that datasets are trained with: one class each, found by its name."""
 
 from pyqemb.training.objectives.base import LossParameters as LossParameters
 from pyqemb.training.objectives.base import LossPart as LossPart

@@ -1,4 +1,4 @@
-"""What an objective is: the settings, the examples it needs, the loss of a batch and its statistics.
+"""The base class of objectives: settings, required columns, the loss of a batch and its statistics.
 
 Legend: B queries, M documents, R queries of this rank, S texts of this rank, E dimension.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class LossPart(NamedTuple):
-    """This rank's part of a batch: parts of all ranks add up."""
+    """This rank's part of the loss and the statistics; the parts of all ranks are summed."""
 
     loss: Tensor  # scalar, differentiable
-    totals: Tensor  # float64 [n], what `Objective.stats` makes the statistics of
+    totals: Tensor  # float64 [n], the input of `Objective.stats`
 
 
 class EmbeddingSection(Section):
-    """Settings that all objectives of embeddings share."""
+    """Settings of all objectives for embeddings."""
 
     temperature: float = Field(
         0.02,
@@ -82,23 +82,24 @@ class LossParameters(torch.nn.Module):
 
 
 class Objective:
-    """How a dataset is trained. A subclass is one objective; `register_objective` makes it known by its name.
+    """The base class of objectives; `register_objective` registers a subclass under its name.
 
     Attributes:
-        name: in `[loss.tasks]`, in messages.
+        name: the name in `[loss.tasks]` and in messages.
         tasks: the `task` of examples that are trained with this objective unless `[loss.tasks]` says otherwise.
-        model: the kind of model that it trains, the `task` of the configuration.
-        columns: columns of an example that it uses, beside query, positive and instruction. Rows that have others are
+        model: the kind of model that it trains, which is the `task` of the configuration.
+        columns: the columns of an example that it uses, besides query, positive and instruction. Other columns are
             reported.
-        positive_pairs: every row is taken for a positive pair; a row whose score is 0 is refused.
-        with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it has no negatives.
+        positive_pairs: whether every row is treated as a positive pair; a row with a score of 0 is then an error.
+        with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it does not use
+            negatives.
         can_ring: whether `ring_loss` exists, for `train.documents = "ring"`.
-        statistics: columns of metrics.jsonl.
-        Settings: the section of its settings. That of a registered objective is `[loss.objectives.NAME]`.
+        statistics: the columns of metrics.jsonl that it reports.
+        Settings: the class of its settings; those of a registered objective are in `[loss.objectives.NAME]`.
 
     Args:
         loss: the section `loss` of the configuration.
-        parameters: parameters of the loss, shared by the objectives of a run.
+        parameters: trainable parameters of the loss, shared by the objectives of a run.
     """
 
     name: ClassVar[str]
@@ -119,30 +120,30 @@ class Objective:
 
     @classmethod
     def chosen(cls, loss: "LossSection") -> str:
-        """The name of the objective that the settings ask for: another one where a setting turns this one into it."""
+        """The name of the objective that the settings select: this one, or another that a setting replaces it with."""
         return cls.name
 
     @classmethod
     def missing(cls, example: Example) -> str | None:
-        """What an example lacks, as the end of a sentence: "has no negatives, which ..."; None: nothing."""
+        """What an example lacks, as the end of a sentence ("has no negatives, which ..."), or None."""
         return None
 
     @classmethod
     def missing_in(cls, examples: Sequence[Example]) -> str | None:
-        """What a dataset lacks as a whole; None: nothing."""
+        """What a dataset lacks as a whole, or None."""
         return None
 
     @classmethod
     def may_miss(cls, summary: Summary) -> bool:
-        """Whether shards with these counts may hold a row that lacks something.
+        """Whether shards with these counts may hold a row for which `missing` returns a text.
 
-        False: they are not read for `check`.
+        If False, they are not read for `check`.
         """
         return True
 
     @classmethod
     def check(cls, dataset: str, examples: Sequence[Example]) -> None:
-        """Raise DataError naming the dataset and the first row that lacks something."""
+        """Raise a DataError that names the dataset and the first incomplete row."""
         if isinstance(examples, Shards) and not cls.may_miss(examples.summary):
             return
         for number, example in enumerate(examples, start=1):
@@ -153,13 +154,13 @@ class Objective:
 
     @classmethod
     def build_batch(cls, examples: Sequence[Example], model: TextEncoder) -> TrainingBatch:
-        """The texts of a step and how they belong together."""
+        """Build the batch of a step: its texts, and which documents belong to which query."""
         return build_batch(examples, model.tokenizer)
 
     def can_learn(self, batch_size: int, negatives: int, example: Example) -> bool:
         """Whether the loss of a batch depends on the model.
 
-        It is given the most negatives of a row, and one row of the dataset.
+        It gets the largest number of negatives of a row, and one row of the dataset.
         """
         return True
 
@@ -170,13 +171,13 @@ class Objective:
             batch: `positive` and `candidates` say which documents belong to a query, `examples` are the rows.
             queries_BE: the vectors of all queries of the batch.
             documents_ME: the vectors of all documents of the batch; equal texts are one document.
-            rows: this rank's queries, maybe none. Their losses, divided by the number of all queries, are the usual
-                part.
+            rows: this rank's queries, possibly none. Usually the part is the sum of their losses, divided by the number
+                of all queries.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def ring_loss(self, ring: Ring, own_SE: Tensor) -> LossPart:
-        """The same without gathering: of the queries that this rank has encoded, given the vectors of its own texts."""
+        """`loss` without gathering: for the queries that this rank has encoded, given the vectors of its own texts."""
         raise NotImplementedError(f"{type(self).__name__} cannot run around a ring")
 
     def stats(self, totals: Tensor, num_queries: int) -> dict[str, float]:
@@ -190,7 +191,7 @@ class Objective:
         return self.section.temperature if learned is None else learned.exp()
 
     def over_prefixes(self, part: Callable[..., LossPart], *vectors: Tensor) -> LossPart:
-        """Return the part of the vectors; with Matryoshka dimensions, the weighted sum over the normalized prefixes.
+        """Compute `part` for the vectors; with Matryoshka dimensions, the weighted sum over the normalized prefixes.
 
         Args:
             part: computes the part from vectors of any dimension.
@@ -213,12 +214,12 @@ class Objective:
 
 
 def zero_of(queries_BE: Tensor, documents_ME: Tensor) -> Tensor:
-    """A loss of 0 that depends on the vectors: a rank without queries takes part in the backward pass too."""
+    """A loss of 0 that depends on the vectors, so that a rank without queries takes part in the backward pass."""
     return 0 * (queries_BE.sum() + documents_ME.sum())
 
 
 def number(temperature: float | Tensor) -> float:
-    """A temperature without its gradient."""
+    """The temperature as a number, without a gradient."""
     return float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
 
 

@@ -1,4 +1,4 @@
-"""CoSENT: pairs with graded scores, whose cosines shall have the order of the scores."""
+"""CoSENT: the loss for pairs with graded scores, which compares the order of the cosines and the scores."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objectiv
 
 
 class CoSENT(Objective):
-    """One loss of all pairs of the batch, on the first rank."""
+    """One loss of all pairs of the batch, computed on rank 0."""
 
     name = "cosent"
     tasks = ("sts",)

@@ -1,4 +1,4 @@
-"""Distillation: a teacher's scores of a query's candidates, or a teacher's vectors."""
+"""Distillation from a teacher's scores of the candidates, or from a teacher's vectors."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ class DistillationSection(EmbeddingSection):
 
 
 class Distillation(Objective):
-    """Cross-entropy to the teacher's softmax over the candidates; without scores the cosine distance to its vectors."""
+    """Cross-entropy to the teacher's softmax over the candidates, or without scores cosine distance to its vectors."""
 
     name = "distillation"
     tasks = ("distillation",)

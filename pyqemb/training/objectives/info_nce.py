@@ -83,7 +83,7 @@ class InfoNCESection(EmbeddingSection):
 
 
 class InfoNCE(Objective):
-    """Queries against their positive, their hard negatives and, as the preset says, those of other queries."""
+    """Queries against their positive, their hard negatives and, depending on the preset, other texts of the batch."""
 
     name = "info_nce"
     columns = ("negatives",)
@@ -105,7 +105,7 @@ class InfoNCE(Objective):
         return self.settings.preset
 
     def options(self) -> dict[str, Any]:
-        """The options of ops.info_nce that the configuration gives."""
+        """The options of ops.info_nce from the configuration."""
         settings = self.settings
         return dict(
             preset=self.preset,
@@ -148,14 +148,14 @@ class InfoNCE(Objective):
 
 
 class Classification(InfoNCE):
-    """Queries against their positive and their own negatives, the wrong labels: other items' labels may be right."""
+    """Queries against their positive and their own negatives (wrong labels); labels of other items may be correct."""
 
     name = "classification"
     tasks = ("classification",)
 
     @classmethod
     def missing(cls, example: Example) -> str | None:
-        return None if example.negatives else "has no negatives, the only ones that classification has"
+        return None if example.negatives else "has no negatives, which classification requires"
 
     @classmethod
     def may_miss(cls, summary: Summary) -> bool:

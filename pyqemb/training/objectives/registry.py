@@ -1,4 +1,4 @@
-"""The objectives by name, and which one a dataset is trained with."""
+"""The registry of objectives, and the choice of the objective of a dataset."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 ObjectiveT = TypeVar("ObjectiveT", bound=type[Objective])
 _BY_NAME: dict[str, type[Objective]] = {}
-_DEFAULTS = {"embedding": "info_nce", "rerank": "rerank"}  # by kind of model, for examples without a task of their own
+_DEFAULTS = {"embedding": "info_nce", "rerank": "rerank"}  # by kind of model, for examples without a task
 
 
 def register_objective(objective: ObjectiveT) -> ObjectiveT:
-    """Make an objective known by its `name`, for `[loss.tasks]`, and for the tasks that it lists.
+    """Register an objective under its `name`, for use in `[loss.tasks]`, and for the tasks that it lists.
 
     Use as a decorator of the class.
 
-    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. A class of the same
-    qualified name replaces one of your own, as when the cell of a notebook runs again.
+    Register in the script that calls `pyqemb.train`; under torchrun every rank runs that script. A class with the same
+    qualified name replaces the earlier one, for example when a notebook cell runs again.
 
     Raises:
         TypeError: not a subclass of Objective with a `name` and a `loss`.
@@ -45,14 +45,14 @@ def register_objective(objective: ObjectiveT) -> ObjectiveT:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective of a name. ConfigError where none is registered."""
+    """The objective of a name. ConfigError if none is registered."""
     if name not in _BY_NAME:
         raise ConfigError(f"no objective is called {name!r}; expected one of {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
 
 
 def check_name(name: str) -> str:
-    """For `[loss.tasks]`: the name of an objective that trains embeddings."""
+    """Check a name in `[loss.tasks]`: it must be that of an objective that trains embeddings."""
     known = [each.name for each in _BY_NAME.values() if each.model == "embedding"]
     if name not in known:
         raise ValueError(f"expected one of {', '.join(known)}, or a name given to pyqemb.training.register_objective")
@@ -60,7 +60,7 @@ def check_name(name: str) -> str:
 
 
 def check_settings(name: str, settings: object) -> None:
-    """For `[loss.objectives.NAME]`. ValueError where the objective or one of its settings is not known."""
+    """Check `[loss.objectives.NAME]`. ValueError if the objective or one of its settings is unknown."""
     objective = _BY_NAME.get(name)
     if objective is None:
         raise ValueError(f"{name}: no objective is called that; see pyqemb.training.register_objective")
@@ -75,8 +75,8 @@ def check_settings(name: str, settings: object) -> None:
 def objective_of(task: str | None, loss: "LossSection", model: str = "embedding") -> type[Objective]:
     """The objective of the examples of a task.
 
-    As `[loss.tasks]` says, then the objective that lists the task, then `loss.objective`, then the default of the kind
-    of model.
+    It is the first of: that of `[loss.tasks]`, the objective that lists the task, `loss.objective`, and the default of
+    the kind of model.
     """
     listed = {each: objective.name for objective in _BY_NAME.values() for each in objective.tasks}
     name = {**listed, **loss.tasks}.get(task or "", loss.objective or _DEFAULTS[model])
@@ -86,14 +86,14 @@ def objective_of(task: str | None, loss: "LossSection", model: str = "embedding"
 
 
 def with_in_batch_negatives(dataset: str, objective: type[Objective], wanted: bool | None) -> type[Objective]:
-    """The objective of a dataset that asks for in-batch negatives, or for none.
+    """The objective of a dataset, given its setting of in-batch negatives.
 
-    ConfigError where it has no negatives at all.
+    ConfigError if the objective does not use negatives.
     """
     if wanted is None:
         return objective
     if wanted not in objective.with_in_batch_negatives:
         raise ConfigError(
-            f"data: in_batch_negatives: dataset {dataset!r} is trained by {objective.name}, which knows no negatives"
+            f"data: in_batch_negatives: dataset {dataset!r} is trained by {objective.name}, which uses no negatives"
         )
     return objective_class(objective.with_in_batch_negatives[wanted])

@@ -1,4 +1,4 @@
-"""Yes or no: the loss of a reranker over the two answers' logits."""
+"""Yes or no: the loss of a reranker over the logits of the two answers."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from pyqemb.training.objectives.base import LossPart, Objective
 
 
 class YesNo(Objective):
-    """- log p(label) of each pair of a query and one of its documents, the mean over all pairs.
+    """The mean of -log p(label) over all pairs of a query and one of its documents.
 
     The statistic `positive` is the mean probability of yes for the positives.
     """
