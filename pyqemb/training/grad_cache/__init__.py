@@ -1,4 +1,4 @@
-"""Gradient caching (Gao et al., arXiv 2101.06983): large batches in bounded memory. See docs/dev/grad_cache.md."""
+"""Gradient caching (Gao et al., arXiv 2101.06983): large batches with bounded memory. See docs/dev/grad_cache.md."""
 
 from pyqemb.training.grad_cache.cache import ForwardRecord as ForwardRecord
 from pyqemb.training.grad_cache.cache import GradCache as GradCache

@@ -1,7 +1,7 @@
-"""GradCache: the gradients of one big batch in the memory of one chunk, or in as much memory as there is.
+"""GradCache: gradients of a large batch with the memory of one chunk, or with all available memory.
 
-Source: Gao et al., arXiv 2101.06983; the schedule, the planner and what they cost are in docs/dev/grad_cache.md.
-Legend: B queries, M documents, S sequences of a stream, U distinct ones, E dimension.
+Source: Gao et al., arXiv 2101.06983; docs/dev/grad_cache.md describes the schedule, the planner and their cost. Legend:
+B queries, M documents, S sequences of a stream, U distinct ones, E dimension.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,28 +29,28 @@ LossOf = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class StepReport:
-    """What a step did. Bytes are growth over the start of the step, None where nobody predicted or measured."""
+    """Statistics of a step. Bytes are the increase over the start of the step, None if not predicted or measured."""
 
     plan: Plan
     sequences: int
-    distinct: int  # sequences that were encoded
-    tokens: int  # of those
+    distinct: int  # distinct sequences, which are encoded
+    tokens: int  # tokens of the distinct sequences
     chunks: int
-    fill: float  # mean share of tokens_per_chunk in all chunks but the last
+    fill: float  # mean share of tokens_per_chunk in all chunks except the last
     kept: int = 0  # chunks that kept their graph
     predicted_bytes: int | None = None
     measured_bytes: int | None = None
     replans: int = 0
-    skipped_texts: float = 0.0  # share of the distinct texts that had no second pass,
-    skipped_tokens: float = 0.0  # of their tokens,
-    skipped_norm: float = 0.0  # and of the summed norm of the cached gradients
+    skipped_texts: float = 0.0  # share of the distinct texts without a second pass
+    skipped_tokens: float = 0.0  # share of their tokens
+    skipped_norm: float = 0.0  # share of the summed norm of the cached gradients
 
 
 @dataclass
 class ForwardRecord:
-    """What `GradCache.forward` returns: the embeddings for the loss, and what `GradCache.backward` needs."""
+    """The result of `GradCache.forward`: the embeddings for the loss, and the input of `GradCache.backward`."""
 
-    embeddings: torch.Tensor  # [S, E], of each text of the stream in its order, detached
+    embeddings: torch.Tensor  # [S, E], of the texts of the stream in order, detached
     report: StepReport
     encoded: PassRecord  # the first pass over the distinct texts
     row_S: torch.Tensor  # int64, the row of `encoded.vectors_UE` of each text of the stream
@@ -58,35 +58,36 @@ class ForwardRecord:
 
 
 class GradCache:
-    """Train on batches of any size in bounded memory.
+    """Train on batches of any size with bounded memory.
 
-    The gradients equal those of the same loss without caching up to rounding, whatever the chunks and whatever is kept.
-    Equal token sequences are encoded once, unless the model draws random numbers. A step that runs out of memory is
-    repeated with smaller chunks.
+    Up to rounding, the gradients equal those of the same loss without caching, for any chunks and any plan. Equal token
+    sequences are encoded once, unless the model uses random numbers. A step that runs out of memory is repeated with
+    smaller chunks.
 
-    A step has three phases, which `step` runs for a loss of queries and documents. Run them yourself where the loss
-    needs more, such as a reduction over ranks (see the example).
+    A step has three phases, which `step` runs for a loss of queries and documents. Call them yourself if the loss needs
+    more, such as a reduction over ranks (see the example).
 
     Args:
-        model: PackedBatch [B] -> vectors [B, E]. One that takes `boundaries` (the Embedder does) can spare
-            recomputation.
-        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have parameters of its own. `step` and calls
-            need it, the phases and `step_stream` do not.
-        tokens_per_chunk: tokens of one pass, with `memory` at most; a longer sequence has one of its own.
-        plan: what to do with the memory, taken as it is.
-        memory: bytes that a step may take over its start, or "auto": nine tenths of what is free. The planner then
-            chooses chunks, kept graphs, boundary tensors and checkpointing. None: nothing is kept.
-        skip: share of the summed norm of the cached gradients that may be left out: the texts with the smallest have no
-            second pass. Not exact; 0 skips nothing.
-        parameters: the tensors whose .grad the gradients end up in, where they are not those of the model.
-        ranks: the ranks that the weights are shared by (`pyqemb.training.parallel.sharding`); all of them run every
+        model: PackedBatch [B] -> vectors [B, E]. If its forward pass takes `boundaries`, as that of the Embedder does,
+            recomputation can be saved.
+        loss_fn: (queries_BE, documents_ME) -> scalar, differentiable; may have its own parameters. Required by `step`
+            and by calls, not by the phases and `step_stream`.
+        tokens_per_chunk: the tokens of one forward pass, or with `memory` their maximum; a longer sequence gets its own
+            pass.
+        plan: a fixed plan of the memory.
+        memory: the bytes that a step may take over its start, or "auto": nine tenths of the free memory. The planner
+            then chooses chunks, kept graphs, boundary tensors and checkpointing. None: no graphs are kept.
+        skip: the share of the summed norm of the cached gradients that may be skipped: the texts with the smallest
+            gradients have no second pass. Not exact; 0 skips nothing.
+        parameters: the tensors whose .grad receives the gradients (default: the parameters of the model).
+        ranks: the ranks that the weights are sharded over (`pyqemb.training.parallel.sharding`); all of them run every
             step. Gradients are then this rank's shards of the sums over these ranks.
 
     Raises:
-        ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that draws random numbers; `plan` beside
-            `memory`.
+        ValueError: tokens_per_chunk below 1; skip outside 0..1 or with a model that uses random numbers; both `plan`
+            and `memory`.
 
-    `last` is the StepReport of the last step. The logger "pyqemb" gets a line when the plan changes, or when a step
+    `last` is the StepReport of the last step. The logger "pyqemb" gets a message when the plan changes, or when a step
     runs out of memory.
 
     Example:
@@ -135,7 +136,7 @@ class GradCache:
         self.last: StepReport | None = None
         own: list[torch.Tensor] = list(model.parameters()) if isinstance(model, nn.Module) else []
         gradients = [p for p in own if p.requires_grad] if parameters is None else _tensors(parameters)
-        self._tensors = list({id(x): x for x in (*gradients, *own)}.values())  # whose .grad a backward pass touches
+        self._tensors = list({id(x): x for x in (*gradients, *own)}.values())  # their .grad changes in a backward pass
         self.ranks = ranks or StepRanks()
         self._planner = StepPlanner(
             model,
@@ -168,7 +169,7 @@ class GradCache:
         """Run `step` for one stream of texts.
 
         Args:
-            stream: S texts, maybe none.
+            stream: S texts, possibly none.
             loss_of: vectors [S, E] -> scalar, differentiable.
             scale: a factor of the gradients (default 1).
 
@@ -189,8 +190,8 @@ class GradCache:
     def __call__(self, queries: PackedBatch, documents: PackedBatch) -> torch.Tensor:
         """The loss; its backward runs the second pass.
 
-        So it can be scaled, added to other losses, and several can be computed before one backward. Memory is planned
-        but its peak is not measured.
+        The result can be scaled and added to other losses, and several calls can precede one backward pass. Memory is
+        planned, but its peak is not measured.
         """
         joined, loss_of = _joined(queries, documents), self._pair_loss(queries)
         record = self._forward(joined)
@@ -203,10 +204,10 @@ class GradCache:
         """First phase: embed every text of the stream. End the step with `backward` or `discard`.
 
         Args:
-            stream: S texts, maybe none.
+            stream: S texts, possibly none.
 
         Returns:
-            The embeddings [S, E], detached, and what the last phase needs.
+            The embeddings [S, E], detached, and the input of the last phase.
         """
         _check_batch("stream", stream)
         peak = None
@@ -218,7 +219,7 @@ class GradCache:
         return record
 
     def backward(self, record: ForwardRecord, gradient_SE: torch.Tensor) -> None:
-        """Last phase: add the gradients of the parameters to their .grad.
+        """Last phase: add gradients to the .grad of the parameters.
 
         Args:
             record: the result of `forward`.
@@ -287,7 +288,7 @@ class GradCache:
             raise ValueError(
                 "skip needs a model that draws no random numbers: its texts are packed anew for the second pass"
             )
-        # Two copies of a text must see two dropout masks.
+        # Two copies of a text must get two dropout masks.
         first_U, same_S = (np.arange(stream.num_sequences),) * 2 if stochastic else distinct(stream)
         texts = stream if len(first_U) == len(same_S) else stream.select(torch.from_numpy(first_U))
         encoded, order_U, plan, replans = self._first_pass(texts, stochastic)
@@ -302,9 +303,9 @@ class GradCache:
         return ForwardRecord(encoded.vectors_UE.index_select(0, row_S), report, encoded, row_S)
 
     def _first_pass(self, texts: PackedBatch, stochastic: bool) -> tuple[PassRecord, np.ndarray, Plan, int]:
-        """embed_without_graph, repeated with smaller plans while memory does not suffice.
+        """Run embed_without_graph, and repeat it with smaller plans while it runs out of memory.
 
-        Returns the record, the text at each of its rows, the plan that fit and how many did not.
+        Returns the record, the text of each of its rows, the plan that fit, and the number of plans that did not.
         """
         device, planner = passes.device_of(self.model, [texts]), self._planner
         random = RngState.now(device) if stochastic else None
@@ -316,7 +317,7 @@ class GradCache:
             planner.announce(plan, len(chunks))
             kept = plan.kept
             if len(chunks) == 1 and not plan.reshard:
-                kept = 1  # a single graph takes no more than a second pass would
+                kept = 1  # a single graph takes no more memory than a second pass
             self.ranks.begin(plan)
             with self.ranks.attempt(len(chunks), backward=False) as caught:
                 record = passes.embed_without_graph(
@@ -329,9 +330,9 @@ class GradCache:
                 random.restore(device)
 
     def _backward(self, forward: ForwardRecord, gradient_SE: torch.Tensor) -> None:
-        """Run embed_with_cache, and repeat it with smaller plans while memory does not suffice.
+        """Run embed_with_cache, and repeat it with smaller plans while it runs out of memory.
 
-        Each attempt starts from the gradients as they were.
+        Each attempt starts from the original gradients.
         """
         record, report = forward.encoded, forward.report
         plan = report.plan
@@ -352,7 +353,7 @@ class GradCache:
                 record.boundaries.clear()
                 report.replans += 1
                 plan, texts = replace(plan, kept=0, boundaries=0), PackedBatch.concat(record.chunks)
-                if record.states is not None:  # the masks belong to the chunks, which therefore stay as they are
+                if record.states is not None:  # dropout masks belong to the chunks, so these must not change
                     plan = replace(plan, tokens_per_chunk=self.ranks.most(int(texts.lengths.max())))
                 plan = self.ranks.agree(self._planner.smaller(plan, texts, caught.error))
                 if record.states is None:
@@ -362,7 +363,7 @@ class GradCache:
         self.ranks.end()
 
     def _finish(self, record: ForwardRecord) -> None:
-        """The report of a step that has ended."""
+        """Store the report at the end of a step."""
         if record.peak is not None:
             record.peak.stop()
             record.report.measured_bytes = record.peak.peak_bytes
@@ -394,7 +395,7 @@ def _joined(queries: PackedBatch, documents: PackedBatch) -> PackedBatch:
 
 
 def _fill(chunks: Sequence[PackedBatch], plan: Plan) -> float:
-    """Mean share of the token budget in all chunks but the last."""
+    """Mean share of the token budget in all chunks except the last."""
     filled = [chunk for chunk in chunks if chunk.num_tokens]
     shares = [min(chunk.num_tokens / plan.tokens_per_chunk, 1.0) for chunk in filled[:-1]]
     return sum(shares) / len(shares) if shares else 1.0

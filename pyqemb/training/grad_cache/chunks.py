@@ -1,4 +1,4 @@
-"""One stream of texts -> chunks of whole sequences: equal ones once, packed by token budget.
+"""Deduplication of the texts of a stream, and packing into chunks of whole sequences by token budget.
 
 Legend: S sequences, U distinct ones.
 """
@@ -12,7 +12,7 @@ from pyqemb.data.batch import PackedBatch
 
 
 def distinct(stream: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Which sequences are the first of their tokens, int64 [U], and which of these each sequence equals, int64 [S]."""
+    """The indices of the distinct sequences, int64 [U], and for each sequence the index of its equal, int64 [S]."""
     tokens = stream.input_ids_T.cpu().numpy()
     data, ends = tokens.tobytes(), (stream.cu_seqlens_cpu.long() * tokens.itemsize).tolist()
     firsts: dict[bytes, int] = {}
@@ -28,8 +28,9 @@ def distinct(stream: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
 def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Indices of the sequences of each chunk: best-fit decreasing.
 
-    Every sequence goes, longest first, where it leaves the least room; what fits nowhere opens a chunk. A sequence
-    longer than the budget has a chunk of its own. At least one chunk, which is empty where there are no sequences.
+    Each sequence, longest first, goes into the chunk where it leaves the least space, or into a new chunk if it fits in
+    none. A sequence longer than the budget gets its own chunk. There is at least one chunk, which is empty if there are
+    no sequences.
     """
     if budget < 1:
         raise ValueError(f"tokens_per_chunk must be at least 1, got {budget}")
@@ -37,7 +38,7 @@ def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         return [np.arange(len(lengths))]
     order = np.argsort(-lengths, kind="stable")
     chunks: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # what is left in a chunk, and its number, ascending
+    rooms: list[tuple[int, int]] = []  # (free tokens of a chunk, its number), ascending
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(rooms, (length, 0))
         if place == len(rooms):

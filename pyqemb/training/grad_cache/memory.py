@@ -1,4 +1,4 @@
-"""How much memory is free, how much a piece of work takes, and failed allocations."""
+"""Free memory, peak memory, and failed allocations."""
 
 import ctypes
 import os
@@ -21,10 +21,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that this process could still allocate.
 
-    They are those of the GPU, or those of the machine and its control group (Linux), divided among its local ranks.
+    This is the free memory of the GPU, or that of the machine and its control group (Linux), divided by the local
+    ranks.
 
     Raises:
-        ValueError: the system does not tell.
+        ValueError: the system does not report it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -42,14 +43,14 @@ def _left_in_cgroup(otherwise: int) -> int:
     with suppress(OSError, ValueError):
         limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        return limit - used + int(stat.get("inactive_file", 0))  # cached files give way
+        return limit - used + int(stat.get("inactive_file", 0))  # the file cache can be reclaimed
     return otherwise
 
 
 def used_bytes(device: torch.device) -> int:
-    """What this process holds now; on the CPU without the blocks that are kept for the next results.
+    """The bytes that this process uses now; on the CPU without the buffer cache.
 
-    0 where nobody knows.
+    0 if unknown.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -57,7 +58,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def give_back(device: torch.device) -> None:
-    """Return to the system what is free inside the allocators."""
+    """Return the free memory of the allocators to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     kept_memory.release_kept()
@@ -66,17 +67,17 @@ def give_back(device: torch.device) -> None:
 
 
 def return_large_blocks() -> None:
-    """Let the C library give every freed block of a megabyte or more back to the system.
+    """Make the C library return every freed block of a megabyte or more to the system.
 
-    By itself glibc raises that size to 32 MB as such blocks are freed, and keeps those below, in several arenas.
-    Weights that are gathered and freed again and again then take several times their size.
+    By default glibc raises this threshold to up to 32 MB when such blocks are freed, and keeps smaller blocks in
+    several arenas. Weights that are gathered and freed repeatedly then take several times their size.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def is_allocation_failure(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated, on the CPU or on a GPU."""
+    """Whether an error is a failed allocation, on the CPU or on a GPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -84,28 +85,28 @@ def is_allocation_failure(error: BaseException) -> bool:
 
 @dataclass
 class CaughtError:
-    """The allocation failure that `catch_oom` caught, None where there was none."""
+    """The allocation failure that `catch_oom` caught, or None."""
 
     error: BaseException | None = None
 
 
 @contextmanager
 def catch_oom() -> Iterator[CaughtError]:
-    """End the block at a failed allocation; the yielded object then holds the error."""
+    """Catch a failed allocation in the block; the yielded object then holds the error."""
     caught = CaughtError()
     try:
         yield caught
     except BaseException as error:
         if not is_allocation_failure(error):
             raise
-        caught.error = error.with_traceback(None)  # its frames hold the memory that is needed
+        caught.error = error.with_traceback(None)  # its frames reference the memory that is needed
 
 
 @contextmanager
 def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """Gradients made inside are added at the end to those from before; an error drops them.
+    """Add the gradients of the block to the earlier ones at its end; drop them after an error.
 
-    What it yields drops them too.
+    The yielded function drops them too.
     """
     tensors = list(tensors)
     before = [x.grad for x in tensors]
@@ -128,13 +129,13 @@ def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[], No
 
 
 class PeakMemory:
-    """How far memory rises above its start.
+    """Measures the increase of memory over its start.
 
     Use it as `with PeakMemory(device) as peak`, or call `start()` and `stop()`; then read `peak_bytes`.
 
-    On the CPU it is the kernel's high-water mark of the process, sampled where that cannot be reset; the allocators'
-    free memory is returned first, or it would hide what the work needs. On a GPU it is the most that torch has
-    allocated.
+    On the CPU it is the high-water mark of the process in the operating system, or sampled if that cannot be reset. The
+    free memory of the allocators is returned first, because it would hide a part of the increase. On a GPU it is
+    torch's peak of allocated memory.
     """
 
     def __init__(self, device: torch.device):
@@ -167,7 +168,7 @@ class PeakMemory:
 
 
 class _Sampler:
-    """The highest resident memory since its creation. Its thread ends with it."""
+    """The highest resident memory since its creation. Its thread ends with the object."""
 
     def __init__(self) -> None:
         self._peak, self._done = [_resident()], threading.Event()

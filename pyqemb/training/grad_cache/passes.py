@@ -1,8 +1,7 @@
-"""The three functions of gradient caching, and what the first leaves for the third.
+"""The three functions of gradient caching, and the record that the first stores for the third.
 
-embed_without_graph -> PassRecord; loss_and_cache -> the gradient at the vectors; embed_with_cache gives each chunk its
-part.
-Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimension.
+embed_without_graph returns a PassRecord, loss_and_cache the gradient at the vectors, and embed_with_cache propagates it
+through each chunk. Source: Gao et al., arXiv 2101.06983. Legend: U sequences of all chunks, E dimension.
 """
 
 import inspect
@@ -20,11 +19,11 @@ from pyqemb.model.residual_stream import Boundaries
 from pyqemb.training.grad_cache.chunks import chunk as pack_into_chunks
 
 Model = Callable[..., torch.Tensor]
-OnePass = Callable[[bool], AbstractContextManager[None]]  # takes whether the pass is the last one
+OnePass = Callable[[bool], AbstractContextManager[None]]  # argument: whether the pass is the last one
 
 
 class RngState(NamedTuple):
-    """What a dropout mask depends on: the generators of the CPU and of the device."""
+    """The states of the random generators of the CPU and of the device, which determine dropout masks."""
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None
@@ -35,14 +34,14 @@ class RngState(NamedTuple):
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def restore(self, device: torch.device) -> None:
-        """Put the generators of the CPU and of `device` back into this state."""
+        """Restore this state of the generators of the CPU and of `device`."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
 
 
 class Autocast(NamedTuple):
-    """The autocast state of a device, to be entered again elsewhere."""
+    """The autocast state of a device, to be entered again later."""
 
     device_type: str
     dtype: torch.dtype
@@ -64,17 +63,17 @@ class Autocast(NamedTuple):
 
 @dataclass
 class PassRecord:
-    """What the first pass leaves for the second."""
+    """Results of the first pass for the second."""
 
     vectors_UE: torch.Tensor  # detached, in the order of the chunks
     chunks: list[PackedBatch]
     autocast: Autocast
-    states: list[RngState] | None = None  # before each chunk, where the model draws random numbers
+    states: list[RngState] | None = None  # before each chunk, if the model uses random numbers
     graphs: dict[int, torch.Tensor] = field(default_factory=dict)  # vectors of the chunks that kept their graph
     boundaries: dict[int, Boundaries] = field(default_factory=dict)  # of chunks that did not
 
     def rows(self, number: int) -> np.ndarray:
-        """Of a chunk, in vectors_UE."""
+        """The rows of a chunk in vectors_UE."""
         ends = np.cumsum([chunk.num_sequences for chunk in self.chunks])
         return np.arange(ends[number] - self.chunks[number].num_sequences, ends[number])
 
@@ -92,11 +91,11 @@ def embed_without_graph(
     Args:
         model: PackedBatch [B] -> vectors [B, E].
         chunks: the sequences, in the order of the vectors.
-        kept: how many chunks keep their graph, counted from the last.
-        boundaries: how many of the chunks before them save their boundary tensors (see
+        kept: the number of chunks that keep their graph, counted from the last.
+        boundaries: the number of chunks before them that save their boundary tensors (see
             `pyqemb.model.residual_stream.Boundaries`).
-        may_keep: whether the graph of one of the last `kept` chunks may be kept after all.
-        one_pass: entered for every chunk.
+        may_keep: checks whether the graph of one of the last `kept` chunks may still be kept.
+        one_pass: a context that is entered for every chunk.
     """
     device = device_of(model, chunks)
     record = PassRecord(torch.empty(0), list(chunks), Autocast.now(device), [] if is_stochastic(model) else None)
@@ -123,7 +122,7 @@ def loss_and_cache(
     vectors_UE: torch.Tensor,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss, detached, and `scale` times its gradient at the vectors, [U, E]; None where the loss is not finite.
+    """The loss, detached, and `scale` times its gradient at the vectors, [U, E]; None if the loss is not finite.
 
     Parameters of the loss itself get their gradient here.
     """
@@ -146,11 +145,11 @@ def embed_with_cache(
     cache_UE: torch.Tensor,
     one_pass: OnePass = lambda last: nullcontext(),
 ) -> None:
-    """Let each chunk's part of the cached gradient flow back to the parameters.
+    """Propagate each chunk's part of the cached gradient back to the parameters.
 
-    First through the graphs that were kept, which frees them; the other chunks are embedded again, with a graph, as
-    they were the first time: under the same autocast, from the same random state. The record's graphs and boundaries
-    are used up. `one_pass` is entered for every chunk.
+    First the kept graphs run backward, which frees them. The other chunks are embedded again, with a graph, with the
+    autocast and random state of the first pass. The record's graphs and boundaries are consumed. `one_pass` is a
+    context that is entered for every chunk.
     """
     device = device_of(model, record.chunks)
     after = RngState.now(device) if record.states is not None else None
@@ -162,10 +161,10 @@ def embed_with_cache(
             vectors_BE = record.graphs.pop(number, None)
             if vectors_BE is None:
                 if record.states is not None:
-                    record.states[number].restore(device)  # the same dropout masks, else the gradient is wrong
+                    record.states[number].restore(device)  # the same dropout masks as in the first pass
                 with torch.enable_grad(), record.autocast.entered():
                     vectors_BE = _embed(model, record.chunks[number], record.boundaries.pop(number, None))
-            if vectors_BE.requires_grad:  # not where everything is frozen
+            if vectors_BE.requires_grad:  # unless all weights are frozen
                 torch.autograd.backward(vectors_BE, parts[number])
             vectors_BE = None
     if after is not None:
@@ -177,7 +176,7 @@ def rechunk(
 ) -> tuple[PassRecord, torch.Tensor]:
     """Return a record and its cache with the sequences `chosen` in new chunks.
 
-    `chosen` are rows of the cache. The chunks that kept their graph stay beside the new ones.
+    `chosen` are rows of the cache. The chunks that kept their graph remain, next to the new ones.
 
     Not for models that draw random numbers: these belong to the old chunks.
     """
@@ -212,7 +211,7 @@ def takes_boundaries(model: Model) -> bool:
 
 @contextmanager
 def checkpointing(model: Model, on: bool) -> Iterator[None]:
-    """Activation checkpointing in the parts of a model that have it, where it is not on already."""
+    """Enable activation checkpointing in the parts of a model that support it, unless it is enabled already."""
     switched = [m for m in checkpointed_parts(model) if on and not m.checkpointing]
     for part in switched:
         part.checkpointing = True  # type: ignore[assignment]
@@ -224,7 +223,7 @@ def checkpointing(model: Model, on: bool) -> Iterator[None]:
 
 
 def checkpointed_parts(model: Model) -> list[nn.Module]:
-    """The modules that have a switch `checkpointing`."""
+    """The modules with an attribute `checkpointing`."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [m for m in modules if isinstance(getattr(m, "checkpointing", None), bool)]
 

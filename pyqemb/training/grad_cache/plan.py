@@ -1,4 +1,4 @@
-"""How a step spends its memory: chunk size, kept graphs, boundary tensors, checkpointing; and what that will take.
+"""The plan of a step (chunk size, kept graphs, boundary tensors, checkpointing), its predicted peak, and its choice.
 
 The memory model is in docs/dev/grad_cache.md. Legend: U sequences, E dimension.
 """
@@ -12,29 +12,29 @@ import numpy as np
 
 from pyqemb.training.grad_cache.probe import TokenCosts
 
-# Of a second forward pass, by boundary tensors: o_proj and down_proj hold a third of a layer's weights.
+# The share of a second forward pass that boundary tensors save: o_proj and down_proj hold a third of a layer's weights.
 _BOUNDARY_SAVING = 1 / 3
-LARGEST_CHUNK = {"cpu": 4096, "cuda": 16384}  # tokens; larger ones are not faster
-MARGIN = 0.9  # of what is free: the budget of "auto"
-# With shards every chunk ends with a reduce-scatter of all gradients (4 bytes a parameter). It takes as long as so many
-# forward passes of a token (2 operations a parameter), at 4e14 operations and 1e11 bytes a second. Where the weights
-# are resharded, three all-gathers (2 bytes a parameter each) come before it.
+LARGEST_CHUNK = {"cpu": 4096, "cuda": 16384}  # tokens; larger chunks are not faster
+MARGIN = 0.9  # share of the free memory: the budget of "auto"
+# With shards every chunk ends with a reduce-scatter of all gradients (4 bytes per parameter). It takes as long as this
+# many forward passes of a token (2 operations per parameter), at 4e14 operations and 1e11 bytes per second. If the
+# weights are resharded, three all-gathers (2 bytes per parameter each) precede it.
 _REDUCTION, _GATHERS = 8000, 12000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step does with its memory.
+    """How a step uses its memory.
 
     Attributes:
-        tokens_per_chunk: of one pass through the model; a longer sequence has a chunk of its own.
-        kept: so many chunks keep the graph of their first pass; more than there are: all.
-        boundaries: so many of the other chunks leave boundary tensors, which spare their second pass a third of its
-            work.
-        checkpointing: activations are recomputed in the backward pass.
-        reshard: the gathered weights of a sharded model are freed after each unit, so every pass gathers them, and no
-            graph is kept. False: they stay gathered through the step.
-        peak_bytes: the predicted growth of memory over the start of the step; None where nobody predicted.
+        tokens_per_chunk: the tokens of one pass through the model; a longer sequence gets its own chunk.
+        kept: the number of chunks that keep the graph of their first pass; all if it exceeds the number of chunks.
+        boundaries: the number of other chunks that store boundary tensors, which save a third of their second forward
+            pass.
+        checkpointing: whether activations are recomputed in the backward pass.
+        reshard: whether the gathered weights of a sharded model are freed after each unit; then every pass gathers
+            them, and no graph is kept. False: they stay gathered during the step.
+        peak_bytes: the predicted increase of memory over the start of the step; None if not predicted.
         cost: the work of the step, in forward passes of a token; only to compare plans of the same texts.
     """
 
@@ -62,7 +62,7 @@ class Plan:
         return None
 
     def within(self, limit: "Plan | None") -> "Plan":
-        """This one, nowhere larger than `limit`."""
+        """This plan, limited to `limit` in every respect."""
         if limit is None:
             return self
         return replace(
@@ -75,7 +75,7 @@ class Plan:
         )
 
     def line(self, chunks: int) -> str:
-        """For the log."""
+        """The plan as a line for the log."""
         kept = min(self.kept, chunks)
         parts = [f"{chunks} chunks of up to {self.tokens_per_chunk} tokens", f"{kept} keep their graph"]
         if self.boundaries:
@@ -90,37 +90,37 @@ class Plan:
 
 
 class Sizes(NamedTuple):
-    """What a prediction stands on besides the costs of a token, in bytes."""
+    """The inputs of a prediction other than the costs of a token, in bytes."""
 
     vectors: int  # all vectors [U, E]
-    gradients: int  # of all parameters, as they are held between two chunks; of sharded parameters, this rank's shards
-    largest: int  # of the largest of these; 0 where they are shards
+    gradients: int  # of all parameters, between two chunks; of sharded parameters, this rank's shards
+    largest: int  # the largest of these gradients; 0 with shards
     overhead: int = 0  # what earlier steps took beyond the prediction
-    gathered: int = 0  # sharded weights in the dtype that computes, as many as are gathered at a time
-    gathering: int = 0  # the largest buffer while all of them are gathered before the first pass
-    reduction: int = 0  # sharded gradients: those of one unit before their reduce-scatter, and its buffer
-    loss: int = 0  # that the loss holds at its highest; 0: six times `vectors`
+    gathered: int = 0  # sharded weights in the compute dtype, the most that are gathered at a time
+    gathering: int = 0  # the largest buffer while all weights are gathered before the first pass
+    reduction: int = 0  # with shards: the gradients of one unit before their reduce-scatter, and its buffer
+    loss: int = 0  # the peak of the loss; 0: six times `vectors`
     trained: float = 1.0  # share of the parameters whose gradients are reduced
 
 
 class Phase(NamedTuple):
-    """The memory of a part of a step at its highest, by kind, in bytes over the start of the step."""
+    """The peak memory of a part of a step by kind, in bytes over the start of the step."""
 
     name: str
     vectors: float = 0.0
     activations: float = 0.0
-    gradients: float = 0.0  # with what their reduction takes
+    gradients: float = 0.0  # including their reduction
     loss: float = 0.0
     gathering: float = 0.0
 
     @property
     def total(self) -> float:
-        """All kinds together."""
+        """The sum of all kinds."""
         return self.vectors + self.activations + self.gradients + self.loss + self.gathering
 
 
 def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> int:
-    """The growth of memory over the start of a step, at its highest, in bytes.
+    """The peak increase of memory over the start of a step, in bytes.
 
     Args:
         plan: how the step uses its memory.
@@ -132,7 +132,7 @@ def predict(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, s
 
 
 def peak_phase(plan: Plan, tokens: Sequence[int] | np.ndarray, costs: TokenCosts, sizes: Sizes) -> Phase:
-    """The phase of a step in which memory is highest; arguments as for `predict`."""
+    """The phase of a step with the highest memory; arguments as in `predict`."""
     phases = _phases(plan, np.asarray(tokens, dtype=np.float64), costs, sizes)
     return max(phases, key=lambda phase: phase.total)
 
@@ -145,24 +145,25 @@ def _phases(plan: Plan, tokens: np.ndarray, costs: TokenCosts, sizes: Sizes) -> 
     held = costs.boundary * saving.sum() + costs.graph * keeping.sum()  # boundary tensors and graphs
     if sizes.gathering:
         yield Phase("gathering of the weights", gathering=sizes.gathering)
-    # 1. The first pass: all that is held at its end, and the chunk that runs.
+    # 1. The first pass: everything that is held at its end, and the running chunk.
     yield Phase("first pass", sizes.vectors, held + costs.forward * tokens.max(initial=0))
-    # 2. The loss: the vectors in the caller's order, their gradients, and as much again for what the loss holds.
+    # 2. The loss: the vectors in the caller's order, their gradients, and as much again for the loss itself.
     yield Phase("loss", 0, held, loss=sizes.loss or 6 * sizes.vectors)
-    # The largest gradient, that of the token embeddings, and the next chunk's share of it are no blocks of the graph's
-    # making: what the graph has left does not serve them.
+    # The largest gradient, that of the token embeddings, and the next chunk's contribution to it do not come from the
+    # graph's allocator, so they cannot use memory that the graph has freed.
     beside = sizes.reduction + sizes.largest * min(len(tokens), 2)
     gradients = sizes.gradients - sizes.largest
 
     def backward(activations: float, summed: bool) -> Phase:
         return Phase("backward pass", 2 * sizes.vectors, activations, beside + (gradients if summed else 0))
 
-    # 3. Backward through the kept graphs, the last first. The first of them makes the gradients while its graph goes.
+    # 3. Backward through the kept graphs, the last first. The first one allocates the gradients while its graph is
+    # freed.
     for number, count in enumerate(keeping[::-1]):
         yield backward(held + costs.backward * count, number > 0)
         held -= costs.graph * count
         yield backward(held, True)
-    # 4. The others again: a chunk's graph takes the place of its boundary tensors.
+    # 4. The other chunks again: the graph of a chunk replaces its boundary tensors.
     for number, count in enumerate(other):
         held -= costs.boundary * count if number >= len(other) - len(saving) else 0
         yield backward(held + (costs.graph + costs.backward) * count, number > 0 or kept > 0)
@@ -180,19 +181,19 @@ def choose(
     may_save: bool = True,
     reshard: bool = False,
 ) -> Plan:
-    """The plan that leaves least to recompute among those that fit; the smallest where none does.
+    """The plan with the least recomputation among those that fit; the smallest plan if none fits.
 
-    Chunks are halved before activations are checkpointed. With shards, where a chunk costs communication, the cheaper
-    of the two is taken.
+    Chunks are halved before activations are checkpointed. With shards, where each chunk costs communication, the
+    cheaper of the two is used.
 
     Args:
         budget: bytes that the step may take over its start.
-        largest_chunk: the number of tokens from which a larger chunk is no faster.
+        largest_chunk: the number of tokens above which chunks are not faster.
         longest: the number of tokens of the longest sequence.
         chunks_of: tokens_per_chunk -> the tokens of each chunk.
         costs: bytes for each token, without activation checkpointing.
         sizes: bytes that do not depend on the chunks.
-        checkpointed: measures the costs with activation checkpointing; None where the model has none.
+        checkpointed: measures the costs with activation checkpointing; None if the model does not support it.
         may_save: whether boundary tensors may be used.
         reshard: see `Plan`.
     """
@@ -221,22 +222,22 @@ def choose(
 
 
 def _cost(plan: Plan, tokens: np.ndarray, sizes: Sizes) -> float:
-    """The work of a step: forward, backward (two of it), what is computed again, and the communication of shards."""
+    """The work of a step: forward, backward (counted as two), recomputation, and the communication of shards."""
     passes = (4 + plan.checkpointing) * float(tokens.sum()) - _spared(plan, tokens)
     return passes + len(tokens) * (_REDUCTION * sizes.trained + _GATHERS * plan.reshard if sizes.gathered else 0)
 
 
 def _spared(plan: Plan, tokens: np.ndarray) -> float:
-    """Forward passes of a token that kept graphs and boundary tensors spare."""
+    """The forward passes of a token that kept graphs and boundary tensors save."""
     other = len(tokens) - min(plan.kept, len(tokens))
     saving = tokens[max(other - plan.boundaries, 0) : other]
     return float(tokens[other:].sum() + _BOUNDARY_SAVING * saving.sum())
 
 
 def _filled(plan: Plan, tokens: np.ndarray, fits: Callable[[Plan], bool], may_save: bool) -> Plan:
-    """The plan with the kept graphs and boundary tensors that spare most work.
+    """The plan with the kept graphs and boundary tensors that save most work.
 
-    A byte spares most either in boundary tensors or in graphs, the same for all chunks: so one of the two goes first.
+    Either boundary tensors or graphs save more per byte, the same for all chunks, so both orders are tried.
     """
     most = len(tokens)
 

@@ -1,4 +1,4 @@
-"""The plan of each step: from the request, the costs that a probe measured, and the memory that earlier steps took."""
+"""Planning of each step from the configuration, the costs measured by a probe, and the memory of earlier steps."""
 
 import gc
 import logging
@@ -22,14 +22,15 @@ log = logging.getLogger("pyqemb")
 
 
 class StepPlanner:
-    """Plans the steps of a GradCache and keeps to them.
+    """Plans the steps of a GradCache, and makes smaller plans when memory runs out.
 
     Args:
-        given: the plan where there is no `memory`.
-        memory: bytes, or "auto"; None: `given` is taken as it is.
-        gradients: the tensors that gradients end up in. tensors: all whose .grad a backward pass touches.
+        given: the plan if `memory` is None.
+        memory: bytes, or "auto"; None: `given` is used.
+        gradients: the tensors whose .grad receives the gradients. tensors: all tensors whose .grad a backward pass
+            changes.
         may_save: whether boundary tensors and kept graphs may be used.
-        ranks: the ranks that keep to one plan.
+        ranks: the ranks that use the same plan.
     """
 
     def __init__(
@@ -46,18 +47,18 @@ class StepPlanner:
         self.model, self.given, self.memory, self.may_save = model, given, memory, may_save
         self.gradients, self.tensors = gradients, tensors
         self._costs: dict[bool, TokenCosts] = {}  # by checkpointing
-        self._budget, self._overhead = 0, 0  # bytes; what steps took beyond the prediction and the budget
-        self._limit: Plan | None = None  # the plan that came after an allocation had failed
+        self._budget, self._overhead = 0, 0  # bytes; overhead: use beyond prediction and budget
+        self._limit: Plan | None = None  # the plan after a failed allocation
         self._announced: Any = None
 
     def plan(self, texts: PackedBatch) -> Plan:
-        """Of a step over these distinct texts, before the ranks have agreed."""
+        """The plan of a step over these distinct texts, before the ranks agree on one."""
         if self.memory is None:
             return replace(self.given, reshard=self.ranks.first_choice).within(self._limit)
         device = device_of(self.model, [texts])
         self._budget = self.memory if isinstance(self.memory, int) else int(MARGIN * free_bytes(device))
         plan = self.ranks.choose(self._budget, lambda reshard: self._choose(texts, device, reshard))
-        # Texts are skipped in their second pass, and a chunk that kept its graph has none.
+        # Texts are skipped in the second pass, which chunks that kept their graph do not have.
         return plan if self.may_save or not plan.kept else self.predicted(replace(plan, kept=0, peak_bytes=None), texts)
 
     def _choose(self, texts: PackedBatch, device: torch.device, reshard: bool) -> Plan:
@@ -76,14 +77,14 @@ class StepPlanner:
         )
 
     def predicted(self, plan: Plan, texts: PackedBatch) -> Plan:
-        """The plan with its peak, where it has none yet."""
+        """The plan with its predicted peak."""
         if plan.peak_bytes is not None:
             return plan
         tokens = chunk_tokens(texts.lengths, plan.tokens_per_chunk)
         return replace(plan, peak_bytes=predict(plan, tokens, *self._standing(texts, plan.checkpointing, plan.reshard)))
 
     def guard(self, texts: PackedBatch) -> Callable[[PackedBatch], bool]:
-        """Whether a chunk may still keep its graph, by what is really in use when it comes."""
+        """A function that decides whether a chunk may keep its graph, from the actual memory in use."""
         if self.memory is None:
             return lambda chunk: True
         device = device_of(self.model, [texts])
@@ -96,7 +97,7 @@ class StepPlanner:
         return may_keep
 
     def smaller(self, plan: Plan, texts: PackedBatch, failed: BaseException) -> Plan:
-        """The next plan after one that did not fit, the same on all ranks; raises what failed where there is none."""
+        """The next plan after one that did not fit, the same on all ranks; raises `failed` if there is none."""
         gc.collect()
         give_back(device_of(self.model, [texts]))
         most, longest = (self.ranks.most(count) for count in (texts.num_tokens, int(texts.lengths.max(initial=1))))
@@ -113,7 +114,7 @@ class StepPlanner:
         return smaller
 
     def announce(self, plan: Plan, chunks: int) -> None:
-        """Log the plan the first time, and when it changes by more than batches differ."""
+        """Log the plan the first time, and when it changes by more than the difference between batches."""
         kept = round(10 * min(plan.kept, chunks) / max(chunks, 1))
         what = (plan.tokens_per_chunk, kept, plan.boundaries > 0, plan.checkpointing)
         if self.memory is not None and what != self._announced:
@@ -123,7 +124,7 @@ class StepPlanner:
                 RANK_LOG.warning("gradient cache: nothing fits into %s; trying the smallest plan", _mib(self._budget))
 
     def compare(self, predicted: int | None, measured: int) -> None:
-        """Plan with the difference from now on where the budget was passed."""
+        """If the step exceeded its budget, add the difference to the following predictions."""
         if measured > self._budget and predicted is not None:
             self._overhead += max(measured - predicted, 0)
             RANK_LOG.warning(
@@ -134,7 +135,7 @@ class StepPlanner:
     def _standing(
         self, texts: PackedBatch, checkpointed: bool = False, reshard: bool = False
     ) -> tuple[TokenCosts, Sizes]:
-        """What predictions stand on."""
+        """The inputs of predictions."""
         costs = self._measured(texts, checkpointed)
         vectors = texts.num_sequences * costs.vector
         if self.ranks.is_sharded:
@@ -143,7 +144,7 @@ class StepPlanner:
         return costs, Sizes(vectors, sum(gradients), max(gradients, default=0), self._overhead)
 
     def _measured(self, texts: PackedBatch, checkpointed: bool) -> TokenCosts:
-        """The costs of a token, measured once: both kinds at the same time, as all ranks pass through the model."""
+        """The costs of a token, measured once; both kinds together, because all ranks have to run the model."""
         if not self._costs:
             device = device_of(self.model, [texts])
             random = RngState.now(device)

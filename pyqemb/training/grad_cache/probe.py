@@ -1,6 +1,6 @@
-"""What a token costs a model in memory, measured on a few tokens. Legend: U sequences, E dimension.
+"""The memory cost of a token, measured on a few tokens. Legend: U sequences, E dimension.
 
-A model on the meta device computes nothing and has the same costs: its ops know the shapes of all that they make.
+A model on the meta device has the same costs without computing anything, because its ops know all shapes.
 """
 
 import weakref
@@ -19,22 +19,22 @@ from pyqemb.model.shards import local
 from pyqemb.ops.checks import shapes_only
 from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_boundaries
 
-# Tokens of the two probes: primes, so that no activation is taken for the gradient of a weight by its size.
+# Tokens of the two probes: primes, so that no activation has the size of a weight's gradient.
 _FEW, _MORE = 67, 131
 
-# Where a storage comes from that an op has made: the ops ask torch for room, or view a block that torch does not know
-# (pyqemb/ops/common.py: empty). Torch's own ops bring results.
+# How the storages of pyqemb's ops are recognized: the ops allocate with torch, or view a block that torch does not know
+# (pyqemb/ops/common.py: empty). Other storages are results of torch's own ops.
 _BY_OPS = torch.ops.aten.empty.memory_format, torch.ops.aten.view.default
 
 
 class TokenCosts(NamedTuple):
     """Bytes for each token of a chunk."""
 
-    forward: float  # the most that a pass without graph holds at a time
-    graph: float  # what the graph keeps for the backward pass
-    backward: float  # the most that the backward pass holds besides
+    forward: float  # the peak of a pass without graph
+    graph: float  # the graph
+    backward: float  # the additional peak of the backward pass
     boundary: float  # boundary tensors; 0 for a model that has none
-    vector: int  # of a sequence's vector
+    vector: int  # the vector of a sequence
 
 
 def measure(
@@ -44,11 +44,11 @@ def measure(
     checkpointed: bool = False,
     device: str | None = None,
 ) -> TokenCosts:
-    """Run two small chunks of the stream's tokens, forward and backward; the difference tells what a token costs.
+    """Run two small chunks of the stream's tokens, forward and backward; their difference is the cost of a token.
 
-    The parameters' gradients grow: the caller puts them aside. Random numbers are drawn.
+    This adds to the gradients of the parameters, so the caller saves them before, and uses random numbers.
 
-    `device`, "cpu" or "cuda", says where a model of the meta device would run (default: it is where it runs).
+    `device`, "cpu" or "cuda", is the device on which a meta model would run (default: the device of the model).
     """
     existing = list(parameters)
     with checkpointing(model, checkpointed), nullcontext() if device is None else shapes_only(device):
@@ -58,7 +58,7 @@ def measure(
 
 
 def _sample(stream: PackedBatch, tokens: int) -> PackedBatch:
-    """So many tokens of the stream in sequences of its mean length."""
+    """That many tokens of the stream in sequences of its mean length."""
     mean = max(stream.num_tokens // max(stream.num_sequences, 1), 1)
     ids = np.resize(stream.input_ids_T.cpu().numpy(), tokens).tolist()
     return PackedBatch.pack([ids[first : first + mean] for first in range(0, tokens, mean)])
@@ -87,12 +87,12 @@ def _run(model: Model, batch: PackedBatch, parameters: list[torch.Tensor]) -> tu
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that torch makes and frees.
+    """Counts the bytes of the storages that torch allocates and frees.
 
-    Gradients of `parameters`, known by their size, are left out.
+    Gradients of `parameters`, recognized by their size, are not counted.
 
-    Results of this library's ops and torch's own are counted apart: on the CPU they come from two allocators, and what
-    one has left does not serve the other. So the peak is the sum of two.
+    Results of pyqemb's ops and of torch's are counted separately: on the CPU they come from two allocators, and neither
+    can use the free memory of the other, so the peak is the sum of both.
     """
 
     def __init__(self, existing: list[torch.Tensor]):
@@ -107,13 +107,13 @@ class _LiveBytes(TorchDispatchMode):
         return sum(self._now)
 
     def restart(self) -> int:
-        """The peak so far; a new one begins."""
+        """Return the peak so far, and start a new one."""
         peak, self._peak = sum(self._peak), list(self._now)
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        own = func in _BY_OPS or func.namespace == "pyqemb"  # without values an op is one call
+        own = func in _BY_OPS or func.namespace == "pyqemb"  # without values, an op is one torch call
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
                 self._see(result.untyped_storage(), own)

@@ -1,4 +1,4 @@
-"""What the ranks of a step agree on: here nothing, each plans and retries for itself; `parallel.sharding` has more."""
+"""The agreement between the ranks of a step; here there is none, `parallel.sharding` has that of sharded weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from pyqemb.training.grad_cache.plan import Plan, Sizes
 
 
 class StepRanks:
-    """The ranks whose passes through the model must match, from the view of one of them; here this one alone.
+    """The ranks whose passes through the model must match; here only this rank, which plans and retries alone.
 
     The gradient cache calls the methods in the same order on every rank.
     """
@@ -16,20 +16,20 @@ class StepRanks:
     is_sharded = False
 
     def sizes(self, reshard: bool, vectors: int, overhead: int) -> Sizes:
-        """The bytes of a sharded model that a plan stands on."""
+        """The bytes of a sharded model that a plan needs."""
         raise NotImplementedError
 
     def choose(self, budget: int, plan_of: Callable[[bool], Plan]) -> Plan:
-        """The plan to take, given that for each value of Plan.reshard."""
+        """Choose a plan, given a function that returns the plan for each value of Plan.reshard."""
         return plan_of(False)
 
     @property
     def first_choice(self) -> bool:
-        """The value of Plan.reshard where nothing is planned."""
+        """The value of Plan.reshard without planning."""
         return False
 
     def agree(self, plan: Plan) -> Plan:
-        """The plan that every rank can keep to."""
+        """A plan that fits on every rank."""
         return plan
 
     def most(self, count: int) -> int:
@@ -37,7 +37,7 @@ class StepRanks:
         return count
 
     def missing(self, count: int) -> int:
-        """By how much a count of this rank is below the largest."""
+        """The difference between the largest count of all ranks and that of this rank."""
         return self.most(count) - count
 
     def begin(self, plan: Plan) -> None:
@@ -48,7 +48,7 @@ class StepRanks:
 
     @contextmanager
     def attempt(self, passes: int, backward: bool) -> Iterator[CaughtError]:
-        """Passes that may run out of memory; where one rank does, every rank has the error.
+        """Context of passes that may run out of memory; if one rank does, every rank gets the error.
 
         Args:
             passes: the number of chunks.
@@ -59,5 +59,5 @@ class StepRanks:
 
     @contextmanager
     def one_pass(self, last: bool) -> Iterator[None]:
-        """The pass of one chunk: forward, backward or both."""
+        """Context of the pass of one chunk: forward, backward or both."""
         yield

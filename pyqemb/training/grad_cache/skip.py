@@ -19,7 +19,7 @@ class Skipped(NamedTuple):
 def skip_small_gradients(
     record: PassRecord, cache_UE: torch.Tensor, share: float, budget: int
 ) -> tuple[PassRecord, torch.Tensor, Skipped]:
-    """The record without the texts whose cached gradients are smallest: together at most `share` of the summed norm.
+    """The record without the texts with the smallest cached gradients, in total at most `share` of the summed norm.
 
     The other texts are packed into new chunks of `budget` tokens. Texts of chunks that kept their graph stay.
     """

@@ -1,11 +1,11 @@
-"""Which ranks are still there.
+"""Detection of lost ranks.
 
-A thread in each rank sends a beat every second over a connection of its own to rank 0.
+A thread in each rank sends a heartbeat every second to rank 0 over a separate connection.
 
-Rank 0 notices a rank whose connection is closed, or that has not sent anything for `timeout` seconds, and tells the
-others; these notice in the same way that rank 0 is gone. A rank that evaluates or saves for hours keeps beating, so the
-collectives themselves need no timeout. A rank that waits in a collective cannot be reached by an exception: its process
-ends with the exit code of the error that the other rank left with, or with RankError's.
+Rank 0 notices a rank whose connection is closed, or that has sent nothing for `timeout` seconds, and reports it to the
+others, which notice the loss of rank 0 in the same way. A rank that evaluates or saves for hours still sends
+heartbeats, so the collectives need no timeout. An exception cannot reach a rank that waits in a collective: its process
+exits with the exit code of the lost rank's error, or with that of RankError.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from typing import Any, NoReturn
 from pyqemb.data.machine import exit_code_of
 from pyqemb.errors import RankError
 
-_INTERVAL = 1.0  # seconds between two beats
-_GRACE = 5.0  # seconds for the main thread to leave by itself: its own error says more, or a collective fails
-# a loop that took longer than this did not run at all (a stopped process, a sleeping machine): time did not count
+_INTERVAL = 1.0  # seconds between two heartbeats
+_GRACE = 5.0  # seconds for the main thread to exit by itself: its own error is more specific, or a collective fails
+# a loop that took longer was suspended (a stopped process, a sleeping machine); that time does not count
 _PAUSED = 5.0
 
 
 @dataclass
 class _Peer:
-    """A rank at the other end of a connection."""
+    """The rank at the other end of a connection."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -46,22 +46,22 @@ class _Peer:
 
 
 class Heartbeat:
-    """Watches the ranks from a thread until `close`. `broadcast` gives all ranks the value of rank 0.
+    """Monitors the ranks from a thread until `close`. `broadcast` returns the value of rank 0 on all ranks.
 
-    Raises RankError where rank 0 cannot be reached.
+    Raises RankError if rank 0 cannot be reached.
     """
 
     def __init__(self, rank: int, size: int, timeout: float, broadcast: Callable[[Any], Any]):
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.lost: str | None = None  # which rank is gone, and why
-        self.exit_code = RankError.exit_code  # that of the error with which it left
+        self.lost: str | None = None  # which rank is lost, and why
+        self.exit_code = RankError.exit_code  # that of the lost rank's error
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._name = f"rank {rank} ({platform.node()}, pid {os.getpid()})"
         self._closing, self._noticed = threading.Event(), threading.Event()
         self._goodbye: dict[str, Any] = {"bye": True}
         self._peers: list[_Peer] = []
         self._missing = set(range(1, size)) if rank == 0 else set()
-        self._deadline = 0.0  # when this process ends, once a rank is lost
+        self._deadline = 0.0  # when this process exits, once a rank is lost
         self._ready: Future[list[int]] = Future()
         if rank == 0:
             self._token = secrets.token_hex(8)
@@ -78,15 +78,15 @@ class Heartbeat:
         return self._ready.result()
 
     def wait_for_loss(self, seconds: float) -> str | None:
-        """Return which rank is gone, for a main thread whose collective has failed.
+        """Return which rank is lost, for a main thread whose collective has failed.
 
-        The connection may say so a moment later.
+        The heartbeat may report the loss a moment after the collective fails.
         """
         self._noticed.wait(seconds)
         return self.lost
 
     def close(self, error: BaseException | None) -> None:
-        """Leave. Where there is an error the others learn of it, and leave too."""
+        """Stop. An error is sent to the other ranks, which then exit too."""
         if error is not None:
             self._goodbye = {"error": f"{type(error).__name__}: {error}"[:2000], "exit_code": exit_code_of(error)}
         self._closing.set()
@@ -103,7 +103,7 @@ class Heartbeat:
         server.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Rank 0: a rank says who it is. What anybody else says may be anything."""
+        """Rank 0: receive the identification of a rank; other connections may send anything."""
         try:
             message = json.loads(await reader.readline())
             if message["token"] != self._token:
@@ -115,7 +115,7 @@ class Heartbeat:
         writer.write(self._token.encode() + b"\n")
         self._missing.discard(peer.rank)
         self._peers.append(peer)
-        with suppress(asyncio.CancelledError):  # when this rank leaves; asyncio would print a traceback
+        with suppress(asyncio.CancelledError):  # when this rank stops; asyncio would print a traceback
             await self._listen(peer)
 
     async def _join(self, names: list[str], ports: list[int], first: str) -> None:
@@ -170,7 +170,7 @@ class Heartbeat:
             self._check(now, start)
         self._tell(self._goodbye if self.lost is None else self._news())
         end = time.monotonic() + _GRACE
-        # Rank 0 stays until the others have left: they could not tell a rank 0 that is done from one that is gone.
+        # Rank 0 waits until the others have stopped: they cannot distinguish a finished rank 0 from a lost one.
         while self.rank == 0 and time.monotonic() < end and not all(peer.left for peer in self._peers):
             await asyncio.sleep(0.05)
         for peer in self._peers:
@@ -181,7 +181,7 @@ class Heartbeat:
             self._lose(f"rank {min(self._missing)} has not started within {self.timeout:g} s")
         for peer in self._peers:
             if not peer.left and now - peer.heard > self.timeout:
-                self._lose(f"{peer.name} is stopped or its machine is gone: nothing heard for {now - peer.heard:.0f} s")
+                self._lose(f"{peer.name} is stopped or its machine is gone: no heartbeat for {now - peer.heard:.0f} s")
         if self._agent is not None and os.getppid() != self._agent:
             self._lose(f"the agent of {self._name} died (torchrun, pid {self._agent})")
         if self.lost is not None and now > self._deadline:
@@ -203,7 +203,7 @@ class Heartbeat:
                 peer.writer.write(json.dumps(message).encode() + b"\n")
 
     def _end(self) -> NoReturn:
-        """The main thread waits for a rank that will not come."""
+        """End the process, because its main thread waits for a lost rank."""
         text = f"pyqemb train: {lost_message(self.rank, self.lost or '')}; it was in {_place()}\n"
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -1,7 +1,7 @@
-"""What a rank holds of a model whose weights are sharded: bytes by kind, from the sizes of the parameters alone.
+"""The memory of a rank for a sharded model, in bytes by kind, computed from the sizes of the parameters.
 
-A model is cut into units, each of which FSDP gathers and reduces at once: every decoder block, the token embeddings,
-and the rest (the final norm, a head). The parameters may be on the meta device.
+A model is divided into units that FSDP gathers and reduces as a whole: each decoder block, the token embeddings, and
+the rest (the final norm, a head). The parameters may be on the meta device.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,33 +13,33 @@ from torch import nn
 from pyqemb.model.packed_model import PackedModel
 from pyqemb.training.grad_cache.plan import Plan, Sizes
 
-_WIDE = torch.float32.itemsize  # of a weight, a gradient or a moment that the optimizer holds
+_WIDE = torch.float32.itemsize  # bytes of a weight, a gradient or a moment in the optimizer
 Unit = Sequence[nn.Parameter]
 
 
 class RankMemory(NamedTuple):
     """Bytes of one rank.
 
-    `weights` and `moments` are there all the time, the others during a step. Activations and vectors depend on the
-    batch: `grad_cache.plan.choose` plans them, given `sizes`.
+    `weights` and `moments` are held all the time, the others during a step. Activations and vectors depend on the
+    batch; `grad_cache.plan.choose` plans them, given `sizes`.
     """
 
-    weights: int  # float32 weights, or this rank's shards of them; without shards also the copies that compute
-    gathered: int  # whole weights in the dtype that computes; 0 without shards
-    gathering: int  # the largest buffer of an all-gather where all weights are gathered before the first pass
+    weights: int  # float32 weights, or this rank's shards of them; without shards also the compute copies
+    gathered: int  # whole weights in the compute dtype; 0 without shards
+    gathering: int  # the largest buffer of an all-gather if all weights are gathered before the first pass
     gradients: int  # float32, of the trained parameters or of this rank's shards of them
     reduction: int  # the gradients of the largest unit before their reduce-scatter, and its buffer; 0 without shards
     moments: int  # of AdamW
-    largest: int  # of the gradients, the largest; 0 with shards
-    trained: float  # share of the parameters
+    largest: int  # the largest gradient; 0 with shards
+    trained: float  # share of the parameters that are trained
 
     @property
     def standing(self) -> int:
-        """What is held between two steps."""
+        """The memory that is held between two steps."""
         return self.weights + self.moments
 
     def sizes(self, vectors: int, loss: int = 0, overhead: int = 0) -> Sizes:
-        """What the plan of a step stands on, given the bytes of this rank's vectors and of the loss."""
+        """The inputs of the plan of a step, given the bytes of this rank's vectors and of the loss."""
         return Sizes(
             vectors=vectors,
             gradients=self.gradients,
@@ -56,7 +56,7 @@ class RankMemory(NamedTuple):
 def units_of(model: PackedModel) -> list[Unit]:
     """The parameters of each unit: the decoder blocks, the token embeddings, the rest.
 
-    Embeddings that a head reads too belong to the rest.
+    Embeddings that a head also uses belong to the rest.
     """
     decoder = model.model
     parts = [*decoder.layers] if model.reads_embedding else [*decoder.layers, decoder.embed_tokens]
@@ -75,8 +75,8 @@ def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: 
 
     Args:
         units: see `units_of`.
-        shard: ranks that share one copy of the weights; 1: every rank has all of them.
-        dtype: what the model computes in.
+        shard: the number of ranks that share one copy of the weights; 1: every rank has all weights.
+        dtype: the compute dtype.
         reshard: whether a unit's gathered weights are freed after its forward and after its backward pass. False: all
             stay gathered from the first chunk of a step to the last.
     """
@@ -109,10 +109,10 @@ def _shard_elements(units: Sequence[Unit], shard: int) -> int:
 
 
 def loss_bytes(vectors: int, all_vectors: int, ranks: int, ring: bool) -> int:
-    """What the loss of a step holds at its highest, given the bytes of the vectors of this rank and of all ranks.
+    """The peak memory of the loss of a step, given the bytes of the vectors of this rank and of all ranks.
 
-    Gathered vectors are there as they come, in order, as queries and documents, with their gradients as these and in
-    order; blocks of a ring are sent and received with their gradients, and copied out of the blocks.
+    Gathered vectors are held as received, in order, and as queries and documents, with the gradients of the last two.
+    Blocks of a ring are sent and received with their gradients, and copied out of the blocks.
     """
     if ranks == 1:
         return 6 * vectors
@@ -124,12 +124,12 @@ def choose_reshard(
 ) -> tuple[bool, Plan]:
     """Whether the weights are resharded after each pass through a unit, and the plan of the step.
 
-    "auto": as it costs less, recomputation and communication together; where nothing fits, as it takes less memory.
+    "auto": the choice with the lower cost of recomputation and communication, or with less memory if neither fits.
 
     Args:
         budget: bytes that the step may take over its start.
         plan_of: the plan with its peak and its cost, given whether weights are resharded.
-        setting: `parallel.reshard_after_forward`.
+        setting: the value of `parallel.reshard_after_forward`.
     """
     schedules = {"auto": (False, True), "always": (True,), "never": (False,)}[setting]
     plans = [(reshard, plan_of(reshard)) for reshard in schedules]

@@ -1,9 +1,9 @@
-"""InfoNCE without gathering: blocks of vectors go round the processes, each meets the anchors of all.
+"""InfoNCE without gathering: blocks of vectors are passed around a ring of ranks and compared with each rank's anchors.
 
-No process ever holds more than its own vectors and one other block. The anchors of a process are the queries that it
-has encoded. Four rounds: the positives of the anchors are picked up; each row's sum over its candidates is added up;
-with the sums known, gradients are made and travel home with their block; so do those of the positives.
-Legend: R anchors of this process, n vectors of a block, E dimension.
+No rank holds more than its own vectors and one other block. The anchors of a rank are the queries that it has encoded.
+There are four rounds: the positives of the anchors are collected; each row's sum over its candidates is accumulated;
+with the final sums, gradients are computed and returned with their block; the gradients of the positives are returned.
+Legend: R anchors of this rank, n vectors of a block, E dimension.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,23 +23,23 @@ from pyqemb.training.parallel.world import World
 
 @dataclass(frozen=True)
 class _Side:
-    """What a block is to the batch: which documents and queries its vectors are.
+    """The documents and queries of the batch that the vectors of a block represent.
 
-    Indices on the device of the vectors.
+    Indices are on the device of the vectors.
     """
 
     columns: Tensor  # row of the block of each document
     column_text: Tensor
     column_role: Tensor
-    column_owner: Tensor  # among this process's anchors, or -1
+    column_owner: Tensor  # the index among this rank's anchors, or -1
     others: Tensor  # row of the block of each query
     other_text: Tensor  # of its positive
-    anchors: Tensor  # of this process, whose positive is in the block,
-    positives: Tensor  # and its row of the block
+    anchors: Tensor  # the anchors of this rank whose positive is in the block
+    positives: Tensor  # the row of that positive in the block
 
 
 class Ring:
-    """A batch as the blocks of a ring see it."""
+    """A batch, divided into the blocks of a ring."""
 
     def __init__(self, world: World, batch: TrainingBatch, partition: Sequence[np.ndarray], device: torch.device):
         self.world, self.sizes = world, [len(texts) for texts in partition]
@@ -61,7 +61,7 @@ class Ring:
         anchors = np.flatnonzero(rows_in(partition[world.rank])[query_text] >= 0)
         anchor_of = np.full(len(query_text), -1)
         anchor_of[anchors] = np.arange(len(anchors))
-        self.anchors = there(row_of[query_text[anchors]])  # rows of the own block
+        self.anchors = there(row_of[query_text[anchors]])  # rows of this rank's block
         self.anchor_text = there(positive_text[anchors])
         self.num_queries = len(query_text)
         self.sides = []
@@ -83,14 +83,14 @@ class Ring:
             )
 
     def loss(self, own_SE: Tensor, options: Options, tau: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """This process's part of the loss, differentiable, and of the statistics' totals."""
+        """This rank's part of the loss, differentiable, and of the totals of the statistics."""
         return _RingLoss.apply(own_SE, tau, self, options)
 
     def round(self, *own: Tensor) -> Iterator[tuple[_Side, list[Tensor]]]:
-        """Yield each block once, this rank's own first: its side, and the tensors that travel with it.
+        """Yield each block once, this rank's own first: its indices, and the tensors that are sent with it.
 
-        The receiver may change these tensors in place. After the iteration the list that came last holds the own
-        block's tensors again.
+        The caller may change these tensors in place. After the iteration the last list holds the tensors of this rank's
+        own block again.
         """
         rank, size = self.world.rank, self.world.size
         travelling = list(own)

@@ -1,6 +1,6 @@
-"""Sharded weights: each rank holds rows of every weight, gradient and moment; torch's FSDP2 gathers and reduces them.
+"""Sharded weights: each rank holds rows of every weight, gradient and moment; FSDP2 gathers and reduces them.
 
-Source: torch.distributed.fsdp.fully_shard; the schedule and its figures are in docs/dev/sharding.md.
+Source: torch.distributed.fsdp.fully_shard; docs/dev/sharding.md has the schedule and measurements.
 """
 
 import warnings
@@ -32,17 +32,17 @@ Reshard = Literal["auto", "always", "never"]
 
 
 class Sharding(StepRanks):
-    """A model whose weights are in shards, and the ranks that hold them.
+    """A sharded model, and the ranks that hold its shards.
 
-    Every decoder block is gathered and reduced as one unit, the token embedding is another, what is left a third. The
+    The units that are gathered and reduced are each decoder block, the token embedding, and all other weights. The
     model's parameters become float32 DTensors; their gradients are sums over the ranks of a replica, not means.
 
     Args:
         model: an Embedder or a Reranker on the device of its shards, or on the meta device.
-        mesh: of the dimensions "replicate" and "shard", see `make_mesh`.
-        dtype: what the model computes in.
+        mesh: a mesh with the dimensions "replicate" and "shard", see `make_mesh`.
+        dtype: the compute dtype.
         world: all ranks.
-        reshard: `parallel.reshard_after_forward`.
+        reshard: the value of `parallel.reshard_after_forward`.
     """
 
     is_sharded = True
@@ -51,7 +51,7 @@ class Sharding(StepRanks):
         self, model: PackedModel, mesh: DeviceMesh, dtype: torch.dtype, world: World, reshard: Reshard = "auto"
     ):
         _require("reset_iter_state", "set_reduce_scatter_unused_params")
-        # Blocks return views, which nothing changes in place.
+        # Blocks return views, which are not changed in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.model, self.dtype, self.world, self.reshard = model, dtype, world, reshard
         self.group, self.replicas = mesh["shard"].get_group(), mesh["replicate"].get_group()
@@ -61,7 +61,7 @@ class Sharding(StepRanks):
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         decoder = model.model
         parts: list[nn.Module] = [*decoder.layers]
-        if not model.reads_embedding:  # its weight is only used by its own forward pass
+        if not model.reads_embedding:  # its weight is used only in its own forward pass
             parts.append(decoder.embed_tokens)
         for part in (*parts, model):
             fully_shard(part, mesh=mesh["shard"], mp_policy=policy)
@@ -81,16 +81,16 @@ class Sharding(StepRanks):
         self._passes: dict[tuple[bool, bool], list[Call]] = {}  # collectives of a pass by (reshard, backward)
 
     def sizes(self, reshard: bool, vectors: int, overhead: int) -> Sizes:
-        """The bytes of this rank that a plan stands on."""
+        """The bytes of this rank that a plan needs."""
         return self._sizes[reshard].sizes(vectors, overhead=overhead)
 
     def choose(self, budget: int, plan_of: Callable[[bool], Plan]) -> Plan:
-        """The plan to take, given that for each value of Plan.reshard."""
+        """Choose a plan, given a function that returns the plan for each value of Plan.reshard."""
         return choose_reshard(budget, plan_of, self.reshard)[1]
 
     @property
     def first_choice(self) -> bool:
-        """The value of Plan.reshard where nothing is planned."""
+        """The value of Plan.reshard without planning."""
         return self.reshard == "always"
 
     def agree(self, plan: Plan) -> Plan:
@@ -105,7 +105,7 @@ class Sharding(StepRanks):
         return self._reduced([count], dist.ReduceOp.MAX)[0]
 
     def begin(self, plan: Plan) -> None:
-        """Gather the weights, where the plan keeps them gathered."""
+        """Gather the weights if the plan keeps them gathered."""
         self.end()
         shards = list(self.model.parameters())
         self._reshards = plan.reshard
@@ -124,7 +124,7 @@ class Sharding(StepRanks):
             unit.reshard()
 
     def gather(self) -> None:
-        """Gather the weights of all units; one is under way while the one before it is copied to its place."""
+        """Gather the weights of all units; each all-gather overlaps the copy of the previous unit."""
         before: Any = None
         for unit in self.units:
             handle = unit.unshard(async_op=True)
@@ -135,7 +135,7 @@ class Sharding(StepRanks):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Weights are gathered inside: ranks may run forward passes independently of each other."""
+        """Context in which the weights are gathered, so that ranks may run forward passes independently."""
         self.begin(Plan(1))
         try:
             yield
@@ -144,7 +144,7 @@ class Sharding(StepRanks):
 
     @contextmanager
     def attempt(self, passes: int, backward: bool) -> Iterator[CaughtError]:
-        """Passes that may run out of memory: then this rank takes part in the collectives of the others to the end."""
+        """Context of passes that may run out of memory; this rank then still joins all remaining collectives."""
         self.collectives.start()
         with catch_oom() as caught:
             yield caught
@@ -157,21 +157,21 @@ class Sharding(StepRanks):
 
     @contextmanager
     def one_pass(self, last: bool) -> Iterator[None]:
-        """The pass of one chunk; every pass has the same collectives."""
+        """Context of the pass of one chunk; every pass has the same collectives."""
         self.root.set_is_last_backward(last)
         yield
         if self._reshards:
             self.root.reshard()  # FSDP keeps the root's weights after a forward pass
 
     def _abandon(self) -> None:
-        """Forget what an attempt has left in FSDP, which would keep the gradients of a unit that it had not reduced."""
+        """Reset FSDP after a failed attempt, including the gradients of a unit that was not reduced."""
         for parameter in self.model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.grad = None
         self.root.reset_iter_state()
 
     def all_reduce_gradients(self, tensors: Iterable[Tensor]) -> None:
-        """Sum the .grad of each tensor over the ranks that have not been summed over: shards over the replicas."""
+        """Sum the .grad of each tensor over the ranks that were not reduced over: shards over the replicas."""
         tensors = list(tensors)
         self.world.all_reduce_gradients(x for x in tensors if not isinstance(x, DTensor))
         if self.replicas.size() > 1:
@@ -179,9 +179,9 @@ class Sharding(StepRanks):
             all_reduce_flat([local(shard) for shard in shards], self.replicas)
 
     def _learn_passes(self, reshard: bool, shards: list[nn.Parameter]) -> None:
-        """Run passes over nothing, which have the collectives of every other pass.
+        """Run passes over an empty batch and store their collectives, which are those of every pass.
 
-        A rank that has run out of memory in a pass takes part in what is left of it by this list.
+        A rank that runs out of memory uses this list to take part in the remaining collectives of the pass.
         """
         nothing = PackedBatch.pack([]).to(self.model.device)
         before = [x.grad for x in shards]
@@ -202,7 +202,7 @@ class Sharding(StepRanks):
 
 
 class Call(NamedTuple):
-    """A collective of FSDP: its buffers and what it does with them."""
+    """A collective of FSDP: its buffers and its operation."""
 
     run: Callable[..., Any]
     output: torch.Size
@@ -213,9 +213,9 @@ class Call(NamedTuple):
 
 
 class Collectives:
-    """FSDP's all-gathers and reduce-scatters: run by torch, counted, and listed since the last `start`.
+    """FSDP's all-gathers and reduce-scatters: executed by torch, counted, and listed since the last `start`.
 
-    `counts` holds the number of calls by kind since the model was made.
+    `counts` holds the number of calls by kind since the model was created.
     """
 
     def __init__(self) -> None:
@@ -229,20 +229,20 @@ class Collectives:
         self.calls.clear()
 
     def complete(self, expected: Sequence[Call]) -> None:
-        """Take part, with zeros, in those of the expected calls that are missing in the list."""
+        """Execute, with zeros, the expected calls that are not in the list yet."""
         for call in expected[len(self.calls) :]:
             output, given = (torch.zeros(size, dtype=call.dtype, device=call.device) for size in call[1:3])
             call.run(output, given, *call.arguments)
 
 
 class _Comm:
-    """One kind of collective, in the form that FSDP asks for (torch.distributed.fsdp's AllGather, ReduceScatter)."""
+    """One kind of collective, with FSDP's interface (AllGather, ReduceScatter of torch.distributed.fsdp)."""
 
     def __init__(self, log: Collectives, kind: str, run: Callable[..., Any]):
         self._log, self._kind, self._run = log, kind, run
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The memory of a buffer."""
+        """Allocate a buffer."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -264,7 +264,7 @@ class _Comm:
 
 
 def make_mesh(section: ParallelSection, world: World, device: torch.device) -> DeviceMesh:
-    """The ranks by replica and by shard. ConfigError: they do not make up all ranks."""
+    """The ranks by replica and by shard. ConfigError: shard x replicate is not the number of ranks."""
     return init_device_mesh(device.type, section.mesh(world.size), mesh_dim_names=("replicate", "shard"))
 
 

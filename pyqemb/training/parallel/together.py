@@ -1,4 +1,4 @@
-"""Work that may fail on some ranks only: where it raises on one rank, every rank raises.
+"""Work that may fail on some ranks only: if it raises on one rank, every rank raises.
 
 Legend: B sequences, E dimension.
 """
@@ -15,23 +15,23 @@ from pyqemb.data.machine import exit_code_of
 from pyqemb.errors import ConfigError, PyqembError, RankError
 from pyqemb.training.parallel.world import World, is_of_a_collective
 
-_FAILED, _DONE = 0, 1  # what a rank reports; any other number stands for the texts that it encodes
+_FAILED, _DONE = 0, 1  # the report of a rank; any other number identifies the texts that it encodes
 
 
 class Together:
     """The ranks inside a `together` block; they can encode texts together (`pyqemb.model.protocols.Ranks`).
 
-    Each call of `gather_rows`, and the end of the block, is a collective in which the ranks report what they do. Where
-    one of them has failed, or does something else than rank 0, every rank raises.
+    Each call of `gather_rows`, and the end of the block, is a collective in which the ranks report what they do. If a
+    rank has failed, or does something else than rank 0, every rank raises.
     """
 
     def __init__(self, world: World):
         self.world = world
-        self._raised: BaseException | None = None  # on every rank, so that there is nothing left to report
+        self._raised: BaseException | None = None  # raised on every rank, so there is nothing to report
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """The rank of this process."""
         return self.world.rank
 
     @property
@@ -62,12 +62,12 @@ class Together:
 
 @contextmanager
 def together(world: World) -> Iterator[Together]:
-    """Where the block raises on one rank, every rank raises. The end of the block is a collective.
+    """If the block raises on one rank, every rank raises. The end of the block is a collective.
 
-    Inside, the ranks may call no other collectives than those of the object that is yielded.
+    In the block, the ranks may call only the collectives of the yielded object.
 
     Raises:
-        RankError: the block raised on another rank; it has the exit code of that rank's error.
+        RankError: the block raised on another rank; the exit code is that of the other rank's error.
     """
     block = Together(world)
     try:
@@ -93,7 +93,7 @@ def _error_of_others(numbers: list[int], reports: list[tuple[str, int]]) -> Pyqe
 
 
 def _number_of(batch: PackedBatch, width: int) -> int:
-    """A number of 62 bits that differs, as good as always, for other tokens or another width."""
+    """A 62-bit hash of the tokens and the width."""
     digest = hashlib.blake2b(f"{width}".encode(), digest_size=8)
     for part in (batch.lengths, batch.input_ids_T.cpu().numpy()):
         digest.update(part.tobytes())

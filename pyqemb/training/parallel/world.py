@@ -1,4 +1,4 @@
-"""The ranks that train together (torchrun) and their collectives. One process alone is a world of size 1.
+"""The ranks that train together (torchrun) and their collectives. A single process is a world of size 1.
 
 Legend: S texts of a batch, E dimension.
 """
@@ -23,12 +23,12 @@ from pyqemb.errors import ConfigError, Interrupted, RankError
 from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
-_FOREVER = timedelta(days=365)  # rank 0 evaluates and saves while the others wait; the heartbeat finds who is gone
-_BUCKET = 1 << 25  # bytes of gradients that are laid end to end for an all-reduce
+_FOREVER = timedelta(days=365)  # ranks wait while rank 0 saves; the heartbeat detects lost ranks
+_BUCKET = 1 << 25  # bytes of gradients that are concatenated for one all-reduce
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
 _MEETING = "pyqemb/meeting"  # a key of torchrun's store
-_NAMED = 5  # facts in an error
-_FOLLOWS = 3.0  # seconds between a collective that fails and the heartbeat's word about who is gone
+_NAMED = 5  # values listed in an error
+_FOLLOWS = 3.0  # seconds between a failed collective and the heartbeat's report of the lost rank
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: str = "cpu"  # of the messages
+    device: str = "cpu"  # the device of the tensors in collectives
 
     @property
     def is_first(self) -> bool:
@@ -70,7 +70,7 @@ class World:
         all_reduce_flat(gradients)
 
     def all_gather(self, own_SE: Tensor, partition: Sequence[np.ndarray]) -> Tensor:
-        """The vectors of all texts, [S, E], in their order, given those of this rank's texts; differentiable.
+        """The vectors of all texts, [S, E], in order, given those of this rank's texts; differentiable.
 
         The gradient of a vector is the sum of its gradients on all ranks.
 
@@ -81,7 +81,7 @@ class World:
         return _AllGather.apply(own_SE, self, partition) if self.size > 1 else own_SE
 
     def ring_shift(self, tensor: Tensor, rows: int) -> Tensor:
-        """Send a tensor to the next rank, receive one with `rows` rows from the one before."""
+        """Send a tensor to the next rank, and receive one with `rows` rows from the previous rank."""
         if self.size == 1:
             return tensor
         received = tensor.new_empty(rows, *tensor.shape[1:])
@@ -105,7 +105,7 @@ class World:
         return values[0]
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of rank 0 by name, on the CPU of all ranks; what the others give is ignored."""
+        """The tensors of rank 0 by name, on the CPU of all ranks; the arguments of other ranks are ignored."""
         kinds = self.broadcast_object({name: (x.shape, x.dtype) for name, x in tensors.items()})
         received = {}
         for name, (shape, dtype) in kinds.items():
@@ -133,9 +133,9 @@ class World:
         return values
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """Raise a ConfigError on all ranks unless they have the same facts.
+        """Raise a ConfigError on all ranks unless they have the same values.
 
-        The error names each fact that differs, the first rank with another value than rank 0, and both values.
+        The error names each key that differs, the first rank with another value than rank 0, and both values.
         """
         everyone = self.gather_object(facts)
         different = []
@@ -153,7 +153,7 @@ class World:
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each tensor by its sum over the ranks of the group, many in one all-reduce: up to _BUCKET bytes."""
+    """Replace each tensor by its sum over the ranks of the group, with up to _BUCKET bytes per all-reduce."""
     bucket: list[Tensor] = []
     for place, tensor in enumerate(tensors):
         bucket.append(tensor)
@@ -189,14 +189,14 @@ class _AllGather(torch.autograd.Function):
 
 @contextmanager
 def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
-    """Yield the world that the environment describes, and the device of this process.
+    """Yield the world described by the environment, and the device of this process.
 
     torchrun sets the environment: RANK, WORLD_SIZE, LOCAL_RANK.
 
-    A process group that is there already is used and left alone. A rank that does not start within `timeout` seconds,
-    dies, or is not heard of for so long is named by a RankError in every other rank, or where a rank waits in a
-    collective by a line on stderr and RankError's exit code. When a rank leaves with an error of its own, the others
-    name that error and leave in the same way, with its exit code.
+    An existing process group is used and not closed. If a rank does not start within `timeout` seconds, dies, or sends
+    no heartbeat for that time, every other rank raises a RankError that names it; a rank that waits in a collective
+    instead prints a line on stderr and exits with RankError's exit code. If a rank exits with an error, the others name
+    that error and exit in the same way, with its exit code.
     """
     rank, size = rank_and_size()
     if not dist.is_available() or (size == 1 and not dist.is_initialized()):
@@ -213,7 +213,7 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     world = World(rank, size, on) if own_group else World(dist.get_rank(), dist.get_world_size(), on)
 
     def broadcast(value: Any) -> Any:
-        """Rank 0's value. No collective where the group is still to be made: that may be where a rank is lost."""
+        """The value of rank 0; sent through the store, not by a collective, before there is a process group."""
         if store is None:
             return world.broadcast_object(value)
         if world.is_first:
@@ -229,7 +229,7 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
             )
         with rank_logs(world.rank, world.size):
             yield world, on
-        dist.barrier()  # nobody closes its connections while another still reads from them
+        dist.barrier()  # no rank closes its connections while another still reads from them
     except BaseException as error:
         failed = error
         if heartbeat is not None and is_of_a_collective(error):
@@ -241,26 +241,26 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
         raise
     finally:
         if heartbeat is not None:
-            heartbeat.close(None if isinstance(failed, Interrupted) else failed)  # all leave after the same step
-        # Hazard: a thread of gloo needs the interpreter's lock to let go of the last message. If it still waits for it
-        # when Python shuts down, the process aborts.
+            heartbeat.close(None if isinstance(failed, Interrupted) else failed)  # all ranks stop after the same step
+        # A thread of gloo needs the GIL to release the last message. If it still waits for the GIL when Python shuts
+        # down, the process aborts.
         time.sleep(0.05)
         if own_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Those of this process, by the environment. ConfigError where it is not one of torchrun's."""
+    """The rank and world size from the environment. ConfigError if torchrun did not set it."""
     size = _number("WORLD_SIZE", 1)
     return (_number("RANK") if size > 1 else 0), size
 
 
 def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
-    """A store that all ranks have reached. RankError names those that have not come in time."""
+    """A store that all ranks have joined. RankError names the ranks that did not join in time."""
     address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
     if address is None:
         raise ConfigError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start the ranks with torchrun")
-    # Within torchrun the store is its agent's, and lives through restarts.
+    # With torchrun, the agent hosts the store, which survives restarts.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(seconds=timeout)
     end = time.monotonic() + timeout
@@ -274,7 +274,7 @@ def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
         who = "the agent of torchrun does not answer" if hosted else f"rank 0 has not started within {timeout:g} s"
         raise RankError(f"{who}: no connection to {address}:{port}; rank {rank} stops") from error
     own, missing = uuid.uuid4().hex, set(range(size)) - {rank}
-    with suppress(RuntimeError):  # rank 0 has given up, or died: it cannot have seen more than this rank has
+    with suppress(RuntimeError):  # rank 0 has given up or died, and cannot have seen more ranks than this rank
         if rank == 0:
             tcp.set(_MEETING, own)
         while time.monotonic() < end:
@@ -287,10 +287,11 @@ def _rendezvous(rank: int, size: int, timeout: float) -> dist.Store:
 
 
 def _meet(store: dist.Store, own: str, rank: int, size: int) -> tuple[dist.Store | None, set[int]]:
-    """The part of the store where all ranks have met (None: not yet), and the ranks that are missing.
+    """The part of the store that all ranks have joined (None: not yet), and the missing ranks.
 
-    torchrun's store lives through restarts, and the agents of several machines count these differently. So each start
-    of a rank has a name of its own: that of rank 0 is the meeting's, and rank 0 lists the names that it has met.
+    torchrun's store survives restarts, and the agents of several machines count restarts differently. Each start of a
+    rank therefore has a unique name. That of rank 0 is the prefix of the store, and rank 0 lists the names of all ranks
+    there.
     """
     if not store.check([_MEETING]):
         return None, {0}
@@ -314,5 +315,5 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether a collective failed: another rank is gone."""
+    """Whether an error is a failed collective, which means that another rank is lost."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
