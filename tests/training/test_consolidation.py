@@ -103,7 +103,7 @@ def test_what_cannot_be_consolidated(place, capsys):
     assert "model-00002-of-00002.safetensors: missing" in error
     assert "holds no intact checkpoint" in error
     assert main(["consolidate", str(place / "run"), "--out", str(place / "base")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert not (place / "run" / "final").exists()
 
 
