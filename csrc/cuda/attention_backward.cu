@@ -26,13 +26,26 @@ void attention_backward(const AttentionBackward& p) {
             const int64_t rows = p.num_tokens * p.num_heads;
             launch(kOp, attention_backward_delta<T, D>, grid(ceil_div(rows, 2048 / D), 1), 256, 0, p.stream,
                    static_cast<const T*>(p.out), static_cast<const T*>(p.dout), static_cast<float*>(p.scratch), rows);
-            launch(kOp, attention_backward_keys<T, D>, grid(p.plan.key_blocks, kv_heads), kBackwardWarps * 32,
-                   block_backward_shared<D>(), p.stream, p);
-            launch(kOp, attention_backward_queries<T, D>, grid(p.plan.blocks, heads), kBackwardWarps * 32,
-                   block_backward_shared<D>(), p.stream, p);
+            constexpr int kSmallStep = D == 128 ? 32 : 64;
+            const auto blocks = [&]<int kStep>() {
+                constexpr size_t kShared = block_backward_shared<D, kStep>();
+                static_assert(kShared <= (kStep == kSmallStep ? kSmallShared : kLargeShared));
+                launch(kOp, attention_backward_keys<T, D, kStep>, grid(p.plan.key_blocks, kv_heads),
+                       kBackwardWarps * 32, kShared, p.stream, p);
+                launch(kOp, attention_backward_queries<T, D, kStep>, grid(p.plan.blocks, heads), kBackwardWarps * 32,
+                       kShared, p.stream, p);
+            };
+            if (has_large_shared())
+                blocks.template operator()<64>();
+            else
+                blocks.template operator()<kSmallStep>();
         }
-        launch(kOp, attention_backward_tile<T, D>, grid(p.plan.tiles, kv_heads), kBackwardWarps * 32,
-               tile_backward_shared<D>(), p.stream, p);
+        visit_slots([&]<int kSlots>() {
+            constexpr size_t kShared = tile_backward_shared<D, kSlots>();
+            static_assert(kShared <= (kSlots == kMostSlots ? kLargeShared : kSmallShared));
+            launch(kOp, attention_backward_tile<T, D, kSlots>, grid(p.plan.tiles, kv_heads), kSlots * 32, kShared,
+                   p.stream, p);
+        });
     });
 }
 

@@ -7,7 +7,7 @@
 
 namespace qemb::cuda {
 
-constexpr int kBackwardWarps = kSlots;  // each owns kSlot rows of its block
+constexpr int kBackwardWarps = kMostSlots;  // each owns kSlot rows of its block
 
 // What the gradients need to know of kRows queries, in shared memory.
 template <int kRows>
@@ -62,37 +62,36 @@ QEMB_DEVICE void clear(float (&x)[D / 8][4]) {
         for (int j = 0; j < 4; ++j) x[i][j] = 0;
 }
 
-template <int D>
+template <int D, int kSlots>
 constexpr size_t tile_backward_shared() {
-    return 4 * kTile * D * 2 + kTile * kTile * 2 + sizeof(SlotMap) + sizeof(QueryRows<kTile>);
+    constexpr int kRows = kSlots * kSlot;
+    return 4 * kRows * D * 2 + kRows * kRows * 2 + sizeof(SlotMap<kSlots>) + sizeof(QueryRows<kRows>);
 }
 
 // One tile of short sequences and one kv head: all three gradients in one pass over memory. A warp owns a slot of keys
 // for dK and dV, then a slot of queries for dQ; dS^T goes between them through shared memory.
-template <class T, int D>
-__global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(const AttentionBackward p) {
+template <class T, int D, int kSlots>
+__global__ void __launch_bounds__(kSlots * 32) attention_backward_tile(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
     const int32_t* item = p.plan.data + 4 + 2 * blockIdx.x;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
-    constexpr int kBytes = kTile * D * 2, kThreads = kBackwardWarps * 32;
+    constexpr int kRows = kSlots * kSlot, kBytes = kRows * D * 2;
 
     // Map the slots; load keys and values.
     char* const memory = shared_bytes();
     const uint32_t q_tile = shared_address(memory), do_tile = q_tile + kBytes, k_tile = do_tile + kBytes,
                    v_tile = k_tile + kBytes;
     const uint32_t ds_tile = v_tile + kBytes;  // [keys, queries]
-    SlotMap& map = *reinterpret_cast<SlotMap*>(memory + 4 * kBytes + kTile * kTile * 2);
-    auto& rows = *reinterpret_cast<QueryRows<kTile>*>(&map + 1);
+    auto& map = *reinterpret_cast<SlotMap<kSlots>*>(memory + 4 * kBytes + kRows * kRows * 2);
+    auto& rows = *reinterpret_cast<QueryRows<kRows>*>(&map + 1);
     if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
-    load_slots<T, D, kThreads>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride,
-                               thread);
-    load_slots<T, D, kThreads>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride,
-                               thread);
+    load_slots<T, D>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride, thread);
+    load_slots<T, D>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);
     cp_async_commit();
 
-    const SlotMap::Slot mine = map.k[warp], asked = map.q[warp];
+    const Slot mine = map.k[warp], asked = map.q[warp];
     const float scale = static_cast<float>(p.scale);
     const uint32_t my_rows = warp * kSlot * D * 2;
     float dk[D / 8][4], dv[D / 8][4];
@@ -102,9 +101,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         // Load Q and dO, and what belongs to each query.
         sync_block();  // the tiles of the head before are read
-        load_slots<T, D, kThreads>(q_tile, map.q, static_cast<const T*>(p.q) + head * p.q_head_stride, p.q_token_stride,
-                                   thread);
-        load_slots<T, D, kThreads>(do_tile, map.q, static_cast<const T*>(p.dout) + head * D, p.num_heads * D, thread);
+        load_slots<T, D>(q_tile, map.q, static_cast<const T*>(p.q) + head * p.q_head_stride, p.q_token_stride, thread);
+        load_slots<T, D>(do_tile, map.q, static_cast<const T*>(p.dout) + head * D, p.num_heads * D, thread);
         cp_async_commit();
 #pragma unroll 2
         for (int row = lane / (D / 8); row < kSlot; row += 256 / D) {
@@ -129,9 +127,9 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
                                         do_tile + row * D * 2, rows, row, mine.offset, scale, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const uint32_t at = ds_tile + swizzled<kTile>(warp * kSlot + lane / 4, row / 8 + j) + lane % 4 * 4;
+                    const uint32_t at = ds_tile + swizzled<kRows>(warp * kSlot + lane / 4, row / 8 + j) + lane % 4 * 4;
                     shared_store4(at, pack<T>(ds[j][0], ds[j][1]));
-                    shared_store4(at + 8 * kTile * 2, pack<T>(ds[j][2], ds[j][3]));
+                    shared_store4(at + 8 * kRows * 2, pack<T>(ds[j][2], ds[j][3]));
                 }
             }
         }
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_tile(c
             for (int start = 0; start < asked.other_length; start += kSlot) {
                 const int key = asked.other * kSlot + start;
                 uint32_t a[4];
-                ldmatrix_x4_trans(a, right_address<kTile>(ds_tile, key, warp, lane));
+                ldmatrix_x4_trans(a, right_address<kRows>(ds_tile, key, warp, lane));
                 multiply_columns<T, D>(dq, a, k_tile + key * D * 2, 0, lane);
             }
             store_rows<T, D>(static_cast<T*>(p.dq) + (static_cast<int64_t>(asked.token) * p.num_heads + head) * D,
@@ -169,15 +167,14 @@ __global__ void __launch_bounds__(256)
     if (row < rows && threadIdx.x % kLanes == 0) delta[row] = x;
 }
 
-constexpr int kBackwardStep = 64;  // queries, or keys, that are loaded together
-
-template <int D>
+// Below, kStep queries, or keys, are loaded together.
+template <int D, int kStep>
 constexpr size_t block_backward_shared() {
-    return (2 * kTile + 4 * kBackwardStep) * D * 2 + 2 * sizeof(QueryRows<kBackwardStep>);
+    return (2 * kTile + 4 * kStep) * D * 2 + 2 * sizeof(QueryRows<kStep>);
 }
 
 // dK and dV of kTile keys of a long sequence: all query heads of the group, all queries that see them.
-template <class T, int D>
+template <class T, int D, int kStep>
 __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[2]) return;
     const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + p.plan.blocks) + 3 * blockIdx.x;
@@ -185,12 +182,12 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
     const int first = item[1] * kTile, count = min(kTile, span.num_k - first);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
-    constexpr int kBytes = kTile * D * 2, kStepBytes = kBackwardStep * D * 2, kThreads = kBackwardWarps * 32;
+    constexpr int kBytes = kTile * D * 2, kStepBytes = kStep * D * 2, kThreads = kBackwardWarps * 32;
 
     char* const memory = shared_bytes();
     const uint32_t k_tile = shared_address(memory), v_tile = k_tile + kBytes, q_tiles = v_tile + kBytes;
     const uint32_t do_tiles = q_tiles + 2 * kStepBytes;
-    auto* rows = reinterpret_cast<QueryRows<kBackwardStep>*>(memory + 2 * kBytes + 4 * kStepBytes);
+    auto* rows = reinterpret_cast<QueryRows<kStep>*>(memory + 2 * kBytes + 4 * kStepBytes);
     const int64_t key = span.k + first;
     load_rows<T, D, kTile, kThreads>(k_tile,
                                      static_cast<const T*>(p.k) + key * p.k_token_stride + kv_head * p.k_head_stride,
@@ -200,21 +197,21 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
                                      p.v_token_stride, count, thread);
 
     // Steps: the blocks of queries that see any of these keys, head after head.
-    const int from = p.causal ? max(0, first - span.num_k + span.num_q) / kBackwardStep : 0;
-    const int per_head = max(0, (span.num_q + kBackwardStep - 1) / kBackwardStep - from), steps = group * per_head;
+    const int from = p.causal ? max(0, first - span.num_k + span.num_q) / kStep : 0;
+    const int per_head = max(0, (span.num_q + kStep - 1) / kStep - from), steps = group * per_head;
     const auto load_step = [&](int step) {
         if (step < steps) {
-            const int head = kv_head * group + step / per_head, start = (from + step % per_head) * kBackwardStep;
+            const int head = kv_head * group + step / per_head, start = (from + step % per_head) * kStep;
             const int stage = step % 2;
             const int64_t query = span.q + start;
-            load_rows<T, D, kBackwardStep, kThreads>(
+            load_rows<T, D, kStep, kThreads>(
                 q_tiles + stage * kStepBytes,
                 static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride, p.q_token_stride,
                 span.num_q - start, thread);
-            load_rows<T, D, kBackwardStep, kThreads>(do_tiles + stage * kStepBytes,
-                                                     static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D,
-                                                     p.num_heads * D, span.num_q - start, thread);
-            if (thread < kBackwardStep) {
+            load_rows<T, D, kStep, kThreads>(do_tiles + stage * kStepBytes,
+                                             static_cast<const T*>(p.dout) + (query * p.num_heads + head) * D,
+                                             p.num_heads * D, span.num_q - start, thread);
+            if (thread < kStep) {
                 const bool valid = start + thread < span.num_q;
                 const int64_t at = (query + (valid ? thread : 0)) * p.num_heads + head;
                 rows[stage].set(thread, static_cast<const float*>(p.lse)[at], static_cast<const float*>(p.scratch)[at],
@@ -235,7 +232,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
         sync_block();
         const uint32_t q_tile = q_tiles + step % 2 * kStepBytes, do_tile = do_tiles + step % 2 * kStepBytes;
 #pragma unroll 1
-        for (int row = 0; row < kBackwardStep; row += kSlot) {
+        for (int row = 0; row < kStep; row += kSlot) {
             float ds[2][4];
             add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2,
                                     do_tile + row * D * 2, rows[step % 2], row, first + warp * kSlot,
@@ -255,7 +252,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
 
 // dQ of kTile queries of a long sequence and one head. It computes the weights a second time (7 products instead of 5);
 // in exchange no dQ is ever added in memory.
-template <class T, int D>
+template <class T, int D, int kStep>
 __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_queries(const AttentionBackward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[1]) return;
     const int32_t* item = p.plan.data + 4 + 2 * (p.plan.tiles + blockIdx.x);
@@ -264,21 +261,20 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_querie
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int head = blockIdx.y;
     const int64_t kv_head = head / (p.num_heads / p.num_kv_heads), query = span.q + first;
-    constexpr int kBytes = kTile * D * 2, kStepBytes = kBackwardStep * D * 2, kThreads = kBackwardWarps * 32;
+    constexpr int kBytes = kTile * D * 2, kStepBytes = kStep * D * 2, kThreads = kBackwardWarps * 32;
 
     const uint32_t q_tile = shared_address(shared_bytes()), do_tile = q_tile + kBytes, k_tiles = do_tile + kBytes;
     const uint32_t v_tiles = k_tiles + 2 * kStepBytes;
     const T* keys = static_cast<const T*>(p.k) + span.k * p.k_token_stride + kv_head * p.k_head_stride;
     const T* values = static_cast<const T*>(p.v) + span.k * p.v_token_stride + kv_head * p.v_head_stride;
-    const int steps =
-        (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kBackwardStep - 1) / kBackwardStep;
+    const int steps = (visible_keys(first + count - 1, span.num_q, span.num_k, p.causal) + kStep - 1) / kStep;
     const auto load_step = [&](int step) {
-        const int start = step * kBackwardStep, stage = step % 2 * kStepBytes;
+        const int start = step * kStep, stage = step % 2 * kStepBytes;
         if (step < steps) {
-            load_rows<T, D, kBackwardStep, kThreads>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
-                                                     span.num_k - start, thread);
-            load_rows<T, D, kBackwardStep, kThreads>(v_tiles + stage, values + start * p.v_token_stride,
-                                                     p.v_token_stride, span.num_k - start, thread);
+            load_rows<T, D, kStep, kThreads>(k_tiles + stage, keys + start * p.k_token_stride, p.k_token_stride,
+                                             span.num_k - start, thread);
+            load_rows<T, D, kStep, kThreads>(v_tiles + stage, values + start * p.v_token_stride, p.v_token_stride,
+                                             span.num_k - start, thread);
         }
         cp_async_commit();
     };
@@ -309,7 +305,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_querie
         cp_async_wait<1>();
         sync_block();
         const uint32_t k_tile = k_tiles + step % 2 * kStepBytes, v_tile = v_tiles + step % 2 * kStepBytes;
-        for (int start = 0; start < kBackwardStep; start += kSlot) {
+        for (int start = 0; start < kStep; start += kSlot) {
             float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
             for (int k = 0; k < D / 16; ++k) {
@@ -323,7 +319,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_querie
             for (int j = 0; j < 2; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int key = step * kBackwardStep + start + j * 8 + lane % 4 * 2 + e % 2;
+                    const int key = step * kStep + start + j * 8 + lane % 4 * 2 + e % 2;
                     const float weight = exp2_approx(s[j][e] * (scale * kLog2E) - lse[e / 2]);
                     s[j][e] = key < seen[e / 2] ? weight * (dp[j][e] - delta[e / 2]) * scale : 0;
                 }

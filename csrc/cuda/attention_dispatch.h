@@ -1,8 +1,8 @@
-// Which kernel a call gets: dtype, head_dim, and whether each sequence has one query.
+// Which kernel a call gets: dtype, head_dim, the shared memory of the device, and whether each sequence has one query.
 #pragma once
 
+#include "cuda/architecture.h"
 #include "cuda/attention_tile.h"
-#include "cuda/launch.h"
 
 namespace qemb::cuda {
 
@@ -19,6 +19,15 @@ void visit_types(const Params& p, Run&& run) {
         with.template operator()<BFloat16>();
     else
         with.template operator()<Float16>();
+}
+
+// run.operator()<slots of a tile>(); the plan of the batch was made for as many.
+template <class Run>
+void visit_slots(Run&& run) {
+    if (has_large_shared())
+        run.template operator()<kMostSlots>();
+    else
+        run.template operator()<kMostSlots / 2>();
 }
 
 // run.operator()<group>(); false where the heads of a group are too many for one pass.

@@ -18,8 +18,11 @@ void attention_forward(const AttentionForward& p) {
         if (!on_hopper() || !sm90::attention_forward(p))
             launch("varlen_attention", attention_forward_block<T, D>, dim3(static_cast<unsigned>(p.plan.blocks), heads),
                    kBlockWarps * 32, block_forward_shared<D>(), p.stream, p);
-        launch("varlen_attention", attention_forward_tile<T, D>, dim3(static_cast<unsigned>(p.plan.tiles), kv_heads),
-               kTileWarps * 32, tile_forward_shared<D>(), p.stream, p);
+        visit_slots([&]<int kSlots>() {
+            launch("varlen_attention", attention_forward_tile<T, D, kSlots>,
+                   dim3(static_cast<unsigned>(p.plan.tiles), kv_heads), kSlots * 32, tile_forward_shared<D, kSlots>(),
+                   p.stream, p);
+        });
     });
 }
 

@@ -6,40 +6,38 @@
 
 namespace qemb::cuda {
 
-constexpr int kTileWarps = kSlots;
 template <int D>
 constexpr int kSlotsAtOnce = D == 128 ? 2 : 4;  // of keys: what the registers hold, for two blocks on a processor
 
-template <int D>
+template <int D, int kSlots>
 constexpr size_t tile_forward_shared() {
-    return 3 * kTile * D * 2 + sizeof(SlotMap);
+    return 3 * kSlots * kSlot * D * 2 + sizeof(SlotMap<kSlots>);
 }
 
 // One tile and one kv head: keys and values are read once for all query heads of the group; each warp owns a slot of
 // queries and works alone once the keys are there.
-template <class T, int D>
-__global__ void __launch_bounds__(kTileWarps * 32, 2) attention_forward_tile(const AttentionForward p) {
+template <class T, int D, int kSlots>
+__global__ void __launch_bounds__(kSlots * 32, 2 * kMostSlots / kSlots)
+    attention_forward_tile(const AttentionForward p) {
     if (static_cast<int>(blockIdx.x) >= p.plan.data[0]) return;
     const int32_t* item = p.plan.data + 4 + 2 * blockIdx.x;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    constexpr int kAtOnce = kSlotsAtOnce<D>;
+    constexpr int kAtOnce = kSlotsAtOnce<D>, kBytes = kSlots * kSlot * D * 2;
     const int kv_head = blockIdx.y, group = static_cast<int>(p.num_heads / p.num_kv_heads);
 
     // Map the slots; load keys and values.
     char* const q_tile = shared_bytes();
-    const uint32_t k_tile = shared_address(q_tile + kTile * D * 2), v_tile = k_tile + kTile * D * 2;
-    SlotMap& map = *reinterpret_cast<SlotMap*>(q_tile + 3 * kTile * D * 2);
+    const uint32_t k_tile = shared_address(q_tile + kBytes), v_tile = k_tile + kBytes;
+    auto& map = *reinterpret_cast<SlotMap<kSlots>*>(q_tile + 3 * kBytes);
     if (warp == 0) map.fill(p.cu_seqlens_q, p.cu_seqlens_k, item[0], item[1], p.plan.data[3], lane);
     sync_block();
-    load_slots<T, D, kTileWarps * 32>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride,
-                                      p.k_token_stride, thread);
-    load_slots<T, D, kTileWarps * 32>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride,
-                                      p.v_token_stride, thread);
+    load_slots<T, D>(k_tile, map.k, static_cast<const T*>(p.k) + kv_head * p.k_head_stride, p.k_token_stride, thread);
+    load_slots<T, D>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
 
-    const SlotMap::Slot mine = map.q[warp];
+    const Slot mine = map.q[warp];
     if (mine.count == 0) return;
     const int num_keys = mine.other_length, row = lane / 4;
     const int seen[2] = {visible_keys(mine.offset + row, mine.length, num_keys, p.causal),

@@ -14,9 +14,15 @@
 namespace qemb {
 namespace {
 
-constexpr int kTile = AttentionPlan::kTile, kSlot = AttentionPlan::kSlot, kSlots = kTile / kSlot;
+constexpr int kTile = AttentionPlan::kTile, kSlot = AttentionPlan::kSlot, kMostSlots = kTile / kSlot;
 constexpr int kMaxPerTile = 32;  // sequences: a warp maps a tile with one lane for each
 constexpr int kBuckets = 64;     // of length, for longest first
+
+// Which sequences share tiles, and what a tile holds.
+struct ShortLimits {
+    int32_t tokens;  // of a short sequence, on either side, at most
+    int32_t slots;   // of a tile
+};
 
 struct Counts {
     int64_t tiles, blocks, key_blocks, summed;
@@ -27,7 +33,7 @@ QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (le
 
 // Where `data` is null, only counts. `buckets`: 2 * kBuckets values of working memory.
 QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs,
-                                    const AttentionPlan& plan, int32_t most_short, int32_t* data, int32_t* buckets) {
+                                    const AttentionPlan& plan, ShortLimits limits, int32_t* data, int32_t* buckets) {
     int32_t* const tiles = data + 4;
     int32_t* const blocks = tiles + 2 * plan.tiles;
     int32_t* const key_blocks = blocks + 2 * plan.blocks;
@@ -53,7 +59,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
         if (q > 1) counts.single = false;
         if (q <= 0 && k <= 0) continue;
-        if (q > most_short || k > most_short) {
+        if (q > limits.tokens || k > limits.tokens) {
             const int bucket = bucket_of(q, k);
             buckets[bucket] += parts(q, kTile);
             buckets[kBuckets + bucket] += parts(k, kTile);
@@ -63,7 +69,8 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
             continue;
         }
         const int32_t more_q = parts(q, kSlot), more_k = parts(k, kSlot);
-        if (first >= 0 && (q_slots + more_q > kSlots || k_slots + more_k > kSlots || s - first >= kMaxPerTile))
+        if (first >= 0 &&
+            (q_slots + more_q > limits.slots || k_slots + more_k > limits.slots || s - first >= kMaxPerTile))
             close(s);
         if (first < 0) {
             first = s;
@@ -85,7 +92,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     }
     for (int64_t s = 0; s < num_seqs; ++s) {
         const int32_t q = cu_q[s + 1] - cu_q[s], k = cu_k[s + 1] - cu_k[s];
-        if (q <= most_short && k <= most_short) continue;
+        if (q <= limits.tokens && k <= limits.tokens) continue;
         const int bucket = bucket_of(q, k);
         for (int32_t b = parts(q, kTile); b-- > 0;) {  // a causal mask leaves most to the last queries
             int32_t* item = blocks + 2 * buckets[bucket]++;
@@ -103,45 +110,49 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     data[0] = static_cast<int32_t>(counts.tiles);
     data[1] = static_cast<int32_t>(counts.blocks);
     data[2] = static_cast<int32_t>(counts.key_blocks);
-    data[3] = most_short;
+    data[3] = limits.tokens;
     return counts;
 }
 
 // On Hopper the kernels for blocks are ahead of the tiles from here on.
-int32_t most_short() { return cuda::on_hopper() ? kTile / 4 : kTile; }
+ShortLimits short_limits() {
+    const int slots = cuda::has_large_shared() ? kMostSlots : kMostSlots / 2;
+    return {cuda::on_hopper() ? kTile / 4 : slots * kSlot, slots};
+}
 
 }  // namespace
 
 AttentionPlan size_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs) {
     int32_t buckets[2 * kBuckets];
-    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, most_short(), nullptr, buckets);
+    const Counts counts = walk(cu_seqlens_q, cu_seqlens_k, num_seqs, {}, short_limits(), nullptr, buckets);
     return {nullptr, counts.tiles, counts.blocks, counts.key_blocks, counts.summed, counts.single};
 }
 
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data) {
     int32_t buckets[2 * kBuckets];
-    walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, most_short(), data, buckets);
+    walk(cu_seqlens_q, cu_seqlens_k, num_seqs, plan, short_limits(), data, buckets);
 }
 
 namespace cuda {
 namespace {
 
 __global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, AttentionPlan plan,
-                                 int32_t most_short, int32_t* data) {
-    if (threadIdx.x == 0)
-        walk(cu_q, cu_k, num_seqs, plan, most_short, data, reinterpret_cast<int32_t*>(shared_bytes()));
+                                 ShortLimits limits, int32_t* data) {
+    if (threadIdx.x == 0) walk(cu_q, cu_k, num_seqs, plan, limits, data, reinterpret_cast<int32_t*>(shared_bytes()));
 }
 
 }  // namespace
 
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const ShortLimits limits = short_limits();
     const int64_t slots = (tokens_q + tokens_k) / kSlot + 2 * num_seqs;
-    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / most_short());
+    const int64_t long_seqs = least(num_seqs, (tokens_q + tokens_k) / limits.tokens);
     AttentionPlan plan;
-    // Two neighbouring tiles hold more than kSlots slots of one kind, or one of them as many sequences as it may.
-    plan.tiles = least(num_seqs, 2 * slots / kSlots + num_seqs / kMaxPerTile + 2);
+    // Two neighbouring tiles hold more than limits.slots slots of one kind, or one of them as many sequences as it
+    // may.
+    plan.tiles = least(num_seqs, 2 * slots / limits.slots + num_seqs / kMaxPerTile + 2);
     plan.blocks = tokens_q / kTile + long_seqs;
     plan.key_blocks = tokens_k / kTile + long_seqs;
     const int64_t many_keys = least(num_seqs, tokens_k / (kTile + 1));  // sequences
@@ -152,7 +163,7 @@ AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k)
 void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream) {
     launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, cu_seqlens_q,
-           cu_seqlens_k, num_seqs, plan, most_short(), data);
+           cu_seqlens_k, num_seqs, plan, short_limits(), data);
 }
 
 }  // namespace cuda

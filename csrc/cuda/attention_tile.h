@@ -11,7 +11,7 @@
 
 namespace qemb::cuda {
 
-constexpr int kTile = AttentionPlan::kTile, kSlot = AttentionPlan::kSlot, kSlots = kTile / kSlot;
+constexpr int kTile = AttentionPlan::kTile, kSlot = AttentionPlan::kSlot, kMostSlots = kTile / kSlot;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int D>
@@ -148,17 +148,19 @@ struct Span {
         : q(cu_q[s]), num_q(cu_q[s + 1] - cu_q[s]), k(cu_k[s]), num_k(cu_k[s + 1] - cu_k[s]) {}
 };
 
+struct Slot {
+    int token;   // of the first row
+    int count;   // rows in use; 0: empty slot
+    int offset;  // of the first row in its sequence
+    int length;  // of its sequence, on this side
+    int other;   // first slot of its sequence on the other side
+    int other_length;
+};
+
 // Where the slots of a tile of short sequences come from. A sequence's slots are neighbours, so the keys of a query
 // slot are the slots [other, other + ceil(length / kSlot)), and the queries of a key slot likewise.
+template <int kSlots>
 struct SlotMap {
-    struct Slot {
-        int token;   // of the first row
-        int count;   // rows in use; 0: empty slot
-        int offset;  // of the first row in its sequence
-        int length;  // of its sequence, on this side
-        int other;   // first slot of its sequence on the other side
-        int other_length;
-    };
     Slot q[kSlots], k[kSlots];
 
     // By the first warp; a barrier of the block must follow.
@@ -192,13 +194,13 @@ struct SlotMap {
     }
 };
 
-// A whole tile, slot by slot.
-template <class T, int D, int kThreads>
-QEMB_DEVICE void load_slots(uint32_t tile, const SlotMap::Slot* slots, const T* from, int64_t stride, int thread) {
+// A whole tile, slot by slot, by as many warps.
+template <class T, int D, int kSlots>
+QEMB_DEVICE void load_slots(uint32_t tile, const Slot (&slots)[kSlots], const T* from, int64_t stride, int thread) {
     constexpr int kChunks = D / 8;
-    for (int i = thread; i < kTile * kChunks; i += kThreads) {
+    for (int i = thread; i < kSlots * kSlot * kChunks; i += kSlots * 32) {
         const int row = i / kChunks, chunk = i % kChunks;
-        const SlotMap::Slot& slot = slots[row / kSlot];
+        const Slot& slot = slots[row / kSlot];
         const bool valid = row % kSlot < slot.count;
         const int64_t token = valid ? slot.token + row % kSlot : 0;
         cp_async16(tile + swizzled<D>(row, chunk), from + token * stride + chunk * 8, valid);

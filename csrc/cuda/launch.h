@@ -45,6 +45,7 @@ inline int compute_capability() {
            device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int max_shared() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // bytes of a block
 #endif
 
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }

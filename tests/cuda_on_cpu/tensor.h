@@ -84,13 +84,25 @@ void for_each_dtype(Body body) {
     body.template operator()<Float16>(std::string("float16"));
 }
 
+// Until the end of the scope: launches on a GPU of another compute capability.
+class OnDevice {
+  public:
+    explicit OnDevice(int capability) { emulator::use_device(capability); }
+    ~OnDevice() { emulator::use_device(before_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+  private:
+    int before_ = emulator::options().compute_capability;
+};
+
 // All tests with the kernels of each architecture, or of the one that QEMB_SM names. -> the process's status
 inline int run_all_on(std::initializer_list<int> capabilities) {
     const char* const only = std::getenv("QEMB_SM");
     int failed = 0;
     for (const int capability : capabilities) {
         if (only && std::atoi(only) != capability) continue;
-        emulator::options().compute_capability = capability;
+        emulator::use_device(capability);
         std::printf("sm_%d\n", capability);
         failed |= run_all();
     }

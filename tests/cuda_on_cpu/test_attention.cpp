@@ -55,14 +55,16 @@ TEST(a_plan_made_on_the_device) {
     CHECK(size_plan(all.data(), all.data(), 2000).single);
 }
 
-TEST(a_sequence_has_the_same_bits_alone) {
-    const Case all = self({20, 100, 7, 128, 33, 200, 64}, 2, 1, 64, true);
+namespace {
+
+void check_bits_alone(const Case& all) {
     const Inputs x = random_inputs<BFloat16>(all);
     Call<BFloat16> packed(all, x.q, x.k, x.v, x.dout);
     packed.run();
+    const int64_t q_row = all.heads * all.dim, k_row = all.kv_heads * all.dim;
     for (size_t s = 0; s + 1 < all.cu_q.size(); ++s) {
-        const int64_t begin = all.cu_q[s], count = all.cu_q[s + 1] - begin, q_row = 2 * 64, k_row = 64;
-        const Case one = self({static_cast<int32_t>(count)}, 2, 1, 64, true);
+        const int64_t begin = all.cu_q[s], count = all.cu_q[s + 1] - begin;
+        const Case one = self({static_cast<int32_t>(count)}, all.heads, all.kv_heads, all.dim, all.causal);
         const auto part = [&](const Wide& from, int64_t row) {
             return Wide(from.begin() + begin * row, from.begin() + (begin + count) * row);
         };
@@ -75,31 +77,57 @@ TEST(a_sequence_has_the_same_bits_alone) {
     }
 }
 
+// The second and the fourth of five sequences hold NaN.
+void check_nan_stays(const Case& c) {
+    const int64_t q_row = c.heads * c.dim, k_row = c.kv_heads * c.dim;
+    Inputs x = random_inputs<BFloat16>(c);
+    const AttentionResult truth = attention_truth(c, x.q, x.k, x.v, x.dout, [](double value) { return value; });
+    for (const size_t s : {size_t(1), size_t(3)}) {
+        for (int64_t i = c.cu_q[s] * q_row; i < c.cu_q[s + 1] * q_row; ++i) x.q[i] = x.dout[i] = NAN;
+        for (int64_t i = c.cu_q[s] * k_row; i < c.cu_q[s + 1] * k_row; ++i) x.k[i] = x.v[i] = NAN;
+    }
+    Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
+    call.run();
+    for (const size_t s : {size_t(0), size_t(2), size_t(4)}) {
+        double worst = 0;
+        const auto compare = [&](Tensor<BFloat16>& ours, const Wide& right, int64_t row) {
+            for (int64_t i = c.cu_q[s] * row; i < c.cu_q[s + 1] * row; ++i) {
+                const double error = std::abs(cuda::to_float(ours[i]) - right[i]);
+                if (testing::is_worse(error, worst)) worst = error;
+            }
+        };
+        compare(call.out, truth.out, q_row);
+        compare(call.dq, truth.dq, q_row);
+        compare(call.dk, truth.dk, k_row);
+        compare(call.dv, truth.dv, k_row);
+        CHECK(worst < 0.05);
+    }
+}
+
+}  // namespace
+
+TEST(a_sequence_has_the_same_bits_alone) { check_bits_alone(self({20, 100, 7, 128, 33, 200, 64}, 2, 1, 64, true)); }
+
 TEST(nan_stays_in_its_sequence) {
-    for (const bool causal : {false, true}) {
-        const Case c = self({20, 30, 17, 140, 40}, 2, 1, 64, causal);
-        Inputs x = random_inputs<BFloat16>(c);
-        const AttentionResult truth = attention_truth(c, x.q, x.k, x.v, x.dout, [](double value) { return value; });
-        for (const size_t s : {size_t(1), size_t(3)}) {
-            for (int64_t i = c.cu_q[s] * 128; i < c.cu_q[s + 1] * 128; ++i) x.q[i] = x.dout[i] = NAN;
-            for (int64_t i = c.cu_q[s] * 64; i < c.cu_q[s + 1] * 64; ++i) x.k[i] = x.v[i] = NAN;
-        }
-        Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
-        call.run();
-        for (const size_t s : {size_t(0), size_t(2), size_t(4)}) {
-            double worst = 0;
-            const auto compare = [&](Tensor<BFloat16>& ours, const Wide& right, int64_t row) {
-                for (int64_t i = c.cu_q[s] * row; i < c.cu_q[s + 1] * row; ++i) {
-                    const double error = std::abs(cuda::to_float(ours[i]) - right[i]);
-                    if (testing::is_worse(error, worst)) worst = error;
-                }
-            };
-            compare(call.out, truth.out, 128);
-            compare(call.dq, truth.dq, 128);
-            compare(call.dk, truth.dk, 64);
-            compare(call.dv, truth.dv, 64);
-            CHECK(worst < 0.05);
-        }
+    for (const bool causal : {false, true}) check_nan_stays(self({20, 30, 17, 140, 40}, 2, 1, 64, causal));
+}
+
+// Tiles of four slots; sequences of more than 64 tokens are blocks, of which head_dim 128 loads 32 rows at a time.
+TEST(devices_with_99_KB_of_shared_memory_a_block) {
+    if (emulator::options().compute_capability != 80) return;  // once is enough
+    const std::vector<int32_t> two_of_64{0, 64, 128};
+    CHECK(size_plan(two_of_64.data(), two_of_64.data(), 2).tiles == 1);
+    for (const int capability : {86, 89}) {
+        const OnDevice device(capability);
+        CHECK(size_plan(two_of_64.data(), two_of_64.data(), 2).tiles == 2);
+        const int64_t dim = capability == 86 ? 128 : 64;
+        for (const Case& c :
+             {self({1, 15, 17, 64, 2, 0, 33, 31}, 2, 1, dim, false), self({65, 16, 150}, 2, 1, dim, true),
+              Case{{0, 3, 4, 40}, {0, 60, 64, 128}, 1, 1, dim, true}})
+            check<BFloat16>(describe(c), c, capability == 89);
+        check<Float16>("float16", self({50, 70, 20}, 2, 1, dim, true));
+        check_bits_alone(self({20, 64, 7, 33, 129}, 2, 1, dim, true));
+        check_nan_stays(self({20, 30, 17, 140, 40}, 2, 1, dim, capability == 89));
     }
 }
 

@@ -206,6 +206,11 @@ TEST(divergence_is_seen) {
 __global__ void refused(int) {}
 TEST(launches_that_cannot_be_are_refused) {
     check_says(failure(1, 256 * 1024, refused, 0), "too much shared memory");
+    for (const auto& [capability, bytes] : {std::pair(86, 101376), {89, 101376}, {80, 166912}, {90, 232448}}) {
+        emulator::use_device(capability);
+        CHECK(max_shared() == bytes && failure(1, bytes, refused, 0).empty());
+        check_says(failure(1, bytes + 1, refused, 0), "too much shared memory");
+    }
     try {
         launch("test", refused, dim3(1, 70000), 32, 0, nullptr, 0);
         CHECK(false);

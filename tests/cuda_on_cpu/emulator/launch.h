@@ -20,6 +20,11 @@ inline Options& options() {
     static Options options;
     return options;
 }
+// The next launches run on a GPU of this compute capability, with as much shared memory for a block as it has.
+inline void use_device(int capability) {
+    options().compute_capability = capability;
+    options().shared_limit = (capability == 80 ? 163 : capability == 90 ? 227 : 99) * 1024;
+}
 
 inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block::Body body, const void* context) {
     if (shared > options().shared_limit)
@@ -84,6 +89,7 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
 
 inline int compute_capability() { return ::emulator::options().compute_capability; }
 inline int multiprocessors() { return ::emulator::options().multiprocessors; }
+inline int max_shared() { return static_cast<int>(::emulator::options().shared_limit); }
 
 inline void zero(const char*, void* to, size_t bytes, void*) {
     if (bytes) std::memset(to, 0, bytes);
