@@ -1,1 +1,1 @@
-"""Text pairs in, packed token batches out: example -> tokenizer -> batch -> loader."""
+"""Data loading: from text pairs to packed token batches."""

@@ -1,4 +1,4 @@
-"""PackedBatch: sequences laid end to end, nothing padded. Legend: B sequences, T tokens of all of them together."""
+"""PackedBatch: concatenated sequences without padding. Legend: B sequences, T tokens in total."""
 
 from array import array
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
-    return x.to(device, non_blocking=device.type != "cpu")  # to the CPU it must be there before it is read
+    return x.to(device, non_blocking=device.type != "cpu")  # a copy to the CPU must be complete before it is read
 
 
 def _check(name: str, value: Any, dtype: torch.dtype) -> None:
@@ -33,20 +33,20 @@ def _check(name: str, value: Any, dtype: torch.dtype) -> None:
 class PackedBatch:
     """Sequences of tokens, concatenated without padding.
 
-    Sequence b has the tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`; it may be empty. Usually `PackedBatch.pack` makes
-    a batch.
+    Sequence b has the tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`; it may be empty. Batches are usually made with
+    `PackedBatch.pack`.
 
     Args:
         input_ids_T: token ids, int64 [T].
         positions_T: position of each token in its sequence, int64 [T].
         cu_seqlens: cumulative sequence lengths, int32 [B + 1], from 0 to T.
         max_seqlen: length of the longest sequence.
-        cu_seqlens_cpu: `cu_seqlens` on the CPU, so that lengths are known without a wait for the GPU (default: copied
+        cu_seqlens_cpu: `cu_seqlens` on the CPU, so that lengths are known without waiting for the GPU (default: copied
             once).
 
     Raises:
         TypeError: a value is not a tensor of its dtype.
-        ValueError: shapes, devices or lengths do not fit each other.
+        ValueError: incompatible shapes, devices or lengths.
 
     Example:
         >>> batch = pyqemb.PackedBatch.pack([[5, 6, 7], [8]])
@@ -109,7 +109,7 @@ class PackedBatch:
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":
-        """Pack lists of token ids as given: nothing is appended.
+        """Pack lists of token ids without appending any.
 
         Args:
             sequences: B lists of token ids; no sequences give an empty batch.
@@ -168,17 +168,17 @@ class PackedBatch:
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors but `cu_seqlens_cpu`."""
+        """The device of all tensors except `cu_seqlens_cpu`."""
         return self.input_ids_T.device
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences, B; empty ones count."""
+        """The number of sequences, B, including empty ones."""
         return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of all sequences together, T."""
+        """The total number of tokens, T."""
         return len(self.input_ids_T)
 
     @property
@@ -193,7 +193,7 @@ class PackedBatch:
         """Split into contiguous chunks of whole sequences.
 
         Args:
-            max_tokens: the maximum tokens of a chunk. A longer sequence gets a chunk of its own.
+            max_tokens: the maximum tokens of a chunk. A longer sequence gets its own chunk.
 
         Returns:
             The chunks, in order; one empty chunk for an empty batch.
@@ -231,7 +231,7 @@ class PackedBatch:
         """Select sequences.
 
         Args:
-            indices: their numbers, in the order of the result; a number may come more than once.
+            indices: their indices, in the order of the result; an index may occur more than once.
 
         Returns:
             A batch of these sequences.
@@ -261,10 +261,10 @@ class PackedBatch:
         return PackedBatch._from_lengths(self.input_ids_T[to_device(torch.from_numpy(tokens), self.device)], lengths)
 
     def last_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the last token of each sequence, which is pooled.
+        """Find the last token of each sequence, for pooling.
 
         Returns:
-            Their indices, int64 [B'], where B' counts the sequences that have a token, and the cu_seqlens of these
+            Their indices, int64 [B'], where B' is the number of non-empty sequences, and the cu_seqlens of these
             tokens, int32 [B + 1], in which an empty sequence stays empty.
         """
         ends = self.cu_seqlens_cpu[1:].long()

@@ -1,10 +1,10 @@
-"""BEIR folders: a corpus, queries, and judgements of which documents answer which query.
+"""BEIR folders: a corpus, queries, and judgments of which documents answer which query.
 
 FOLDER/corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv        BEIR; any format of rows, any compression; TREC qrels
 FOLDER/corpus/, queries/, qrels/ (or data/, default/)      the repositories of mteb on the hub: Parquet files or others
 
-Rows have _id or id, and text, perhaps title (documents) or instruction (queries); judgements query-id, corpus-id,
-score.
+Rows have _id or id, and text, optionally title (documents) or instruction (queries); judgments have query-id, corpus-id
+and score.
 """
 
 import csv
@@ -20,7 +20,7 @@ from pyqemb.data.splits import canonical, choose, data_files, split_of
 from pyqemb.errors import DataError
 
 _QRELS = ("qrels", "data", "default")
-_TABLES = (".tsv", ".txt", ".qrels", ".trec")  # of judgements, perhaps without a header
+_TABLES = (".tsv", ".txt", ".qrels", ".trec")  # of judgments, possibly without a header
 _COLUMNS = ("query-id", "corpus-id", "score")
 
 
@@ -28,44 +28,43 @@ _COLUMNS = ("query-id", "corpus-id", "score")
 class Beir:
     """A BEIR folder in memory.
 
-    `qrels[query id][document id]` is a grade as the file has it, also of documents that the corpus lacks. `queries`
-    holds all queries that are judged, also those without a document above 0. `empty_documents` and `empty_queries` hold
-    the place (file:line) of each text that is empty, by id.
+    `qrels[query id][document id]` is the grade in the file, also for documents that are not in the corpus. `queries`
+    holds all judged queries, including those without a document above 0. `empty_documents` and `empty_queries` hold the
+    place (file:line) of each empty text, by id.
     """
 
     corpus: dict[str, str]
     queries: dict[str, str]
     instructions: dict[str, str]
     qrels: dict[str, dict[str, float]]
-    files: list[Path]  # of the judgements
+    files: list[Path]  # of the judgments
     empty_documents: dict[str, str] = field(default_factory=dict)
     empty_queries: dict[str, str] = field(default_factory=dict)
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a folder holds judgements, or a corpus and queries."""
+    """Whether a folder holds judgments, or a corpus and queries."""
     return (folder / "qrels").is_dir() or (bool(corpus_files(folder)) and bool(_tables(folder, "queries")))
 
 
 def corpus_files(folder: Path) -> list[Path]:
-    """The files of the corpus, none where there is no corpus."""
+    """The files of the corpus, if there is one."""
     return _tables(folder, "corpus")
 
 
 def splits(folder: Path) -> list[str]:
-    """The splits that have judgements."""
+    """The splits that have judgments."""
     return sorted(_judgement_files(folder))
 
 
 def read_beir(folder: Path, split: str | None) -> Beir:
-    """Read a folder; `split` None: test, or the only one there.
+    """Read a folder; `split` None: test, or the only one.
 
-    Judged queries and documents that are absent are counted in one warning; such a document stays in `qrels`, as mteb
-    keeps it. A pair that is judged twice has its last grade, with a warning where they differ.
+    One warning counts the judged queries and documents that are missing; such a document stays in `qrels`, as in mteb.
+    A pair that is judged twice gets the last grade, with a warning if the grades differ.
 
     Raises:
-        DataError: a file that is missing, an id that occurs twice, a grade that is no finite number, no judgement above
-            0.
+        DataError: a missing file, a duplicate id, a grade that is not a finite number, no judgment above 0.
     """
     found = _judgement_files(folder)
     split = choose(folder, found, split, "test")
@@ -90,14 +89,14 @@ def read_beir(folder: Path, split: str | None) -> Beir:
 
 
 def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of the corpus, of all its files."""
+    """Yield (id, text) of all files of the corpus."""
     return ((key, text) for _, key, text, _ in _texts(folder, "corpus", None, {}))
 
 
 def read_pairs(folder: Path, split: str | None, allow_empty: bool = False) -> Iterator[tuple[str, str, str]]:
-    """(place, query, document) of each judgement above 0; `split` None: train, or the only one there.
+    """Yield (place, query, document) of each judgment above 0; `split` None: train, or the only one.
 
-    Raises DataError as `read_beir`, and where a query or a document that is judged is empty, unless `allow_empty`.
+    Raises DataError as in `read_beir`, and for an empty judged query or document, unless `allow_empty`.
     """
     found = _judgement_files(folder)
     if split is None and not any(canonical(name) == "train" for name in found) and len(found) != 1:
@@ -117,7 +116,7 @@ def read_pairs(folder: Path, split: str | None, allow_empty: bool = False) -> It
 
 
 def document_text(row: Row, where: str) -> str:
-    """Title and text of a document as one, as mteb joins them."""
+    """Title and text of a document, joined as in mteb."""
     title = row.get("title")
     if title is not None and not isinstance(title, str):
         raise DataError(f"{where}: 'title' must be text, got {title!r}")
@@ -130,7 +129,7 @@ def document_id(row: Row, where: str) -> str | None:
 
 
 def _texts(folder: Path, name: str, split: str | None, empty: dict[str, str]) -> Iterator[tuple[str, str, str, Row]]:
-    """(place, id, text, row) of the corpus or the queries."""
+    """Yield (place, id, text, row) of the corpus or the queries."""
     files = _tables(folder, name)
     if not files:
         raise DataError(f"{folder}: needs {name}.jsonl, or {name}/ with Parquet files")
@@ -148,7 +147,7 @@ def _texts(folder: Path, name: str, split: str | None, empty: dict[str, str]) ->
 
 
 def _rows(folder: Path, files: list[Path], split: str | None) -> Iterator[tuple[str, Row]]:
-    """Of the files of `split` where the names tell splits, and one of them is it."""
+    """Yield the rows of the files; if the file names contain splits, only those of `split`."""
     by_split: dict[str | None, list[Path]] = {}
     for path in files:
         name = split_of(path.relative_to(folder), shards=True)
@@ -172,12 +171,12 @@ def _tables(folder: Path, name: str) -> list[Path]:
     ]  # fmt: skip
     parts = data_files(folder / name) if (folder / name).is_dir() else []
     if len(files) + bool(parts) > 1:
-        raise DataError(f"{(parts or files[1:])[0]}: is there beside {files[0].name}; keep one of them")
+        raise DataError(f"{(parts or files[1:])[0]}: exists beside {files[0].name}; keep one of them")
     return parts or files
 
 
 def _judgement_files(folder: Path) -> dict[str, list[Path]]:
-    """By split. mteb's repositories hold the same judgements as .tsv and as .jsonl: all files of a split are read."""
+    """The files by split. mteb's repositories hold the same judgments as .tsv and as .jsonl; all files are read."""
     place = next((folder / name for name in _QRELS if (folder / name).is_dir()), None)
     found: dict[str, list[Path]] = {}
     if place is None:
@@ -229,7 +228,7 @@ def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -
 
 
 def _judgements(files: list[Path], is_id: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
-    """(place, query id, document id, grade). A line that holds an id, as `is_id` tells, is no header."""
+    """Yield (place, query id, document id, grade). A first line with an id, according to `is_id`, is not a header."""
     for path in files:
         if format_of(path) in _TABLES:
             yield from _judgement_table(path, is_id)
@@ -240,10 +239,10 @@ def _judgements(files: list[Path], is_id: Callable[[str], bool]) -> Iterator[tup
 
 
 def _judgement_table(path: Path, is_id: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
-    """Yield the judgements of a file without named columns, as `_judgements` does.
+    """Yield the judgments of a file without named columns, as `_judgements` does.
 
-    A line holds query, document and grade with tabs between them, quoted as in CSV, with or without a header; or, as in
-    TREC, query, iteration, document and grade with spaces or tabs between them.
+    A line holds query, document and grade separated by tabs, quoted as in CSV, with or without a header; or, as in
+    TREC, query, iteration, document and grade separated by spaces or tabs.
     """
     order = (0, 1, 2)
     first = True

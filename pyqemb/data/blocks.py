@@ -1,11 +1,11 @@
-"""A folder of values by key that only grows, for several processes at once: append-only files of checksummed blocks.
+"""An append-only key-value folder for several processes, made of files of checksummed blocks.
 
 FOLDER/0000.data     the values, block after block
 FOLDER/0000.index    a record for each block: its place and checksum, the keys and lengths of its values, a digest of
                      the record
 
-A process writes to a pair of files of its own, which it locks, and reads all pairs. No file is ever truncated or
-rewritten: whatever a kill has torn or the disk has damaged is skipped, and what it held is added again.
+A process locks and writes its own pair of files, and reads all pairs. Files are never truncated or rewritten. A block
+that is incomplete or damaged is skipped, and its values are added again.
 """
 
 import fcntl
@@ -30,18 +30,19 @@ _MAGIC = b"\x93qblock1"
 _HEAD = struct.Struct(
     "<8sIQQI"
 )  # _MAGIC, number of values, offset and size of their bytes in .data, crc32 of these bytes
-_SEAL = 16  # bytes of the digest behind a record
-_MOST = 8192  # values of a block: what the first read of one of them has to check
+_SEAL = 16  # bytes of the digest after a record
+_MOST = 8192  # values of a block, all of which are checked at its first read
 _CHUNK = 1 << 24
 
 
 class Blocks:
-    """Byte strings by key: `rows` finds them, `append` adds some, `values` and `matrix` read them.
+    """Byte strings by key: `rows` finds them, `append` adds them, `values` and `matrix` read them.
 
-    `identity` says what the values depend on: blocks of another identity are not seen. A block's checksum is verified
-    when one of its values is looked up for the first time; a damaged block is logged, and its values count as missing.
+    `identity` identifies what the values depend on; blocks with another identity are ignored. A block's checksum is
+    verified when one of its values is looked up for the first time; a damaged block is logged, and its values count as
+    missing.
 
-    Raises MachineError: the disk is full, or cannot be read or written. What the folder holds stays.
+    Raises MachineError: the disk is full, or cannot be read or written. The values in the folder are kept.
     """
 
     def __init__(self, folder: Path, identity: str):
@@ -57,7 +58,7 @@ class Blocks:
         return self._keys.count
 
     def refresh(self) -> None:
-        """Take in what this and other processes have appended."""
+        """Read the index entries that this and other processes have appended."""
         try:
             for path in sorted(self.folder.glob("*.index")):
                 if path.name not in self._files:
@@ -67,7 +68,7 @@ class Blocks:
             raise unreadable(self.folder, error, MachineError) from error
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [N]: the row of each key, -1 where there is none that is sound."""
+        """int64 [N]: the row of each key, -1 if it has no intact value."""
         rows = self._keys.rows(keys)
         if (rows < 0).any():
             self.refresh()
@@ -94,21 +95,20 @@ class Blocks:
 
     @property
     def width(self) -> int | None:
-        """Bytes of the first value, None where there is none."""
+        """The bytes of the first value, None without values."""
         return int(self._lengths.values[0]) if len(self) else None
 
     def matrix(self, rows: np.ndarray) -> np.ndarray:
-        """Return values of one width as a matrix: uint8 [N, width].
+        """Return values of equal width as a matrix: uint8 [N, width].
 
-        All values must have that width and be aligned to it. The matrix is memory-mapped where they lie one behind the
-        other.
+        All values must have that width and be aligned to it. The matrix is memory-mapped if the values are contiguous.
         """
         assert self.width is not None
         numbers, inverse = np.unique(self._block.values[rows], return_inverse=True)
         ends: dict[_Files, int] = {}
         for block in (self._blocks[number] for number in numbers.tolist()):
             ends[block.files] = max(block.end, ends.get(block.files, 0))
-        first = self._starts.values[rows] // self.width  # the row of its file
+        first = self._starts.values[rows] // self.width  # the row in its file
         maps = [files.mapped(end) for files, end in ends.items()]
         tables = [table[: len(table) // self.width * self.width].reshape(-1, self.width) for table in maps]
         if len(tables) == 1:
@@ -126,9 +126,9 @@ class Blocks:
 
         Args:
             keys: [N] of dtype KEY, the keys of the values.
-            data: the bytes of the values, one value after the other.
-            lengths: int64 [N], how many bytes each value has.
-            align: the place of a value in its file is a multiple of this many bytes, if all lengths are.
+            data: the concatenated bytes of the values.
+            lengths: int64 [N], the number of bytes of each value.
+            align: the offset of a value in its file is a multiple of this many bytes, if all lengths are.
         """
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -154,9 +154,9 @@ class Blocks:
         os.fdatasync(files.index)
 
     def _load(self, files: "_Files") -> None:
-        """Add the sound records behind those that were read.
+        """Add the intact records after those that were read.
 
-        A torn one at the end is looked at again: it may be on its way.
+        An incomplete record at the end is checked again later, because it may still be written.
         """
         raw, at = files.unread(), 0
         read = 0
@@ -167,7 +167,7 @@ class Blocks:
         files.read += read
 
     def _add(self, files: "_Files", raw: bytes, at: int) -> int:
-        """Add the block of the record at `at`. The size of the record, 0 where it is not sound."""
+        """Add the block of the record at `at`; returns the size of the record, 0 if it is not intact."""
         if len(raw) < at + _HEAD.size:
             return 0
         _, values, offset, size, crc = _HEAD.unpack_from(raw, at)
@@ -194,7 +194,7 @@ class Blocks:
             except OSError as error:
                 raise unreadable(block.files.path, error, MachineError) from error
             if not block.sound:
-                RANK_LOG.warning("%s: damaged at byte %d; what was lost is made again", block.files.path, block.offset)
+                RANK_LOG.warning("%s: damaged at byte %d; lost values are recomputed", block.files.path, block.offset)
         return block.sound
 
 
@@ -204,20 +204,20 @@ class _Block:
     offset: int
     end: int
     crc: int
-    sound: bool | None = None  # None: nobody has asked for one of its values yet
+    sound: bool | None = None  # None: not checked yet
 
 
 class _Files:
     """An index and its data, held open.
 
-    Removing or replacing the folder takes nothing away from a process that works with it.
+    A process can continue to use them if the folder is removed or replaced.
     """
 
     def __init__(self, index: Path, flags: int):
         self.path = index.with_suffix(".data")
         self.index = self.data = -1
         self.index = os.open(index, flags | os.O_CLOEXEC, 0o666)
-        self.read = 0  # bytes of the index that have been taken in
+        self.read = 0  # bytes of the index that have been read
         self._flags = flags | os.O_CLOEXEC
         self._map: np.memmap | None = None
 
@@ -235,7 +235,7 @@ class _Files:
         return b"".join(_pieces(self.index, self.read, os.fstat(self.index).st_size))
 
     def crc(self, start: int, end: int) -> int | None:
-        """Of these bytes; None where the file has not got them."""
+        """The crc32 of these bytes; None if the file is shorter."""
         try:
             if os.fstat(self.open_data()).st_size < end:
                 return None
@@ -257,7 +257,7 @@ class _Files:
 
 
 def _claim(folder: Path) -> _Files:
-    """The files for this process to write: the first pair that nobody holds. The end of the process lets go of them."""
+    """Lock the files that this process writes: the first pair that is not locked, until the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in count():
         files = _Files(folder / f"{number:04}.index", os.O_RDWR | os.O_CREAT)

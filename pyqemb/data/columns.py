@@ -1,4 +1,4 @@
-"""The names of the columns that rows may have, and the `columns` setting, which gives other names a meaning."""
+"""The column names of rows, and the `columns` setting, which maps other names to them."""
 
 import json
 import logging
@@ -23,25 +23,25 @@ SCORE = ("score", "label")
 NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
 LISTS = {"negatives", "neg", "scores", "pos_scores", "neg_scores", "query_embedding", "positive_embedding"}
 MESSAGES = ("messages", "positive_messages", "negative_messages")
-# pyqemb's own names: those of `Example`, and the ones that `columns` may give.
+# pyqemb's own names: those of `Example`, and those that `columns` may use.
 OWN = (
     "query", "positive", "negatives", "instruction", "task", "score", "scores", "query_embedding", "positive_embedding",
 )  # fmt: skip
-IGNORE = "ignore"  # in `columns`: the columns that are left out
+IGNORE = "ignore"  # in `columns`: the columns that are ignored
 
-Columns = Mapping[str, str | Sequence[str]]  # name of pyqemb's -> column of the rows, or several (negatives, ignore)
+Columns = Mapping[str, str | Sequence[str]]  # pyqemb's name -> column of the rows, or several (negatives, ignore)
 
 
 class ColumnMap:
     """Renames the columns of rows by the `columns` setting.
 
     Args:
-        columns: {"query": "question", "negatives": ["hard_1", "hard_2"], "ignore": ["id"]}: a name of pyqemb's, and the
-            column that is read as it; `negatives` and `ignore` may name several.
-        in_memory: messages show the setting as Python; of files, as TOML.
+        columns: {"query": "question", "negatives": ["hard_1", "hard_2"], "ignore": ["id"]}: pyqemb's name, and the
+            column that it is read from; `negatives` and `ignore` may name several.
+        in_memory: messages show the setting as Python instead of TOML.
 
     Raises:
-        ConfigError: a name that pyqemb does not have, or a column that is named twice.
+        ConfigError: a name that pyqemb does not know, or a column that is named twice.
     """
 
     def __init__(self, columns: Columns, in_memory: bool = False):
@@ -50,7 +50,7 @@ class ColumnMap:
         for name, sources in self._columns.items():
             if name not in (*OWN, IGNORE):
                 raise ConfigError(
-                    f"columns: {name!r} is no column of pyqemb's; expected some of {', '.join(OWN)}, {IGNORE}"
+                    f"columns: {name!r} is not a column of pyqemb; expected some of {', '.join(OWN)}, {IGNORE}"
                 )
             if not sources or not all(isinstance(source, str) and source for source in sources):
                 raise ConfigError(f"columns: {name!r} must be the name of a column, got {columns[name]!r}")
@@ -61,12 +61,12 @@ class ColumnMap:
             raise ConfigError(f"columns: {min(twice)!r} is named twice")
         self._names = {source: name for name, sources in self._columns.items() for source in sources}
         for number, source in enumerate(self._columns.get("negatives", ()), start=1):
-            self._names[source] = f"negative_{number}"  # which may hold one text or a list
+            self._names[source] = f"negative_{number}"  # it may hold one text or a list
         self._sources = {name: source for source, name in self._names.items()}
         self._unseen = set(every)
 
     def rename(self, row: Row, where: str) -> Row:
-        """The row under pyqemb's names. DataError: it has a column of such a name beside the one of the setting."""
+        """The row with pyqemb's names. DataError: it also has another column with one of these names."""
         if not self._columns:
             return row
         self._unseen -= row.keys()
@@ -75,7 +75,7 @@ class ColumnMap:
             name = self._names.get(column)
             if name is None and (own := _own_name(column)) in self._columns:
                 raise DataError(
-                    f"{where}: column {column!r} is there beside {self._columns[own]}, which `columns` reads as {own}; "
+                    f"{where}: column {column!r} exists beside {self._columns[own]}, which `columns` reads as {own}; "
                     f"name it, or leave it out: {self.shown({IGNORE: [column]})}"
                 )
             if name != IGNORE:
@@ -87,7 +87,7 @@ class ColumnMap:
         return self._sources.get(name, name)
 
     def shown(self, more: Mapping[str, Sequence[str]]) -> str:
-        """The setting with further columns, as one would write it."""
+        """The setting with further columns, as it is written in Python or TOML."""
         merged = {name: [*self._columns.get(name, ()), *more.get(name, ())] for name in (*self._columns, *more)}
         values = {name: given if len(given) > 1 or name == IGNORE else given[0] for name, given in merged.items()}
         if self._in_memory:
@@ -96,7 +96,7 @@ class ColumnMap:
         return f"columns = {{{', '.join(pairs)}}}"
 
     def check_seen(self, source: Any) -> None:
-        """DataError where no row had a column that the setting names."""
+        """DataError if the setting names a column that no row had."""
         if self._unseen:
             raise DataError(f"{source}: columns names {', '.join(map(repr, sorted(self._unseen)))}, which no row has")
 
@@ -105,9 +105,9 @@ class ColumnMap:
 
 
 def parse_columns(arguments: Iterable[str]) -> Columns | None:
-    """The setting of a command line's NAME=COLUMN arguments, of which several may name negatives or ignored columns.
+    """The setting from the NAME=COLUMN arguments of the command line; negatives and ignored columns may be repeated.
 
-    ConfigError: another form, or a wrong setting.
+    ConfigError: not NAME=COLUMN, or an invalid setting.
 
     Example:
         >>> parse_columns(["query=question", "ignore=id", "ignore=url"])
@@ -125,7 +125,7 @@ def parse_columns(arguments: Iterable[str]) -> Columns | None:
 
 @lru_cache
 def _own_name(column: str) -> str:
-    """The name of pyqemb's that a layout reads a column as; the column's name where none does."""
+    """The name in pyqemb of a column in the known layouts; else the name of the column."""
     if NUMBERED_NEGATIVE.fullmatch(column):
         return "negatives"
     groups = {"query": QUERY, "positive": POSITIVE, "negatives": NEGATIVES, "score": SCORE}
@@ -134,7 +134,7 @@ def _own_name(column: str) -> str:
 
 @dataclass
 class UnusedColumns:
-    """Columns that are read by nobody: how many rows have each, and the first place."""
+    """Unused columns: the number of rows that have each, and the first place."""
 
     _found: dict[str, list[Any]] = field(default_factory=dict)
 

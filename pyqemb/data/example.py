@@ -1,6 +1,6 @@
-"""Training examples in and out of files and folders.
+"""Reading and writing of training examples.
 
-`layouts` says which columns rows may have, `rows` which formats there are, `tables` which objects in memory.
+`layouts` defines the columns of rows, `rows` the file formats, `tables` the objects in memory.
 """
 
 import bz2
@@ -28,30 +28,27 @@ def read_examples(
 ) -> Iterator[Example]:
     r"""Yield the examples of a file, a folder, a table in memory or a dataset of the hub.
 
-    A list of positives gives one example each. Columns of files that no layout knows are left out, with one warning
-    that counts them; in other data, and where `columns` is given, they are errors.
+    A row with several positives gives one example for each. In files, columns that no layout knows are ignored, and one
+    warning counts them; in other data, and if `columns` is given, they are errors.
 
     Args:
         source: a path, the address of a dataset on the Hugging Face Hub, or rows in memory:
-
-            - a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed);
-            - a folder of such files in the layout of a dataset on the hub, in BEIR's layout, of shards, or saved by
-              `save_to_disk` of datasets;
-            - "hub://ORG/NAME", "hub://ORG/NAME@REVISION/SUBSET": downloaded by datasets unless it is in its cache;
-            - a Dataset or DatasetDict of datasets, a pandas or Polars DataFrame, an Arrow table;
-            - a list of dicts or of Examples.
-        split: of a folder, a hub dataset or a DatasetDict: train, validation, test or another that is there; None:
-            train, or the only one there.
-        columns: which column is read as which of pyqemb's, {"query": "question", "negatives": ["hard_1", "hard_2"],
-            "ignore": ["id"]}; the columns of `ignore` are left out (default: they have names that a layout knows).
+        - a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed); - a folder of such files in the layout
+            of a dataset on the hub, in BEIR's layout, of shards, or saved by `save_to_disk` of datasets; -
+            "hub://ORG/NAME", "hub://ORG/NAME@REVISION/SUBSET": downloaded by datasets unless it is cached; - a Dataset
+            or DatasetDict of datasets, a pandas or Polars DataFrame, an Arrow table; - a list of dicts or of Examples.
+        split: the split of a folder, a hub dataset or a DatasetDict: train, validation, test or another one; None:
+            train, or the only one.
+        columns: pyqemb's names and the columns that they are read from, {"query": "question", "negatives": ["hard_1",
+            "hard_2"], "ignore": ["id"]}; the columns of `ignore` are not read (default: the names of a known layout).
         allow_empty: accept empty queries and positives, for curation, which drops them.
 
     Returns:
         An iterator of Examples; rows are read as it advances.
 
     Raises:
-        DataError: the file, line and column of what is not such a row; files of a folder that are not understood.
-        ConfigError: `columns` is wrong, or a package is missing.
+        DataError: an invalid row, with file, line and column; unknown files in a folder.
+        ConfigError: `columns` is invalid, or a package is missing.
 
     Example:
         >>> rows = [{"question": "q", "positive": "p", "negatives": ["n"], "id": 1}]
@@ -69,7 +66,7 @@ def read_located(
     allow_empty: bool = False,
     name: str | None = None,
 ) -> Iterator[tuple[str, Example]]:
-    """`read_examples` with the place of each: "file:line", "file:row" or "NAME[index]"; `name`: of rows in memory."""
+    """`read_examples` with the place of each: "file:line", "file:row", or "NAME[index]" in memory (`name`)."""
     if isinstance(source, str) and source.startswith(HUB):
         yield from _read_table(open_hub(source), split, columns, allow_empty, source)
     elif not isinstance(source, str | Path):
@@ -79,7 +76,7 @@ def read_located(
 
 
 def check_source(source: Any) -> None:
-    """DataError for a path that is not there."""
+    """DataError for a path that does not exist."""
     if isinstance(source, str | Path) and not str(source).startswith(HUB) and not Path(source).exists():
         like_an_id = not Path(source).suffix and len(Path(source).parts) == 2 and not Path(source).is_absolute()
         hint = f" (a dataset of the hub is written {HUB}{source})" if like_an_id else ""
@@ -146,7 +143,7 @@ def _read_table(
 
 
 def _plain(value: Any) -> Any:
-    """A tuple, or an array or number of NumPy, as JSON would have it."""
+    """Convert a tuple, or an array or number of NumPy, to its type in JSON."""
     if value is None or isinstance(value, str):
         return value
     if hasattr(value, "tolist"):
@@ -155,20 +152,20 @@ def _plain(value: Any) -> Any:
 
 
 def to_row(example: Example) -> dict[str, Any]:
-    """The columns that the example has, as `read_examples` reads them."""
+    """The columns of the example, as `read_examples` reads them."""
     row = {name: getattr(example, name) for name in Example.__slots__}
     return {name: value for name, value in row.items() if value is not None and value != ()}
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
-    """Write examples as JSONL, all or nothing.
+    """Write examples as JSONL, completely or not at all.
 
     Args:
         path: the file; a name that ends with .gz, .bz2 or .xz compresses it.
         examples: the examples, in the order of the lines.
 
     Returns:
-        How many examples were written.
+        The number of examples written.
 
     Raises:
         ConfigError: the name ends with another format.
@@ -182,7 +179,7 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSONL (.gz, .bz2 and .xz compress), all or nothing. Returns how many."""
+    """Write rows as JSONL (.gz, .bz2 and .xz compress), completely or not at all. Returns their number."""
     check_output(path)
     count = 0
     with atomic_file(path) as temporary, _open_writer(temporary) as file:
@@ -193,7 +190,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def check_output(path: str | Path) -> None:
-    """ConfigError where `write_rows` would write another format than the name tells."""
+    """ConfigError if the suffix of the name is not a format that `write_rows` writes."""
     if format_of(path) not in (".jsonl", ".json", "") or Path(path).suffix == ".zst":
         raise ConfigError(f"{path}: expected a name that ends with .jsonl, perhaps with .gz, .bz2 or .xz after it")
 

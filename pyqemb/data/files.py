@@ -1,4 +1,4 @@
-"""Files that are either there in full or not at all: written beside the target, synced, then renamed over it."""
+"""Atomic writing of files and folders: under a temporary name beside the target, synced, then renamed."""
 
 import ctypes
 import errno
@@ -19,7 +19,7 @@ _RENAME_EXCHANGE = 2
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and new names inside `folder` survive a power cut."""
+    """Sync a folder, so that renames and new names in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -28,7 +28,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Push the file's bytes to the disk."""
+    """Sync the bytes of a file to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,9 +37,9 @@ def fsync_file(path: Path) -> None:
 
 
 def check_writable(path: str | Path, folder: bool = False) -> None:
-    """Raise a MachineError now, before hours of work, if the file (or folder) `path` could not be written later.
+    """Raise a MachineError if the file (or folder) `path` cannot be written; called before hours of work.
 
-    For the root folder "/" raise a ConfigError.
+    Raises a ConfigError for the root folder "/".
     """
     path = _followed(Path(path).absolute())
     if not path.name:
@@ -55,10 +55,10 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; when the block ends well it becomes `path`, else it is removed.
+    """Yield a temporary path in the same folder; it is renamed to `path` at the end, or removed after an error.
 
-    A symbolic link stays, and the file it points to is written. Leftovers of processes that died while they wrote the
-    same file are removed. Raises MachineError naming `path` where the machine does not let it be written.
+    A symbolic link stays, and the file it points to is written. Temporary files of killed processes for the same file
+    are removed. Raises a MachineError that names `path` if it cannot be written.
     """
     path = _followed(Path(path))
     temporary = path.with_name(_partial(path.name))
@@ -70,7 +70,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+            temporary.chmod(mode)  # safetensors creates files that only their owner can read
             fsync_file(temporary)
             os.replace(temporary, path)
         finally:
@@ -81,11 +81,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield a new empty folder beside `target`; when the block ends well it becomes `target`, else it is removed.
+    """Yield a new empty folder beside `target`; it is renamed to `target` at the end, or removed after an error.
 
-    An old `target` disappears only after the new folder is complete and on the disk. A symbolic link stays, and the
-    folder it points to is written. Leftovers of processes that died while they wrote the same target are removed.
-    Raises MachineError naming `target` where the machine does not let it be written.
+    An existing `target` is replaced only after the new folder is complete and synced. A symbolic link stays, and the
+    folder it points to is written. Temporary folders of killed processes for the same target are removed. Raises a
+    MachineError that names `target` if it cannot be written.
     """
     target = _followed(Path(target).absolute())
     temporary = target.with_name(_partial(target.name))
@@ -107,9 +107,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder at once: it never stands half removed under its name. Of a symbolic link, remove the link.
+    """Remove a folder atomically: it is never partially removed under its name. Of a symbolic link, remove the link.
 
-    What processes that died have left of it is removed too.
+    Temporary folders of killed processes are removed too.
     """
     _remove_leftovers(path)
     doomed = path.with_name(_partial(path.name))
@@ -118,9 +118,9 @@ def remove_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with its contents, or a symbolic link but not its target.
+    """Remove a file, a folder with its contents, or a symbolic link (not its target).
 
-    Nothing happens if there is none.
+    Does nothing if the path does not exist.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -130,14 +130,14 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, work: str) -> Iterator[None]:
-    """Hold the folder, which is made where it is missing. A killed holder lets go by itself.
+    """Lock the folder, which is created if it is missing. The lock of a killed process is released.
 
     Args:
-        folder: what no two processes may write to at once. Its file .lock names the holder.
-        work: what the holder does there, for the error: "training run".
+        folder: the folder that only one process may write to. Its file .lock names the process.
+        work: the name of the work for the error, e.g. "training run".
 
     Raises:
-        ConfigError: names the process that holds the folder already. MachineError: the folder cannot be written.
+        ConfigError: another process, which the error names, holds the lock. MachineError: the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,12 +146,12 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         with writing(folder):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = os.fstat(file.fileno()).st_nlink == 0  # removed with its folder since it was opened
+                held = os.fstat(file.fileno()).st_nlink == 0  # removed with its folder after it was opened
             except BlockingIOError:
                 held = True
             if held:
                 file.seek(0)
-                raise ConfigError(f"{folder}: another {work} is at work here: {file.read().strip()}")
+                raise ConfigError(f"{folder}: another {work} is running here: {file.read().strip()}")
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {platform.node()}\n")
             file.flush()
@@ -159,28 +159,28 @@ def locked(folder: Path, work: str) -> Iterator[None]:
 
 
 def kind_of_path(path: Path) -> str:
-    """What stands where a folder is wanted, for an error."""
+    """The kind of a path that is not a folder, for an error."""
     return "a broken symbolic link" if not path.exists() else "a file"
 
 
 def _partial(name: str) -> str:
-    # The suffix stays last, so that writers which look at it (.gz, .xz) see the right one.
+    # The suffix stays last for writers that use it (.gz, .xz).
     return f".{os.getpid()}.partial.{name}"
 
 
 def _followed(path: Path) -> Path:
-    """The path; of a symbolic link the path that it points to."""
+    """The path, or the target of a symbolic link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def _check_kind(path: Path, folder: bool) -> None:
-    """Raise a MachineError for a folder in place of a file, the reverse, and a link to itself.
+    """Raise a MachineError for a folder instead of a file, a file instead of a folder, and a link to itself.
 
-    For a device or a pipe raise a ConfigError.
+    Raises a ConfigError for a device or a pipe.
     """
     if not os.path.lexists(path):
         return
-    if path.is_symlink() or path.is_dir() != folder:  # _followed leaves a link where it leads to itself
+    if path.is_symlink() or path.is_dir() != folder:  # _followed returns a link that points to itself
         number = errno.ELOOP if path.is_symlink() else errno.ENOTDIR if folder else errno.EISDIR
         raise unwritable(path, OSError(number, os.strerror(number), str(path)))
     if not folder and not path.is_file():
@@ -195,11 +195,11 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put `new` where `target` is; an old target ends under the name of `new`."""
+    """Rename `new` to `target`; an existing target gets the name of `new`."""
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
-        # No atomic exchange here: for a moment the old folder lives under another name only.
+        # Without an atomic exchange, the old folder has only another name for a moment.
         aside = target.with_name(f".{os.getpid()}.old.{target.name}")
         os.rename(target, aside)
         os.rename(new, target)
@@ -207,7 +207,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux renameat2); False where the system or the file system cannot."""
+    """Swap two names in one step (Linux renameat2); False if it is not supported."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False

@@ -1,4 +1,4 @@
-"""Files of a model folder, which may come from a stranger: none of them is read from outside the folder."""
+"""Files of a model folder, which may be untrusted: no file outside of the folder is read."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ def member(folder: Path, name: str) -> Path:
     """The path of a file of the folder, whether it exists or not.
 
     Raises:
-        CheckpointError: the file is a link that leaves the folder. Only the hub's cache may do that:
+        CheckpointError: the file is a link out of the folder. This is allowed only in the hub's cache, where
             snapshots/<revision>/file links to blobs/<hash>.
     """
     path, root = folder / name, folder.resolve()
@@ -29,7 +29,7 @@ def member(folder: Path, name: str) -> Path:
 
 
 def read_bytes(folder: Path, name: str) -> bytes | None:
-    """The content of a file of the folder; None where there is no such file."""
+    """The content of a file of the folder; None if it does not exist."""
     path = member(folder, name)
     try:
         return path.read_bytes()
@@ -41,7 +41,7 @@ def read_bytes(folder: Path, name: str) -> bytes | None:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of the folder; None where there is no such file."""
+    """The content of a JSON file of the folder; None if it does not exist."""
     content = read_bytes(folder, name)
     try:
         return None if content is None else parse(content, f"{folder / name}: cannot be read as JSON")
@@ -50,7 +50,7 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the folder; empty where there is no such file."""
+    """The JSON object in a file of the folder; empty if it does not exist."""
     value = read_json(folder, name)
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"{folder / name}: expected a JSON object")
@@ -58,15 +58,15 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_keys(values: Mapping[str, Any], rules: Mapping[str, Rule | None], where: str | Path) -> None:
-    """Refuse what is not understood: every key needs a rule that accepts its value.
+    """Check settings: every key needs a rule that accepts its value.
 
     Args:
         values: the settings, by name.
-        rules: by name what a value must fulfill. None: any value, which changes no result or is checked by its reader.
+        rules: the rules of values by key. None: any value, because it changes no result or is checked by its reader.
         where: the file, for the error.
 
     Raises:
-        CheckpointError: names file, key and value.
+        CheckpointError: an unknown key or unsupported value; the error names file, key and value.
     """
     for key, value in values.items():
         if key not in rules:
@@ -77,11 +77,11 @@ def check_keys(values: Mapping[str, Any], rules: Mapping[str, Rule | None], wher
 
 
 def one_of(*values: Any) -> Rule:
-    """Return a rule: the value is one of these, where 0 is not False and 1 is not True."""
+    """Return the rule that a value is one of these, where 0 is not False and 1 is not True."""
     return lambda value: any(type(value) is type(own) and value == own for own in values)
 
 
 def shown(value: Any) -> str:
-    """A value in an error."""
+    """Format a value for an error."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

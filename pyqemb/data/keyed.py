@@ -1,4 +1,4 @@
-"""Where a text is in a store that grows: 16-byte content hashes, found by binary search, 24 bytes of memory each."""
+"""An index of texts in a growing store, by 16-byte content hashes and binary search; 24 bytes of memory each."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ def keys_of(texts: Iterable[str]) -> np.ndarray:
 
 
 class Keys:
-    """The row of each key: rows are counted in the order in which keys are added. Of equal keys the last one counts."""
+    """The row of each key; rows are numbered in the order of adding keys. For equal keys the last one counts."""
 
     def __init__(self) -> None:
         self.count = 0
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # (keys, sorted; their rows), each longer than the next
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [N], -1 for those that are not there."""
+        """int64 [N], -1 for unknown keys."""
         rows = np.full(len(keys), -1, dtype=np.int64)
         for known, places in self._runs:
             at = np.searchsorted(known, keys, side="right") - 1
@@ -30,7 +30,7 @@ class Keys:
         return rows
 
     def add(self, keys: np.ndarray) -> None:
-        """Keys that are distinct among themselves."""
+        """Add keys, which must be distinct."""
         if not len(keys):
             return
         order = np.argsort(keys, kind="stable")
@@ -39,10 +39,10 @@ class Keys:
         while len(self._runs) > 1 and len(self._runs[-2][0]) <= 2 * len(self._runs[-1][0]):
             (a, first), (b, second) = self._runs[-2:]
             both, rows = np.concatenate([a, b]), np.concatenate([first, second])
-            order = np.argsort(both, kind="stable")  # stable: the later of two equal keys stays behind the earlier
+            order = np.argsort(both, kind="stable")  # stable: the later of two equal keys stays after the earlier
             self._runs[-2:] = [(both[order], rows[order])]
 
 
 def _key(text: str) -> bytes:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return digest[:-1] + bytes([digest[-1] | 1])  # numpy's S16 drops zeros at the end
+    return digest[:-1] + bytes([digest[-1] | 1])  # numpy's S16 strips trailing zeros

@@ -1,6 +1,6 @@
-"""The columns that training rows come with.
+"""The column layouts of training rows.
 
-They are pyqemb's own, and those of sentence-transformers, FlagEmbedding and ms-swift.
+They are those of pyqemb, sentence-transformers, FlagEmbedding and ms-swift.
 """
 
 import math
@@ -28,10 +28,12 @@ from pyqemb.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. `instruction` is the query's task sentence (None: raw query), `task` names its kind or source.
+    """One training pair.
 
-    score: how alike query and positive are, of graded pairs.
-    scores: a teacher's scores of the positive and the negatives, in their order.
+    instruction: the task sentence of the query (None: raw query).
+    task: its kind or source.
+    score: the similarity of query and positive, for graded pairs.
+    scores: a teacher's scores of the positive and the negatives, in order.
     query_embedding, positive_embedding: a teacher's vectors.
     """
 
@@ -50,10 +52,10 @@ class Layout:
     """How the rows of one source are read as examples.
 
     Args:
-        columns: the `columns` setting (default: the columns have names that a layout knows).
-        cells: all values are text (CSV).
-        in_memory: a column that no layout knows is an error, as it is with `columns`; of files it is counted.
-        allow_empty: accept empty queries and positives.
+        columns: the `columns` setting (default: the names of a known layout).
+        cells: whether all values are text (CSV).
+        in_memory: whether an unknown column is an error, as with `columns`; in files it is only counted.
+        allow_empty: whether empty queries and positives are accepted.
     """
 
     def __init__(
@@ -64,10 +66,10 @@ class Layout:
         self._unused = UnusedColumns()
 
     def examples(self, row: Row, where: str) -> Iterator[Example]:
-        """The examples of a row, one for each of its positives.
+        """Yield the examples of a row, one for each of its positives.
 
-        Raises DataError naming the place and the column that is missing, wrong or unknown, the columns of the row and
-        those that are known.
+        Raises a DataError that names the place, the missing, invalid or unknown column, the columns of the row and the
+        known columns.
         """
         columns = _Columns(row, where, self)
         query_key, positive_key = columns.first_of(*QUERY), columns.first_of(*POSITIVE)
@@ -94,7 +96,7 @@ class Layout:
             )
 
     def finish(self, source: Any) -> None:
-        """After the last row: warn of columns that are not used. DataError: `columns` names one that no row has."""
+        """After the last row: warn of unused columns. DataError: `columns` names one that no row has."""
         self.columns.check_seen(source)
         self._unused.warn(source)
 
@@ -108,7 +110,7 @@ class Layout:
 
 
 class _Columns:
-    """Reads the columns of a row and remembers which."""
+    """Reads the columns of a row and records which were read."""
 
     def __init__(self, row: Row, where: str, layout: Layout):
         self._row, self._where, self._map = layout.columns.rename(row, where), where, layout.columns
@@ -120,7 +122,7 @@ class _Columns:
         return DataError(f"{self._where}: column {self._map.source(key)!r} {message}")
 
     def first_of(self, *names: str) -> str:
-        """The name that the row has, the first where it has none."""
+        """The first of the names that the row has, or the first name if it has none."""
         return next((key for key in names if key in self._row), names[0])
 
     def negatives(self) -> list[str]:
@@ -129,18 +131,18 @@ class _Columns:
         return [*NEGATIVES, *(key for _, key in numbered)]
 
     def unused(self) -> list[str]:
-        """The columns that hold something and were not read."""
+        """The columns that are not empty and were not read."""
         return sorted(key for key in self._row.keys() - self._used if self._row[key] is not None)
 
     def text(self, key: str) -> str | None:
-        """A column that may be absent or null."""
+        """The text of a column that may be absent or null."""
         value = self._get(key)
         if value is None or isinstance(value, str):
             return value
         raise self.bad(key, f"must be text, got {kind_of(value)}")
 
     def need(self, key: str) -> str:
-        """A column of text that is not empty."""
+        """The text of a column that must not be empty."""
         if key not in self._row:
             raise self.bad(key, f"is missing; the row has {self._found}{self._hint()}; accepted are {LAYOUTS}")
         value = self._get(key)
@@ -151,7 +153,7 @@ class _Columns:
         return value or ""
 
     def texts(self, key: str, needed: bool = False) -> list[str]:
-        """One text or a list of texts; unless `needed`, the column may be absent or null."""
+        """The texts of a column that holds one text or a list; unless `needed`, it may be absent or null."""
         value = self._get(key)
         if not isinstance(value, list):
             if needed:
@@ -175,7 +177,7 @@ class _Columns:
         return values
 
     def numbers(self, key: str, many: bool = True) -> tuple[float, ...]:
-        """A column that may be absent or null, a list of numbers or, unless `many`, one."""
+        """The numbers of a column that may be absent or null: a list or, unless `many`, one number."""
         value = self._get(key)
         if value is None:
             return ()
@@ -190,7 +192,7 @@ class _Columns:
         return tuple(float(item) for item in values)
 
     def teacher_scores(self, positives: list[str], negatives: list[str], of_lists: bool) -> list[tuple[float, ...]]:
-        """For each positive: its score and those of the negatives, or nothing."""
+        """For each positive, its score and those of the negatives; empty without scores."""
         scores = self.numbers("scores")
         if scores and (len(positives) > 1 or len(scores) != 1 + len(negatives)):
             raise self.bad(
@@ -241,7 +243,7 @@ class _Columns:
         return messages
 
     def _hint(self) -> str:
-        """What to do about names that are almost known, or not at all, for the middle of an error."""
+        """A hint about similar or unknown names, for the middle of an error."""
         known = {*QUERY, *POSITIVE, *NEGATIVES}
         renamed = [name for name in self._row if name not in known and name.strip().lower() in known]
         if renamed:

@@ -1,6 +1,6 @@
-"""Training batches: each from one dataset, a pure function of (seed, step).
+"""Training batches: each comes from one dataset and is a pure function of (seed, step).
 
-Legend: B queries, M documents as the loss sees them, S distinct texts of both, K candidates of a query.
+Legend: B queries, M documents of the loss, S distinct texts of both, K candidates of a query.
 """
 
 import heapq
@@ -18,14 +18,14 @@ from pyqemb.data.pairs import format_pair
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import ConfigError
 
-_LARGE = 1 << 22  # rows of a dataset from which on its order is computed rather than kept
+_LARGE = 1 << 22  # rows of a dataset above which its order is computed instead of stored
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """What one step needs, before anything is tokenised: the texts, each once, and how they belong together.
+    """The batch of a step before tokenization: the distinct texts, and which documents belong to which query.
 
-    The places in `texts` are ids of the texts: equal where texts are.
+    The indices in `texts` are ids of the texts; equal texts have equal ids.
     """
 
     examples: list[Example]
@@ -33,13 +33,13 @@ class TrainingBatch:
     query_text: torch.Tensor  # int64 [B]
     document_text: torch.Tensor  # int64 [M]
     positive: torch.Tensor  # int64 [B], index among the M documents
-    owner: torch.Tensor  # int64 [M], the query that brought the document
-    candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, -1: no more
+    owner: torch.Tensor  # int64 [M], the query that the document belongs to
+    candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, padded with -1
 
     def text_partition(self, count: int) -> list[np.ndarray]:
-        """The indices of the texts of each of `count` ranks, int64: about as many bytes of text each.
+        """The indices of the texts of each of `count` ranks, int64, with about the same number of bytes for each rank.
 
-        Every rank computes the same.
+        Every rank computes the same partition.
         """
         sizes = np.array([len(text.encode()) + 1 for text in self.texts], dtype=np.int64)
         if count == 1:
@@ -54,11 +54,11 @@ class TrainingBatch:
 
 
 class Loader:
-    """Batches of examples: `batch(step)` depends on nothing but the datasets, the options and the step.
+    """Batches of examples: `batch(step)` depends only on the datasets, the options and the step.
 
-    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list with each
-    dataset's share of batches; a dataset's batches walk through its examples in an order drawn anew for every pass, so
-    that each is used once before any comes again. A dataset that is smaller than the batch gives smaller batches.
+    An epoch (of about `steps_per_epoch`; None: as many as cover all examples once) is a shuffled list of batches, with
+    a share for each dataset. The batches of a dataset go through its examples in a new random order for every pass, so
+    that each example is used once before any is repeated. A dataset that is smaller than the batch has smaller batches.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Loader:
         self.names = list(self.datasets)
         self.batch_sizes = {name: min(batch_size, len(examples)) for name, examples in self.datasets.items()}
         self.batches = _batches(self.datasets, self.batch_sizes, alpha, weights or {}, max_share or {}, steps_per_epoch)
-        self._order: dict[tuple[str, int], Order | np.ndarray] = {}  # the newest ones only
+        self._order: dict[tuple[str, int], Order | np.ndarray] = {}  # only the most recent ones
         self._plan: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches one epoch has, those of all datasets together."""
+        """The number of batches in an epoch, over all datasets."""
         return sum(self.batches.values())
 
     def batch(self, step: int) -> list[Example]:
@@ -94,7 +94,7 @@ class Loader:
         return self._with_negatives([examples[row] for row in self.rows(step)], step)
 
     def rows(self, step: int) -> list[int]:
-        """Which examples of its dataset a step takes."""
+        """The rows of its dataset that a step uses."""
         name, number = self.where(step)
         count, size = len(self.datasets[name]), self.batch_sizes[name]
         places = np.arange(number * size, (number + 1) * size)
@@ -105,7 +105,7 @@ class Loader:
         return rows
 
     def where(self, step: int) -> tuple[str, int]:
-        """The dataset of a step, and how many batches of it came before it."""
+        """The dataset of a step, and the number of earlier batches of this dataset."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._plan[0] != epoch:
             numbers = np.repeat(np.arange(len(self.names)), [self.batches[name] for name in self.names])
@@ -140,16 +140,16 @@ class Loader:
 
 
 def _only(example: Example, chosen: Sequence[int]) -> Example:
-    """The example with the chosen ones of its negatives, and the teacher's scores of what is left."""
+    """The example with the chosen negatives only, and the teacher's scores of the remaining texts."""
     scores = example.scores and (example.scores[0], *(example.scores[1 + i] for i in chosen))
     return replace(example, negatives=tuple(example.negatives[i] for i in chosen), scores=scores)
 
 
 def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: bool = False) -> TrainingBatch:
-    """The batch of an embedder.
+    """Build a batch for an embedder.
 
-    Equal documents are one candidate of the loss, owned by the first query that brought it. With `own_rows` they stay
-    candidates of their own, as a loss over own negatives only needs them.
+    Equal documents are one candidate of the loss, owned by the first query that has it. With `own_rows` they are
+    separate candidates, as a loss over own negatives only requires.
     """
     builder = _Builder()
     rows: dict[str, int] = {}
@@ -167,7 +167,7 @@ def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: boo
 
 
 def build_pairs(examples: Sequence[Example], instruction: str) -> TrainingBatch:
-    """The batch of a reranker: a text is a query with one of its documents, each a candidate of its own.
+    """Build a batch for a reranker: each text is a query with one of its documents, and a separate candidate.
 
     `instruction` is for examples without one; `query_text` are the texts of the positives.
     """
@@ -221,7 +221,7 @@ def _batches(
     max_share: Mapping[str, float],
     steps: int | None,
 ) -> dict[str, int]:
-    """Batches of each dataset in an epoch of about `steps`. Left to themselves they cover every example."""
+    """The number of batches of each dataset in an epoch of about `steps`, by default enough to cover every example."""
     covering = {name: -(-len(examples) // sizes[name]) for name, examples in datasets.items()}
     if alpha == 1 and not weights and not max_share and steps is None:
         return covering

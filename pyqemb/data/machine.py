@@ -1,6 +1,6 @@
-"""Errors of the machine in words, whichever library met them.
+"""Errors of the machine, recognized in the exceptions of all libraries.
 
-They are a full or read-only disk, a permission, an input/output error.
+They are a full or read-only disk, missing permissions, and input/output errors.
 """
 
 import errno
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pyqemb.errors import DataError, MachineError, PyqembError
 
-# A path that a user gave and that is not there, or is a folder where a file is wanted, is the user's error.
+# A missing path, or a folder instead of a file, is an error of the user.
 _WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-# safetensors and Arrow report the number in their message, SQLite has words of its own.
+# safetensors and Arrow report the number in their message, SQLite has its own messages.
 _NUMBER = re.compile(r"(?:os error|errno:?) (\d+)", re.IGNORECASE)
 _WORDS = {
     "disk is full": errno.ENOSPC,
@@ -33,14 +33,14 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be allocated."""
+    """Whether an error is a failed allocation."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def errno_of(error: BaseException) -> int | None:
     """Return the machine's error number behind an error; None if there is none.
 
-    It is that of an OSError, or of the one behind an error of safetensors, Arrow or SQLite.
+    It is the errno of an OSError, or the number in an error of safetensors, Arrow or SQLite.
     """
     if isinstance(error, OSError):
         return error.errno
@@ -53,29 +53,29 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """What the machine said, in one line."""
+    """The error of the machine in one line."""
     number = errno_of(error)
     return os.strerror(number) if number is not None else " ".join(str(error).split())
 
 
 def unwritable(path: str | Path, error: BaseException) -> MachineError:
-    """The error to raise where `path` cannot be written."""
+    """The error to raise if `path` cannot be written."""
     return MachineError(f"{path}: cannot be written: {reason(error)}", errno_of(error), str(path))
 
 
 def unreadable(path: str | Path, error: BaseException, kind: type[PyqembError] = DataError) -> PyqembError:
-    """Return the error to raise where `path` cannot be read.
+    """Return the error to raise if `path` cannot be read.
 
-    It is a MachineError, or a `kind` where the path or the content is at fault.
+    It is a MachineError, or a `kind` if the path or the content is wrong.
     """
     raise_if_machine(path, error)
     return kind(f"{path}: cannot be read: {reason(error)}")
 
 
 def raise_if_machine(path: str | Path, error: BaseException) -> None:
-    """Raise a MachineError where the machine does not let `path` be read.
+    """Raise a MachineError if `path` cannot be read because of the machine.
 
-    Return where the path or the content is at fault.
+    Returns if the path or the content is wrong.
     """
     number = errno_of(error)
     if number is not None and number not in _WRONG_PATH:
@@ -90,7 +90,7 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
 
     Args:
         path: the file or folder that is being written.
-        temporary: where it stands until it is complete.
+        temporary: its temporary path until it is complete.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""How often a run samples each dataset: weights by size or as configured, under caps, and the resulting epochs."""
+"""Sampling of datasets in a run: weights by size or as configured, with caps, and the resulting epochs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from pyqemb.errors import ConfigError
 
 @dataclass(frozen=True)
 class MixtureRow:
-    """One row of the table that is shown before training.
+    """One row of the table that is logged before training.
 
-    `epochs`: how often each of its rows is expected to be seen.
+    `epochs`: the expected number of times that each of its rows is used.
     """
 
     name: str
@@ -30,13 +30,13 @@ def sampling_weights(
 ) -> dict[str, float]:
     """Return the fraction of the steps that each dataset gets.
 
-    It is proportional to the dataset's weight, or to rows ** alpha, but never above its cap. What the caps cut off goes
-    to the other datasets in the same proportions, so that min(cap, level * mass) adds up to 1.
+    It is proportional to the dataset's weight, or to rows ** alpha, but never above its cap. Steps above a cap go to
+    the other datasets in proportion, so that the sum of min(cap, level * mass) is 1.
 
     Args:
         rows: the number of rows of each dataset.
         alpha: the exponent of the rows: 1 is proportional to size, 0 is uniform (default 1).
-        weights: a weight for each dataset in place of its rows ** alpha (default: none).
+        weights: a weight for each dataset instead of its rows ** alpha (default: none).
         max_share: the highest fraction of some of the datasets (default: none).
 
     Raises:
@@ -66,14 +66,14 @@ def sampling_weights(
 def caps_of_epochs(
     rows: Mapping[str, int], batch_sizes: Mapping[str, int], max_epochs: Mapping[str, float], steps: int
 ) -> dict[str, float]:
-    """The share of `steps` at which each dataset has been seen `max_epochs` times."""
+    """The share of `steps` at which each dataset has been used `max_epochs` times."""
     return {name: epochs * rows[name] / (batch_sizes[name] * steps) for name, epochs in max_epochs.items()}
 
 
 def table(
     rows: Mapping[str, int], batches: Mapping[str, int], batch_sizes: Mapping[str, int], steps: int
 ) -> list[MixtureRow]:
-    """What `steps` steps give, with `batches` of each set in a loader's epoch."""
+    """The mixture of `steps` steps, given the `batches` of each dataset in an epoch of the loader."""
     total = sum(batches.values())
     found = []
     for name, count in rows.items():

@@ -1,4 +1,4 @@
-"""A shuffled order of any length that takes no memory: a bijection of [0, n), drawn by a seed."""
+"""A shuffled order of any length without memory: a pseudorandom permutation of [0, n), given by a seed."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ _ROUNDS = 6
 class Order:
     """`order(places)`: int64 places -> int64 rows.
 
-    A Feistel network on 2b bits; what falls outside [0, n) walks on until it is inside.
+    A Feistel network on 2b bits, applied repeatedly until the value is in [0, n) (cycle walking).
     """
 
     def __init__(self, count: int, generator: np.random.Generator):
@@ -32,7 +32,7 @@ class Order:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64."""
+    """The finalizer of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

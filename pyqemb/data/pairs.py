@@ -1,4 +1,4 @@
-"""What a reranker reads: a query and a document in the fixed words of a chat that asks for yes or no.
+"""The input of a reranker: a query and a document in a fixed chat template with the answer yes or no.
 
 Source: Qwen3 Embedding report (arXiv 2506.05176), section 2; the exact characters are those of Qwen3-Reranker's model
 card.
@@ -21,24 +21,24 @@ PREFIX = (
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-MAX_LENGTH = 8192  # tokens of the whole, as in the model card
+MAX_LENGTH = 8192  # tokens of the whole text, as in the model card
 
 
 def format_pair(query: str, document: str, instruction: str | None = None) -> str:
-    """The body: what stands between PREFIX and SUFFIX. Without an instruction it is INSTRUCTION."""
+    """The text between PREFIX and SUFFIX. The default instruction is INSTRUCTION."""
     return (
         f"<Instruct>: {INSTRUCTION if instruction is None else instruction}\n<Query>: {query}\n<Document>: {document}"
     )
 
 
 class PairTokenizer(Tokenizer):
-    """Bodies to token ids, prefix and suffix around each; a body that is too long is cut, never the words around it.
+    """Tokenizes pairs with prefix and suffix; only the text between them (the body) is truncated.
 
-    `max_length` counts all of it. Raises DataError where "yes" or "no" is no single token, ConfigError where no body
-    would fit.
+    `max_length` includes prefix and suffix. Raises DataError if "yes" or "no" is not a single token, ConfigError if no
+    body would fit.
     """
 
-    # sentence-transformers' CrossEncoder: the chat template around a pair, or a classifier.
+    # sentence-transformers' CrossEncoder: a chat template, or a classifier.
     transformer_rules: ClassVar[Mapping[str, Rule]] = {
         "transformer_task": one_of("text-generation", "sequence-classification"),
         "modality_config": lambda value: isinstance(value, dict) and "message" in value,
@@ -68,7 +68,7 @@ class PairTokenizer(Tokenizer):
         return min(settings.max_length or MAX_LENGTH, MAX_LENGTH)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of bodies (`format_pair`), with what stands around them."""
+        """Token ids of bodies (`format_pair`), with prefix and suffix."""
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, got one text")
         bodies = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -81,6 +81,6 @@ class PairTokenizer(Tokenizer):
         return found[0]
 
     def _set_end(self) -> None:
-        """Nothing may follow the suffix, whose last token is asked for the answer."""
+        """Append no end token: the answer is predicted at the last token of the suffix."""
         if self._appends_end():
             self.backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)

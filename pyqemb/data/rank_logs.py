@@ -1,4 +1,4 @@
-"""What the ranks of one run log: the first rank everything, the others only what is about themselves."""
+"""Logging of several ranks: rank 0 logs everything, the other ranks only messages about themselves."""
 
 import logging
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ class _RankFilter(logging.Filter):
 
 @contextmanager
 def rank_logs(rank: int, size: int) -> Iterator[None]:
-    """Inside, the loggers of pyqemb drop on all ranks but the first what is not logged to RANK_LOG.
+    """Context in which ranks other than rank 0 drop the messages of pyqemb that are not logged to RANK_LOG.
 
-    Messages of RANK_LOG name their rank. A single process logs everything as it is.
+    Messages of RANK_LOG name their rank. A single process logs everything without changes.
     """
     loggers = logging.getLogger("pyqemb"), RANK_LOG
     if size == 1 or any(isinstance(each, _RankFilter) for each in RANK_LOG.filters):

@@ -1,7 +1,7 @@
 r"""Rows of JSONL, JSON, CSV, TSV and Parquet files, and lines of text files, each with its place for error messages.
 
-The last suffix may name a compression (.gz, .bz2, .xz, .zst), the one before it the format: none is JSONL, any other is
-refused. Text is UTF-8; a byte-order mark is skipped. A line ends with "\n" or "\r\n" and nothing else.
+The last suffix may be a compression (.gz, .bz2, .xz, .zst), the one before it is the format: no suffix is JSONL, an
+unknown one is an error. Text is UTF-8; a byte-order mark is skipped. Lines end with "\n" or "\r\n" only.
 """
 
 import bz2
@@ -24,13 +24,13 @@ from pyqemb.data.machine import raise_if_machine, unreadable
 from pyqemb.errors import ConfigError, DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # of rows
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # formats of rows
 MAX_LINE = 64 << 20  # bytes of a line, of a CSV cell, of an object in a JSON array
 _READ = 1 << 20
 _SPACES = re.compile(r"[ \t\r\n]*")
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 _OTHER_ENCODINGS = {
-    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark begins the same
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark is a prefix of this one
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 _DELIMITERS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def format_of(path: str | Path) -> str:
-    """The suffix that names the format, without a compression: ".jsonl" for "rows.jsonl.gz"."""
+    """The suffix of the format, without a compression: ".jsonl" for "rows.jsonl.gz"."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -52,7 +52,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     The cells of CSV and TSV are text under the names of the header; an empty cell is None.
 
     Raises:
-        DataError: an unknown suffix, or what is wrong and where.
+        DataError: an unknown suffix, or an invalid row, with its place.
 
     Example:
         >>> from pathlib import Path
@@ -89,7 +89,7 @@ def open_bytes(path: str | Path) -> Iterator[IO[bytes]]:
     except _DAMAGED as error:
         raise DataError(f"{path}: damaged or cut short: {error}") from error
     except OSError as error:
-        if error.errno is None:  # not of the machine: what the decompressors raise
+        if error.errno is None:  # raised by the decompressors, not an error of the machine
             raise DataError(f"{path}: damaged or cut short: {error}") from error
         raise unreadable(path, error) from error
 
@@ -118,7 +118,7 @@ def _object(text: str, where: str) -> Row:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end), of bounded memory whatever the file holds."""
+    """Yield (line number from 1, line with its end) with bounded memory."""
     with open_bytes(path) as file:
         number = 0
         while raw := file.readline(MAX_LINE + 1):
@@ -141,7 +141,7 @@ def _without_mark(start: bytes, path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    """The objects of an array, or of lines."""
+    """Yield the objects of an array, or of lines."""
     with open_bytes(path) as file:
         start = file.read(3).removeprefix(codecs.BOM_UTF8).lstrip()
         while not start and (more := file.read(_READ)):
@@ -160,8 +160,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Row]]:
-    """One object after the other: memory is bounded by the largest of them."""
-    # Only finds where an object ends: strict_json reads it.
+    """Yield the objects of an array one by one, with the memory of the largest."""
+    # Only finds the end of an object; strict_json parses it.
     scanner = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
     with open_bytes(path) as file:
         text = _Chunks(path, file)
@@ -195,7 +195,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 class _Chunks:
-    """A UTF-8 file as text that grows by `more`; what lies before `at` is done with."""
+    """A UTF-8 file as a text buffer that `more` extends; the text before `at` has been consumed."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self._path, self._file, self._first = path, file, True
@@ -214,7 +214,7 @@ class _Chunks:
         return bool(raw)
 
     def peek(self) -> str:
-        """The next character that is no space, "" at the end of the file."""
+        """The next character that is not a space, "" at the end of the file."""
         while True:
             self.at = _SPACES.match(self.buffer, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.buffer) or not self.more():
@@ -241,7 +241,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
             if not cells:
                 continue
             if header is None:
-                # pandas writes its index under no name.
+                # pandas writes its index without a name.
                 header = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
                 if len(set(header)) < len(header):
                     raise DataError(f"{where}: the header names a column twice: {header}")
@@ -257,14 +257,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def other_delimiter(header: Iterable[str]) -> str:
-    """A hint, for the end of an error, where the only column of a header looks like several."""
+    """A hint for the end of an error, if the only column of a header looks like several."""
     name, *more = header
     found = next((mark for mark in (";", "\t", "|", ",") if not more and mark in name), None)
-    return (
-        f"; {found!r} seems to stand between the cells: save the file with commas (.csv) or tabs (.tsv)"
-        if found
-        else ""
-    )
+    return f"; {found!r} seems to be the delimiter: save the file with commas (.csv) or tabs (.tsv)" if found else ""
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -293,7 +289,7 @@ def _open_zstd(path: Path, mode: str) -> IO[bytes]:
 
 
 def number_of(cell: str) -> float | None:
-    """The number that the text of a cell is; None where it is none. Python's 1_0 and digits beyond ASCII are none."""
+    """The number in the text of a cell, or None. Python's 1_0 and digits beyond ASCII are not numbers."""
     try:
         return float(cell) if cell.isascii() and "_" not in cell else None
     except ValueError:
@@ -301,11 +297,11 @@ def number_of(cell: str) -> float | None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a reader sees nothing: spaces, control characters, zero-width characters, or no character at all."""
+    """Whether a text is empty or consists of spaces, control characters and zero-width characters."""
     return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in a user's words."""
+    """The kind of a value, for messages to the user."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

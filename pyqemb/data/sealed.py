@@ -1,4 +1,4 @@
-"""JSON files that carry their own digest: a changed byte is found when they are read."""
+"""JSON files with their own digest, which is verified when they are read."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ def seal(value: dict[str, Any]) -> bytes:
 
 
 def unseal(raw: bytes, where: str) -> dict[str, Any]:
-    """What was sealed. DataError where a byte is another."""
+    """The sealed value. DataError if the digest does not match."""
     value = parse(raw, where)
     if isinstance(value, dict):
         value.pop("sha256", None)

@@ -1,4 +1,4 @@
-"""Settings out of TOML, YAML or JSON files: unknown keys refused, every error in a user's words and on one line."""
+"""Settings from TOML, YAML or JSON files: unknown keys are errors, and every error is one line."""
 
 import datetime
 import math
@@ -30,7 +30,7 @@ _MISSING: Final = "missing_key"
 
 
 class StrictModel(BaseModel):
-    """Unknown keys are refused, and what pydantic would make a number of: true and false, integers beyond 64 bits."""
+    """Rejects unknown keys, and values that pydantic would convert to numbers: true, false, integers beyond 64 bits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -48,7 +48,7 @@ class StrictModel(BaseModel):
 
 
 class Settings(StrictModel):
-    """Frozen. ConfigError names the key that is missing, unknown or wrong, and what was given."""
+    """Frozen settings. ConfigError names the missing, unknown or invalid key, and the value."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -60,7 +60,7 @@ class Settings(StrictModel):
 
     @classmethod
     def from_file(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | None = None) -> S:
-        """Read a file; `overrides` replace its top-level keys. Paths in it are relative to where the command runs."""
+        """Read a file; `overrides` replace its top-level keys. Paths in it are relative to the working directory."""
         values = read_settings(path)
         try:
             return cls(**{**values, **(overrides or {})})
@@ -71,9 +71,9 @@ class Settings(StrictModel):
 def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = lambda values: None) -> dict[str, Any]:
     """Return the values of a .toml, .yaml, .yml or .json file, after `change`.
 
-    All values are text, numbers, true or false, lists, or tables.
+    All values are strings, numbers, booleans, lists or tables.
 
-    Raises ConfigError naming the file, and the place or the key that is wrong.
+    Raises a ConfigError that names the file, and the invalid place or key.
     """
     path = Path(path)
     if path.suffix not in (".toml", ".yaml", ".yml", ".json"):
@@ -107,7 +107,7 @@ def read_settings(path: str | Path, change: Callable[[dict[str, Any]], None] = l
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML document. ValueError in one line for all that is wrong with it."""
+    """Parse one YAML document. ValueError with a message of one line."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
@@ -117,7 +117,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_plain(values: Any) -> None:
-    """ValueError naming the key whose value no setting can have, and for values without end."""
+    """ValueError for a value that no setting can have, with its key, and for recursive values."""
     count = 0
     waiting: list[tuple[tuple[str, ...], Any]] = [((), values)]
     while waiting:
@@ -131,7 +131,7 @@ def check_plain(values: Any) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise ValueError(f"{name or 'configuration'}: the key {key!r} is no text; put it in quotes")
+                    raise ValueError(f"{name or 'configuration'}: the key {key!r} is not text; put it in quotes")
                 waiting.append(((*where, key), item))
         elif isinstance(value, list):
             waiting += [((*where, str(number)), item) for number, item in enumerate(value)]
@@ -148,9 +148,9 @@ def check_plain(values: Any) -> None:
 
 
 def explain_all(error: ValidationError, one: Callable[[Any], str]) -> str:
-    """What is wrong, in one line: the errors of the innermost keys, by `one`.
+    """The errors of the innermost keys, formatted by `one`, in one line.
 
-    A list that lost a wrong item is not too short.
+    The length of a list is not an error if one of its items is invalid.
     """
     found = error.errors()
     inner = [each for each in found if not any(_is_inside(other["loc"], each["loc"]) for other in found)]
@@ -162,12 +162,12 @@ def _is_inside(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def explain(error: Any) -> str:
-    """One pydantic error in a user's words."""
+    """Format one pydantic error for the user."""
     where = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] in ("missing", "extra_forbidden"):
         return f"{where}: {'missing' if error['type'] == 'missing' else 'unknown key'}"
     value, own = error["input"], error.get("ctx", {})
-    if error["type"] in (_WRONG_VALUE, _MISSING):  # found by the section, which pydantic takes for what is wrong
+    if error["type"] in (_WRONG_VALUE, _MISSING):  # raised by the section, which pydantic reports as the invalid value
         where, value = f"{where}.{own['key']}" if error["loc"] else own["key"], own.get("value")
     if error["type"] == _MISSING:
         return f"{where}: missing"
@@ -176,7 +176,7 @@ def explain(error: Any) -> str:
 
 
 def missing(key: str) -> PydanticCustomError:
-    """The error of a section that lacks a key which only some of its uses need."""
+    """The error of a section without a key that is required only in some cases."""
     return PydanticCustomError(_MISSING, "missing", {"key": key})
 
 
@@ -185,14 +185,14 @@ def _wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, which would silently hide the first, and merges that grow without end."""
+    """Rejects duplicate keys, which would silently hide the first value, and unbounded merges."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} appears twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -203,7 +203,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of; of a Literal those of its values."""
+    """The types in an annotation; for a Literal those of its values."""
     if typing.get_origin(annotation) is Literal:
         return {type(value) for value in typing.get_args(annotation)}
     found = {kind for part in typing.get_args(annotation) for kind in _kinds(part)}

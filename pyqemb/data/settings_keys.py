@@ -19,9 +19,9 @@ class Key:
     """A key of a settings file.
 
     Attributes:
-        name: with the names of its tables, e.g. "train.learning_rate".
-        type: of its values, in words.
-        default: its default as TOML; "not set" where that is null, None where the key is required.
+        name: the name with those of its tables, e.g. "train.learning_rate".
+        type: the type of its values, in words.
+        default: its default as TOML; "not set" if it is null, None if the key is required.
         description: what the key does, then what its values mean.
         example: a value as TOML; None without one.
         aliases: other names of the key.
@@ -36,7 +36,7 @@ class Key:
 
     @property
     def last(self) -> str:
-        """The name without those of its tables."""
+        """The name without those of the tables."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -50,11 +50,11 @@ class Table:
     """A table of a settings file.
 
     Attributes:
-        name: e.g. "train"; "" for the keys outside of tables.
-        header: as in TOML, e.g. "[train]" or "[[data]]"; "" for the keys outside of tables.
-        kind: the value of `kind` that chooses this one among the tables of a name; None where there is one.
-        description: of the class of its settings.
-        keys: without those that are tables of their own.
+        name: the name, e.g. "train"; "" for the keys outside of tables.
+        header: the header in TOML, e.g. "[train]" or "[[data]]"; "" for the keys outside of tables.
+        kind: the value of `kind` that selects this one among the tables of a name; None if there is only one.
+        description: the description of the class of its settings.
+        keys: the keys, without those that are separate tables.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Table:
 
 class _Untitled(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
-        return False  # "Learning Rate" says no more than learning_rate
+        return False  # a title like "Learning Rate" only repeats learning_rate
 
 
 def json_schema(settings: type[BaseModel]) -> dict[str, Any]:
@@ -88,12 +88,12 @@ def tables(settings: type[BaseModel]) -> list[Table]:
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop before a space or a line end."""
+    """The text up to its first period before a space or a line end."""
     return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def as_toml(value: Any) -> str:
-    """A value of text, numbers, true or false, lists and tables as TOML, in one line."""
+    """A value (strings, numbers, booleans, lists, tables) as TOML, in one line."""
     if isinstance(value, Mapping):
         return (
             "{ " + ", ".join(f"{_bare(key)} = {as_toml(item)}" for key, item in value.items()) + " }" if value else "{}"
@@ -127,7 +127,7 @@ def _tables(schema: _Schema, definitions: _Schema, name: str, header: str) -> It
 
 
 def _nested(schema: _Schema, header: str) -> Iterator[tuple[str, str]]:
-    """The definitions of the tables that a value may be made of, each with its header."""
+    """The definitions of the tables in a value, each with its header."""
     if "$ref" in schema:
         yield schema["$ref"].rpartition("/")[2], header
     for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):

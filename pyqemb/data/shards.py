@@ -1,10 +1,10 @@
-"""Training data larger than memory: examples in memory-mapped Arrow files, by task, with a manifest of what they hold.
+"""Training data larger than memory: examples in memory-mapped Arrow files, by task, with a manifest.
 
 FOLDER/manifest.json        sealed (`data/sealed.py`): of each file its size, of each record batch its place, rows and
                             checksum
 FOLDER/00000-00000.arrow    task 0, file 0: Arrow IPC, record batches of at most 1024 rows
 
-A batch reaches Arrow only after its bytes were found to be those that were written.
+The checksum of a record batch is verified before Arrow reads it.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from pyqemb.data.strict_json import parse
 from pyqemb.errors import DataError, MachineError
 
 FORMAT = "pyqemb-shards-2"
-_BATCH = 1024  # rows of a record batch: what a random access touches
-_OPEN = 4096  # record batches whose columns are at hand
+_BATCH = 1024  # rows of a record batch, the unit of random access
+_OPEN = 4096  # record batches whose columns are cached
 _NUMBERS = pa.list_(pa.float64())
 _SCHEMA = pa.schema(
     [
@@ -46,12 +46,12 @@ _SCHEMA = pa.schema(
 
 @dataclass
 class Summary:
-    """What checks need to know of a task's rows without reading them; counts are of the rows that have the column."""
+    """Facts about the rows of a task for checks that do not read them; counts are rows that have the column."""
 
     task: str | None
     rows: int = 0
     digest: str = ""
-    instructions: list[str | None] = field(default_factory=list)  # at most two: more are as good as many
+    instructions: list[str | None] = field(default_factory=list)  # at most two; only whether there are several matters
     negatives: int = 0
     most_negatives: int = 0
     score: int = 0
@@ -63,10 +63,10 @@ class Summary:
 
 
 class Shards(Sequence[Example]):
-    """The examples of one task of a folder, in the order in which they were written; read as they are asked for.
+    """The examples of one task of a folder, in the order in which they were written; read on access.
 
-    `instruction` is for those that bring none. Raises DataError where a file is missing or damaged,
-    at the latest when a damaged row is asked for.
+    `instruction` is the default for rows without one. Raises DataError if a file is missing or damaged, at the latest
+    when a damaged row is read.
     """
 
     def __init__(self, folder: Path, number: int, summary: Summary, instruction: str | None = None):
@@ -74,9 +74,7 @@ class Shards(Sequence[Example]):
         self._files = [_File(folder / _name(number, file), facts) for file, facts in enumerate(summary.files)]
         self._batches = [(file, batch) for file in self._files for batch in range(len(file.batches))]
         self._ends = list(accumulate(rows for file in self._files for rows, *_ in file.batches))
-        self._open: dict[
-            int, list[Any]
-        ] = {}  # columns of record batches that were asked for; they lie in the mapped files
+        self._open: dict[int, list[Any]] = {}  # cached columns of record batches, memory-mapped
 
     def __len__(self) -> int:
         return self.summary.rows
@@ -107,23 +105,23 @@ class Shards(Sequence[Example]):
                 yield self._example(columns, i)
 
     def with_instruction(self, instruction: str | None) -> "Shards":
-        """The same rows, where those that bring no instruction have this one."""
+        """The same rows, with this instruction for rows without one."""
         other = object.__new__(Shards)
         other.__dict__.update({**self.__dict__, "instruction": instruction})
         return other
 
     @property
     def digest(self) -> str:
-        """Of all rows in order, and of the instruction that they get."""
+        """The digest of all rows in order, and of the default instruction."""
         return f"{self.summary.digest} {self.instruction}" if self.instruction is not None else self.summary.digest
 
     @property
     def instructions(self) -> set[str | None]:
-        """The instructions that the rows have, after `with_instruction`; None stands for a row without one."""
+        """The instructions that the rows have, after `with_instruction`; None for a row without one."""
         return {self.instruction if own is None else own for own in self.summary.instructions}
 
     def _columns(self, at: int) -> list[Any]:
-        """Of a record batch: arrays, or what every row has where a column is empty."""
+        """The columns of a record batch: arrays, or the value of every row if a column is empty."""
         file, batch = self._batches[at]
         columns: list[Any] = []
         for column in file.read(batch).columns:
@@ -145,9 +143,9 @@ class Shards(Sequence[Example]):
 
 
 class _File:
-    """An Arrow file, mapped.
+    """A memory-mapped Arrow file.
 
-    Of Arrow's own framing only the record batches are used, each checked before its first use.
+    Only the record batches are read with Arrow, each checked before its first use.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]):
@@ -156,26 +154,26 @@ class _File:
         try:
             self._bytes = pa.memory_map(str(path)).read_buffer()
         except FileNotFoundError as error:
-            raise DataError(f"{path}: no shard that can be read: it is missing") from error
+            raise DataError(f"{path}: not a readable shard: it is missing") from error
         except OSError as error:
             raise unreadable(path, error, MachineError) from error
         if self._bytes.size != facts["size"]:
             raise DataError(
-                f"{path}: no shard that can be read: it has {self._bytes.size} bytes, the manifest says {facts['size']}"
+                f"{path}: not a readable shard: it has {self._bytes.size} bytes, the manifest says {facts['size']}"
             )
 
     def read(self, batch: int) -> pa.RecordBatch:
         _, offset, size, crc = self.batches[batch]
         if not self._checked[batch]:
             try:
-                with self.path.open("rb") as file:  # not through the map: a bad sector there would end the process
+                with self.path.open("rb") as file:  # not memory-mapped, because a bad sector would kill the process
                     file.seek(offset)
                     found = zlib.crc32(file.read(size))
             except OSError as error:
                 raise unreadable(self.path, error, MachineError) from error
             if found != crc:
                 raise DataError(
-                    f"{self.path}: no shard that can be read: damaged between bytes {offset} and {offset + size}; "
+                    f"{self.path}: not a readable shard: damaged between bytes {offset} and {offset + size}; "
                     "remove the folder and write it again"
                 )
             self._checked[batch] = True
@@ -183,7 +181,7 @@ class _File:
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether a folder is one that `write_shards` made."""
+    """Whether `write_shards` wrote a folder."""
     return (folder / "manifest.json").is_file() and any(folder.glob("*.arrow"))
 
 
@@ -194,7 +192,7 @@ def read_shards(folder: str | Path) -> dict[str | None, Shards]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no folder of shards: it is missing") from error
+        raise DataError(f"{path}: not a folder of shards: the manifest is missing") from error
     except OSError as error:
         raise unreadable(path, error, MachineError) from error
     manifest = parse(raw, str(path))
@@ -206,9 +204,9 @@ def read_shards(folder: str | Path) -> dict[str | None, Shards]:
 
 
 def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_file: int = 1_000_000) -> int:
-    """Write examples as a folder of shards, all or nothing, in constant memory. Returns how many.
+    """Write examples as a folder of shards, completely or not at all, with constant memory. Returns their number.
 
-    Raises DataError: no examples. MachineError: a disk that is full.
+    Raises DataError: no examples. MachineError: the disk is full.
     """
     folder = Path(folder)
     try:
@@ -237,11 +235,11 @@ def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_fi
 def shards_of_parquet(
     folder: Path, examples: Iterable[Example], split: str | None = None, columns: Columns | None = None
 ) -> Path:
-    """Return a folder of shards of the Parquet files of a folder's split, whose rows `columns` reads as examples.
+    """Return a folder of shards made from the Parquet files of a split, whose rows are read with `columns`.
 
-    It is written at its first use and whenever the files have changed.
+    It is written at the first use and whenever the files have changed.
 
-    It lies in the user's cache, $XDG_CACHE_HOME/pyqemb or ~/.cache/pyqemb: the data folder is only read.
+    It is in the user's cache, $XDG_CACHE_HOME/pyqemb or ~/.cache/pyqemb; the data folder is only read.
     """
     files = [(str(path), path.stat()) for path in dataset_files(folder, split)]
     facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
@@ -258,7 +256,7 @@ def shards_of_parquet(
 
 
 def cache_folder() -> Path:
-    """Where pyqemb keeps what it can make again."""
+    """The folder of pyqemb for cached files."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "pyqemb"
 
@@ -308,7 +306,7 @@ class _Writer:
         arrays = [pa.array(list(column), type=kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
         batch = pa.record_batch(arrays, schema=_SCHEMA)
         self._writer.write_batch(batch)
-        message = batch.serialize()  # the bytes that the writer has put into the file, last
+        message = batch.serialize()  # the bytes that the writer appended to the file
         file = self._summary.files[-1]
         file["batches"].append([batch.num_rows, self._sink.tell() - message.size, message.size, zlib.crc32(message)])
         self._waiting = []

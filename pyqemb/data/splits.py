@@ -1,9 +1,8 @@
-"""Which files of a folder are train, validation and test, by the conventions of datasets on the hub.
+"""Detection of the train, validation and test files of a folder, by the conventions of datasets on the hub.
 
 A split is recognized by a word in a folder's or a file's name (train.jsonl, data/test-00000-of-00001.parquet,
-default/dev/0.csv).
-Source: https://huggingface.co/docs/datasets/repository_structure
-Beyond them: compounds (trainset.jsonl, devData.csv) and words in camel case (squadTrain.jsonl).
+default/dev/0.csv). Source: https://huggingface.co/docs/datasets/repository_structure Additionally, compounds
+(trainset.jsonl, devData.csv) and words in camel case (squadTrain.jsonl) are recognized.
 """
 
 import logging
@@ -22,11 +21,11 @@ KEYWORDS = {
 _SPLIT_OF = {word: split for split, words in KEYWORDS.items() for word in words}
 _WORDS = re.compile(r"[-._ 0-9]+")
 _COMPOUND = re.compile(rf"({'|'.join(_SPLIT_OF)})(sets?|data|datasets?|splits?|files?|examples|samples|pairs|rows)?")
-# Of camel case only these: HumanEval and DevOps tell no split.
+# In camel case only these words, because HumanEval and DevOps are not splits.
 _HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _IN_CAMEL_CASE = ("train", "training", "test", "testing", "validation")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}.*\..*")
-# Files beside the data that hold no rows.
+# Other files, without rows.
 _ABOUT = re.compile(
     r"(readme|license|licence|notice|citation|changelog|authors)(\..*)?|makefile|"
     r".*\.(md|rst|bib|cff|py|png|jpe?g|svg|pdf)|"
@@ -36,16 +35,16 @@ _ABOUT = re.compile(
 
 
 def canonical(split: str) -> str:
-    """The name of a split: "validation" for "dev", and a name that is none of the known words as it is."""
+    """The canonical name of a split: "validation" for "dev"; an unknown name is not changed."""
     return _SPLIT_OF.get(split.lower(), split)
 
 
 def split_of(path: Path, shards: bool = False) -> str | None:
-    """The split that a path, relative to the dataset's folder, tells; None: none.
+    """The split in the names of a path relative to the dataset's folder, or None.
 
-    `shards`: in NAME-00000-of-00001 any NAME is a split; in a folder `data` it always is.
+    `shards`: in NAME-00000-of-00001 any NAME is a split, as it always is in a folder `data`.
 
-    Raises DataError where the path tells two.
+    Raises DataError if the path names two splits.
     """
     match = _SHARD.fullmatch(path.name)
     if match and (shards or path.parent.name == "data") and not _keywords(path):
@@ -59,9 +58,9 @@ def split_of(path: Path, shards: bool = False) -> str | None:
 def data_files(folder: Path) -> list[Path]:
     """The files of rows in a folder and its subfolders, in order.
 
-    Hidden names and files about the data are passed over.
+    Hidden files and files about the data are skipped.
 
-    Raises DataError naming a file of another kind.
+    Raises a DataError that names a file of another kind.
     """
     files = []
     for path in sorted(folder.rglob("*")):
@@ -77,9 +76,9 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
-    """The files of one split: train, or the only one there, unless `split` names another.
+    """The files of one split: train, or the only one, unless `split` names another.
 
-    Raises DataError: nothing to read, a split that is not there, files of several formats or configurations.
+    Raises DataError: no files, a missing split, files of several formats or configurations.
     """
     by_split: dict[str | None, list[Path]] = {}
     for path in data_files(folder):
@@ -91,7 +90,8 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
         )
     if None in by_split and len(by_split) > 1:
         raise DataError(
-            f"{by_split[None][0]}: tells no split, where other files do ({_names(by_split)}); give the path of a file"
+            f"{by_split[None][0]}: its name has no split, but other files have one ({_names(by_split)}); give the "
+            "path of a file"
         )
     files = by_split[None] if set(by_split) == {None} and canonical(split or "train") == "train" else None
     files = files or by_split[choose(folder, {name for name in by_split if name is not None}, split)]
@@ -103,7 +103,7 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
     stems = [str(path)[: -len(path.suffix)] if format_of(path) != path.suffix.lower() else str(path) for path in files]
     if len(set(stems)) < len(stems):
         twice = next(path for path, stem in zip(files, stems, strict=True) if stems.count(stem) > 1)
-        raise DataError(f"{twice}: is there plain and compressed; give the path of one of them")
+        raise DataError(f"{twice}: exists plain and compressed; give the path of one of them")
     configurations = sorted({_configuration(path.relative_to(folder)) for path in files})
     if len(configurations) > 1:
         raise DataError(
@@ -114,7 +114,7 @@ def dataset_files(folder: Path, split: str | None = None) -> list[Path]:
 
 
 def choose(folder: Path | str, found: Iterable[str], split: str | None, default: str = "train") -> str:
-    """The split among those that are there: `split`, else `default`, else the only one, which is said."""
+    """Choose among the splits: `split`, else `default`, else the only one, with a warning."""
     names = sorted(found)
     wanted = default if split is None else split
     chosen = [name for name in names if name == wanted] or [n for n in names if canonical(n) == canonical(wanted)]
@@ -140,7 +140,7 @@ def _keywords(path: Path) -> set[str]:
 
 
 def _configuration(path: Path) -> str:
-    """The folders of a path without `data` and those that name a split."""
+    """The folders of a path, except `data` and the names of splits."""
     return "/".join(part for part in path.parts[:-1] if part != "data" and not _keywords(Path(part)))
 
 

@@ -1,4 +1,4 @@
-"""JSON as every reader of pyqemb takes it: what two programs could read in two ways is refused, in one line."""
+"""A strict JSON parser: documents that other programs could read differently raise an error of one line."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any
 from pyqemb.errors import DataError
 
 _MAX_DEPTH = 100
-# Only such texts can hold an infinite float or an integer beyond float64; the hooks that look at each number are slow.
+# Only such texts can contain an infinite float or an integer beyond float64; the hooks for numbers are slow.
 _HUGE_NUMBER = re.compile(r"[0-9]{200}|[eE]\+?[0-9]{3}")
 
 
 def parse(text: str | bytes, where: str) -> Any:
     """Parse one JSON document.
 
-    Refused, beside what JSON forbids (NaN and Infinity among it): a key that occurs twice in an object, a number that
-    float64 cannot hold, nesting deeper than 100, half of a surrogate pair, bytes that are not UTF-8.
+    These are errors too, besides invalid JSON (including NaN and Infinity): duplicate keys in an object, numbers that
+    float64 cannot represent, nesting deeper than 100, half of a surrogate pair, bytes that are not UTF-8.
 
     Args:
-        text: the document. A byte-order mark in front of bytes is skipped.
+        text: the document. A leading byte-order mark of bytes is skipped.
         where: file or file:line, for the error.
 
     Raises:
-        DataError: "WHERE: what is wrong", with the column where it is known.
+        DataError: "WHERE: message", with the column if it is known.
 
     Example:
         >>> parse('{"a": 1}', "x.json")
@@ -56,7 +56,7 @@ def parse(text: str | bytes, where: str) -> Any:
 
 
 class JsonError(DataError):
-    """`problem` without its place, and the column where it is, from 1."""
+    """`problem` is the message without the place; `column` counts from 1."""
 
     def __init__(self, where: str, problem: str, column: int = 1, shown: str | None = None):
         super().__init__(f"{where}: {shown or problem}")

@@ -1,6 +1,6 @@
-"""Rows that are in memory or that other libraries store: datasets, pandas, Polars, Arrow, lists of dicts.
+"""Rows in memory or in the formats of other libraries: datasets, pandas, Polars, Arrow, lists of dicts.
 
-These libraries are looked up among the imported modules: an object of theirs exists only where they are imported.
+The libraries are looked up in sys.modules, because their objects exist only if they are imported.
 """
 
 import re
@@ -19,16 +19,18 @@ _BATCH = 1024
 
 
 def read_table(source: Any, split: str | None = None, name: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of rows in memory; the place is "NAME[index]", from 0. A row is a dict, or as a list holds it.
+    """Yield (place, row) of rows in memory; the place is "NAME[index]", from 0.
+
+    A row is a dict, or an item of the list.
 
     Args:
         source: a Dataset or DatasetDict of the package datasets, a pandas or Polars DataFrame, an Arrow table, or an
             iterable of rows.
-        split: of a DatasetDict; None: train, or the only one there.
-        name: of the data, for messages (default: the name of the type).
+        split: the split of a DatasetDict; None: train, or the only one.
+        name: the name of the data in messages (default: the name of the type).
 
     Raises:
-        DataError: another object, a split that is not there, a table that cannot be read.
+        DataError: an unsupported object, a missing split, a table that cannot be read.
     """
     name = name or source_name(source)
     if _is(source, "datasets", "DatasetDict", "IterableDatasetDict"):
@@ -40,7 +42,7 @@ def read_table(source: Any, split: str | None = None, name: str | None = None) -
 
 
 def source_name(source: Any) -> str:
-    """What messages and reports call a source: its path, or the type of an object in memory."""
+    """The name of a source in messages and reports: its path, or the type of an object in memory."""
     return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
@@ -55,40 +57,40 @@ def is_table(source: Any) -> bool:
 
 
 def has_splits(source: Any) -> bool:
-    """Whether a source is a dataset with splits to choose from: a DatasetDict, also a saved one, or one of the hub."""
+    """Whether a source is a dataset with splits: a DatasetDict, also a saved one, or a dataset of the hub."""
     if isinstance(source, str | Path):
         return str(source).startswith(HUB) or (Path(source) / "dataset_dict.json").is_file()
     return _is(source, "datasets", "DatasetDict", "IterableDatasetDict")
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is one that `save_to_disk` of datasets made."""
+    """Whether `save_to_disk` of datasets wrote a folder."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
 def open_saved(folder: Path) -> Any:
-    """The Dataset or DatasetDict of a folder that `save_to_disk` made."""
+    """The Dataset or DatasetDict of a folder that `save_to_disk` wrote."""
     datasets = _import_datasets(folder)
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # of Arrow, JSON, the file system or datasets
-        raise DataError(f"{folder}: no dataset that load_from_disk can read: {_one_line(error)}") from error
+        raise DataError(f"{folder}: load_from_disk cannot read it: {_one_line(error)}") from error
 
 
 def open_hub(address: str) -> Any:
-    """The DatasetDict of hub://ORG/NAME, hub://ORG/NAME@REVISION/SUBSET; it is downloaded unless it is in the cache.
+    """The DatasetDict of hub://ORG/NAME, hub://ORG/NAME@REVISION/SUBSET; it is downloaded unless it is cached.
 
     Raises:
-        ConfigError: another form of address, or datasets is missing. DataError: it cannot be loaded.
+        ConfigError: an invalid address, or datasets is missing. DataError: it cannot be loaded.
     """
     match = _HUB_ADDRESS.fullmatch(address)
     if match is None:
         raise ConfigError(f"{address}: expected {HUB}ORG/NAME, with @REVISION and /SUBSET after it where needed")
     repository, revision, subset = match.groups()
     datasets = _import_datasets(address)
-    if Path(repository).exists():  # load_dataset would read it instead
+    if Path(repository).exists():  # load_dataset would read this local folder instead
         raise DataError(f"{address}: the folder {repository} is here; rename it, or give its path without {HUB}")
     try:
         return datasets.load_dataset(repository, subset, revision=revision)
@@ -98,7 +100,7 @@ def open_hub(address: str) -> Any:
 
 
 def _rows(source: Any, name: str) -> Iterator[Any]:
-    if _is(source, "datasets", "Dataset") and source.format["type"] != "custom":  # a transform makes rows of its own
+    if _is(source, "datasets", "Dataset") and source.format["type"] != "custom":  # a transform may produce other rows
         plain = source.with_format("arrow", columns=source.format["columns"])
         source = (row for table in plain.iter(batch_size=_BATCH) for row in table.to_pylist())
     elif _is(source, "pandas", "DataFrame"):

@@ -1,4 +1,4 @@
-"""Token ids of texts, each tokenized once: in memory, or in a folder that later epochs and later runs read."""
+"""A cache of token ids: in memory, or in a folder for later epochs and runs."""
 
 import hashlib
 from array import array
@@ -21,10 +21,10 @@ class TokenCache:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self._ids: dict[str, array] = {}  # an eighth of what lists of int take
+        self._ids: dict[str, array] = {}  # an eighth of the memory of lists of int
 
     def warm(self, texts: Iterable[str]) -> None:
-        """Tokenize what is not there yet, all at once: the tokenizer library then uses every core."""
+        """Tokenize the new texts in one call, so that the tokenizer library uses every core."""
         new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         for text, ids in zip(new, self.tokenizer.encode_documents(new), strict=True):
             self._ids[text] = array("i", ids)
@@ -36,12 +36,12 @@ class TokenCache:
 
 
 class TokenFolder:
-    """The same in a folder, in checksummed blocks (`data/blocks.py`). No text is held in memory.
+    """Token ids by text, in a folder of checksummed blocks (`data/blocks.py`). Texts are not held in memory.
 
-    Each tokenizer and max_length has a folder of its own inside. Several processes may share it: each sees what the
-    others have tokenized. Damage is found when a text is read, and the text is tokenized again.
+    Each tokenizer and max_length has a separate subfolder. Several processes may share it, and each reads what the
+    others have tokenized. Damage is detected when a text is read, and the text is tokenized again.
 
-    Raises MachineError: the folder cannot be read or written, or its disk is full. What it holds stays.
+    Raises MachineError: the folder cannot be read or written, or its disk is full. Its content is kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: str | Path):
@@ -51,7 +51,7 @@ class TokenFolder:
         self._blocks = Blocks(self.folder, fingerprint)
 
     def warm(self, texts: Iterable[str]) -> None:
-        """Tokenize what is not there yet."""
+        """Tokenize the new texts."""
         distinct = list(dict.fromkeys(texts))
         keys = keys_of(distinct)
         new = np.flatnonzero(self._blocks.rows(keys) < 0)
@@ -77,7 +77,7 @@ class TokenFolder:
             self.warm(texts)
             rows = self._blocks.rows(keys)
         if (rows < 0).any():
-            raise MachineError(f"{self.folder}: does not hold what was just written to it")
+            raise MachineError(f"{self.folder}: lost data that was just written to it")
         return PackedBatch.pack([ids.tolist() for ids in self._blocks.values(rows, np.int32)])
 
 

@@ -1,7 +1,7 @@
-"""Text to token ids: the instruction template for queries, the end token for everyone.
+"""Tokenization: the instruction template for queries, and the end token for all texts.
 
-The pooled token is the appended `<|endoftext|>`. It is also the pad token of the released checkpoints, so it is found
-by position (last of its sequence), never by searching for its id.
+The pooled token is the appended `<|endoftext|>`. It is also the pad token of the released checkpoints, so it is located
+by position (last of its sequence), not by its id.
 """
 
 import json
@@ -25,12 +25,12 @@ _COPIED = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer that appends the end token exactly once, also when it truncates.
+    """A Hugging Face tokenizer that appends the end token exactly once, also after truncation.
 
-    `max_length` counts the end token; None means no truncation. `files` are neighbors of tokenizer.json (name to
-    content) that `save` writes again. `end_token` is pooled: `<|endoftext|>` in all that descends from Qwen.
-    `lower_case` lowers texts and prompts. `append_end` False leaves the end of a text as tokenizer.json says, for
-    models that were trained so.
+    `max_length` includes the end token; None means no truncation. `files` are other files beside tokenizer.json (name
+    to content) that `save` writes again. `end_token` is pooled: `<|endoftext|>` in models derived from Qwen.
+    `lower_case` lowercases texts and prompts. With `append_end` False, tokenizer.json determines the end of a text, for
+    models that were trained in this way.
     """
 
     template = TEMPLATE
@@ -62,11 +62,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int | None = None) -> "Self":
-        """Read a folder's tokenizer.json. `max_length` None: what the folder says, else no limit.
+        """Read a folder's tokenizer.json. `max_length` None: that of the folder, else no limit.
 
-        The end token is what pyqemb.json says, else `<|endoftext|>`; a model that is no Qwen3 and has none ends with
-        its eos_token. It is appended in folders without modules.json; with one, texts end as sentence-transformers ends
-        them.
+        The end token is that of pyqemb.json, else `<|endoftext|>`; a model other than Qwen3 without this token uses its
+        eos_token. It is appended for folders without modules.json; with modules.json, texts end as in
+        sentence-transformers.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -77,7 +77,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
-        except Exception as error:  # the library raises bare Exception for anything it cannot parse
+        except Exception as error:  # the library raises bare Exception for invalid files
             raise DataError(f"{path}: not a tokenizer: {error}") from error
         settings = read_text_settings(folder, backend, cls.transformer_rules)
         files = {name: found for name in (*_COPIED, "tokenizer_config.json") if (found := read_bytes(folder, name))}
@@ -89,11 +89,11 @@ class Tokenizer:
 
     @staticmethod
     def _limit(settings: TextSettings) -> int | None:
-        """The longest text that the folder's settings allow."""
+        """The maximum length in the folder's settings."""
         return settings.max_length
 
     def with_max_length(self, max_length: int | None) -> "Self":
-        """The same tokenizer with another limit."""
+        """The same tokenizer with another maximum length."""
         return type(self)(self.backend, max_length, self.files, self.end_token, self.lower_case, self.append_end)
 
     @property
@@ -115,13 +115,13 @@ class Tokenizer:
     ) -> list[list[int]]:
         r"""Token ids of `Instruct: {task}\nQuery:{query}`, end token last.
 
-        One instruction serves all texts, or one comes with each; None leaves the query raw.
+        One instruction for all texts, or one for each; None leaves the query raw.
         """
         return self.encode_documents(self.format_queries(texts, instruction))
 
     @classmethod
     def format_queries(cls, texts: Sequence[str], instruction: str | Sequence[str | None] | None = None) -> list[str]:
-        """The texts that `encode_queries` tokenises."""
+        """The texts that `encode_queries` tokenizes."""
         tasks = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else list(instruction)
         if len(tasks) != len(texts):
             raise ValueError(f"expected one instruction for each of {len(texts)} texts, got {len(tasks)}")
@@ -131,7 +131,7 @@ class Tokenizer:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (which appends the end token), tokenizer_config.json and the files it came with."""
+        """Write tokenizer.json (which appends the end token), tokenizer_config.json and `files`."""
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         for name, content in self.files.items():
@@ -142,11 +142,11 @@ class Tokenizer:
 
     def _tokenizer_config(self) -> dict[str, Any]:
         stored = parse(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
-        for name in ("auto_map", "backend", "is_local", "local_files_only"):  # transformers 5 reads none of them back
+        for name in ("auto_map", "backend", "is_local", "local_files_only"):  # transformers 5 does not read them
             stored.pop(name, None)
-        if isinstance(stored.get("extra_special_tokens"), list):  # a list in transformers 5 alone
+        if isinstance(stored.get("extra_special_tokens"), list):  # a list only in transformers 5
             stored["additional_special_tokens"] = stored.pop("extra_special_tokens")
-        if stored.get("tokenizer_class") not in CLASSES:  # transformers 4 cannot load what transformers 5 calls it
+        if stored.get("tokenizer_class") not in CLASSES:  # class names of transformers 5 only
             stored["tokenizer_class"] = "PreTrainedTokenizerFast"
         stored.setdefault("eos_token", self.end_token)
         stored.update(pad_token=self.end_token, padding_side="left")
@@ -158,7 +158,7 @@ class Tokenizer:
         return ids if len(ids) <= limit else [*ids[: max(limit - len(self._last_ids), 0)], *self._last_ids]
 
     def _appended(self) -> list[int]:
-        """What the post-processor puts behind every text."""
+        """The tokens that the post-processor appends to every text."""
         plain = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a", add_special_tokens=True).ids
         starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
@@ -169,7 +169,7 @@ class Tokenizer:
         return self.backend.encode("a", add_special_tokens=True).ids[len(without) :][-1:] == [self.end_id]
 
     def _set_end(self) -> None:
-        """Make the tokenizer append the end token, unless it does."""
+        """Make the tokenizer append the end token, unless it does already."""
         if not self.append_end or self._appends_end():
             return
         end = tokenizers.processors.TemplateProcessing(
@@ -197,7 +197,7 @@ def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:
 
 
 def _add_lower_case(backend: tokenizers.Tokenizer) -> None:
-    """Lower every text first, as sentence-transformers does for `do_lower_case`."""
+    """Lowercase every text first, as sentence-transformers does for `do_lower_case`."""
     before = backend.normalizer
     if before is None or b'"Lowercase"' not in before.__getstate__():
         lower = tokenizers.normalizers.Lowercase()

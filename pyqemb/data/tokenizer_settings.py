@@ -1,4 +1,4 @@
-"""What a model folder says about its texts, beside tokenizer.json: the longest text, lower case, how a text ends."""
+"""The text settings of a model folder outside of tokenizer.json: maximum length, lowercasing, the end of a text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import tokenizers
 from pyqemb.data.folder import Rule, check_keys, one_of, read_json, read_object, shown
 from pyqemb.errors import CheckpointError, DataError
 
-# sentence-transformers reads the first of these that is there.
+# sentence-transformers reads the first of these that exists.
 SENTENCE_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )  # fmt: skip
-# Classes that transformers 4.57 and 5 both load, from the same tokenizer.json.
+# Classes that both transformers 4.57 and 5 load from the same tokenizer.json.
 CLASSES = (
     "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast",
     "GPT2Tokenizer", "GPT2TokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
@@ -24,7 +24,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class TextSettings:
-    """`max_length` None: no limit. `append_end` False: texts end as tokenizer.json says."""
+    """`max_length` None: no limit. `append_end` False: tokenizer.json determines the end of texts."""
 
     max_length: int | None = None
     lower_case: bool = False
@@ -39,11 +39,10 @@ def read_text_settings(
     Args:
         folder: the model folder.
         backend: the tokenizer of the folder's tokenizer.json, which the settings must agree with.
-        transformer: other rules than an embedding model's for some settings of sentence_bert_config.json.
+        transformer: rules for some settings of sentence_bert_config.json that differ from those of embedding models.
 
     Raises:
-        CheckpointError: a setting that is not known, or that the tokenizer cannot follow. File, key and value are
-            named.
+        CheckpointError: an unknown setting, or one that contradicts the tokenizer; the error names file, key and value.
     """
     name = next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), SENTENCE_CONFIGS[0])
     sentence, tokenizer = read_object(folder, name), read_object(folder, "tokenizer_config.json")
@@ -69,9 +68,9 @@ def read_text_settings(
 
 
 def _max_length(folder: Path, name: str, sentence: dict[str, Any], tokenizer: dict[str, Any]) -> int | None:
-    """Return the longest text in tokens, as sentence-transformers 6 finds it.
+    """Return the maximum length in tokens, determined as in sentence-transformers 6.
 
-    It is `max_seq_length`, else `model_max_length` of the tokenizer up to the model's positions.
+    It is `max_seq_length`, else `model_max_length` of the tokenizer, at most the number of positions of the model.
     """
     own = sentence.get("max_seq_length")
     if own is not None and (type(own) is not int or own < 1):
@@ -100,7 +99,7 @@ _SENTENCE: dict[str, Rule | None] = {
     "transformer_task": one_of("feature-extraction"),
     "modality_config": one_of(_TEXT_MODALITY),
     "module_output_name": one_of("token_embeddings", None),
-    "unpad_inputs": _FLAG,  # how batches are laid out
+    "unpad_inputs": _FLAG,  # the layout of batches
     **dict.fromkeys(
         ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs",
          "processing_kwargs", "query_length", "document_length", "query_expansion", "tokenizer_name_or_path"), _NOTHING
@@ -119,10 +118,10 @@ _TOKENIZER: dict[str, Rule | None] = {
     "trust_remote_code": one_of(False, None),
     "token": one_of(None),
     "use_auth_token": one_of(False, None),
-    "auto_map": None,  # a whole model folder with one is refused, see pyqemb.model.safety
+    "auto_map": None,  # model folders with one are rejected, see pyqemb.model.safety
     **dict.fromkeys(
-        # Names of tokens that tokenizer.json holds, or what decoding, padding and chats need: no id of a text depends
-        # on them.
+        # Names of tokens that are in tokenizer.json, and settings of decoding, padding and chats; the ids of a text do
+        # not depend on them.
         ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token",
          "video_token", "audio_token", "vision_bos_token", "vision_eos_token", "additional_special_tokens",
          "extra_special_tokens", "model_specific_special_tokens", "added_tokens_decoder", "tokenizer_class",

@@ -137,7 +137,7 @@ def find_pairs(folder: Path, name: str) -> Path | None:
     """The file NAME.jsonl, or of another format of rows. DataError where there are two."""
     found = [path for path in sorted(folder.glob(f"{name}.*")) if path.is_file() and format_of(path) in FORMATS]
     if len(found) > 1:
-        raise DataError(f"{found[1]}: is there beside {found[0].name}; keep one of them")
+        raise DataError(f"{found[1]}: exists beside {found[0].name}; keep one of them")
     return found[0] if found else None
 
 

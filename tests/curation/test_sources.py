@@ -64,6 +64,6 @@ def test_columns_on_the_command_line(tmp_path, capsys):
 
 
 def test_wrong_columns_cost_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="'qurey' is no column of pyqemb's"):
+    with pytest.raises(ConfigError, match="'qurey' is not a column of pyqemb"):
         pyqemb.curate({"input": ROWS, "out": tmp_path, "columns": {"qurey": "title"}, "step": [{"kind": "length"}]})
     assert not list(tmp_path.iterdir())

@@ -98,7 +98,7 @@ def test_the_same_judgements_in_two_files(beir, caplog):
     table(beir / "qrels" / "test.tsv", HEAD + TABS)
     lines(beir / "qrels" / "test.jsonl", judged())
     lines(beir / "corpus.jsonl.bz2", CORPUS)
-    with pytest.raises(DataError, match=r"corpus\.jsonl\.bz2: is there beside corpus\.jsonl"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl\.bz2: exists beside corpus\.jsonl"):
         load_task(beir)
     (beir / "corpus.jsonl").unlink()
     assert load_task(beir).qrels == GRADES
@@ -213,7 +213,7 @@ def test_a_corpus_in_a_file_and_in_a_folder(beir):
     (beir / "corpus").mkdir()
     assert load_task(beir).qrels == GRADES  # an empty folder holds no corpus
     lines(beir / "corpus" / "part.jsonl", CORPUS)
-    with pytest.raises(DataError, match=r"corpus/part\.jsonl: is there beside corpus\.jsonl; keep one of them"):
+    with pytest.raises(DataError, match=r"corpus/part\.jsonl: exists beside corpus\.jsonl; keep one of them"):
         load_task(beir)
 
 

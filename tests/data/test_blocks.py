@@ -116,7 +116,7 @@ def test_damage_is_told(tmp_path, caplog):
     raw[3] ^= 1
     path.write_bytes(raw)
     check_twice(Vectors, tmp_path / "cache")
-    assert "0000.data: damaged at byte 0; what was lost is made again" in caplog.text
+    assert "0000.data: damaged at byte 0; lost values are recomputed" in caplog.text
 
 
 def test_a_folder_that_goes_away_takes_nothing(tmp_path):

@@ -118,8 +118,8 @@ def test_cells_are_text_or_numbers(tmp_path):
         ("query,positive,negatives\na,b,\"['x']\"\n", "'negatives' is a list, which a cell cannot hold"),
         ("query,positive\n,b\n", "rows.csv:2: column 'query' is empty"),
         ("query;positive\na;b\n", "rows.csv:2: column 'query' is missing; the row has \\['query;positive'\\]"),
-        ("query;positive\na;b\n", "; ';' seems to stand between the cells: save the file with commas"),
-        ("query\tpositive\na\tb\n", r"; '\\t' seems to stand between the cells"),
+        ("query;positive\na;b\n", "; ';' seems to be the delimiter: save the file with commas"),
+        ("query\tpositive\na\tb\n", r"; '\\t' seems to be the delimiter"),
         ("query,positive,score\na,b,1_0\n", "must hold finite numbers, got '1_0'"),
         ("query,positive,score\na,b,\u0661\n", "must hold finite numbers, got"),
     ):

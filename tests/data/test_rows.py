@@ -82,7 +82,7 @@ def test_damaged_compression(tmp_path, compression):
         (
             "rows.csv",
             b"a;b\n1,5;2\n",
-            "rows.csv:2: 2 cells where .*; ';' seems to stand between the cells: save the file with",
+            "rows.csv:2: 2 cells where .*; ';' seems to be the delimiter: save the file with",
         ),
         ("rows.csv", b"a,b\n1,2,3\n", "rows.csv:2: 3 cells where the header"),
         ("rows.csv", b"a,a\n", "names a column twice"),

@@ -77,7 +77,7 @@ def test_a_digest_is_of_the_rows(folder, tmp_path):
 
 def test_damage_is_named(folder, tmp_path):
     next(folder.glob("00000-00001.arrow")).write_bytes(b"ARROW1\0\0nothing")
-    with pytest.raises(DataError, match=r"00000-00001\.arrow: no shard that can be read"):
+    with pytest.raises(DataError, match=r"00000-00001\.arrow: not a readable shard"):
         read_shards(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": "pyqemb-shards-9", "tasks": []}))
     with pytest.raises(DataError, match="has format 'pyqemb-shards-9'"):

@@ -103,10 +103,10 @@ def test_the_only_split_is_said(tmp_path, caplog):
     ("names", "message"),
     [
         (["test.jsonl", "dev.jsonl"], "no split 'train'; splits found: test, validation"),
-        (["train.jsonl", "more.jsonl"], r"more\.jsonl: tells no split, where other files do \(train\)"),
+        (["train.jsonl", "more.jsonl"], r"more\.jsonl: its name has no split, but other files have one \(train\)"),
         (["train/test.jsonl"], "is it test or train"),
         (["a.jsonl", "b.csv"], r"files of several formats \(\.csv, \.jsonl\)"),
-        (["a.jsonl", "a.jsonl.gz"], "is there plain and compressed"),
+        (["a.jsonl", "a.jsonl.gz"], "exists plain and compressed"),
         (["pair/train.jsonl", "triplet/train.jsonl"], "several configurations \\('pair', 'triplet'\\)"),
         (["a.jsonl", "notes.txt"], r"notes\.txt: unknown file"),
         (["train/data-00000-of-00001.arrow"], r"\.arrow: unknown file"),

@@ -68,7 +68,7 @@ def test_saved_datasets(tmp_path):
     assert list(read_examples(tmp_path / "both")) == list(read_examples(tmp_path / "one")) == EXAMPLES
     assert list(read_examples(tmp_path / "both", "test")) == EXAMPLES[:1]
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"")
-    with pytest.raises(DataError, match="one: no dataset that load_from_disk can read"):
+    with pytest.raises(DataError, match="one: load_from_disk cannot read it"):
         list(read_examples(tmp_path / "one"))
 
 
@@ -135,7 +135,7 @@ def test_columns_of_every_reader(tmp_path):
         ),
         (
             {"query": "title", "ignore": "id"},
-            "column 'question' is there beside .'title'., which `columns` reads as query",
+            "column 'question' exists beside .'title'., which `columns` reads as query",
         ),
         (
             {"query": "question", "negatives": "hard", "ignore": ["id", "gone"]},
@@ -152,7 +152,7 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"qurey": "a"}, "'qurey' is no column of pyqemb's; expected some of query, positive, negatives"),
+        ({"qurey": "a"}, "'qurey' is not a column of pyqemb; expected some of query, positive, negatives"),
         ({"query": ["a", "b"]}, "'query' must be one column"),
         ({"query": "a", "positive": "a"}, "'a' is named twice"),
         ({"query": ""}, "'query' must be the name of a column, got ''"),

@@ -309,7 +309,7 @@ def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
             assert first.poll() is None
             assert time.monotonic() < end
             time.sleep(0.01)
-        with pytest.raises(ConfigError, match=rf"x\.npy\.parts: another encode is at work here: pid {first.pid} on"):
+        with pytest.raises(ConfigError, match=rf"x\.npy\.parts: another encode is running here: pid {first.pid} on"):
             encode_file(model, jsonl, out)
         assert main(["encode", str(model), str(jsonl), "--out", str(out)]) == 2
         assert encode_file(model, jsonl, tmp_path / "y.npy").rows == len(ROWS)

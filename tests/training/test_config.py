@@ -114,7 +114,7 @@ def test_bad_values_are_named(changes, message):
     ("name", "text", "message"),
     [
         ("run.toml", "a = ", "run.toml"),
-        ("run.yaml", "model: {base: a}\nmodel: {base: b}\n", "'model' is there twice"),
+        ("run.yaml", "model: {base: a}\nmodel: {base: b}\n", "'model' appears twice"),
         ("run.yaml", "- 1\n", "expected sections"),
         ("run.yaml", "!!python/object/apply:os.system ['true']", "run.yaml"),
         ("run.txt", "", "expected a .toml"),

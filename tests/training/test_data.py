@@ -70,7 +70,7 @@ def test_columns_and_split_in_a_file(tmp_path):
         ([], "data: "),
         ({}, "data: "),
         ([{"name": "a", "rows": ROWS, "path": "b"}], r"data\.0: path and rows exclude each other"),
-        ([{"path": "a", "columns": {"qurey": "b"}}], r"data\.0\.columns: 'qurey' is no column of pyqemb's"),
+        ([{"path": "a", "columns": {"qurey": "b"}}], r"data\.0\.columns: 'qurey' is not a column of pyqemb"),
         ([{"path": "a", "wieght": 1}], "wieght: unknown key; did you mean 'weight'"),
         ({"a": {"rows": ROWS, "weight": 0}}, r"data\.0\.weight"),
     ],

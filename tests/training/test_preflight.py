@@ -494,7 +494,7 @@ def test_columns_of_an_evaluation_dataset(place):
     dataset = {"path": str(place / "faq.jsonl"), "columns": columns}
     result = pyqemb.train(config(place, eval={"datasets": [dataset]}))
     assert 0 < [row["eval"] for row in result.metrics if "eval" in row][-1]["faq/ndcg@10"] <= 1
-    with pytest.raises(ConfigError, match=r"eval\.datasets\.0\.columns: 'query_text' is no column"):
+    with pytest.raises(ConfigError, match=r"eval\.datasets\.0\.columns: 'query_text' is not a column"):
         config(place, eval={"datasets": [dataset | {"columns": {"query_text": "question"}}]})
 
 

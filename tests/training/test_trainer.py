@@ -273,7 +273,7 @@ def test_a_second_run_in_the_folder_is_refused(workplace):
     process = start(path)
     try:
         wait_for(workplace / "shared" / "metrics.jsonl", process)
-        with pytest.raises(ConfigError, match=f"another training run is at work here: pid {process.pid}"):
+        with pytest.raises(ConfigError, match=f"another training run is running here: pid {process.pid}"):
             pyqemb.train(config(workplace, "shared", steps=5000), resume="auto")
     finally:
         process.kill()
