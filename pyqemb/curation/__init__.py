@@ -1,4 +1,4 @@
-"""Choosing training data: steps that count what they drop, and hard negatives."""
+"""Selection of training data: filters that count and explain dropped examples, and hard-negative mining."""
 
 from pyqemb.curation.config import CurateConfig as CurateConfig
 from pyqemb.curation.filters import Filtered as Filtered

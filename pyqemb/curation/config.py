@@ -1,4 +1,4 @@
-"""The configuration of a pipeline: inputs, output, and the steps in their order, from Python or a TOML file."""
+"""The configuration of a pipeline from Python or a TOML file: inputs, output, and the steps in order."""
 
 from pathlib import Path
 from typing import Annotated, Any

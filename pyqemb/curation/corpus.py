@@ -1,4 +1,4 @@
-"""Documents to choose negatives from."""
+"""The documents from which negatives are mined."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ def read_corpus(path: str | Path) -> Iterator[str]:
     A corpus is a file of rows with `text` (and `title`, `_id`), the corpus of a BEIR folder, or the positives of
     examples.
 
-    Raises DataError naming file and line: a row without text, an id that is there twice.
+    Raises a DataError that names file and line: a row without text, a duplicate id.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""A step that drops what the evaluation would ask: training examples that share text with it."""
+"""A step that drops training examples that share text with evaluation data."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ class Decontaminate(Step):
     )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the examples that share no text with the evaluation, in their order."""
+        """Yield the examples that share no text with the evaluation, in order."""
         queries, documents = self._texts()
         ledger.notes.update({"evaluation queries": len(queries), "evaluation documents": len(documents)})
         known = np.unique(ops.shingles([plain(text) for text in (*queries, *documents)], self.ngram)[0])
@@ -86,8 +86,8 @@ class Decontaminate(Step):
     def _closest(
         self, window: list[Example], model: Any, queries: torch.Tensor, documents: torch.Tensor | None
     ) -> np.ndarray:
-        """float32 [N, 2]: the best score of each query and of each positive against the evaluation's."""
-        bare = [Example(example.query, "") for example in window]  # without instructions, as the evaluation's are here
+        """float32 [N, 2]: the highest score of each query and each positive against the evaluation texts."""
+        bare = [Example(example.query, "") for example in window]  # like evaluation queries
         rows, vectors = embed_queries(model, bare, None)
         best = [ops.top_k(torch.from_numpy(vectors), queries, 1)[0][rows, 0]]
         if documents is None:
@@ -116,13 +116,13 @@ def evaluation_examples(path: Path) -> Iterator[Example]:
         found = beir.read_beir(path, split)
         for query, judged in found.qrels.items():
             positives = [document for document, grade in judged.items() if grade > 0]
-            # A query without a document that is there is asked all the same.
+            # Queries whose documents are missing still count.
             for text in [found.corpus[key] for key in positives if key in found.corpus] or [""]:
                 yield Example(found.queries[query], text)
 
 
 def _any_known(hashes: np.ndarray, counts: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Whether one of each text's hashes is known: bool [N]."""
+    """Whether any hash of each text is known: bool [N]."""
     if not len(known) or not len(hashes):
         return np.zeros(len(counts), dtype=bool)
     found = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes

@@ -1,4 +1,4 @@
-"""Steps that drop what is there already: equal texts, and nearly equal ones by MinHash."""
+"""Deduplication steps: equal texts, and near copies by MinHash."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ On = Annotated[
     Literal["pair", "query", "positive"],
     Field(description="Text that is compared: `pair`, `query` or `positive`.", examples=["positive"]),
 ]
-_WHOLE = 1 << 40  # words: every text is one n-gram
+_WHOLE = 1 << 40  # words per n-gram, so that every text is one n-gram
 
 
 class Exact(Step):
@@ -30,7 +30,7 @@ class Exact(Step):
     on: On = "pair"
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the first example of each group of equal texts, in their order."""
+        """Yield the first example of each group of equal texts, in order."""
         seen = Seen()
         for window in windows(examples, WINDOW):
             new = seen.add(_keys(window, self.on))
@@ -60,7 +60,7 @@ class Near(Step):
     )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the first example of each cluster of similar texts, in their order."""
+        """Yield the first example of each cluster of similar texts, in order."""
         rows = rows_of_band(self.num_hashes, self.threshold)
         ledger.notes.update({"bands": self.num_hashes // rows, "rows of a band": rows})
         with work_folder(ledger.folder) as folder:
@@ -77,7 +77,7 @@ class Near(Step):
 
 
 def rows_of_band(num_hashes: int, threshold: float) -> int:
-    """The longest bands by which two texts of exactly that similarity are still proposed with a probability of 0.95."""
+    """The longest bands that find two texts of exactly that similarity with a probability of at least 0.95."""
     fitting = [r for r in range(1, num_hashes + 1) if 1 - (1 - threshold**r) ** (num_hashes // r) >= 0.95]
     return max(fitting, default=1)
 
@@ -91,7 +91,7 @@ def clusters(signatures: Path, count: int, num_hashes: int, rows: int, threshold
         keys = _banded(mapped, start, start + rows)
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
-        # Each text is compared with the first of its bucket: in a bucket all are alike, or met by chance.
+        # Each text is compared with the first of its bucket only; the texts of a bucket are similar, except by chance.
         heads = np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(count), 0))
         later = np.flatnonzero(np.concatenate([[False], same]))
         first, second = order[heads[later]], order[later]
@@ -110,7 +110,7 @@ def _texts(window: list[Example], on: On) -> list[str]:
 
 
 def _keys(window: list[Example], on: On) -> np.ndarray:
-    """uint64 [N]: a hash of the words of each text. Texts without words are told apart by their characters."""
+    """uint64 [N]: a hash of the words of each text. Texts without words are hashed by their characters."""
     sides = ("query", "positive") if on == "pair" else (on,)
     keys = np.zeros(len(window), dtype=np.uint64)
     for side in sides:
@@ -126,7 +126,7 @@ def _keys(window: list[Example], on: On) -> np.ndarray:
 
 
 def _banded(mapped: np.ndarray, start: int, end: int) -> np.ndarray:
-    """uint64 [count]: a hash of the places start..end of each signature."""
+    """uint64 [count]: a hash of the entries start..end of each signature."""
     keys = np.empty(len(mapped), dtype=np.uint64)
     for first in range(0, len(mapped), 1 << 16):
         keys[first : first + (1 << 16)] = _polynomial(mapped[first : first + (1 << 16), start:end])

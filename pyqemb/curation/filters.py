@@ -1,4 +1,4 @@
-"""The steps over lists in memory: what was kept, and how many were dropped for which reason."""
+"""Filters for lists in memory, which return the kept examples and counts of dropped ones by reason."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from pyqemb.errors import ConfigError
 
 @dataclass
 class Filtered:
-    """What a filter kept, in order, and how many it dropped for which reason."""
+    """The examples that a filter kept, in order, and the number of dropped ones by reason."""
 
     kept: list[Example] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -28,13 +28,13 @@ def consistency(
     pool: Iterable[str] | None = None,
     instruction: str | None = None,
 ) -> Filtered:
-    """Keep a pair when its document is among the `top` nearest of its query, out of all positives and `pool`.
+    """Keep a pair if its document is among the `top` nearest to its query, out of all positives and `pool`.
 
     Equal texts are one document.
 
     Args:
         model: an Embedder, or any object with `encode_query` and `encode_document`.
-        examples: the pairs to judge, in their order.
+        examples: the pairs, in order.
         top: the lowest rank that is kept, counted from 1 (default 20).
         pool: further documents to rank the positives among (default: none).
         instruction: instruction for queries, used for those without their own (default: the model's query prompt).
@@ -61,13 +61,13 @@ def similarity(
     max_sim: float | None = None,
     instruction: str | None = None,
 ) -> Filtered:
-    """Keep a pair when the score of query and document lies between the bounds.
+    """Keep a pair if the score of query and document is between the bounds.
 
     Args:
         model: an Embedder, or any object with `encode_query` and `encode_document`.
-        examples: the pairs to judge, in their order.
-        min_sim: the lowest cosine similarity that is kept. The default, 0.7, is the report's (arXiv 2506.05176,
-            section 3.3); what a score means depends on the model. None: no lower bound.
+        examples: the pairs, in order.
+        min_sim: the lowest cosine similarity that is kept. The default, 0.7, is the report's (arXiv 2506.05176, section
+            3.3); suitable values depend on the model. None: no lower bound.
         max_sim: the highest cosine similarity that is kept (default: no upper bound).
         instruction: instruction for queries, used for those without their own (default: the model's query prompt).
 
@@ -84,10 +84,10 @@ def similarity(
 
 
 def distinct(examples: Iterable[Example]) -> Filtered:
-    """Keep the first of each (query, positive). Two texts are equal if all of their characters are.
+    """Keep the first of several pairs with equal query and positive, compared by characters.
 
     Args:
-        examples: the pairs to judge, in their order.
+        examples: the pairs, in order.
 
     Returns:
         The pairs that were kept, and how many were dropped.

@@ -1,6 +1,6 @@
-"""What a step did: how many examples it kept and dropped, and for which reason.
+"""The statistics of a step: the number of kept examples, and of dropped ones by reason.
 
-It also holds histograms of what the step measured, and some examples of both outcomes to read.
+It also holds histograms of measured values, and samples of both outcomes for the report.
 """
 
 import math
@@ -18,14 +18,14 @@ Drop = Callable[[Example, str, dict[str, float]], None]
 
 
 class Histogram:
-    """Counts by outcome in bins of equal width, or, without one, in eight bins to each doubling."""
+    """Counts by outcome in bins of equal width, or, without a width, in eight bins per factor of two."""
 
     def __init__(self, width: float | None):
         self.width = width
         self.counts: dict[int, Counter[str]] = defaultdict(Counter)
 
     def add(self, value: float, outcome: str) -> None:
-        """Count one value under an outcome: "kept", or the reason for which the example was dropped."""
+        """Count one value under an outcome: "kept", or the reason why the example was dropped."""
         place = value / self.width if self.width else 8 * math.log2(max(value, 1))
         self.counts[math.floor(place + 1e-6)][outcome] += 1
 
@@ -34,7 +34,7 @@ class Histogram:
         return index * self.width if self.width else 2 ** (index / 8)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Bins in rising order: where each starts, and its counts by outcome."""
+        """The bins in ascending order: the start of each, and its counts by outcome."""
         return [{"from": self.start_of(i), **self.counts[i]} for i in sorted(self.counts)]
 
 
@@ -48,11 +48,11 @@ class Sample:
 
 @dataclass
 class Ledger:
-    """The account of one step.
+    """The statistics of one step.
 
-    `folder` is for files that the step needs while it runs; `on_drop` sees every dropped example.
+    `folder` is for temporary files of the step; `on_drop` is called with every dropped example.
 
-    `samples` of each outcome are kept, drawn evenly by `seed` whatever their number (reservoir sampling).
+    `samples` examples of each outcome are stored, sampled uniformly with `seed` (reservoir sampling).
     """
 
     name: str = ""
@@ -63,13 +63,13 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, Histogram] = field(default_factory=dict)
     drawn: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
-    notes: dict[str, Any] = field(default_factory=dict)  # e.g. the bounds that a quantile came to
+    notes: dict[str, Any] = field(default_factory=dict)  # e.g. the values of quantile bounds
 
     def __post_init__(self) -> None:
         self._random = random.Random(f"{self.seed} {self.name}")
 
     def keep(self, example: Example, **values: float) -> Example:
-        """Count an example as kept and return it. `values` holds what the step measured, by name."""
+        """Count an example as kept and return it. `values` holds measured values by name."""
         self._record(example, KEPT, values)
         return example
 
@@ -93,12 +93,12 @@ class Ledger:
 
     @property
     def kept(self) -> int:
-        """How many examples were kept."""
+        """The number of kept examples."""
         return self.counts[KEPT]
 
     @property
     def dropped(self) -> Counter[str]:
-        """How many examples were dropped, by reason."""
+        """The number of dropped examples by reason."""
         return Counter({reason: count for reason, count in self.counts.items() if reason != KEPT})
 
     def summary(self) -> dict[str, Any]:

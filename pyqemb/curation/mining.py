@@ -1,4 +1,4 @@
-"""Hard negatives: documents that a model ranks high for a query, and that are not its positives in disguise."""
+"""Hard-negative mining: documents that a model ranks high for a query, without probable false negatives."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +21,13 @@ from pyqemb.model.encoder import unit_encoder
 from pyqemb.model.progress import progress_bar
 
 _TILE = 8192  # queries searched at a time
-_JUDGED = 256  # with a reranker
+_JUDGED = 256  # queries at a time, with a reranker
 Reranker = Callable[[list[tuple[str, str]]], Any]  # (query, document) pairs -> scores
 
 
 @dataclass(frozen=True)
 class MiningReport:
-    """Means are over the rows that got a negative; `short` counts the rows that got fewer than k."""
+    """Statistics of mining. Means are over rows with a negative; `short` counts rows with fewer than k negatives."""
 
     rows: int
     documents: int
@@ -41,7 +41,7 @@ class Mined:
     """The result of `mine`.
 
     Attributes:
-        examples: in their order, each with its negatives, hardest first.
+        examples: the examples in order, each with its negatives, hardest first.
         report: counts and mean scores.
     """
 
@@ -67,7 +67,7 @@ class Negatives:
 
     @classmethod
     def none(cls, count: int, k: int) -> "Negatives":
-        """Of so many rows, before any is found; to be filled in."""
+        """Empty results for `count` rows, to be filled in."""
         return cls(
             np.full((count, k), -1, dtype=np.int64),
             np.full((count, k), -np.inf, dtype=np.float32),
@@ -99,26 +99,25 @@ def mine(
 ) -> Mined:
     """Give every example up to `k` hard negatives, hardest first.
 
-    Negatives that the examples already have are replaced, and a teacher's scores are dropped; a warning counts both.
+    Existing negatives of the examples are replaced, and scores of a teacher are dropped; a warning counts both.
 
     Args:
         model: an Embedder, or any object with `encode_query` and `encode_document`.
         examples: queries with their positives: a list of Examples or dicts, a Dataset, a DataFrame, a path, or another
-            source of `read_examples`. No positive of a query becomes its negative; queries are compared by text.
-        columns: which columns of the rows are the query, the positive and so on, as for `read_examples` (default: they
-            have names that a layout knows).
+            source of `read_examples`. A positive of a query is never its negative; queries are compared by text.
+        columns: the columns of the rows, as in `read_examples` (default: the names of a known layout).
         corpus: further documents to choose from, besides the positives of all examples. Equal texts are one document.
-        k: how many negatives each example gets at most (default 7).
+        k: the maximum number of negatives per example (default 7).
         max_positive_ratio: a negative scores at most this ratio of the positive's score (TopK-PercPos): at most
             positive - (1 - ratio) * |positive|. Above 0 and at most 2 (default 0.95). None: no such limit.
         margin: a negative scores at most the positive's score minus this cosine similarity (default: no such limit).
         max_score: a negative scores at most this cosine similarity (default: no such limit).
         mean_margin: a negative scores at most the mean score of the query's positives plus this (default: no such
             limit; Qwen3-VL-Embedding, section 3.3).
-        skip_top: how many of the best candidates within these limits are skipped (default 0).
-        depth: how many candidates behind the skipped ones are considered, at least `k` (default 100).
-        sampling: which of the candidates are taken: "top", the best `k` (default); "random", `k` drawn uniformly;
-            "softmax", `k` drawn without replacement in proportion to exp(score / sampling_temperature).
+        skip_top: the number of best candidates within these limits to skip (default 0).
+        depth: the number of candidates to consider after the skipped ones, at least `k` (default 100).
+        sampling: how negatives are chosen from the candidates: "top", the best `k` (default); "random", `k` drawn
+            uniformly; "softmax", `k` drawn without replacement in proportion to exp(score / sampling_temperature).
         sampling_temperature: temperature of the "softmax" sampling, above 0 (default 0.05).
         seed: seed of the "random" and "softmax" sampling (default 0).
         instruction: instruction for queries, used for examples without their own (default: the model's query prompt).
@@ -126,11 +125,11 @@ def mine(
             of its positive (default: one pool).
         reranker: scores (query, document) pairs. The positives and the best skip_top + depth candidates of the model
             are scored again, and all limits apply to these scores (default: no reranker).
-        approximate: a faiss index_factory string such as "HNSW32" (default: exact search).
-        cache: a folder that keeps the vectors between calls (`CachedEncoder`; default: no cache).
+        approximate: a faiss index_factory string, such as "HNSW32" (default: exact search).
+        cache: a folder that stores the vectors between calls (`CachedEncoder`; default: no cache).
 
     Returns:
-        The examples in their order, with their negatives, and a report of the mining.
+        The examples in order, with their negatives, and the statistics of the mining.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -209,7 +208,7 @@ def _report(num_documents: int, found: Negatives) -> MiningReport:
 
 
 def _warn_of_losses(examples: Sequence[Example]) -> None:
-    """Log what of the examples the mined ones no longer have."""
+    """Log how many examples lose negatives and scores."""
     log = logging.getLogger("pyqemb")
     replaced, scored = sum(bool(e.negatives) for e in examples), sum(bool(e.scores) for e in examples)
     if replaced:
@@ -226,7 +225,7 @@ def _warn_of_losses(examples: Sequence[Example]) -> None:
 
 @dataclass(frozen=True)
 class _Rescoring:
-    """A reranker over documents of the whole pool, for rows and documents of a part of it."""
+    """A reranker that maps rows and documents of a part of the pool to those of the whole pool."""
 
     rescore: Callable[[int, np.ndarray], np.ndarray]
     rows: np.ndarray
@@ -249,17 +248,17 @@ def search_negatives(
     approximate_by: str | None = None,
     rescore: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Negatives:
-    """Mine on vectors: `mine` after the texts are encoded.
+    """Mine negatives for given vectors; the part of `mine` after the texts are encoded.
 
     Args:
         query_vectors: float32 [Q, E], the unit vectors of the distinct queries.
         query_rows: int64 [N], the row of each example in `query_vectors`.
         documents: float32 [M, E], the unit vectors of the documents; the array may be memory-mapped.
-        rules: the limits that a negative must keep, and how negatives are chosen.
+        rules: the limits of negatives, and how they are chosen.
         excluded: int64 [N, X], the indices of all positives of the row's query, padded with -1.
         positives: int64 [N], the index of each example's positive in `documents`.
-        generator: draws the negatives if the rules sample them.
-        device: where the exact search runs (default "cpu").
+        generator: the random generator, if the rules sample negatives.
+        device: the device of the exact search (default "cpu").
         approximate_by: a faiss index_factory string (default: exact search).
         rescore: maps (row, document indices) to new scores of these documents for the row's query (default: none).
     """
@@ -280,7 +279,7 @@ def search_negatives(
                 found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
                 own, found_scores, found = _rescored(rescore, rules, part.start, positives[part], excluded[part], found)
             result.positive_scores[part] = own
-            places = rules.choose(found_scores, generator)  # where none is left: -1 and -inf
+            places = rules.choose(found_scores, generator)  # padded with -1 and -inf
             result.indices[part, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
             result.scores[part, : places.shape[1]] = np.take_along_axis(found_scores, places, axis=1)
             advance(len(queries))
@@ -295,7 +294,7 @@ def _rescored(
     excluded: np.ndarray,
     found: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (scores of the positives, scores, indices) by the reranker, best first.
+    """Return (scores of the positives, scores, indices) of the reranker, best first.
 
     The index of a document above its ceiling becomes -1.
     """
@@ -316,7 +315,7 @@ def _rescored(
 def _pools(
     positives: np.ndarray, documents: list[str], pool_of: Callable[[str], str] | None
 ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
-    """(rows of examples, their documents) of each pool; None: all documents."""
+    """Yield (rows of examples, their documents) of each pool; None: all documents."""
     if pool_of is None:
         return [(np.arange(len(positives)), None)]
     names = np.array([pool_of(text) for text in documents])
@@ -327,13 +326,13 @@ def _pools(
 
 
 def _within(indices: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Places among the members (rising) of indices, -1 for those that are none."""
+    """The positions of indices among the sorted members, -1 for other indices."""
     at = np.searchsorted(members, indices).clip(max=len(members) - 1)
     return np.where(members[at] == indices, at, -1)
 
 
 def embed_queries(model: Any, examples: Sequence[Example], instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """(row of each example [N], unit vectors of the distinct queries [Q, E]); an example's own instruction wins."""
+    """(row of each example [N], unit vectors of the distinct queries [Q, E]); examples may have own instructions."""
     asked = [(example.query, example.instruction or instruction) for example in examples]
     distinct = {pair: row for row, pair in enumerate(dict.fromkeys(asked))}
     vectors: np.ndarray | None = None
@@ -352,7 +351,7 @@ def embed_documents(model: Any, documents: Sequence[str]) -> np.ndarray:
 
 
 def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) -> np.ndarray:
-    """int64 [N, most]: every document that is a positive of the example's query text, filled with -1."""
+    """int64 [N, most]: all documents that are positives of the example's query text, padded with -1."""
     by_query: dict[str, dict[int, None]] = {}
     for example in examples:
         by_query.setdefault(example.query, {})[place[example.positive]] = None
@@ -364,7 +363,7 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
 
 
 def _mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """float32 [N]: the mean score of each query with its positives [N, X], -1 being none."""
+    """float32 [N]: the mean score of each query with its positives [N, X], padded with -1."""
     total, count = np.zeros(len(queries), dtype=np.float32), np.zeros(len(queries), dtype=np.float32)
     for column in positives.T:
         own = np.flatnonzero(column >= 0)

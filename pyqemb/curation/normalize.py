@@ -1,4 +1,4 @@
-"""Texts without what readers do not see, so that two copies of one text are equal."""
+"""Normalization of texts for comparison."""
 
 import html
 import re
@@ -19,7 +19,7 @@ def plain(text: str) -> str:
         >>> plain("Caf\u00e9&nbsp;\u200bo\u00adle\u0301")
         'cafe ole'
     """
-    while _ENTITY.search(text) and (decoded := html.unescape(text)) != text:  # "&amp;nbsp;" was encoded twice
+    while _ENTITY.search(text) and (decoded := html.unescape(text)) != text:  # text like "&amp;nbsp;" is encoded twice
         text = decoded
     if not text.isascii():
         text = _VARIATION.sub("", unicodedata.normalize("NFKD", text))

@@ -1,4 +1,4 @@
-"""Runs the steps over a stream of examples and writes what came of it."""
+"""Runs the steps over a stream of examples and writes the results."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,10 +22,11 @@ class Curated:
     """The result of `curate`.
 
     Attributes:
-        folder: with kept.jsonl, dropped.jsonl (each row with its step and reason), report.json and report.html.
+        folder: the folder with kept.jsonl, dropped.jsonl (each row with its step and reason), report.json and
+            report.html.
         seen: the number of examples read.
         kept: the number of examples that passed all steps.
-        ledgers: the account of each step, in order.
+        ledgers: the statistics of each step, in order.
     """
 
     folder: Path
@@ -39,14 +40,14 @@ class Curated:
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
-        """How many examples each step dropped: {step: {reason: count}}."""
+        """The number of examples that each step dropped: {step: {reason: count}}."""
         return {ledger.name: dict(ledger.dropped) for ledger in self.ledgers}
 
 
 def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | None = None) -> Curated:
-    """Pass every example through the steps in their order. Examples stream: memory does not grow with their texts.
+    """Pass every example through the steps in order. Examples are streamed, so memory does not grow with their texts.
 
-    The results appear when all steps are done; those of an earlier run stay until then.
+    The results are written when all steps are done; those of an earlier run are kept until then.
 
     Args:
         config: the inputs (paths, or data in memory, as for `read_examples`), the output folder and the steps, as a
@@ -57,7 +58,7 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
         The output folder, the counts, and the ledger of each step.
 
     Raises:
-        ConfigError: a setting is wrong, or a model or package is missing.
+        ConfigError: a setting is invalid, or a model or package is missing.
         DataError: an input cannot be read or is empty.
         MachineError: the disk is full, or another error of the machine.
 
@@ -86,7 +87,7 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
 
 
 def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
-    """One a step, under its kind, numbered where a kind comes twice."""
+    """One ledger for each step, named by its kind, with a number if a kind is used several times."""
     kinds = [step.kind for step in config.step]
     ledgers = []
     for index, kind in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""Steps that ask where a query's own positive comes among the documents of a pool."""
+"""Steps that rank the positive of a query among the documents of a pool."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -21,7 +21,7 @@ class _Ranked(Step):
     """Ranks positives in a pool of documents.
 
     The pool holds all positives and those of the files `pool`. Equal texts are one document. It has at most `pool_size`
-    documents, the same ones every time.
+    documents, which are chosen deterministically.
     """
 
     model: Any = model_field("Embedding model that ranks.")
@@ -42,11 +42,11 @@ class _Ranked(Step):
         yield from self.judge(examples, ledger, others)
 
     def judge(self, examples: Iterable[Example], ledger: Ledger, others: Iterable[str]) -> Iterator[Example]:
-        """As `run`, with the further documents of the pool given."""
+        """`run` with the given further documents of the pool."""
         low, high = self._bounds()
         for example, rank in self._ranks(examples, ledger.folder, others, high):
             reason = None if low <= rank <= high else self._reason(rank)
-            # Beyond `high` the rank is not known.
+            # Ranks above `high` are not known exactly.
             if ledger.judge(example, reason, **({"rank": rank} if rank <= high else {})):
                 yield example
 
@@ -64,7 +64,7 @@ class _Ranked(Step):
             if not len(spool):
                 return
             further = _Texts(folder / "pool.txt", others)
-            chosen = np.unique(np.concatenate([own, further.hashes]))[: self.pool_size]  # as good as drawn
+            chosen = np.unique(np.concatenate([own, further.hashes]))[: self.pool_size]  # like a sample
             hashes, vectors = _embed(model, chain((e.positive for e in spool), further), chosen, folder / "vectors.f32")
             pool = torch.from_numpy(vectors)
             order = np.argsort(hashes)
@@ -80,7 +80,7 @@ class _Ranked(Step):
                     torch.from_numpy(queries), pool, min(depth, len(pool)),
                     exclude=torch.from_numpy(_places(positives, hashes, order)[:, None]),
                 )  # fmt: skip
-                # A hair above: the same score may come out of two sums.
+                # Slightly above the score, because equal scores may differ in rounding.
                 beaten = found.numpy() > scores[:, None] + 1e-6
                 yield from zip(window, (1 + beaten.sum(axis=1)).tolist(), strict=True)
 
@@ -128,7 +128,7 @@ class Rank(_Ranked):
 
 
 class _Texts:
-    """Texts on disk, one a line with line ends escaped, and their hashes."""
+    """Texts on disk, one per line with escaped line ends, and their hashes."""
 
     def __init__(self, path: Path, texts: Iterable[str]):
         self._path, found = path, []
@@ -145,7 +145,7 @@ class _Texts:
 
 
 def _embed(model: Any, texts: Iterable[str], wanted: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes [P], vectors [P, E] mapped from the disk) of the texts whose hashes are wanted (rising), each once."""
+    """(hashes [P], vectors [P, E] mapped from the disk) of the distinct texts whose hashes are in `wanted` (sorted)."""
     there = np.zeros(len(wanted), dtype=bool)
     hashes: list[int] = []
     with path.open("wb") as file:
@@ -173,7 +173,7 @@ def _embed(model: Any, texts: Iterable[str], wanted: np.ndarray, path: Path) -> 
 
 
 def _places(texts: Iterable[str], hashes: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """int64 [N]: where each text lies in the pool, -1 for nowhere. `order` sorts `hashes`."""
+    """int64 [N]: the index of each text in the pool, or -1. `order` sorts `hashes`."""
     wanted = np.array([text_hash(text) for text in texts], dtype=np.uint64)
     at = np.searchsorted(hashes[order], wanted).clip(max=len(hashes) - 1)
     return np.where(hashes[order[at]] == wanted, order[at], -1)

@@ -1,4 +1,4 @@
-"""A step that asks a language model whether suspected hard negatives are negatives at all."""
+"""A step in which a language model judges whether suspected hard negatives are relevant."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -119,7 +119,7 @@ class Relabel(Step):
         if self.action == "drop":
             ledger.drop(example, "a negative is relevant")
             return
-        # A teacher's scores are of the negatives as they were.
+        # A teacher's scores belong to the original negatives.
         left = replace(example, negatives=tuple(text for text in example.negatives if text not in relevant), scores=())
         yield ledger.keep(left)
         if self.action == "promote":

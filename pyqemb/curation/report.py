@@ -1,4 +1,4 @@
-"""report.json and report.html: what each step did, with histograms of what it measured and examples to read."""
+"""report.json and report.html: the statistics of each step, with histograms and sample examples."""
 
 import json
 from html import escape
@@ -10,7 +10,7 @@ from pyqemb.curation.ledger import KEPT, Histogram, Ledger, Sample
 from pyqemb.data.files import atomic_file
 from pyqemb.data.tables import source_name
 
-_COLORS = ["#3b6ea5", "#c8553d", "#e0a458", "#7a5c99", "#6b8f71", "#999999"]  # kept, then the reasons
+_COLORS = ["#3b6ea5", "#c8553d", "#e0a458", "#7a5c99", "#6b8f71", "#999999"]  # of kept examples, then of the reasons
 _WIDTH, _HEIGHT = 720, 160
 _LONGEST = 600  # characters of a text that are shown
 _STYLE = """
@@ -88,7 +88,7 @@ def _section(index: int, ledger: Ledger, settings: dict[str, Any]) -> str:
 
 
 def _chart(name: str, histogram: Histogram, colors: dict[str, str]) -> str:
-    """Bars of all outcomes, stacked."""
+    """A histogram with stacked bars of all outcomes."""
     first, last = min(histogram.counts), max(histogram.counts)
     tallest = max(counts.total() for counts in histogram.counts.values())
     width = _WIDTH / (last - first + 1)

@@ -1,4 +1,4 @@
-"""Which documents may be negatives of a query, and which of them are taken."""
+"""The limits of negatives, and the choice among the candidates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from pyqemb.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rules:
-    """See `pyqemb.mine`. ConfigError names what is out of range."""
+    """The limits and options of `pyqemb.mine`. ConfigError names a value out of range."""
 
     k: int = 7
     max_positive_ratio: float | None = 0.95
@@ -37,7 +37,7 @@ class Rules:
             raise ConfigError(f"sampling_temperature must be above 0, got {self.sampling_temperature}")
 
     def ceilings(self, positive_N: np.ndarray, mean_N: np.ndarray) -> np.ndarray:
-        """Return the highest score that a negative of each query may have: float32 [N].
+        """Return the maximum score of a negative of each query: float32 [N].
 
         Args:
             positive_N: float32 [N], the score of each query with its positive.
@@ -59,16 +59,16 @@ class Rules:
 
         Args:
             scores_NC: float32 [N, C], the scores of the candidates that qualify, best first, padded with -inf.
-            generator: draws the candidates if `sampling` is "random" or "softmax".
+            generator: the random generator if `sampling` is "random" or "softmax".
 
         Returns:
-            int64 [N, at most k]: columns of `scores_NC`, in rising order.
+            int64 [N, at most k]: columns of `scores_NC`, in ascending order.
         """
         scores_NC = scores_NC[:, self.skip_top : self.skip_top + self.depth]
         if self.sampling == "top" or scores_NC.shape[1] <= self.k:
             places = np.broadcast_to(np.arange(scores_NC.shape[1]), scores_NC.shape)
         else:
-            # Gumbel noise on the logarithms of the weights: the k largest are a draw without replacement.
+            # Gumbel-top-k: with Gumbel noise on the log weights, the k largest are a sample without replacement.
             logits = scores_NC / self.sampling_temperature if self.sampling == "softmax" else np.zeros_like(scores_NC)
             noisy = np.where(np.isfinite(scores_NC), logits + generator.gumbel(size=scores_NC.shape), -np.inf)
             places = np.sort(np.argsort(-noisy, axis=1)[:, : self.k], axis=1)

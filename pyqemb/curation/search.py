@@ -1,4 +1,4 @@
-"""The best documents of each query: exact by ops.top_k, approximate by faiss."""
+"""Search for the best documents of each query: exact with ops.top_k, approximate with faiss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from pyqemb import ops
 from pyqemb.errors import ConfigError
 
-# (queries [B, E], excluded [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] with -1 where
-# none is left
+# (queries [B, E], excluded [B, X] with -1 for none, ceilings [B], k) -> scores [B, k], indices [B, k] padded with -1
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-# faiss knows neither ceilings nor excluded documents: where too few are left, so many times as many are asked for
+# faiss supports neither ceilings nor excluded documents; if too few remain, the search is repeated with this many times
+# as many
 _MORE = 4
 
 
@@ -33,9 +33,9 @@ def exact(documents: np.ndarray, device: torch.device) -> Search:
 
 
 def approximate(documents: np.ndarray, factory: str) -> Search:
-    """By an index of faiss's index_factory, e.g. "HNSW32" or "IVF1024,Flat".
+    """Search with an index of faiss's index_factory, e.g. "HNSW32" or "IVF1024,Flat".
 
-    Some of the best are missed; scores are the index's.
+    Some of the best documents are missed; scores are those of the index.
     """
     try:
         import faiss
@@ -61,7 +61,7 @@ def approximate(documents: np.ndarray, factory: str) -> Search:
             good = (indices >= 0) & (values <= ceilings[short, None])
             for column in excluded[short].T:
                 good &= indices != column[:, None]
-            order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # those that qualify first, in their order
+            order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # qualifying documents first, in order
             good = np.take_along_axis(good, order, axis=1)
             found[short[:, None], np.arange(order.shape[1])] = np.where(
                 good, np.take_along_axis(indices, order, axis=1), -1

@@ -1,4 +1,4 @@
-"""A step that compares query and positive: too unlike to belong together, or too alike to teach anything."""
+"""A step that drops pairs whose query and positive are too dissimilar or too similar."""
 
 from array import array
 from collections.abc import Iterable, Iterator
@@ -53,7 +53,7 @@ class Similarity(Step):
         return self
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the examples whose similarity lies between the bounds, in their order."""
+        """Yield the examples whose similarity is between the bounds, in order."""
         scored = self._scored(examples)
         if self.min_quantile is None and self.max_quantile is None:
             yield from self._judge(scored, ledger, self.min_sim, self.max_sim)
@@ -99,7 +99,7 @@ class Similarity(Step):
 
 
 def pair_scores(model: Any, examples: list[Example], instruction: str | None = None) -> np.ndarray:
-    """Similarity of each example's query and positive, [N] float32."""
+    """The similarity of query and positive of each example, float32 [N]."""
     documents = {text: row for row, text in enumerate(dict.fromkeys(example.positive for example in examples))}
     rows, queries = embed_queries(model, examples, instruction)
     vectors = embed_documents(model, list(documents))

@@ -1,4 +1,4 @@
-"""Examples put aside on disk by a step that must see all of them before it can judge one."""
+"""Temporary storage of examples on disk, for steps that need all examples before they judge one."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pyqemb.data.example import Example, to_row
 
 
 class Spool:
-    """Written once by `fill`, then read as often as wanted."""
+    """A file of examples that `fill` writes once and that can be read repeatedly."""
 
     def __init__(self, folder: Path):
         self._path = folder / "examples.jsonl"
@@ -40,13 +40,13 @@ class Spool:
 
 @contextmanager
 def work_folder(inside: Path | None) -> Iterator[Path]:
-    """A temporary folder, beside the results where they are known: their disk has room."""
+    """A temporary folder, beside the results if `inside` is given, because that disk has space."""
     with tempfile.TemporaryDirectory(dir=inside, prefix=".work-") as name:
         yield Path(name)
 
 
 def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of `size` examples, the last one shorter."""
+    """Yield lists of `size` examples; the last one may be shorter."""
     window: list[Example] = []
     for example in examples:
         window.append(example)
@@ -58,21 +58,21 @@ def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text's characters."""
+    """A 64-bit hash of the characters of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 class Seen:
-    """A growing set of 64-bit hashes in 8 bytes each: sorted runs, merged when one is no longer than the next."""
+    """A growing set of 64-bit hashes, 8 bytes each: sorted runs, merged when one is no longer than the next."""
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add hashes and tell which of them are new.
+        """Add hashes and return which of them are new.
 
         Args:
-            hashes: uint64 [N]; of equal ones only the first can be new.
+            hashes: uint64 [N]; of equal hashes only the first can be new.
 
         Returns:
             bool [N].

@@ -1,4 +1,4 @@
-"""A step of curation: a generator over examples that keeps or drops each for a reason that is counted."""
+"""The base class of curation steps: generators that keep or drop examples and count the reasons."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -12,7 +12,7 @@ from pyqemb.data.example import Example
 from pyqemb.data.settings import StrictModel
 
 Side = Literal["query", "positive"]
-WINDOW = 4096  # examples looked at together
+WINDOW = 4096  # examples processed together
 
 Instruction = Annotated[
     str | None,
@@ -24,7 +24,7 @@ Instruction = Annotated[
 
 
 def model_field(use: str, default: Any = ...) -> Any:
-    """The setting of an embedding model; `use` says in one sentence what the model does."""
+    """The setting of an embedding model; `use` describes its purpose in one sentence."""
     return Field(
         default,
         description=f"{use} A folder or a hub id; in Python also an object with `encode_query` and `encode_document`.",
@@ -34,9 +34,9 @@ def model_field(use: str, default: Any = ...) -> Any:
 
 
 class Step(StrictModel):
-    """Settings, and `run`.
+    """A step: its settings, and `run`.
 
-    Where a step has a `model`: a folder or hub name, or an object with encode_query and encode_document.
+    A `model` is a folder or hub id, or an object with encode_query and encode_document.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -44,12 +44,12 @@ class Step(StrictModel):
     kind: str
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield what is kept, in order; every example goes through `ledger`."""
+        """Yield the kept examples in order; every example is recorded in `ledger`."""
         raise NotImplementedError
 
 
 def encoder(model: Any) -> Any:
-    """The model itself, or the one of that name, opened once for all steps."""
+    """The model itself, or the model of that name, opened once for all steps."""
     from pyqemb.model.encoder import unit_encoder
 
     return unit_encoder(_opened(str(model)) if isinstance(model, (str, Path)) else model)

@@ -1,4 +1,4 @@
-"""Steps that read the text alone: length and language."""
+"""Steps that use only the text: length and language."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -40,7 +40,7 @@ class Length(Step):
         return self
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the examples whose query and positive have an allowed length, in their order."""
+        """Yield the examples whose query and positive have an allowed length, in order."""
         for example in examples:
             query, positive = example.query.strip(), example.positive.strip()
             reason = self._reason("query", len(query)) or self._reason("positive", len(positive))
@@ -76,10 +76,10 @@ class Language(Step):
     )
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
-        """Yield the examples in the named languages, in their order."""
+        """Yield the examples in the listed languages, in order."""
         identifier, wanted = _identifier(), set(self.languages)
         if unknown := wanted - set(identifier.labels):
-            raise ConfigError(f"languages: {sorted(unknown)[0]!r} is no language that py3langid tells, e.g. 'en'")
+            raise ConfigError(f"languages: {sorted(unknown)[0]!r} is not a language of py3langid, e.g. 'en'")
         for example in examples:
             reason = None
             for side in self.sides:
@@ -95,7 +95,7 @@ class Language(Step):
 
 
 def language_of(text: str) -> str:
-    """The language of a text, ISO 639-1, as py3langid tells it."""
+    """The language of a text, as an ISO 639-1 code, detected by py3langid."""
     return _identifier().classify(text)[0]
 
 

@@ -1,4 +1,4 @@
-"""Vectors kept on disk by the content of their texts and by model, so that nothing is ever embedded twice."""
+"""A cache of vectors on disk, by the content of the texts and by model."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ from pyqemb.model.encoder import unit_encoder
 from pyqemb.model.progress import progress_bar
 
 _FORMAT = "vectors-2"
-_CHUNK = 4096  # texts embedded between two writes: what a kill can cost
+_CHUNK = 4096  # texts encoded between two writes, which a killed process can lose
 
 
 class CachedEncoder:
-    """A model whose vectors are kept in a folder, memory-mapped. Same methods as the model's; also what it has besides.
+    """A wrapper of a model that caches its vectors in a folder, memory-mapped; other attributes are the model's.
 
-    Each model (by its weights), side and instruction has a folder of its own with checksummed blocks of vectors
-    (`data/blocks.py`). A killed job goes on behind the last finished chunk. Several processes may share a folder.
-    Vectors that the disk has damaged are made again.
+    Each model (by its weights), side (query or document) and instruction has a separate subfolder with checksummed
+    blocks of vectors (`data/blocks.py`). A killed job continues after the last finished chunk. Several processes may
+    share a folder. Damaged vectors are recomputed.
 
     Raises:
-        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: a folder of vectors
-            of another dimension.
+        ConfigError: a model without parameters and without an attribute `fingerprint`. DataError: the folder has
+            vectors of another dimension.
         MachineError: the folder cannot be read or written, or its disk is full; finished chunks are kept.
     """
 
@@ -48,7 +48,7 @@ class CachedEncoder:
         return self._vectors("document", None, texts, self.model.encode_document)
 
     def _vectors(self, side: str, instruction: str | None, texts: Sequence[str], encode: Any) -> np.ndarray:
-        """float32 [N, E]; mapped from the disk where the texts lie there in this order."""
+        """float32 [N, E]; memory-mapped if the texts are stored in this order."""
         identity = json.dumps([_FORMAT, self._fingerprint, side, instruction])
         folder = self._folder / f"{side}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
         store = Blocks(folder, identity)
@@ -58,14 +58,14 @@ class CachedEncoder:
         with progress_bar("Texts", len(new)) as advance:
             for part in chunks(len(new), _CHUNK):
                 some = new[part]
-                if len(some := some[store.rows(keys[some]) < 0]):  # another process may have embedded them by now
+                if len(some := some[store.rows(keys[some]) < 0]):  # another process may have encoded them meanwhile
                     _append(store, keys[some], np.asarray(encode([texts[i] for i in some]), dtype="<f4"))
                 advance(part.stop - part.start)
         if not len(keys):
             return np.empty((0, (store.width or 0) // 4), dtype=np.float32)
         rows = store.rows(keys)
         if (rows < 0).any():
-            raise MachineError(f"{folder}: does not hold what was just written to it")
+            raise MachineError(f"{folder}: lost data that was just written to it")
         return store.matrix(rows).view("<f4")
 
 
@@ -82,7 +82,7 @@ def _append(store: Blocks, keys: np.ndarray, vectors: np.ndarray) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of a model's weights and of what else its vectors depend on; `model.fingerprint` where it has one."""
+    """A hash of the weights and all settings that the vectors depend on; `model.fingerprint` if it exists."""
     own = getattr(model, "fingerprint", None)
     if own is not None:
         return str(own)

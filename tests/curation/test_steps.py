@@ -67,7 +67,7 @@ def test_language():
     assert kept == [examples[0], examples[3]]
     assert dropped == {"query in de": 1, "positive in de": 1}
     assert len(run(Language(languages=["en"], sides=["positive"]), examples)[0]) == 3
-    with pytest.raises(ConfigError, match="'xx' is no language"):
+    with pytest.raises(ConfigError, match="'xx' is not a language"):
         run(Language(languages=["en", "xx"]), examples)
 
 
