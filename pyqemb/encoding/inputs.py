@@ -1,4 +1,4 @@
-"""Texts out of a file, row by row: rows of any format with a column of texts, or a line each."""
+"""Reading texts from a file: rows of any format with a column of texts, or lines."""
 
 import logging
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from pyqemb.errors import DataError
 
 
 class Row(NamedTuple):
-    """`id` is None where the file has none."""
+    """A text and its id, None if the file has none."""
 
     id: str | None
     text: str
 
 
 def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
-    """Yield the rows of a file with a column `field` and perhaps _id or id, or the lines of a .txt file.
+    """Yield the rows of a file with a column `field` and optionally _id or id, or the lines of a .txt file.
 
     The file may be compressed.
 
-    A title is put before the text, as in a BEIR corpus. Ids that occur again are counted in a warning.
+    A title is put before the text, as in a BEIR corpus. A warning counts duplicate ids.
 
-    Raises DataError naming file and row: a text that is missing, an id that some rows have and others lack, or that is
-    no single line of text.
+    Raises a DataError that names file and row: a missing text, ids that only some rows have, or an id that is not a
+    single line of text.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -63,6 +63,6 @@ def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
 
 
 def parts(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of `size` rows, the last one shorter."""
+    """Yield lists of `size` rows; the last one may be shorter."""
     while part := list(islice(rows, size)):
         yield part

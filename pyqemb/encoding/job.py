@@ -1,4 +1,4 @@
-"""A file of texts to a file of vectors: in parts that are each finished or not, by one process or several, resumable.
+"""Resumable encoding of a file of texts to a file of vectors, in atomic parts, by one process or several.
 
 OUT.parts/.lock             held while a process works at OUT
 OUT.parts/manifest.json     sealed: what the parts are made of; another job refuses to go on from them
@@ -27,12 +27,12 @@ from pyqemb.encoding.workers import Settings, Workers, save_array
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
 
-Progress = Callable[[int, int], None]  # rows and bytes of text that are done
+Progress = Callable[[int, int], None]  # rows and bytes of text that have been encoded
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_file` wrote: the file, its number of rows, and the dimension of a vector."""
+    """The result of `encode_file`: the file, its number of rows, and the dimension of a vector."""
 
     out: Path
     rows: int
@@ -56,37 +56,38 @@ def encode_file(
     rows_per_part: int = 8192,
     on_progress: Progress | None = None,
 ) -> Encoded:
-    """Encode the texts of a file, in its order. A job that was killed continues behind its last finished part.
+    """Encode the texts of a file in order. A killed job continues after its last finished part.
 
     A finished part that is damaged is encoded again.
 
     Args:
         model: a model folder or hub id.
         path: a file of rows (.jsonl, .json, .csv, .tsv, .parquet) with a column `field`, or a .txt file with one text a
-            line; each may be compressed.
+            line; it may be compressed.
         out: the file to write: .npy, .safetensors ("embeddings") or .parquet ("id", "embedding"). The ids of the first
             two formats go to OUT.ids.
-        side: which of the model's prompts is put before each text: "query", "document" (default), or "raw" for none.
+        side: the prompt of the model that is put before each text: "query", "document" (default), or "raw" for none.
         instruction: the instruction of the query prompt (default: the model's own). Only for side "query".
         field: the column that holds the texts (default "text").
         dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: the model's own).
         precision: "float32" (default), "int8", "uint8", "binary" or "ubinary". The ranges of int8 and uint8 are those
             of all vectors of the file; they go to OUT.ranges.npy.
         max_length: texts are truncated to this many tokens (default: the model's own limit).
-        dtype: the dtype of the model's weights and products, e.g. "bfloat16" (default: as `Embedder.from_pretrained`).
+        dtype: the dtype of the model's weights and computation, e.g. "bfloat16" (default: as in
+            `Embedder.from_pretrained`).
         devices: one process for each device, e.g. ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single device is used in
             this process (default: the GPU if there is one, else the CPU).
-        rows_per_part: how many rows a part has, which is what a kill can cost (default 8192).
+        rows_per_part: the number of rows of a part, which a killed process can lose (default 8192).
         on_progress: called after each part with the number of rows and of bytes of text that this call has encoded
             (default: not called).
 
     Returns:
-        The file, its number of rows, the dimension of a vector, and how many rows an earlier run had finished.
+        The file, its number of rows, the dimension of a vector, and the number of rows finished by an earlier run.
 
     Raises:
         ConfigError: an argument is out of range, the parts beside `out` belong to another job, or another process is
             writing to `out`.
-        DataError: the input cannot be used.
+        DataError: the input is invalid.
         MachineError: the disk is full, or another error of the machine. Finished parts are kept.
     """
     path, out = Path(path), Path(out)
@@ -113,12 +114,12 @@ def encode_file(
             with writing(out):
                 try:
                     size = _assemble(files, rows, out, precision, write)
-                except DamagedPartError:  # since it was written or verified a moment ago
+                except DamagedPartError:  # damaged after it was written or verified
                     files, rows, _ = _fill(folder, job, settings, path, field, devices, on_progress)
                     size = _assemble(files, rows, out, precision, write)
                 remove_folder(folder)
     except BrokenProcessPool as error:
-        raise MachineError("a process died, perhaps for want of memory; finished parts are kept") from error
+        raise MachineError("a process died, perhaps out of memory; finished parts are kept") from error
     return Encoded(out, rows, size, resumed)
 
 
@@ -131,7 +132,7 @@ def _fill(
     devices: Sequence[str],
     on_progress: Progress | None,
 ) -> tuple[list[PartFiles], int, int]:
-    """Make the parts that are missing or damaged: (parts, rows, rows that were there)."""
+    """Encode the missing or damaged parts; returns (parts, rows, rows that existed)."""
     rows = done = resumed = size = 0
     files: list[PartFiles] = []
     running: dict[Future[None], list[Row]] = {}
@@ -174,7 +175,7 @@ def _is_whole(part: PartFiles) -> bool:
 
 
 def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
-    """Begin, or go on with, the parts of this job; its digest. ConfigError where those of another lie there."""
+    """Start or continue the parts of this job; returns its digest. ConfigError if they belong to another job."""
     stat = path.stat()
     facts = {**asdict(settings), "weights": _digest(settings.model), "input": str(path.resolve()), "field": field}
     facts |= {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
@@ -186,12 +187,12 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
         except OSError as error:
             raise unreadable(manifest, error) from error
         except DataError as error:
-            raise DataError(f"{error}; remove {folder} to begin anew") from error
+            raise DataError(f"{error}; remove {folder} to start over") from error
         changed = [name for name in facts if before.get(name) != facts[name]]
         if changed and any(folder.glob("*.npy")):
             raise ConfigError(
                 f"{folder}: holds parts of another job ({changed[0]} was {before.get(changed[0])!r}, now "
-                f"{facts[changed[0]]!r}); remove it to begin anew"
+                f"{facts[changed[0]]!r}); remove it to start over"
             )
         if not changed:
             return job
@@ -201,14 +202,14 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
 
 
 def _digest(model: str) -> str:
-    """Of a folder's weight files by name, size and time; the name itself for a hub id."""
+    """A digest of a folder's weight files by name, size and time; the name itself for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([model, facts]).encode()).hexdigest()[:16]
 
 
 def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, write: Any) -> int:
-    """The parts in order as one file; the features of a vector. DamagedPartError: `out` is not whole."""
+    """Write the parts in order to one file; returns the dimension of a vector. On DamagedPartError it is incomplete."""
     ranges = None
     if precision in ("int8", "uint8"):
         found = np.stack([value_ranges(part.vectors()) for part in files])
@@ -218,7 +219,7 @@ def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, 
     with atomic_file(out) as temporary:
         write(temporary, stream, rows, sample.shape[1], sample.dtype)
     beside = out.with_name(out.name + ".ranges.npy")
-    for old in (ids_path(out), beside):  # of an earlier output of that name
+    for old in (ids_path(out), beside):  # files of an earlier output with that name
         old.unlink(missing_ok=True)
     if out.suffix != ".parquet" and files[0].ids():
         with atomic_file(ids_path(out)) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""One file out of the parts of a job: .npy, .safetensors or .parquet, written part after part."""
+"""Writing the parts of a job to one file: .npy, .safetensors or .parquet."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +13,14 @@ _STORED = {"float32": "F32", "int8": "I8", "uint8": "U8"}
 
 
 class Part(NamedTuple):
-    """Vectors of some rows, in order; `ids` is empty where the rows have none."""
+    """Vectors of some rows, in order; `ids` is empty if the rows have none."""
 
     vectors: np.ndarray
     ids: list[str]
 
 
 def writer_of(path: Path) -> Callable[[Path, Iterable[Part], int, int, np.dtype], None]:
-    """(path, parts, rows, features, dtype) -> the file. ConfigError for another ending."""
+    """The function (path, parts, rows, features, dtype) that writes the file. ConfigError for an unknown suffix."""
     writers = {".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
     if path.suffix not in writers:
         raise ConfigError(f"{path}: expected a name that ends with {', '.join(writers)}")
@@ -28,7 +28,7 @@ def writer_of(path: Path) -> Callable[[Path, Iterable[Part], int, int, np.dtype]
 
 
 def ids_path(path: Path) -> Path:
-    """Where the ids of an .npy or .safetensors file stand, a line each."""
+    """The file with the ids of an .npy or .safetensors file, one per line."""
     return path.with_name(path.name + ".ids")
 
 

@@ -1,4 +1,4 @@
-"""A part of a job on the disk: whole and the one that is wanted, or found to be damaged.
+"""A part of a job on disk, with checksums.
 
 00000000.npy    the vectors of part 0, float32; written last
 00000000.ids    its ids, a JSON string a line, where the rows have ids
@@ -26,16 +26,16 @@ _FORMAT = 1
 
 
 class DamagedPartError(DataError):
-    """A part of which a file is missing or is not what was written."""
+    """A part with a missing or damaged file."""
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Which part of which job.
+    """The files of a part.
 
     Args:
-        path: of the vectors; the other files stand beside it.
-        job: a digest of what all parts are made with.
+        path: the file of the vectors; the other files are beside it.
+        job: a digest of the settings of the job.
         texts: a digest of the part's rows.
     """
 
@@ -44,25 +44,25 @@ class PartFiles:
     texts: str
 
     def started(self) -> bool:
-        """Whether there is anything that an earlier run has written."""
+        """Whether an earlier run has written a file of this part."""
         return self.path.exists() or self.path.with_suffix(".json").exists()
 
     def vectors(self) -> np.ndarray:
-        """float32 [N, E]. DamagedPartError where they are not what was written."""
+        """float32 [N, E]. DamagedPartError if they are damaged."""
         return np.load(io.BytesIO(self._read(".npy") or b""))
 
     def ids(self) -> list[str]:
-        """Of the rows in order, empty where they have none. DamagedPartError as above."""
+        """The ids of the rows in order, empty if they have none. DamagedPartError if they are damaged."""
         lines = (self._read(".ids") or b"").splitlines()
         return [strict_json.parse(line, str(self.path.with_suffix(".ids"))) for line in lines]
 
     def verify(self) -> None:
-        """DamagedPartError where any of the files is not what was written, or those of another part lie here."""
+        """DamagedPartError if any of the files is damaged or belongs to another part."""
         for suffix in (".npy", ".ids"):
             self._read(suffix)
 
     def write(self, vectors: np.ndarray, ids: Sequence[str] | None) -> None:
-        """All but the vectors themselves (`save_array`), without which there is no part."""
+        """Write all files except the vectors (`save_array`), which are written last and complete the part."""
         files = {".npy": hashlib.sha256(b"".join(npy(vectors))).hexdigest()}
         if ids is not None:
             content = "".join(f"{json.dumps(key)}\n" for key in ids).encode()
@@ -76,7 +76,7 @@ class PartFiles:
         return {"format": _FORMAT, "job": self.job, "part": self.path.stem, "texts": self.texts}
 
     def _read(self, suffix: str) -> bytes | None:
-        """A file of the part; None where it was written without one."""
+        """The content of a file of the part; None if the part has no such file."""
         path = self.path.with_suffix(".json")
         try:
             sealed = unseal(_bytes(path), str(path))
@@ -84,7 +84,7 @@ class PartFiles:
             raise DamagedPartError(str(error)) from error
         files = sealed.pop("files", None)
         if sealed != self._facts() or not isinstance(files, dict):
-            raise DamagedPartError(f"{path}: is of another part")
+            raise DamagedPartError(f"{path}: belongs to another part")
         if suffix not in files:
             return None
         content = _bytes(self.path.with_suffix(suffix))
@@ -99,7 +99,7 @@ def texts_digest(rows: Sequence[Row]) -> str:
 
 
 def npy(array: np.ndarray) -> tuple[bytes, memoryview]:
-    """Header and content of an .npy file."""
+    """The header and the content of an .npy file."""
     header, array = io.BytesIO(), np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return header.getvalue(), array.data

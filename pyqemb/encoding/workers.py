@@ -1,4 +1,4 @@
-"""Who makes the parts of a job: this process, or one for each device."""
+"""The workers of a job: this process, or one process for each device."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from pyqemb.model.embedder import Embedder
 
 @dataclass(frozen=True)
 class Settings:
-    """What the vectors depend on."""
+    """The settings that the vectors depend on."""
 
     model: str
     side: Literal["query", "document", "raw"] = "document"
@@ -50,7 +50,8 @@ class Workers:
             self.pool = ProcessPoolExecutor(
                 len(self.devices), context, _start, (self.settings, queue, len(self.devices))
             )
-            # Ctrl-C reaches the whole process group: the workers inherit a mask that leaves it to this process.
+            # Ctrl-C is sent to the whole process group; the workers inherit a mask, so that only this process handles
+            # it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self.pool.submit(_ready)
@@ -61,7 +62,7 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self.pool is None:
             return
-        if kind is not None:  # nobody waits for the parts under way
+        if kind is not None:  # the running parts are not needed
             for process in list((self.pool._processes or {}).values()):
                 process.terminate()
         self.pool.shutdown(cancel_futures=True)
@@ -78,7 +79,7 @@ class Workers:
         return future
 
 
-_here: dict[str, Any] = {}  # of a worker process: its model and settings
+_here: dict[str, Any] = {}  # the model and the settings of a worker process
 
 
 def _ready() -> None:
@@ -93,13 +94,13 @@ def _start(settings: Settings, queue: Any, processes: int) -> None:
     _here["settings"] = settings
     try:
         _here["model"] = _open(settings, device)
-    except PyqembError as error:  # an error in here would only be seen as a broken pool
+    except PyqembError as error:  # an error here would only be reported as a broken pool
         _here["error"] = error
-    signal.signal(signal.SIGTERM, _stop)  # last: an exception in here would be printed
+    signal.signal(signal.SIGTERM, _stop)  # last: an exception here would be printed
 
 
 def _stop(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)  # what is being written is removed on the way out
+    raise SystemExit(128 + number)  # temporary files are removed on exit
 
 
 def _end_with_parent() -> None:
@@ -114,7 +115,7 @@ def _encode_part(target: PartFiles, part: list[Row]) -> None:
         raise _here["error"]
     try:
         _write_part(_here["model"], _here["settings"], target, part)
-    except SystemExit as stop:  # the pool would go on with the next part
+    except SystemExit as stop:  # the pool would continue with the next part
         os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
@@ -133,11 +134,11 @@ def _write_part(model: Embedder, settings: Settings, target: PartFiles, part: li
     if not np.isfinite(vectors).all():
         raise DataError(f"the model gives NaN or infinity for a text of part {target.path.stem}")
     target.write(vectors, None if part[0].id is None else [str(row.id) for row in part])
-    save_array(target.path, vectors)  # last: a part that is there is whole
+    save_array(target.path, vectors)  # last: a part whose vectors exist is complete
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """An .npy file, all or nothing."""
+    """Write an .npy file, completely or not at all."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         for content in npy(array):
             file.write(content)  # np.save does not report why a write fails

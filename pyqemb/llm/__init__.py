@@ -1,4 +1,4 @@
-"""Asking language models: requests, answers kept for good, a server or a model in this process behind them."""
+"""Requests to language models, on a server or in this process, with a persistent store of answers."""
 
 from pyqemb.llm.ask import Asker as Asker
 from pyqemb.llm.ask import run_in_order as run_in_order

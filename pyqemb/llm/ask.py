@@ -1,4 +1,4 @@
-"""Many requests at once: a limit, the store before the server, an account of tokens and cost."""
+"""Concurrent requests with a limit, a store of answers, and counts of tokens and cost."""
 
 import asyncio
 from collections import Counter, deque
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 @dataclass
 class Usage:
-    """What was asked: `stored` answers cost nothing now; tokens and cost are those of this run."""
+    """Usage statistics. `stored` answers cost nothing; tokens and cost are those of this run."""
 
     asked: int = 0
     stored: int = 0
@@ -30,12 +30,12 @@ class Usage:
 
 
 class Asker:
-    """`await asker(request)`: from the store, else from the endpoint, which is then stored.
+    """`await asker(request)` returns the answer from the store, or requests it from the endpoint and stores it.
 
-    Equal requests are asked once.
+    Equal requests are sent once.
 
-    Raises MalformedAnswerError where one request stays without an answer, DataError when `give_up_after` in a row do,
-    ConfigError where the server refuses; what was answered is stored.
+    Raises MalformedAnswerError if a request gets no answer, DataError if `give_up_after` requests in a row get none,
+    ConfigError if the server rejects the request; received answers are stored.
     """
 
     def __init__(self, endpoint: Endpoint, store: Store):
@@ -46,7 +46,7 @@ class Asker:
         self._failed_in_a_row = 0
 
     async def __call__(self, request: Request) -> Answer:
-        """Return the answer to a request, from the store if it is there."""
+        """Return the answer to a request, from the store if possible."""
         key = request.key(self.endpoint)
         known = self.store.get(key)
         if known is not None:
@@ -60,10 +60,10 @@ class Asker:
     def _forget(self, key: str, done: "asyncio.Future[Answer]") -> None:
         self._under_way.pop(key, None)
         if not done.cancelled():
-            done.exception()  # somebody has it, or nobody waits any more: no complaint from asyncio
+            done.exception()  # mark the exception as retrieved, so that asyncio does not log it
 
     async def close(self) -> None:
-        """Cancel the requests under way and close the client."""
+        """Cancel the running requests and close the client."""
         for task in self._under_way.values():
             task.cancel()
         if self._client is not None:
@@ -111,9 +111,9 @@ class Asker:
 async def run_in_order(
     items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
 ) -> AsyncIterator[tuple[T, R]]:
-    """(item, its result) in the order of the items, with up to `window` under way.
+    """Yield (item, its result) in the order of the items, with up to `window` running concurrently.
 
-    The first error ends it and cancels the rest.
+    The first error is raised and cancels the other tasks.
     """
     waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
     try:

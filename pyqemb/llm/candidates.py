@@ -1,4 +1,4 @@
-"""The JSON objects of an answer that stand outside of the model's thoughts."""
+"""The JSON objects of an answer outside of the model's reasoning."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from pyqemb.data import strict_json
 _TAGS = (
     "think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad|seed:think|seed:cot_budget_reflect"
 )
-# What opens and what closes a thought: DeepSeek, Qwen and most others; Magistral; Kimi; OpenThinker; Command A;
-# Apertus; Gemma.
+# Markers of the start and the end of reasoning: DeepSeek, Qwen and most others; Magistral; Kimi; OpenThinker; Command
+# A; Apertus; Gemma.
 _OPEN = (
     rf"<(?:{_TAGS})\b[^<>]*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|inner_prefix\|>"
     r"|<\|channel>(?!\s*final)"
@@ -25,24 +25,24 @@ _PIECE = re.compile(
     r'|(?P<object>\{(?=\s*["}]))',
     re.IGNORECASE,
 )
-# Of objects that turn out to be none, in one answer: a hostile one must not take minutes.
+# A limit of invalid objects in one answer, so that a malicious answer does not take minutes.
 _MAX_FAILURES = 1000
 _MAX_FAILED_CHARACTERS = 4_000_000
 
 
 class Candidates(NamedTuple):
-    """What an answer holds outside of the model's thoughts."""
+    """The content of an answer outside of the model's reasoning."""
 
-    objects: list[dict[str, Any]]  # in their order
-    prose: str  # what stands outside of thoughts and objects
-    unfinished: bool  # the answer ends inside a thought, or an object begins after the last complete one
+    objects: list[dict[str, Any]]  # in order
+    prose: str  # the text outside of reasoning and objects
+    unfinished: bool  # the answer ends inside reasoning or inside an object
 
 
 def candidates(text: str) -> Candidates:
-    """Every complete JSON object outside of thoughts, the outermost ones.
+    """The complete outermost JSON objects outside of the reasoning.
 
-    A thought that is not closed has no end; before a closing marker without an opening one everything is thought.
-    Markers inside of JSON strings are text. Objects that `strict_json` refuses are none.
+    Reasoning without a closing marker extends to the end; a closing marker without an opening one ends reasoning that
+    started at the beginning. Markers inside of JSON strings are text. Objects that `strict_json` rejects are ignored.
     """
     objects: list[dict[str, Any]] = []
     prose: list[str] = []
@@ -83,11 +83,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)  # models write line ends into strings
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)  # models write raw line ends into strings
 
 
 def _object(text: str, start: int) -> tuple[int, dict[str, Any] | None]:
-    """(its end, the object) or (how far it was read, None)."""
+    """(its end, the object), or (the position where parsing failed, None)."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         return end, strict_json.parse(json.dumps(value), "answer")

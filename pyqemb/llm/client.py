@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's protocol, through the official client.
+"""A client of servers with OpenAI's API, built on the official client.
 
-It handles retries, structured output, and what a refusal means.
+It handles retries, structured output and error responses.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from pyqemb.llm.request import OMITTABLE, Answer, Endpoint, MalformedAnswerError
 from pyqemb.llm.response import RetryableError, answer_of, clean, words_of
 
 _LEVELS = ("json_schema", "json_object", "off")
-_STRUCTURE = ("response_format", "json_schema", "json_object")  # in the words of a server that does not know them
-_FIRST_WAIT = 0.5  # seconds; doubled each time
+_STRUCTURE = ("response_format", "json_schema", "json_object")  # in error messages of servers
+_FIRST_WAIT = 0.5  # seconds; doubled for each retry
 
 
 class ServerClient:
-    """Answers one request at a time; callers run many at once.
+    """Answers requests; callers may run many concurrently.
 
     `on_retry(reason)` is called before each further try.
     """
@@ -44,10 +44,10 @@ class ServerClient:
         )
 
     async def answer(self, request: Request) -> Answer:
-        """Ask until the server answers or the retries are used up.
+        """Send the request until the server answers or the retries are exhausted.
 
         Raises:
-            ConfigError: the key, the model or the request is refused, which no retry would change.
+            ConfigError: the key, the model or the request is rejected, so a retry would not help.
             MalformedAnswerError: "no answer: ..." after the last retry, or "request too long".
         """
         for attempt in range(self.endpoint.retries + 1):
@@ -76,7 +76,7 @@ class ServerClient:
             named = {"json_schema": {"name": "answer", "schema": schema, "strict": True}}
             body["response_format"] = {"type": kind, **(named if kind == "json_schema" else {})}
         try:
-            # The limit of the client is one of silence; a server that sends a byte now and then would never end.
+            # The timeout of the client is per read; a server that sends a byte now and then would never reach it.
             asked = self._client.chat.completions.create(**body, extra_body=extra)
             completion = await asyncio.wait_for(asked, self.endpoint.timeout)
         except (openai.APITimeoutError, asyncio.TimeoutError) as error:
@@ -95,10 +95,10 @@ class ServerClient:
         structure = any(name in words for name in _STRUCTURE)
         others = sent.keys() - {"model", "messages", "response_format"}
         named = sorted(name for name in others if re.search(rf"\b{re.escape(name)}\b", f"{words} {error.param}"))
-        unknown = structure or (status in (400, 422) and not named)  # some say so with a 500
+        unknown = structure or (status in (400, 422) and not named)  # some servers return 500 for this
         auto = "response_format" in sent and self.endpoint.structured == "auto"
         if auto and unknown and not _too_long(status, words):
-            self._level = max(self._level, level + 1)  # the server knows no such structure: never again
+            self._level = max(self._level, level + 1)  # the server does not support it; do not try again
             return await self._once(request)
         if (status == 429 and not quota) or status >= 500 or status in (408, 409):
             raise RetryableError(f"status {status}", _retry_after(error.response.headers)) from error

@@ -1,4 +1,4 @@
-"""A causal language model in this process, by transformers: for small models and for machines without a server."""
+"""A causal language model of transformers in this process, for small models and machines without a server."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.llm.request import Answer, Endpoint, Request
 from pyqemb.model.safety import check_safe
 
-_GATHER = 0.01  # seconds to wait for more requests before a batch goes
+_GATHER = 0.01  # seconds to wait for more requests before a batch starts
 
 
 def _downloaded(model: str) -> Path:
-    """A folder as it is, or where the hub's cache has `org/name`; nothing is downloaded."""
+    """A local folder, or the folder of `org/name` in the hub's cache; nothing is downloaded."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -25,7 +25,7 @@ def _downloaded(model: str) -> Path:
 
 
 class LocalClient:
-    """Same as ServerClient. Requests that wait at the same time make one padded batch of at most `concurrency`."""
+    """The same interface as ServerClient. Waiting requests form a padded batch of at most `concurrency`."""
 
     def __init__(self, endpoint: Endpoint, on_retry: Callable[[str], None] = lambda reason: None):
         try:
@@ -44,7 +44,7 @@ class LocalClient:
                 folder, use_safetensors=True, local_files_only=True, dtype="auto"
             )
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{endpoint.model}: no causal language model that can be opened: {error}") from error
+            raise CheckpointError(f"{endpoint.model}: cannot be opened as a causal language model: {error}") from error
         self._model.to(device)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

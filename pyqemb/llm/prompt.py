@@ -1,4 +1,4 @@
-"""Prompts as data: TOML files with `system` and `user`, the latter with $names to fill."""
+"""Prompts in TOML files with `system` and `user`, which may contain $names to fill in."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,7 +10,7 @@ from pyqemb.data.settings import tomllib
 
 
 def prompt(package: str, name: str, fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The messages of `prompts/NAME.toml` of a package, (role, text) each."""
+    """The messages of `prompts/NAME.toml` of a package, as (role, text)."""
     system, user = _read(package, name)
     return ("system", system), ("user", user.substitute({key: str(value) for key, value in fields.items()}))
 

@@ -1,4 +1,4 @@
-"""What is asked, what comes back, and what a JSON answer must be to count."""
+"""Requests, answers, and the parsing of JSON answers."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ T = TypeVar("T", bound=BaseModel)
 
 Omittable = Literal["temperature", "top_p", "max_tokens", "seed"]
 OMITTABLE = get_args(Omittable)
-# Of the request body: those with a setting of their own, and those that change what an answer is.
+# Fields of the request body that have their own setting or would change the form of an answer.
 _OWN_FIELDS = {"model", "messages", "stream", "n", *OMITTABLE}
 
 
@@ -99,16 +99,16 @@ class Endpoint(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """One question. `schema`: the JSON schema that the answer should follow, where the server can make it."""
+    """One request. `schema`: the JSON schema of the answer, if the server supports structured output."""
 
     messages: tuple[tuple[str, str], ...]  # (role, text)
     seed: int = 0
     schema: dict[str, Any] | None = None
 
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
-        """Everything that the answer depends on.
+        """All values that the answer depends on.
 
-        The seed is there though it is omitted: it tells one try from the next.
+        It contains the seed even if the seed is not sent, to distinguish attempts.
         """
         sampling = {name: getattr(endpoint, name) for name in ("temperature", "top_p", "max_tokens")}
         return {
@@ -121,27 +121,27 @@ class Request:
         }
 
     def key(self, endpoint: Endpoint) -> str:
-        """sha256 of the body: equal requests to one model have one key, whichever server has it."""
+        """The sha256 of the body: equal requests to one model have the same key on any server."""
         return hashlib.sha256(json.dumps(self.body(endpoint), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as the server gave it, with the tokens that it cost."""
+    """The answer of a server, with its token counts."""
 
     text: str
-    finish: str = "stop"  # "length": cut off at max_tokens
+    finish: str = "stop"  # "length": truncated at max_tokens
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    refusal: str | None = None  # the words of a model that declined to answer
+    refusal: str | None = None  # the text of a refusal by the model
 
     def row(self) -> dict[str, Any]:
-        """Return the fields as the store keeps them."""
+        """Return the fields that are stored."""
         return asdict(self)
 
 
 class MalformedAnswerError(Exception):
-    """An answer that cannot be used. `reason` is one of few, to be counted."""
+    """An answer that cannot be used. `reason` is one of a few texts, which are counted."""
 
     def __init__(self, reason: str, text: str = "", key: str = ""):
         super().__init__(reason)
@@ -149,7 +149,7 @@ class MalformedAnswerError(Exception):
 
 
 def parse(answer: Answer, kind: type[T]) -> T:
-    """The last JSON object of an answer that fits `kind`, wherever it stands outside of the model's thoughts.
+    """The last JSON object of an answer, outside of the model's reasoning, that is a valid `kind`.
 
     Raises MalformedAnswerError: "empty", "cut off", "refused", "no JSON", "no object", "FIELD missing", "FIELD wrong".
     """

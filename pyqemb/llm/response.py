@@ -1,4 +1,4 @@
-"""What a server's response holds: an answer, a refusal, or an error under status 200."""
+"""Parsing of a server's response: an answer, a refusal, or an error with status 200."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from pyqemb.errors import ConfigError
 from pyqemb.llm.request import Answer, MalformedAnswerError
 
 _MAX_WORDS = 300  # characters of a server's message that are shown
-_THOUGHTS = {"thinking", "reasoning", "redacted_thinking", "reasoning_content"}  # parts of a content that are no answer
+_THOUGHTS = {"thinking", "reasoning", "redacted_thinking", "reasoning_content"}  # parts of a content without the answer
 _CUT_OFF = {"length", "max_tokens", "max_output_tokens", "model_length"}
 
 
 class RetryableError(Exception):
-    """The request may succeed if it is sent again, after `wait` seconds where the server said so."""
+    """The request may succeed if it is sent again, after `wait` seconds if the server specified them."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -19,10 +19,10 @@ class RetryableError(Exception):
 
 
 def answer_of(completion: Any, server: str) -> Answer:
-    """The answer in a chat completion, as the client of `openai` gives it.
+    """The answer in a chat completion of the client of `openai`.
 
     Raises:
-        RetryableError: no answer, worth another try. ConfigError: an error that no further try would change.
+        RetryableError: no answer, but a retry may help. ConfigError: an error that a retry would not change.
         MalformedAnswerError: a content that is neither text nor parts of text.
     """
     choice = _first(completion)
@@ -50,7 +50,7 @@ def answer_of(completion: Any, server: str) -> Answer:
 
 
 def words_of(error: Any) -> str:
-    """The message in the body of an error, of whatever shape; "" where there is none."""
+    """The message in the body of an error, in any of the known formats; "" without a message."""
     for name in ("error", "message", "detail", "msg"):
         inner = _get(error, name)
         if inner:
@@ -61,7 +61,7 @@ def words_of(error: Any) -> str:
 
 
 def clean(words: str) -> str:
-    """One line, without control characters, not too long."""
+    """The text as one line without control characters, truncated."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in words[: 4 * _MAX_WORDS]).split())
     return line if len(line) <= _MAX_WORDS else f"{line[:_MAX_WORDS]}..."
 
@@ -79,7 +79,7 @@ def _error_of(completion: Any) -> Any:
 
 
 def _text(content: Any) -> tuple[str, str | None]:
-    """Return (the text of a content, the words of a refusal in it)."""
+    """Return (the text of a content, the text of a refusal in it)."""
     if content is None or isinstance(content, str):
         return content or "", None
     texts, refusal = [], None
@@ -98,5 +98,5 @@ def _text(content: Any) -> tuple[str, str | None]:
 
 
 def _get(value: Any, name: str) -> Any:
-    """A field of what the client made an object of, or left as it came."""
+    """A field of an object of the client, or of a dict that it left unparsed."""
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None) if value is not None else None

@@ -1,4 +1,4 @@
-"""Every request and its answer, on disk, by the request's content: nothing is ever asked twice."""
+"""A store of requests and answers on disk, by the content of the request."""
 
 import hashlib
 import json
@@ -13,18 +13,18 @@ from pyqemb.data.machine import errno_of, unwritable
 from pyqemb.errors import DataError, MachineError
 from pyqemb.llm.request import Answer
 
-_VERSION = 2  # SQLite's user_version. 1: answers without digests, which a store of today is given when it is opened
-_ERRORS = sqlite3.Error, UnicodeDecodeError  # the latter where SQLite's own words quote what is damaged
+_VERSION = 2  # SQLite's user_version; a store of version 1, without digests, is upgraded when it is opened
+_ERRORS = sqlite3.Error, UnicodeDecodeError  # the latter if a message of SQLite quotes damaged text
 log = logging.getLogger("pyqemb")
 
 
 class Store:
-    """One SQLite file, safe against a kill or a power cut at any moment; several jobs may share it.
+    """One SQLite file, safe against killed processes and power failures; several jobs may share it.
 
-    Each answer has a digest: one that the disk has damaged counts as missing, and is asked for again.
+    Each answer has a digest; a damaged answer counts as missing and is requested again.
 
-    Raises DataError naming the file where it cannot be opened, is no store or is damaged, MachineError where its disk
-    is full or fails; what it holds stays.
+    Raises a DataError that names the file if it cannot be opened, is not a store or is damaged, and MachineError if its
+    disk is full or fails; the stored answers are kept.
     """
 
     def __init__(self, path: str | Path):
@@ -36,7 +36,7 @@ class Store:
                 self._connection.execute(f"pragma {setting}")
             self._connection.text_factory = lambda raw: raw.decode(
                 "utf-8", "replace"
-            )  # what is damaged has another digest
+            )  # damaged answers have another digest
             self._create()
         except (*_ERRORS, OSError) as error:
             if errno_of(error) is not None:
@@ -50,7 +50,7 @@ class Store:
         run("begin immediate")  # one job at a time
         version = run("pragma user_version").fetchone()[0]
         if version > _VERSION:
-            raise DataError(f"{self.path}: is of version {version}, this version reads {_VERSION}")
+            raise DataError(f"{self.path}: has version {version}, this version reads {_VERSION}")
         if version < _VERSION:
             run(
                 "create table if not exists answers (key text primary key, request text not null, answer text not "
@@ -79,7 +79,7 @@ class Store:
             return self._run("select count(*) from answers").fetchone()[0]
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], Answer]]:
-        """(key, request, answer) of everything, by key."""
+        """Yield (key, request, answer) of all answers, ordered by key."""
         with self._named():
             for row in self._run("select key, request, answer, digest from answers order by key"):
                 if self._is_sound(row):
@@ -88,7 +88,7 @@ class Store:
     def _is_sound(self, row: tuple[Any, ...]) -> bool:
         sound = all(isinstance(text, str) for text in row[:3]) and row[3] == _digest(*row[:3])
         if not sound:
-            log.warning("%s: an answer is damaged; it is asked for again", self.path)
+            log.warning("%s: an answer is damaged; it is requested again", self.path)
         return sound
 
     def close(self) -> None:

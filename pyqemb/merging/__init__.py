@@ -1,4 +1,4 @@
-"""Merging checkpoints: slerp, linear and Karcher blends, streamed."""
+"""Merging of checkpoints, tensor by tensor: slerp, linear interpolation and the Karcher mean."""
 
 from pyqemb.merging.run import MergeReport as MergeReport
 from pyqemb.merging.run import merge as merge

@@ -1,4 +1,4 @@
-"""Checkpoints -> one: tensor by tensor, so that memory holds a few tensors and never a model."""
+"""Merging of checkpoints tensor by tensor, so that only a few tensors are in memory."""
 
 import json
 import math
@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """The widest angle met while merging it, in degrees, and whether lerp stood in for slerp."""
+    """The largest angle while merging it, in degrees, and whether lerp was used instead of slerp."""
 
     name: str
     angle: float
@@ -45,7 +45,7 @@ class MergedTensor:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did; written to merge_report.json in the merged folder."""
+    """The report of a merge; written to merge_report.json in the merged folder."""
 
     folder: str
     method: str
@@ -69,7 +69,7 @@ class MergeReport:
 
     @property
     def num_lerp(self) -> int:
-        """How many tensors were interpolated linearly in place of slerp."""
+        """The number of tensors that were interpolated linearly instead of with slerp."""
         return sum(tensor.lerp for tensor in self.tensors)
 
 
@@ -82,27 +82,27 @@ def merge(
     out: str | Path,
     settings_from: str | Path | None = None,
 ) -> MergeReport:
-    """Blend checkpoints of one architecture into the model folder `out`.
+    """Merge checkpoints of one architecture into the model folder `out`.
 
     Args:
-        checkpoints: two or more model folders with the same settings: tokenizer, prompts, longest text, similarity.
-            Names and dtypes are those of the first. A bfloat16 model that still lies beside the training checkpoint
-            it was rounded from is merged in that checkpoint's float32.
+        checkpoints: two or more model folders with the same settings: tokenizer, prompts, maximum length, similarity.
+            Names and dtypes are those of the first. If the training checkpoint of a bfloat16 model still exists in its
+            run folder, its float32 weights are merged.
         method: "slerp" (default; folded in order, see `merging.slerp.fold`), "linear", or "karcher" (weighted
             Riemannian mean).
         weights: one for each checkpoint, not negative; they are normalized to sum to 1 (default: equal weights).
-        base: a model folder. The differences from it are blended instead of the weights, and the result is added to
-            it (task vectors; default: none).
-        out: the folder of the merged model; an older model folder there is replaced once the new one is complete.
+        base: a model folder. The differences from it are merged instead of the weights, and the result is added to it
+            (task vectors; default: none).
+        out: the folder of the merged model; an existing model folder is replaced once the new one is complete.
         settings_from: the checkpoint whose settings the merged model gets (default: the settings must not differ).
 
     Returns:
-        The arguments, and the angle of each tensor; merge_report.json in the merged folder holds the same.
+        The arguments, and the angle of each tensor, as in merge_report.json of the merged folder.
 
     Raises:
-        ConfigError: arguments, architectures or settings that do not fit, by name.
-        CheckpointError: a tensor is missing, has another shape, is not finite or is opposite to another; the tensor is
-            named. Nothing is written then.
+        ConfigError: invalid arguments, or architectures or settings that differ.
+        CheckpointError: a tensor is missing, has another shape, is not finite or is opposite to another; the error
+            names it. Nothing is written.
 
     Example:
         >>> from pyqemb.testing.tiny import write_tiny_folder
@@ -214,7 +214,7 @@ def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[flo
 
 
 def _common_config(folders: Sequence[Path], pooled: bool) -> DecoderConfig:
-    """The configuration that all share; what differs between them is named."""
+    """The common configuration; ConfigError names a difference."""
     configs = [read_config(folder) for folder in folders]
     poolings = [
         read_sentence_settings(folder, configs[0].hidden_size).pooling if pooled else None for folder in folders
@@ -234,7 +234,7 @@ def _common_config(folders: Sequence[Path], pooled: bool) -> DecoderConfig:
 def _settings_folder(
     folders: Sequence[Path], settings_from: str | Path | None, reranks: bool, config: DecoderConfig
 ) -> Path:
-    """The checkpoint whose settings the merged model gets; ConfigError where they differ and none was chosen."""
+    """The checkpoint whose settings the merged model gets; ConfigError if they differ and none was chosen."""
     if settings_from is not None:
         for folder in folders:
             if folder.resolve() == Path(settings_from).resolve():
@@ -270,7 +270,7 @@ def _checked_tensors(folder: Path, heads: Collection[str]) -> Tensors:
 
 
 class _Unrounded(Tensors):
-    """A model folder whose tensors come from the training checkpoint of its step, as far as they round to its own."""
+    """A model folder whose tensors are read from its training checkpoint, if they round to the stored ones."""
 
     def __init__(self, folder: Path, heads: Collection[str]):
         super().__init__(folder, heads)
@@ -299,7 +299,7 @@ def _check_alike(sources: Sequence[Tensors]) -> None:
                 f"{other.folder}: missing {missing[:5]}, surplus {surplus[:5]} (compared with {first.folder})"
             )
         for name in first:
-            first.dtype(name), other.dtype(name)  # refused unless floating point
+            first.dtype(name), other.dtype(name)  # raises unless floating point
             if other.shape(name) != first.shape(name):
                 raise CheckpointError(
                     f"{other.folder}: {name} has shape {other.shape(name)}, {first.shape(name)} in {first.folder}"

@@ -1,6 +1,6 @@
-"""Blends of tensors, each taken as one vector: linear, spherical, and the weighted Karcher mean.
+"""Interpolation of tensors, each treated as one vector: linear, spherical, and the weighted Karcher mean.
 
-Dot products and angles are summed in float64, in pieces, whatever the tensors' dtype.
+Dot products and angles are summed in float64, in pieces, for any dtype.
 """
 
 import math
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PARALLEL = 0.9995  # |cos| above which slerp is lerp: the difference is below 1e-4 of the angle there
+_PARALLEL = 0.9995  # |cos| above which lerp replaces slerp; the difference is below 1e-4 of the angle
 _PIECE = 1 << 20  # elements held in float64 at a time
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A blended tensor.
+    """A merged tensor.
 
-    It is float32, or float64 where an input is. `angle` is the widest angle met, in degrees; `lerp` says whether linear
-    interpolation stood in for slerp.
+    It is float32, or float64 if an input is. `angle` is the largest angle, in degrees; `lerp` says whether linear
+    interpolation was used instead of slerp.
     """
 
     tensor: Tensor
@@ -28,18 +28,18 @@ class Blend:
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Blend:
-    """sum_k w_k x_k with the weights scaled to sum to 1. The angle reported is the widest to the first tensor."""
+    """sum_k w_k x_k with the weights scaled to sum to 1. The reported angle is the largest to the first tensor."""
     normalized = _normalized(weights)
     angles = [angle(tensors[0], other) for other in tensors[1:]]
     return Blend(_combine(tensors, normalized), max(angles, default=0.0), False)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Blend:
-    """sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between a and b (Shoemake 1985).
+    """sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, where w is the angle between a and b (Shoemake 1985).
 
-    The angle is that of the unit vectors, the combination that of the tensors as they are. t = 0 and t = 1 give a and b
-    exactly. Nearly parallel tensors (|cos| > 0.9995) and a tensor of zeros are blended linearly. Opposite ones have no
-    shortest way between them: ValueError.
+    The tensors are not normalized before they are combined. t = 0 and t = 1 give a and b exactly. Nearly parallel
+    tensors (|cos| > 0.9995) and tensors of zeros are interpolated linearly. Opposite tensors raise a ValueError,
+    because the path between them is not unique.
     """
     if not 0 <= t <= 1:
         raise ValueError(f"t must be from 0 to 1, got {t}")
@@ -51,7 +51,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Blend:
         return Blend(_combine([a, b], [1 - t, t]), degrees, True)
     if cosine < -_PARALLEL:
         raise ValueError(
-            f"the tensors point in opposite directions ({degrees:.3f} degrees), there is no way between them"
+            f"the tensors point in opposite directions ({degrees:.3f} degrees), so the path between them is not unique"
         )
     omega = math.acos(cosine)
     return Blend(
@@ -62,9 +62,9 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Blend:
 
 
 def fold(tensors: Iterator[Tensor], weights: Sequence[float]) -> Blend:
-    """Slerp of several, in their order: the k-th joins what came before with t_k = w_k / (w_1 + ... + w_k).
+    """Slerp of several tensors in order: the k-th joins the previous result with t_k = w_k / (w_1 + ... + w_k).
 
-    Only two tensors are held at a time. For more than two the result depends a little on the order; `karcher` does not.
+    Only two tensors are held at a time. For more than two the result depends slightly on the order, unlike `karcher`.
     """
     normalized = _normalized(weights)
     result, total, widest, lerp = next(tensors), normalized[0], 0.0, False
@@ -78,17 +78,17 @@ def fold(tensors: Iterator[Tensor], weights: Sequence[float]) -> Blend:
 def karcher(
     tensors: Sequence[Tensor], weights: Sequence[float], iterations: int = 50, tolerance: float = 1e-10
 ) -> Blend:
-    """Blend tensors by the weighted Karcher mean of their directions, times the weighted mean of their norms.
+    """The weighted Karcher mean of the directions of the tensors, times the weighted mean of their norms.
 
-    The mean is the point of the sphere with the least weighted sum of squared angles to the tensors' directions. It
-    iterates m <- exp_m(sum_k w_k log_m(u_k)) from the direction of the weighted mean (Karcher 1977) until the step is
-    below `tolerance` radians. The mean always lies in the span of the tensors, so the iteration runs on its
-    coefficients over their Gram matrix: no copies of the tensors. A tensor of zeros has no influence on the direction.
+    The mean is the point of the sphere that minimizes the weighted sum of squared angles to the tensors' directions.
+    The algorithm iterates m <- exp_m(sum_k w_k log_m(u_k)) from the direction of the weighted mean (Karcher 1977) until
+    the step is below `tolerance` radians. The mean is in the span of the tensors, so the iteration uses coefficients
+    and the Gram matrix, without copies of the tensors. A tensor of zeros has no influence on the direction.
 
     Args:
         tensors: tensors of one shape.
         weights: one for each tensor, not negative; they are scaled to sum to 1.
-        iterations: the most iterations (default 50).
+        iterations: the maximum number of iterations (default 50).
         tolerance: the length of the last step, in radians (default 1e-10).
 
     Raises:
@@ -111,7 +111,7 @@ def karcher(
     for _ in range(iterations):
         cosines = (unit @ mean).clamp(-1, 1)
         if cosines.min() < -_PARALLEL:
-            raise ValueError("a tensor points away from the mean of the others, there is no way between them")
+            raise ValueError("a tensor is opposite to the mean of the others, so the path between them is not unique")
         angles = torch.acos(cosines)
         scale = torch.where(angles > 1e-12, angles / torch.sin(angles).clamp_min(1e-300), torch.ones_like(angles))
         # log_m(u_k) = scale_k (u_k - cos_k m), in coefficients over the u.
@@ -127,7 +127,7 @@ def karcher(
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Degrees between two tensors; 0 where one of them is zero."""
+    """The angle between two tensors in degrees; 0 if one of them is zero."""
     cosine = _cosine(a, b)
     return 0.0 if cosine is None else math.degrees(math.acos(cosine))
 
@@ -146,7 +146,7 @@ def _pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _gram(tensors: Sequence[Tensor]) -> Tensor:
-    """float64 [n, n] dot products."""
+    """The dot products, float64 [n, n]."""
     gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     for pieces in _pieces(*tensors):
         stacked = torch.stack(pieces)
@@ -155,7 +155,7 @@ def _gram(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float | None:
-    """None where one of them is zero. The quotient may pass 1 by a rounding: clamped."""
+    """The cosine, clamped to [-1, 1] because of rounding; None if one of the tensors is zero."""
     gram = _gram([a, b])
     norms = math.sqrt(float(gram[0, 0])) * math.sqrt(float(gram[1, 1]))
     return max(-1.0, min(1.0, float(gram[0, 1]) / norms)) if norms > 0 else None

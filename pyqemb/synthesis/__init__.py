@@ -1,4 +1,4 @@
-"""Training data out of plain passages, written by a language model."""
+"""Synthetic training data: a language model writes queries for passages."""
 
 from pyqemb.synthesis.config import SynthesisConfig as SynthesisConfig
 from pyqemb.synthesis.generate import Synthesis as Synthesis

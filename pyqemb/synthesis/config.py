@@ -1,6 +1,6 @@
 """The configuration of a synthesis, from Python or a TOML file.
 
-It names the passages, the model, the tasks, and what is drawn for each example.
+It defines the passages, the model, the tasks, and the random choices for each example.
 """
 
 import random

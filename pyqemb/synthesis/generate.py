@@ -1,4 +1,4 @@
-"""Runs a synthesis: passages in, examples out, every answer kept."""
+"""Runs a synthesis: writes examples for passages, and stores every answer."""
 
 import asyncio
 import json
@@ -19,22 +19,22 @@ from pyqemb.synthesis.passages import Source, read_sources
 from pyqemb.synthesis.tasks import Writer
 
 ANSWERS, EXAMPLES, MALFORMED, REPORT = "answers.sqlite", "examples.jsonl", "malformed.jsonl", "report.json"
-_AHEAD = 4  # examples begun for each request that may be under way: a slow one holds nobody up until then
+_AHEAD = 4  # examples started per concurrent request, so that a slow request does not block the others
 
 
 @dataclass(repr=False)
 class Synthesis:
-    """What a synthesis wrote.
+    """The result of a synthesis.
 
-    `folder` holds examples.jsonl, malformed.jsonl (reason, prompt, text), report.json and answers.sqlite (all that was
-    asked).
+    `folder` holds examples.jsonl, malformed.jsonl (reason, prompt, text), report.json and answers.sqlite (all requests
+    and answers).
     """
 
     folder: Path
     examples: int = 0
     failed: int = 0  # examples given up
-    malformed: Counter[str] = field(default_factory=Counter)  # answers, by reason
-    refusal: str = ""  # the words of the first answer that was a refusal
+    malformed: Counter[str] = field(default_factory=Counter)  # malformed answers, by reason
+    refusal: str = ""  # the text of the first refusal
     by_task: Counter[str] = field(default_factory=Counter)
     usage: Usage = field(default_factory=Usage)
     seconds: float = 0.0
@@ -60,10 +60,10 @@ class Synthesis:
 def synthesize(
     config: SynthesisConfig | dict[str, Any], *, on_progress: Callable[[Synthesis], None] | None = None
 ) -> Synthesis:
-    """Write `per_passage` examples for each passage, in the order of the passages.
+    """Generate `per_passage` examples for each passage, in the order of the passages.
 
-    After a kill, a second run makes the same requests and takes the answers that the first one got from the store. With
-    more `attempts`, only malformed answers are requested again.
+    A run after a killed one makes the same requests, and takes the answers that exist already from the store. With more
+    `attempts`, only malformed answers are requested again.
 
     Args:
         config: the passages, the output folder, the endpoint and the tasks, as a SynthesisConfig or a dict of its
@@ -74,11 +74,11 @@ def synthesize(
         The output folder, and the counts of examples, answers and tokens.
 
     Raises:
-        ConfigError: a setting is wrong, or the server refuses the key, the model or the request.
+        ConfigError: a setting is invalid, or the server rejects the key, the model or the request.
         DataError: passages or personas cannot be read, or the server does not answer.
         MachineError: the disk is full, or another error of the machine.
 
-    All answers are kept, also after an error or a KeyboardInterrupt.
+    All answers are stored, also after an error or a KeyboardInterrupt.
 
     Example:
         >>> from pathlib import Path
@@ -95,7 +95,7 @@ def synthesize(
 async def _synthesize(config: SynthesisConfig, on_progress: Callable[[Synthesis], None] | None) -> Synthesis:
     start = time.monotonic()
     sources = read_sources(config)
-    first = next(sources)  # bad input is reported before anything is written or asked
+    first = next(sources)  # invalid input is reported before anything is written or requested
     store = Store(config.out / ANSWERS)
     ask = Asker(config.endpoint, store)
     result = Synthesis(config.out, usage=ask.usage)

@@ -1,4 +1,4 @@
-"""What can be asked for, and the answers that count."""
+"""The kinds of examples that can be requested, and the formats of the answers."""
 
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ class Reply(BaseModel):
 
     @classmethod
     def schema_of_answer(cls) -> dict[str, Any]:
-        """As structured output wants it: nothing else allowed, all required."""
+        """The JSON schema for structured output: all fields are required, and no others are allowed."""
         return {**cls.model_json_schema(), "additionalProperties": False}
 
 

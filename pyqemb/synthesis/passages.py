@@ -1,4 +1,4 @@
-"""Where synthesis starts: passages, and the people who might look for them."""
+"""The input of synthesis: passages and personas."""
 
 import hashlib
 import random
@@ -14,12 +14,12 @@ from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
 
-_WINDOW = 256  # passages embedded together
+_WINDOW = 256  # passages encoded together
 
 
 @dataclass(frozen=True)
 class Source:
-    """A passage, its language where it is known, and the personas it is offered to."""
+    """A passage, its language if known, and the personas to choose from."""
 
     text: str
     language: str | None = None
@@ -27,7 +27,7 @@ class Source:
 
 
 def read_sources(config: SynthesisConfig) -> Iterator[Source]:
-    """The passages of a configuration, each distinct text once, with their personas. DataError where there are none."""
+    """The distinct passages of a configuration, with their personas. DataError if there are none."""
     people = None if config.personas is None else People(config.personas, config.out, config.seed)
     window: list[Source] = []
     count = 0
@@ -60,7 +60,7 @@ class People:
             self._vectors = self._embed(settings.model, folder)
 
     def offer(self, sources: list[Source]) -> Iterator[Source]:
-        """Yield each source with its personas: the most relevant ones, or ones drawn by the seed and the text."""
+        """Yield each source with its personas: the most relevant ones, or ones chosen by the seed and the text."""
         if not sources:
             return
         if self._model is None:
@@ -78,7 +78,7 @@ class People:
             yield Source(source.text, source.language, tuple(self._texts[i] for i in indices))
 
     def _embed(self, model: str, folder: Path) -> np.ndarray:
-        """Once for each file and model; kept in the output folder."""
+        """Encode the personas, once for each file and model; the vectors are stored in the output folder."""
         assert self._model is not None
         digest = hashlib.sha256("\0".join([model, *self._texts]).encode("utf-8", "replace")).hexdigest()[:16]
         path = folder / f"personas-{digest}.npy"

@@ -1,4 +1,4 @@
-"""From a passage to an example: the calls of each task."""
+"""The requests that make an example from a passage, for each task."""
 
 import random
 from collections.abc import Awaitable, Callable
@@ -23,24 +23,24 @@ from pyqemb.synthesis.passages import Source
 
 R = TypeVar("R", bound=Reply)
 _ANYONE = "Somebody who needs what this passage says"
-_MOST_WORDS = 3  # times what was asked for
+_MOST_WORDS = 3  # times the requested number
 
-OnMalformed = Callable[[str, MalformedAnswerError], None]  # (name of the prompt, what came)
+OnMalformed = Callable[[str, MalformedAnswerError], None]  # (name of the prompt, error)
 
 
 class Writer:
     """Writes the examples of one configuration.
 
-    Each malformed answer is passed to `on_malformed` before it is asked again.
+    Each malformed answer is passed to `on_malformed` before the request is repeated.
     """
 
     def __init__(self, config: SynthesisConfig, ask: Asker, on_malformed: OnMalformed):
         self.config, self._ask, self._on_malformed = config, ask, on_malformed
 
     async def write(self, source: Source, number: int = 0) -> Example:
-        """The `number`th example of a passage; what is drawn depends on the seed, the passage and that alone.
+        """The `number`th example of a passage; random choices depend only on the seed, the passage and `number`.
 
-        Raises MalformedAnswerError when an answer stays unusable after all attempts.
+        Raises MalformedAnswerError if an answer is still unusable after all attempts.
         """
         generator = random.Random(f"{self.config.seed} {number} {source.text}")
         task = draw(self.config.tasks, generator)
@@ -53,7 +53,7 @@ class Writer:
     async def _retrieval(self, source: Source, generator: random.Random) -> Example:
         config = self.config
         language, length = draw(config.languages, generator), draw(config.lengths, generator)
-        # The model chooses among kinds drawn by weight; of equal weights it sees all.
+        # The model chooses among kinds sampled by weight; with equal weights it gets all of them.
         offered = _offered(config.types, generator)
         levels = _offered(config.difficulties, generator)
         personas = source.personas or (_ANYONE,)
@@ -117,7 +117,7 @@ class Writer:
     async def _reply(
         self, name: str, kind: type[R], generator: random.Random, check: Callable[[R], str | None], **fields: Any
     ) -> R:
-        """The checked answer to a prompt. `check` gives a reason against it."""
+        """The checked answer to a prompt. `check` returns a reason to reject it."""
         messages = prompt("pyqemb.synthesis", name, fields)
         seed = generator.randrange(2**31)
         for attempt in range(self.config.attempts):

@@ -150,9 +150,7 @@ def test_a_process_that_dies_is_said(model, jsonl, tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.stdout.startswith("a process died, perhaps for want of memory; finished parts are kept"), done.stderr[
-        -1000:
-    ]
+    assert done.stdout.startswith("a process died, perhaps out of memory; finished parts are kept"), done.stderr[-1000:]
 
 
 def test_a_killed_job_goes_on(model, jsonl, tmp_path):
@@ -190,7 +188,7 @@ def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
         encode_file(model, jsonl, out)
     monkeypatch.undo()
     with pytest.raises(
-        ConfigError, match="holds parts of another job \\(dim was None, now 8\\); remove it to begin anew"
+        ConfigError, match="holds parts of another job \\(dim was None, now 8\\); remove it to start over"
     ):
         encode_file(model, jsonl, out, dim=8)
     assert encode_file(model, jsonl, out).resumed == len(ROWS)
@@ -248,7 +246,7 @@ def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
         (tmp_path / "aside").rename(second)
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS) - 10
     assert is_right(out, wanted)
-    assert caplog.text.count("is of another part") == 2
+    assert caplog.text.count("belongs to another part") == 2
 
 
 def test_parts_of_another_output_are_made_again(model, jsonl, stopped, tmp_path):
@@ -289,7 +287,7 @@ def test_a_damaged_manifest_is_refused(model, jsonl, stopped):
     whole = manifest.read_bytes()
     for content in (whole.replace(b'"dim":null', b'"dim":8'), whole[:-2], b"", b"[]", b"\xff", b"[" * 10_000):
         manifest.write_bytes(content)
-        with pytest.raises(DataError, match=r"x\.npy\.parts/manifest\.json.*; remove .*x\.npy\.parts to begin anew"):
+        with pytest.raises(DataError, match=r"x\.npy\.parts/manifest\.json.*; remove .*x\.npy\.parts to start over"):
             encode_file(model, jsonl, out, rows_per_part=5)
     manifest.write_bytes(whole)
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS)

@@ -386,5 +386,5 @@ def test_a_store_without_digests_is_given_them(tmp_path):
     assert one.get("k") == two.get("k") == Answer("x")
     assert [key for key, _, _ in one] == ["k"]
     one._connection.execute("pragma user_version = 3")
-    with pytest.raises(DataError, match="is of version 3, this version reads 2"):
+    with pytest.raises(DataError, match="has version 3, this version reads 2"):
         Store(path)
