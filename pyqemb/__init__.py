@@ -1,6 +1,6 @@
 """pyqemb: the training system behind Qwen3 Embedding, as a library.
 
-Names load on first use, so that `pyqemb --help` does not pay for torch.
+Names are imported on first use, so that `pyqemb --help` does not import torch.
 """
 
 from importlib import import_module

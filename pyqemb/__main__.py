@@ -1,4 +1,4 @@
-"""`python -m pyqemb`, and so `torchrun -m pyqemb`."""
+"""The entry point of `python -m pyqemb` and `torchrun -m pyqemb`."""
 
 import sys
 

@@ -1,47 +1,47 @@
-"""What can go wrong in a user's words, each with the exit code that the command line returns."""
+"""The exceptions of pyqemb, each with the exit code of the command line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    """The end of a message about an unknown name: a similar known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class PyqembError(Exception):
-    """Base of all errors that pyqemb raises on purpose."""
+    """The base class of all errors that pyqemb raises."""
 
     exit_code = 1
 
 
 class ConfigError(PyqembError, ValueError):
-    """A configuration or argument that cannot be used."""
+    """A configuration or argument is invalid."""
 
     exit_code = 2
 
 
 class DataError(PyqembError, ValueError):
-    """A file that cannot be read, or that does not hold what it should."""
+    """A file cannot be read, or has invalid content."""
 
     exit_code = 3
 
 
 class CheckpointError(DataError):
-    """A model folder or training checkpoint that is missing something, damaged, or of another shape."""
+    """A model folder or training checkpoint is incomplete, damaged, or has unexpected shapes."""
 
 
 class Interrupted(PyqembError):  # noqa: N818  a stop on request, after which the run can continue, is no error
-    """Training stopped on request, after it saved or before its first step; `--resume auto` continues it."""
+    """Training was stopped by a signal, after it saved or before its first step; `--resume auto` continues it."""
 
     exit_code = 75
 
 
 class MachineError(PyqembError, OSError):
-    """The machine refused: a disk that is full or read-only, a permission, an input/output error, no memory.
+    """An error of the machine: a full or read-only disk, missing permissions, an input/output error, out of memory.
 
-    The message names the path and what was being done; `errno` and `filename` are those of the error that caused it.
+    The message names the path and the operation; `errno` and `filename` are those of the original error.
     """
 
     exit_code = 74
@@ -58,9 +58,9 @@ class MachineError(PyqembError, OSError):
 
 
 class RankError(PyqembError, RuntimeError):
-    """Another rank of a distributed run is missing, stopped or died, or left with an error of its own.
+    """Another rank of a distributed run is missing, stopped, died, or exited with an error.
 
-    `exit_code` is 69, or that of the other rank's error: all ranks of a run exit with the same code.
+    `exit_code` is 69, or that of the other rank's error, so that all ranks of a run exit with the same code.
     """
 
     exit_code = 69

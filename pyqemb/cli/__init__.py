@@ -1,4 +1,4 @@
-"""The command line: `pyqemb VERB`. One module per verb, imported only when it is called, so that --help stays quick."""
+"""The command line: `pyqemb VERB`. One module per verb, imported only when it is called, so that --help is fast."""
 
 import argparse
 import sys
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentParser:
-    """The parser; the options are only those of the verbs `of`, whose modules are imported for it."""
+    """The parser, with the options of the verbs `of`, whose modules it imports."""
     codes = "exit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="pyqemb", description="Train, merge and measure text embedding models.", epilog=codes,

@@ -1,4 +1,4 @@
-"""`pyqemb completion SHELL`: what makes the shell complete verbs and options."""
+"""`pyqemb completion SHELL`: print a script with which the shell completes verbs and options."""
 
 import argparse
 

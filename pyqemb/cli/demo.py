@@ -1,4 +1,4 @@
-"""`pyqemb demo`: the whole recipe, a table, a report, and a model to ask."""
+"""`pyqemb demo`: run the whole recipe; writes a table, a report and a model for search."""
 
 import argparse
 from pathlib import Path

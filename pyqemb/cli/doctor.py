@@ -1,4 +1,4 @@
-"""`pyqemb doctor`: what this installation is, and whether its kernels compute what they should, in a few seconds."""
+"""`pyqemb doctor`: show the installation, and test its kernels, in a few seconds."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ def _facts() -> dict[str, Any]:
         "instruction set": f"{_C.current_isa()} (of {', '.join(_C.available_isas())})",
         "threads": torch.get_num_threads(),
         "memory": _memory(torch.device("cpu")),
-        "CUDA kernels": "built" if cuda_is_built() else "not built: no nvcc was there when pyqemb was installed",
+        "CUDA kernels": "built" if cuda_is_built() else "not built: nvcc was not found when pyqemb was installed",
     }
     for number in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))
@@ -86,7 +86,7 @@ def _memory(device: Any) -> str:
 
 
 def _self_test() -> list[dict[str, Any]]:
-    """Each op against plain torch in float64, on the CPU and, where there is a GPU that it was built for, there."""
+    """Compare each op with plain torch in float64, on the CPU and on a supported GPU."""
     import torch
 
     from pyqemb.model.device import search_device
@@ -107,7 +107,7 @@ def _self_test() -> list[dict[str, Any]]:
             try:
                 error = check(device)
                 passed, detail = error < (1e-4 if device == "cpu" else 2e-2), f"greatest error {error:.1e}"
-            except Exception as failure:  # whatever it is, the user should see it in the table
+            except Exception as failure:  # any error is shown in the table
                 passed, detail = False, f"{type(failure).__name__}: {failure}"
             tests.append({"name": f"{name}, {device}", "passed": passed, "detail": detail})
     return tests

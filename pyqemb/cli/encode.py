@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {args.processes}")
     devices = args.device or (["cpu"] * args.processes if args.processes else ["auto"])
-    # Of the file's bytes: its rows are not counted beforehand. (Of compressed columns a guess.)
+    # Progress in bytes of the file, because its rows are not counted beforehand (an estimate for compressed columns).
     total = args.texts.stat().st_size if args.texts.is_file() else None
     columns = (
         BarColumn(),

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, one line for an error, Ctrl-C and SIGTERM, a closed or full standard output."""
+"""The end of a command: exit codes, one-line errors, Ctrl-C and SIGTERM, a closed or full standard output."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ EXIT_CODES = {
     2: "bad arguments or configuration",
     3: "bad data or model folder, or a failed check of export --verify",
     69: "a rank of a distributed run is missing or died",
-    74: "the machine refused: disk full or read-only, permission denied, input/output error, out of memory",
+    74: "an error of the machine: disk full or read-only, permission denied, input/output error, out of memory",
     75: "training was stopped, and nothing is lost; --resume auto continues it",
     130: "stopped by Ctrl-C (SIGINT)",
     141: "standard output was closed by its reader",
@@ -31,11 +31,11 @@ _HOME = Path(__file__).parents[1]
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. Whatever cleans up after a KeyboardInterrupt cleans up after it."""
+    """SIGINT or SIGTERM was received; handled like a KeyboardInterrupt."""
 
 
 class StopSignals:
-    """While it is entered SIGINT and SIGTERM raise Stopped in the main thread. `number` is the signal that came."""
+    """Context in which SIGINT and SIGTERM raise Stopped in the main thread. `number` is the received signal."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -44,7 +44,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                if signal.getsignal(number) is default:  # an ignored signal stays ignored, as nohup wants it
+                if signal.getsignal(number) is default:  # ignored signals stay ignored, as with nohup
                     self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -60,14 +60,14 @@ class StopSignals:
         def stop() -> None:
             raise Stopped(signal.Signals(number).name)
 
-        if loop is not None and first:  # not inside of a task, which would keep the exception
+        if loop is not None and first:  # not in a task, which would store the exception
             loop.call_soon_threadsafe(stop)
         else:
             stop()
 
 
 class StandardOutput:
-    """Stands in for sys.stdout while it is entered. `error` is what the first write or flush that failed raised."""
+    """Replaces sys.stdout in a context. `error` is the exception of the first failed write or flush."""
 
     def __enter__(self) -> "StandardOutput":
         self.error: OSError | None = None
@@ -80,17 +80,17 @@ class StandardOutput:
         sys.stdout = self._stream
         if (
             self.error is not None
-        ):  # what is still buffered goes nowhere: the interpreter would complain about it at exit
+        ):  # discard buffered output, because the interpreter would report an error at exit
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self._stream.fileno())
             os.close(devnull)
 
     def write(self, text: str) -> int:
-        """Write text; remember the first error."""
+        """Write text; store the first error."""
         return self._try(self._stream.write, text)
 
     def flush(self) -> None:
-        """Flush the stream; remember the first error."""
+        """Flush the stream; store the first error."""
         if self._stream is not None:
             self._try(self._stream.flush)
 
@@ -110,10 +110,10 @@ def guarded(work: Callable[[], int], name: str, debug: bool, kept: Callable[[], 
 
     Args:
         work: runs the command.
-        name: stands before the line, e.g. "pyqemb mine".
+        name: the prefix of the line, e.g. "pyqemb mine".
         debug: print the traceback of an error before its line.
-        kept: what is left of a command that was stopped by a signal.
-        stopped_exit: exit code of such a command; None: 128 + the signal's number.
+        kept: the message about the outputs of a command that was stopped by a signal.
+        stopped_exit: the exit code of such a command; None: 128 + the signal's number.
     """
     with StandardOutput() as output, StopSignals() as signals:
         try:
@@ -123,7 +123,7 @@ def guarded(work: Callable[[], int], name: str, debug: bool, kept: Callable[[], 
                 output.flush()
         except BaseException as error:
             if isinstance(error, SystemExit) and output.error is None:
-                raise  # of argparse
+                raise  # raised by argparse
             if isinstance(output.error, BrokenPipeError):
                 return 141
             if signals.number is not None or isinstance(error, KeyboardInterrupt):
@@ -154,7 +154,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 
 def _place(error: BaseException) -> str:
-    """The line of pyqemb that the error came through last."""
+    """The innermost line of pyqemb in the traceback of the error."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_HOME)
     ]
@@ -162,5 +162,5 @@ def _place(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    """No line end, no control character: the words may be those of a file or a server."""
+    """Remove line ends and control characters, because the text may come from a file or a server."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

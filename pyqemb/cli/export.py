@@ -1,4 +1,4 @@
-"""`pyqemb export MODEL --out FOLDER`: a folder that other tools load, and whether they do."""
+"""`pyqemb export MODEL --out FOLDER`: write a folder for other tools, and check that they load it."""
 
 import argparse
 from pathlib import Path

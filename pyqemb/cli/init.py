@@ -1,4 +1,4 @@
-"""`pyqemb init FOLDER`: a commented run.toml to begin with."""
+"""`pyqemb init FOLDER`: write a commented run.toml."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.folder / "run.toml"
     if path.exists():
-        raise ConfigError(f"{path}: is there already")
+        raise ConfigError(f"{path}: exists already")
     text = _TEMPLATE.read_text(encoding="utf-8")
     text = text.replace('"@MODEL@"', json.dumps(args.model)).replace("@TASK@", args.task)
     with atomic_file(path) as temporary:

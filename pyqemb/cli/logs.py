@@ -1,4 +1,4 @@
-"""What the command line shows of the logger "pyqemb": each message as a line on standard error."""
+"""Messages of the logger "pyqemb" on the command line: each is a line on standard error."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class StderrHandler(logging.Handler):
-    """Writes to sys.stderr as it is when the message comes: a live display may have replaced it."""
+    """Writes to the current sys.stderr, which a live display may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message as a line."""
@@ -16,7 +16,7 @@ class StderrHandler(logging.Handler):
 
 
 def add_quiet(parser: argparse._ActionsContainer) -> None:
-    """The option --quiet."""
+    """Add the option --quiet."""
     parser.add_argument("--quiet", action="store_true", help="show no progress and only warnings")
 
 
@@ -27,7 +27,7 @@ def only_warnings() -> None:
 
 @contextmanager
 def progress_shown(quiet: bool) -> Iterator[None]:
-    """Show progress bars inside, if standard error is a terminal; with `quiet` none, and of messages only warnings."""
+    """Context with progress bars if standard error is a terminal; with `quiet`, without bars and only with warnings."""
     from pyqemb.model.progress import progress_bars
 
     if quiet:
@@ -38,7 +38,7 @@ def progress_shown(quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Show messages of the level INFO and above."""
+    """Context that shows messages of level INFO and above on standard error."""
     logger, handler = logging.getLogger("pyqemb"), StderrHandler()
     before = logger.level
     logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""`pyqemb merge A B C --out FOLDER`: blend checkpoints and say how far apart they were."""
+"""`pyqemb merge A B C --out FOLDER`: merge checkpoints and print the angles between them."""
 
 import argparse
 from collections.abc import Sequence
@@ -48,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(checkpoints: Sequence[str]) -> Sequence[str]:
-    """Their folders' names, or the paths as given where two have the same name."""
+    """The names of the folders, or the paths if two have the same name."""
     names = [Path(checkpoint).name for checkpoint in checkpoints]
     return names if len(set(names)) == len(names) else checkpoints

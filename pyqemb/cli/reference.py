@@ -1,6 +1,6 @@
-"""What is written from the descriptions of the settings: pages of the site, run.toml, --help-config.
+"""Documentation generated from the settings classes: pages of the site, run.toml, --help-config.
 
-`python -m pyqemb.cli.reference` writes the pages and the template again.
+`python -m pyqemb.cli.reference` writes the pages and the template.
 """
 
 import re
@@ -66,7 +66,7 @@ def page(name: str, tables: Sequence[Table]) -> str:
 
 
 def template(tables: Sequence[Table]) -> str:
-    """The run.toml of `pyqemb init`. @TASK@ and @MODEL@ stand for what its options say."""
+    """The run.toml of `pyqemb init`. @TASK@ and @MODEL@ are placeholders for its options."""
     inner = {table.name: table for table in tables if "." in table.name}
     lines = [_HEAD]
     for table in tables:
@@ -84,7 +84,7 @@ def template(tables: Sequence[Table]) -> str:
 
 
 def explain_keys(tables: Sequence[Table], wanted: str | None) -> str | None:
-    """The text of --help-config: all keys, those of a table, or one in full. None where no key is called `wanted`."""
+    """The text of --help-config: all keys, those of a table, or one in full. None if no key is called `wanted`."""
     keys = [key for table in tables for key in table.keys]
     if wanted is None:
         found = keys
@@ -126,7 +126,7 @@ def _entry(key: Key, table: Table) -> str:
 
 
 def _prose(text: str) -> str:
-    """Wrapped at 100 columns, with the pages that it names as links."""
+    """The text wrapped at 100 columns, with links to the pages that it names."""
     linked = re.sub(r"docs/([\w/-]+\.md)", r"[\1](../\1)", text)
     paragraphs = [textwrap.fill(" ".join(part.split()), 100, break_long_words=False) for part in linked.split("\n\n")]
     return "\n\n".join(paragraphs)
@@ -139,7 +139,7 @@ def _lines(key: Key, mark: str = "") -> list[str]:
 
 
 def _commented(setting: str, sentence: str) -> list[str]:
-    """The setting with its comment behind it, or above it where the line would be too long."""
+    """The setting with its comment after it, or above it if the line would be too long."""
     comment = sentence.removesuffix(".")
     line = f"{setting:34}  # {comment}"
     return [line] if len(line) <= _WIDTH else [f"#   {comment}", setting]

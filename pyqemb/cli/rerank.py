@@ -1,4 +1,4 @@
-"""`pyqemb rerank MODEL FILE --out FILE`: how well documents answer queries."""
+"""`pyqemb rerank MODEL FILE --out FILE`: score query-document pairs with a reranker."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`pyqemb synthesize FILE.toml`: training pairs out of passages, written by a language model."""
+"""`pyqemb synthesize FILE.toml`: generate training pairs for passages with a language model."""
 
 import argparse
 from pathlib import Path

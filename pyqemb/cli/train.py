@@ -1,4 +1,4 @@
-"""`pyqemb train run.toml`: check the configuration, show the plan, train, measure on the dev set, save."""
+"""`pyqemb train run.toml`: check the configuration, show the plan, train, evaluate, save."""
 
 import argparse
 import json
@@ -125,10 +125,10 @@ def _ranks(args: argparse.Namespace) -> "Ranks | None":
 def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None, ranks: "Ranks | None") -> None:
     from pyqemb.training.dry_run import plan
 
-    lines = list(plan(config, evaluate, resume, ranks))  # what is wrong shows before the configuration scrolls by
+    lines = list(plan(config, evaluate, resume, ranks))  # errors are raised before the configuration is printed
     print(json.dumps(config.model_dump(mode="json"), indent=1))
     print("\n".join(lines))
 
 
 def kept(args: argparse.Namespace) -> str:
-    return "nothing is lost; --resume auto goes on from the newest checkpoint, or starts the run"
+    return "nothing is lost; --resume auto continues from the newest checkpoint, or starts the run"

@@ -1,1 +1,1 @@
-"""The whole recipe as one script: tokenizer, two training stages, mining, merging, measuring, a report."""
+"""The whole recipe as one script: tokenizer, two training stages, mining, merging, evaluation, a report."""

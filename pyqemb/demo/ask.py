@@ -1,4 +1,4 @@
-"""Ask the model of a finished demo."""
+"""Search with the model of a finished demo."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pyqemb.model.embedder import Embedder
 
 @dataclass(frozen=True)
 class Answer:
-    """A document that was found: its cosine similarity with the question, the name of its source, and its text."""
+    """A search result: its cosine similarity with the question, the name of its source, and its text."""
 
     score: float
     source: str
@@ -21,7 +21,7 @@ class Answer:
 
 
 def ask(out: Path, question: str, count: int = 5) -> list[Answer]:
-    """The `count` best documents of the demo's largest corpus, each text once."""
+    """The `count` best documents of the demo's largest corpus, without duplicate texts."""
     if not (out / MODEL / "config.json").is_file() or not (out / CORPUS).is_file():
         raise ConfigError(f"{out}: there is no finished demo here; run `pyqemb demo --out {out}` first")
     if not question.strip():

@@ -1,4 +1,4 @@
-"""The lexical baseline: BM25 by the bm25s library, words for alphabetic scripts, letter pairs for the others."""
+"""The lexical baseline: BM25 of the bm25s library, with words for alphabetic scripts and letter pairs for others."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from pyqemb.errors import ConfigError
 
-# Scripts written without spaces: Chinese characters, kana, hangul; Thai and its neighbours.
+# Scripts without spaces: Chinese characters, kana, hangul; Thai and related scripts.
 _SPACELESS = "\u0e00-\u0fff\u1100-\u11ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _PIECE = re.compile(rf"[{_SPACELESS}]+|[^\W_{_SPACELESS}]+")
 _IS_SPACELESS = re.compile(rf"[{_SPACELESS}]")
@@ -28,7 +28,7 @@ def bm25_ranking(queries: Sequence[str], corpus: Sequence[str], k: int) -> np.nd
     if not queries or not k:
         return np.full((len(queries), k), -1, dtype=np.int64)
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    # A word that no text holds keeps bm25s from meeting an empty vocabulary.
+    # A word that is in no text, because bm25s does not support an empty vocabulary.
     index.index([words(text) or ["\0"] for text in corpus], show_progress=False)
     found, scores = index.retrieve([words(text) or ["\0"] for text in queries], k=k, show_progress=False, n_threads=1)
     return np.where(scores > 0, found, -1).astype(np.int64)

@@ -1,7 +1,7 @@
 """The data that ships with pyqemb: paragraphs of the LibreOffice help with their human translations, split by page.
 
-Training sees the pages of train.jsonl.xz only; questions come from the pages of dev.jsonl.xz. The few texts that stand
-word for word on both sides are left out of training as well.
+Training uses only the pages of train.jsonl.xz; questions come from the pages of dev.jsonl.xz. The few texts that are in
+both are excluded from training too.
 """
 
 import random
@@ -17,14 +17,14 @@ from pyqemb.demo.material import Document, Material, Question, halves, neighbour
 LANGUAGES = ("de", "fr", "ja", "zh")
 TITLES = "title"
 _FOLDER = Path(__file__).parent / "data" / "help"
-_WEAK_PAIRS = 25_000  # of each of the four kinds, some 100,000 in all
+_WEAK_PAIRS = 25_000  # of each of the four kinds, about 100,000 in total
 _DOCUMENT = "en"
 
 Row = dict[str, Any]
 
 
 def help_material(*, seed: int = 0, pages: int | None = None) -> Material:
-    """The help as Material. `pages` keeps only that many training pages (and a third as many held-out ones)."""
+    """The help texts as Material. `pages` keeps only that many training pages (and a third as many held-out ones)."""
     train, dev = load_rows("train"), load_rows("dev")
     if pages is not None:
         train, dev = _first_pages(train, pages), _first_pages(dev, max(pages // 3, 1))
@@ -51,10 +51,11 @@ def load_rows(split: str) -> list[Row]:
 def weak_pairs(rows: Sequence[Row], *, seed: int) -> list[Example]:
     """Return pairs that need no label.
 
-    They are title -> paragraph, half -> half, and neighbors on a page in one language and across two.
+    They are title -> paragraph, half -> half, and neighboring paragraphs of a page, in one language and across two.
 
-    Batches hold one task. Each task has one language on a side: were several mixed, the language alone would tell most
-    negatives from the positive, and the model would learn languages in place of meaning (docs/dev/log.md).
+    Each batch holds one task, and each task has one language per side. With mixed languages, the language alone would
+    distinguish most negatives from the positive, and the model would learn languages instead of meaning
+    (docs/dev/log.md).
     """
     languages, pages = (_DOCUMENT, *LANGUAGES), _by_page(rows)
     titles = [
@@ -91,7 +92,7 @@ def _neighbours_across(pages: Iterable[Sequence[Row]], languages: Sequence[str],
 
 
 def supervised_pairs(rows: Sequence[Row]) -> list[Example]:
-    """Human work: a translation asks for its English paragraph, a title for the paragraphs of its page."""
+    """Human-made pairs: a translation with its English paragraph, and a title with the paragraphs of its page."""
     translations = [
         Example(row[key], row[_DOCUMENT], task="translation") for row in rows for key in LANGUAGES if key in row
     ]
@@ -100,9 +101,9 @@ def supervised_pairs(rows: Sequence[Row]) -> list[Example]:
 
 
 def questions(train: Sequence[Row], dev: Sequence[Row]) -> list[Question]:
-    """Held-out translations and titles.
+    """Held-out translations and titles as questions.
 
-    Every paragraph counts as an answer whose text, or whose translation, is equal.
+    Paragraphs with an equal text or translation count as answers too.
     """
     asked = [(key, row[key]) for row in dev for key in LANGUAGES if key in row]
     asked += [(TITLES, row["title"]) for row in dev if row["title"]]
@@ -116,7 +117,7 @@ def questions(train: Sequence[Row], dev: Sequence[Row]) -> list[Question]:
 
 
 def overlaps(train: Sequence[Row], dev: Sequence[Row]) -> dict[str, int]:
-    """What the two sides hold and share: no page, but some texts that the help repeats word for word."""
+    """Counts of the two sides and their overlap: no pages, but some texts that the help repeats."""
     train_texts, dev_texts = _texts(train), _texts(dev)
     return {
         "training pages": len(_by_page(train)),
@@ -146,5 +147,5 @@ def _first_pages(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def _texts(rows: Iterable[Row]) -> dict[str, None]:
-    """The distinct texts of all columns, in their order."""
+    """The distinct texts of all columns, in order."""
     return dict.fromkeys(row[key] for row in rows for key in ("title", _DOCUMENT, *LANGUAGES) if row.get(key))

@@ -1,4 +1,4 @@
-"""Material: what the recipe needs of a data set, whichever it is, and the weak pairs that any text gives."""
+"""Material: the data that the recipe needs, and weak pairs made from plain texts."""
 
 import random
 import re
@@ -12,7 +12,7 @@ _BREAK = re.compile(r"[\s\u3001\u3002\uff0c\uff1b\uff1a]")  # white space and th
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that can be found, and where it stands (a page, a file)."""
+    """A text of the corpus, and its source (a page, a file)."""
 
     text: str
     source: str
@@ -31,9 +31,8 @@ class Question:
 class Material:
     """Training texts and pairs, held-out questions, and the corpora in which their answers are searched.
 
-    `texts` are all training texts (the tokenizer learns from nothing else). `groups` are the columns that the mean is
-    taken over; questions of other groups are reported beside it. The first corpus is the one that the ordering is read
-    from.
+    `texts` are all training texts, which the tokenizer is trained on. `groups` are the groups in the mean; questions of
+    other groups are reported separately. The first corpus is the one that models are compared on.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Material:
 
 
 def untouched(examples: Iterable[Example], held_out: Collection[str]) -> list[Example]:
-    """The distinct examples that hold no text of the held-out side, word for word."""
+    """The distinct examples without a text of the held-out side."""
     return [
         example
         for example in dict.fromkeys(examples)
@@ -57,7 +56,7 @@ def untouched(examples: Iterable[Example], held_out: Collection[str]) -> list[Ex
 
 
 def halves(texts: Iterable[str], *, task: str = "half", at_least: int = 24) -> Iterator[Example]:
-    """One half of a text asks for the other. Texts under `at_least` characters are left out."""
+    """Pairs of the first and the second half of each text, without texts of fewer than `at_least` characters."""
     for text in texts:
         if len(text) < at_least:
             continue
@@ -68,7 +67,7 @@ def halves(texts: Iterable[str], *, task: str = "half", at_least: int = 24) -> I
 
 
 def neighbours(groups: Iterable[Sequence[str]], *, seed: int, task: str = "neighbour") -> Iterator[Example]:
-    """Texts that stand together (on a page, in a file): each asks for one other of them."""
+    """Pairs of texts of the same page or file: each text with one other."""
     rng = random.Random(seed)
     for group in groups:
         chain = list(dict.fromkeys(group))
@@ -78,7 +77,7 @@ def neighbours(groups: Iterable[Sequence[str]], *, seed: int, task: str = "neigh
 
 
 def sample(items: Sequence[Example], count: int, *, seed: int) -> list[Example]:
-    """At most `count` of the items, in their order."""
+    """At most `count` of the items, in order."""
     if len(items) <= count:
         return list(items)
     chosen = sorted(random.Random(seed).sample(range(len(items)), count))
@@ -86,7 +85,7 @@ def sample(items: Sequence[Example], count: int, *, seed: int) -> list[Example]:
 
 
 def _cut(text: str) -> int:
-    """Where a text is halved: the break nearest to its middle, or the middle where no break is near (Chinese)."""
+    """Where to split a text: at the break nearest to its middle, or in the middle if no break is near (Chinese)."""
     middle = len(text) // 2
     near = [match.end() for match in _BREAK.finditer(text) if abs(match.end() - middle) <= max(8, len(text) // 4)]
     return min(near, key=lambda end: abs(end - middle), default=middle)

@@ -1,4 +1,4 @@
-"""Scores of a ranking or a model on the held-out questions, by group and in the mean, with bootstrap intervals."""
+"""Scores of a model or of BM25 on the held-out questions, by group and their mean, with bootstrap intervals."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ Search = Callable[[Sequence[str], Sequence[Document], int], tuple[np.ndarray, np
 
 
 class ModelSearch:
-    """Search by a model; each distinct text is encoded once."""
+    """Search with a model; each distinct text is encoded once."""
 
     def __init__(self, embedder: Embedder):
         self.embedder = embedder
@@ -36,13 +36,13 @@ class ModelSearch:
 
 
 def bm25_search(questions: Sequence[str], corpus: Sequence[Document], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Search by words; the scores are not used."""
+    """Search with BM25; the scores are not used."""
     found = bm25_ranking(questions, [document.text for document in corpus], k)
     return np.zeros(found.shape, dtype=np.float32), found
 
 
 def measure(name: str, search: Search, material: Material, seed: int = 0, folder: str | None = None) -> Row:
-    """A row of the table: every group on every corpus, and the mean over the material's groups."""
+    """A row of the table: the scores of every group on every corpus, and the mean over the material's groups."""
     scores = {}
     for corpus_name, corpus in material.corpora.items():
         values = _values(search, material.questions, corpus)
@@ -106,7 +106,7 @@ def _values(
 
 
 def _interval(groups: Sequence[np.ndarray], seed: int) -> Score:
-    """Mean of the groups' means; each group is resampled on its own."""
+    """The mean of the groups' means; each group is resampled separately."""
     generator = np.random.default_rng(seed)
     samples = np.zeros(_RESAMPLES)
     for values in groups:

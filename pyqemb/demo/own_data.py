@@ -1,6 +1,6 @@
-"""The recipe on files of one's own.
+"""The recipe with your own files.
 
-It takes training pairs in any form that pyqemb reads, and a BEIR folder to be measured on.
+It takes training pairs in any form that pyqemb reads, and a BEIR folder for evaluation.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ GROUP = "test"
 
 
 def own_material(train: Path, folder: Path, *, seed: int = 0, limit: int | None = None) -> Material:
-    """Material of a training file and a BEIR folder. Training texts that the folder asks for are left out, and counted.
+    """Material of a training file and a BEIR folder. Training pairs whose query is a test question are removed.
 
-    Raises DataError naming the file (and line) that cannot be used.
+    Raises a DataError that names the invalid file (and line).
     """
     corpus = list(read_documents(folder))
     asked = [(example.query, example.positive) for example in read_examples(folder)]

@@ -1,4 +1,4 @@
-"""The recipe of the Qwen3 Embedding report as one script, small: every step is a public function of pyqemb."""
+"""The recipe of the Qwen3 Embedding report as a small script; every step is a public function of pyqemb."""
 
 import json
 import platform
@@ -35,7 +35,7 @@ MODEL, CORPUS, RESULTS, REPORT = "model", "corpus.jsonl", "results.json", "repor
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and rates, found by experiment (docs/dev/log.md)."""
+    """Sizes and learning rates, chosen by experiments (docs/dev/log.md)."""
 
     vocab_size: int = 8000
     hidden_size: int = 192
@@ -52,12 +52,12 @@ class Settings:
     temperature_stage1: float = 0.1
     temperature_stage2: float = 0.05
     negatives: int = 1
-    consistent_share: float = 0.5  # a pair stays when its document is in this share of a sample, nearest to its query
+    consistent_share: float = 0.5  # a pair is kept if its document is in this share of a sample nearest to its query
     runs: int = 3
     seed: int = 0
 
     def quick(self) -> "Settings":
-        """For tests: everything happens, nothing is learned well."""
+        """Settings for tests: every step runs, but the model learns little."""
         return replace(
             self,
             vocab_size=2000,
@@ -71,7 +71,7 @@ class Settings:
 
 
 def run_demo(material: Material, out: Path, settings: Settings, say: Say = print) -> Results:
-    """Train, merge and measure on a material.
+    """Train, merge and evaluate with a material.
 
     Writes model/, corpus.jsonl, results.json, table.md and report.html to `out`.
     """
@@ -122,7 +122,7 @@ class _Demo:
         self.finish()
 
     def make_base(self) -> Path:
-        """Tokenizer and model from scratch."""
+        """Make a tokenizer and a model from scratch."""
         s = self.settings
         with self.step("tokenizer"):
             tokenizer = Tokenizer(
@@ -170,7 +170,7 @@ class _Demo:
         embedder, s = Embedder.from_pretrained(folder), self.settings
         pairs, kept = list(self.material.supervised), []
         with self.step("consistency"):
-            size = 2000  # pairs of a sample: each query is held against the documents of its sample
+            size = 2000  # pairs of a sample; each query is compared with the documents of its sample
             for start in range(0, len(pairs), size):
                 sample = pairs[start : start + size]
                 kept += consistency(embedder, sample, top=max(1, int(s.consistent_share * len(sample)))).kept

@@ -1,4 +1,4 @@
-"""The plots of the report, each an SVG text. matplotlib draws without a display and is imported only here."""
+"""The plots of the report as SVG texts. matplotlib is used without a display and imported only here."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from pyqemb.demo.results import MEAN, NDCG, Results
 from pyqemb.errors import ConfigError
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-_POINTS = 400  # of one curve; more are not seen and only fill the file
+_POINTS = 400  # points of one curve; more are not visible and only enlarge the file
 
 
 def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The training loss of each run by step, smoothed, raw values faint behind."""
+    """The training loss of each run by step, smoothed, with faint raw values."""
     figure, axes = _figure(height=3.6)
     for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
         steps, losses = _values(curve, "loss")
@@ -24,7 +24,7 @@ def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def similarity_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Mean similarity of positives (full) and of the kept negatives (dashed) by step."""
+    """The mean similarity of positives (solid) and of negatives that are not masked (dashed) by step."""
     figure, axes = _figure(height=3.6)
     for colour, (run, curve) in zip(_COLOURS, curves.items(), strict=False):
         for name, style in (("positive", "-"), ("negative", "--")):
@@ -36,7 +36,7 @@ def similarity_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def table_plot(results: Results) -> str:
-    """The mean nDCG@10 of every row with its interval, a color a corpus."""
+    """The mean nDCG@10 of every row with its interval, with a color for each corpus."""
     figure, axes = _figure(height=1.2 + 0.34 * len(results.rows))
     names = [row.name for row in results.rows]
     for number, corpus in enumerate(results.corpora):
@@ -56,7 +56,7 @@ def table_plot(results: Results) -> str:
 
 
 def _figure(*, height: float) -> tuple[Any, Any]:
-    """Narrow enough that its text, which scales with it, can be read on a phone."""
+    """A figure narrow enough that its text, which scales with it, is readable on a phone."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -68,7 +68,7 @@ def _figure(*, height: float) -> tuple[Any, Any]:
 
 
 def _legend(axes: Any) -> None:
-    """Above the axes, where it covers no data."""
+    """Put the legend above the axes, where it covers no data."""
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
@@ -76,7 +76,7 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # Text stays text: smaller than outlines, and it can be searched.
+    # Text instead of outlines: smaller and searchable.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyqemb"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
@@ -90,7 +90,7 @@ def _values(curve: Sequence[Mapping[str, float]], name: str) -> tuple[list[float
 
 
 def _smooth(values: Sequence[float], keep: float = 0.85) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average with bias correction."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)

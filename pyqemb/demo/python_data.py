@@ -1,8 +1,8 @@
-"""Code search over the Python that is installed.
+"""Code search over the installed Python libraries.
 
-The query is the first paragraph of a docstring, the positive is the function's source without it.
+The query is the first paragraph of a docstring, and the positive is the function's source without the docstring.
 
-Files are parsed with `ast`, never imported or run. Split by file: a held-out file gives no training pair.
+Files are parsed with `ast`, never imported or run. The split is by file: held-out files give no training pairs.
 """
 
 import ast
@@ -21,17 +21,17 @@ from pyqemb.demo.material import Document, Material, Question, halves, neighbour
 from pyqemb.errors import DataError
 
 LIBRARIES = ("stdlib", "torch", "numpy", "transformers")
-_HELD_OUT = 12  # one file in so many
-_FILES = 300  # of each library: transformers alone has thousands
+_HELD_OUT = 12  # every 12th file
+_FILES = 300  # maximum per library; transformers alone has thousands
 _WEAK_PAIRS = 34_000
-_LONGEST = 4_000  # characters; longer sources are cut, they exceed the model's length many times over
+_LONGEST = 4_000  # characters; longer sources are truncated, because they far exceed the model's maximum length
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """One documented function: `source` is without its docstring."""
+    """One documented function; `source` does not contain its docstring."""
 
     library: str
     file: str
@@ -74,7 +74,7 @@ def python_material(*, seed: int = 0, files: int = _FILES) -> Material:
 
 
 def weak_pairs(functions: Sequence[Function], *, seed: int) -> list[Example]:
-    """Pairs that need no docstring: name -> source, half -> half, neighbours in a file."""
+    """Pairs without docstrings: name -> source, half -> half, neighboring functions of a file."""
     names = [Example(words_of(function.name), function.source, task="name") for function in functions]
     files: dict[str, list[str]] = defaultdict(list)
     for function in functions:
@@ -84,7 +84,7 @@ def weak_pairs(functions: Sequence[Function], *, seed: int) -> list[Example]:
 
 
 def functions_of(code: str, *, library: str, file: str) -> Iterator[Function]:
-    """The documented functions and methods of one file; nothing where it cannot be parsed."""
+    """The documented functions and methods of one file; none if it cannot be parsed."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -98,8 +98,7 @@ def functions_of(code: str, *, library: str, file: str) -> Iterator[Function]:
             continue
         summary = " ".join(docstring.split("\n\n")[0].split())
         first = node.body[0]
-        # The statement that ends a one-line body shares its line with others: nothing can be cut out of such a
-        # function.
+        # In a one-line body the docstring shares its line with other code, so it cannot be removed.
         if len(summary) < 20 or first.lineno <= node.lineno or node.body[1].lineno <= (first.end_lineno or 0):
             continue
         kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
@@ -121,7 +120,7 @@ def _library(library: str, files: int) -> Iterator[Function]:
         try:
             code = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # a few library files are deliberately not UTF-8
+            continue  # a few library files are intentionally not UTF-8
         yield from functions_of(code, library=library, file=f"{library}/{path.relative_to(root)}")
 
 
@@ -137,7 +136,7 @@ def _is_held_out(function: Function) -> bool:
 
 
 def _hash(text: str) -> int:
-    """The same on every machine and in every run."""
+    """A hash that is the same on every machine and in every run."""
     return zlib.crc32(text.encode())
 
 

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else, no network, well-formed XML so that any tool can read it."""
+"""report.html: one self-contained file, well-formed XML so that any tool can read it."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -24,13 +24,13 @@ details { border-left: 3px solid #ddd; padding-left: 0.8rem; margin: 0.6rem 0; }
 
 
 def write_report(path: Path, results: Results) -> None:
-    """Write the whole report, all or nothing."""
+    """Write the report, completely or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
 
 
 def render(results: Results) -> str:
-    """The report as well-formed HTML; every text of the data is escaped."""
+    """The report as well-formed HTML; all texts of the data are escaped."""
     title = f"pyqemb demo: {results.data}"
     body = "\n".join(_body(results, title))
     return (
@@ -70,7 +70,7 @@ def _body(results: Results, title: str) -> Iterable[str]:
 
 
 def headline(results: Results) -> str:
-    """The result in one sentence: the last row against the rows that were not trained."""
+    """The result in one sentence: the last row compared with the untrained rows."""
     row = results.rows[-1].name
     names = {row.name for row in results.rows}
     others = [f"{name}: {results.mean(name).value:.3f}" for name in (UNTRAINED, BM25) if name in names]
@@ -79,7 +79,7 @@ def headline(results: Results) -> str:
 
 
 def how_to(results: Results) -> str:
-    """Where the model is and how to load and ask it."""
+    """The model folder, and how to load and query the model."""
     return (
         f"{results.model}\n\n"
         "from sentence_transformers import SentenceTransformer\n"
@@ -122,7 +122,7 @@ def _step_table(results: Results) -> str:
 
 
 def _table(rows: str) -> str:
-    """A table that scrolls by itself where the screen is narrow."""
+    """A table that scrolls separately on narrow screens."""
     return f'<div class="wide"><table>{rows}</table></div>'
 
 
@@ -143,18 +143,18 @@ def _found(found: Found) -> str:
 
 
 def _text(text: str, longest: int = 400) -> str:
-    """Escaped, without the control characters that XML forbids, cut where it is long."""
+    """The escaped text, without the control characters that XML forbids, truncated if it is long."""
     shown = text if len(text) <= longest else text[:longest] + "..."
     return escape("".join(letter for letter in shown if letter.isprintable() or letter in "\n\t"))
 
 
 def _image(svg: str, description: str) -> str:
-    # As an image, not inline: the ids inside several SVGs would meet each other.
+    # As an image, not inline, because the ids in several SVGs would collide.
     return (
         f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"/>'
     )
 
 
 def summary(results: Results, names: Sequence[str]) -> str:
-    """One line a row: the mean over the first corpus."""
+    """One line per row: the mean over the first corpus."""
     return "\n".join(f"{name}: {results.mean(name)}" for name in names)

@@ -1,4 +1,4 @@
-"""What a demo run found out.
+"""The results of a demo run.
 
 One object is written as results.json and read by the table, the plots and the report.
 """
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step took; `memory` is the process's peak so far, in GiB."""
+    """The cost of one step; `memory` is the peak of the process so far, in GiB."""
 
     name: str
     seconds: float
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A question and what the merged model returned: (score, source, text, is an answer) each, best first."""
+    """A question and the results of the merged model: (score, source, text, is an answer), best first."""
 
     group: str
     question: str
@@ -78,7 +78,7 @@ class Results:
     environment: dict[str, str] = field(default_factory=dict)
 
     def columns(self) -> list[str]:
-        """The groups of the mean, the mean, then what is reported beside it."""
+        """The groups of the mean, the mean, and the groups that are reported separately."""
         named = [*self.groups, MEAN]
         others = {group for row in self.rows for scores in row.scores.values() for group in scores}
         return named + sorted(others - set(named))
@@ -89,13 +89,13 @@ class Results:
         return row.scores[self.corpora[0]][MEAN][metric]
 
     def save(self, path: Path) -> None:
-        """Write all fields as JSON, all or nothing."""
+        """Write all fields as JSON, completely or not at all."""
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def markdown(results: Results) -> str:
-    """The tables: for each corpus and metric a line a row, value and interval a cell."""
+    """The tables in Markdown, one for each corpus and metric; a cell has a value and its interval."""
     return "\n".join(_markdown_parts(results))
 
 

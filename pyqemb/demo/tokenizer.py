@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer learned from the training texts, of the make of Qwen2's."""
+"""A byte-level BPE tokenizer like Qwen2's, trained on the training texts."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pyqemb.data.tokenizer import END_TOKEN
 
-# Contractions, words with the mark before them, single digits, punctuation, line ends, white space.
+# Contractions, words with a preceding character, single digits, punctuation, line ends, white space.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -15,7 +15,7 @@ _SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 16_000) -> tokenizers.Tokenizer:
-    """Learn at most `vocab_size` tokens.
+    """Train a tokenizer with at most `vocab_size` tokens.
 
     `<|endoftext|>` has id 0 and is appended to every text by the tokenizer itself.
     """
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 16_000) -> tokeni
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_TOKEN],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no byte is ever unknown
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no byte is unknown
             show_progress=False,
         ),
     )

@@ -1,4 +1,4 @@
-"""Measuring: retrieval, STS and bitext, from folders or from examples, with bootstrap intervals."""
+"""Evaluation on retrieval, STS and bitext data, from folders or examples, with bootstrap intervals."""
 
 from pyqemb.evaluation.dev import DevSets as DevSets
 from pyqemb.evaluation.run import evaluate as evaluate

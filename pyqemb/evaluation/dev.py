@@ -1,6 +1,6 @@
-"""Measuring while training.
+"""Evaluation during training.
 
-The datasets of the [eval] section become a function of the model; they are checked before the first step.
+`DevSets` turns the datasets of the [eval] section into a function of the model, and checks them before the first step.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from pyqemb.model.protocols import PairScorer, VectorEncoder
 @dataclass(frozen=True)
 class _Dataset:
     name: str
-    source: Any  # as for `evaluate`
+    source: Any  # as in `evaluate`
     split: str | None
     instruction: str | None
     metrics: tuple[str, ...]
@@ -31,7 +31,7 @@ class _Dataset:
 
 
 class DevSets:
-    """A function of a model that measures it on several datasets: {metric: value}.
+    """A function that evaluates a model on several datasets and returns {metric: value}.
 
     The metrics of eval.data are named like `ndcg@10`. Those of several datasets are named like `NAME/ndcg@10`, and
     `ndcg@10` is their mean.
@@ -39,14 +39,14 @@ class DevSets:
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
         task: "embedding" or "rerank".
-        datasets: a dataset, or {name: dataset}, in place of those of the section. A dataset is whatever `evaluate`
-            takes as `folder`, or a dict with it as `path` or `rows`, and with `split`, `columns` and `instruction`.
+        datasets: a dataset, or {name: dataset}, instead of those of the section. A dataset is any `folder` of
+            `evaluate`, or a dict with it as `path` or `rows`, and with `split`, `columns` and `instruction`.
 
-    `metric_names` lists what a call returns; training checks eval.metric against it. `needs_instruction` says whether
-    some queries are measured with the model's own prompt. `summary` has a line for each dataset.
+    `metric_names` lists the metrics that a call returns; training checks eval.metric against it. `needs_instruction`
+    says whether some queries use the model's own prompt. `summary` has a line for each dataset.
 
     Raises:
-        ConfigError: a file of examples is given a split, or the section has datasets beside `datasets`.
+        ConfigError: a split of a file of examples, or datasets both in the section and in `datasets`.
         DataError: a dataset cannot be read.
 
     Example:
@@ -72,7 +72,7 @@ class DevSets:
         )
 
     def __call__(self, model: VectorEncoder | PairScorer) -> dict[str, float]:
-        """Measure the model on every dataset."""
+        """Evaluate the model on every dataset."""
         reports = {}
         for dataset in self._datasets:
             report = evaluate(model, dataset.source, instruction=dataset.instruction, split=dataset.split, bootstrap=0)
@@ -95,7 +95,7 @@ def _value(name: str, values: Mapping[str, float], reports: Mapping[str, Mapping
 
 @dataclass(frozen=True)
 class _Entry:
-    """A dataset that is to be measured, under the names of the keys of [[eval.datasets]]; `rows` are in memory."""
+    """An evaluation dataset, with the keys of [[eval.datasets]]; `rows` are in memory."""
 
     path: Any = None
     rows: Any = None
@@ -133,9 +133,9 @@ def _of_mapping(name: str, dataset: Any) -> tuple[str, _Entry]:
 
 
 def _read(name: str, entry: _Entry, instruction: str | None, task: str) -> _Dataset:
-    """Read a dataset once, so that what is wrong with it shows before training.
+    """Read a dataset, so that errors in it are reported before training.
 
-    A folder is read again for each evaluation; other data stay in memory.
+    Folders are read again for each evaluation; other data stay in memory.
     """
     source, split = entry.path if entry.rows is None else entry.rows, entry.split
     own = entry.instruction if entry.instruction is not None else instruction

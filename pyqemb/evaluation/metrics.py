@@ -1,4 +1,4 @@
-"""Retrieval, similarity and bitext metrics: arrays in, numbers out.
+"""Retrieval, similarity and bitext metrics, computed from arrays.
 
 A ranking is a list of document ids, best first; `relevant` maps ids to grades above 0 (missing ids have grade 0).
 """
@@ -36,7 +36,7 @@ def recall_at_k(ranking: Ranking, relevant: Relevant, k: int = 100) -> float:
 
 
 def mrr_at_k(ranking: Ranking, relevant: Relevant, k: int = 10) -> float:
-    """1 / rank of the first relevant document, 0 when it is not among the first k."""
+    """1 / rank of the first relevant document, 0 if it is not among the first k."""
     for rank, document in enumerate(ranking[:k], start=1):
         if relevant.get(document, 0.0) > 0:
             return 1.0 / rank
@@ -44,35 +44,35 @@ def mrr_at_k(ranking: Ranking, relevant: Relevant, k: int = 10) -> float:
 
 
 def accuracy_at_1(ranking: Ranking, relevant: Relevant) -> float:
-    """1 when the first document is relevant."""
+    """1 if the first document is relevant, else 0."""
     return float(bool(ranking) and relevant.get(ranking[0], 0.0) > 0)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values share the mean of theirs."""
+    """Ranks from 1; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2.0)[inverse]
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear correlation; NaN when one side is constant."""
+    """Linear correlation; NaN if one side is constant."""
     x, y = (np.asarray(v, dtype=np.float64) - np.mean(v) for v in (x, y))
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 0 else float("nan")
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation of the ranks."""
+    """Rank correlation."""
     return pearson(ranks(x), ranks(y))
 
 
 def matching_f1(matched: np.ndarray, rows: np.ndarray | None = None) -> float:
     """Return the F1 of nearest-neighbor matching, 2PR / (P + R).
 
-    `matched[i]` is the partner guessed for source i; the right one is i.
+    `matched[i]` is the predicted partner of source i; the correct one is i.
 
-    P is over distinct guesses, R over the sources; `rows` restricts both to some sources (a resample).
+    P is over distinct predictions, R over the sources; `rows` restricts both to some sources (a resample).
     """
     matched = np.asarray(matched)
     rows = np.arange(len(matched)) if rows is None else np.unique(rows)

@@ -1,4 +1,4 @@
-"""How well a reranker tells an example's positive from its negatives."""
+"""Evaluation of rerankers on examples with negatives."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,12 @@ def measure_reranker(
 
     Args:
         model: a Reranker, or any object with its `score`.
-        examples: examples with negatives, of `read_ranked_examples`.
+        examples: examples with negatives, from `read_ranked_examples`.
         instruction: instruction for examples without their own (default: the model's).
 
     Returns:
-        {metric: float64 [N]}, a value for each example with negatives. Ranks count equal scores against the positive.
-        `accuracy` is the fraction of the example's pairs that a threshold of 0.5 classifies correctly.
+        {metric: float64 [N]}, a value for each example with negatives. Negatives with a score equal to the positive's
+        rank above it. `accuracy` is the fraction of the example's pairs that a threshold of 0.5 classifies correctly.
 
     Raises:
         DataError: a score is not finite.
@@ -47,9 +47,11 @@ def measure_reranker(
 def read_ranked_examples(
     source: Any, split: str | None = None, columns: Columns | None = None, name: str | None = None
 ) -> list[Example]:
-    """The examples with negatives, of any source of `read_examples`. DataError: it cannot be read, or has none.
+    """The examples with negatives, of any source of `read_examples`.
 
-    `split` None: of a DatasetDict or a dataset of the hub, test. `name`: of data in memory, for messages.
+    DataError: the source cannot be read, or no example has negatives.
+
+    `split` None: test, for a DatasetDict or a dataset of the hub. `name`: the name of data in memory, for messages.
     """
     split = "test" if split is None and has_splits(source) else split
     located = read_located(source, split, columns, name=name)
@@ -60,7 +62,7 @@ def read_ranked_examples(
 
 
 def _scores(model: PairScorer, examples: Sequence[Example], instruction: str | None) -> list[np.ndarray]:
-    """Of each example, its positive first."""
+    """The scores of each example, its positive first."""
     pairs = [(e.query, document) for e in examples for document in (e.positive, *e.negatives)]
     instructions = [e.instruction or instruction for e in examples for _ in range(1 + len(e.negatives))]
     scores = np.asarray(model.score(pairs, instruction=instructions))

@@ -1,4 +1,4 @@
-"""Encode, search, score: one report a folder."""
+"""Evaluation of a model on a dataset: encode, search, score."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ _BITEXT = ("accuracy", "f1")
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """What `evaluate` reports for a task."""
+    """The metrics that `evaluate` reports for a task."""
     if isinstance(task, Retrieval):
         return tuple(_PER_QUERY)
     return _STS if isinstance(task, Sts) else _BITEXT
@@ -60,19 +60,19 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a model on a task (see `tasks`), or a reranker on examples (see `reranking`).
+    """Evaluate a model on a task (see `tasks`), or a reranker on examples (see `reranking`).
 
     Args:
         model: an Embedder, any object with `encode_query` and `encode_document`, a Reranker, or a model folder.
         folder: a retrieval (BEIR), STS or bitext folder, or examples: a file, a Dataset, a DataFrame, a list, or
-            another source of `read_examples`. Examples that all have a score are graded pairs; of others, the corpus is
-            the positives and negatives of all of them. A reranker needs examples with negatives.
+            another source of `read_examples`. Examples that all have a score are graded pairs. Otherwise they are a
+            retrieval task, whose corpus is all positives and negatives. A reranker needs examples with negatives.
         instruction: instruction for queries (default: the model's own). Queries with an instruction in the folder keep
             it.
         dim: the Matryoshka dimension: vectors are truncated to it and normalized again (default: the model's own).
-        split: the split of a retrieval folder, as in qrels/SPLIT.tsv (default: test, or the only one that the folder
-            has, which is logged); of a DatasetDict or a dataset of the hub, its split (default: test).
-        columns: of examples, as for `read_examples` (default: they have names that a layout knows).
+        split: the split of a retrieval folder, as in qrels/SPLIT.tsv (default: test, or the only one, which is logged),
+            or of a DatasetDict or a dataset of the hub (default: test).
+        columns: the columns of examples, as in `read_examples` (default: the names of a known layout).
         bootstrap: the number of resamples for the 95 % intervals, 0 for none (default 1000).
         seed: seed of the resampling (default 0).
 
@@ -95,7 +95,7 @@ def evaluate(
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
-    task = load_task(folder, split, columns) if is_folder(folder) else None  # before a model is opened
+    task = load_task(folder, split, columns) if is_folder(folder) else None  # before the model is opened
     if isinstance(model, (str, Path)):
         model = open_model(model)
     if isinstance(model, PairScorer):
@@ -127,9 +127,9 @@ def rank(
     Args:
         query_vectors: float32 [B, E].
         document_vectors: float32 [M, E].
-        k: how many documents each query gets (default 100).
-        exclude: int64 [B, X], indices of documents that a query must not get, padded with -1 (default: none).
-        device: where the search runs (default "cpu").
+        k: the number of documents per query (default 100).
+        exclude: int64 [B, X], indices of documents to exclude for each query, padded with -1 (default: none).
+        device: the device of the search (default "cpu").
     """
     queries, documents = (
         torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
@@ -214,14 +214,14 @@ def _correlation(
 
 
 def _match(first: np.ndarray, second: np.ndarray, task: Bitext, device: torch.device) -> np.ndarray:
-    """The nearest second sentence of each first one; any sentence with the text of the right one is right."""
+    """The nearest second sentence of each first one; sentences equal to the correct one count as correct."""
     matched = rank(first, second, k=1, device=device)[1][:, 0]
     same = [task.second[guess] == task.second[i] for i, guess in enumerate(matched)]
     return np.where(same, np.arange(len(matched)), matched)
 
 
 def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:
-    """Queries by the instruction that the folder gives them."""
+    """The queries, grouped by their instruction in the folder."""
     groups: dict[str | None, list[str]] = {}
     for query in task.queries:
         groups.setdefault(task.instructions.get(query), []).append(query)

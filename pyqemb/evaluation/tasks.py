@@ -1,8 +1,8 @@
-"""What there is to measure on: retrieval (BEIR layout), graded sentence pairs (STS), and translations (bitext).
+"""Evaluation tasks: retrieval (BEIR layout), graded sentence pairs (STS), and translations (bitext).
 
-The files of a folder say which kind it is: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1,
-sentence2, score; bitext.jsonl with sentence1, sentence2. Each may be of another format of rows, and compressed.
-Examples of any other source are graded pairs or a retrieval task.
+The files of a folder determine its kind: a corpus, queries and qrels (`data.beir`); sts.jsonl with sentence1,
+sentence2, score; bitext.jsonl with sentence1, sentence2. Each file may have another format of rows, and be compressed.
+Examples from any other source are graded pairs or a retrieval task.
 """
 
 import logging
@@ -24,8 +24,8 @@ from pyqemb.errors import DataError
 class Retrieval:
     """A retrieval task.
 
-    `qrels[query id][document id]` is a grade above 0, also of documents that the corpus lacks. `queries` are those that
-    are judged.
+    `qrels[query id][document id]` is a grade above 0, also for documents that are not in the corpus. `queries` are the
+    judged queries.
 
     A query without a document above 0 counts, with every metric 0, as in trec_eval.
     """
@@ -38,7 +38,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Sts:
-    """Graded sentence pairs: `scores[i]` says how similar `first[i]` and `second[i]` are, higher is more similar."""
+    """Graded sentence pairs: `scores[i]` is the similarity of `first[i]` and `second[i]`, higher is more similar."""
 
     first: list[str]
     second: list[str]
@@ -57,18 +57,18 @@ Task = Retrieval | Sts | Bitext
 
 
 def load_task(source: Any, split: str | None = None, columns: Columns | None = None, name: str | None = None) -> Task:
-    """Read a task. DataError names the file and line that is wrong, or what was looked for.
+    """Read a task. DataError names the invalid file and line, or the expected files.
 
-    Queries and sentences that are empty are counted in a warning.
+    A warning counts empty queries and sentences.
 
     Args:
         source: a retrieval (BEIR), STS or bitext folder; a task; or examples, in any form that `read_examples` takes.
             Examples that all have a score are an STS task. Others are a retrieval task, whose corpus is the positives
             and negatives of all examples.
-        split: which judgements of a retrieval folder; None: test, or the only ones there, which is said. Of a
-            DatasetDict or a dataset of the hub, which of its splits; None: test.
-        columns: of examples, as for `read_examples`.
-        name: of data in memory, for messages (default: the name of the type).
+        split: the split of the judgments of a retrieval folder; None: test, or the only one, with a warning. For a
+            DatasetDict or a dataset of the hub, its split; None: test.
+        columns: the columns of examples, as in `read_examples`.
+        name: the name of data in memory, for messages (default: the name of the type).
     """
     if isinstance(source, Retrieval | Sts | Bitext):
         return source
@@ -98,7 +98,7 @@ def load_task(source: Any, split: str | None = None, columns: Columns | None = N
 
 
 def is_folder(source: Any) -> bool:
-    """Whether a source of `load_task` is a folder with a task; DataError for a path that is not there."""
+    """Whether a source of `load_task` is a folder with a task; DataError for a path that does not exist."""
     if not isinstance(source, str | Path) or str(source).startswith(HUB):
         return False
     if not Path(source).exists():
@@ -134,7 +134,7 @@ def _task_of_examples(examples: Iterable[Example], name: str) -> Task:
 
 
 def find_pairs(folder: Path, name: str) -> Path | None:
-    """The file NAME.jsonl, or of another format of rows. DataError where there are two."""
+    """The file NAME.jsonl, or of another format of rows. DataError if there are two."""
     found = [path for path in sorted(folder.glob(f"{name}.*")) if path.is_file() and format_of(path) in FORMATS]
     if len(found) > 1:
         raise DataError(f"{found[1]}: exists beside {found[0].name}; keep one of them")

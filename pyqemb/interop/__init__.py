@@ -1,1 +1,1 @@
-"""pyqemb inside other people's tools: the attention of transformers, an encoder of mteb."""
+"""Adapters for other libraries: an attention implementation for transformers, encoders for mteb and others."""

@@ -1,4 +1,4 @@
-"""`attn_implementation="pyqemb"`: the packed attention under the models of transformers.
+"""`attn_implementation="pyqemb"`: packed attention for the models of transformers.
 
 Legend: B rows, Q queries and S keys of a row, N query heads, K key heads, D head dim.
 """
@@ -17,8 +17,8 @@ from pyqemb import ops
 from pyqemb.errors import ConfigError
 from pyqemb.interop.attention_layout import NAME, Layout, full_rows, layout_of_mask, packed_rows
 
-# What models hand on to attention that no attention function of transformers reads: lengths that the layout has
-# already, switches of other outputs, and model inputs that `**kwargs` carries along.
+# Arguments that models pass to attention but no attention function of transformers reads: lengths that are in the
+# layout already, flags of other outputs, and model inputs in `**kwargs`.
 IGNORED = {
     "cache_position", "deterministic", "input_ids", "labels", "layer_idx", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
@@ -27,11 +27,11 @@ IGNORED = {
 
 
 def register_transformers() -> None:
-    """Make `attn_implementation="pyqemb"` known to transformers.
+    """Register `attn_implementation="pyqemb"` with transformers.
 
-    A model gives what it gives with "eager", forward and backward, or is refused with a ValueError that names the
-    argument, the mask or the class that cannot be served. Padding keys are left out. Queries without keys, and the
-    padding of causal sequences, give zeros.
+    A model gives the same results as with "eager", forward and backward, or raises a ValueError that names the
+    unsupported argument, mask or class. Padding keys are skipped. The outputs of queries without keys, and of the
+    padding of causal sequences, are zeros.
 
     Raises:
         ConfigError: transformers is missing, or older than 4.57.
@@ -59,13 +59,13 @@ def register_transformers() -> None:
 
 
 def _refusing(choose: Any) -> Any:
-    """Wrap transformers' check of a requested implementation, so that it refuses classes that would not call it."""
+    """Wrap transformers' check of an implementation, so that it rejects classes that would not call it."""
 
     @functools.wraps(choose)
     def check(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == NAME and not _calls_attention_functions(type(self)):
             raise ValueError(
-                f"[{NAME}] {type(self).__name__} has an attention of its own that does not call transformers' "
+                f"[{NAME}] {type(self).__name__} has its own attention that does not call transformers' "
                 "attention functions:"
                 f' load it with attn_implementation="eager"'
             )
@@ -75,14 +75,14 @@ def _refusing(choose: Any) -> Any:
 
 
 def _calls_attention_functions(model_class: type) -> bool:
-    """Whether the attention classes of a model's file look up their attention function.
+    """Whether the attention classes in a model's file look up their attention function.
 
-    A file without any attention class hands its inputs to other models.
+    A file without attention classes passes its inputs to other models.
     """
     for parent in model_class.__mro__:
         try:
             source = inspect.getsource(sys.modules[parent.__module__])
-        except (KeyError, OSError, TypeError):  # a class made in a notebook: its parents say it
+        except (KeyError, OSError, TypeError):  # a class defined in a notebook: its base classes decide
             continue
         if re.search(r"^class \w*Attention\w*\(.*Module", source, re.MULTILINE):
             return "ALL_ATTENTION_FUNCTIONS" in source and "_CLASSES[config._attn_implementation]" not in source
@@ -141,9 +141,9 @@ def _check_layout(
     causal: bool,
     device: torch.device,
 ) -> Layout:
-    """Return the mask that was made for this layer.
+    """Return the layout that was made for this layer.
 
-    Where none was made, the rows have no padding, or they are packed as flash attention reads them.
+    Without one, the rows have no padding, or they are packed as for flash attention.
     """
     if isinstance(mask, Layout):
         if mask.sizes != sizes and not mask.unmasked:

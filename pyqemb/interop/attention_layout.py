@@ -1,6 +1,6 @@
-"""Where the sequences lie in padded rows: found exactly, from the mask that transformers would make.
+"""The positions of the sequences in padded rows, derived exactly from the mask that transformers would make.
 
-Legend: B rows, Q queries and S keys of a row, T and U of them that take part in one of the N sequences.
+Legend: B rows, Q queries and S keys of a row, T queries and U keys of the N sequences.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,30 +16,30 @@ from pyqemb import ops
 
 NAME = "pyqemb"
 MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (row, head, query, key) -> whether the query sees the key
-BLOCK = 1 << 24  # elements of a mask that are looked at together
+BLOCK = 1 << 24  # elements of a mask that are examined at once
 
 
 class MaskAccessError(AttributeError, ValueError):
     """The model computes with its attention mask.
 
-    It is an AttributeError, because libraries ask with hasattr what an input can do.
+    It is an AttributeError, because libraries test inputs with hasattr.
     """
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sequences of a batch: made once a forward pass in place of a mask, used by every layer."""
+    """The sequences of a batch: made once per forward pass instead of a mask, and used by every layer."""
 
     causal: bool
     cu_seqlens: Tensor  # int32
     cu_seqlens_k: Tensor
     plan: ops.AttentionPlan
-    sizes: tuple[int, int, int]  # rows, queries and keys of a row, as the layers must have them
-    keys: int  # of a row that are seen; a static cache has room for more
-    queries_T: Tensor | None = None  # which of the B * Q; None: all
-    keys_U: Tensor | None = None  # which of the B * keys
-    unmasked: bool = False  # transformers makes no mask here: the layers may have other sizes
-    ndim: int = 0  # transformers reads whether a mask is a padding mask; generation gives this one back as a mask
+    sizes: tuple[int, int, int]  # rows, queries and keys of a row, which the layers must have
+    keys: int  # keys of a row that are visible; a static cache has space for more
+    queries_T: Tensor | None = None  # indices among the B * Q; None: all
+    keys_U: Tensor | None = None  # indices among the B * keys
+    unmasked: bool = False  # transformers makes no mask here, and layers may have other sizes
+    ndim: int = 0  # transformers checks it to detect padding masks; generation passes the layout as a mask
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -79,11 +79,11 @@ def layout_of_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Layout:
-    """Make the layout that transformers takes for a mask.
+    """Make the layout that transformers uses as a mask.
 
-    transformers calls this; version 4 gives `cache_position` in place of q_length, q_offset and device.
+    transformers calls this; version 4 passes `cache_position` instead of q_length, q_offset and device.
 
-    Raises ValueError: the mask is not made of sequences, each causal or each full.
+    Raises ValueError: the mask does not consist of sequences that are all causal or all full.
     """
     if isinstance(attention_mask, Layout):
         return attention_mask
@@ -123,7 +123,7 @@ def layout_of_mask(
 def _visible(
     options: Mapping[str, Any], queries: Mapping[str, Any], cache_position: Tensor | None, first: int, last: int
 ) -> Tensor:
-    """The mask that "sdpa" would be given for some of the queries, [B, last - first, S]."""
+    """The mask that "sdpa" would get for some of the queries, [B, last - first, S]."""
     from transformers.masking_utils import sdpa_mask
 
     where = {**queries, "q_length": last - first, "q_offset": queries["q_offset"] + first}
@@ -134,14 +134,14 @@ def _visible(
 
 
 def full_rows(sizes: tuple[int, int, int], device: torch.device) -> Layout:
-    """Rows without padding, in which every query sees every key."""
+    """The layout of rows without padding, in which every query sees every key."""
     batch, queries, keys = sizes
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32) * n for n in (queries, keys))
     return packed_rows(cu_q, cu_k, sizes, False, device)
 
 
 def packed_rows(cu_q: Tensor, cu_k: Tensor, sizes: tuple[int, int, int], causal: bool, device: torch.device) -> Layout:
-    """Rows end to end without padding, cut by lengths."""
+    """The layout of concatenated sequences without padding, given by lengths."""
     batch, queries, keys = sizes
     cu_q, cu_k = cu_q.int(), cu_k.int()
     plan = ops.attention_plan(cu_q, cu_k, tokens=batch * queries, tokens_k=batch * keys, device=device)
@@ -155,7 +155,7 @@ def _is_full(mask: MaskFunction) -> bool:
 
 
 def _known_bounds(mask: MaskFunction, at_Q: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`_bounds` of the two common masks, without making them."""
+    """`_bounds` of the two common masks, without materializing them."""
     from transformers import masking_utils
 
     up_to_BS = F.pad(real_BS.cumsum(1), (1, 0))
@@ -189,10 +189,10 @@ def _bounds(visible: Callable[[int, int], Tensor], queries: int, real_BS: Tensor
 
 
 def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, device: torch.device) -> Layout | None:
-    """The sequences in which every query sees all keys or, where those are none, its own and all before. None: neither.
+    """The sequences in which every query sees all keys, or else its own and all earlier keys. None: neither.
 
-    A query of a causal sequence is the key at its place and padding with it; of others nothing is known, they are
-    computed.
+    A query of a causal sequence has the position of a key, and is padding if that key is. In other sequences all
+    queries are computed.
     """
     batch, keys = real_BS.shape
     row_start_B1 = F.pad(real_BS.sum(1).cumsum(0), (1, 0))[:-1, None]

@@ -1,4 +1,4 @@
-"""Embedder as an embedding function of Chroma."""
+"""An embedding function for Chroma."""
 
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 class ChromaEmbedding(EmbeddingFunction[Documents]):
     """An embedding function for `create_collection(name, embedding_function=ChromaEmbedding(folder))`.
 
-    A collection stores the folder's name and loads it again.
+    A collection stores the folder's name and loads the model again.
     """
 
     def __init__(self, folder: str):
@@ -42,7 +42,7 @@ class ChromaEmbedding(EmbeddingFunction[Documents]):
         return "cosine"
 
     def get_config(self) -> dict[str, Any]:
-        """Return what a collection stores to load the model again: its folder."""
+        """Return the configuration that a collection stores to load the model again: its folder."""
         return {"folder": self.folder}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Embedder as an embedding function of LanceDB, registered as "pyqemb"."""
+"""An embedding function for LanceDB, registered as "pyqemb"."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 class LanceEmbedding(EmbeddingFunction):
     """An embedding function for tables: `LanceEmbedding.create(folder=folder)`.
 
-    A table stores the folder's name and loads it again, once this module is imported.
+    A table stores the folder's name and loads the model again; import this module before.
     """
 
     folder: str

@@ -1,4 +1,4 @@
-"""Embedder as an embedding model of LlamaIndex."""
+"""An embedding model for LlamaIndex."""
 
 import asyncio
 from typing import Any

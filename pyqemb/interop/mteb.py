@@ -1,4 +1,4 @@
-"""Embedder and Reranker as mteb sees models.
+"""Embedder and Reranker as models of mteb.
 
 Each task has an instruction in Qwen's template; documents have no prompt.
 """
@@ -27,8 +27,9 @@ except ModuleNotFoundError as error:
 class MtebEncoder(AbsEncoder):
     """`mteb.evaluate(MtebEncoder(model), tasks)`.
 
-    `instructions` by task name, task type or "query"; without one a task's own prompt in mteb is taken. Documents get
-    the model's document prompt, both sides of symmetric tasks the instruction, as in the evaluation of Qwen3 Embedding.
+    `instructions` are given by task name, task type or "query"; the default is the task's prompt in mteb. Documents get
+    the model's document prompt, and both sides of symmetric tasks the instruction, as in the evaluation of Qwen3
+    Embedding.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class MtebEncoder(AbsEncoder):
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
     ) -> np.ndarray:
-        """float32 [texts, dim] of mteb's batches."""
+        """Encode mteb's batches: float32 [texts, dim]."""
         texts = [text for batch in inputs for text in batch["text"]]
         if prompt_type == PromptType.document:
             return self.model.encode_document(texts, dim=self.dim)
@@ -73,7 +74,7 @@ class MtebReranker:
         prompt_type: Any = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """float32 scores of mteb's pairs."""
+        """Score mteb's pairs: float32."""
         sides = [[row for batch in inputs for row in _rows(batch)] for inputs in (inputs1, inputs2)]
         prompt = task_metadata.prompt
         instruction = self.instructions.get(task_metadata.name) or (
@@ -86,11 +87,11 @@ class MtebReranker:
 def run_suite(
     model: Embedder | Reranker, suite: str, name: str = "pyqemb/model", tasks: Sequence[Any] | None = None
 ) -> dict[str, float]:
-    """{task: main score} of an mteb benchmark ("MTEB(eng, v2)") or of tasks by name, separated by commas.
+    """Run an mteb benchmark ("MTEB(eng, v2)") or tasks by name, separated by commas; returns {task: main score}.
 
-    The data come from mteb's hub.
+    The data are downloaded from mteb's repositories on the hub.
 
-    Raises ConfigError: mteb knows no such benchmark or task. DataError: its data cannot be had.
+    Raises ConfigError: mteb has no such benchmark or task. DataError: its data cannot be loaded.
     """
     if tasks is None:
         tasks = _tasks(suite)
@@ -98,7 +99,7 @@ def run_suite(
     try:
         results = mteb.evaluate(wrapped, tasks, cache=None, show_progress_bar=False)
     except (OSError, ConnectionError) as error:
-        raise DataError(f"{suite}: its data cannot be had: {error}") from error
+        raise DataError(f"{suite}: its data cannot be loaded: {error}") from error
     return {result.task_name: float(result.get_score()) for result in results.task_results}
 
 
@@ -124,5 +125,5 @@ def _meta(name: str, model: Embedder | Reranker, dim: int | None) -> Any:
 
 
 def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """A batch of columns as rows."""
+    """Convert a batch of columns to rows."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

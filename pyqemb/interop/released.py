@@ -1,6 +1,6 @@
-"""Check that a folder holds the Qwen3-Embedding of its model card: `python -m pyqemb.interop.released FOLDER`.
+"""Check the similarities of a released Qwen3-Embedding model: `python -m pyqemb.interop.released FOLDER`.
 
-The card of the 0.6B model gives four similarities; the larger models have others, close to them.
+The model card of the 0.6B model has four similarities; those of the larger models are close to them.
 """
 
 import sys
@@ -23,7 +23,7 @@ TOLERANCE = 0.005
 
 
 def similarities(model: Embedder) -> np.ndarray:
-    """float32 [2, 2]: of each query with each document."""
+    """The similarity of each query with each document, float32 [2, 2]."""
     return model.similarity(model.encode(QUERIES, instruction=DEFAULT_INSTRUCTION), model.encode(DOCUMENTS)).numpy()
 
 
@@ -47,7 +47,7 @@ def check(folder: str | Path, device: str | None = None) -> list[tuple[str, str,
 
 
 def main(arguments: list[str]) -> int:
-    """0: all agree, 1: they do not, 2: no folder was given, 3: it cannot be loaded."""
+    """Exit code 0: all agree, 1: some differ, 2: no folder was given, 3: it cannot be loaded."""
     from rich.console import Console
     from rich.table import Table
 

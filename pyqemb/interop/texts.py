@@ -1,4 +1,4 @@
-"""Texts to compare models by: many scripts, code, odd spaces, one word to some hundred."""
+"""Texts for comparing models: many scripts, code, unusual spaces, one to several hundred words."""
 
 from random import Random
 
@@ -27,7 +27,7 @@ _SENTENCES = (
 
 
 def sample_texts(count: int = 200) -> list[str]:
-    """So many texts, always the same ones, of 1 to 32 sentences."""
+    """Return `count` texts of 1 to 32 sentences, always the same ones."""
     draw = Random(0)
     return [
         " ".join([*draw.choices(_SENTENCES, k=draw.choice((1, 1, 1, 2, 4, 8, 32))), str(number)])

@@ -1,6 +1,6 @@
-"""Does a model folder work elsewhere?
+"""Check that other libraries load a model folder and give the same results.
 
-Loaded in other libraries, its keys compared with what servers read, run once in float16.
+The folder is loaded in other libraries, its keys are compared with those that servers read, and it is run in float16.
 """
 
 import json
@@ -20,13 +20,13 @@ from pyqemb.model.families import FAMILIES
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-TOLERANCE = 1e-5  # of a float32 vector's components
-_BIDIRECTIONAL = (5, 3)  # transformers from which on is_causal in config.json counts
+TOLERANCE = 1e-5  # for the components of a float32 vector
+_BIDIRECTIONAL = (5, 3)  # the first version of transformers that reads is_causal in config.json
 
 
 @dataclass(frozen=True)
 class Check:
-    """`warned`: it works, but not everywhere; `skipped`: the library is not there."""
+    """The result of a check. `warned`: it works, but not everywhere; `skipped`: the library is not installed."""
 
     name: str
     outcome: Literal["passed", "failed", "warned", "skipped"]
@@ -34,10 +34,10 @@ class Check:
 
 
 def verify(folder: str | Path) -> list[Check]:
-    """Check an embedding model's folder.
+    """Check the folder of an embedding model.
 
-    sentence-transformers and transformers load it and must give Embedder's vectors of 200 texts within 1e-5 (float32);
-    vLLM and TEI must find the keys that they need; float16 must not overflow.
+    sentence-transformers and transformers load it and must return Embedder's vectors of 200 texts within 1e-5
+    (float32); the keys that vLLM and TEI read must be present; float16 must not overflow.
 
     Raises CheckpointError: Embedder itself cannot load it.
     """
@@ -55,29 +55,29 @@ def verify(folder: str | Path) -> list[Check]:
 
 
 def run_check(name: str, check: Callable[[], Check | str]) -> Check:
-    """What a check found; whatever it threw is a failure, a library that is not there is skipped."""
+    """Run a check; an exception is a failure, and a missing library skips it."""
     try:
         found = check()
     except ModuleNotFoundError as error:
         return Check(name, "skipped", f"not installed: {error.name}")
-    except Exception as error:  # whatever another library throws is what its users would see
+    except Exception as error:  # users of the other library would see the same error
         return Check(name, "failed", f"{type(error).__name__}: {error}")
     return found if isinstance(found, Check) else Check(name, "passed", found)
 
 
 def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
-    """Theirs beside ours."""
+    """Compare results of another library with ours."""
     shapes = [(theirs.shape, ours.shape) for theirs, ours in pairs if theirs.shape != ours.shape]
     if shapes:
         return Check(name, "failed", "results of shape {} and {}".format(*map(list, shapes[0])))
-    worst = float(np.max([np.abs(theirs - ours).max() for theirs, ours in pairs]))  # NaN where one is
+    worst = float(np.max([np.abs(theirs - ours).max() for theirs, ours in pairs]))  # NaN if a difference is NaN
     count = sum(len(ours) for _, ours in pairs)
     outcome: Any = "passed" if worst <= TOLERANCE else "failed"
     return Check(name, outcome, f"{count} results differ by {worst:.1e} at most")
 
 
 def open_sentence_transformer(folder: Path) -> "SentenceTransformer":
-    """A SentenceTransformer in float32 on the CPU, of local safetensors alone."""
+    """A SentenceTransformer in float32 on the CPU, from local safetensors only."""
     from sentence_transformers import SentenceTransformer
 
     weights = {"dtype": torch.float32, "use_safetensors": True}
@@ -111,7 +111,7 @@ def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.
 
 
 def _half(folder: Path, texts: list[str], documents: np.ndarray) -> Check:
-    """Qwen3-Embedding-8B is known to overflow in float16, which some servers insist on."""
+    """Check float16, which some servers use and in which Qwen3-Embedding-8B is known to overflow."""
     try:
         model = Embedder.from_pretrained(folder, dtype="float16", device="cpu")
     except PyqembError as error:

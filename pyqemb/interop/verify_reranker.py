@@ -1,4 +1,4 @@
-"""`verify` for a reranker's folder: the scores of other libraries beside ours, and float16."""
+"""`verify` for the folder of a reranker: compares scores of other libraries, and checks float16."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def verify_reranker(folder: str | Path) -> list[Check]:
-    """Check that other libraries give Reranker's scores within 1e-5, and that float16 does not overflow.
+    """Check that other libraries return Reranker's scores within 1e-5, and that float16 does not overflow.
 
     Up to 50 pairs are scored by sentence-transformers (CrossEncoder) and transformers.
 
@@ -37,9 +37,9 @@ def verify_reranker(folder: str | Path) -> list[Check]:
 
 
 def sample_pairs(model: Reranker) -> list[tuple[str, str]]:
-    """Return up to 50 pairs of texts that the model reads whole.
+    """Return up to 50 pairs of texts that are not truncated.
 
-    Each library truncates texts that are too long in its own way.
+    The libraries truncate long texts differently.
     """
     texts = sample_texts(100)
     pairs = list(zip(texts[:50], texts[50:], strict=True))
@@ -52,7 +52,7 @@ def sample_pairs(model: Reranker) -> list[tuple[str, str]]:
 
 
 def open_cross_encoder(folder: Path) -> "CrossEncoder":
-    """A CrossEncoder in float32 on the CPU, of local safetensors alone."""
+    """A CrossEncoder in float32 on the CPU, from local safetensors only."""
     from sentence_transformers import CrossEncoder
 
     weights = {"dtype": torch.float32, "use_safetensors": True}

@@ -1,6 +1,6 @@
-"""Does an exported folder give the results of its source?
+"""Check that an exported folder gives the results of its source.
 
-Both are read by sentence-transformers, where it can open the source.
+sentence-transformers loads both, if it can open the source.
 """
 
 from dataclasses import replace
@@ -22,19 +22,19 @@ from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import CONTRACT, read_contract
 from pyqemb.model.source import named_dtype
 
-_ROUNDED = 0.01  # of a score: the classifier's row is the rounded difference of two rows
+_ROUNDED = 0.01  # tolerance of a score, because the classifier's row is the rounded difference of two rows
 
 
 def verify_source(folder: str | Path, source: str | Path, model: Embedder | Reranker) -> Check:
     """Compare the results of an exported folder with those of the folder that it was exported from, within 1e-5.
 
-    sentence-transformers reads both. Where it cannot open the source, `model` stands for the source, and the check says
-    so. The weights of the source are rounded to the dtype of the export before they are compared.
+    sentence-transformers loads both. If it cannot open the source, `model` is used instead, and the check reports this.
+    The weights of the source are rounded to the dtype of the export before the comparison.
 
     Args:
         folder: the exported folder.
         source: the folder that it was exported from.
-        model: the source as pyqemb read it, on the CPU, with its adapter. Its adapter is folded in, and its weights are
+        model: the source as pyqemb read it, on the CPU, with its adapter. Its adapter is merged, and its weights are
             rounded.
     """
     return run_check("source", lambda: _compare(Path(folder), Path(source), model))
@@ -70,7 +70,7 @@ def _open(folder: Path, reranks: bool) -> Any:
 
 
 def _open_source(source: Path, model: Embedder | Reranker, exported: nn.Module) -> tuple[nn.Module | None, str]:
-    """The source in sentence-transformers, or None and why it is not read there."""
+    """The source in sentence-transformers, or None and the reason why it is not used."""
     reranks = isinstance(model, Reranker)
     if not (source / "modules.json").is_file() and not (reranks and (source / CONTRACT).is_file()):
         return None, "it has no modules.json"
@@ -79,7 +79,7 @@ def _open_source(source: Path, model: Embedder | Reranker, exported: nn.Module) 
     check_safe(source)
     try:
         theirs = _open(source, reranks)
-    except Exception as error:  # whatever sentence-transformers throws at a folder that it does not know
+    except Exception as error:  # sentence-transformers raises various exceptions for unknown folders
         return None, f"cannot be opened by sentence-transformers: {type(error).__name__}: {error}"
     if adapted(model):
         theirs.load_state_dict(exported.state_dict())

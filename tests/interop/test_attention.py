@@ -296,7 +296,7 @@ def test_layers_that_the_mask_is_not_for():
 def test_models_that_never_call_it_are_refused():
     sizes = dict(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48)
     config = transformers.XLNetConfig(**sizes)
-    told = r"^\[pyqemb\] XLNetModel has an attention of its own that does not call transformers' attention functions"
+    told = r"^\[pyqemb\] XLNetModel has its own attention that does not call transformers' attention functions"
     with pytest.raises(ValueError, match=told):
         transformers.AutoModel.from_config(config, attn_implementation="pyqemb")
     free = transformers.AutoModel.from_config(transformers.XLNetConfig(**sizes))

@@ -47,13 +47,13 @@ EQUAL_SLOW = [
 REFUSED = {
     "bigbird_pegasus": "computes with its attention mask",
     "gemma2": r"softcap is not supported, got 50\.0",
-    "git": "GitModel has an attention of its own",
+    "git": "GitModel has its own attention",
     "gpt_oss": r"s_aux is not supported, got a tensor of shape \[4\]",
     "layoutlm": r"got one of shape \[3, 1, 1, 12\] that the model or its caller made",
-    "mpnet": "MPNetModel has an attention of its own",
+    "mpnet": "MPNetModel has its own attention",
     "nemotron_asr_streaming": "expected causal or full attention inside sequences, got another mask",
     "t5": r"position_bias is not supported, got a tensor of shape \[1, 4, 12, 12\]",
-    "xlnet": "XLNetModel has an attention of its own",
+    "xlnet": "XLNetModel has its own attention",
 }
 
 SMALL = {
