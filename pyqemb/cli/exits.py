@@ -78,9 +78,7 @@ class StandardOutput:
 
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._stream
-        if (
-            self.error is not None
-        ):  # discard buffered output, because the interpreter would report an error at exit
+        if self.error is not None:  # discard buffered output, because the interpreter would report an error at exit
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self._stream.fileno())
             os.close(devnull)
