@@ -32,7 +32,7 @@ class CheckpointError(DataError):
     """A model folder or training checkpoint is incomplete, damaged, or has unexpected shapes."""
 
 
-class Interrupted(PyqembError):  # noqa: N818  a stop on request, after which the run can continue, is no error
+class Interrupted(PyqembError):  # noqa: N818  not an error: the run can continue
     """Training was stopped by a signal, after it saved or before its first step; `--resume auto` continues it."""
 
     exit_code = 75

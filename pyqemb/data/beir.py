@@ -210,8 +210,8 @@ def _qrels(files: list[Path], queries: dict[str, str], corpus: dict[str, str]) -
     lost = [place for places in absent.values() for place in places]
     if not known:
         if lost:
-            raise DataError(f"{lost[0]}; no judgement above 0 is left")
-        raise DataError(f"{files[0]}: no judgement above 0")
+            raise DataError(f"{lost[0]}; no judgment above 0 is left")
+        raise DataError(f"{files[0]}: no judgment above 0")
     log = logging.getLogger("pyqemb")
     for name, places in absent.items():
         if places:

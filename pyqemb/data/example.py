@@ -33,10 +33,13 @@ def read_examples(
 
     Args:
         source: a path, the address of a dataset on the Hugging Face Hub, or rows in memory:
-        - a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed); - a folder of such files in the layout
-            of a dataset on the hub, in BEIR's layout, of shards, or saved by `save_to_disk` of datasets; -
-            "hub://ORG/NAME", "hub://ORG/NAME@REVISION/SUBSET": downloaded by datasets unless it is cached; - a Dataset
-            or DatasetDict of datasets, a pandas or Polars DataFrame, an Arrow table; - a list of dicts or of Examples.
+
+            - a file of rows (.jsonl, .json, .csv, .tsv, .parquet; also compressed);
+            - a folder of such files in the layout of a dataset on the hub, in BEIR's layout, of shards, or saved by
+              `save_to_disk` of datasets;
+            - "hub://ORG/NAME", "hub://ORG/NAME@REVISION/SUBSET": downloaded by datasets unless it is cached;
+            - a Dataset or DatasetDict of datasets, a pandas or Polars DataFrame, an Arrow table;
+            - a list of dicts or of Examples.
         split: the split of a folder, a hub dataset or a DatasetDict: train, validation, test or another one; None:
             train, or the only one.
         columns: pyqemb's names and the columns that they are read from, {"query": "question", "negatives": ["hard_1",

@@ -53,7 +53,7 @@ class Layout:
 
 def _refuse_computing(what: str) -> NoReturn:
     raise MaskAccessError(
-        f"[{NAME}] the model computes with its attention mask ({what}), which is no tensor here: load it with"
+        f"[{NAME}] the model computes with its attention mask ({what}), which is not a tensor here: load it with"
         ' attn_implementation="sdpa" or "eager"'
     )
 

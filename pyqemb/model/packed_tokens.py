@@ -1,4 +1,4 @@
-"""The tokens of a packed batch as a layer sees them. Legend: T tokens, S queries, F features in, G features out."""
+"""The tokens of a packed batch as the input of a layer. Legend: T tokens, S queries, F features in, G features out."""
 
 from collections.abc import Callable
 

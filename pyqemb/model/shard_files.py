@@ -97,7 +97,7 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
         self._parts: dict[str, list[_Part]] = {}
         for path, file in self._files.items():
             slices = _read_slices(path, file)
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
                 own = tuple(file.get_slice(name).get_shape())
                 first, shape = slices.get(name, (0, own))
                 if self._shapes.setdefault(name, shape) != shape or own[1:] != shape[1:]:
@@ -166,7 +166,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
 
 
 def rows_of(tensors: Mapping[str, torch.Tensor], name: str, rows: slice) -> torch.Tensor:
-    """Some rows of a tensor; the others are not read where it lies in files."""
+    """Some rows of a tensor; the other rows are not read from files."""
     if isinstance(tensors, ShardedTensors):
         return tensors.rows(name, rows)
     return tensors[name][rows] if tensors[name].ndim else tensors[name]

@@ -23,8 +23,8 @@ class Group:
             Embedding report; None: nothing is masked.
         margin: the limit is s_i + margin, s_i the positive's score (default: the margin of the call).
         relative: the limit is s_i + margin * |s_i| instead.
-        hardness: this times the score is added to the logit, as a constant (no gradient) (Lan et al., arXiv 2503.04812,
-            section 3).
+        hardness: this times the score is added to the logit as a constant, without a gradient (Lan et al., arXiv
+            2503.04812, section 3).
 
     Example:
         >>> pyqemb.ops.Group(margin=0.05, hardness=5.0)

@@ -614,7 +614,7 @@ class TrainConfig(Section):
         examples=[1],
     )
     model: ModelSection
-    data: tuple[DataSet, ...] = Field((), min_length=1)  # left out where `train` is given data
+    data: tuple[DataSet, ...] = Field((), min_length=1)  # omitted if data is passed to `train`
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     train: TrainSection = Field(default_factory=lambda: TrainSection())
@@ -719,7 +719,7 @@ def as_data(data: Any) -> list[Any]:
             - a path, "hub://ORG/NAME", or rows in memory, as for `pyqemb.read_examples`: one dataset;
             - {name: any of these}: several datasets;
             - a list of paths and tables, or of entries with the keys of `[[data]]`, `{"path": ..., "weight": 2}`; an
-              entry may have `rows` in place of `path`, and be a value of {name: ...} too.
+              entry may have `rows` instead of `path`, and be a value of {name: ...} too.
 
     Example:
         >>> as_data("pairs.jsonl")

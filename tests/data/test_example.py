@@ -201,15 +201,15 @@ def test_beir(beir):
     [
         (
             "query-id\tcorpus-id\tscore\nq9\td1\t1\n",
-            r"train\.tsv:2: query 'q9' is not in queries; no judgement above 0 is left",
+            r"train\.tsv:2: query 'q9' is not in queries; no judgment above 0 is left",
         ),
         (
             "query-id\tcorpus-id\tscore\nq1\td9\t1\n",
-            r"train\.tsv:2: document 'd9' is not in corpus; no judgement above 0 is left",
+            r"train\.tsv:2: document 'd9' is not in corpus; no judgment above 0 is left",
         ),
         ("q1 d1 1\n\nq1 d1 1", r"train\.tsv:3:1: expected query-id"),
         ("query-id\tcorpus-id\tscore\nq1\td1\thigh\n", r"train\.tsv:2:1: expected query-id"),
-        ("query-id\tcorpus-id\tscore\nq1\td1\t0\n", "no judgement above 0"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\t0\n", "no judgment above 0"),
     ],
 )
 def test_wrong_judgements(beir, qrels, message):

@@ -100,7 +100,7 @@ def test_vectors_that_are_not_finite_are_refused(beir):
         ("qrels/test.tsv", "1\ta\n", "test.tsv:1:1: expected query-id"),
         ("qrels/test.tsv", "h\th\th\n9\ta\t1\n", "test.tsv:2: query '9' is not in queries"),
         ("qrels/test.tsv", "h\th\th\n1\tz\t1\n", "test.tsv:2: document 'z' is not in corpus"),
-        ("qrels/test.tsv", "h\th\th\n1\ta\t0\n", "no judgement above 0"),
+        ("qrels/test.tsv", "h\th\th\n1\ta\t0\n", "no judgment above 0"),
     ],
 )
 def test_bad_folders_name_the_place(beir, name, content, message):

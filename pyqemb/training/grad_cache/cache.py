@@ -286,7 +286,7 @@ class GradCache:
         stochastic = passes.is_stochastic(self.model)
         if stochastic and self.skip:
             raise ValueError(
-                "skip needs a model that draws no random numbers: its texts are packed anew for the second pass"
+                "skip needs a model that draws no random numbers: its texts are packed again for the second pass"
             )
         # Two copies of a text must get two dropout masks.
         first_U, same_S = (np.arange(stream.num_sequences),) * 2 if stochastic else distinct(stream)

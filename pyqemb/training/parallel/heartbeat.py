@@ -221,4 +221,4 @@ def _place() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and "pyqemb" not in frame.f_code.co_filename.split(os.sep):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame is not None else "code of its own"
+    return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame is not None else "user code"
