@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="merge the differences from this checkpoint (task vectors)")
     parser.add_argument(
         "--settings-from", type=Path, metavar="CHECKPOINT",
-        help="whose prompts, tokenizer and longest text the merged model gets where they differ; without it they must "
+        help="checkpoint whose prompts, tokenizer and maximum length the merged model gets; without it they must "
         "not differ",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print a line for each tensor")

@@ -87,7 +87,7 @@ def open_hub(address: str) -> Any:
     """
     match = _HUB_ADDRESS.fullmatch(address)
     if match is None:
-        raise ConfigError(f"{address}: expected {HUB}ORG/NAME, with @REVISION and /SUBSET after it where needed")
+        raise ConfigError(f"{address}: expected {HUB}ORG/NAME, optionally with @REVISION and /SUBSET")
     repository, revision, subset = match.groups()
     datasets = _import_datasets(address)
     if Path(repository).exists():  # load_dataset would read this local folder instead

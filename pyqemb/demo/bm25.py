@@ -14,7 +14,7 @@ _IS_SPACELESS = re.compile(rf"[{_SPACELESS}]")
 
 
 def bm25_ranking(queries: Sequence[str], corpus: Sequence[str], k: int) -> np.ndarray:
-    """Return the indices [len(queries), k] of the best documents by BM25, best first; -1 where there is none.
+    """Return the indices [len(queries), k] of the best documents by BM25, best first, padded with -1.
 
     The formula is Lucene's, with k1 1.5 and b 0.75.
 

@@ -13,7 +13,7 @@ from pyqemb.model.embedder import Embedder
 
 _DEPTH = 10
 _RESAMPLES = 1000
-# (questions, corpus) -> scores and indices [len(questions), depth], best first, -1 where there is none
+# (questions, corpus) -> scores and indices [len(questions), depth], best first, padded with -1
 Search = Callable[[Sequence[str], Sequence[Document], int], tuple[np.ndarray, np.ndarray]]
 
 

@@ -113,10 +113,10 @@ def _count(op: str, name: str, count: Any, cu: Tensor) -> int:
         count = checks.integer(op, name, count, 0, _MOST_TOKENS)
         if cu.device.type == "cpu" and not checks.has_no_values() and count != int(cu[-1]):
             lengths = name.replace("tokens", "cu_seqlens")
-            raise ValueError(f"[{op}] {name} must be where {lengths} ends, {int(cu[-1])}, got {count}")
+            raise ValueError(f"[{op}] {name} must be the last value of {lengths}, {int(cu[-1])}, got {count}")
         return count
     if cu.device.type != "cpu":
-        raise ValueError(f"[{op}] {name} must be given where cu_seqlens is on a GPU: the host would have to wait")
+        raise ValueError(f"[{op}] {name} must be given if cu_seqlens is on a GPU: reading it would make the host wait")
     return int(cu[-1])
 
 

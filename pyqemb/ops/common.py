@@ -34,7 +34,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def at_kernels(op: str, name: str, cu_seqlens: Any, tokens: int, of: str, device: torch.device) -> Tensor:
-    """Return cu_seqlens where the kernels of `device` read it.
+    """Return cu_seqlens in memory that the kernels of `device` can read.
 
     It is checked when it is copied from the CPU to a GPU. On the GPU a check would make the host wait.
     """

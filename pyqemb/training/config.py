@@ -437,7 +437,7 @@ class ParallelSection(Section):
     def mesh(self, ranks: int) -> tuple[int, int]:
         """The number of replicas, and of the ranks that share each.
 
-        ConfigError where they do not make up all ranks.
+        ConfigError if their product is not the number of ranks.
         """
         replicas = self.replicate or (1 if self.shard == -1 else max(ranks // self.shard, 1))
         shard = max(ranks // replicas, 1) if self.shard == -1 else self.shard

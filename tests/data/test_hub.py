@@ -74,7 +74,7 @@ def test_from_a_server_and_then_from_the_cache(hub, tmp_path):
 def test_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for address in ("hub://faq", "hub://org/faq/a/b", "hub://org/faq?x", "hub://"):
-        with pytest.raises(ConfigError, match=r"expected hub://ORG/NAME, with @REVISION and /SUBSET after it"):
+        with pytest.raises(ConfigError, match=r"expected hub://ORG/NAME, optionally with @REVISION and /SUBSET"):
             list(read_examples(address))
     (tmp_path / "org" / "faq").mkdir(parents=True)
     with pytest.raises(DataError, match="hub://org/faq: the folder org/faq is here"):
