@@ -43,9 +43,9 @@ void run(const InfoNce& p) {
         const Matrix<T>& columns = of_documents ? a.documents : a.queries;
         const int64_t dim_steps = ceil_div(p.dim, kDepth<T>);
         if (a.prefixes)
-            start(score<true, T>, tiles, kTileThreads, score_bytes(a.layers), of_documents, columns, dim_steps);
+            start(score<true, T>, tiles, kTileThreads, kScoreBytes, of_documents, columns, dim_steps);
         else
-            start(score<false, T>, tiles, kTileThreads, score_bytes(1), of_documents, columns, dim_steps);
+            start(score<false, T>, tiles, kTileThreads, kScoreBytes, of_documents, columns, dim_steps);
     };
     const auto each_layer = [&](const auto& visit) {  // visit(layer, tiles of its own features)
         for (int layer = 0; layer < a.layers; ++layer) visit(layer, ceil_div(a.ends[layer] - a.begins[layer], kTile));

@@ -11,6 +11,7 @@ namespace qemb::cuda {
 namespace top_k_kernels {
 
 constexpr int kSearchBytes = kProductBytes<false> + static_cast<int>(sizeof(Rows));
+static_assert(kSearchBytes <= kSmallShared);
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)

@@ -168,6 +168,8 @@ BUGS = [
         "pair_column(n) + j < own ?", "true ?"),
     Bug("one prefix masked by the scores of another", "info_nce", "sm90/info_nce", "sm90/info_nce/scores.h",
         "part.masked[i] |= memory.over[layer][half]", "part.masked[i] |= memory.over[0][half]"),
+    Bug("one prefix masked by the scores of another", "info_nce", "info_nce", "info_nce/scores.h",
+        "* a.layers + layer) * kTileThreads", "* a.layers) * kTileThreads"),
     Bug("factors that count twice", "info_nce", "info_nce", "info_nce/prefixes.h", "= from_float<T>(1.0f);",
         "= from_float<T>(2.0f);"),
     Bug("prefixes that are not normalised along themselves", "info_nce", "info_nce", "info_nce/prefixes.h",

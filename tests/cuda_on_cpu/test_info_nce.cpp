@@ -494,6 +494,21 @@ TEST(prefixes_take_one_sweep) {
     });
 }
 
+TEST(devices_with_99_KB_of_shared_memory_a_block) {
+    if (emulator::options().compute_capability != 80) return;  // once is enough
+    Case c{.queries = 140, .documents = 150, .dim = 40, .groups = qwen3(-0.2), .temperature = 0.1};
+    c.dims = {3, 5, 10, 16, 20, 25, 32, 40}, c.shares = Wide(8, 0.3);
+    {
+        const OnDevice device(86);
+        check<BFloat16>("eight prefixes", c, 2);
+    }
+    const OnDevice device(89);
+    c.queries = 40, c.documents = 60;
+    check<float>("eight prefixes", c, 2);
+    c.dims = {}, c.shares = {};
+    check<float>("no prefixes", c);
+}
+
 TEST(prefixes_run_on_the_kernels_of_the_architecture) {
     Case c{.queries = 20, .documents = 40, .dim = 48, .dims = {16, 48}, .shares = {1, 1}};
     for (const bool even : {true, false}) {

@@ -110,6 +110,15 @@ TEST(equals_a_sort) {
         });
 }
 
+TEST(devices_with_99_KB_of_shared_memory_a_block) {
+    if (emulator::options().compute_capability != 80) return;  // once is enough
+    for (const int capability : {86, 89}) {
+        const OnDevice device(capability);
+        check_exact<BFloat16>("bfloat16", {.queries = 130, .documents = 260, .dim = 72, .k = 9}, 3);
+        check_exact<float>("float32", {.queries = 3, .documents = 2200, .dim = 40, .k = 33}, 4);
+    }
+}
+
 TEST(rows_that_are_not_aligned) {
     check_exact<BFloat16>("bfloat16", {.queries = 5, .documents = 200, .dim = 16, .k = 7, .offset = 1}, 3);
     check_exact<float>("float32", {.queries = 5, .documents = 200, .dim = 16, .k = 7, .offset = 1}, 4);

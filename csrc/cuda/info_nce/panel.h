@@ -88,6 +88,7 @@ struct Panel : GroupRules {
     float* positive_radial_grad;   // [layers, rows] the same of the positive with its query, as in merge_rows
     float *query_radial_grad, *doc_radial_grad;  // [layers, columns] the same of the columns'
     float* radial_grad_parts;                    // [row_tiles, layers * tiles * kTile] of a panel
+    uint64_t* over;  // [doc_tiles, row_tiles, layers, kTileThreads] as Kept::over; not of Hopper's kernels
     // Hopper's kernels alone
     bool same_groups[kNumKinds];  // the two groups of a kind's columns differ in name only
     int* plain;    // [doc_tiles + query_tiles, row_tiles] do limits alone decide about the scores of a tile?
@@ -175,6 +176,7 @@ struct Panel : GroupRules {
         take(query_radial_grad, gradients() ? cut * query_tiles * kTile : 0);
         take(doc_radial_grad, gradients() ? cut * doc_tiles * kTile : 0);
         take(radial_grad_parts, gradients() && prefixes ? rows / kTile * tiles * kTile : 0);
+        take(over, by_query && !hopper ? cut * doc_tiles * (rows / kTile) * kTileThreads : 0);
         take(plain, hopper ? (doc_tiles + query_tiles) * (rows / kTile) : 0);
         take(positives, hopper && sides == 2 ? rows * p.dim : 0);
         scratch_bytes = used;

@@ -1,6 +1,7 @@
 // Scores of a panel by tiles; masks, the tile's row maxima, weights and row sums while the tile is in registers.
 #pragma once
 
+#include "cuda/architecture.h"
 #include "cuda/device/reduce.h"
 #include "cuda/info_nce/panel.h"
 
@@ -23,11 +24,10 @@ constexpr uint32_t kOn = 1, kSecond = 1 << 8;
 // What outlives a product; lies behind its stages.
 struct Kept {
     Tally tally[kTileThreads / 32];
-    uint64_t over[1][kTileThreads];  // [layers]: which of a thread's query-document scores exceed the limit, a bit each
+    uint64_t over[kTileThreads];  // which of a thread's query-document scores exceed the limit, a bit each
 };
-constexpr int score_bytes(int layers) {
-    return kProductBytes<false> + static_cast<int>(sizeof(Kept) + (layers - 1) * sizeof(Kept::over));
-}
+constexpr int kScoreBytes = kProductBytes<false> + static_cast<int>(sizeof(Kept));
+static_assert(kScoreBytes <= kSmallShared);
 
 template <class T>
 constexpr int kStagedRow = kTile * static_cast<int>(sizeof(T)) + 16;  // bytes; the rest spreads rows over the banks
@@ -114,6 +114,11 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
         const float sum = scores[m][n][i];
         return kPrefixes ? sum * (masks.row_norm[element_row(m, i)] * masks.column_norm[element_column(n, i)]) : sum;
     };
+    // The bits of several layers are too many for shared memory.
+    const auto over_limit = [&]() -> uint64_t& {
+        if (!kPrefixes) return kept.over[threadIdx.x];
+        return a.over[((column_tile * a.row_tiles + row0 / kTile) * a.layers + layer) * kTileThreads + threadIdx.x];
+    };
     if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
         uint64_t over = 0;
 #pragma unroll
@@ -129,14 +134,14 @@ QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t ro
                     over |= static_cast<uint64_t>(is_over) << (m * 16 + n * 4 + i);
                 }
             }
-        kept.over[layer][threadIdx.x] = over;
+        over_limit() = over;
     }
 
     // Masks, and the largest logit of each row
     const double scale[2] = {a.logit_scale[group_of(kind, Role::kPositive)],
                              a.logit_scale[group_of(kind, Role::kHard)]};
     const float high[2] = {static_cast<float>(scale[0]), static_cast<float>(scale[1])};
-    const uint64_t over = kind == kDocDoc && a.by_query ? kept.over[layer][threadIdx.x] : 0;
+    const uint64_t over = kind == kDocDoc && a.by_query ? over_limit() : 0;
     uint64_t keeps = 0;  // bits of candidates that pass, of prefixes
     float kept_score = 0;
     int num_kept = 0, num_dropped = 0;
