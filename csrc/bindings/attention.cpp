@@ -134,7 +134,7 @@ void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, p
     in.call.run(p, cpu::attention_backward, cuda::attention_backward, cuda::attention_backward_scratch);
 }
 
-// cu_seqlens of a plan: on the host they are checked, on a GPU they are taken as they are.
+// cu_seqlens of a plan: on the host they are checked.
 struct Lengths {
     Call call{"attention_plan"};
     Argument q, k;
@@ -150,24 +150,42 @@ struct Lengths {
     }
 };
 
-Sizes size(py::handle cu_seqlens, py::handle cu_seqlens_k) {
+int32_t* integers(const Call& call, const char* name, py::handle object, int64_t count) {
+    const Argument x(call, name, object);
+    return static_cast<int32_t*>(x.type(ScalarType::kInt32, "int32").shape({count}).contiguous()->data);
+}
+
+// The plan of lengths on the host, for the GPU `device`.
+Sizes size(py::handle cu_seqlens, py::handle cu_seqlens_k, int device) {
     const Lengths in(cu_seqlens, cu_seqlens_k);
+    const cuda::DeviceGuard guard(device);
     return sizes_of(size_plan(in.cu_q, in.cu_k, in.num_seqs));
 }
 
-void fill(py::handle cu_seqlens, py::handle cu_seqlens_k, const Sizes& sizes, py::handle data) {
-    Lengths in(cu_seqlens, cu_seqlens_k);
+void fill(py::handle cu_seqlens, py::handle cu_seqlens_k, int device, const Sizes& sizes, py::handle data) {
+    const Lengths in(cu_seqlens, cu_seqlens_k);
     const AttentionPlan plan = plan_of(sizes);
-    const Argument d(in.call, "data", data);
-    d.type(ScalarType::kInt32, "int32").shape({plan.size()}).contiguous();
-    auto* const to = static_cast<int32_t*>(d->data);
-    if (!in.call.cuda()) return fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, to);
-    const cuda::DeviceGuard guard(in.call.device());
-    cuda::fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, to, in.call.stream());
+    const cuda::DeviceGuard guard(device);
+    fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, integers(in.call, "data", data, plan.size()));
 }
 
-Sizes largest(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k) {
+// The plan of lengths that are on a GPU, and in `checked` and `checked_k` the lengths that the kernels may read.
+Sizes largest(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k, int device) {
+    const cuda::DeviceGuard guard(device);
     return sizes_of(cuda::largest_plan(num_seqs, tokens_q, tokens_k));
+}
+
+void fill_on_device(py::handle cu_seqlens, py::handle cu_seqlens_k, int64_t tokens_q, int64_t tokens_k,
+                    const Sizes& sizes, py::handle data, py::handle checked, py::handle checked_k) {
+    Lengths in(cu_seqlens, cu_seqlens_k);
+    const AttentionPlan plan = plan_of(sizes);
+    QEMB_CHECK(in.num_seqs > 0 || tokens_q + tokens_k == 0, "[", in.call.op, "] cu_seqlens have no sequence for ",
+               tokens_q, " and ", tokens_k, " tokens");
+    const cuda::DeviceLengths q{in.cu_q, integers(in.call, "checked", checked, in.num_seqs + 1), tokens_q};
+    const cuda::DeviceLengths k{in.cu_k, integers(in.call, "checked_k", checked_k, in.num_seqs + 1), tokens_k};
+    int32_t* const to = integers(in.call, "data", data, plan.size());
+    const cuda::DeviceGuard guard(in.call.device());
+    cuda::fill_plan(q, k, in.num_seqs, plan, to, in.call.stream());
 }
 
 }  // namespace
@@ -182,6 +200,7 @@ void bind_attention(py::module_& m) {
     m.def("size_plan", &size);
     m.def("fill_plan", &fill);
     m.def("largest_plan", &largest);
+    m.def("fill_plan_on_device", &fill_on_device);
 }
 
 }  // namespace qemb

@@ -36,6 +36,7 @@ struct Inputs {
             .hidden = hidden->data,
             .norm_weight = weight,
             .cu_seqlens = cu_seqlens,
+            .num_tokens = hidden->size(0),
             .num_seqs = rows->size(0),
             .embed = hidden->size(1),
             .dim = dim,

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kSlots * 32) attention_backward_tile(const Att
     cp_async_commit();
 
     const Slot mine = map.k[warp], asked = map.q[warp];
-    const float scale = static_cast<float>(p.scale);
+    const float scale = scale_of(p);
     const uint32_t my_rows = warp * kSlot * D * 2;
     float dk[D / 8][4], dv[D / 8][4];
     clear<D>(dk);
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
             float ds[2][4];
             add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2,
                                     do_tile + row * D * 2, rows[step % 2], row, first + warp * kSlot,
-                                    static_cast<float>(p.scale), lane);
+                                    scale_of(p), lane);
         }
         sync_block();  // before the step after the next overwrites this one
     }
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_querie
         lse[i] = seen[i] > 0 ? static_cast<const float*>(p.lse)[at] * kLog2E : INFINITY;
         delta[i] = static_cast<const float*>(p.scratch)[at];
     }
-    const float scale = static_cast<float>(p.scale);
+    const float scale = scale_of(p);
     const uint32_t my_rows = warp * kSlot * D * 2;
     float dq[D / 8][4];
     clear<D>(dq);

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kSlots * 32, 2 * kMostSlots / kSlots)
     const int num_keys = mine.other_length, row = lane / 4;
     const int seen[2] = {visible_keys(mine.offset + row, mine.length, num_keys, p.causal),
                          visible_keys(mine.offset + row + 8, mine.length, num_keys, p.causal)};
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
     const uint32_t my_q = shared_address(q_tile) + warp * kSlot * D * 2;
     const uint32_t my_k = k_tile + mine.other * kSlot * D * 2, my_v = v_tile + mine.other * kSlot * D * 2;
 
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32) attention_forward_block(cons
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = lane / 4;
     const int head = blockIdx.y;
     const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
 
     // Load Q and the first block of keys and values.
     const uint32_t q_tile = shared_address(shared_bytes()), k_tiles = q_tile + kTile * D * 2,

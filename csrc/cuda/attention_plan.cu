@@ -29,6 +29,11 @@ struct Counts {
     bool single;
 };
 
+// The last value of a plan.
+QEMB_HOST_DEVICE inline int32_t& is_wrong(const AttentionPlan& plan, int32_t* data) {
+    return data[4 + 2 * (plan.tiles + plan.blocks) + 3 * plan.key_blocks];
+}
+
 QEMB_HOST_DEVICE inline int32_t parts(int32_t length, int32_t size) { return (length + size - 1) / size; }
 
 // Where `data` is null, only counts. `buckets`: 2 * kBuckets values of working memory.
@@ -111,6 +116,7 @@ QEMB_HOST_DEVICE inline Counts walk(const int32_t* cu_q, const int32_t* cu_k, in
     data[1] = static_cast<int32_t>(counts.blocks);
     data[2] = static_cast<int32_t>(counts.key_blocks);
     data[3] = limits.tokens;
+    is_wrong(plan, data) = 0;
     return counts;
 }
 
@@ -137,9 +143,25 @@ void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t
 namespace cuda {
 namespace {
 
-__global__ void fill_plan_kernel(const int32_t* cu_q, const int32_t* cu_k, int64_t num_seqs, AttentionPlan plan,
+// Whether the lengths were right as given.
+QEMB_DEVICE bool check_lengths(const DeviceLengths& lengths, int64_t num_seqs) {
+    bool right = lengths.given[0] == 0;
+    int64_t last = lengths.checked[0] = 0;
+    for (int64_t s = 1; s <= num_seqs; ++s) {
+        const int64_t end = lengths.given[s];
+        const int64_t bounded = s == num_seqs ? lengths.tokens : min(max(end, last), lengths.tokens);
+        right = right && end == bounded;
+        lengths.checked[s] = static_cast<int32_t>(last = bounded);
+    }
+    return right;
+}
+
+__global__ void fill_plan_kernel(DeviceLengths q, DeviceLengths k, int64_t num_seqs, AttentionPlan plan,
                                  ShortLimits limits, int32_t* data) {
-    if (threadIdx.x == 0) walk(cu_q, cu_k, num_seqs, plan, limits, data, reinterpret_cast<int32_t*>(shared_bytes()));
+    if (threadIdx.x > 0) return;
+    const bool q_right = check_lengths(q, num_seqs), k_right = check_lengths(k, num_seqs);
+    walk(q.checked, k.checked, num_seqs, plan, limits, data, reinterpret_cast<int32_t*>(shared_bytes()));
+    is_wrong(plan, data) = !q_right || !k_right;
 }
 
 }  // namespace
@@ -160,10 +182,10 @@ AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k)
     return plan;
 }
 
-void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
+void fill_plan(const DeviceLengths& q, const DeviceLengths& k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream) {
-    launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, cu_seqlens_q,
-           cu_seqlens_k, num_seqs, plan, short_limits(), data);
+    launch("attention_plan", fill_plan_kernel, dim3(1), 32, 2 * kBuckets * sizeof(int32_t), stream, q, k, num_seqs,
+           plan, short_limits(), data);
 }
 
 }  // namespace cuda

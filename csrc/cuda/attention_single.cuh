@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_forward_single(co
     if (span.num_q <= 0) return;
     const int thread = threadIdx.x, worker = thread / kWidth, column = thread % kWidth * 8;
     const int64_t kv_head = blockIdx.y, head = kv_head * kGroup;
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
 
     Packed<T, 8> q[kGroup];
     float out[kGroup][8], row_max[kGroup], sum[kGroup];
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
     const Span span(p.cu_seqlens_q, p.cu_seqlens_k, blockIdx.x);
     const int thread = threadIdx.x, worker = thread / kWidth, column = thread % kWidth * 8;
     const int64_t kv_head = blockIdx.y, head = kv_head * kGroup;
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
     const bool asked = span.num_q > 0;  // a sequence without a query leaves zeros to its keys
 
     Packed<T, 8> q[kGroup], dout[kGroup];
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kSingleWarps * 32) attention_backward_single(c
         for (int g = 0; g < kGroup; ++g) {
             const float score = row_dot<D>(q[g], k) * scale, dp = row_dot<D>(dout[g], v);
             const float weight = asked && valid ? exp2_approx(score - lse[g]) : 0;
-            const float ds = weight * (dp - delta[g]) * static_cast<float>(p.scale);
+            const float ds = weight * (dp - delta[g]) * scale_of(p);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 dv[i] += weight * dout[g][i];

@@ -140,6 +140,12 @@ QEMB_DEVICE int visible_keys(int i, int num_q, int num_k, bool causal) {
     return causal ? max(0, min(num_k, i + num_k - num_q + 1)) : num_k;
 }
 
+// The factor of the scores: NaN, and so is every result, where the plan's kernel found lengths that are none.
+QEMB_DEVICE float scale_of(const Attention& p) {
+    const AttentionPlan& plan = p.plan;
+    return plan.data[4 + 2 * (plan.tiles + plan.blocks) + 3 * plan.key_blocks] ? NAN : static_cast<float>(p.scale);
+}
+
 // The lengths of one sequence.
 struct Span {
     int q, num_q, k, num_k;

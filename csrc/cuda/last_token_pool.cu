@@ -74,16 +74,27 @@ struct Pooled {
     }
 };
 
+constexpr int64_t kNoToken = -1, kWrong = -2;
+
+// The last token of a sequence; kWrong where its lengths do not lie among the tokens.
+QEMB_DEVICE int64_t pooled_row(const LastTokenPool& p, int64_t seq) {
+    const int64_t begin = p.cu_seqlens[seq], end = p.cu_seqlens[seq + 1];
+    if (begin < 0 || end < begin || end > p.num_tokens) return kWrong;
+    return end == begin ? kNoToken : end - 1;
+}
+
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) last_token_pool_kernel(LastTokenPoolForward p) {
     const int64_t seq = blockIdx.x;
     T* out = static_cast<T*>(p.out) + seq * p.dim;
-    const int64_t end = p.cu_seqlens[seq + 1];
-    if (end == p.cu_seqlens[seq]) {
-        for_each<kLanes>(p.dim, [&](int64_t at) { store(out + at, Packed<T, kLanes>{}); });
+    const int64_t row = pooled_row(p, seq);
+    if (row < 0) {
+        float y[kLanes];
+        for (float& value : y) value = row == kNoToken ? 0.0f : NAN;
+        for_each<kLanes>(p.dim, [&](int64_t at) { store(out + at, y); });
         return;
     }
-    const Pooled<T, kLanes> pooled(p, end - 1);
+    const Pooled<T, kLanes> pooled(p, row);
     for_each<kLanes>(p.dim, [&](int64_t at) {
         float y[kLanes];
         pooled.read(at, y);
@@ -96,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 3) last_token_pool_kernel(LastTokenP
 // The gradients of one sequence; adds to this block's weight gradient where there is one.
 template <class T, int kLanes>
 QEMB_DEVICE void backward_row(const LastTokenPoolBackward& p, int64_t seq, float* dweight) {
-    const int64_t row = p.cu_seqlens[seq + 1] - int64_t(1);
+    const int64_t row = pooled_row(p, seq);
+    if (row < 0) return;
     const Pooled<T, kLanes> pooled(p, row);
     const T* dout = static_cast<const T*>(p.dout) + seq * p.dim;
     T* dhidden = static_cast<T*>(p.dhidden) + row * p.embed;
@@ -161,8 +173,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         dweight = static_cast<float*>(p.scratch) + blockIdx.x * p.embed;
         for_each<kLanes>(p.embed, [&](int64_t at) { store(dweight + at, Packed<float, kLanes>{}); });
     }
-    for (int64_t seq = begin; seq < end; ++seq)
-        if (p.cu_seqlens[seq + 1] > p.cu_seqlens[seq]) backward_row<T, kLanes>(p, seq, dweight);
+    for (int64_t seq = begin; seq < end; ++seq) backward_row<T, kLanes>(p, seq, dweight);
 }
 
 // body<T, kLanes>(): whole vectors where every row allows them.

@@ -32,7 +32,7 @@ DeviceGuard::DeviceGuard(int) { missing("pyqemb"); }
 DeviceGuard::~DeviceGuard() = default;
 
 AttentionPlan largest_plan(int64_t, int64_t, int64_t) { missing("attention_plan"); }
-void fill_plan(const int32_t*, const int32_t*, int64_t, const AttentionPlan&, int32_t*, void*) {
+void fill_plan(const DeviceLengths&, const DeviceLengths&, int64_t, const AttentionPlan&, int32_t*, void*) {
     missing("attention_plan");
 }
 int64_t attention_backward_scratch(const AttentionBackward&) { missing("varlen_attention"); }

@@ -22,8 +22,8 @@ struct AttentionPlan {
     // data: [4] counts of tiles, blocks, key_blocks, and the most queries and keys of a short sequence; then pairs:
     // tiles of {first sequence, number of sequences}, blocks of {sequence, block}; then triples: key_blocks of
     // {sequence, block, number of the sequence's first block of queries among those that `summed` counts}. Each list is
-    // padded to its capacity.
-    int64_t size() const { return 4 + 2 * (tiles + blocks) + 3 * key_blocks; }
+    // padded to its capacity. Last, 1 where the device found lengths that are none: then all results are NaN.
+    int64_t size() const { return 5 + 2 * (tiles + blocks) + 3 * key_blocks; }
 };
 
 // What both passes take. Query head h reads key head h / (num_heads / num_kv_heads). Causal masks are aligned to the
@@ -78,10 +78,18 @@ void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t
                int32_t* data);
 
 namespace cuda {
+// Cumulative lengths that only the device knows, of so many tokens. `checked` gets them as the kernels may read them:
+// never decreasing, and ending at `tokens`.
+struct DeviceLengths {
+    const int32_t* given;
+    int32_t* checked;
+    int64_t tokens;
+};
+
 // Capacities that hold any batch of so many sequences and tokens, and the plan of one whose lengths only the device
 // knows.
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k);
-void fill_plan(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t num_seqs, const AttentionPlan& plan,
+void fill_plan(const DeviceLengths& q, const DeviceLengths& k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream);
 int64_t attention_backward_scratch(const AttentionBackward& p);
 void attention_forward(const AttentionForward& p);

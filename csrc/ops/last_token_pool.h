@@ -5,11 +5,13 @@
 
 namespace qemb {
 
-// What both passes take. A sequence without tokens gives a row of zeros and no gradient.
+// What both passes take. A sequence without tokens gives a row of zeros and no gradient; on CUDA, one that does not
+// lie among the tokens gives a row of NaN and no gradient.
 struct LastTokenPool {
     const void* hidden;         // [T, embed], rows contiguous, row stride in elements below
     const void* norm_weight;    // [embed] or null: no RMSNorm
-    const int32_t* cu_seqlens;  // [num_seqs + 1]
+    const int32_t* cu_seqlens;  // [num_seqs + 1], on the host for the CPU
+    int64_t num_tokens;         // T
     int64_t num_seqs;
     int64_t embed;
     int64_t dim;

@@ -130,9 +130,7 @@ def _make_plan(
         return _plan_on_host(
             op, cu_q.contiguous(), None if cu_k is None else cu_k.contiguous(), tokens, tokens_k, device
         )
-    cu_q, cu_k = _lengths(op, cu_q, cu_k, tokens, tokens_k, device)
-    data, sizes = _plan_on_device(cu_q, cu_k, tokens, tokens_k)
-    return AttentionPlan(cu_q, cu_k, tokens, tokens_k, data, sizes)
+    return _plan_on_device(*_lengths(op, cu_q, cu_k, tokens, tokens_k, device), tokens, tokens_k)
 
 
 def _lengths(
@@ -149,26 +147,28 @@ def _plan_on_host(
     _C.check_cu_seqlens(op, "cu_seqlens", cu_q, tokens, "q")
     _C.check_cu_seqlens(op, "cu_seqlens_k", cu_q if cu_k is None else cu_k, tokens_k, "k")
     lengths = [cu_q] if cu_k is None else [cu_q, cu_k]
-    sizes = _C.size_plan(lengths[0], lengths[-1])
+    index = torch.cuda.current_device() if device.index is None else device.index
+    sizes = _C.size_plan(lengths[0], lengths[-1], index)
     parts = [_data_size(sizes), *map(len, lengths)]
     packed = torch.empty(sum(parts), dtype=torch.int32, pin_memory=True)
     data, *copies = packed.split(parts)
-    _C.fill_plan(lengths[0], lengths[-1], sizes, data)
+    _C.fill_plan(lengths[0], lengths[-1], index, sizes, data)
     for copy, cu in zip(copies, lengths, strict=True):
         copy.copy_(cu)
     data, *cu = packed.to(device, non_blocking=True).split(parts)
     return AttentionPlan(cu[0], cu[-1], tokens, tokens_k, data, sizes)
 
 
-def _plan_on_device(cu_q: Tensor, cu_k: Tensor, tokens: int, tokens_k: int) -> tuple[Tensor, Sequence[int]]:
-    sizes = _C.largest_plan(cu_q.numel() - 1, tokens, tokens_k)
-    data = cu_q.new_empty(_data_size(sizes))
-    _C.fill_plan(cu_q, cu_k, sizes, data)
-    return data, sizes
+def _plan_on_device(cu_q: Tensor, cu_k: Tensor, tokens: int, tokens_k: int) -> AttentionPlan:
+    sizes = _C.largest_plan(cu_q.numel() - 1, tokens, tokens_k, cu_q.device.index)
+    parts = [_data_size(sizes), len(cu_q), len(cu_k)]
+    data, checked_q, checked_k = cu_q.new_empty(sum(parts)).split(parts)
+    _C.fill_plan_on_device(cu_q, cu_k, tokens, tokens_k, sizes, data, checked_q, checked_k)
+    return AttentionPlan(checked_q, checked_k, tokens, tokens_k, data, sizes)
 
 
 def _data_size(sizes: Sequence[int]) -> int:
-    return 4 + 2 * sum(sizes[:2]) + 3 * sizes[2]
+    return 5 + 2 * sum(sizes[:2]) + 3 * sizes[2]
 
 
 def varlen_attention(
@@ -189,7 +189,8 @@ def varlen_attention(
             and D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
         k_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
         v_SKD: [S, K, D] of the same dtype.
-        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. Not checked if it is on a GPU already.
+        cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. Values that are on a GPU already are
+            checked there: where they are wrong, the result is NaN.
         cu_seqlens_k: the same for the keys, `[0, ..., S]`; None if queries and keys are the same tokens.
         causal: query i of n sees key j of m when j <= i + m - n (aligned to the bottom right). False: all keys.
         scale: 1 / sqrt(D) when None.
@@ -241,7 +242,7 @@ def _forward(
     scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_like(q), new_rows(q)
-    plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
+    cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
     _C.attention_forward(q, k, v, cu_q, cu_k, out=out, lse=lse, scale=scale, causal=causal, plan=plan, sizes=sizes)
     return out, lse
 
@@ -257,7 +258,7 @@ def _gradient(
     scale: float, causal: bool, out: Tensor, lse: Tensor, dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (empty_like(x) for x in (q, k, v))
-    plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
+    cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
     _C.attention_backward(
         q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal,
         plan=plan, sizes=sizes,
@@ -267,19 +268,24 @@ def _gradient(
 
 def _work(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int]
-) -> tuple[Tensor | None, Sequence[int]]:
-    """The plan as the native code takes it; compiled graphs have none."""
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[int]]:
+    """Lengths and plan as the native code takes them; compiled graphs have no plan."""
     if plan is None and q.device.type == "cuda":
-        plan, sizes = _plan_on_device(cu_q, cu_k, len(q), len(k))
-    return plan, sizes
+        made = _plan_on_device(cu_q, cu_k, len(q), len(k))
+        return made.cu_seqlens, made.cu_seqlens_k, made.data, made.sizes
+    return cu_q, cu_k, plan, sizes
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.fixed = inputs[6:]
 
 
-def _backward(gradient: Any, ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(gradient: Any, ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
     *inputs, out, lse = ctx.saved_tensors
     return *gradient(*inputs, *ctx.fixed, out, lse, dout), *(None,) * 6
 

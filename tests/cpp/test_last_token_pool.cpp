@@ -27,6 +27,7 @@ TEST(pool_takes_the_last_row) {
         cpu::last_token_pool_forward({{.hidden = narrow.data(),
                                        .norm_weight = narrow_weight.data(),
                                        .cu_seqlens = cu.data(),
+                                       .num_tokens = cu.back(),
                                        .num_seqs = 3,
                                        .embed = embed,
                                        .dim = dim,

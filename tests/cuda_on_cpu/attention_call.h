@@ -51,16 +51,18 @@ struct Call {
     void run(bool device_plan = false) {
         AttentionPlan used = device_plan ? cuda::largest_plan(seqs(), c.cu_q.back(), c.cu_k.back()) : plan;
         emulator::DeviceMemory<int32_t> data(static_cast<size_t>(used.size()));
+        emulator::DeviceMemory<int32_t> checked_q(c.cu_q), checked_k(c.cu_k);
         if (device_plan)
-            cuda::fill_plan(cu_q.data(), cu_k.data(), seqs(), used, data.data(), nullptr);
+            cuda::fill_plan({cu_q.data(), checked_q.data(), c.cu_q.back()},
+                            {cu_k.data(), checked_k.data(), c.cu_k.back()}, seqs(), used, data.data(), nullptr);
         else
             std::copy(host_plan.begin(), host_plan.end(), data.data());
         used.data = data.data();
         Attention problem{.q = q.data(),
                           .k = k.data(),
                           .v = v.data(),
-                          .cu_seqlens_q = cu_q.data(),
-                          .cu_seqlens_k = cu_k.data(),
+                          .cu_seqlens_q = checked_q.data(),
+                          .cu_seqlens_k = checked_k.data(),
                           .plan = used};
         set_shape(problem, c, dtype_of<T>);
         problem.scale = scale;

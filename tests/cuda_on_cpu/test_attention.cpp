@@ -55,6 +55,25 @@ TEST(a_plan_made_on_the_device) {
     CHECK(size_plan(all.data(), all.data(), 2000).single);
 }
 
+// Whatever the lengths on the device are: nothing outside of the tensors is touched, and every result is NaN.
+TEST(lengths_that_are_none_give_nan) {
+    for (const std::vector<int32_t>& lengths :
+         {std::vector<int32_t>{0, 150, 40, 190}, {0, 20, 150, 189}, {0, 20, 150, 1 << 30}, {0, -5, 150, 190},
+          {7, 20, 150, 190}, {0, 1 << 30, -(1 << 30), 190}}) {
+        const Case c = self({20, 130, 40}, 2, 1, 64, true);
+        const Inputs x = random_inputs<BFloat16>(c);
+        Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
+        for (auto* cu : {&call.cu_q, &call.cu_k}) std::copy(lengths.begin(), lengths.end(), cu->data());
+        call.run(true);
+        const auto all_nan = [](Tensor<BFloat16>& y) {
+            for (const double value : y.wide())
+                if (!std::isnan(value)) return false;
+            return true;
+        };
+        CHECK(all_nan(call.out) && all_nan(call.dk) && all_nan(call.dv) && all_nan(call.dq));
+    }
+}
+
 namespace {
 
 void check_bits_alone(const Case& all) {

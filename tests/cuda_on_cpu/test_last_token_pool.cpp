@@ -84,6 +84,7 @@ void check_last_token_pool(const std::string& name, const Case& c, uint32_t seed
     const LastTokenPool problem{.hidden = x.data(),
                                 .norm_weight = c.norm_weight ? weight.data() : nullptr,
                                 .cu_seqlens = cu_seqlens.data(),
+                                .num_tokens = tokens,
                                 .num_seqs = num_seqs,
                                 .embed = c.embed,
                                 .dim = c.dim,
@@ -169,6 +170,7 @@ TEST(pooling_of_a_sequence_knows_no_other) {
             const LastTokenPool problem{.hidden = hidden.data() + first * embed,
                                         .norm_weight = weight.data(),
                                         .cu_seqlens = cu_seqlens.data(),
+                                        .num_tokens = count,
                                         .num_seqs = count,
                                         .embed = embed,
                                         .dim = embed,
@@ -191,6 +193,29 @@ TEST(pooling_of_a_sequence_knows_no_other) {
     }
 }
 
+// Where lengths do not lie among the tokens: NaN in that row alone, no gradient, nothing outside of hidden is read.
+TEST(pooling_of_wrong_lengths) {
+    const int64_t embed = 24;
+    Tensor<float> hidden(random_wide<float>(5 * embed, 1)), dout(random_wide<float>(4 * embed, 2)), out(4 * embed),
+        dhidden(Wide(5 * embed));
+    const emulator::DeviceMemory<int32_t> cu_seqlens(std::vector<int32_t>{0, 3, 1, 9, 1 << 30});
+    const LastTokenPool problem{.hidden = hidden.data(),
+                                .norm_weight = nullptr,
+                                .cu_seqlens = cu_seqlens.data(),
+                                .num_tokens = 5,
+                                .num_seqs = 4,
+                                .embed = embed,
+                                .dim = embed,
+                                .hidden_stride = embed,
+                                .eps = 0,
+                                .normalize = true,
+                                .dtype = DType::kFloat32};
+    cuda::last_token_pool_forward({problem, out.data()});
+    cuda::last_token_pool_backward({problem, dout.data(), dhidden.data()});
+    for (int64_t i = 0; i < 4 * embed; ++i) CHECK(std::isnan(out[i]) == (i >= embed));
+    for (int64_t i = 0; i < 5 * embed; ++i) CHECK((dhidden[i] != 0) == (i / embed == 2));
+}
+
 // A row of any magnitude has a direction, here 16 equal features of 1 / 4, and no gradient along it; zeros stay zero.
 TEST(pooling_of_rows_of_any_magnitude) {
     const int64_t embed = 24, dim = 16;
@@ -202,6 +227,7 @@ TEST(pooling_of_rows_of_any_magnitude) {
             const LastTokenPool problem{.hidden = hidden.data(),
                                         .norm_weight = norm_weight ? weight.data() : nullptr,
                                         .cu_seqlens = cu_seqlens.data(),
+                                        .num_tokens = 2,
                                         .num_seqs = 1,
                                         .embed = embed,
                                         .dim = dim,

@@ -260,7 +260,7 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scrat
             for (int j = 0; j < 4; ++j) dq[i][j] += others[j];
         }
     }
-    const float factor = static_cast<float>(p.scale);
+    const float factor = scale_of(p);
     store_rows<T, 64>(static_cast<T*>(p.dq) +
                           ((int64_t(tile.span.q) + first + warp * 16) * p.num_heads + tile.head(step)) * D + group * 64,
                       p.num_heads * D, group < D / 64 ? tile.span.num_q - first - warp * 16 : 0, dq, factor, factor,
@@ -274,7 +274,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool signals = threadIdx.x % 128 == 0;
     const int my_first = group * 64 + warp * 16;
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
     const auto query_of = [&](int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; };  // of a score, in its step
     const uint32_t my_k = shared + L::kK + group * 64 * 128, my_v = shared + L::kV + group * 64 * 128;
     while (true) {
@@ -339,7 +339,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
         }
         barrier_sync(kEndBarrier, kConsumers);  // nobody reads K and V any more: they are the staging
         const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;
-        const float factor = static_cast<float>(p.scale);
+        const float factor = scale_of(p);
         store_rows<T, D>(static_cast<T*>(p.dk) + to, p.num_kv_heads * D, tile.count - my_first,
                          reinterpret_cast<const float (&)[D / 8][4]>(dk), factor, factor,
                          shared + L::kK + my_first * D * 2, lane);

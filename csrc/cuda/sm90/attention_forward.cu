@@ -80,7 +80,7 @@ template <class T, int D>
 QEMB_DEVICE void consume(const AttentionForward& p, uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const float scale = static_cast<float>(p.scale) * kLog2E;
+    const float scale = scale_of(p) * kLog2E;
     const uint32_t my_q = shared + L::kQ + group * kPanelBytes<kHalf>,
                    staging = shared + L::kStaging + (group * kHalf + warp * 16) * D * 2;
     const auto take_turn = [&] { barrier_sync(kTurnBarrier + group, kConsumers); };
