@@ -42,8 +42,15 @@ def size_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, device: int, /) -> list[
 def fill_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, device: int, sizes: _Sizes, data: Tensor, /) -> None: ...
 def largest_plan(num_seqs: int, tokens: int, tokens_k: int, device: int, /) -> list[int]: ...
 def fill_plan_on_device(
-    cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, tokens_k: int, sizes: _Sizes, data: Tensor, checked: Tensor,
-    checked_k: Tensor, /,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    tokens: int,
+    tokens_k: int,
+    sizes: _Sizes,
+    data: Tensor,
+    checked: Tensor,
+    checked_k: Tensor,
+    /,
 ) -> None: ...
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, of: str, /) -> None: ...
 def last_token_pool_forward(
@@ -79,12 +86,12 @@ def info_nce(
     queries: Tensor,
     documents: Tensor,
     positive: Tensor,
-    query_text: Tensor,
-    document_text: Tensor,
-    role: Tensor,
-    owner: Tensor,
-    own_starts: Tensor,
-    own_documents: Tensor,
+    query_text: Tensor | None,
+    document_text: Tensor | None,
+    role: Tensor | None,
+    owner: Tensor | None,
+    own_starts: Tensor | None,
+    own_documents: Tensor | None,
     first_row: int,
     num_rows: int,
     first_column: int,
@@ -147,6 +154,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Te
 def shingles(text: Tensor, offsets: Tensor, hashes: Tensor, counts: Tensor, n: int, /) -> None: ...
 def min_hash(text: Tensor, offsets: Tensor, signatures: Tensor, n: int, /) -> None: ...
 def cuda_is_built() -> bool: ...
+def hopper_is_built() -> bool: ...  # its own kernels
 def cuda_device_count() -> int: ...
 def set_newest_kernels(capability: int, /) -> int: ...  # of an architecture that CUDA may use; -> the one before
 def available_isas() -> list[str]: ...

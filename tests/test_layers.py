@@ -11,7 +11,7 @@ JOBS = {"encoding", "training", "merging", "evaluation", "curation", "synthesis"
 # package -> packages of pyqemb that it may import (itself always).
 PYTHON = {
     "errors": set(),
-    "ops": set(),
+    "ops": {"errors"},
     "data": {"errors"},
     "model": {"errors", "data", "ops"},
     "interop": {"errors", "data", "ops", "model"},

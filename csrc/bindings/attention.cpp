@@ -150,7 +150,7 @@ struct Lengths {
     }
 };
 
-int32_t* integers(const Call& call, const char* name, py::handle object, int64_t count) {
+int32_t* integers(Call& call, const char* name, py::handle object, int64_t count) {
     const Argument x(call, name, object);
     return static_cast<int32_t*>(x.type(ScalarType::kInt32, "int32").shape({count}).contiguous()->data);
 }
@@ -163,7 +163,7 @@ Sizes size(py::handle cu_seqlens, py::handle cu_seqlens_k, int device) {
 }
 
 void fill(py::handle cu_seqlens, py::handle cu_seqlens_k, int device, const Sizes& sizes, py::handle data) {
-    const Lengths in(cu_seqlens, cu_seqlens_k);
+    Lengths in(cu_seqlens, cu_seqlens_k);
     const AttentionPlan plan = plan_of(sizes);
     const cuda::DeviceGuard guard(device);
     fill_plan(in.cu_q, in.cu_k, in.num_seqs, plan, integers(in.call, "data", data, plan.size()));

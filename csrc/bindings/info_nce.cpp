@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <iterator>
+#include <numeric>
+#include <optional>
 
 #include "bindings/module.h"
 
@@ -11,8 +13,7 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
-// On a GPU the values are not looked at, the host would have to wait. An owner out of range owns nothing there; a
-// positive must be in range, the kernels read and write at it.
+// On a GPU the values are not looked at, the host would have to wait: the kernels do it.
 const int64_t* checked_indices(const Argument& x, int64_t count, int64_t low, int64_t high, const char* of,
                                const char* why = "") {
     x.type(ScalarType::kInt64, "int64").shape({count}, why).contiguous();
@@ -30,6 +31,36 @@ void checked_vectors(const Argument& q, const Argument& d) {
                q->size(1), " and ", d->size(1));
 }
 
+// What is left out, for the CPU: the kernels of CUDA derive it on the device.
+struct Derived {
+    std::vector<int64_t> query_text, document_text, owner, own_starts;
+    std::vector<uint8_t> role;
+
+    explicit Derived(InfoNce& p) {
+        const auto queries = static_cast<size_t>(p.num_queries), documents = static_cast<size_t>(p.num_documents);
+        if (!p.document_text) {
+            document_text.resize(documents);
+            std::iota(document_text.begin(), document_text.end(), 0);
+            p.document_text = document_text.data();
+        }
+        if (!p.role) {
+            role.assign(documents, static_cast<uint8_t>(Role::kHard));
+            for (size_t i = 0; i < queries; ++i) {
+                role[static_cast<size_t>(p.positive[i])] = static_cast<uint8_t>(Role::kPositive);
+                query_text.push_back(p.document_text[p.positive[i]]);
+            }
+            p.role = role.data();
+            p.query_text = query_text.data();
+        }
+        if (!p.owner) {
+            owner.assign(documents, -1);
+            own_starts.assign(queries + 1, 0);
+            p.owner = owner.data();
+            p.own_starts = own_starts.data();
+        }
+    }
+};
+
 // What the caller gave, before anything is made of it.
 void check_info_nce(py::handle queries, py::handle documents, py::handle positive, py::handle owner,
                     py::handle document_ids) {
@@ -38,6 +69,7 @@ void check_info_nce(py::handle queries, py::handle documents, py::handle positiv
     checked_vectors(q, d);
     const int64_t num_queries = q->size(0), num_documents = d->size(0);
     QEMB_CHECK(num_queries > 0, "[", kOp, "] queries must hold at least one query, got shape ", q->shape_text());
+    QEMB_CHECK(num_documents > 0, "[", kOp, "] documents must hold at least one document, got shape ", d->shape_text());
     checked_indices(pos, num_queries, 0, num_documents, "an index of documents: each query has a positive",
                     " (one for each of queries)");
     if (!owner.is_none())
@@ -97,22 +129,24 @@ void info_nce(const InfoNceOptions& options, py::handle queries, py::handle docu
                dim_weights.size());
     QEMB_CHECK(!call.cuda() || dims.size() <= kMaxPrefixes, "[", kOp, "] at most ", kMaxPrefixes, " dims on CUDA, got ",
                dims.size());
-    const auto integers = [&](const char* name, py::handle object, int64_t count) {
+    const auto given = [&](const char* name, py::handle object, int64_t count, ScalarType type, const char* type_name) {
+        if (object.is_none()) return static_cast<const void*>(nullptr);
         const Argument x(call, name, object);
-        return static_cast<const int64_t*>(x.type(ScalarType::kInt64, "int64").shape({count}).contiguous()->data);
+        return static_cast<const void*>(x.type(type, type_name).shape({count}).contiguous()->data);
+    };
+    const auto integers = [&](const char* name, py::handle object, int64_t count) {
+        return static_cast<const int64_t*>(given(name, object, count, ScalarType::kInt64, "int64"));
     };
     const auto doubles = [&](const Argument& x, std::initializer_list<int64_t> shape) {
         return static_cast<double*>(x.shape(shape).type(ScalarType::kFloat64, "float64").contiguous()->data);
     };
-    const Argument roles(call, "role", role);
     InfoNce p{
         .queries = q->data,
         .documents = d->data,
         .positive = checked_indices(pos, num_queries, 0, num_documents, "an index of documents"),
         .query_text = integers("query_text", query_text, num_queries),
         .document_text = integers("document_text", document_text, num_documents),
-        .role = static_cast<const uint8_t*>(
-            roles.type(ScalarType::kUInt8, "uint8").shape({num_documents}).contiguous()->data),
+        .role = static_cast<const uint8_t*>(given("role", role, num_documents, ScalarType::kUInt8, "uint8")),
         .owner = integers("owner", owner, num_documents),
         .own_starts = integers("own_starts", own_starts, num_queries + 1),
         .own_documents = integers("own_documents", own_documents, num_documents),
@@ -139,6 +173,8 @@ void info_nce(const InfoNceOptions& options, py::handle queries, py::handle docu
         .adds_positive = adds_positive,
         .dtype = q->dtype(),
     };
+    std::optional<Derived> derived;
+    if (!call.cuda()) derived.emplace(p);
     call.run(p, cpu::info_nce, cuda::info_nce, cuda::info_nce_scratch);
 }
 

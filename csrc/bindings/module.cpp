@@ -27,6 +27,7 @@ void bind_runtime(py::module_& m) {
     m.def("current_isa", &cpu::current_isa);
     m.def("set_isa", &cpu::set_isa);
     m.def("cuda_is_built", &cuda::is_built);
+    m.def("hopper_is_built", &cuda::hopper_is_built);
     m.def("cuda_device_count", &cuda::device_count);
     m.def("set_newest_kernels", [](int capability) { return std::exchange(cuda::newest_kernels(), capability); });
     m.def("check_cu_seqlens",

@@ -6,6 +6,7 @@
 #include "cuda/architecture.h"
 #include "cuda/device/vector.h"
 #include "cuda/info_nce/gradients.h"
+#include "cuda/info_nce/inputs.h"
 #include "cuda/info_nce/prefixes.h"
 #include "cuda/info_nce/scores.h"
 #include "cuda/info_nce/softmax.h"
@@ -29,6 +30,9 @@ void run(const InfoNce& p) {
         launch(kOp, kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared), p.stream, a,
                arguments...);
     };
+    if (a.texts || a.roles || a.owners)
+        start(derive_documents<T>, ceil_div(p.num_documents, kInputThreads), kInputThreads, 0);
+    start(check_positives<T>, ceil_div(p.num_queries, kInputThreads), kInputThreads, 0);
     if (a.prefixes) {
         start(find_norms<T>, ceil_div(p.num_queries, 4), 128, 0, static_cast<const T*>(p.queries), p.num_queries,
               a.query_norm);

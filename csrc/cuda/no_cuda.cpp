@@ -27,6 +27,7 @@ void fill_plan(const int32_t*, const int32_t*, int64_t, const AttentionPlan&, in
 namespace cuda {
 
 bool is_built() { return false; }
+bool hopper_is_built() { return false; }
 int device_count() { return 0; }
 DeviceGuard::DeviceGuard(int) { missing("pyqemb"); }
 DeviceGuard::~DeviceGuard() = default;

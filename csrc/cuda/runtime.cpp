@@ -16,6 +16,14 @@ void check(const char* what, cudaError_t error) {
 
 bool is_built() { return true; }
 
+bool hopper_is_built() {
+#ifdef QEMB_SM90
+    return true;
+#else
+    return false;
+#endif
+}
+
 int device_count() {
     int count = 0;
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;

@@ -4,6 +4,7 @@
 namespace qemb::cuda {
 
 bool is_built();
+bool hopper_is_built();
 int device_count();  // 0 where there is no device or no driver
 
 // Kernels for newer architectures than this are left alone. Tests and benchmarks lower it to 80, to compare.

@@ -19,13 +19,15 @@ constexpr int kMaxPrefixes = 8;
 struct InfoNce {
     const void* queries;           // [num_queries, dim], contiguous
     const void* documents;         // [num_documents, dim], contiguous
-    const int64_t* positive;       // [num_queries]
+    const int64_t* positive;       // [num_queries]; cuda: the loss of a row whose positive is no document is NaN
     const int64_t* query_text;     // [num_queries] text id of the query's positive
     const int64_t* document_text;  // [num_documents] text ids
     const uint8_t* role;           // [num_documents] of type Role
     const int64_t* owner;          // [num_documents], -1: of nobody
     const int64_t* own_starts;     // [num_queries + 1]: query i owns own_documents[own_starts[i] .. own_starts[i + 1]),
     const int64_t* own_documents;  // in rising order; the same facts as in owner
+    // May be null on CUDA: document_text (each document is a text of its own), role and query_text (positives are
+    // kPositive, all other documents kHard), owner and its lists (nobody owns any).
     int64_t num_queries;
     int64_t num_documents;
     int64_t dim;

@@ -17,9 +17,14 @@ _LIBRARIES = (
     "faiss-cpu",
     "openai",
 )
+_TIMEOUT = 120  # seconds for the tests of one set of CUDA kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "PYQEMB_KERNELS=auto|80|90 in the environment chooses the CUDA kernels of a Hopper GPU: 80 are those of every "
+        "GPU, 90 are Hopper's own; auto takes 90 once they have passed their tests on one."
+    )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
@@ -48,7 +53,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from pyqemb import _C, __version__
-    from pyqemb.ops import cuda_is_built
+    from pyqemb.ops import cuda_is_built, kernel_sets
 
     def installed(name: str) -> str | None:
         try:
@@ -65,6 +70,9 @@ def _facts() -> dict[str, Any]:
         "memory": _memory(torch.device("cpu")),
         "CUDA kernels": "built" if cuda_is_built() else "not built: nvcc was not found when pyqemb was installed",
     }
+    if cuda_is_built():
+        newest, why = kernel_sets.choose()
+        facts["kernels on Hopper"] = f"those of sm_{newest} ({why})"
     for number in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))
         facts[f"GPU {number}"] = (
@@ -86,48 +94,90 @@ def _memory(device: Any) -> str:
 
 
 def _self_test() -> list[dict[str, Any]]:
-    """Compare each op with plain torch in float64, on the CPU and on a supported GPU."""
+    """Compare each op with plain torch in float64, on the CPU and on a supported GPU.
+
+    Each set of CUDA kernels is tested in a process of its own, which is killed if a kernel hangs.
+    """
     import torch
 
-    from pyqemb.model.device import search_device
-    from pyqemb.ops import cuda_is_built
+    from pyqemb import _C
+    from pyqemb.model.device import gpu_is_usable
 
-    devices = ["cpu"]
-    if torch.cuda.is_available() and cuda_is_built():
-        devices.append(str(search_device(type("Model", (), {"device": "cuda"})())))
+    tests = _tests_on("cpu", "cpu")
+    if gpu_is_usable():
+        hopper = torch.cuda.get_device_capability() == (9, 0) and _C.hopper_is_built()
+        for kernels in ("80", "90") if hopper else ("80",):
+            tests += _tests_in_a_process(kernels)
+    return tests
+
+
+def _tests_in_a_process(kernels: str) -> list[dict[str, Any]]:
+    import os
+    import subprocess
+    import sys
+
+    code = "import json; from pyqemb.cli.doctor import _tests_on; print(json.dumps(_tests_on('cuda', sys.argv[1])))"
+    label = f"cuda, kernels of sm_{kernels}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {code}", label],
+            env=os.environ | {"PYQEMB_KERNELS": kernels}, capture_output=True, text=True, timeout=_TIMEOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [{"name": label, "passed": False, "detail": f"no answer within {_TIMEOUT} s"}]
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        return [{"name": label, "passed": False, "detail": f"exit code {done.returncode}: {last}"}]
+    tests: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return tests
+
+
+def _tests_on(device: str, label: str) -> list[dict[str, Any]]:
     checks: dict[str, Callable[[str], float]] = {
-        "attention": _attention,
+        "attention, head_dim 64": lambda device: _attention(device, 64),
+        "attention, head_dim 128": lambda device: _attention(device, 128),
         "InfoNCE": _info_nce,
         "pooling": _pooling,
         "top-k": _top_k,
     }
     tests = []
-    for device in devices:
-        for name, check in checks.items():
-            try:
-                error = check(device)
-                passed, detail = error < (1e-4 if device == "cpu" else 2e-2), f"greatest error {error:.1e}"
-            except Exception as failure:  # any error is shown in the table
-                passed, detail = False, f"{type(failure).__name__}: {failure}"
-            tests.append({"name": f"{name}, {device}", "passed": passed, "detail": detail})
+    for name, check in checks.items():
+        try:
+            error = check(device)
+            passed, detail = error < (1e-4 if device == "cpu" else 2e-2), f"greatest error {error:.1e}"
+        except Exception as failure:  # any error is shown in the table
+            passed, detail = False, f"{type(failure).__name__}: {failure}"
+        tests.append({"name": f"{name}, {label}", "passed": passed, "detail": detail})
     return tests
 
 
-def _attention(device: str) -> float:
+def _attention(device: str, head_dim: int) -> float:
+    """The greatest error of the output and of the three gradients, relative to the greatest value of each."""
     import torch
 
     from pyqemb import ops
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    generator, cu = torch.Generator().manual_seed(0), torch.tensor([0, 37, 38, 100], dtype=torch.int32)
-    q, k, v = (torch.randn(100, heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
-    found = ops.varlen_attention(q.to(device), k.to(device), v.to(device), cu, causal=True).double().cpu()
-    wanted = []
+    generator, cu = torch.Generator().manual_seed(0), torch.tensor([0, 40, 190, 490], dtype=torch.int32)
+    inputs = [torch.randn(490, heads, head_dim, generator=generator).to(dtype) for heads in (4, 2, 2)]
+    dout = torch.randn(490, 4, head_dim, generator=generator).to(dtype)
+
+    ours = [x.to(device).requires_grad_() for x in inputs]
+    out = ops.varlen_attention(*ours, cu, causal=True)
+    found = [out, *torch.autograd.grad(out, ours, dout.to(device))]
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    parts = []
     for first, last in zip(cu, cu[1:], strict=False):
-        a, b, c = (x[first:last].double().transpose(0, 1) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
-        wanted.append(out.transpose(0, 1))
-    return float((found - torch.cat(wanted)).abs().max())
+        a, b, c = (x[first:last].transpose(0, 1) for x in exact)
+        part = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
+        parts.append(part.transpose(0, 1))
+    out = torch.cat(parts)
+    wanted = [out, *torch.autograd.grad(out, exact, dout.double())]
+    with torch.no_grad():
+        return max(
+            float((x.double().cpu() - y).abs().max() / y.abs().max()) for x, y in zip(found, wanted, strict=True)
+        )
 
 
 def _info_nce(device: str) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing import get_context
 
 from pyqemb.errors import ConfigError
+from pyqemb.model.device import gpu_is_usable
 
 Pool = dict[str, Any]  # "input" and "output" queues, "processes"
 _LONGEST_CHUNK = 5000
@@ -35,8 +36,8 @@ class Pooled:
             ConfigError: there is no device.
         """
         if target_devices is None:
-            gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-            target_devices = gpus or ["cpu"] * 4
+            count = torch.cuda.device_count() if gpu_is_usable() else 0
+            target_devices = [f"cuda:{index}" for index in range(count)] or ["cpu"] * 4
         if not target_devices:
             raise ConfigError("target_devices must name at least one device")
         self.to("cpu").share_memory()  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ except ImportError as error:
         "Build it with `pip install .` (or `make build`) in the source folder; it needs a C++20 compiler."
     ) from error
 
+from pyqemb.ops import kernel_sets  # noqa: F401  before the first call
 from pyqemb.ops.attention import AttentionPlan, attention_plan, varlen_attention
 from pyqemb.ops.groups import Group
 from pyqemb.ops.info_nce import info_nce

@@ -15,7 +15,7 @@ from pyqemb.ops.groups import Group, Options
 from pyqemb.ops.prefixes import over_prefixes, prefixes
 
 _OP = "info_nce"
-_HARD, _POSITIVE, _ABSENT = range(3)  # roles of a document
+_ABSENT = 2  # role of a document that is no candidate of anybody
 
 
 class _Keywords(TypedDict, total=False):
@@ -87,7 +87,8 @@ def info_nce(
         queries_BE: [B, E] unit vectors, float32, bfloat16, float16 or float64. Logits are float32 (float64 for
             float64).
         documents_ME: [M, E] of the same dtype: positives, hard negatives and any other documents.
-        positive: [B] int64, the index of each query's positive among the documents. Queries may share one.
+        positive: [B] int64, the index of each query's positive among the documents. Queries may share one. Indices
+            that are on a GPU are checked there: if one is wrong, the loss is NaN.
         owner: [M] int64, the query that a document belongs to (its positive, or its own hard negative), -1 for none.
             Queries may own different numbers of documents.
         document_ids: [M] int64, equal for equal texts. In the query-query group, queries whose positives are equal
@@ -119,8 +120,8 @@ def info_nce(
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype. ValueError: no queries, an unknown preset or group, incompatible
-            shapes, an index out of range (not checked on a GPU, where `positive` must be valid), a temperature that is
-            not positive and finite, Matryoshka dimensions outside 1..E or not in order.
+            shapes, an index out of range (on the CPU), a temperature that is not positive and
+            finite, Matryoshka dimensions outside 1..E or not in order.
 
     Example:
         >>> queries_BE = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
@@ -342,15 +343,15 @@ def info_nce_block(
 
 
 class _Batch(NamedTuple):
-    """The tensors of a sweep, as InfoNce in csrc/ops/info_nce.h names them."""
+    """The tensors of a sweep, as InfoNce in csrc/ops/info_nce.h names them; the native code derives what is None."""
 
     queries: Tensor
     documents: Tensor
     positive: Tensor
-    query_text: Tensor
-    document_text: Tensor
-    role: Tensor
-    owner: Tensor
+    query_text: Tensor | None
+    document_text: Tensor | None
+    role: Tensor | None
+    owner: Tensor | None
 
 
 def _sweep(
@@ -377,12 +378,15 @@ def _sweep(
     d_queries, d_documents = (
         empty(x.shape if differs else (0,), arithmetic(x.dtype), x.device) for x in (queries, documents)
     )
-    own_documents = torch.argsort(owner, stable=True)
-    bounds = torch.arange(len(queries) + 1, device=owner.device)
+    own_starts = own_documents = None
+    if owner is not None:
+        own_documents = torch.argsort(owner, stable=True)
+        bounds = torch.arange(len(queries) + 1, device=owner.device)
+        own_starts = torch.searchsorted(owner[own_documents], bounds)
     _C.info_nce(
         options.native(),
         **batch._asdict(),
-        own_starts=torch.searchsorted(owner[own_documents], bounds),
+        own_starts=own_starts,
         own_documents=own_documents,
         first_row=first_row,
         num_rows=num_rows,
@@ -443,18 +447,14 @@ def _fake(*given: Any) -> tuple[Tensor, ...]:
 )
 def _forward(*given: Any) -> tuple[Tensor, ...]:
     inputs, options = _inputs(given)
-    documents, ids, owner = inputs.documents, inputs.ids, inputs.owner
-    texts = torch.arange(len(documents), device=documents.device) if ids is None else ids.contiguous()
-    role = torch.full((len(documents),), _HARD, dtype=torch.uint8, device=documents.device)
-    role[inputs.positive] = _POSITIVE
     batch = _Batch(
         queries=inputs.queries,
-        documents=documents,
+        documents=inputs.documents,
         positive=inputs.positive,
-        query_text=texts[inputs.positive],
-        document_text=texts,
-        role=role,
-        owner=torch.full_like(texts, -1) if owner is None else owner,
+        query_text=None,
+        document_text=None if inputs.ids is None else inputs.ids.contiguous(),
+        role=None,
+        owner=inputs.owner,
     )
     losses, totals, *gradients = _sweep(
         batch,

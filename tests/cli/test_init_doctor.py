@@ -59,13 +59,30 @@ def test_every_key_is_in_it_and_is_a_key(tmp_path):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "self-test: attention, cpu" in shown
+    words = " ".join(shown.replace("│", " ").split())
+    assert "attention, head_dim 128" in words
     assert "FAILED" not in shown
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["facts"]["threads"] == torch.get_num_threads()
     assert len(report["self-test"]) >= 4
     assert all(test["passed"] for test in report["self-test"])
+
+
+def test_doctor_names_the_kernels_of_hopper(monkeypatch, capsys):
+    monkeypatch.setattr("pyqemb.ops.cuda_is_built", lambda: True)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert facts["kernels on Hopper"].startswith("those of sm_80 (auto: Hopper's own kernels have not passed")
+
+
+def test_doctor_gives_up_on_a_kernel_that_hangs(monkeypatch):
+    from pyqemb.cli import doctor
+
+    monkeypatch.setattr(doctor, "_TIMEOUT", 0.1)
+    assert doctor._tests_in_a_process("80") == [
+        {"name": "cuda, kernels of sm_80", "passed": False, "detail": "no answer within 0.1 s"}
+    ]
 
 
 def test_doctor_finds_a_broken_kernel(monkeypatch, capsys):

@@ -251,15 +251,16 @@ Result run(const Case& c, const Batch& b, bool gradients = true, const Wide& giv
     emulator::DeviceMemory<double> loss(rows), stats(5), d_temperature(1), log_negatives(rows * kMaxSoftmaxes);
     for (size_t i = 0; i < given.size(); ++i)
         log_negatives.data()[i / softmaxes * kMaxSoftmaxes + i % softmaxes] = given[i];
+    const auto given_or_null = [](const auto& values, auto* data) { return values.empty() ? nullptr : data; };
     InfoNce p{.queries = q.data(),
               .documents = d.data(),
               .positive = positive.data(),
-              .query_text = query_text.data(),
-              .document_text = document_text.data(),
-              .role = role.data(),
-              .owner = owner.data(),
-              .own_starts = own_starts.data(),
-              .own_documents = own_documents.data(),
+              .query_text = given_or_null(b.query_text, query_text.data()),
+              .document_text = given_or_null(b.document_text, document_text.data()),
+              .role = given_or_null(b.role, role.data()),
+              .owner = given_or_null(b.owner, owner.data()),
+              .own_starts = given_or_null(b.own_starts, own_starts.data()),
+              .own_documents = given_or_null(b.own_documents, own_documents.data()),
               .num_queries = c.queries,
               .num_documents = c.documents,
               .dim = c.dim,
@@ -662,6 +663,40 @@ TEST(no_bank_is_met_twice) {
     check<BFloat16>("bfloat16", {.queries = 60, .documents = 60, .dim = 72});
     check<float>("float32", {.queries = 20, .documents = 20, .dim = 40});
     CHECK(emulator::Block::counters().ldmatrix > 0 && emulator::Block::counters().bank_conflicts == 0);
+}
+
+TEST(what_is_left_out_is_derived) {
+    using T = BFloat16;
+    Case c{40, 90, 64};
+    c.owners = false;
+    Batch b = make_batch<T>(c, 5);
+    for (int64_t j = 0; j < c.documents; ++j) b.document_text[j] = j;
+    for (int64_t i = 0; i < c.queries; ++i) b.query_text[i] = b.positive[i];
+    const Result given = run<T>(c, b);
+    b.role.clear(), b.query_text.clear();
+    const Result derived = run<T>(c, b);
+    b.document_text.clear(), b.owner.clear(), b.own_starts.clear(), b.own_documents.clear();
+    const Result bare = run<T>(c, b);
+    for (const Result* result : {&derived, &bare})
+        CHECK(result->loss == given.loss && result->dq == given.dq &&
+              result->dd == given.dd && result->stats == given.stats);
+}
+
+// Nothing outside of the documents is touched, and the losses of the other rows keep their bits.
+TEST(a_positive_that_is_no_document_gives_nan) {
+    using T = BFloat16;
+    Case c{40, 90, 64};
+    Batch b = make_batch<T>(c, 6);
+    b.positive[7] = b.positive[8] = 0;  // what stands in for row 7's
+    b.role[0] = static_cast<uint8_t>(Role::kPositive);
+    b.query_text[7] = b.query_text[8] = b.document_text[0];
+    const Result right = run<T>(c, b);
+    for (const int64_t wrong : {c.documents, int64_t(-1), int64_t(1) << 40}) {
+        b.positive[7] = wrong;
+        const Result result = run<T>(c, b);
+        for (size_t i = 0; i < result.loss.size(); ++i)
+            CHECK(i == 7 ? std::isnan(result.loss[i]) : result.loss[i] == right.loss[i]);
+    }
 }
 
 TEST(a_row_with_nan_leaves_the_others_alone) {

@@ -122,4 +122,4 @@ def test_bad_arguments_are_named(call, error, message):
 def test_a_build_without_cuda_says_so():
     assert _C.cuda_device_count() == 0
     with pytest.raises(RuntimeError, match="this build of pyqemb has no CUDA kernels"):
-        _C.largest_plan(1, 1, 1)
+        _C.largest_plan(1, 1, 1, 0)

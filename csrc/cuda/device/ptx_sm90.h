@@ -22,6 +22,29 @@ QEMB_DEVICE void mbarrier_arrive(uint32_t barrier) {
 QEMB_DEVICE void mbarrier_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// With QEMB_BOUNDED_SPINS a wait that never ends is a trap, and so an error of the launch, instead of a GPU that hangs:
+// for the first runs of new kernels.
+#ifdef QEMB_BOUNDED_SPINS
+QEMB_DEVICE void count_spin(int& spins) {
+    if (++spins > 1 << 26) __trap();
+}
+QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    int done, spins = 0;
+    do {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.s32 %0, 1, 0, done;\n"
+            "}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+        count_spin(spins);
+    } while (!done);
+}
+#else
+QEMB_DEVICE void count_spin(int&) {}
 QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -33,6 +56,7 @@ QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         "r"(parity)
         : "memory");
 }
+#endif
 QEMB_DEVICE void barrier_sync(uint32_t id, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -129,12 +153,14 @@ QEMB_DEVICE void bulk_wait() {
 
 QEMB_DEVICE int next_ticket(int* counter) { return atomicAdd(counter, 1); }
 QEMB_DEVICE void publish(int* flag, int value) {
+    asm volatile("fence.proxy.async.global;" ::: "memory");  // what the copy engine has written comes first
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 QEMB_DEVICE void wait_for(const int* flag, int value) {
-    int seen;
+    int seen, spins = 0;
     do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+        count_spin(spins);
     } while (seen < value);
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }

@@ -79,6 +79,12 @@ struct Panel : GroupRules {
     float* row_weight;       // [kMaxSoftmaxes, rows] of the candidates
     float* positive_weight;  // [layers, rows] of the positive
     float* unit;
+    // What info_nce/inputs.h makes
+    const int64_t* given_positive;
+    int64_t* checked_positive;  // [num_queries]
+    double* fault;              // [num_queries] NaN where the positive given is no document, else 0
+    int64_t *texts, *query_texts, *owners;  // in place of what the caller leaves out, or null
+    uint8_t* roles;
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1
     int* is_first_same;  // [rows]
     // Prefixes alone
@@ -143,10 +149,11 @@ struct Panel : GroupRules {
         const int64_t blocks = rows / kTile * std::max<int64_t>(1, ceil_div(p.dim, aim.columns) * num_parts);
         splits = std::clamp<int64_t>(aim.blocks / blocks, 1, std::max<int64_t>(1, std::max(doc_tiles, query_tiles)));
 
+        owns = owns && p.owner;
         char* const start = static_cast<char*>(p.scratch);
         int64_t used = 0;
         const auto take = [&]<class U>(U*& where, int64_t number) {
-            where = start ? reinterpret_cast<U*>(start + used) : nullptr;
+            where = start && number > 0 ? reinterpret_cast<U*>(start + used) : nullptr;
             used += ceil_div(number * static_cast<int64_t>(sizeof(U)), 256) * 256;
         };
         take(weights, gradients() ? rows * tiles * kTile : 0);
@@ -179,7 +186,18 @@ struct Panel : GroupRules {
         take(over, by_query && !hopper ? cut * doc_tiles * (rows / kTile) * kTileThreads : 0);
         take(plain, hopper ? (doc_tiles + query_tiles) * (rows / kTile) : 0);
         take(positives, hopper && sides == 2 ? rows * p.dim : 0);
+        take(checked_positive, p.num_queries);
+        take(fault, p.num_queries);
+        take(texts, p.document_text ? 0 : p.num_documents);
+        take(query_texts, p.role ? 0 : p.num_queries);
+        take(roles, p.role ? 0 : p.num_documents);
+        take(owners, p.owner ? 0 : p.num_documents);
         scratch_bytes = used;
+        given_positive = p.positive;
+        this->p.positive = checked_positive;
+        if (texts) this->p.document_text = texts;
+        if (roles) this->p.role = roles, this->p.query_text = query_texts;
+        if (owners) this->p.owner = owners;
     }
 
     void start_at(int64_t row) {

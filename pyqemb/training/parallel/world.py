@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyqemb.data.rank_logs import rank_logs
 from pyqemb.errors import ConfigError, Interrupted, RankError
+from pyqemb.model.device import gpu_is_usable
 from pyqemb.training.parallel.heartbeat import Heartbeat, lost_message
 
 Value = TypeVar("Value")
@@ -202,7 +203,7 @@ def joined(device: str, timeout: float = 45.0) -> Iterator[tuple[World, str]]:
     if not dist.is_available() or (size == 1 and not dist.is_initialized()):
         yield World(), device
         return
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_gpu = device.startswith("cuda") or (device == "auto" and gpu_is_usable())
     if on_gpu:
         if ":" in device:
             raise ConfigError(f"train.device: several processes each take their own GPU, got {device!r}")

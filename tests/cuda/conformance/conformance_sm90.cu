@@ -33,7 +33,7 @@ __global__ void barriers_in_memory(const uint32_t* in, uint32_t* out) {
     for (int round = 0; round < 3; ++round) {
         values[round * kThreads + t] = value + static_cast<uint32_t>(round);
         mbarrier_arrive(barrier);
-        mbarrier_wait(barrier, static_cast<uint32_t>(round));
+        mbarrier_wait(barrier, static_cast<uint32_t>(round % 2));
         value = values[round * kThreads + (t * 37 + 5) % kThreads];
         out[round * kThreads + t] = value;
     }
@@ -70,7 +70,7 @@ __global__ void loads(const uint32_t*, uint32_t* out, const QEMB_GRID_CONSTANT T
             mbarrier_expect(barrier, bytes);
             tma_load(base(), map, barrier, at);
         }
-        mbarrier_wait(barrier, static_cast<uint32_t>(round));
+        mbarrier_wait(barrier, static_cast<uint32_t>(round % 2));
         for (int i = t; i < bytes / 4; i += kThreads)
             out[round * bytes / 4 + i] = reinterpret_cast<const uint32_t*>(shared_bytes())[i];
         sync_block();

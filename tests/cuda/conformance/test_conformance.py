@@ -3,6 +3,7 @@
 A run on a GPU writes golden/<device>.json: commit it, and the emulator is held to that device ever after.
 """
 
+import hashlib
 import json
 import platform
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pyqemb.ops import kernel_sets
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
@@ -26,6 +29,17 @@ pytestmark = pytest.mark.skipif(
 def parse(text: str) -> dict[str, list[str]]:
     """name -> [kind, words...]; name.truth and name.bound -> numbers."""
     return {name: rest.split() for name, _, rest in (line.partition(" ") for line in text.splitlines())}
+
+
+def hopper_sources() -> str:
+    """sha256 of all that only Hopper compiles."""
+    cuda = ROOT / "csrc" / "cuda"
+    files = [path for path in (cuda / "sm90").rglob("*") if path.is_file()]
+    files += [cuda / name for name in ("device/hopper.h", "device/ptx_sm90.h", "tensor_map.h")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def golden(program: str) -> list[Path]:
@@ -125,6 +139,13 @@ def test_emulator_agrees_with_recorded_devices(emulated, program):
         assert not differences(emulated, device), path.name
 
 
+def test_hopper_gets_its_own_kernels_where_a_device_has_proven_them():
+    """PROVEN_ON_HOPPER names the sources that a device has answered for, and no others."""
+    proven = {json.loads(path.read_text())["sources"] for path in golden("conformance_sm90")}
+    now = hopper_sources()
+    assert (now if now in proven else None) == kernel_sets.PROVEN_ON_HOPPER
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_device_agrees_with_emulator(emulated, program, tmp_path):
@@ -138,6 +159,8 @@ def test_device_agrees_with_emulator(emulated, program, tmp_path):
     folder.mkdir(exist_ok=True)
     results = {key: " ".join(words) for key, words in device.items() if not key.endswith((".truth", ".bound"))}
     record = {"device": name, "capability": f"{major}.{minor}", "cuda": torch.version.cuda, "results": results}
+    if program == "conformance_sm90":
+        record["sources"] = hopper_sources()
     path = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}.{program}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     assert not differences(emulated, device)

@@ -55,7 +55,8 @@ inline void mbarrier_complete(uint32_t address, int bytes, const Clock& issued, 
 }
 
 inline void mbarrier_wait(uint32_t address, uint32_t parity, const Place& place) {
-    while (mbarrier_at(address, place).phase == (parity & 1)) Block::current()->sleep(address, place);
+    if (parity > 1) fail(place.text() + ": a parity is 0 or 1");
+    while (mbarrier_at(address, place).phase == parity) Block::current()->sleep(address, place);
     if (Races::on) Block::current()->acquire_from(address);
 }
 
