@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32) attention_backward_keys(c
         for (int row = 0; row < kStep; row += kSlot) {
             float ds[2][4];
             add_key_gradients<T, D>(dk, dv, ds, k_tile + my_rows, v_tile + my_rows, q_tile + row * D * 2,
-                                    do_tile + row * D * 2, rows[step % 2], row, first + warp * kSlot,
-                                    scale_of(p), lane);
+                                    do_tile + row * D * 2, rows[step % 2], row, first + warp * kSlot, scale_of(p),
+                                    lane);
         }
         sync_block();  // before the step after the next overwrites this one
     }

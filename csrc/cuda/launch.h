@@ -13,23 +13,29 @@
 
 namespace qemb::cuda {
 
-#ifdef __CUDACC__
 inline void check(const char* op, cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(concat("[", op, "] CUDA: ", cudaGetErrorString(error)));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it would still be there after the next launch
+    throw std::runtime_error(concat("[", op, "] CUDA: ", cudaGetErrorString(error)));
 }
 
 // kernel<<<grid, block, shared bytes, stream>>>(arguments...), checked. An empty grid is no launch.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void* stream,
-            const Arguments&... arguments) {
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+            [[maybe_unused]] void* stream, const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared > 48 * 1024)
         check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+#ifdef __CUDACC__
     kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+#else
+    ::emulator::launch(op, kernel, grid, threads, shared, arguments...);
+#endif
     check(op, cudaGetLastError());
 }
 
+#ifdef __CUDACC__
 inline void zero(const char* op, void* to, size_t bytes, void* stream) {
     check(op, cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
 }

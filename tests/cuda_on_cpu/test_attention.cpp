@@ -57,9 +57,12 @@ TEST(a_plan_made_on_the_device) {
 
 // Whatever the lengths on the device are: nothing outside of the tensors is touched, and every result is NaN.
 TEST(lengths_that_are_none_give_nan) {
-    for (const std::vector<int32_t>& lengths :
-         {std::vector<int32_t>{0, 150, 40, 190}, {0, 20, 150, 189}, {0, 20, 150, 1 << 30}, {0, -5, 150, 190},
-          {7, 20, 150, 190}, {0, 1 << 30, -(1 << 30), 190}}) {
+    for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{0, 150, 40, 190},
+                                                {0, 20, 150, 189},
+                                                {0, 20, 150, 1 << 30},
+                                                {0, -5, 150, 190},
+                                                {7, 20, 150, 190},
+                                                {0, 1 << 30, -(1 << 30), 190}}) {
         const Case c = self({20, 130, 40}, 2, 1, 64, true);
         const Inputs x = random_inputs<BFloat16>(c);
         Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);

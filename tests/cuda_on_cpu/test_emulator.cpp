@@ -204,18 +204,23 @@ TEST(divergence_is_seen) {
 }
 
 __global__ void refused(int) {}
+__global__ void accepted(int) {}
+TEST(a_refused_launch_is_no_error_of_the_next) {
+    check_says(failure(1, 256 * 1024, refused, 0), "CUDA: invalid argument");
+    CHECK(failure(1, 0, accepted, 0).empty() && cudaGetLastError() == cudaSuccess);
+}
 TEST(launches_that_cannot_be_are_refused) {
-    check_says(failure(1, 256 * 1024, refused, 0), "too much shared memory");
+    check_says(failure(1, 256 * 1024, refused, 0), "CUDA: invalid argument");
     for (const auto& [capability, bytes] : {std::pair(86, 101376), {89, 101376}, {80, 166912}, {90, 232448}}) {
         emulator::use_device(capability);
         CHECK(max_shared() == bytes && failure(1, bytes, refused, 0).empty());
-        check_says(failure(1, bytes + 1, refused, 0), "too much shared memory");
+        check_says(failure(1, bytes + 1, refused, 0), "CUDA: invalid argument");
     }
     try {
         launch("test", refused, dim3(1, 70000), 32, 0, nullptr, 0);
         CHECK(false);
     } catch (const std::runtime_error& error) {
-        check_says(error.what(), "no such grid");
+        check_says(error.what(), "CUDA: invalid configuration argument");
     }
     launch("test", refused, dim3(0), 32, 0, nullptr, 0);
 }

@@ -678,8 +678,8 @@ TEST(what_is_left_out_is_derived) {
     b.document_text.clear(), b.owner.clear(), b.own_starts.clear(), b.own_documents.clear();
     const Result bare = run<T>(c, b);
     for (const Result* result : {&derived, &bare})
-        CHECK(result->loss == given.loss && result->dq == given.dq &&
-              result->dd == given.dd && result->stats == given.stats);
+        CHECK(result->loss == given.loss && result->dq == given.dq && result->dd == given.dd &&
+              result->stats == given.stats);
 }
 
 // Nothing outside of the documents is touched, and the losses of the other rows keep their bits.

@@ -57,9 +57,9 @@ __global__ void start_rows(const Panel<T> a) {
     for (int layer = 0; layer < a.layers; ++layer) {
         const double product =
             warp_dot(a.anchors[0].data + row * a.p.dim, a.documents.data + positive[row] * a.p.dim, 0, a.ends[layer]);
-        const double score =
-            product * static_cast<double>(a.of_anchor(layer, 0, row)) * static_cast<double>(a.of_anchor(layer, 1, row)) +
-            a.fault[a.query(row)];
+        const double score = product * static_cast<double>(a.of_anchor(layer, 0, row)) *
+                                 static_cast<double>(a.of_anchor(layer, 1, row)) +
+                             a.fault[a.query(row)];
         tally = {};
         score_own(a, layer, row, score, tally);
         if (lane == 0) a.positive_score[layer * a.rows + row] = score;

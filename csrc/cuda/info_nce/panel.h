@@ -81,8 +81,8 @@ struct Panel : GroupRules {
     float* unit;
     // What info_nce/inputs.h makes
     const int64_t* given_positive;
-    int64_t* checked_positive;  // [num_queries]
-    double* fault;              // [num_queries] NaN where the positive given is no document, else 0
+    int64_t* checked_positive;              // [num_queries]
+    double* fault;                          // [num_queries] NaN where the positive given is no document, else 0
     int64_t *texts, *query_texts, *owners;  // in place of what the caller leaves out, or null
     uint8_t* roles;
     int64_t* next_same;  // [rows] the next row of the panel with the same positive, or -1

@@ -1,11 +1,16 @@
-// csrc/cuda/launch.h on the emulator: a block on each multiprocessor, in an order of the seed.
+// What csrc/cuda/launch.h calls of the CUDA runtime, on the emulator: a block on each multiprocessor, in an order of
+// the seed.
 #pragma once
 
+#include <map>
 #include <numeric>
 #include <tuple>
 #include <type_traits>
 
 #include "emulator/hooks.h"
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulator {
 
@@ -26,11 +31,26 @@ inline void use_device(int capability) {
     options().shared_limit = (capability == 80 ? 163 : capability == 90 ? 227 : 99) * 1024;
 }
 
-inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block::Body body, const void* context) {
-    if (shared > options().shared_limit)
-        throw std::runtime_error("[" + std::string(op) + "] " + "too much shared memory: " + std::to_string(shared));
+// As in the runtime, an error stays until it is asked for.
+struct Errors {
+    cudaError_t last = cudaSuccess;
+    std::map<const void*, size_t> most_shared;  // bytes that a kernel may be launched with, where more than 48 KB
+
+    cudaError_t set(cudaError_t error) { return last = error; }
+};
+inline Errors& errors() {
+    static Errors errors;
+    return errors;
+}
+
+inline void launch(const char* op, const void* kernel, dim3 grid, int threads, size_t shared, Block::Body body,
+                   const void* context) {
+    size_t allowed = 48 * 1024;
+    if (const auto found = errors().most_shared.find(kernel); found != errors().most_shared.end())
+        allowed = std::min(found->second, options().shared_limit);
+    if (shared > allowed) return static_cast<void>(errors().set(cudaErrorInvalidValue));
     if (grid.x >> 31 || grid.y > 65535 || grid.z > 65535)
-        throw std::runtime_error("[" + std::string(op) + "] " + "no such grid: " + text(grid));
+        return static_cast<void>(errors().set(cudaErrorInvalidConfiguration));
     std::vector<uint64_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0);
     Random random{++options().seed * 0x2545f4914f6cdd1du};
@@ -75,17 +95,33 @@ inline void launch(const char* op, dim3 grid, int threads, size_t shared, Block:
 
 }  // namespace emulator
 
-namespace qemb::cuda {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    auto& errors = emulator::errors();
+    if (static_cast<size_t>(bytes) > emulator::options().shared_limit) return errors.set(cudaErrorInvalidValue);
+    errors.most_shared[kernel] = static_cast<size_t>(bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::errors().last, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+
+namespace emulator {
 
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void*,
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
             const Arguments&... arguments) {
     static_assert((std::is_trivially_copyable_v<Parameters> && ...) && (sizeof(Parameters) + ... + 0) <= 4096,
                   "arguments of kernels are copied, 4 KB at most");
     const auto call = [&] { kernel(arguments...); };
-    ::emulator::launch(
-        op, grid, threads, shared, [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+    launch(
+        op, reinterpret_cast<const void*>(kernel), grid, threads, shared,
+        [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
+
+}  // namespace emulator
+
+namespace qemb::cuda {
 
 inline int compute_capability() { return ::emulator::options().compute_capability; }
 inline int multiprocessors() { return ::emulator::options().multiprocessors; }
