@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda build wheel check-cuda fix check clean
+.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
+	@echo "make gpu-session   all that a quarter of an hour on a GPU can answer, in build/gpu-results; make gpu-wheels before"
 	@echo "make docs   the site, in build/site      make reference   its pages of the settings"
 	@echo "make wheel  a wheel, repaired and tested, in build/wheel"
 	@echo "make build  the native library, in place      make fix    format and lint"
@@ -77,6 +78,17 @@ bench: $(VENV)/test.stamp
 bench-cuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks/cuda -o python_files="bench_*.py" --benchmark-disable -rs
 	$(BIN)/python benchmarks/bench_scale.py --device cuda --hidden 2048 --layers 24 --batch 256 --words 100 --chunk 16384
+
+# Uses the torch of PYTHON and no package index: `make gpu-wheels`, on a machine with one, unpacks what it may lack.
+gpu-session:
+	PYTHON=$(PYTHON) benchmarks/gpu_session.sh build/gpu-results
+
+gpu-wheels: $(BIN)/python
+	for version in 3.10 3.11 3.12 3.13 3.14; do \
+	  $(BIN)/python -m pip download --quiet --only-binary :all: --no-deps --python-version $$version --dest build/wheels \
+	    --constraint constraints.txt pydantic pydantic-core annotated-types typing-inspection rich markdown-it-py mdurl pygments || exit 1; \
+	done
+	for wheel in build/wheels/*.whl; do python3 -m zipfile -e $$wheel build/gpu-session; done
 
 # The platform tag is what the symbols of this machine's C library allow. TORCH: versions of torch to test the wheel with.
 wheel: $(VENV)/test.stamp
