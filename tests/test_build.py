@@ -127,3 +127,24 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
         assert result.returncode != 0, result.stderr
         assert last.startswith("pyqemb: "), result.stderr
         assert sentence in last, result.stderr
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("", "sm_80, Hopper's own kernels"),
+        ("86;89", "sm_86;89"),
+        ("80;90a", "sm_80, Hopper's own kernels"),
+        ("90", "sm_90, Hopper's own kernels"),
+        ("90a", None),
+    ],
+)
+def test_architectures_of_the_environment(tmp_path, wanted, said):
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DQEMB_PYTHON=OFF", "-DPYQEMB_CUDA=on"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDAARCHS": wanted})
+    line = next((line for line in done.stdout.splitlines() if "CUDA backend by" in line), None)
+    assert (line and line.rpartition(", sm_")[2]) == (said and said.removeprefix("sm_"))
+    assert (done.returncode == 0) == (said is not None), done.stderr
