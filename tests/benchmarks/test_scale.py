@@ -19,7 +19,14 @@ def measured(folder, ranks, kinds, hidden, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [name for name in bench["KINDS"] if name != "shards, as planned"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "shards, gathered in every pass",
+        pytest.param("shards, gathered once a step", marks=pytest.mark.deep),
+        pytest.param("replicas", marks=pytest.mark.deep),
+    ],
+)
 def test_memory_is_as_planned(tmp_path, kind):
     (found,) = measured(tmp_path, 2, [kind], 512, 8)
     assert abs(found["memory"] - found["planned"]) < 0.15 * found["planned"] + CONSTANT, found

@@ -73,8 +73,17 @@ def old_versions(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("model_type", ["qwen3", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("model_type", "pooling"),
+    [
+        ("qwen3", "last"),
+        ("llama", "mean"),
+        pytest.param("qwen3", "mean", marks=pytest.mark.deep),
+        pytest.param("llama", "last", marks=pytest.mark.deep),
+        pytest.param("qwen2", "last", marks=pytest.mark.deep),
+        pytest.param("qwen2", "mean", marks=pytest.mark.deep),
+    ],
+)
 def test_embedders(old_versions, tmp_path, model_type, pooling):
     model = tiny_embedder(model_type=model_type, pooling=pooling)
     with torch.no_grad():

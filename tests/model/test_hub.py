@@ -67,6 +67,7 @@ def hub(monkeypatch):
     server.url, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setenv("NO_PROXY", "*")
     yield server

@@ -125,7 +125,14 @@ def same(ours, theirs):
         assert ours == theirs if not isinstance(theirs, float) else abs(ours - theirs) < 1e-5
 
 
-@pytest.fixture(scope="module", params=["normalize", "mean", "no-normalize", "truncate", "default-prompt"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "normalize",
+        "mean",
+        *(pytest.param(x, marks=pytest.mark.deep) for x in ("no-normalize", "truncate", "default-prompt")),
+    ],
+)
 def models(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "model"
     model = tiny_embedder(pooling="mean" if request.param == "mean" else "last")

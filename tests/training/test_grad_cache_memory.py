@@ -126,7 +126,13 @@ FAILURES = [  # the plan, and the pass through the model that fails: of five chu
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
 @pytest.mark.parametrize(("plan", "failing"), FAILURES, ids=str)
-@pytest.mark.parametrize("before", [False, True], ids=["no gradients before", "gradients before"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(False, id="no gradients before", marks=pytest.mark.deep),
+        pytest.param(True, id="gradients before"),
+    ],
+)
 def test_a_failed_allocation_changes_nothing(plan, failing, error, before, said):
     model, (queries, documents) = tiny_embedder().double(), batches()
     _, truth = gradients(model, uncached(model, queries, documents))

@@ -172,7 +172,7 @@ def test_lower_can_be_better_and_patience_stops(place):
     assert next(values) == 0.5
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.deep)])
 def test_an_exception_of_the_users_code_costs_no_training(place, caplog, step):
     def fails(row):
         if row["step"] == step:

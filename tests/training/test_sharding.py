@@ -223,10 +223,18 @@ def test_gathers_do_not_grow_with_chunks(workplace):
     assert results["gathered, 30 2"]["chunks"][1] > results["gathered, 60 2"]["chunks"][1]
 
 
-def test_a_rank_out_of_memory_lets_all_try_again(workplace, alone):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("gathered", "LoRA, resharded"),
+        pytest.param(("resharded", "planned", "checkpointing"), marks=pytest.mark.deep),
+    ],
+    ids=", ".join,
+)
+def test_a_rank_out_of_memory_lets_all_try_again(workplace, alone, names):
     """Whichever pass fails, and whether it holds collectives, graphs or recomputed blocks."""
     cases, fails = {}, {}
-    for name in ("gathered", "resharded", "planned", "checkpointing", "LoRA, resharded"):
+    for name in names:
         for kind, at in (("forward", 1), ("graph", 3), ("backward", 2)):
             case = f"{name}, {kind}"
             cases[case], fails[case] = CASES[name], {"kind": kind, "at": at, "rank": 1}
