@@ -163,7 +163,8 @@ def _attention(device: str, head_dim: int) -> float:
     dout = torch.randn(490, 4, head_dim, generator=generator).to(dtype)
 
     ours = [x.to(device).requires_grad_() for x in inputs]
-    out = ops.varlen_attention(*ours, cu, causal=True)
+    q, k, v = ours
+    out = ops.varlen_attention(q, k, v, cu, causal=True)
     found = [out, *torch.autograd.grad(out, ours, dout.to(device))]
 
     exact = [x.double().requires_grad_() for x in inputs]

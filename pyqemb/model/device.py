@@ -69,9 +69,7 @@ def _obstacle(index: int | None) -> str | None:
             f"{found.name} has compute capability {found.major}.{found.minor}; the CUDA kernels need {least} or newer "
             "(A100, RTX 3090, L4, H100, ...)"
         )
-    if found.shared_memory_per_block_optin < _LEAST_SHARED:
-        return (
-            f"{found.name} has {found.shared_memory_per_block_optin} bytes of shared memory a block; the CUDA kernels "
-            f"need {_LEAST_SHARED}"
-        )
+    shared = getattr(found, "shared_memory_per_block_optin", _LEAST_SHARED)
+    if shared < _LEAST_SHARED:
+        return f"{found.name} has {shared} bytes of shared memory a block; the CUDA kernels need {_LEAST_SHARED}"
     return None

@@ -72,8 +72,8 @@ __global__ void product(const QEMB_GRID_CONSTANT TensorMap a, const QEMB_GRID_CO
         registers_decrease<24>();
         if (threadIdx.x > 128) return;
         for (int step = 0; step < kSteps; ++step) {
-            const uint32_t stage = start + step % kStages * 2 * kTileBytes, parity = step / kStages;
-            if (bug != kNoEmptyWait) mbarrier_wait(empty(step), parity + 1);
+            const uint32_t stage = start + step % kStages * 2 * kTileBytes, parity = step / kStages % 2;
+            if (bug != kNoEmptyWait) mbarrier_wait(empty(step), parity ^ 1);
             mbarrier_expect(full(step), bug == kWrongBytes ? kTileBytes : 2 * kTileBytes);
             tma_load(stage, a, full(step), {step * 64, 0});
             tma_load(stage + kTileBytes, b, full(step), {step * 64, 0});
@@ -85,8 +85,8 @@ __global__ void product(const QEMB_GRID_CONSTANT TensorMap a, const QEMB_GRID_CO
     float sums[32];
     uint32_t words[4];
     for (int step = 0; step < kSteps; ++step) {
-        const uint32_t stage = start + step % kStages * 2 * kTileBytes, parity = step / kStages;
-        mbarrier_wait(full(step), bug == kWrongPhase ? parity + 1 : parity);
+        const uint32_t stage = start + step % kStages * 2 * kTileBytes, parity = step / kStages % 2;
+        mbarrier_wait(full(step), bug == kWrongPhase ? parity ^ 1 : parity);
         ldmatrix_x4(words, stage + (t / 32 * 16 + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4));
         if (bug != kNoProductFence) wgmma_fence();
         for (int k = 0; k < 4; ++k) {

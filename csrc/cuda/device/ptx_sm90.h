@@ -23,40 +23,26 @@ QEMB_DEVICE void mbarrier_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // With QEMB_BOUNDED_SPINS a wait that never ends is a trap, and so an error of the launch, instead of a GPU that hangs:
-// for the first runs of new kernels.
+// for the first runs of new kernels, which it makes slower (they spill). A loop outside of the assembly would also
+// serialize wgmma.
 #ifdef QEMB_BOUNDED_SPINS
-QEMB_DEVICE void count_spin(int& spins) {
-    if (++spins > 1 << 26) __trap();
-}
-QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    int done, spins = 0;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.s32 %0, 1, 0, done;\n"
-            "}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-        count_spin(spins);
-    } while (!done);
-}
+#define QEMB_COUNT_SPIN "add.u32 spins, spins, 1;\nsetp.gt.u32 over, spins, 67108864;\n@over trap;\n"
 #else
-QEMB_DEVICE void count_spin(int&) {}
+#define QEMB_COUNT_SPIN ""
+#endif
 QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
-        ".reg .pred done;\n"
+        ".reg .pred done, over;\n"
+        ".reg .u32 spins;\n"
+        "mov.u32 spins, 0;\n"
         "AGAIN:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n" QEMB_COUNT_SPIN
         "@!done bra AGAIN;\n"
         "}" ::"r"(barrier),
         "r"(parity)
         : "memory");
 }
-#endif
 QEMB_DEVICE void barrier_sync(uint32_t id, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -157,11 +143,19 @@ QEMB_DEVICE void publish(int* flag, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 QEMB_DEVICE void wait_for(const int* flag, int value) {
-    int seen, spins = 0;
-    do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-        count_spin(spins);
-    } while (seen < value);
+    asm volatile(
+        "{\n"
+        ".reg .pred done, over;\n"
+        ".reg .u32 spins;\n"
+        ".reg .s32 seen;\n"
+        "mov.u32 spins, 0;\n"
+        "AGAIN:\n"
+        "ld.acquire.gpu.global.s32 seen, [%0];\n"
+        "setp.ge.s32 done, seen, %1;\n" QEMB_COUNT_SPIN
+        "@!done bra AGAIN;\n"
+        "}" ::"l"(flag),
+        "r"(value)
+        : "memory");
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 

@@ -48,7 +48,7 @@ def golden(program: str) -> list[Path]:
 
 
 def build_and_run(command: list[str], program: str, target: Path) -> dict[str, list[str]]:
-    command = [*command, f"-I{ROOT / 'csrc'}", str(HERE / f"{program}.cu"), "-o", str(target)]
+    command = [*command, "-DQEMB_BOUNDED_SPINS", f"-I{ROOT / 'csrc'}", str(HERE / f"{program}.cu"), "-o", str(target)]
     subprocess.run(command, check=True)
     return parse(subprocess.run([target], check=True, capture_output=True, text=True, timeout=300).stdout)
 
