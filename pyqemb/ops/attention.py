@@ -14,6 +14,7 @@ from pyqemb.ops.common import at_kernels, differentiable, empty_like, native, ne
 
 _OP = "varlen_attention"
 _MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
+_WIDE = torch.float32, torch.float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class AttentionPlan:
     data: Tensor | None = None  # int32, the lists of csrc/ops/attention.h; None on the CPU
     # Capacities of its lists: tiles, blocks, key blocks, summed blocks; and 1 if no sequence has more than one query.
     sizes: Sequence[int] = (0, 0, 0, 0, 0)
+    host: tuple[Tensor, Tensor] | None = None  # both lengths on the CPU, where they came from there
 
 
 def attention_plan(
@@ -156,7 +158,7 @@ def _plan_on_host(
     for copy, cu in zip(copies, lengths, strict=True):
         copy.copy_(cu)
     data, *cu = packed.to(device, non_blocking=True).split(parts)
-    return AttentionPlan(cu[0], cu[-1], tokens, tokens_k, data, sizes)
+    return AttentionPlan(cu[0], cu[-1], tokens, tokens_k, data, sizes, (lengths[0], lengths[-1]))
 
 
 def _plan_on_device(cu_q: Tensor, cu_k: Tensor, tokens: int, tokens_k: int) -> AttentionPlan:
@@ -185,8 +187,9 @@ def varlen_attention(
     """softmax(scale q k^T) v within each sequence of a packed batch, with grouped-query heads, differentiable once.
 
     Args:
-        q_TND: [T, N, D] float32, bfloat16, float16 or float64, D a multiple of 8 up to 256; on CUDA bfloat16 or float16
-            and D 64 or 128. D is contiguous; tokens and heads may be strided (slices of one qkv projection).
+        q_TND: [T, N, D] float32, bfloat16, float16 or float64, D a multiple of 8 up to 256. On CUDA, bfloat16 and
+            float16 have kernels for D 64 and 128, and torch computes float32 and float64, one sequence after another.
+            D is contiguous; tokens and heads may be strided (slices of one qkv projection).
         k_SKD: [S, K, D] of the same dtype; N a multiple of K, query head n reads key head n // (N // K).
         v_SKD: [S, K, D] of the same dtype.
         cu_seqlens: [B + 1] int32, `[0, ..., T]`, where each sequence starts. Values that are on a GPU already are
@@ -228,8 +231,36 @@ def varlen_attention(
         )
     for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         checks.optional_tensor(_OP, name, given)
+    if q_TND.device.type == "cuda" and q_TND.dtype in _WIDE and not checks.has_no_values():
+        return by_sequence(q_TND, k_SKD, v_SKD, plan, causal=causal, scale=scale)
     cu = plan.cu_seqlens, plan.cu_seqlens_k
     return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)[0]
+
+
+def by_sequence(
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, plan: AttentionPlan, *, causal: bool, scale: float
+) -> Tensor:
+    """Attention by torch, one sequence after another: for float32 and float64 on CUDA, which have no kernel.
+
+    It is for checks and small models: it costs a few launches a sequence, and the host waits for lengths that only the
+    GPU knows.
+    """
+    lengths, lengths_k = (torch.diff(cu).tolist() for cu in plan.host or (plan.cu_seqlens, plan.cu_seqlens_k))
+    parts = [q_TND[:0]]
+    for q, k, v in zip(q_TND.split(lengths), k_SKD.split(lengths_k), v_SKD.split(lengths_k), strict=True):
+        count, keys = len(q), len(k)
+        blind = max(count - keys, 0) if causal else count * (keys == 0)  # queries at the start that see no key
+        mask = None
+        if causal and count != keys:
+            mask = torch.ones(count - blind, keys, dtype=torch.bool, device=q.device).tril(keys - (count - blind))
+        parts.append(q[:blind] * 0)
+        if count > blind:
+            heads = (x.transpose(0, 1) for x in (q[blind:], k, v))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *heads, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=True
+            )
+            parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
 
 
 @native(

@@ -168,8 +168,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of `train.precision` on a device."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    if name == "float32" and device.type == "cuda":
-        raise ConfigError("train.precision: the CUDA kernels compute attention in bfloat16, not in float32")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 

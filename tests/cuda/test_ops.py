@@ -78,6 +78,21 @@ def test_attention(name, causal, where):
     )
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["empty", "long", *KEY_LENGTHS])
+def test_attention_in_float32(name, causal, where):
+    lengths, keys = KEY_LENGTHS.get(name) or (LENGTHS[name],) * 2
+    cu, cu_k = cu_seqlens(lengths), cu_seqlens(keys)
+    given = (cu, cu_k) if where == "host" else (cu.to("cuda"), cu_k.to("cuda"))
+    held_to_float64(
+        lambda q, k, v: ops.varlen_attention(q, k, v, given[0], cu_seqlens_k=given[1], causal=causal),
+        lambda q, k, v: reference.attention(q, k, v, cu, cu_k, causal=causal),
+        attention_tensors(lengths, keys, head_dim=32),
+        torch.float32,
+    )
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 128), (8, 1, 64), (4, 1, 128), (3, 1, 64)])
 def test_attention_of_other_heads(heads, kv_heads, head_dim, dtype):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pyqemb import _C, ops
+from pyqemb.ops.attention import by_sequence
 from pyqemb.testing import reference
 from pyqemb.testing.cases import ATTENTION_CASES, cu_seqlens
 from pyqemb.testing.compare import assert_close_as
@@ -41,6 +42,21 @@ def test_equals_float64_as_well_as_torch_does(case, dtype, causal):
     low, truth = run(naive, tensors, dout, dtype), run(naive, tensors, dout, torch.float64)
     for name, actual, expected, exact in zip(("out", "dq", "dk", "dv"), ours, low, truth, strict=True):
         assert_close_as(actual, expected, exact, name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [*ATTENTION_CASES[:6], *ATTENTION_CASES[-4:]], ids=lambda case: case.name)
+def test_by_sequence(case, causal):
+    """What float32 gets on CUDA, here on the CPU."""
+    tensors, cu, cu_k = inputs(case, torch.float64)
+    dout, scale = torch.randn_like(tensors[0]), 0.3
+    plan = ops.attention_plan(cu, cu_k)
+    ours = run(lambda *x: by_sequence(*x, plan, causal=causal, scale=scale), tensors, dout, torch.float64)
+    truth = run(
+        lambda *x: ops.varlen_attention(*x, None, plan=plan, causal=causal, scale=scale), tensors, dout, torch.float64
+    )
+    for actual, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [False, True])
