@@ -36,7 +36,8 @@ _PAGES = {
         "writes a `run.toml` with all of them, `pyqemb train --help-config KEY` explains one in the terminal, and\n"
         "`pyqemb schema --out run.schema.json` writes a JSON Schema. Editors with the Even Better TOML extension\n"
         "use it if the first line of `run.toml` is `#:schema run.schema.json`. Unknown keys are refused.\n\n"
-        "`--set KEY=VALUE` overrides a key, with the value written as in YAML. TOML has no null: to turn a key off\n"
+        "`--set KEY=VALUE` overrides a key, with the value written as in YAML; an item of a list has a number, as in\n"
+        "`--set data.0.path=mined.jsonl`. TOML has no null: to turn a key off\n"
         "that is on by default, use `--set loss.margin=null` or a YAML file.",
     ),
     "curation-file": (
