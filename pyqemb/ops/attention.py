@@ -255,9 +255,9 @@ def by_sequence(
             mask = torch.ones(count - blind, keys, dtype=torch.bool, device=q.device).tril(keys - (count - blind))
         parts.append(q[:blind] * 0)
         if count > blind:
-            heads = (x.transpose(0, 1) for x in (q[blind:], k, v))
+            a, b, c = (x.transpose(0, 1) for x in (q[blind:], k, v))
             out = torch.nn.functional.scaled_dot_product_attention(
-                *heads, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=True
+                a, b, c, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=True
             )
             parts.append(out.transpose(0, 1))
     return torch.cat(parts)
