@@ -131,7 +131,7 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
 
 @pytest.mark.deep
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+@pytest.mark.skipif(not (Path(sys.executable).parent / "cmake").exists(), reason="no cmake in the environment")
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
@@ -143,8 +143,10 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
     ],
 )
 def test_architectures_of_the_environment(tmp_path, wanted, said):
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DQEMB_PYTHON=OFF", "-DPYQEMB_CUDA=on"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDAARCHS": wanted})
+    programs = Path(sys.executable).parent
+    command = [programs / "cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DQEMB_PYTHON=OFF", "-DPYQEMB_CUDA=on"]
+    environment = {**os.environ, "CUDAARCHS": wanted, "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     line = next((line for line in done.stdout.splitlines() if "CUDA backend by" in line), None)
     assert (line and line.rpartition(", sm_")[2]) == (said and said.removeprefix("sm_"))
     assert (done.returncode == 0) == (said is not None), done.stderr
