@@ -28,6 +28,7 @@ class AttentionPlan:
         tokens_k: the number of key tokens, S.
         data: the tiles of the CUDA kernels (default: none, for the CPU).
         sizes: the sizes of the parts of `data`.
+        host: both lengths on the CPU (default: none, if they came from a GPU).
 
     Example:
         >>> pyqemb.ops.attention_plan(torch.tensor([0, 2, 5], dtype=torch.int32)).tokens
