@@ -39,7 +39,6 @@ started=$SECONDS
 failures=0
 
 has_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; }
-is_hopper() { "$python" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))' 2> /dev/null; }
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
 

@@ -116,11 +116,13 @@ def _tests_in_a_process(kernels: str) -> list[dict[str, Any]]:
     import subprocess
     import sys
 
-    code = "import json; from pyqemb.cli.doctor import _tests_on; print(json.dumps(_tests_on('cuda', sys.argv[1])))"
+    code = (
+        "import json, sys; from pyqemb.cli.doctor import _tests_on; print(json.dumps(_tests_on('cuda', sys.argv[1])))"
+    )
     label = f"cuda, kernels of sm_{kernels}"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; {code}", label],
+            [sys.executable, "-c", code, label],
             env=os.environ | {"PYQEMB_KERNELS": kernels}, capture_output=True, text=True, timeout=_TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -63,34 +63,30 @@ def attention_tensors(lengths, keys, heads=4, kv_heads=2, head_dim=64):
     return [torch.randn(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("where", ["host", "device"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", [*LENGTHS, *KEY_LENGTHS])
-def test_attention(name, causal, where):
+def attention_is_held_to_float64(name, causal, where, head_dim, dtype):
     lengths, keys = KEY_LENGTHS.get(name) or (LENGTHS[name],) * 2
     cu, cu_k = cu_seqlens(lengths), cu_seqlens(keys)
     given = (cu, cu_k) if where == "host" else (cu.to("cuda"), cu_k.to("cuda"))
     held_to_float64(
         lambda q, k, v: ops.varlen_attention(q, k, v, given[0], cu_seqlens_k=given[1], causal=causal),
         lambda q, k, v: reference.attention(q, k, v, cu, cu_k, causal=causal),
-        attention_tensors(lengths, keys),
-        torch.bfloat16,
+        attention_tensors(lengths, keys, head_dim=head_dim),
+        dtype,
     )
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [*LENGTHS, *KEY_LENGTHS])
+def test_attention(name, causal, where):
+    attention_is_held_to_float64(name, causal, where, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["empty", "long", *KEY_LENGTHS])
 def test_attention_in_float32(name, causal, where):
-    lengths, keys = KEY_LENGTHS.get(name) or (LENGTHS[name],) * 2
-    cu, cu_k = cu_seqlens(lengths), cu_seqlens(keys)
-    given = (cu, cu_k) if where == "host" else (cu.to("cuda"), cu_k.to("cuda"))
-    held_to_float64(
-        lambda q, k, v: ops.varlen_attention(q, k, v, given[0], cu_seqlens_k=given[1], causal=causal),
-        lambda q, k, v: reference.attention(q, k, v, cu, cu_k, causal=causal),
-        attention_tensors(lengths, keys, head_dim=32),
-        torch.float32,
-    )
+    attention_is_held_to_float64(name, causal, where, 32, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
