@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pyqemb.training import TrainConfig
     from pyqemb.training.rank_plan import Ranks
 
+_MOST_RANKS = 1_000_000  # of --world; the texts of each are listed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="a .toml, .yaml or .json file")
@@ -111,8 +113,8 @@ def _ranks(args: argparse.Namespace) -> "Ranks | None":
         )
     if args.world is None or args.gpu_memory is None:
         raise ConfigError("--world and --gpu-memory belong together: give both")
-    if args.world < 1:
-        raise ConfigError(f"--world: expected at least one rank, got {args.world}")
+    if not 1 <= args.world <= _MOST_RANKS:
+        raise ConfigError(f"--world: expected 1 to {_MOST_RANKS} ranks, got {args.world}")
     try:
         memory = size_in_bytes(args.gpu_memory)
     except ValueError as error:

@@ -25,7 +25,7 @@ from pyqemb.model.progress import progress_bar
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.scoring import Scoring
 from pyqemb.model.sentence import check_reranker_modules, read_instruction
-from pyqemb.model.shards import local, own_rows
+from pyqemb.model.shards import is_writer, local, own_rows
 from pyqemb.model.source import Attention, local_folder, named_dtype
 
 _PAIRS_AT_ONCE = 4096  # tokenized together
@@ -100,6 +100,8 @@ class Reranker(Scoring):
         tokenizer = PairTokenizer.from_folder(path, max_length)
         check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)
         head, lm_head = _read_head(tensors, model.config, tokenizer)
+        if lm_head is not None and str(device) != "meta":  # there, `load_rows` decides
+            lm_head = lm_head.clone()
         reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
         return reranker._load(tensors, dtype, device)
 
@@ -128,9 +130,11 @@ class Reranker(Scoring):
         """Load the weights of a folder, including the head, into the parameters."""
         super().load_rows(folder)
         if self.head is not None:
-            head, _ = _read_head(Tensors(local_folder(folder), self.heads), self.config, self.tokenizer)
+            head, lm_head = _read_head(Tensors(local_folder(folder), self.heads), self.config, self.tokenizer)
             assert head is not None
             local(self.head).copy_(head[own_rows(self.head)])
+            # Only the rank that saves the model needs a copy of the other rows in its memory.
+            self._lm_head = lm_head.clone() if lm_head is not None and is_writer(self) else lm_head
 
     @property
     def reads_embedding(self) -> bool:
@@ -354,7 +358,7 @@ class Reranker(Scoring):
 def _read_head(
     tensors: Tensors, config: DecoderConfig, tokenizer: PairTokenizer
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(rows of yes and no, the whole head); both None if the head is tied to the embeddings."""
+    """(rows of yes and no, the whole head, a view of its file); both None if the head is tied to the embeddings."""
     score = tensors.head(SCORE)
     if score is not None:
         if score.shape != (1, config.hidden_size):
@@ -372,4 +376,4 @@ def _read_head(
             f"{tensors.folder}: {LM_HEAD} has shape {list(lm_head.shape)}, expected [{config.vocab_size}, "
             f"{config.hidden_size}]"
         )
-    return lm_head[[tokenizer.yes_id, tokenizer.no_id]].clone(), lm_head.clone()
+    return lm_head[[tokenizer.yes_id, tokenizer.no_id]], lm_head

@@ -185,7 +185,14 @@ class LoraSection(Section):
         examples=[["q_proj", "v_proj"]],
         json_schema_extra={"items": {"enum": [*TARGETS]}},
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapters.", examples=[0.05])
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of the adapters. The masks, and so the results, depend on the number of "
+        "ranks and on `train.tokens_per_chunk`.",
+        examples=[0.05],
+    )
     rank_stabilized: bool = Field(
         False,
         description="Multiply the adapters' output by `alpha / sqrt(rank)` instead (rsLoRA).",

@@ -21,6 +21,7 @@ from pyqemb.training.config import TrainConfig
 from pyqemb.training.state import PORTABLE, Checkpoint, checkpoints, newest_sound
 
 _log = logging.getLogger("pyqemb")
+_TRIES = 5
 
 
 def consolidate(run: str | Path, step: int | None = None, out: str | Path | None = None) -> Path:
@@ -79,10 +80,14 @@ def _checkpoint(folder: Path, step: int | None) -> Checkpoint:
             found = ", ".join(str(int(each.name.removeprefix("step_"))) for each in checkpoints(folder))
             raise CheckpointError(f"{path}: no such checkpoint; the run has checkpoints of steps {found}")
         return Checkpoint.load(path)
-    checkpoint = newest_sound(checkpoints(folder)[::-1], _log.warning)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder}: holds no intact checkpoint")
-    return checkpoint
+    for _ in range(_TRIES):  # a run that is training may delete checkpoints while they are verified
+        before = checkpoints(folder)
+        checkpoint = newest_sound(before[::-1], _log.warning)
+        if checkpoint is not None:
+            return checkpoint
+        if checkpoints(folder) == before:
+            raise CheckpointError(f"{folder}: holds no intact checkpoint")
+    raise CheckpointError(f"{folder}: the run deletes its checkpoints before they are read; increase save.keep")
 
 
 class _Base:

@@ -20,7 +20,7 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "dtype": "precision",
 }
-SIZE_PATTERN = r"^\s*([\d.]+)\s*([KMGT]i?)B\s*$"
+SIZE_PATTERN = r"^\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)B\s*$"
 
 
 class Section(StrictModel):
@@ -61,10 +61,12 @@ def size_in_bytes(text: str) -> int | None:
     if match is None:
         return None
     power = "KMGT".index(match[2][0]) + 1
-    found = int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
+    found = float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power
     if found < 1:
         raise ValueError("expected at least one byte")
-    return found
+    if found >= 2**63:
+        raise ValueError("expected less than 2**63 bytes")
+    return int(found)
 
 
 @dataclass(frozen=True)

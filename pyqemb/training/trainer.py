@@ -22,7 +22,7 @@ from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import TrainConfig, load_config, with_data
 from pyqemb.training.datasets import mixture, read_datasets
 from pyqemb.training.evaluations import Evaluate, Evaluations
-from pyqemb.training.grad_cache.passes import gradient_at
+from pyqemb.training.grad_cache.passes import gradient_at, is_stochastic
 from pyqemb.training.notes import write_notes
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import learning_rate
@@ -190,6 +190,8 @@ class Run:
         self.stopping = False  # the same on all ranks
         self.saver = Saver(self.checkpoints, config.save.keep, world)
         seed_everything(config.train.seed)
+        if is_stochastic(self.model):
+            torch.manual_seed(config.train.seed + world.rank)  # ranks with equal seeds would draw equal masks
         if checkpoint is not None:
             self._continue_from(checkpoint)
         with together(world):

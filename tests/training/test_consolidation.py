@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,28 @@ def test_what_cannot_be_consolidated(place, capsys):
     assert main(["consolidate", str(place / "run"), "--out", str(place / "base")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert not (place / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("replaced", [1, 9])
+def test_a_run_that_deletes_the_checkpoint_that_is_being_verified(place, monkeypatch, replaced):
+    """With save.keep = 1: the next one is taken, unless the run is always faster."""
+    folders = [write_shards(place / "run", tiny_embedder(), 1, step=1)]
+    real = state.sha256
+
+    def sha256(path):
+        if len(folders) <= replaced and folders[-1] in path.parents:
+            newer = write_shards(place / "run", tiny_embedder(), 1, step=len(folders) + 1)
+            shutil.rmtree(folders[-1])
+            folders.append(newer)
+        return real(path)
+
+    monkeypatch.setattr(state, "sha256", sha256)
+    if replaced > 1:
+        with pytest.raises(CheckpointError, match="deletes its checkpoints before they are read"):
+            pyqemb.consolidate(place / "run", out=place / "out")
+        return
+    pyqemb.consolidate(place / "run", out=place / "out")
+    assert json.loads((place / "out" / "pyqemb.json").read_text())["provenance"]["step"] == 2
 
 
 # Consolidates runs, sleeping before each tensor, and says by how much the last one has made its own memory grow.

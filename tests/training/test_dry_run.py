@@ -121,7 +121,10 @@ def test_config_and_tokenizer_suffice(workplace, dry_run):
         (["--world", "2", "--gpu-memory", "6GB"], "they need --dry-run"),
         (["--dry-run", "--world", "2"], "give both"),
         (["--dry-run", "--gpu-memory", "6GB"], "give both"),
-        (["--dry-run", "--world", "0", "--gpu-memory", "6GB"], "--world: expected at least one rank, got 0"),
+        (["--dry-run", "--world", "0", "--gpu-memory", "6GB"], "--world: expected 1 to 1000000 ranks, got 0"),
+        (["--dry-run", "--world", "99999999999", "--gpu-memory", "6GB"], "1000000 ranks, got 99999999999"),
+        (["--dry-run", "--world", "2", "--gpu-memory", "9" * 400 + "TB"], "expected less than 2**63 bytes"),
+        (["--dry-run", "--world", "2", "--gpu-memory", "..GB"], "expected a size like '80GB', got '..GB'"),
         (["--dry-run", "--world", "2", "--gpu-memory", "24"], "--gpu-memory: expected a size like '80GB', got '24'"),
         (["--dry-run", "--world", "2", "--gpu-memory", "0GB"], "--gpu-memory: expected at least one byte"),
         (

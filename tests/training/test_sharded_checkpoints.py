@@ -69,7 +69,7 @@ for file, options in given:
         error, code = None, 0
     except BaseException as caught:
         error, code = f"{type(caught).__name__}: {caught}", exit_code_of(caught)
-    results.append({"error": error, "code": code, "pending": pending})
+    results.append({"error": error, "code": code, "pending": pending, "seed": torch.initial_seed()})
 json.dump(results, open(f"{folder}/results_{rank}.json", "w"))
 """
 
@@ -78,7 +78,7 @@ json.dump(results, open(f"{folder}/results_{rank}.json", "w"))
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_tiny_folder(folder / "base", shards=2)
-    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True)
+    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     answering_tokenizer().save(str(base / "tokenizer.json"))
     generator = torch.Generator().manual_seed(0)
     with (folder / "pairs.jsonl").open("w") as file:
@@ -191,6 +191,11 @@ def test_a_resumed_run_is_bit_equal_at_the_same_size(workplace, two):
     assert {k: v for k, v in contents(one).items() if "optimizer" in k} == {
         k: v for k, v in contents(other).items() if "optimizer" in k
     }
+
+
+def test_each_rank_draws_its_own_dropout_masks(two):
+    assert [report["seed"] for report in two["lora"]] == [0, 1]
+    assert [report["seed"] for report in two["straight"]] == [0, 0]
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ if rank == 0:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     write_tiny_folder(folder / "base", shards=2)
-    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True)
+    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     answering_tokenizer().save(str(base / "tokenizer.json"))
     base = write_tiny_folder(folder / "tied", max_position_embeddings=1024, tie_word_embeddings=True)
     answering_tokenizer().save(str(base / "tokenizer.json"))
@@ -328,3 +329,27 @@ def test_a_rank_reads_its_rows_only(workplace, monkeypatch):
     save_file(tensors, damaged, metadata={"format": "pt"})
     with pytest.raises(pyqemb.errors.CheckpointError, match=f"{name} holds NaN"):
         empty.load_rows(workplace / "base")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="mapped files are read from /proc")
+@pytest.mark.parametrize("saves", [True, False])
+def test_only_the_rank_that_saves_copies_the_untied_head(workplace, monkeypatch, saves):
+    monkeypatch.setattr("pyqemb.model.reranker.is_writer", lambda model: saves)
+    empty = pyqemb.Reranker.from_pretrained(workplace / "answering", device="meta")
+    assert is_mapped(empty._lm_head)
+    empty.to_empty(device="cpu").load_rows(workplace / "answering")
+    assert is_mapped(empty._lm_head) is not saves
+    whole = pyqemb.Reranker.from_pretrained(workplace / "answering", device="cpu")
+    assert not is_mapped(whole._lm_head)
+    assert torch.equal(whole._lm_head, empty._lm_head)
+    assert torch.equal(whole.head, empty.head)
+
+
+def is_mapped(tensor):
+    """Whether the memory of a tensor is that of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        region, *_, path = line.split()
+        start, end = (int(each, 16) for each in region.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return path.endswith(".safetensors")
+    raise AssertionError("no such memory")
