@@ -17,6 +17,7 @@ constexpr bool kSm90IsBuilt = true;
 // Shared memory of a block, in bytes: GPUs of sm_86, sm_89 and sm_120 have the smaller limit, an A100 the larger one,
 // and newer server GPUs more. Kernels that need more than the smaller limit have a second variant.
 constexpr int kSmallShared = 99 * 1024, kLargeShared = 163 * 1024;
+constexpr int kReservedShared = 1024;  // bytes that CUDA takes of a multiprocessor's for each of its blocks
 inline bool has_large_shared() { return max_shared() >= kLargeShared; }
 
 inline bool on_hopper() {

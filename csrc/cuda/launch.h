@@ -67,6 +67,7 @@ inline int compute_capability() {
            device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int multiprocessor_shared() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 inline int max_shared() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // bytes of a block
 #endif
 

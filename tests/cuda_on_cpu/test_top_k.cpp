@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/top_k/list.h"
 #include "tensor.h"
 
 using namespace qemb;
@@ -108,6 +109,132 @@ TEST(equals_a_sort) {
             c.ceiling = true;
             check_exact<T>(dtype + " with exclude and ceiling", c, ++seed);
         });
+}
+
+TEST(keys) {
+    using namespace cuda::top_k_kernels;
+    const float scores[] = {-INFINITY, -3e38f, -1, -1e-45f, 0, 1e-45f, 2, 3e38f, INFINITY};
+    const int64_t documents[] = {(int64_t{1} << 32) - 2, 70000, 1, 0};
+    Key last = 0;
+    for (const float score : scores)
+        for (const int64_t document : documents) {
+            const Key key = key_of(score, document);
+            CHECK(key > last && score_of(key) == score && document_of(key) == document);
+            last = key;
+        }
+    CHECK(key_of(-0.0f, 3) == key_of(0.0f, 3));
+    // What may be dropped: equal scores of later documents; of earlier ones only what is below.
+    for (const float score : scores) {
+        const float later = bar_of(key_of(score, 9), 10), earlier = bar_of(key_of(score, 10), 10);
+        CHECK(score <= later && !(score <= earlier));
+        if (score > -INFINITY) CHECK(std::nextafter(score, -INFINITY) <= earlier);
+    }
+    CHECK(std::isnan(bar_of(0, 10)));
+}
+
+// Multiprocessors of the emulated device, until the end of the scope.
+class With {
+  public:
+    explicit With(int multiprocessors) { emulator::options().multiprocessors = multiprocessors; }
+    ~With() { emulator::options().multiprocessors = before_; }
+    With(const With&) = delete;
+    With& operator=(const With&) = delete;
+
+  private:
+    int before_ = emulator::options().multiprocessors;
+};
+
+// One feature: a query's scores are its value times those of the documents.
+void check_scores(const char* name, const Wide& queries, const Wide& documents, int64_t k, uint32_t seed,
+                  int64_t num_exclude = 0) {
+    const Case c{.queries = static_cast<int64_t>(queries.size()),
+                 .documents = static_cast<int64_t>(documents.size()),
+                 .dim = 1,
+                 .k = k,
+                 .num_exclude = num_exclude};
+    Wide q, d;  // rows of 16 bytes, which the copy engine takes
+    for (const double x : queries) q.push_back(x), q.resize(q.size() + 7);
+    for (const double x : documents) d.push_back(x), d.resize(d.size() + 7);
+    Case wide = c;
+    wide.dim = 8;
+    Indices exclude;  // the first documents
+    for (int64_t i = 0; i < c.queries * num_exclude; ++i) exclude.push_back(i % num_exclude);
+    emulator::options().seed = seed;
+    const Result ours = run<BFloat16>(wide, q, d, exclude), truth = sorted(wide, q, d, exclude, {});
+    if (ours.scores == truth.scores && ours.indices == truth.indices) return;
+    std::printf("  %s, k %d, seed %u\n", name, static_cast<int>(k), seed);
+    CHECK(false);
+}
+
+// Many equal scores around the k-th best, in every span: the bar that spans share must not drop the lowest of them.
+TEST(ties_across_spans) {
+    for (const int multiprocessors : {1, 4, 5}) {
+        const With device(multiprocessors);
+        for (uint32_t seed = 1; seed <= 2; ++seed) {
+            Wide few = integers(4700, seed, 1), level(4700, 2), late(4700, -1), early(4700, 0);
+            for (size_t i = 0; i < late.size(); ++i) late[i] = i % 50 == 49 ? 1 : -1;
+            for (size_t i = 0; i < early.size(); ++i) early[i] = i < 90 ? 1 : i % 3 ? 0 : -0.0;
+            for (const int64_t k : {1, 31, 200}) {
+                check_scores("few scores", {1, -2, 0, 3}, few, k, seed);
+                check_scores("one score", {1, -1, 0}, level, k, seed);
+                check_scores("few good ones in every span", {1, 2, -1}, late, k, seed);
+                check_scores("all good ones in the first span", {1, 2, -1}, early, k, seed, 40);
+            }
+        }
+    }
+}
+
+// Every span has seven good scores at its beginning and one that is needed at its end.
+TEST(the_last_of_k_comes_late) {
+    const With device(4);
+    Wide documents(4 * 1152, 0);
+    for (size_t i = 0; i < documents.size(); ++i) documents[i] = i % 1152 < 7 ? 10 : i % 1152 == 1151 ? 5 : 0;
+    for (const uint32_t seed : {1, 2, 3, 4}) check_scores("late", {1, 2}, documents, 31, seed);
+}
+
+// Better and better: every score enters every list, and the bar never holds anything back. Worse and worse: the first
+// span has all, and the others must not put their own in.
+TEST(ascending_and_descending_scores) {
+    const With device(4);
+    Wide rising(4300), falling(4300);
+    for (size_t i = 0; i < rising.size(); ++i) {
+        rising[i] = std::floor(static_cast<double>(i) / 20);
+        falling[i] = 215 - rising[i];
+    }
+    Wide uneven = rising;  // batches that are not complete, then whole tiles
+    for (size_t i = 0; i < uneven.size(); ++i)
+        if (i / 128 % 2 == 0 && i % 128 < 100) uneven[i] = -1000;
+    for (uint32_t seed = 1; seed <= 2; ++seed)
+        for (const int64_t k : {7, 150}) {
+            check_scores("uneven", {1, 2, 1, 0.5}, uneven, k, seed);
+            check_scores("rising", {1, 0, -1}, rising, k, seed);
+            check_scores("falling", {1, 0, -1}, falling, k, seed);
+        }
+}
+
+// Lowest scores qualify as long as there is room, whatever the bar.
+TEST(minus_infinity_across_spans) {
+    const With device(4);
+    Wide documents(4300, -INFINITY);
+    documents[4200] = documents[17] = 1;
+    for (const int64_t k : {2, 60, 200})
+        for (const uint32_t seed : {5, 6, 7, 8}) check_scores("-inf", {1, 2}, documents, k, seed);
+}
+
+// What one span has found holds back the scores of others. Four searches of a quarter each would let in 9271 for a
+// query; the k-th best of the best span alone as the bar of all, 6220; no fewer than 3600 are in the lists.
+TEST(spans_share_a_bar) {
+    const With device(4);
+    const Case c{.queries = 20, .documents = 16384, .dim = 8, .k = 900};
+    const Wide q = random_wide<BFloat16>(c.queries * c.dim, 3), d = random_wide<BFloat16>(c.documents * c.dim, 4);
+    emulator::counters() = {};
+    for (uint64_t seed = 1; seed <= 4; ++seed) {
+        emulator::options().seed = seed;
+        run<BFloat16>(c, q, d);
+    }
+    const double of_query = static_cast<double>(emulator::counters().tickets) / (4 * static_cast<double>(c.queries));
+    std::printf("  %.0f scores of a query enter lists\n", of_query);
+    CHECK(of_query < 5900);
 }
 
 TEST(devices_with_99_KB_of_shared_memory_a_block) {

@@ -12,7 +12,11 @@
 //   matrices      ldmatrix_x4(words, shared), ldmatrix_x4_trans(words, shared)
 //                 mma<T>(d, a, b0, b1): m16n8k16, T = BFloat16 or Float16, float accumulators
 //                 mma_tf32(d, a, b0, b1): m16n8k8, operands float bits rounded by to_tf32(x)
+//   counters      next_ticket(counter): 0, 1, ... each once, in shared or global memory; of 64 bits in global memory
+//                 that other blocks read and write too: atomic_max(p, value) -> what was there; load_relaxed(p),
+//                 store_relaxed(p, value): whole, but they order nothing else
 //   warps         shuffle_xor(x, mask), shuffle(x, lane), any_lane(condition): whole warps; sync_warp(); sync_block()
+//   registers     opaque(x): x, but what follows from it is not computed ahead of here, where it would occupy registers
 #pragma once
 
 #ifdef __CUDACC__

@@ -11,7 +11,7 @@
 //                        ...}). Runs of bytes: bulk_load(shared, global, bytes, barrier), bulk_store(global, shared,
 //                        bytes), bulk_add(global floats, shared, bytes). bulk_commit() closes a group of stores;
 //                        bulk_wait_read<n>(): all but n groups have read, bulk_wait<n>(): and written
-//   other blocks         next_ticket(counter): 0, 1, ... each once; publish(flag, value): after all that this thread
+//   other blocks         publish(flag, value): after all that this thread
 //   has done
 //                        and waited for; wait_for(flag, value): until at least that is published, by a block that is
 //                        running
@@ -21,9 +21,7 @@
 //                        add) with operands described by matrix(...), or wgmma<T, N, major of b>(d, words of a, b,
 //                        add): 64 x N, depth 16, by 128 threads; wgmma_commit(), wgmma_wait<groups that may still
 //                        run>()
-//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups; opaque(x): x, but what
-//   follows
-//                        from it is not computed ahead of here, where it would occupy registers
+//   registers            registers_increase<n>(), registers_decrease<n>() by whole warpgroups
 #pragma once
 
 #include "cuda/device/arch.h"

@@ -153,6 +153,24 @@ QEMB_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+QEMB_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+QEMB_DEVICE int next_ticket(int* counter) { return atomicAdd(counter, 1); }
+QEMB_DEVICE uint64_t atomic_max(uint64_t* p, uint64_t value) {
+    return atomicMax(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+}
+QEMB_DEVICE uint64_t load_relaxed(const uint64_t* p) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+    return value;
+}
+QEMB_DEVICE void store_relaxed(uint64_t* p, uint64_t value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+
 template <class T>
 QEMB_DEVICE T shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(~0u, x, mask);

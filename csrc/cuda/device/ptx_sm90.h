@@ -137,7 +137,6 @@ QEMB_DEVICE void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-QEMB_DEVICE int next_ticket(int* counter) { return atomicAdd(counter, 1); }
 QEMB_DEVICE void publish(int* flag, int value) {
     asm volatile("fence.proxy.async.global;" ::: "memory");  // what the copy engine has written comes first
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -240,10 +239,6 @@ QEMB_DEVICE void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b_ma
         QEMB_WGMMA_WORDS("256", "f16", 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134");
 }
 
-QEMB_DEVICE int opaque(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
 template <int kRegisters>
 QEMB_DEVICE void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

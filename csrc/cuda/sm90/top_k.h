@@ -5,6 +5,6 @@
 
 namespace qemb::cuda::sm90 {
 
-bool search(const TopK& p, const top_k_kernels::Cut& cut, const top_k_kernels::List& lists);
+bool search(const TopK& p, const top_k_kernels::Cut& cut, const top_k_kernels::Memory& memory);
 
 }  // namespace qemb::cuda::sm90

@@ -145,6 +145,24 @@ __global__ void barriers(const uint32_t* in, uint32_t* out) {
     sync_block();
     out[kThreads + t] = values[kThreads - 1 - t];
 }
+// Threads draw tickets and raise a number; the order is open, what comes of it is not.
+__global__ void counters(const uint32_t* in, uint32_t* out) {
+    const int t = opaque(static_cast<int>(threadIdx.x));
+    auto* const shared = reinterpret_cast<int*>(shared_bytes());
+    auto* const tickets = reinterpret_cast<int*>(out + 4 * kThreads);
+    auto* const numbers = reinterpret_cast<uint64_t*>(out + 4 * kThreads + 2);
+    const auto number = [&](int i) { return static_cast<uint64_t>(in[4 * i]) << 32 | in[4 * i + 1]; };
+    if (t == 0) {
+        *shared = *tickets = 0;
+        store_relaxed(numbers, number(0));
+    }
+    sync_block();
+    out[next_ticket(shared)] = 7;
+    out[kThreads + next_ticket(tickets)] = 9;
+    out[2 * kThreads + t] = atomic_max(numbers, number(t)) >= number(0);
+    sync_block();
+    out[3 * kThreads + t] = static_cast<uint32_t>(load_relaxed(numbers) >> (t % 2 * 32));
+}
 __global__ void reductions(const uint32_t* in, uint32_t* out) {
     const int t = static_cast<int>(threadIdx.x);
     const float x = float_at(in, 4 * t);
@@ -293,5 +311,6 @@ int main() {
     run_product<float>("mma_tf32", operands([&] { return as_word(source.uniform(-4, 4)); }));
     run("shuffles", "bits", exchanges, vector_words, kExchanges * kThreads);
     run("barriers", "bits", barriers, vector_words, 2 * kThreads);
+    run("counters", "bits", counters, vector_words, 4 * kThreads + 4);
     run("reductions", "float", reductions, source.floats(4 * kThreads, -2, 2), 3 * kThreads);
 }

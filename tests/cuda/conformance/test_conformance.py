@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 # program -> the header that lists its primitives
 HEADERS = {"conformance": "arch.h", "conformance_sm90": "hopper.h"}
+# Primitives that are newer than the recorded devices: the next device answers for them.
+NEWER = {"nvidia_h100_80gb_hbm3.conformance.json": {"counters"}}
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the emulator of CUDA runs on x86-64"
@@ -136,7 +138,10 @@ def test_emulator_agrees_with_recorded_devices(emulated, program):
         pytest.skip(f"no device has answered {program} yet: run this file on a machine with a GPU and commit golden/")
     for path in paths:
         device = {name: text.split() for name, text in json.loads(path.read_text())["results"].items()}
-        assert not differences(emulated, device), path.name
+        newer = NEWER.get(path.name, set())
+        assert not newer & device.keys(), "NEWER names what the device has answered"
+        known = {name: words for name, words in emulated.items() if name not in newer}
+        assert not differences(known, device), path.name
 
 
 def test_hopper_gets_its_own_kernels_where_a_device_has_proven_them():

@@ -87,6 +87,27 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     block.meet_warp(place, &lane, ::emulator::mma_m16n8k8);
 }
 
+inline int opaque(int x) { return x; }
+
+// No accesses of the kernel's: not instrumented for the race detector.
+#define EMULATOR_ATOMIC __attribute__((no_sanitize("thread"))) inline
+EMULATOR_ATOMIC int next_ticket(int* counter, EMULATOR_LINE) {
+    EMULATOR_ENTER("next_ticket");
+    if (!block.in_arena(counter)) block.linger(place);
+    ++::emulator::counters().tickets;
+    return (*counter)++;
+}
+EMULATOR_ATOMIC uint64_t atomic_max(uint64_t* p, uint64_t value, EMULATOR_LINE) {
+    EMULATOR_ENTER("atomic_max");
+    block.linger(place);
+    const uint64_t before = *p;
+    if (value > before) *p = value;
+    return before;
+}
+EMULATOR_ATOMIC uint64_t load_relaxed(const uint64_t* p) { return *p; }
+EMULATOR_ATOMIC void store_relaxed(uint64_t* p, uint64_t value) { *p = value; }
+#undef EMULATOR_ATOMIC
+
 // Of the lane numbers the lowest five bits count.
 template <class T>
 T shuffle_xor(T x, int mask, EMULATOR_LINE) {

@@ -12,6 +12,7 @@ struct Counters {
     uint64_t ldmatrix = 0, bank_conflicts = 0;   // 8 x 8 matrices that ldmatrix read, and passes beyond one for each
     uint64_t vectors = 0, vector_conflicts = 0;  // quarter-warps of load16 and store16, and passes beyond one for each
     uint64_t mma = 0, wgmma = 0;                 // products of a warp, of a warpgroup
+    uint64_t tickets = 0;
 };
 inline Counters& counters() {
     static Counters counters;

@@ -81,11 +81,6 @@ void bulk_wait(EMULATOR_LINE) {
     ::emulator::running->stores.wait(kPending);
 }
 
-inline int next_ticket(int* counter, EMULATOR_LINE) {
-    EMULATOR_ENTER("next_ticket");
-    block.linger(place);
-    return (*counter)++;
-}
 inline void publish(int* flag, int value, EMULATOR_LINE) {
     EMULATOR_ENTER("publish");
     if (::emulator::Races::on) ::emulator::races().publish(flag);
@@ -133,7 +128,6 @@ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumula
     ::emulator::wgmma<T, kN>({d, a, 0, b, accumulate}, true, kB == Major::kK, place);
 }
 
-inline int opaque(int x) { return x; }
 template <int kRegisters>
 void registers_increase(EMULATOR_LINE) {
     static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);

@@ -159,6 +159,7 @@ namespace qemb::cuda {
 inline int compute_capability() { return ::emulator::options().compute_capability; }
 inline int multiprocessors() { return ::emulator::options().multiprocessors; }
 inline int max_shared() { return static_cast<int>(::emulator::options().shared_limit); }
+inline int multiprocessor_shared() { return max_shared() + 1024; }
 
 inline void zero(const char*, void* to, size_t bytes, void*) {
     ++::emulator::calls().zeroed;
