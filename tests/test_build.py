@@ -121,7 +121,7 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
     ):
         result = subprocess.run(
             [sys.executable, "setup.py", "build_ext"], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "CXX": compiler},
+            env={**os.environ, "CXX": compiler, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )  # fmt: skip
         last = result.stderr.strip().splitlines()[-1]
         assert result.returncode != 0, result.stderr
@@ -129,24 +129,57 @@ def test_missing_compiler_is_one_clear_sentence(tmp_path):
         assert sentence in last, result.stderr
 
 
+@pytest.mark.parametrize("name", ["CUDAARCHS", "CMAKE_CUDA_ARCHITECTURES"])
+def test_setup_passes_the_architectures_to_cmake(tmp_path, name):
+    pytest.importorskip("pybind11", reason="pybind11 is only in the isolated build environment")
+    for program in ("cmake", "ninja"):
+        path = tmp_path / program
+        path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words; exit 1\n')
+        path.chmod(0o755)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "pyqemb").mkdir()
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("CUDAARCHS", "CMAKE_CUDA_ARCHITECTURES")
+    }
+    environment |= {name: "89;120", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert "-DCMAKE_CUDA_ARCHITECTURES=89;120" in (tmp_path / "words").read_text().splitlines()
+
+
 @pytest.mark.deep
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.skipif(not (Path(sys.executable).parent / "cmake").exists(), reason="no cmake in the environment")
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("given", "wanted", "code", "hopper"),
     [
-        ("", "sm_80, Hopper's own kernels"),
-        ("86;89", "sm_86;89"),
-        ("80;90a", "sm_80, Hopper's own kernels"),
-        ("90", "sm_90, Hopper's own kernels"),
-        ("90a", None),
+        ("CUDAARCHS", "", None, True),
+        ("CUDAARCHS", "86;89", "sm_86,sm_89", False),
+        ("CUDAARCHS", "120;80;90a-real", "sm_80,sm_90,sm_120", True),
+        ("CUDAARCHS", "90a", "sm_90", True),
+        ("CMAKE_CUDA_ARCHITECTURES", "89-real", "sm_89", False),
+        ("CMAKE_CUDA_ARCHITECTURES", "", None, True),
+        ("CMAKE_CUDA_ARCHITECTURES", "all", None, True),
+        ("CMAKE_CUDA_ARCHITECTURES", "native", None, None),
     ],
 )
-def test_architectures_of_the_environment(tmp_path, wanted, said):
+def test_architectures(tmp_path, given, wanted, code, hopper):
+    """The list of the environment or of CMake's variable; without one, all that this nvcc and the kernels know."""
     programs = Path(sys.executable).parent
     command = [programs / "cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DQEMB_PYTHON=OFF", "-DPYQEMB_CUDA=on"]
-    environment = {**os.environ, "CUDAARCHS": wanted, "PATH": f"{programs}:{os.environ['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    line = next((line for line in done.stdout.splitlines() if "CUDA backend by" in line), None)
-    assert (line and line.rpartition(", sm_")[2]) == (said and said.removeprefix("sm_"))
-    assert (done.returncode == 0) == (said is not None), done.stderr
+    if given == "CMAKE_CUDA_ARCHITECTURES":
+        command.append(f"-D{given}={wanted}")
+    environment = {**os.environ, "CUDAARCHS": "", "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment |= {given: wanted} if given == "CUDAARCHS" else {}
+    for _ in range(2):  # a second configuration finds what the first one left in the cache
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    version = re.search(r"CUDA backend by \S+ (\d+)\.(\d+)", done.stdout)
+    newest = ",sm_100,sm_120" if (int(version[1]), int(version[2])) >= (12, 8) else ""
+    if wanted != "native":
+        said = (tmp_path / "cuda_architectures.txt").read_text().strip()
+        assert said == (code or f"sm_80,sm_86,sm_89,sm_90{newest}")
+        assert (
+            f"code=[compute_{said.split(',')[0].removeprefix('sm_')},{said}]" in (tmp_path / "build.ninja").read_text()
+        )
+        assert ("qemb_sm90" in (tmp_path / "build.ninja").read_text()) == hopper

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kSlots * 32) attention_backward_tile(const Att
     load_slots<T, D>(v_tile, map.k, static_cast<const T*>(p.v) + kv_head * p.v_head_stride, p.v_token_stride, thread);
     cp_async_commit();
 
-    const Slot mine = map.k[warp], asked = map.q[warp];
+    const Slot mine = map.k[warp];
+    const Slot& asked = map.q[warp];  // left in shared memory: the copies would spill on sm_90
     const float scale = scale_of(p);
     const uint32_t my_rows = warp * kSlot * D * 2;
     float dk[D / 8][4], dv[D / 8][4];

@@ -55,7 +55,10 @@ def main(wheel: str, *versions: str) -> None:
     path = Path(wheel)
     with zipfile.ZipFile(path) as archive:
         libraries = [each for each in archive.infolist() if ".so" in each.filename]
-    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
+    megabytes = path.stat().st_size / 1e6
+    print(f"{path.name}: {megabytes:.1f} MB", flush=True)
+    if megabytes >= 100:  # what PyPI takes
+        sys.exit(f"{path.name} has {megabytes:.1f} MB; the limit is 100 MB")
     for each in libraries:
         print(f"  {each.filename}: {each.file_size / 2**20:.1f} MiB", flush=True)
     pinned = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
