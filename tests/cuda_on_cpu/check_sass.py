@@ -21,8 +21,8 @@ from pathlib import Path
 
 REGISTERS = 255  # of a thread, by the architecture: ptxas spills rather than use more
 
-# Bytes of stack. Two blocks on a multiprocessor leave these 128 registers, which are enough on sm_80, sm_86 and sm_89.
-# What is spilled are addresses outside the products, but for a load or two in a step of 64 features.
+# Bytes of stack that ptxas 13.0 needs where the registers of sm_80, sm_86 and sm_89 do not suffice. Their cost is not
+# measured; a kernel that gets rid of them leaves this list.
 KNOWN_SPILLS = {
     ("info_nce_kernels::score<true, float>", "90"): 16,
     ("info_nce_kernels::row_gradients<float>", "100"): 8,
