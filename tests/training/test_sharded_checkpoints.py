@@ -200,8 +200,11 @@ def test_each_rank_draws_its_own_dropout_masks(two):
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):
     assert [report["error"].split(":")[0] for report in two["sizes"]] == ["KeyboardInterrupt", "RankError"]
-    reports = launch(4, workplace, (config(workplace, "sizes"), {"stop_at": 3}))
-    assert reports[0][0]["error"].startswith("KeyboardInterrupt")
+    shutil.copytree(workplace / "again" / "checkpoints", workplace / "masks" / "checkpoints")
+    runs = [(config(workplace, "masks", **LORA), {}), (config(workplace, "sizes"), {"stop_at": 3})]
+    masks, reports = launch(4, workplace, *runs)
+    assert [report["seed"] for report in masks] == [0, 1, 2, 3]
+    assert reports[0]["error"].startswith("KeyboardInterrupt")
     (again,) = launch(1, workplace, (config(workplace, "sizes", ALONE), {}))
     assert again[0]["pending"] == [False]
     (straight,) = launch(1, workplace, (config(workplace, "alone", ALONE), {}))
