@@ -136,7 +136,7 @@ TEST(top_k) {
     p.dtype = DType::kBFloat16;
     emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::top_k_scratch(p)));
     p.scratch = scratch.data();
-    check_calls("top_k", 1, 0, [&] { cuda::top_k(p); });
+    check_calls("top_k", 2, 0, [&] { cuda::top_k(p); });
 }
 
 }  // namespace
