@@ -28,6 +28,11 @@ KNOWN_SPILLS = {
     ("info_nce_kernels::row_gradients<float>", "100"): 8,
     ("info_nce_kernels::row_gradients<float>", "120"): 32,
     **{
+        (f"top_k_kernels::search<{dtype}>", arch): 8
+        for dtype in ("BFloat16", "Float16")
+        for arch in ("90", "100", "120")
+    },
+    **{
         (f"info_nce_kernels::{kernel}<{before}{dtype}>", arch): size
         for dtype in ("BFloat16", "Float16")
         for kernel, before, arch, size in (
