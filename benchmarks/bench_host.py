@@ -37,9 +37,9 @@ def attention_layers() -> dict[str, float]:
     cu = torch.tensor([0, 1], dtype=torch.int32)
     plan = ops.attention_plan(cu)
     out, lse, dout = torch.empty_like(q), torch.empty(1, 2), torch.ones(1, 2, 16)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    fixed = dict(out=out, lse=lse, scale=0.25, causal=True, plan=None, sizes=plan.sizes)
-    gradients = dict(zip(("dq", "dk", "dv"), (torch.empty_like(x) for x in (q, k, v)), strict=True))
+    fixed = 0.25, True, None, plan.sizes
     problem = q, k, v, cu, cu, None, plan.sizes, 0.25, True
 
     def chain(count: int) -> torch.Tensor:
@@ -53,12 +53,12 @@ def attention_layers() -> dict[str, float]:
 
     one, many = backward(chain(1), 40), backward(chain(_CHAINED), 2)
     return {
-        "forward: binding": microseconds(lambda: _C.attention_forward(q, k, v, cu, cu, **fixed)),
+        "forward: binding": microseconds(lambda: _C.attention_forward(q, k, v, cu, cu, out, lse, *fixed)),
         "forward: with allocation": microseconds(lambda: attention._forward.raw(*problem)),
         "forward: varlen_attention, no_grad": microseconds(torch.no_grad()(lambda: chain(1))),
         "forward: varlen_attention": microseconds(lambda: chain(1)),
         "backward: binding": microseconds(
-            lambda: _C.attention_backward(q, k, v, cu, cu, dout=dout, **gradients, **fixed)
+            lambda: _C.attention_backward(q, k, v, cu, cu, out, lse, dout, *grads, *fixed)
         ),
         "backward: with allocation": microseconds(lambda: attention._gradient.raw(*problem, out, lse, dout)),
         "backward: one more call in a graph": (many - one) / (_CHAINED - 1),

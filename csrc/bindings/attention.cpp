@@ -192,12 +192,8 @@ void fill_on_device(py::handle cu_seqlens, py::handle cu_seqlens_k, int64_t toke
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    using py::arg;
-    m.def("attention_forward", &forward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
-          py::kw_only(), arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("plan"), arg("sizes"));
-    m.def("attention_backward", &backward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
-          py::kw_only(), arg("out"), arg("lse"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("scale"),
-          arg("causal"), arg("plan"), arg("sizes"));
+    m.def("attention_forward", &forward);
+    m.def("attention_backward", &backward);
     m.def("size_plan", &size);
     m.def("fill_plan", &fill);
     m.def("largest_plan", &largest);

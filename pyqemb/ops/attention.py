@@ -275,7 +275,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_like(q), new_rows(q)
     cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_forward(q, k, v, cu_q, cu_k, out=out, lse=lse, scale=scale, causal=causal, plan=plan, sizes=sizes)
+    _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal, plan, sizes)
     return out, lse
 
 
@@ -291,10 +291,7 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (empty_like(x) for x in (q, k, v))
     cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_backward(
-        q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal,
-        plan=plan, sizes=sizes,
-    )  # fmt: skip
+    _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, scale, causal, plan, sizes)
     return dq, dk, dv
 
 

@@ -161,9 +161,8 @@ def info_nce(
     def once(queries: Tensor, documents: Tensor, dims: Sequence[int] = (), weights: Sequence[float] = ()) -> Tensor:
         nonlocal totals
         inputs = _Inputs(
-            queries=queries.contiguous(), documents=documents.contiguous(), tau=tau, positive=positive, owner=owner,
-            ids=document_ids, first_row=first, num_rows=count, dims=dims, dim_weights=weights, differs=differs,
-            learns=learns,
+            queries.contiguous(), documents.contiguous(), tau, positive, owner, document_ids, first, count, dims,
+            weights, differs, learns,
         )  # fmt: skip
         loss, totals = _info_nce(*inputs, *options)
         return loss
