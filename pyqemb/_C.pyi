@@ -12,13 +12,13 @@ def attention_forward(
     v: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
+    *,
     out: Tensor,
     lse: Tensor,
     scale: float,
     causal: bool,
     plan: Tensor | None,
     sizes: _Sizes,
-    /,
 ) -> None: ...
 def attention_backward(
     q: Tensor,
@@ -26,6 +26,7 @@ def attention_backward(
     v: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
+    *,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
@@ -36,7 +37,6 @@ def attention_backward(
     causal: bool,
     plan: Tensor | None,
     sizes: _Sizes,
-    /,
 ) -> None: ...
 def size_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, device: int, /) -> list[int]: ...
 def fill_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor, device: int, sizes: _Sizes, data: Tensor, /) -> None: ...

@@ -56,8 +56,7 @@ struct Inputs {
           k(call, "k", k_),
           v(call, "v", v_),
           cu_q(call, "cu_seqlens", cu_q_),
-          cu_k(cu_k_.is(cu_q_) ? cu_q : Argument(call, "cu_seqlens_k", cu_k_)) {
-        cu_k.name = "cu_seqlens_k";
+          cu_k(call, "cu_seqlens_k", cu_k_) {
         q.rank(3, "[tokens, heads, head_dim]").floating().last_contiguous();
         k.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
         v.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
@@ -192,8 +191,12 @@ void fill_on_device(py::handle cu_seqlens, py::handle cu_seqlens_k, int64_t toke
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    m.def("attention_forward", &forward);
-    m.def("attention_backward", &backward);
+    using py::arg;
+    m.def("attention_forward", &forward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
+          py::kw_only(), arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("plan"), arg("sizes"));
+    m.def("attention_backward", &backward, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("cu_seqlens_k"),
+          py::kw_only(), arg("out"), arg("lse"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("scale"),
+          arg("causal"), arg("plan"), arg("sizes"));
     m.def("size_plan", &size);
     m.def("fill_plan", &fill);
     m.def("largest_plan", &largest);

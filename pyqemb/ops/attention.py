@@ -220,7 +220,7 @@ def varlen_attention(
         scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
     scale, causal = checks.finite(_OP, "scale", scale), checks.flag(_OP, "causal", causal)
     q_TND, k_SKD, v_SKD = (_last_contiguous(name, x) for name, x in (("q", q_TND), ("k", k_SKD), ("v", v_SKD)))
-    tokens, tokens_k = (x.shape[0] if x.dim() else 0 for x in (q_TND, k_SKD))  # len(x) takes four times as long
+    tokens, tokens_k = (len(x) if x.dim() else 0 for x in (q_TND, k_SKD))
     if plan is None:
         cu_seqlens = tensor(_OP, "cu_seqlens", cu_seqlens)
         plan = _make_plan(_OP, cu_seqlens, cu_seqlens_k, tokens, tokens_k, q_TND.device)
@@ -230,12 +230,12 @@ def varlen_attention(
         raise ValueError(
             f"[{_OP}] plan is for {plan.tokens} tokens of q and {plan.tokens_k} of k, got {tokens} and {tokens_k}"
         )
-    checks.optional_tensor(_OP, "cu_seqlens", cu_seqlens)
-    checks.optional_tensor(_OP, "cu_seqlens_k", cu_seqlens_k)
-    if q_TND.is_cuda and q_TND.dtype in _WIDE and not checks.has_no_values():
+    for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.optional_tensor(_OP, name, given)
+    if q_TND.device.type == "cuda" and q_TND.dtype in _WIDE and not checks.has_no_values():
         return by_sequence(q_TND, k_SKD, v_SKD, plan, causal=causal, scale=scale)
     cu = plan.cu_seqlens, plan.cu_seqlens_k
-    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)
+    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)[0]
 
 
 def by_sequence(
@@ -275,7 +275,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_like(q), new_rows(q)
     cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_forward(q, k, v, cu_q, cu_k, out, lse, scale, causal, plan, sizes)
+    _C.attention_forward(q, k, v, cu_q, cu_k, out=out, lse=lse, scale=scale, causal=causal, plan=plan, sizes=sizes)
     return out, lse
 
 
@@ -291,7 +291,10 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (empty_like(x) for x in (q, k, v))
     cu_q, cu_k, plan, sizes = _work(q, k, cu_q, cu_k, plan, sizes)
-    _C.attention_backward(q, k, v, cu_q, cu_k, out, lse, dout.contiguous(), dq, dk, dv, scale, causal, plan, sizes)
+    _C.attention_backward(
+        q, k, v, cu_q, cu_k, out=out, lse=lse, dout=dout.contiguous(), dq=dq, dk=dk, dv=dv, scale=scale, causal=causal,
+        plan=plan, sizes=sizes,
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -299,7 +302,7 @@ def _work(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None, Sequence[int]]:
     """Lengths and plan as the native code takes them; compiled graphs have no plan."""
-    if plan is None and q.is_cuda:
+    if plan is None and q.device.type == "cuda":
         made = _plan_on_device(cu_q, cu_k, len(q), len(k))
         return made.cu_seqlens, made.cu_seqlens_k, made.data, made.sizes
     return cu_q, cu_k, plan, sizes
@@ -312,14 +315,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.fixed = inputs[6:]
 
 
-def _backward(gradient: Any, ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(gradient: Any, ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None
+        return (None,) * 9
     *inputs, out, lse = ctx.saved_tensors
-    return gradient(*inputs, *ctx.fixed, out, lse, dout)
+    return *gradient(*inputs, *ctx.fixed, out, lse, dout), *(None,) * 6
 
 
-_attention = differentiable("varlen_attention", _forward, _gradient, _keep, _backward, inputs=3)
+_attention = differentiable("varlen_attention", _forward, _gradient, _keep, _backward)
 
 
 def _last_contiguous(name: str, x: Any) -> Tensor:
