@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return import_module(f"pyqemb.cli.{namespace.verb}")
 
     def work() -> int:
-        whole_parser([chosen]).parse_args(arguments, namespace)
+        parser = whole_parser([chosen])
+        _, unknown = parser.parse_known_args(arguments, namespace)
+        if unknown:  # parse_args would show the usage of pyqemb instead of that of the verb
+            namespace.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return verb().run(namespace)
 
     def kept() -> str:
@@ -66,6 +69,7 @@ def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentPa
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, help_line in VERBS.items():
         child = verbs.add_parser(verb, help=help_line, description=help_line)
+        child.set_defaults(parser=child)
         child.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if verb in of:
             import_module(f"pyqemb.cli.{verb}").add_arguments(child)

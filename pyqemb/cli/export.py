@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:
+    from contextlib import suppress
+
     from rich.console import Console
     from rich.table import Table
 
@@ -76,6 +78,10 @@ def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:
     from pyqemb.interop.verify_source import verify_source
     from pyqemb.model.reranker import Reranker
 
+    with suppress(ModuleNotFoundError):  # then its checks are skipped
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     checks = verify_reranker(folder) if isinstance(model, Reranker) else verify(folder)
     checks.append(verify_source(folder, source, model))
     table = Table("check", "outcome", "detail")

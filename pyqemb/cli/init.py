@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.folder / "run.toml"
     if path.exists():
-        raise ConfigError(f"{path}: exists already")
+        raise ConfigError(f"{path}: exists already; remove it, or give another folder: pyqemb init FOLDER")
     text = _TEMPLATE.read_text(encoding="utf-8")
     text = text.replace('"@MODEL@"', json.dumps(args.model)).replace("@TASK@", args.task)
     with atomic_file(path) as temporary:

@@ -93,7 +93,7 @@ def _read_path(
 
     check_source(path)
     if split is not None and (path.is_file() or is_shards(path)):
-        raise DataError(f"{path}: has no splits to choose from; got split {split!r}")
+        raise DataError(f"{path}: has no splits to choose from; got split {split!r}, leave it out")
     if columns and (is_shards(path) or is_beir(path)):
         raise DataError(f"{path}: columns is for rows; shards and BEIR folders have columns of their own")
     if path.is_file():

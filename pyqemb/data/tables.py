@@ -36,7 +36,7 @@ def read_table(source: Any, split: str | None = None, name: str | None = None) -
     if _is(source, "datasets", "DatasetDict", "IterableDatasetDict"):
         source = source[choose(name, source, split)]
     elif split is not None:
-        raise DataError(f"{name}: has no splits to choose from; got split {split!r}")
+        raise DataError(f"{name}: has no splits to choose from; got split {split!r}, leave it out")
     for number, row in enumerate(_rows(source, name)):
         yield f"{name}[{number}]", row
 

@@ -94,7 +94,10 @@ def load_task(source: Any, split: str | None = None, columns: Columns | None = N
     if bitext is not None:
         pairs = [_sentences(row, at) for at, row in _rows(bitext)]
         return Bitext([p[0] for p in pairs], [p[1] for p in pairs])
-    raise DataError(f"{folder}: expected corpus.jsonl (retrieval), sts.jsonl or bitext.jsonl, found none of them")
+    raise DataError(
+        f"{folder}: expected corpus.jsonl (retrieval), sts.jsonl or bitext.jsonl, found none of them; of examples, "
+        "give the path of the file"
+    )
 
 
 def is_folder(source: Any) -> bool:

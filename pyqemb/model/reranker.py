@@ -44,9 +44,8 @@ class Reranker(Scoring):
         default_instruction: instruction for pairs without their own (default: that of Qwen3-Reranker's model card).
 
     Example:
-        >>> from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+        >>> from pyqemb.testing.tiny import write_tiny_folder
         >>> folder = write_tiny_folder("model", prefix=True)
-        >>> answering_tokenizer().save(str(folder / "tokenizer.json"))
         >>> model = pyqemb.Reranker.from_pretrained(folder, device="cpu")
         >>> model.score([("What is the capital of China?", "Beijing."), ("What is gravity?", "Beijing.")]).shape
         (2,)

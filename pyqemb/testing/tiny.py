@@ -73,14 +73,15 @@ def write_tiny_folder(
 ) -> Path:
     """A plain Hugging Face model folder as a base model comes: config, weights (one file or shards), tokenizer.json.
 
-    `prefix` puts `model.` before each name and adds an lm_head, as causal-LM checkpoints have them. Its tokenizer does
-    not append the end token by itself.
+    `prefix` writes a causal language model, as a reranker needs it: `model.` before each name, an lm_head, and a
+    tokenizer with the tokens yes and no that does not append the end token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     embedder = tiny_embedder(seed, **changes)
     (folder / "config.json").write_text(json.dumps(embedder.config.to_dict()))
-    (folder / "tokenizer.json").write_text(_tokenizer_json(), encoding="utf-8")
+    tokenizer = answering_tokenizer() if prefix else tokenizers.Tokenizer.from_str(_tokenizer_json())
+    tokenizer.save(str(folder / "tokenizer.json"))
     weights = {name: tensor.to(dtype) for name, tensor in embedder.model.state_dict().items()}
     if prefix:
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}

@@ -221,7 +221,8 @@ def warn_of_settings(
             )  # fmt: skip
     if train.steps is None and steps < _FEW_STEPS:
         _log.warning(
-            "the run has only %d step%s: train.global_batch_size is %d, the data have %d rows, train.epochs is %s",
+            "the run has only %d step%s: train.global_batch_size is %d, the data have %d rows, train.epochs is %s; a "
+            "smaller batch or more epochs give more steps",
             steps, "s" * (steps != 1), train.global_batch_size, sum(map(len, datasets.examples.values())), train.epochs,
         )  # fmt: skip
     if train.warmup >= 1 and 1 < steps <= train.warmup:

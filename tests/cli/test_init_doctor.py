@@ -24,7 +24,7 @@ def test_the_template_is_a_run(tmp_path, capsys):
     assert config.model.base == 'a"b'
     assert config.task == "rerank"
     assert main(["init", str(tmp_path / "new")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "run.toml: exists already; remove it, or give another folder" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "other")]) == 0
     plain = load_config(tmp_path / "other" / "run.toml")
     defaults = TrainConfig(model={"base": "Qwen/Qwen3-0.6B-Base"}, data=[{"path": "pairs.jsonl"}])

@@ -44,6 +44,14 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     assert "pyqemb" in capsys.readouterr().err
 
 
+def test_an_unknown_option_shows_the_usage_of_its_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "model", "--out", "folder", "--fast"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: pyqemb export")
+    assert error.endswith("pyqemb export: error: unrecognized arguments: --fast\n")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

@@ -19,7 +19,7 @@ from pyqemb import Embedder
 from pyqemb.cli import main
 from pyqemb.curation.config import CurateConfig
 from pyqemb.synthesis.config import SynthesisConfig
-from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import TrainConfig, load_config
 
 if sys.version_info >= (3, 11):
@@ -58,7 +58,6 @@ def workplace(tmp_path, monkeypatch):
     base = write_tiny_folder(
         tmp_path / "Qwen" / "Qwen3-0.6B-Base", prefix=True, max_position_embeddings=2048, num_hidden_layers=1
     )
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     (base / "tokenizer_config.json").write_text(
         '{"pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
     )

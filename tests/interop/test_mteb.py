@@ -11,7 +11,7 @@ from pyqemb import Embedder, Reranker
 from pyqemb.cli import main
 from pyqemb.demo.help_data import load_rows
 from pyqemb.errors import ConfigError
-from pyqemb.testing.tiny import answering_tokenizer, tiny_embedder, write_tiny_folder
+from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 
 mteb, datasets = pytest.importorskip("mteb"), pytest.importorskip("datasets")
 from mteb.abstasks import AbsTaskBitextMining, AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
@@ -158,7 +158,6 @@ def test_rerankers(tmp_path):
     from pyqemb.interop.mteb import MtebReranker
 
     base = write_tiny_folder(tmp_path / "base", max_position_embeddings=1024, prefix=True)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     model = Reranker.from_pretrained(base, device="cpu")
     told = []
 

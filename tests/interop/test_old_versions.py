@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyqemb import Reranker
-from pyqemb.testing.tiny import TEXTS, answering_tokenizer, tiny_embedder, write_tiny_folder
+from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder
 
 OLD = [
     "sentence-transformers==5.1.2", "transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "requests",
@@ -98,7 +98,6 @@ def test_embedders(old_versions, tmp_path, model_type, pooling):
 
 def test_rerankers(old_versions, tmp_path):
     base = write_tiny_folder(tmp_path / "base", max_position_embeddings=1024, prefix=True)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     model = Reranker.from_pretrained(base, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

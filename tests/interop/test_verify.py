@@ -15,7 +15,7 @@ from pyqemb.interop.verify_reranker import verify_reranker
 from pyqemb.interop.verify_source import verify_source
 from pyqemb.model import embedder
 from pyqemb.model.lora import LoraConfig, add_lora, save_adapter
-from pyqemb.testing.tiny import answering_tokenizer, tiny_embedder, write_tiny_folder
+from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 
 pytest.importorskip("sentence_transformers")
 
@@ -129,7 +129,6 @@ def test_export(tmp_path, capsys):
 @pytest.mark.parametrize("format", ["causal-lm", "seq-cls"])
 def test_rerankers(tmp_path, capsys, format):
     base = write_tiny_folder(tmp_path / "base", max_position_embeddings=4096, prefix=True)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     model = Reranker.from_pretrained(base, device="cpu", max_length=4096)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -155,7 +154,6 @@ def test_rerankers(tmp_path, capsys, format):
 
 def test_rerankers_shorter_than_the_longest_pairs(tmp_path, capsys):
     base = write_tiny_folder(tmp_path / "base", max_position_embeddings=4096, prefix=True)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     folder = Reranker.from_pretrained(base, device="cpu", max_length=700).save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     assert main(["export", str(folder), "--out", str(out), "--dtype", "float32", "--verify"]) == 0

@@ -19,7 +19,6 @@ PAIRS = [(query, document) for query in TEXTS[:3] for document in TEXTS[3:]]
 def causal_folder(folder, tied=True, seed=0, **changes):
     """A causal language model as it comes, with a head of its own where it is not tied."""
     write_tiny_folder(folder, seed, prefix=True, tie_word_embeddings=tied, max_position_embeddings=1024, **changes)
-    answering_tokenizer().save(str(folder / "tokenizer.json"))
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
     for name, tensor in weights.items():

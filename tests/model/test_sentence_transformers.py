@@ -11,7 +11,7 @@ import torch
 
 from pyqemb import Embedder, Reranker
 from pyqemb.errors import ConfigError
-from pyqemb.testing.tiny import TEXTS, answering_tokenizer, tiny_embedder, write_tiny_folder
+from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder
 
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.0")
 PROMPTS = {"query": "Q: ", "document": "D: ", "code": "def "}
@@ -296,7 +296,6 @@ PREDICTIONS = {
 @pytest.fixture(scope="module")
 def rerankers(tmp_path_factory):
     base = write_tiny_folder(tmp_path_factory.mktemp("reranker") / "base", prefix=True, max_position_embeddings=1024)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
     ours = Reranker.from_pretrained(base, device="cpu")
     with torch.no_grad():
         for parameter in ours.parameters():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import pyqemb
-from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.config import TrainConfig
 
@@ -162,8 +162,7 @@ def test_other_losses_and_batches(workplace):
         for name, options in OBJECTIVES.items()
         for documents in ("gather", "ring")
     ]
-    base = write_tiny_folder(workplace / "answering", max_position_embeddings=1024, prefix=True)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
+    write_tiny_folder(workplace / "answering", max_position_embeddings=1024, prefix=True)
     others = {
         "rerank": dict(task="rerank", base="answering", tokens_per_chunk=2000),
         "lora": dict(lora={"rank": 2}),

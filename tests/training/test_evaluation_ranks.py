@@ -9,7 +9,7 @@ import pytest
 
 import pyqemb
 import pyqemb.training
-from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.state import checkpoints, verify
 
@@ -104,7 +104,6 @@ ERRORS = ("fails_first", "fails_last", "first_alone", "other_texts")
 def write_material(folder):
     write_tiny_folder(folder / "base")
     write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True)
-    answering_tokenizer().save(str(folder / "answering" / "tokenizer.json"))
     rows = [{"query": f"q {i}", "positive": f"d {i}", "negatives": [f"d {i + 1}", "x"]} for i in range(16)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "rerank").write_text("\n".join(map(json.dumps, rows)))

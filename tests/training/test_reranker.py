@@ -16,7 +16,7 @@ from pyqemb.data.example import Example
 from pyqemb.data.loader import build_pairs
 from pyqemb.data.pairs import INSTRUCTION, format_pair
 from pyqemb.errors import ConfigError, DataError
-from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.datasets import read_datasets
 from pyqemb.training.objectives import objective_class
@@ -27,8 +27,7 @@ WORDS = ["sun", "sea", "tree", "bird", "stone", "cloud"]
 @pytest.fixture
 def workplace(tmp_path):
     """Pairs whose positive repeats the query's word, in a language that a tiny model can learn."""
-    folder = write_tiny_folder(tmp_path / "base", max_position_embeddings=1024, prefix=True)
-    answering_tokenizer().save(str(folder / "tokenizer.json"))
+    write_tiny_folder(tmp_path / "base", max_position_embeddings=1024, prefix=True)
     draw = random.Random(0)
     for name, count in (("train", 120), ("dev", 30)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:

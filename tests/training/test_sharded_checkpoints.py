@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import pyqemb
 from pyqemb.errors import CheckpointError
 from pyqemb.merging.run import _Unrounded
-from pyqemb.testing.tiny import answering_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2, state, trainer
 from pyqemb.training.state import Checkpoint, checkpoints, verify
 
@@ -78,8 +78,7 @@ json.dump(results, open(f"{folder}/results_{rank}.json", "w"))
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_tiny_folder(folder / "base", shards=2)
-    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
+    write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     generator = torch.Generator().manual_seed(0)
     with (folder / "pairs.jsonl").open("w") as file:
         for number in range(40):

@@ -39,6 +39,8 @@ CASES = {
     "reranker, tied, resharded": (ALWAYS, {**RERANK, "base": "tied"}),
 }
 HSDP = {"two by two": ({"shard": 2, "replicate": 2}, {}), "two by two, ring": ({"shard": 2}, CASES["ring"][1])}
+# In `make test` on four ranks; `make test-deep` runs all cases there.
+OFTEN = ("resharded", "planned", "LoRA, resharded", "ring", "fewer texts than ranks, resharded", "reranker")
 COUNTED = {f"{kind}, {chunk}": (parallel, {"train": {"tokens_per_chunk": chunk}})
            for kind, parallel in (("gathered", NEVER), ("resharded", ALWAYS)) for chunk in (30, 60)}  # fmt: skip
 
@@ -114,8 +116,7 @@ if rank == 0:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     write_tiny_folder(folder / "base", shards=2)
-    base = write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
-    answering_tokenizer().save(str(base / "tokenizer.json"))
+    write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     base = write_tiny_folder(folder / "tied", max_position_embeddings=1024, tie_word_embeddings=True)
     answering_tokenizer().save(str(base / "tokenizer.json"))
     generator = torch.Generator().manual_seed(0)
@@ -189,7 +190,7 @@ def two(workplace):
 
 @pytest.fixture(scope="module")
 def four(workplace):
-    return launch(4, workplace, CASES | HSDP)
+    return launch(4, workplace, {name: CASES[name] for name in OFTEN} | HSDP)
 
 
 def assert_as_alone(workplace, alone, run, options):
@@ -204,9 +205,20 @@ def test_two_ranks_train_what_one_does(workplace, alone, two, name):
     assert_as_alone(workplace, alone, f"{name} 2", CASES[name][1])
 
 
-@pytest.mark.parametrize("name", CASES | HSDP)
+@pytest.fixture(scope="module")
+def four_seldom(workplace):
+    return launch(4, workplace, {name: CASES[name] for name in CASES if name not in OFTEN})
+
+
+@pytest.mark.parametrize("name", [*OFTEN, *HSDP])
 def test_four_ranks_train_what_one_does(workplace, alone, four, name):
     assert_as_alone(workplace, alone, f"{name} 4", (CASES | HSDP)[name][1])
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OFTEN])
+def test_four_ranks_train_the_other_cases_as_one_does(workplace, alone, four_seldom, name):
+    assert_as_alone(workplace, alone, f"{name} 4", CASES[name][1])
 
 
 def test_gathers_do_not_grow_with_chunks(workplace):
