@@ -83,6 +83,7 @@ def test_a_request_without_an_answer_is_counted_and_the_rest_goes_on(serve, tmp_
 
 def test_a_server_that_never_answers_ends_the_job(serve, tmp_path):
     server = serve(echo, script=["ok"] + ["silent"] * 50)
+    ask_all(server, tmp_path, [say("0")])
     with pytest.raises(
         DataError, match=r"does not answer \(no answer: timeout\): 3 requests in a row, each tried 2 times"
     ):
