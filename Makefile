@@ -9,7 +9,7 @@ FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.c
 .PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick fix check clean
 
 help:
-	@echo "make demo   the whole recipe on the data that ships with pyqemb (about ten minutes, set-up included)"
+	@echo "make demo   the whole recipe on the data that ships with pyqemb (about eight minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels, for every architecture"
@@ -31,8 +31,9 @@ $(VENV)/torch.stamp: constraints.txt | $(BIN)/python
 # Code for fewer GPUs than the build of a user has, to save minutes; `make check-cuda` and `make wheel` build it all.
 EDITABLE := PATH="$(CURDIR)/$(BIN):$$PATH" CUDAARCHS="$${CUDAARCHS-80;90a}" $(PIP) --no-build-isolation --editable
 
+# Without a GPU only the tests need the CUDA code, and it takes most of the build.
 $(VENV)/build.stamp: $(SOURCES) $(VENV)/torch.stamp
-	$(EDITABLE) '.[demo]'
+	PYQEMB_CUDA=$${PYQEMB_CUDA-$(if $(wildcard /dev/nvidia0 /dev/dxg),auto,off)} $(EDITABLE) '.[demo]'
 	@touch $@
 
 $(VENV)/test.stamp: $(SOURCES) $(VENV)/torch.stamp
