@@ -27,11 +27,7 @@ KNOWN_SPILLS = {
     ("info_nce_kernels::score<true, float>", "90"): 16,
     ("info_nce_kernels::row_gradients<float>", "100"): 8,
     ("info_nce_kernels::row_gradients<float>", "120"): 32,
-    **{
-        (f"top_k_kernels::search<{dtype}>", arch): 8
-        for dtype in ("BFloat16", "Float16")
-        for arch in ("90", "100", "120")
-    },
+    **{(f"top_k_kernels::search<{dtype}>", "100"): 8 for dtype in ("BFloat16", "Float16")},
     **{
         (f"info_nce_kernels::{kernel}<{before}{dtype}>", arch): size
         for dtype in ("BFloat16", "Float16")

@@ -142,17 +142,17 @@ struct Unit {
     const TopK& p;
     const Cut& cut;
     const Memory& memory;
-    int query_tile, part;
+    int number, query_tile;
     int tile, end_tile;  // of 128 documents
 
     QEMB_DEVICE Unit(const TopK& p, const Cut& cut, const Memory& memory, int number)
         : p(p),
           cut(cut),
           memory(memory),
+          number(number),
           query_tile(number % static_cast<int>(cut.query_tiles)),
-          part(number / static_cast<int>(cut.query_tiles)),
-          tile(part * static_cast<int>(cut.span_tiles)),
-          end_tile(static_cast<int>(min((part + 1) * cut.span_tiles, cut.tiles))) {}
+          tile(number / static_cast<int>(cut.query_tiles) * static_cast<int>(cut.span_tiles)),
+          end_tile(static_cast<int>(min(tile + cut.span_tiles, cut.tiles))) {}
 
     QEMB_DEVICE int64_t query(int row) const { return static_cast<int64_t>(query_tile) * kTile + row; }
     QEMB_DEVICE void begin(Rows& rows) const {
@@ -199,8 +199,10 @@ struct Unit {
     }
 
   private:
+    // The span of the unit: seldom needed, and a register that the products lack.
+    QEMB_DEVICE int64_t part() const { return opaque(number) / static_cast<int>(cut.query_tiles); }
     QEMB_DEVICE static int first_row() { return opaque(static_cast<int>(threadIdx.x)) / 32 * kRowsOfWarp; }
-    QEMB_DEVICE Key* list(int row) const { return memory.lists + (part * p.num_queries + query(row)) * p.k; }
+    QEMB_DEVICE Key* list(int row) const { return memory.lists + (part() * p.num_queries + query(row)) * p.k; }
     QEMB_DEVICE Key* candidates(int row) const {
         return memory.candidates + (static_cast<int64_t>(blockIdx.x) * kTile + row) * kBuffer;
     }
@@ -230,7 +232,7 @@ struct Unit {
     QEMB_DEVICE Key share(int64_t at, Key own, Key floor) const {
         const int lane = threadIdx.x % 32;
         Key* const floors = memory.floors + at * cut.spans;
-        if (lane == 0) store_relaxed(floors + part, floor);
+        if (lane == 0) store_relaxed(floors + part(), floor);
         sync_warp();
         Key least = ~Key{0};
         for (int64_t i = lane; i < cut.spans; i += 32) least = min(least, load_relaxed(floors + i));
