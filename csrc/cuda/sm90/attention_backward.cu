@@ -2,6 +2,8 @@
 // their group in registers. dQ is a sum over blocks of keys: the only one stores it; several add to it in memory, from
 // the last keys to the first, each after the one before it, so that the bits are always the same. Blocks stay on their
 // multiprocessor and take tile after tile, in order: whoever waits, waits for a tile that somebody took earlier.
+#include <type_traits>
+
 #include "cuda/attention_dispatch.h"
 #include "cuda/sm90/attention.h"
 #include "cuda/sm90/attention_tile.h"
@@ -64,16 +66,16 @@ __global__ void __launch_bounds__(256) prepare(const AttentionBackward p, const 
     }
 }
 
+constexpr int kDsBytes = kTile * kQueryStep * 2;  // of a step; those of two steps are kept
 template <int D>
 struct Layout {
-    static constexpr int kStages = 3;
+    static constexpr int kStages = D == 128 ? 2 : 3;  // as shared memory allows
     static constexpr int kQ = 0, kDout = kTileBytes<kQueryStep, D>, kLse = 2 * kTileBytes<kQueryStep, D>,
                          kDelta = kLse + kQueryStep * 4;
     static constexpr int kLoaded = kDelta + kQueryStep * 4, kStageBytes = (kLoaded + 1023) / 1024 * 1024;
-    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>,
-                         kParts = kDs + kTile * kQueryStep * 2, kRing = kParts + kConsumers / 32 * kQueryStep * 4,
-                         kSums = kRing + kStages * kStageBytes, kSumBytes = kQueryStep * D * 4,
-                         kBarriers = kSums + kSumBytes,
+    static constexpr int kK = 0, kV = kTileBytes<kTile, D>, kDs = 2 * kTileBytes<kTile, D>, kParts = kDs + 2 * kDsBytes,
+                         kRing = kParts + kConsumers / 32 * kQueryStep * 4, kSums = kRing + kStages * kStageBytes,
+                         kSumBytes = kQueryStep * D * 4, kBarriers = kSums + kSumBytes,
                          kMessage = kBarriers + 2 * Ring<1>::kBytes + Ring<kStages>::kBytes,
                          kDelivery = kMessage + kMessageBytes, kBytes = kDelivery + 32;
 };
@@ -203,38 +205,37 @@ QEMB_DEVICE void sum_delta(const float (&weights)[kQueryStep / 2], const float (
     barrier_sync(kSharedDsBarrier, kConsumers);
 }
 
-// dQ of a step's queries from these keys: dS^T goes through shared memory, and each warpgroup takes 64 columns.
-// release(): the products of the step are done.
-template <class T, int D, class Release>
-QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scratch, const KeyTile& tile, int step,
-                                const uint32_t (&ds)[kQueryStep / 16][4], uint32_t shared, Ring<1>& sums,
-                                const Release& release) {
-    using L = Layout<D>;
-    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const uint32_t ds_tile = shared + L::kDs, row = group * 64 + warp * 16 + lane / 4;
+// dS^T of a step to shared memory, where both warpgroups multiply it. A barrier must follow.
+QEMB_DEVICE void share_ds(const uint32_t (&ds)[kQueryStep / 16][4], uint32_t to) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t row = threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
     for (int k = 0; k < kQueryStep / 16; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            shared_store4(ds_tile + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4,
-                          ds[k][i]);
+            shared_store4(to + (row + i % 2 * 8) * 128 + ((2 * k + i / 2) ^ row % 8) * 16 + lane % 4 * 4, ds[k][i]);
     fence_async();
-    barrier_sync(kSharedDsBarrier, kConsumers);
-    float dq[8][4];
-    // Of one panel both compute the same, and one stores no rows: where warpgroups part, ptxas lets products run one by
-    // one.
-    const int panel = min(group, D / 64 - 1);
-    const uint64_t left = matrix(ds_tile), right = matrix(shared + L::kK + panel * kPanelBytes<kTile>);
-    wgmma_fence();
+}
+
+// Issues the products of dQ, of a step's queries and these keys: each warpgroup computes 64 columns. With head_dim 64
+// both compute the same columns and one stores them: where warpgroups diverge, ptxas serializes every product.
+template <class T, int D>
+QEMB_DEVICE void multiply_ds(float (&dq)[8][4], uint32_t ds, uint32_t keys) {
+    const int panel = min(static_cast<int>(threadIdx.x / 128), D / 64 - 1);
+    const uint64_t left = matrix(ds), right = matrix(keys + panel * kPanelBytes<kTile>);
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k)
         wgmma<T, 64, Major::kMN, Major::kMN>(reinterpret_cast<float (&)[32]>(dq), moved(left, k * 2048),
                                              moved(right, k * 2048), k > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    release();
-    barrier_sync(kSharedDsBarrier, kConsumers);  // dS is read: it is the staging
+}
 
+// dQ of a step to memory, or to the thread that adds it there. `staging`: 16 rows of shared memory for this warp.
+template <class T, int D>
+QEMB_DEVICE void write_dq(const AttentionBackward& p, const Scratch& scratch, const KeyTile& tile, int step,
+                          float (&dq)[8][4], uint32_t staging, Ring<1>& sums) {
+    using L = Layout<D>;
+    const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const int panel = min(group, D / 64 - 1);
     const int before = tile.before(step, p.causal), thread = panel * 128 + threadIdx.x % 128, first = tile.query(step);
     const int slot = tile.head(step) * static_cast<int>(scratch.slots) + tile.slot + first / kQueryStep;
     if (tile.first > 0) {
@@ -264,7 +265,7 @@ QEMB_DEVICE void finish_queries(const AttentionBackward& p, const Scratch& scrat
     store_rows<T, 64>(static_cast<T*>(p.dq) +
                           ((int64_t(tile.span.q) + first + warp * 16) * p.num_heads + tile.head(step)) * D + group * 64,
                       p.num_heads * D, group < D / 64 ? tile.span.num_q - first - warp * 16 : 0, dq, factor, factor,
-                      ds_tile + (group * 64 + warp * 16) * 128, lane);
+                      staging, lane);
 }
 
 template <class T, int D>
@@ -276,6 +277,7 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
     const int my_first = group * 64 + warp * 16;
     const float scale = scale_of(p) * kLog2E;
     const auto query_of = [&](int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; };  // of a score, in its step
+    const auto ds_of = [&](int step) { return shared + L::kDs + step % 2 * kDsBytes; };
     const uint32_t my_k = shared + L::kK + group * 64 * 128, my_v = shared + L::kV + group * 64 * 128;
     while (true) {
         keys.wait_full();
@@ -291,7 +293,16 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
             clear_rows<kTile, D>(shared + L::kK, tile.count);
             barrier_sync(kTailBarrier, kConsumers);
         }
-        for (int step = 0; step < tile.steps; ++step) {
+        // dQ runs one step late, together with the scores: the tensor cores wait neither until dS is stored nor until
+        // dQ is written. The first step has no dQ before it, which is a type because ptxas serializes products in a
+        // branch.
+        const auto take_step = [&](int step, auto is_first) {
+            float dq[8][4];
+            if constexpr (!is_first.value) {
+                wgmma_fence();
+                multiply_ds<T, D>(dq, ds_of(step - 1), shared + L::kK);
+                wgmma_commit();
+            }
             const int offset = L::kRing + ring.stage * L::kStageBytes;
             const uint32_t stage = shared + offset;
             const int first_query = tile.query(step), left = tile.span.num_q - first_query;
@@ -304,6 +315,11 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
             wgmma_fence();
             multiply_rows<T, D, kTile, kQueryStep>(s, my_k, stage + L::kQ);
             wgmma_commit();
+            if constexpr (!is_first.value) {
+                wgmma_wait<1>();
+                write_dq<T, D>(p, scratch, tile, step - 1, dq, ds_of(step) + my_first * 128, sums);
+                wgmma_fence();
+            }
             multiply_rows<T, D, kTile, kQueryStep>(dp, my_v, stage + L::kDout);
             wgmma_commit();
             wgmma_wait<1>();
@@ -335,7 +351,20 @@ QEMB_DEVICE void sum_key_gradients(const AttentionBackward& p, const Scratch& sc
             wgmma_fence();
             multiply_columns<T, D, kQueryStep>(dk, ds, stage + L::kQ);
             wgmma_commit();
-            finish_queries<T, D>(p, scratch, tile, step, ds, shared, sums, [&] { ring.release(signals); });
+            share_ds(ds, ds_of(step));
+            barrier_sync(kSharedDsBarrier, kConsumers);  // dS is complete, the one before is read
+            wgmma_wait<0>();
+            ring.release(signals);
+        };
+        if (tile.steps > 0) {
+            take_step(0, std::true_type{});
+            for (int step = 1; step < tile.steps; ++step) take_step(step, std::false_type{});
+            wgmma_fence();
+            float dq[8][4];
+            multiply_ds<T, D>(dq, ds_of(tile.steps - 1), shared + L::kK);
+            wgmma_commit();
+            wgmma_wait<0>();
+            write_dq<T, D>(p, scratch, tile, tile.steps - 1, dq, ds_of(tile.steps) + my_first * 128, sums);
         }
         barrier_sync(kEndBarrier, kConsumers);  // nobody reads K and V any more: they are the staging
         const int64_t to = ((tile.span.k + tile.first + my_first) * p.num_kv_heads + tile.kv_head) * D;

@@ -40,10 +40,10 @@ QEMB_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t barrier
 }
 
 // Zeros to rows from `count` on, by threads [0, kConsumers): what is multiplied by zero must not be a neighbour's NaN.
-// A barrier must follow.
+// A barrier must follow. (opaque: no register is spent on the first address throughout the loop over steps.)
 template <int kRows, int D>
 QEMB_DEVICE void clear_rows(uint32_t tile, int count) {
-    for (int i = threadIdx.x; i < (kRows - count) * (D / 8); i += kConsumers) {
+    for (int i = opaque(static_cast<int>(threadIdx.x)); i < (kRows - count) * (D / 8); i += kConsumers) {
         const int row = count + i / (D / 8), chunk = i % (D / 8);
         const uint32_t at = tile + chunk / 8 * kPanelBytes<kRows> + row * 128 + ((chunk % 8 ^ row % 8) << 4);
 #pragma unroll
