@@ -56,7 +56,8 @@ struct Inputs {
           k(call, "k", k_),
           v(call, "v", v_),
           cu_q(call, "cu_seqlens", cu_q_),
-          cu_k(call, "cu_seqlens_k", cu_k_) {
+          cu_k(cu_k_.is(cu_q_) ? cu_q : Argument(call, "cu_seqlens_k", cu_k_)) {
+        cu_k.name = "cu_seqlens_k";
         q.rank(3, "[tokens, heads, head_dim]").floating().last_contiguous();
         k.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();
         v.rank(3, "[tokens, kv_heads, head_dim]").floating().like(q).last_contiguous();

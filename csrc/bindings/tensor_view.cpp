@@ -8,6 +8,10 @@ struct Torch {
     py::object tensor;
     py::object empty, bytes, stream;
     std::vector<std::pair<py::object, ScalarType>> types;
+    // Names of attributes as Python keeps them: from a C string, each read would make a new str.
+    const py::object dtype = interned("dtype"), shape = interned("shape"), stride = interned("stride"),
+                     get_device = interned("get_device"), is_cpu = interned("is_cpu"), is_cuda = interned("is_cuda"),
+                     data_ptr = interned("data_ptr");
 
     Torch() {
         const py::module_ torch = py::module_::import("torch");
@@ -23,6 +27,10 @@ struct Torch {
         };
         for (const auto& [name, type] : names) types.emplace_back(torch.attr(name), type);
     }
+
+    static py::object interned(const char* name) {
+        return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
+    }
 };
 
 const Torch& torch() {
@@ -30,10 +38,29 @@ const Torch& torch() {
     return *instance;
 }
 
-std::vector<int64_t> integers(const py::handle& sequence) {
-    std::vector<int64_t> values;
-    for (const py::handle item : sequence) values.push_back(item.cast<int64_t>());
+py::object owned(PyObject* result) {
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+py::object get(py::handle object, const py::object& name) { return owned(PyObject_GetAttr(object.ptr(), name.ptr())); }
+py::object call_method(py::handle object, const py::object& name) {
+    return owned(PyObject_CallMethodNoArgs(object.ptr(), name.ptr()));
+}
+
+int64_t integer(py::handle object) {
+    const int64_t value = PyLong_AsLongLong(object.ptr());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+std::vector<int64_t> integers(const py::tuple& items) {
+    std::vector<int64_t> values(items.size());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = integer(PyTuple_GET_ITEM(items.ptr(), i));
     return values;
+}
+
+void* memory_of(py::handle tensor) {
+    return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(call_method(tensor, torch().data_ptr))));
 }
 
 }  // namespace
@@ -44,12 +71,12 @@ void* Call::stream() const { return reinterpret_cast<void*>(torch().stream(devic
 py::object Call::memory(int64_t bytes, void** data) const {
     if (bytes == 0) return py::none();
     py::object block = torch().empty(bytes, py::arg("dtype") = torch().bytes, py::arg("device") = device_);
-    *data = reinterpret_cast<void*>(block.attr("data_ptr")().cast<uintptr_t>());
+    *data = memory_of(block);
     return block;
 }
 
 Argument::Argument(Call& call, const char* name, py::handle object) : op(call.op), name(name), object(object) {
-    if (!py::isinstance(object, torch().tensor))
+    if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch().tensor.ptr())))
         throw py::type_error(concat("[", op, "] ", name, " must be a torch.Tensor, got ",
                                     py::str(py::type::of(object).attr("__name__")).cast<std::string>()));
     try {
@@ -62,21 +89,20 @@ Argument::Argument(Call& call, const char* name, py::handle object) : op(call.op
 }
 
 void Argument::read(Call& call) {
-    const py::object dtype = object.attr("dtype");
-    for (const auto& [known, type] : torch().types)
+    const Torch& names = torch();
+    const py::object dtype = get(object, names.dtype);
+    for (const auto& [known, type] : names.types)
         if (dtype.is(known)) view.type = type;
-    view.shape = integers(object.attr("shape"));
-    view.stride = integers(object.attr("stride")());
+    view.shape = integers(get(object, names.shape));
+    view.stride = integers(call_method(object, names.stride));
+    view.device = static_cast<int>(integer(call_method(object, names.get_device)));
     const auto device = [&] { return py::str(object.attr("device")).cast<std::string>(); };
-    if (!object.attr("is_cpu").cast<bool>()) {
-        QEMB_CHECK(object.attr("is_cuda").cast<bool>(), "[", op, "] ", name,
-                   " must be on the CPU or on a CUDA device, got ", device());
-        view.device = object.attr("get_device")().cast<int>();
-    }
+    QEMB_CHECK(get(object, view.device < 0 ? names.is_cpu : names.is_cuda).ptr() == Py_True, "[", op, "] ", name,
+               " must be on the CPU or on a CUDA device, got ", device());
     if (!call.first_) call.first_ = name, call.device_ = view.device;
     QEMB_CHECK(view.device == call.device_, "[", op, "] ", name, " must be on the device of ", call.first_, ", ",
                call.cuda() ? concat("cuda:", call.device_) : "cpu", ", got ", device());
-    view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+    view.data = memory_of(object);
 }
 
 std::string Argument::type_name() const { return py::str(object.attr("dtype")).cast<std::string>(); }

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <map>
+#include <utility>
 
 #include "common/check.h"
 #include "cuda/device/arch.h"
@@ -19,14 +21,29 @@ inline void check(const char* op, cudaError_t error) {
     throw std::runtime_error(concat("[", op, "] CUDA: ", cudaGetErrorString(error)));
 }
 
+inline int current_device() {
+    int device = 0;
+    check("pyqemb", cudaGetDevice(&device));
+    return device;
+}
+
+// From now on a block of `kernel` may have so much shared memory. The runtime is told once for each device: the call
+// takes as long as a launch.
+inline void allow_shared(const char* op, const void* kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return;
+    thread_local std::map<std::pair<int, const void*>, size_t> allowed;
+    size_t& known = allowed[{current_device(), kernel}];
+    if (bytes <= known) return;
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    known = bytes;
+}
+
 // kernel<<<grid, block, shared bytes, stream>>>(arguments...), checked. An empty grid is no launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
             [[maybe_unused]] void* stream, const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared > 48 * 1024)
-        check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    allow_shared(op, reinterpret_cast<const void*>(kernel), shared);
 #ifdef __CUDACC__
     kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
@@ -41,9 +58,8 @@ inline void zero(const char* op, void* to, size_t bytes, void* stream) {
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    check("pyqemb", cudaGetDevice(&device));
-    check("pyqemb", cudaDeviceGetAttribute(&value, attribute, device));
+    int value = 0;
+    check("pyqemb", cudaDeviceGetAttribute(&value, attribute, current_device()));
     return value;
 }
 inline int compute_capability() {

@@ -219,23 +219,24 @@ def varlen_attention(
     if scale is None:  # a q without a head dimension raises below
         scale = q_TND.shape[-1] ** -0.5 if isinstance(q_TND, Tensor) and q_TND.dim() and q_TND.shape[-1] else 1.0
     scale, causal = checks.finite(_OP, "scale", scale), checks.flag(_OP, "causal", causal)
-    q_TND, k_SKD, v_SKD = (_last_contiguous(name, x) for name, x in (("q", q_TND), ("k", k_SKD), ("v", v_SKD)))
-    tokens, tokens_k = (len(x) if x.dim() else 0 for x in (q_TND, k_SKD))
+    q_TND, k_SKD, v_SKD = _last_contiguous("q", q_TND), _last_contiguous("k", k_SKD), _last_contiguous("v", v_SKD)
+    tokens = q_TND.shape[0] if q_TND.dim() else 0  # len(x) takes four times as long
+    tokens_k = k_SKD.shape[0] if k_SKD.dim() else 0
     if plan is None:
         cu_seqlens = tensor(_OP, "cu_seqlens", cu_seqlens)
         plan = _make_plan(_OP, cu_seqlens, cu_seqlens_k, tokens, tokens_k, q_TND.device)
     elif not isinstance(plan, AttentionPlan):
         raise TypeError(f"[{_OP}] plan must be an AttentionPlan, got {type(plan).__name__}")
-    elif (plan.tokens, plan.tokens_k) != (tokens, tokens_k):
+    elif plan.tokens != tokens or plan.tokens_k != tokens_k:
         raise ValueError(
             f"[{_OP}] plan is for {plan.tokens} tokens of q and {plan.tokens_k} of k, got {tokens} and {tokens_k}"
         )
-    for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        checks.optional_tensor(_OP, name, given)
-    if q_TND.device.type == "cuda" and q_TND.dtype in _WIDE and not checks.has_no_values():
+    checks.optional_tensor(_OP, "cu_seqlens", cu_seqlens)
+    checks.optional_tensor(_OP, "cu_seqlens_k", cu_seqlens_k)
+    if q_TND.is_cuda and q_TND.dtype in _WIDE and not checks.has_no_values():
         return by_sequence(q_TND, k_SKD, v_SKD, plan, causal=causal, scale=scale)
     cu = plan.cu_seqlens, plan.cu_seqlens_k
-    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)[0]
+    return _attention(q_TND, k_SKD, v_SKD, *cu, plan.data, plan.sizes, scale, causal)
 
 
 def by_sequence(
@@ -302,7 +303,7 @@ def _work(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None, Sequence[int]]:
     """Lengths and plan as the native code takes them; compiled graphs have no plan."""
-    if plan is None and q.device.type == "cuda":
+    if plan is None and q.is_cuda:
         made = _plan_on_device(cu_q, cu_k, len(q), len(k))
         return made.cu_seqlens, made.cu_seqlens_k, made.data, made.sizes
     return cu_q, cu_k, plan, sizes
@@ -315,14 +316,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.fixed = inputs[6:]
 
 
-def _backward(gradient: Any, ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(gradient: Any, ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return None, None, None
     *inputs, out, lse = ctx.saved_tensors
-    return *gradient(*inputs, *ctx.fixed, out, lse, dout), *(None,) * 6
+    return gradient(*inputs, *ctx.fixed, out, lse, dout)
 
 
-_attention = differentiable("varlen_attention", _forward, _gradient, _keep, _backward)
+_attention = differentiable("varlen_attention", _forward, _gradient, _keep, _backward, inputs=3)
 
 
 def _last_contiguous(name: str, x: Any) -> Tensor:

@@ -58,7 +58,7 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
         raise TypeError(f"[{op}] {name} must be a dense tensor, got layout {value.layout}")
     if not (value.is_cpu or value.is_cuda):
         raise ValueError(f"[{op}] {name} must be on the CPU or on a CUDA device, got {value.device}")
-    return value.resolve_neg()
+    return value.resolve_neg() if value.is_neg() else value
 
 
 def optional_tensor(op: str, name: str, value: Any) -> Tensor | None:

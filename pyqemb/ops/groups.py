@@ -98,41 +98,57 @@ class Options(NamedTuple):
 
         The arguments are those of `info_nce`; `scale` multiplies the loss and its gradients.
         """
-        checks.choice(_OP, "softmax", softmax, ("joint", "split"))
-        focal = checks.number(_OP, "focal", focal)
-        if not (math.isfinite(focal) and focal >= 0):
-            raise ValueError(f"[info_nce] focal must be finite and at least 0, got {focal}")
-        if margin is not None and math.isnan(checks.number(_OP, "margin", margin)):
-            raise ValueError("[info_nce] margin must be a number, got nan")
-        if groups is not None and not isinstance(groups, Mapping):
-            raise TypeError(f"[info_nce] groups must be a mapping from group to Group, got {type(groups).__name__}")
-        chosen = _chosen(preset, groups or {}, doc_mask)
-        for name, group in chosen.items():
-            if temperature > 0 and group.hardness <= -1 / temperature:
-                raise ValueError(
-                    f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores "
-                    "rise, "
-                    f"got {group.hardness}"
-                )
-        limits = [margin if group.margin is None else group.margin for group in chosen.values()]
-        return cls(
-            groups=tuple(chosen),
-            masks=tuple(
-                "none" if limit is None else group.mask or "none"
-                for group, limit in zip(chosen.values(), limits, strict=True)
-            ),
-            margins=tuple(0.0 if limit is None else float(limit) for limit in limits),
-            relative=tuple(group.relative for group in chosen.values()),
-            hardness=tuple(group.hardness for group in chosen.values()),
-            split=softmax == "split",
-            focal=focal,
-            temperature=temperature,
-            scale=scale,
-        )
+        given = preset, groups, margin, doc_mask, softmax, focal, temperature, scale
+        if groups is None and not checks.has_no_values():
+            try:
+                return _known_options(*given)
+            except TypeError:  # refused, perhaps because it has no hash
+                pass
+        return _options(*given)
 
     def native(self) -> _C.InfoNceOptions:
         """The options object of the native module; equal options share one."""
         return _native(*(tuple(value) if isinstance(value, list) else value for value in self))
+
+
+def _options(
+    preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
+    softmax: str, focal: float, temperature: float, scale: float,
+) -> Options:  # fmt: skip
+    checks.choice(_OP, "softmax", softmax, ("joint", "split"))
+    focal = checks.number(_OP, "focal", focal)
+    if not (math.isfinite(focal) and focal >= 0):
+        raise ValueError(f"[info_nce] focal must be finite and at least 0, got {focal}")
+    if margin is not None and math.isnan(checks.number(_OP, "margin", margin)):
+        raise ValueError("[info_nce] margin must be a number, got nan")
+    if groups is not None and not isinstance(groups, Mapping):
+        raise TypeError(f"[info_nce] groups must be a mapping from group to Group, got {type(groups).__name__}")
+    chosen = _chosen(preset, groups or {}, doc_mask)
+    for name, group in chosen.items():
+        if temperature > 0 and group.hardness <= -1 / temperature:
+            raise ValueError(
+                f"[info_nce] hardness of {name} must be above -1 / temperature, or logits would fall as scores "
+                "rise, "
+                f"got {group.hardness}"
+            )
+    limits = [margin if group.margin is None else group.margin for group in chosen.values()]
+    return Options(
+        groups=tuple(chosen),
+        masks=tuple(
+            "none" if limit is None else group.mask or "none"
+            for group, limit in zip(chosen.values(), limits, strict=True)
+        ),
+        margins=tuple(0.0 if limit is None else float(limit) for limit in limits),
+        relative=tuple(group.relative for group in chosen.values()),
+        hardness=tuple(group.hardness for group in chosen.values()),
+        split=softmax == "split",
+        focal=focal,
+        temperature=temperature,
+        scale=scale,
+    )
+
+
+_known_options = lru_cache(maxsize=64, typed=True)(_options)  # half of the time of a small call
 
 
 @lru_cache(maxsize=64)  # saves a tenth of the time of a small call

@@ -10,7 +10,7 @@ from typing_extensions import Unpack  # of typing from Python 3.11 on
 
 from pyqemb import _C
 from pyqemb.ops import checks
-from pyqemb.ops.common import arithmetic, differentiable, empty, native
+from pyqemb.ops.common import arithmetic, differentiable, empty_like, native
 from pyqemb.ops.groups import Group, Options
 from pyqemb.ops.prefixes import over_prefixes, prefixes
 
@@ -156,28 +156,19 @@ def info_nce(
     differs = wanted and (queries_BE.requires_grad or documents_ME.requires_grad)
     learns = wanted and tau is not None and tau.requires_grad
 
-    totals = queries_BE.new_empty(0)
+    totals: Tensor
 
     def once(queries: Tensor, documents: Tensor, dims: Sequence[int] = (), weights: Sequence[float] = ()) -> Tensor:
         nonlocal totals
         inputs = _Inputs(
-            queries=queries.contiguous(),
-            documents=documents.contiguous(),
-            tau=tau,
-            positive=positive,
-            owner=owner,
-            ids=document_ids,
-            first_row=first,
-            num_rows=count,
-            dims=dims,
-            dim_weights=weights,
-            differs=differs,
+            queries=queries.contiguous(), documents=documents.contiguous(), tau=tau, positive=positive, owner=owner,
+            ids=document_ids, first_row=first, num_rows=count, dims=dims, dim_weights=weights, differs=differs,
             learns=learns,
-        )
-        loss, totals = _info_nce(*inputs, *options)[:2]
+        )  # fmt: skip
+        loss, totals = _info_nce(*inputs, *options)
         return loss
 
-    if queries_BE.device.type != "cpu" and len(dims) > _C.MAX_PREFIXES:
+    if len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu:
         loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
         loss = once(queries_BE, documents_ME, dims, weights)
@@ -375,14 +366,14 @@ def _sweep(
     """
     queries, documents, owner = batch.queries, batch.documents, batch.owner
     losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (num_rows, 5, 1 if learns else 0))
+    dtype = arithmetic(queries.dtype)
     d_queries, d_documents = (
-        empty(x.shape if differs else (0,), arithmetic(x.dtype), x.device) for x in (queries, documents)
+        empty_like(x, dtype) if differs else x.new_empty(0, dtype=dtype) for x in (queries, documents)
     )
     own_starts = own_documents = None
     if owner is not None:
-        own_documents = torch.argsort(owner, stable=True)
-        bounds = torch.arange(len(queries) + 1, device=owner.device)
-        own_starts = torch.searchsorted(owner[own_documents], bounds)
+        owners, own_documents = torch.sort(owner, stable=True)
+        own_starts = torch.searchsorted(owners, torch.arange(len(queries) + 1, device=owner.device))
     _C.info_nce(
         options.native(),
         **batch._asdict(),
@@ -470,26 +461,25 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, _ = _inputs(inputs)
+    queries, _, tau, *_ = inputs
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtype = given.queries.dtype
-    ctx.tau = None if given.tau is None else (given.tau.shape, given.tau.dtype)
+    ctx.dtype = queries.dtype
+    ctx.tau = None if tau is None else (tau.shape, tau.dtype)
 
 
-def _backward(_: Any, ctx: Any, d_loss: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * (len(_Inputs._fields) + len(Options._fields))
+def _backward(_: Any, ctx: Any, d_loss: Tensor | None, __: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None, None, None]
     if d_loss is not None:
         d_queries, d_documents, d_tau = ctx.saved_tensors
         for place, gradient in enumerate((d_queries, d_documents)):
             if ctx.needs_input_grad[place]:
                 grads[place] = (gradient * d_loss).to(ctx.dtype)
-        place = _Inputs._fields.index("tau")
-        if ctx.needs_input_grad[place]:
+        if ctx.needs_input_grad[2]:
             shape, dtype = ctx.tau
-            grads[place] = (d_tau * d_loss).to(dtype).reshape(shape)
+            grads[2] = (d_tau * d_loss).to(dtype).reshape(shape)
     return tuple(grads)
 
 
-_info_nce = differentiable("info_nce", _forward, None, _keep, _backward)
+_info_nce = differentiable("info_nce", _forward, None, _keep, _backward, inputs=3, results=2)

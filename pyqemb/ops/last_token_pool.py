@@ -101,7 +101,7 @@ def _backward(gradient: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...
     hidden, weight, cu = ctx.saved_tensors
     wanted = weight is not None and ctx.needs_input_grad[1]
     dhidden, dweight = gradient(hidden, weight, cu, dout, ctx.eps, ctx.normalize, wanted)
-    return dhidden, rounded(dweight, weight, wanted), None, None, None, None
+    return dhidden, rounded(dweight, weight, wanted)
 
 
-_pool = differentiable("last_token_pool", _forward, _gradient, _keep, _backward)
+_pool = differentiable("last_token_pool", _forward, _gradient, _keep, _backward, inputs=2)

@@ -65,7 +65,7 @@ def _rotated(op: str, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor
     if op == "qk_norm_rope":
         weight = tensor(op, "norm_weight", weight)
     x, cos, sin = tensor(op, "x", x), tensor(op, "cos", cos), tensor(op, "sin", sin)
-    return _qk_norm_rope(x.contiguous(), weight, cos, sin, not_negative(op, "eps", eps))[0]
+    return _qk_norm_rope(x.contiguous(), weight, cos, sin, not_negative(op, "eps", eps))
 
 
 @native(
@@ -97,12 +97,12 @@ def _keep_qk_norm_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*inputs[:4], output[1])
 
 
-def _qk_norm_rope_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _qk_norm_rope_backward(gradient: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: under activation checkpointing each access recomputes them
     dx, dweight = gradient(*saved, dy, ctx.needs_input_grad[1])
-    return dx, rounded(dweight, saved[1], ctx.needs_input_grad[1]), None, None, None
+    return dx, rounded(dweight, saved[1], ctx.needs_input_grad[1])
 
 
 _qk_norm_rope = differentiable(
-    "qk_norm_rope", _qk_norm_rope_forward, _qk_norm_rope_gradient, _keep_qk_norm_rope, _qk_norm_rope_backward
+    "qk_norm_rope", _qk_norm_rope_forward, _qk_norm_rope_gradient, _keep_qk_norm_rope, _qk_norm_rope_backward, inputs=2
 )

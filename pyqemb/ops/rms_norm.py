@@ -43,11 +43,11 @@ def rms_norm(
     if not x.dim():
         raise ValueError("[rms_norm] x must have shape [..., size], got []")
     if residual is None:
-        return _rms_norm(_rows(x), weight, eps)[0].view(x.shape)
+        return _rms_norm(_rows(x), weight, eps).view(x.shape)
     residual = tensor(op, "residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"[rms_norm] residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
-    normed, _, total = _add_rms_norm(_rows(x), _rows(residual), weight, eps)
+    normed, total = _add_rms_norm(_rows(x), _rows(residual), weight, eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -66,12 +66,12 @@ def _rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
 
 @native(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, weight, eps: (new(x), new_rows(x), new(x)),
+    lambda x, residual, weight, eps: (new(x), new(x), new_rows(x)),
 )
 def _add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, rstd, total = empty_like(x), new_rows(x), empty_like(x)
+    y, total, rstd = empty_like(x), empty_like(x), new_rows(x)
     _C.rms_norm_forward(x, residual, weight, total, y, rstd, eps)
-    return y, rstd, total
+    return y, total, rstd
 
 
 @native(
@@ -91,28 +91,36 @@ def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
 
 
-def _rms_norm_backward(gradient: Any, ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _rms_norm_backward(gradient: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s, weight, rstd = ctx.saved_tensors
     dx, dweight = gradient(s, weight, rstd, dy, None, ctx.needs_input_grad[1])
-    return dx, rounded(dweight, weight, ctx.needs_input_grad[1]), None
+    return dx, rounded(dweight, weight, ctx.needs_input_grad[1])
 
 
 def _keep_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2], inputs[2], output[1])
+    ctx.save_for_backward(output[1], inputs[2], output[2])
     ctx.set_materialize_grads(False)
 
 
 def _add_rms_norm_backward(
-    gradient: Any, ctx: Any, dy: Tensor | None, _: Any, dsum: Tensor | None
+    gradient: Any, ctx: Any, dy: Tensor | None, dsum: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dy is None:  # only the sum was used
-        return dsum, dsum, None, None
+        return dsum, dsum, None
     s, weight, rstd = ctx.saved_tensors
     dx, dweight = gradient(s, weight, rstd, dy, dsum, ctx.needs_input_grad[2])
-    return dx, dx if ctx.needs_input_grad[1] else None, rounded(dweight, weight, ctx.needs_input_grad[2]), None
+    return dx, dx if ctx.needs_input_grad[1] else None, rounded(dweight, weight, ctx.needs_input_grad[2])
 
 
-_rms_norm = differentiable("rms_norm", _rms_norm_forward, _rms_norm_gradient, _keep_rms_norm, _rms_norm_backward)
+_rms_norm = differentiable(
+    "rms_norm", _rms_norm_forward, _rms_norm_gradient, _keep_rms_norm, _rms_norm_backward, inputs=2
+)
 _add_rms_norm = differentiable(
-    "rms_norm", _add_rms_norm_forward, _rms_norm_gradient, _keep_add_rms_norm, _add_rms_norm_backward
+    "rms_norm",
+    _add_rms_norm_forward,
+    _rms_norm_gradient,
+    _keep_add_rms_norm,
+    _add_rms_norm_backward,
+    inputs=3,
+    results=2,
 )

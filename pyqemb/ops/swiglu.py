@@ -57,4 +57,4 @@ def _swiglu_backward(gradient: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, Tenso
     return gradient(*ctx.saved_tensors, dy)
 
 
-_swiglu = differentiable("swiglu", _swiglu_forward, _swiglu_gradient, _keep_swiglu, _swiglu_backward)
+_swiglu = differentiable("swiglu", _swiglu_forward, _swiglu_gradient, _keep_swiglu, _swiglu_backward, inputs=2)

@@ -286,6 +286,39 @@ def test_runs_in_a_cuda_graph_on_its_stream():
         assert torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"matryoshka": [16, 40]}, {"preset": "qwen3_stage2"}], ids=str)
+def test_info_nce_runs_in_a_cuda_graph(options):
+    """Captured forward and backward, and replayed with other vectors, positives, owners and ids."""
+    queries, documents = (torch.randn(n, 40, device="cuda", dtype=torch.bfloat16) for n in (37, 150))
+    leaves = [queries.requires_grad_(), documents.requires_grad_()]
+    positive, owner, ids = (torch.arange(n, device="cuda") for n in (37, 150, 150))
+    owner = owner % 40 - 3
+
+    def work():
+        loss, stats = ops.info_nce(
+            *leaves, positive, owner=owner, document_ids=ids, return_stats=True, temperature=0.05, **options
+        )
+        return loss.detach(), stats.totals, *torch.autograd.grad(loss, leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.nn.functional.normalize(torch.randn_like(x), dim=1))
+        positive.copy_(torch.randperm(150)[:37])
+        owner.copy_(torch.randint(-1, 37, (150,)))
+        ids.copy_(torch.randint(0, 100, (150,)))
+    graph.replay()
+    for again, expected in zip(captured, work(), strict=True):
+        assert torch.equal(again, expected)
+
+
 def test_opcheck():
     q, k, v = (x.to(torch.bfloat16).to("cuda").requires_grad_() for x in attention_tensors((3, 10), (3, 10)))
     cu = cu_seqlens((3, 10)).to("cuda")

@@ -140,6 +140,26 @@ def test_the_probe_counts_what_autograd_saves(hidden):
     assert not model.model.checkpointing
 
 
+@pytest.mark.parametrize("rows", [1, 1 << 16], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("op", "native"),
+    [
+        (lambda x: ops.swiglu(x, x), True),
+        (lambda x: ops.linear(x, x[:8]), True),
+        (lambda x: x + x, False),
+        (torch.nn.functional.dropout, False),
+    ],
+    ids=["swiglu", "linear", "add", "dropout"],
+)
+def test_results_of_ops_and_of_torch_are_counted_separately(op, native, rows):
+    parameter = torch.ones(rows * 8 + 1, 8)
+    x = parameter[1:]  # results of the size of a parameter would be taken for its gradient
+    with torch.no_grad(), probe._LiveBytes([parameter]) as live:
+        op(x)
+    assert live._peak[native] >= x.nbytes
+    assert live._peak[not native] == 0
+
+
 def test_the_meter_sees_what_work_takes():
     with PeakMemory(CPU) as meter:
         block = torch.ones(40 << 20, dtype=torch.uint8)

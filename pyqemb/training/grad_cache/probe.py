@@ -22,9 +22,7 @@ from pyqemb.training.grad_cache.passes import Model, checkpointing, takes_bounda
 # Tokens of the two probes: primes, so that no activation has the size of a weight's gradient.
 _FEW, _MORE = 67, 131
 
-# How the storages of pyqemb's ops are recognized: the ops allocate with torch, or view a block that torch does not know
-# (pyqemb/ops/common.py: empty). Other storages are results of torch's own ops.
-_BY_OPS = torch.ops.aten.empty.memory_format, torch.ops.aten.view.default
+_ALLOCATES = torch.ops.aten.empty.memory_format, torch.ops.aten.view.default
 
 
 class TokenCosts(NamedTuple):
@@ -86,6 +84,16 @@ def _run(model: Model, batch: PackedBatch, parameters: list[torch.Tensor]) -> tu
     return [forward, graph, max(backward, 0), boundary], vectors_BE.shape[1] * vectors_BE.element_size()
 
 
+def _by_ops(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether new storages of this call are results of pyqemb's ops; others are results of torch's own ops.
+
+    The ops allocate with torch, or view a block that torch does not know (pyqemb/ops/common.py: empty, empty_like).
+    """
+    if func is torch.ops.aten.empty_like.default:  # torch's dropout calls it too, without a memory format
+        return kwargs.get("memory_format") is torch.contiguous_format
+    return func in _ALLOCATES or func.namespace == "pyqemb"  # without values, an op is one torch call
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that torch allocates and frees.
 
@@ -113,7 +121,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        own = func in _BY_OPS or func.namespace == "pyqemb"  # without values, an op is one torch call
+        own = _by_ops(func, kwargs or {})
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
                 self._see(result.untyped_storage(), own)

@@ -43,8 +43,18 @@ inline Errors& errors() {
     return errors;
 }
 
+// What has been asked of the runtime. The last two make the host wait, and cannot be captured in a graph.
+struct Calls {
+    int launches = 0, attributes = 0, zeroed = 0, copies = 0, synchronizations = 0;
+};
+inline Calls& calls() {
+    static Calls calls;
+    return calls;
+}
+
 inline void launch(const char* op, const void* kernel, dim3 grid, int threads, size_t shared, Block::Body body,
                    const void* context) {
+    ++calls().launches;
     size_t allowed = 48 * 1024;
     if (const auto found = errors().most_shared.find(kernel); found != errors().most_shared.end())
         allowed = std::min(found->second, options().shared_limit);
@@ -96,14 +106,37 @@ inline void launch(const char* op, const void* kernel, dim3 grid, int threads, s
 }  // namespace emulator
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    ++emulator::calls().attributes;
     auto& errors = emulator::errors();
     if (static_cast<size_t>(bytes) > emulator::options().shared_limit) return errors.set(cudaErrorInvalidValue);
     errors.most_shared[kernel] = static_cast<size_t>(bytes);
     return cudaSuccess;
 }
+// Each emulated GPU is a device of its own.
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = emulator::options().compute_capability;
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::errors().last, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+
+// What no launcher may call, for the test that finds it (test_runtime_calls.cpp).
+using cudaStream_t = void*;
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+inline cudaError_t cudaDeviceSynchronize() {
+    ++emulator::calls().synchronizations;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    ++emulator::calls().copies;
+    std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
 }
 
 namespace emulator {
@@ -129,6 +162,7 @@ inline int max_shared() { return static_cast<int>(::emulator::options().shared_l
 inline int multiprocessor_shared() { return max_shared() + 1024; }
 
 inline void zero(const char*, void* to, size_t bytes, void*) {
+    ++::emulator::calls().zeroed;
     if (bytes) std::memset(to, 0, bytes);
 }
 
