@@ -32,6 +32,11 @@ def microseconds(work: Callable[[], object], calls: int = 40, rounds: int = 120)
     return least
 
 
+def without_gradients(work: Callable[[], object]) -> float:
+    with torch.no_grad():
+        return microseconds(work)
+
+
 def attention_layers() -> dict[str, float]:
     q, k, v = (torch.randn(1, heads, 16) for heads in (2, 1, 1))
     cu = torch.tensor([0, 1], dtype=torch.int32)
@@ -41,6 +46,9 @@ def attention_layers() -> dict[str, float]:
     fixed = dict(out=out, lse=lse, scale=0.25, causal=True, plan=None, sizes=plan.sizes)
     gradients = dict(zip(("dq", "dk", "dv"), (torch.empty_like(x) for x in (q, k, v)), strict=True))
     problem = q, k, v, cu, cu, None, plan.sizes, 0.25, True
+
+    def forward() -> torch.Tensor:
+        return ops.varlen_attention(*leaves, None, plan=plan, causal=True)
 
     def chain(count: int) -> torch.Tensor:
         x = leaves[0]
@@ -55,8 +63,8 @@ def attention_layers() -> dict[str, float]:
     return {
         "forward: binding": microseconds(lambda: _C.attention_forward(q, k, v, cu, cu, **fixed)),
         "forward: with allocation": microseconds(lambda: attention._forward.raw(*problem)),
-        "forward: varlen_attention, no_grad": microseconds(torch.no_grad()(lambda: chain(1))),
-        "forward: varlen_attention": microseconds(lambda: chain(1)),
+        "forward: varlen_attention, no_grad": without_gradients(forward),
+        "forward: varlen_attention": microseconds(forward),
         "backward: binding": microseconds(
             lambda: _C.attention_backward(q, k, v, cu, cu, dout=dout, **gradients, **fixed)
         ),
@@ -81,7 +89,7 @@ def info_nce_layers() -> dict[str, float]:
     )  # fmt: skip
     return {
         "forward: binding": microseconds(lambda: _C.info_nce(options.native(), **arguments)),
-        "forward: no_grad": microseconds(torch.no_grad()(lambda: ops.info_nce(queries, documents, positive))),
+        "forward: no_grad": without_gradients(lambda: ops.info_nce(queries, documents, positive)),
         "forward": microseconds(lambda: ops.info_nce(*leaves, positive)),
         "forward, with owners": microseconds(lambda: ops.info_nce(*leaves, positive, owner=owner)),
         "backward": microseconds(lambda: torch.autograd.grad(loss, leaves, retain_graph=True)),

@@ -111,7 +111,7 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
-            arguments = *given[:-1], *given[-1]
+            arguments = given[:-1] + given[-1]
             output = forward.raw(*arguments)
             keep(ctx, arguments, output)
             return returned(output)

@@ -108,7 +108,10 @@ class Options(NamedTuple):
 
     def native(self) -> _C.InfoNceOptions:
         """The options object of the native module; equal options share one."""
-        return _native(*(tuple(value) if isinstance(value, list) else value for value in self))
+        try:
+            return _native(*self)
+        except TypeError:  # the lists of a torch op have no hash
+            return _native(*(tuple(value) if isinstance(value, list) else value for value in self))
 
 
 def _options(

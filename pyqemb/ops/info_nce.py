@@ -365,11 +365,12 @@ def _sweep(
     Gradients that are not requested have no elements.
     """
     queries, documents, owner = batch.queries, batch.documents, batch.owner
-    losses, totals, d_tau = (queries.new_empty(size, dtype=torch.float64) for size in (num_rows, 5, 1 if learns else 0))
+    losses = queries.new_empty(num_rows, dtype=torch.float64)
+    totals = queries.new_empty(5, dtype=torch.float64)
+    d_tau = queries.new_empty(1 if learns else 0, dtype=torch.float64)
     dtype = arithmetic(queries.dtype)
-    d_queries, d_documents = (
-        empty_like(x, dtype) if differs else x.new_empty(0, dtype=dtype) for x in (queries, documents)
-    )
+    d_queries = empty_like(queries, dtype) if differs else queries.new_empty(0, dtype=dtype)
+    d_documents = empty_like(documents, dtype) if differs else documents.new_empty(0, dtype=dtype)
     own_starts = own_documents = None
     if owner is not None:
         owners, own_documents = torch.sort(owner, stable=True)
@@ -457,11 +458,11 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
         differs=inputs.differs,
         learns=inputs.learns,
     )
-    return (losses.sum() * options.scale).to(arithmetic(inputs.queries.dtype)), totals, *gradients
+    return losses.sum().mul_(options.scale).to(arithmetic(inputs.queries.dtype)), totals, *gradients
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, _, tau, *_ = inputs
+    queries, tau = inputs[0], inputs[2]
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 # What neither waits for the device nor copies from the host's memory.
 ALLOWED = {
-    "_to_copy", "arange", "contiguous", "detach", "device", "empty", "empty_like", "mul", "new_empty", "new_zeros",
-    "ones_like", "reshape", "searchsorted", "sort", "sum", "to", "view",
+    "_to_copy", "arange", "contiguous", "detach", "device", "empty", "empty_like", "mul", "mul_", "new_empty",
+    "new_zeros", "ones_like", "reshape", "searchsorted", "sort", "sum", "to", "view",
 }  # fmt: skip
 # Of the CUDA runtime; cudaMemcpy, cudaMalloc, cudaFree and every synchronization are missing here.
 RUNTIME = {
