@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from pyqemb.data.example import write_examples
 from pyqemb.demo.help_data import help_material
 from pyqemb.demo.material import Document, Material
 from pyqemb.demo.measure import measure
-from pyqemb.demo.pipeline import Settings, _Demo
+from pyqemb.demo.pipeline import Settings, untrained_model
 from pyqemb.demo.results import MEAN, NDCG
 from pyqemb.evaluation import rank
 from pyqemb.model.embedder import Embedder
@@ -88,8 +89,9 @@ def plot(results: dict[str, dict[int, float]]) -> None:
 
 def main(out: Path) -> None:
     material, settings = help_material(), Settings()
-    demo = _Demo(material, out, settings, print)
-    base, data = demo.make_base(), demo.write("supervised", material.supervised)
+    out.mkdir(parents=True, exist_ok=True)
+    base, data = untrained_model(material, settings).save_pretrained(out / "base"), out / "supervised.jsonl"
+    write_examples(data, material.supervised)
     results = {}
     for name, dims in (("trained with Matryoshka dimensions", DIMS[:-1]), ("trained without", ())):
         folder = trained(base, data, out / name.replace(" ", "-"), material, settings, dims)

@@ -110,3 +110,12 @@ def test_no_call_has_more_than_eight_positional_arguments():
             if isinstance(node, ast.Call):
                 where = f"{path.relative_to(ROOT)}:{node.lineno}"
                 assert len(node.args) <= 8, f"{where}: {ast.unparse(node.func)} takes {len(node.args)}: name them"
+
+
+def test_benchmarks_use_public_names():
+    allowed = {"_C", "__version__"}
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyqemb"):
+                private = {alias.name for alias in node.names if alias.name.startswith("_")} - allowed
+                assert not private, f"{path.relative_to(ROOT)}:{node.lineno} imports {sorted(private)}"

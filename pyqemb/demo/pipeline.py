@@ -80,6 +80,21 @@ def run_demo(material: Material, out: Path, settings: Settings, say: Say = print
     return demo.results
 
 
+def untrained_model(material: Material, settings: Settings) -> Embedder:
+    """A model with random weights, and a tokenizer that is trained on the texts of the material."""
+    s = settings
+    tokenizer = Tokenizer(train_tokenizer(material.texts, vocab_size=s.vocab_size), material.max_length)
+    config = Qwen3Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
+        num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
+        head_dim=s.head_dim, max_position_embeddings=512, rope_theta=10_000.0, is_causal=False,
+        eos_token_id=tokenizer.end_id,
+    )  # fmt: skip
+    embedder = Embedder.from_config(config, tokenizer, seed=s.seed)
+    embedder.default_instruction = None
+    return embedder
+
+
 class _Demo:
     def __init__(self, material: Material, out: Path, settings: Settings, say: Say):
         self.material, self.out, self.settings, self.say = material, out, settings, say
@@ -123,19 +138,8 @@ class _Demo:
 
     def make_base(self) -> Path:
         """Make a tokenizer and a model from scratch."""
-        s = self.settings
         with self.step("tokenizer"):
-            tokenizer = Tokenizer(
-                train_tokenizer(self.material.texts, vocab_size=s.vocab_size), self.material.max_length
-            )
-        config = Qwen3Config(
-            vocab_size=tokenizer.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
-            num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
-            head_dim=s.head_dim, max_position_embeddings=512, rope_theta=10_000.0, is_causal=False,
-            eos_token_id=tokenizer.end_id,
-        )  # fmt: skip
-        embedder = Embedder.from_config(config, tokenizer, seed=s.seed)
-        embedder.default_instruction = None
+            embedder = untrained_model(self.material, self.settings)
         self.results.facts["parameters"] = sum(p.numel() for p in embedder.parameters())
         return embedder.save_pretrained(self.work / "base")
 
