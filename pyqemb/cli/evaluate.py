@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from pyqemb.cli.columns import add_columns
 from pyqemb.cli.logs import add_quiet, progress_shown
 
 
@@ -21,10 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", help="split of the judgments, qrels/SPLIT.tsv, or of a dataset (default: test, or the only one)"
     )
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=COLUMN",
-        help="a column of the examples that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
-    )  # fmt: skip
+    add_columns(parser)
     parser.add_argument(
         "--bootstrap", type=int, default=1000, help="resamples of the 95%% bootstrap intervals (default: 1000)"
     )

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from pyqemb.cli.columns import add_columns
 from pyqemb.cli.logs import add_quiet, progress_shown
 
 
@@ -13,10 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", help="split of a folder or of a dataset on the hub (default: train, or the only one)"
     )
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=COLUMN",
-        help="a column of the pairs that is read as query, positive, ...; or ignore=COLUMN; may be repeated",
-    )  # fmt: skip
+    add_columns(parser)
     parser.add_argument(
         "--corpus", type=Path, help="more candidate documents: a corpus (JSONL with `text`), its folder, or examples"
     )
