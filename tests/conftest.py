@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -25,6 +28,24 @@ def seed():
 def cache(tmp_path_factory, monkeypatch):
     """The user's cache is a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def run_line():
+    """Runs a line of a page: run_line("pyqemb init run.toml"); also torchrun. It must end with exit code 0."""
+    from pyqemb.cli import main
+
+    def run(line):
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-2000:]
+            return
+        assert words[0] == "pyqemb", f"do not know how to run {line!r}"
+        assert main(words[1:]) == 0, line
+
+    return run
 
 
 @pytest.fixture

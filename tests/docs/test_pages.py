@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyqemb import Embedder
-from pyqemb.cli import main
 from pyqemb.curation.config import CurateConfig
 from pyqemb.synthesis.config import SynthesisConfig
 from pyqemb.testing.tiny import write_tiny_folder
@@ -92,19 +90,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_line(line):
-    words = shlex.split(line)
-    if words[0] == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return
-    assert words[0] == "pyqemb", f"do not know how to run {line!r}"
-    assert main(words[1:]) == 0, line
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_runs(page, workplace):
+def test_every_block_runs(page, workplace, run_line):
     for library in NEEDS.get(page.name, ()):
         pytest.importorskip(library)
     names: dict = {}
