@@ -114,7 +114,7 @@ def _rows(source: Any, name: str) -> Iterator[Any]:
     elif isinstance(source, str | bytes | dict) or not isinstance(source, Iterable):
         raise DataError(
             f"{name}: expected a Dataset or DatasetDict, a pandas or Polars DataFrame, an Arrow table, a list of "
-            f"dicts or Examples, or a path, got {type(source).__name__}"
+            f"dicts or Examples, or a path, got {_shown(source)}"
         )
     yield from source
 
@@ -147,6 +147,12 @@ def _import_datasets(source: Any) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{source}: reading it needs datasets: pip install 'pyqemb[datasets]'") from error
     return datasets
+
+
+def _shown(source: Any) -> str:
+    """The type of an unsupported object; the keys of a dict."""
+    keys = f" with the keys {', '.join(map(repr, list(source)[:5]))}" if isinstance(source, dict) and source else ""
+    return type(source).__name__ + keys
 
 
 def _one_line(error: Exception) -> str:

@@ -33,8 +33,8 @@ class _Dataset:
 class DevSets:
     """A function that evaluates a model on several datasets and returns {metric: value}.
 
-    The metrics of eval.data are named like `ndcg@10`. Those of several datasets are named like `NAME/ndcg@10`, and
-    `ndcg@10` is their mean.
+    The metrics of eval.data are named like `ndcg@10`. Those of datasets with names are named like `NAME/ndcg@10`; of
+    several datasets, `ndcg@10` is the mean. With one dataset, `ndcg@10` is reported only if `section.metric` names it.
 
     Args:
         section: the `eval` section of a TrainConfig; its datasets are read and checked here.
@@ -65,7 +65,7 @@ class DevSets:
             by_name = datasets if self._named else {"evaluate": datasets}
             given = [_of_mapping(name, dataset) for name, dataset in by_name.items()]
         self._datasets = [_read(name, entry, section.instruction, task) for name, entry in given]
-        self.metric_names = tuple(self._names())
+        self.metric_names = tuple(self._names(section.metric))
         self.summary = [f"{dataset.name}: {dataset.size}" for dataset in self._datasets]
         self.needs_instruction = any(
             dataset.instruction is None and not dataset.queries_have_instructions for dataset in self._datasets
@@ -82,10 +82,12 @@ class DevSets:
         values = {f"{name}/{metric}": value for name, report in reports.items() for metric, value in report.items()}
         return {name: _value(name, values, reports) for name in self.metric_names}
 
-    def _names(self) -> Sequence[str]:
+    def _names(self, metric: str | None) -> Sequence[str]:
         if not self._named:
             return self._datasets[0].metrics
         shared = [name for name in self._datasets[0].metrics if all(name in d.metrics for d in self._datasets)]
+        if len(self._datasets) == 1:  # its mean would repeat every value
+            shared = [name for name in shared if name == metric]
         return [*shared, *(f"{dataset.name}/{name}" for dataset in self._datasets for name in dataset.metrics)]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from pyqemb import ops
-from pyqemb.data.columns import Columns
-from pyqemb.data.tables import source_name
+from pyqemb.data.columns import POSITIVE, QUERY, Columns
+from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
@@ -95,6 +95,8 @@ def evaluate(
     """
     if bootstrap < 0:
         raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
+    if isinstance(folder, Mapping) and not has_splits(folder):  # a DatasetDict is a dict
+        raise DataError(_not_a_dict(folder))
     task = load_task(folder, split, columns) if is_folder(folder) else None  # before the model is opened
     if isinstance(model, (str, Path)):
         model = open_model(model)
@@ -113,6 +115,18 @@ def evaluate(
         "metrics": {key: value._asdict() for key, value in values.items()},
         "per_query": per_query,
     })  # fmt: skip
+
+
+def _not_a_dict(given: Mapping[Any, Any]) -> str:
+    """The message about a dict as a dataset, with the call that was meant."""
+    shown = ", ".join(map(repr, list(given)[:5])) + (", ..." if len(given) > 5 else "")
+    if {"rows", "path"} & given.keys():
+        call = "give the rows or the path itself: pyqemb.evaluate(model, data, split=..., columns=..., instruction=...)"
+    elif {*QUERY, *POSITIVE} & given.keys():
+        call = 'give a list with a dict for each row: pyqemb.evaluate(model, [{"query": ..., "positive": ...}, ...])'
+    else:
+        call = "give one dataset: pyqemb.evaluate(model, data)"
+    return f"evaluate: expected a dataset, got a dict with the keys {shown}; {call}"
 
 
 def rank(

@@ -496,8 +496,8 @@ class EvalSection(Section):
     )
     datasets: tuple[EvalDataset, ...] = Field(
         (),
-        description="Several evaluation datasets instead of `data`. Metrics are called NAME/ndcg@10; ndcg@10 is their "
-        "mean.",
+        description="Several evaluation datasets instead of `data`. Metrics are called NAME/ndcg@10; of two or more "
+        "datasets, ndcg@10 is the mean.",
         examples=[[{"path": "dev-de", "name": "de"}, {"path": "dev-en", "name": "en"}]],
     )
     instruction: str | None = Field(

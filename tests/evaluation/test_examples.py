@@ -99,6 +99,34 @@ def test_several_datasets_by_name_while_training(base, tmp_path):
     assert measured["ndcg@10"] == pytest.approx(sum(measured[f"{name}/ndcg@10"] for name in names) / 3)
 
 
+def test_the_metrics_of_one_named_dataset_are_reported_once():
+    def names(datasets, **section):
+        evaluation = stage2(model={"base": "m"}, data=PAIRS, eval=section).eval
+        found = DevSets(evaluation, datasets=datasets)
+        assert tuple(found(Hashes())) == found.metric_names
+        return found.metric_names
+
+    plain = names(PAIRS)
+    assert names({"faq": PAIRS}) == tuple(f"faq/{name}" for name in plain)
+    assert names({"faq": PAIRS}, metric="mrr@10") == ("mrr@10", *(f"faq/{name}" for name in plain))
+    assert names({"a": PAIRS, "b": PAIRS})[: len(plain)] == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rows": PAIRS, "split": "test"}, r"'rows', 'split'; give the rows or the path itself: .*columns=\.\.\."),
+        ({"query": ["a"], "positive": ["b"]}, r"'query', 'positive'; give a list with a dict for each row: .*\[\{"),
+        ({"faq": PAIRS}, r"'faq'; give one dataset: pyqemb\.evaluate\(model, data\)"),
+    ],
+)
+def test_a_dict_is_answered_with_the_call_that_was_meant(given, message):
+    with pytest.raises(DataError, match=f"evaluate: expected a dataset, got a dict with the keys {message}"):
+        pyqemb.evaluate(Hashes(), given)
+    with pytest.raises(DataError, match="dict with the keys"):
+        list(pyqemb.read_examples(given))
+
+
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
