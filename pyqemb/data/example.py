@@ -29,7 +29,8 @@ def read_examples(
     r"""Yield the examples of a file, a folder, a table in memory or a dataset of the hub.
 
     A row with several positives gives one example for each. In files, columns that no layout knows are ignored, and one
-    warning counts them; in other data, and if `columns` is given, they are errors.
+    warning counts them, because files often carry the ids and sources of other tools. In other data, and if `columns`
+    is given, they are errors, because such a column is likely to be a query, a positive or a negative by another name.
 
     Args:
         source: a path, the address of a dataset on the Hugging Face Hub, or rows in memory:
