@@ -21,12 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override one key, e.g. train.learning_rate=1e-4; may be repeated",
     )  # fmt: skip
     parser.add_argument("--resume", metavar="auto|PATH", help="continue the run in save.dir, or from a checkpoint")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the settings of the run and the plan, then stop")
     shown = parser.add_mutually_exclusive_group()
     add_quiet(shown)
-    shown.add_argument("--json", action="store_true", help="print the rows of metrics.jsonl instead of progress")
+    shown.add_argument(
+        "--json", action="store_true",
+        help="print the rows of metrics.jsonl instead of progress; with --dry-run, one JSON object",
+    )  # fmt: skip
     parser.add_argument(
         "--world", type=int, metavar="N",
         help="with --dry-run: plan the run for N ranks, which need not exist; no weights are read",
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
     if evaluate is None and (asked := unused_evaluation(config)):
         raise ConfigError(f"eval.{asked}: nothing is evaluated: eval.data or [[eval.datasets]] is missing")
     if args.dry_run:
-        _print_plan(config, evaluate, args.resume, ranks)
+        _print_plan(config, evaluate, args, ranks)
         return 0
     if args.quiet:
         only_warnings()
@@ -124,12 +125,14 @@ def _ranks(args: argparse.Namespace) -> "Ranks | None":
     return Ranks(args.world, memory)
 
 
-def _print_plan(config: "TrainConfig", evaluate: Any, resume: str | None, ranks: "Ranks | None") -> None:
-    from pyqemb.training.dry_run import plan
+def _print_plan(config: "TrainConfig", evaluate: Any, args: argparse.Namespace, ranks: "Ranks | None") -> None:
+    from pyqemb.training.dry_run import plan, settings_lines
 
-    lines = list(plan(config, evaluate, resume, ranks))  # errors are raised before the configuration is printed
-    print(json.dumps(config.model_dump(mode="json"), indent=1))
-    print("\n".join(lines))
+    lines = list(plan(config, evaluate, args.resume, ranks))  # errors are raised before the configuration is printed
+    if args.json:
+        print(json.dumps({"config": config.model_dump(mode="json"), "plan": lines}))
+    else:
+        print("\n".join([*settings_lines(config), *lines]))
 
 
 def kept(args: argparse.Namespace) -> str:

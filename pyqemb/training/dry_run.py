@@ -1,9 +1,11 @@
 """The plan of a run, printed by --dry-run."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from pyqemb.training.objectives import Objective
 from pyqemb.training.objectives.yes_no import YesNo
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.rank_plan import RankPlanner, Ranks
+from pyqemb.training.resume import flat
 from pyqemb.training.setup import load_model, pick_precision
 from pyqemb.training.state import find
 
@@ -102,6 +105,25 @@ def plan(
         planner = RankPlanner(config, model, precision, device.type, *_texts_of_ranks(model, batch))
         yield from rank_plan.lines(planner, ranks, trained)
     yield from _example(model, next(iter(datasets.examples.values()))[0])
+
+
+def settings_lines(config: TrainConfig) -> Iterator[str]:
+    """Yield a line for each setting that differs from the defaults of stage 2, and one about the others."""
+    yield from (f"setting    {name} = {json.dumps(value, ensure_ascii=False)}" for name, value in _changed(config))
+    yield "setting    others have their defaults: `pyqemb train --help-config` explains them, --json prints all"
+
+
+def _changed(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    yield "stage", config.stage
+    for name, value in flat({key: value for key, value in changed.items() if key != "stage"}).items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            for number, entry in enumerate(value):
+                yield from ((f"{name}[{number}].{key}", part) for key, part in flat(entry).items())
+        else:
+            yield name, value
+    if changed.get("lora") == {}:
+        yield "lora", {}
 
 
 def _memory_here(

@@ -46,7 +46,10 @@ def test_trains_and_measures(workplace, capsys):
 def test_dry_run_shows_the_plan_and_writes_nothing(workplace, capsys):
     assert main(["train", str(workplace / "run.toml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert '"learning_rate": 2e-05' in out
+    assert out.splitlines()[0] == "setting    stage = 1"
+    for line in ("train.learning_rate = 2e-05", f'data[0].path = "{workplace / "pairs.jsonl"}"', "train.steps = 4"):
+        assert f"\nsetting    {line}\n" in out
+    assert "{" not in out
     assert "20 rows" in out
     assert "negatives  up to 7 documents a query" in out
     assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "train.memory=1GB"]) == 0
@@ -54,6 +57,13 @@ def test_dry_run_shows_the_plan_and_writes_nothing(workplace, capsys):
     assert "predicted peak" in out
     assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "parallel.shard=2"]) == 0
     assert "--world RANKS --gpu-memory SIZE plans theirs" in capsys.readouterr().out
+    assert main(["train", str(workplace / "run.toml"), "--dry-run", "--set", "lora={}"]) == 0
+    assert "\nsetting    lora = {}\n" in capsys.readouterr().out
+    assert main(["train", str(workplace / "run.toml"), "--dry-run", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["config"]["train"]["learning_rate"] == 2e-05
+    assert printed["config"]["train"]["schedule"] == "cosine"
+    assert any(line.startswith("dataset    pairs: 20 rows") for line in printed["plan"])
     assert not (workplace / "run").exists()
 
 
