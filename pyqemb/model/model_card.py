@@ -54,8 +54,10 @@ def _provenance_section(provenance: Mapping[str, Any]) -> str:
     """The origin of a model, and its evaluation results."""
     facts = {key: value for key, value in provenance.items() if key not in ("results", "data") and value is not None}
     results = provenance.get("results") or {}
-    text = "\n## Provenance\n\n" + "".join(f"- {key}: `{value}`\n" for key, value in facts.items()) if facts else ""
+    lines = (f"- {key.replace('_', ' ')}: `{value}`\n" for key, value in facts.items())
+    text = "\n## Provenance\n\n" + "".join(lines) if facts else ""
     if results:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
-        text += f"\n## Results\n\n| metric | value |\n| --- | ---: |\n{rows}"
+        text += "\n## Results\n\nOn the evaluation data of the training run:\n\n"
+        text += f"| metric | value |\n| --- | ---: |\n{rows}"
     return text

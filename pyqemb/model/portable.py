@@ -149,26 +149,42 @@ def _card_body(
     name: str, config: DecoderConfig, prompts: Mapping[str, str], end_token: str, matryoshka: Sequence[int] | None
 ) -> str:
     attention = "causal" if config.is_causal else "bidirectional"
-    dims = f" (or {', '.join(map(str, sorted(matryoshka, reverse=True)))})" if matryoshka else ""
-    return f"""A text embedding model of {config.hidden_size} dimensions{dims} with {attention} attention,
-trained with pyqemb {__version__}.
+    shorter = sorted(matryoshka or (), reverse=True)
+    dims = truncated = ""
+    if shorter:
+        dims = f" (or {', '.join(map(str, shorter))})"
+        truncated = f"For shorter embeddings, pass `truncate_dim={shorter[-1]}` to `SentenceTransformer`.\n"
+    return f"""This is a text embedding model with {attention} attention.
+Its embeddings have {config.hidden_size} dimensions{dims}. It was saved by pyqemb {__version__}.
+
+## Usage
 
 ```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{name}")
-queries = model.encode_query(["..."])
-documents = model.encode_document(["..."])
+queries = model.encode_query(["How do I print a page?"])
+documents = model.encode_document(["Open the Print dialog and choose the pages."])
 print(model.similarity(queries, documents))
 ```
 
-Queries begin with `{prompts.get("query", "")!r}`, documents with `{prompts.get("document", "")!r}`;
-`{end_token}` is appended to both by the tokenizer.
-{"" if config.is_causal else BIDIRECTIONAL}"""
+{_prompts(prompts)}
+The tokenizer appends `{end_token}` to each text.
+{truncated}{"" if config.is_causal else BIDIRECTIONAL}"""
+
+
+def _prompts(prompts: Mapping[str, str]) -> str:
+    """The sentences about the prompts of queries and documents."""
+    found = [(kind, prompts.get(kind)) for kind in ("query", "document")]
+    lines = [
+        f"`encode_{kind}` puts the prompt `{prompt!r}` before each {kind}." if prompt
+        else f"`encode_{kind}` uses no prompt." for kind, prompt in found
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 BIDIRECTIONAL = """
-Every token sees the whole text: config.json says `is_causal: false` (and `use_bidirectional_attention: true`).
-transformers knows that from 5.3 on, vLLM by the same key; a library that does not know it computes other
-vectors without an error.
+Each token attends to the whole text, because config.json sets `is_causal: false` (and
+`use_bidirectional_attention: true`). vLLM reads this setting, and transformers does from version 5.3 on. A library
+that ignores it computes wrong embeddings without an error.
 """

@@ -112,20 +112,24 @@ def _card_body(name: str, format: str, instruction: str) -> str:
         '"is_original_qwen3_reranker": true}'
     )
     serve = f"vllm serve {name} --runner pooling" + (f" --hf-overrides '{overrides}'" if format == "causal-lm" else "")
-    return f"""A reranker that answers yes or no, trained with pyqemb {__version__}.
+    return f"""This is a reranker: it scores how well a document answers a query, from 0 to 1.
+It was saved by pyqemb {__version__}.
+
+## Usage
 
 ```python
-from sentence_transformers import CrossEncoder  # 6.0 or later: it renders pairs by the chat template
+from sentence_transformers import CrossEncoder  # 6.0 or later, which applies the chat template to pairs
 
 model = CrossEncoder("{name}")
-print(model.predict([("query", "document")], prompt="{instruction}"))
+print(model.predict([("How do I print a page?", "Open the Print dialog.")], prompt="{instruction}"))
 ```
 
-```
+To serve the model with vLLM:
+
+```bash
 {serve}
 ```
 
-Elsewhere the text that is scored has to be rendered first: messages of the roles `query` and `document`, and of
-`system` for the instruction, through `chat_template.jinja`. The score is
-sigmoid(logit of yes - logit of no) at its last token.
+With other libraries, apply `chat_template.jinja` to each pair first: it takes messages with the roles `query` and
+`document`, and `system` for the instruction. The score is sigmoid(logit of "yes" - logit of "no") at the last token.
 """

@@ -1,6 +1,8 @@
 """The exported folder in the real sentence-transformers and transformers, and its safety as a folder."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +243,8 @@ def test_the_card_tells_where_a_model_comes_from_and_what_it_does(tmp_path):
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "Qwen/Qwen3-0.6B-Base"
     assert "pyqemb" in head["tags"]
-    for part in ("is_causal: false", "- step: `7`", "| ndcg@10 | 0.5123 |", "(or 32, 16)"):
+    parts = "is_causal: false", "- step: `7`", "| ndcg@10 | 0.5123 |", "(or 32, 16)", "pass `truncate_dim=16`"
+    for part in parts:
         assert part in card
     plain = (
         tiny_embedder().save_pretrained(tmp_path / "plain", provenance={"base": "/work/base"}) / "README.md"
@@ -249,3 +252,14 @@ def test_the_card_tells_where_a_model_comes_from_and_what_it_does(tmp_path):
     assert "base_model" not in plain.split("---")[1]
     assert "is_causal" not in plain
     assert "## Results" not in plain
+    assert "truncate_dim" not in plain
+    assert "`encode_query` puts the prompt `'Instruct: " in plain
+    assert "`encode_document` uses no prompt." in plain
+
+
+def test_the_code_of_the_card_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    tiny_embedder().save_pretrained("model")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", Path("model", "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    exec(compile(code, "README.md", "exec"), {})
