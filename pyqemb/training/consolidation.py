@@ -17,7 +17,9 @@ from pyqemb.model.packed_model import Read
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.sentence import read_contract
 from pyqemb.model.source import local_folder, named_dtype
+from pyqemb.training.agreement import model_files
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.resume import changed_files
 from pyqemb.training.state import PORTABLE, Checkpoint, checkpoints, newest_sound
 
 _log = logging.getLogger("pyqemb")
@@ -41,7 +43,7 @@ def consolidate(run: str | Path, step: int | None = None, out: str | Path | None
     Raises:
         ConfigError: `out` exists, or the run is in progress and `out` is in its folder.
         CheckpointError: the checkpoint is missing or damaged, or, for a run that trains adapters, the base model is
-            missing.
+            missing or has changed.
         MachineError: the folder cannot be written.
 
     Example:
@@ -120,6 +122,8 @@ def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple
         model = Embedder.without_weights(portable)
     names: dict[str, str] = {}
     if config.lora is not None:
+        if changed := changed_files(checkpoint, model_files(local_folder(config.model.base))):
+            raise CheckpointError(f"{config.model.base}: the base model has changed: {'; '.join(changed)}")
         add_lora(model.model, LoraConfig(**config.lora.model_dump()))
         names = check_weights(model.model, base.tensors)
 

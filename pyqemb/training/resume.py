@@ -26,7 +26,11 @@ _LENGTH = {"train.steps", "train.epochs"}  # may change too, unless the sampling
 
 
 def check_continues(
-    checkpoint: Checkpoint, config: TrainConfig, fingerprint: str, weights: Mapping[str, torch.Tensor]
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    fingerprint: str,
+    weights: Mapping[str, torch.Tensor],
+    base_files: Mapping[str, str] | None = None,
 ) -> None:
     """Raise an error if the checkpoint belongs to another run.
 
@@ -35,20 +39,36 @@ def check_continues(
         config: the configuration of the resumed run.
         fingerprint: the digest of the training data.
         weights: the tensors that are trained, by name.
+        base_files: `model_files` of the base model, if the run trains adapters only (default: not checked).
 
     Raises:
-        ConfigError: the configuration or the data differ.
+        ConfigError: the configuration, the base model or the data differ.
         CheckpointError: the tensors differ.
     """
     free = _FREE | (set() if any(entry.max_epochs for entry in config.data) else _LENGTH)
     changed = differences(checkpoint.state["config"], config.model_dump(mode="json"), free)
     if changed:
         raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
+    if base_files is not None and (changed := changed_files(checkpoint, base_files)):
+        raise ConfigError(f"cannot resume: the base model {config.model.base} has changed: {'; '.join(changed)}")
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError("cannot resume: the training data are not those of the checkpoint")
     shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
     if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
         raise CheckpointError(f"step {checkpoint.step}: its tensors do not match those of {config.model.base}")
+
+
+def changed_files(checkpoint: Checkpoint, base_files: Mapping[str, str]) -> list[str]:
+    """The files of the base model that differ from those with which a run of adapters began.
+
+    Files that were added are not counted: another library may download more files to the same folder of the hub's
+    cache. Checkpoints of earlier versions do not list the files.
+    """
+    return [
+        f"{name} was {before}, now {base_files.get(name, 'missing')}"
+        for name, before in checkpoint.state.get("base", {}).items()
+        if base_files.get(name) != before
+    ]
 
 
 def differences(before: Any, now: Any, free: set[str], path: str = "") -> list[str]:

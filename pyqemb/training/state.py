@@ -37,7 +37,8 @@ STATE_FILE = "state.json"
 PORTABLE = "portable"
 _KINDS = "model", "optimizer"
 # Key -> type: configuration, data fingerprint, random states of each rank, best evaluation, skipped steps in a row,
-# evaluations in a row without a better value, steps of the whole run.
+# evaluations in a row without a better value, steps of the whole run. A run that trains adapters only adds "base":
+# `agreement.model_files` of its base model.
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": str,
@@ -49,6 +50,7 @@ STATE: dict[str, type | tuple[type, ...]] = {
 }
 _BEST = {"metric": str, "value": (int, float), "step": int}
 _MODELS = "final", "best"  # folders of a run
+_EXPECTED = "expected 'auto', the folder of a run with checkpoints, or one of its checkpoints (step_...)"
 _ALONE = World()
 _NAME = re.compile(r"step_(\d{8,})")
 _verified: set[Path] = set()  # in this process, because reading a checkpoint of 8B parameters (100 GB) is slow
@@ -56,7 +58,7 @@ _verified: set[Path] = set()  # in this process, because reading a checkpoint of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint of a step. Tensors are read on access; `state` is JSON with the keys of STATE."""
+    """The checkpoint of a step. Tensors are read on access; `state` is JSON with the keys of STATE, perhaps "base"."""
 
     folder: Path
     step: int
@@ -83,7 +85,10 @@ class Checkpoint:
             raise unreadable(path, error, CheckpointError) from error
         except ValueError as error:
             raise CheckpointError(f"{folder}: damaged: {error}") from error
-        _check_fields(path, state, STATE)
+        optional = {"base": dict} if isinstance(state, dict) and "base" in state else {}
+        _check_fields(path, state, {**STATE, **optional})
+        base = state.get("base", {})
+        _check_fields(path, base, dict.fromkeys(base, str))
         if state["best"] is not None:
             _check_fields(path, state["best"], _BEST)
         return cls(folder, manifest["step"], weights, optimizer, state, digest)
@@ -198,8 +203,8 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], worl
     intact one of that folder. None: no checkpoint.
 
     Raises:
-        ConfigError: `run` holds checkpoints or models of a run that would not be continued, or a file instead of a
-            folder.
+        ConfigError: the path is not a folder; `run` holds checkpoints or models of a run that would not be continued,
+            or a file instead of a folder.
         CheckpointError: there are checkpoints and none is intact, or the path holds none.
         MachineError: a checkpoint cannot be read; it may be intact, so no older one is used instead.
     """
@@ -210,6 +215,8 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], worl
         if world.is_first:
             _check_kinds(run)
             if resume is not None:
+                if resume != "auto":
+                    _check_folder(Path(resume))
                 candidates = _candidates(run / "checkpoints" if resume == "auto" else Path(resume))
     candidates = world.broadcast_object(candidates)
     try:
@@ -225,13 +232,23 @@ def find(run: Path, resume: str | Path | None, warn: Callable[[str], None], worl
     return checkpoint
 
 
+def _check_folder(path: Path) -> None:
+    """ConfigError if the path to resume from is not a folder."""
+    try:
+        found = "is a file" if path.is_file() else None if path.exists() else "no such folder"
+    except OSError as error:
+        raise unreadable(path, error, ConfigError) from error
+    if found:
+        raise ConfigError(f"resume: {path}: {found}; {_EXPECTED}")
+
+
 def _check_start(
     run: Path, resume: str | Path | None, checkpoint: Checkpoint | None, warn: Callable[[str], None]
 ) -> None:
     """Check that a run may start from this checkpoint, or from scratch if it is None."""
     auto = resume == "auto"
     if checkpoint is None and resume is not None and not auto:
-        raise CheckpointError(f"{resume}: holds no intact checkpoint")
+        raise CheckpointError(f"{resume}: holds no intact checkpoint; {_EXPECTED}")
     if checkpoint is None and auto and (found := checkpoints(run / "checkpoints")):
         raise CheckpointError(
             f"{run / 'checkpoints'}: none of the {len(found)} checkpoints is intact; the run does not start over: "

@@ -15,8 +15,9 @@ from pyqemb.data import mixing
 from pyqemb.data.files import locked
 from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
+from pyqemb.model.source import local_folder
 from pyqemb.training import preflight
-from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings
+from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings, model_files
 from pyqemb.training.callbacks import Callback, MetricsFile, StepFunction, Throughput, make_loggers, progress_callbacks
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import TrainConfig, load_config, with_data
@@ -167,6 +168,10 @@ class Run:
             loggers = make_loggers(config) if world.is_first else []
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
         check_same_model(world, config.model.base)
+        self.base_files: dict[str, str] | None = None
+        if config.lora is not None:  # the checkpoints hold the adapters alone
+            with together(world):
+                self.base_files = model_files(local_folder(config.model.base))
         self.model, self.sharding = load_sharded_model(config, device, world)
         with together(world):
             datasets = read_datasets(config)
@@ -392,6 +397,7 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """The content of state.json; the random states are those of all ranks."""
+        base = {} if self.base_files is None else {"base": self.base_files}
         return {
             "config": self.config.model_dump(mode="json"),
             "data": self.fingerprint,
@@ -400,10 +406,11 @@ class Run:
             "bad_steps": self.bad_steps,
             "evaluations_since_best": self.evaluations.since_best,
             "steps": self.steps,
+            **base,
         }
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
-        check_continues(checkpoint, self.config, self.fingerprint, self.optimizer.weights)
+        check_continues(checkpoint, self.config, self.fingerprint, self.optimizer.weights, self.base_files)
         state, random = checkpoint.state, checkpoint.state["random"]
         with together(self.world):
             self.optimizer.load(checkpoint.weights, checkpoint.optimizer)

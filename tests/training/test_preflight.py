@@ -366,6 +366,23 @@ def test_an_empty_resume_is_refused(place, capsys):
         assert "resume: expected 'auto' or the path of a checkpoint" in error
 
 
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("nowhere", 2, "resume: nowhere: no such folder; expected 'auto', the folder of a run with checkpoints, or"),
+        ("run/checkpoints/step_00000002", 2, "resume: run/checkpoints/step_00000002: no such folder; expected 'auto'"),
+        ("one.jsonl", 2, "resume: one.jsonl: is a file; expected 'auto', the folder of a run with checkpoints"),
+        ("dev", 3, "dev: holds no intact checkpoint; expected 'auto', the folder of a run with checkpoints"),
+    ],
+)
+def test_a_path_without_checkpoints_is_named(place, capsys, monkeypatch, path, code, message):
+    monkeypatch.chdir(place)
+    run_toml(place, f'[[data]]\npath = "{place}/one.jsonl"')
+    for found, error in plan_and_train(place, capsys, "--resume", path):
+        assert (found, message in error) == (code, True), error
+    assert not (place / "run" / "final").exists()
+
+
 @pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
 @pytest.mark.parametrize("kind", ["a file", "a broken symbolic link"])
 @pytest.mark.parametrize("name", ["run/checkpoints", "run/checkpoints/step_00000002", "run/best", "tokens", "run"])

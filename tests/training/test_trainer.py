@@ -9,13 +9,14 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pyqemb
+from pyqemb.data.sealed import unseal
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
-from pyqemb.training.state import checkpoints, verify
+from pyqemb.training.state import checkpoints, verify, write_manifest
 
 
 @pytest.fixture
@@ -322,6 +323,41 @@ def test_skipping_is_logged(workplace):
     rows = pyqemb.train(config(workplace, skip_gradients=0.05, tokens_per_chunk=60, steps=6)).metrics
     assert all(0 <= row["skipped_norm"] <= 0.05 and 0 <= row["skipped_tokens"] < 1 for row in rows)
     assert any(row["skipped_texts"] > 0 for row in rows)
+
+
+def test_adapters_continue_on_the_same_base_model_only(workplace):
+    """Their checkpoints do not hold it. A file that is added to its folder does not matter."""
+    config_of = {**config(workplace, steps=6).model_dump(), "lora": {"rank": 2}}
+    pyqemb.train(stage2(**config_of))
+    longer = stage2(**{**config_of, "train": {**config_of["train"], "steps": 8}})
+    (workplace / "base" / "more.json").write_text("{}")
+    assert pyqemb.train(longer, resume="auto").steps == 8
+    path = workplace / "base" / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    size = path.stat().st_size
+    was_and_now = rf"model\.safetensors was {size} bytes, \w{{16}}, now {size} bytes, \w{{16}}$"
+    with pytest.raises(ConfigError, match=r"cannot resume: the base model \S*base has changed: " + was_and_now):
+        pyqemb.train(longer, resume="auto")
+    with pytest.raises(CheckpointError, match=r"base: the base model has changed: " + was_and_now):
+        pyqemb.consolidate(workplace / "run", out=workplace / "out")
+
+
+def test_adapters_of_an_earlier_version_continue(workplace):
+    """Its checkpoints do not list the files of the base model."""
+    config_of = stage2(**{**config(workplace, steps=6).model_dump(), "lora": {"rank": 2}})
+    pyqemb.train(config_of)
+    for folder in checkpoints(workplace / "run" / "checkpoints"):
+        state = json.loads((folder / "state.json").read_text())
+        assert state.pop("base").keys() == {"config.json", "model.safetensors", "tokenizer.json"}
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = unseal((folder / "manifest.json").read_bytes(), "manifest")
+        (folder / "manifest.json").unlink()
+        shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+        write_manifest(folder, manifest["step"], 1, shards)
+    assert pyqemb.train(config_of, resume="auto").steps == 6
+    pyqemb.train(config(workplace, "all", steps=3))
+    (folder,) = checkpoints(workplace / "all" / "checkpoints")
+    assert "base" not in json.loads((folder / "state.json").read_text())
 
 
 def test_adapters_are_trained_written_and_resumed(workplace):
