@@ -1,15 +1,36 @@
+#include <algorithm>
+
 #include "cuda/architecture.h"
 #include "cuda/attention_backward.cuh"
+#include "cuda/attention_backward_block.cuh"
 #include "cuda/attention_dispatch.h"
 #include "cuda/attention_single.cuh"
 #include "cuda/sm90/attention.h"
 
 namespace qemb::cuda {
 
+namespace {
+
+// run.operator()<queries of a step, stages>(): what fits the shared memory of the device.
+template <int D, class Run>
+void visit_steps(Run&& run) {
+    if constexpr (D == 64)
+        run.template operator()<64, 2>();
+    else if (has_large_shared())
+        run.template operator()<64, 2>();
+    else
+        run.template operator()<32, 1>();
+}
+
+}  // namespace
+
 int64_t attention_backward_scratch(const AttentionBackward& p) {
     if (p.plan.blocks + p.plan.key_blocks == 0) return 0;
-    if (on_hopper()) return sm90::attention_backward_scratch(p);  // the more of the two
-    return p.num_tokens * p.num_heads * static_cast<int64_t>(sizeof(float));
+    int64_t bytes = on_hopper() ? sm90::attention_backward_scratch(p) : 0;
+    visit_types(p, [&]<class T, int D>() {
+        visit_steps<D>([&]<int kStep, int kStages>() { bytes = std::max(bytes, BlockScratch(p, kStep).bytes); });
+    });
+    return bytes;
 }
 
 void attention_backward(const AttentionBackward& p) {
@@ -22,24 +43,16 @@ void attention_backward(const AttentionBackward& p) {
                        single_shared<D, kGroup>(), p.stream, p);
             }))
             return;
-        if (p.plan.blocks + p.plan.key_blocks > 0 && !(on_hopper() && sm90::attention_backward(p))) {
-            const int64_t rows = p.num_tokens * p.num_heads;
-            launch(kOp, attention_backward_delta<T, D>, grid(ceil_div(rows, 2048 / D), 1), 256, 0, p.stream,
-                   static_cast<const T*>(p.out), static_cast<const T*>(p.dout), static_cast<float*>(p.scratch), rows);
-            constexpr int kSmallStep = D == 128 ? 32 : 64;
-            const auto blocks = [&]<int kStep>() {
-                constexpr size_t kShared = block_backward_shared<D, kStep>();
-                static_assert(kShared <= (kStep == kSmallStep ? kSmallShared : kLargeShared));
-                launch(kOp, attention_backward_keys<T, D, kStep>, grid(p.plan.key_blocks, kv_heads),
-                       kBackwardWarps * 32, kShared, p.stream, p);
-                launch(kOp, attention_backward_queries<T, D, kStep>, grid(p.plan.blocks, heads), kBackwardWarps * 32,
-                       kShared, p.stream, p);
-            };
-            if (has_large_shared())
-                blocks.template operator()<64>();
-            else
-                blocks.template operator()<kSmallStep>();
-        }
+        if (p.plan.blocks + p.plan.key_blocks > 0 && !(on_hopper() && sm90::attention_backward(p)))
+            visit_steps<D>([&]<int kStep, int kStages>() {
+                constexpr size_t kShared = BackwardLayout<kStep, kStages, D>::kBytes;
+                static_assert(kShared <= (D == 128 && kStep == 64 ? kLargeShared : kSmallShared));
+                const BlockScratch scratch(p, kStep);
+                zero(kOp, scratch.ticket, static_cast<size_t>(scratch.flag_bytes()), p.stream);
+                launch(kOp, attention_backward_delta<T, D>, grid(p.plan.blocks, heads), 256, 0, p.stream, p, scratch);
+                launch(kOp, attention_backward_block<T, D, kStep, kStages>, grid(p.plan.key_blocks * p.num_kv_heads, 1),
+                       kBlockBackwardThreads, kShared, p.stream, p, scratch);
+            });
         visit_slots([&]<int kSlots>() {
             constexpr size_t kShared = tile_backward_shared<D, kSlots>();
             static_assert(kShared <= (kSlots == kMostSlots ? kLargeShared : kSmallShared));

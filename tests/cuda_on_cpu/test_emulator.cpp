@@ -339,6 +339,50 @@ TEST(races_are_found) {
     check_says(failure(5, 4 * kThreads, plain, out.data(), true, false), "global memory");
 }
 
+enum ChainBug { kRightChain, kOutOfTurn, kEarlyFlag, kLaterBlocks };
+
+// sums[t] = 1 / 3 + 1 / 4 + ...: blocks add one after another, which the last bits show.
+__global__ void chain(float* sums, int* ticket, int* added, ChainBug bug) {
+    const int t = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+    int& mine = *reinterpret_cast<int*>(shared_bytes());
+    if (t == 0) mine = next_ticket(ticket);
+    sync_block();
+    const int n = bug == kLaterBlocks ? blocks - 1 - mine : mine;
+    if (t == kThreads - 1 && n > 0 && bug != kOutOfTurn) wait_for_flag(added, n);
+    sync_block();
+    if (t == 0 && bug == kEarlyFlag) raise_flag(added, n + 1);
+    sums[t] = (n > 0 ? sums[t] : 0) + 1 / static_cast<float>(n + 3);
+    sync_block();
+    if (t == 0 && bug != kEarlyFlag) raise_flag(added, n + 1);
+}
+int broken_chains(ChainBug bug, std::string& says) {
+    constexpr int kBlocks = 12;
+    float truth = 0;
+    for (int n = 0; n < kBlocks; ++n) truth += 1 / static_cast<float>(n + 3);
+    int count = 0;
+    for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+        DeviceMemory<float> sums(kThreads);
+        DeviceMemory<int> numbers(std::vector<int>{0, 0});
+        emulator::options().seed = seed;
+        try {
+            launch("test", chain, dim3(kBlocks), kThreads, 16, nullptr, sums.data(), &numbers[0], &numbers[1], bug);
+            count += !std::all_of(sums.data(), sums.data() + kThreads, [&](float sum) { return sum == truth; });
+        } catch (const std::runtime_error& error) {
+            says = error.what();
+            ++count;
+        }
+    }
+    return count;
+}
+TEST(blocks_wait_for_each_other) {
+    std::string says;
+    CHECK(broken_chains(kRightChain, says) == 0);
+    CHECK(broken_chains(kOutOfTurn, says) > kSeeds / 4);
+    CHECK(broken_chains(kEarlyFlag, says) > kSeeds / 4);
+    CHECK(broken_chains(kLaterBlocks, says) == kSeeds);
+    check_says(says, "deadlock: threads 127-127 wait in wait_for_flag (test_emulator.cpp:");
+}
+
 TEST(rounding_follows_the_manual) {
     const auto bf16 = [](float x) { return from_float<BFloat16>(x).bits; };
     const auto half = [](float x) { return from_float<Float16>(x).bits; };

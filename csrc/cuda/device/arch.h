@@ -15,6 +15,8 @@
 //   counters      next_ticket(counter): 0, 1, ... each once, in shared or global memory; of 64 bits in global memory
 //                 that other blocks read and write too: atomic_max(p, value) -> what was there; load_relaxed(p),
 //                 store_relaxed(p, value): whole, but they order nothing else
+//   other blocks  raise_flag(flag, value): after all that this thread has done and, by barriers, knows of;
+//                 wait_for_flag(flag, value): until at least that is there, from a block that is running
 //   warps         shuffle_xor(x, mask), shuffle(x, lane), any_lane(condition): whole warps; sync_warp(); sync_block()
 //   registers     opaque(x): x, but what follows from it is not computed ahead of here, where it would occupy registers
 #pragma once

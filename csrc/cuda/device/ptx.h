@@ -171,6 +171,33 @@ QEMB_DEVICE void store_relaxed(uint64_t* p, uint64_t value) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
+// With QEMB_BOUNDED_SPINS a wait that never ends is a trap, and so an error of the launch, instead of a GPU that hangs:
+// for the first runs of new kernels, which it makes slower (they spill). A loop outside of the assembly would also
+// serialize wgmma.
+#ifdef QEMB_BOUNDED_SPINS
+#define QEMB_COUNT_SPIN "add.u32 spins, spins, 1;\nsetp.gt.u32 over, spins, 67108864;\n@over trap;\n"
+#else
+#define QEMB_COUNT_SPIN ""
+#endif
+QEMB_DEVICE void raise_flag(int* flag, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+QEMB_DEVICE void wait_for_flag(const int* flag, int value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done, over;\n"
+        ".reg .u32 spins;\n"
+        ".reg .s32 seen;\n"
+        "mov.u32 spins, 0;\n"
+        "AGAIN:\n"
+        "ld.acquire.gpu.global.s32 seen, [%0];\n"
+        "setp.ge.s32 done, seen, %1;\n" QEMB_COUNT_SPIN
+        "@!done bra AGAIN;\n"
+        "}" ::"l"(flag),
+        "r"(value)
+        : "memory");
+}
+
 template <class T>
 QEMB_DEVICE T shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(~0u, x, mask);

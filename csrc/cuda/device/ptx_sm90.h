@@ -22,14 +22,6 @@ QEMB_DEVICE void mbarrier_arrive(uint32_t barrier) {
 QEMB_DEVICE void mbarrier_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// With QEMB_BOUNDED_SPINS a wait that never ends is a trap, and so an error of the launch, instead of a GPU that hangs:
-// for the first runs of new kernels, which it makes slower (they spill). A loop outside of the assembly would also
-// serialize wgmma.
-#ifdef QEMB_BOUNDED_SPINS
-#define QEMB_COUNT_SPIN "add.u32 spins, spins, 1;\nsetp.gt.u32 over, spins, 67108864;\n@over trap;\n"
-#else
-#define QEMB_COUNT_SPIN ""
-#endif
 QEMB_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -137,24 +129,13 @@ QEMB_DEVICE void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// What the copy engine has written comes before the flag, and what it will touch after.
 QEMB_DEVICE void publish(int* flag, int value) {
-    asm volatile("fence.proxy.async.global;" ::: "memory");  // what the copy engine has written comes first
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    raise_flag(flag, value);
 }
 QEMB_DEVICE void wait_for(const int* flag, int value) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done, over;\n"
-        ".reg .u32 spins;\n"
-        ".reg .s32 seen;\n"
-        "mov.u32 spins, 0;\n"
-        "AGAIN:\n"
-        "ld.acquire.gpu.global.s32 seen, [%0];\n"
-        "setp.ge.s32 done, seen, %1;\n" QEMB_COUNT_SPIN
-        "@!done bra AGAIN;\n"
-        "}" ::"l"(flag),
-        "r"(value)
-        : "memory");
+    wait_for_flag(flag, value);
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 

@@ -145,7 +145,7 @@ __global__ void barriers(const uint32_t* in, uint32_t* out) {
     sync_block();
     out[kThreads + t] = values[kThreads - 1 - t];
 }
-// Threads draw tickets and raise a number; the order is open, what comes of it is not.
+// Threads draw tickets, raise a number and wait for each other; the order is open, what comes of it is not.
 __global__ void counters(const uint32_t* in, uint32_t* out) {
     const int t = opaque(static_cast<int>(threadIdx.x));
     auto* const shared = reinterpret_cast<int*>(shared_bytes());
@@ -154,6 +154,7 @@ __global__ void counters(const uint32_t* in, uint32_t* out) {
     const auto number = [&](int i) { return static_cast<uint64_t>(in[4 * i]) << 32 | in[4 * i + 1]; };
     if (t == 0) {
         *shared = *tickets = 0;
+        out[4 * kThreads + 4] = 0;
         store_relaxed(numbers, number(0));
     }
     sync_block();
@@ -162,6 +163,15 @@ __global__ void counters(const uint32_t* in, uint32_t* out) {
     out[2 * kThreads + t] = atomic_max(numbers, number(t)) >= number(0);
     sync_block();
     out[3 * kThreads + t] = static_cast<uint32_t>(load_relaxed(numbers) >> (t % 2 * 32));
+    // What the last thread has written and announces, the first one has read.
+    auto* const flag = reinterpret_cast<int*>(out + 4 * kThreads + 4);
+    if (t == kThreads - 1) {
+        out[4 * kThreads + 5] = in[0] + 1;
+        raise_flag(flag, 3);
+    } else if (t == 0) {
+        wait_for_flag(flag, 2);
+        out[4 * kThreads + 6] = out[4 * kThreads + 5] + 1;
+    }
 }
 __global__ void reductions(const uint32_t* in, uint32_t* out) {
     const int t = static_cast<int>(threadIdx.x);
@@ -311,6 +321,6 @@ int main() {
     run_product<float>("mma_tf32", operands([&] { return as_word(source.uniform(-4, 4)); }));
     run("shuffles", "bits", exchanges, vector_words, kExchanges * kThreads);
     run("barriers", "bits", barriers, vector_words, 2 * kThreads);
-    run("counters", "bits", counters, vector_words, 4 * kThreads + 4);
+    run("counters", "bits", counters, vector_words, 4 * kThreads + 7);
     run("reductions", "float", reductions, source.floats(4 * kThreads, -2, 2), 3 * kThreads);
 }

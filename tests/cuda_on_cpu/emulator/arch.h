@@ -108,6 +108,18 @@ EMULATOR_ATOMIC uint64_t load_relaxed(const uint64_t* p) { return *p; }
 EMULATOR_ATOMIC void store_relaxed(uint64_t* p, uint64_t value) { *p = value; }
 #undef EMULATOR_ATOMIC
 
+inline void raise_flag(int* flag, int value, EMULATOR_LINE) {
+    EMULATOR_ENTER("raise_flag");
+    if (::emulator::Races::on) ::emulator::races().publish(flag);
+    *flag = value;
+    block.wake_others();
+}
+inline void wait_for_flag(const int* flag, int value, EMULATOR_LINE) {
+    EMULATOR_ENTER("wait_for_flag");
+    while (*flag < value) block.sleep(::emulator::Block::kElsewhere, place);
+    if (::emulator::Races::on) ::emulator::races().acquire_flag(flag);
+}
+
 // Of the lane numbers the lowest five bits count.
 template <class T>
 T shuffle_xor(T x, int mask, EMULATOR_LINE) {
