@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kBlockBackwardThreads, 1)
     attention_backward_block(const AttentionBackward p, const BlockScratch scratch) {
     using L = BackwardLayout<kStep, kStages, D>;
     constexpr int kThreads = kBlockBackwardThreads, kWarps = kThreads / 32;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int thread = threadIdx.x, warp = thread / 32;
     char* const memory = shared_bytes();
     auto& block = *reinterpret_cast<KeyBlock*>(memory + L::kBlock);  // registers are scarce
     if (thread == 0) {
@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(kBlockBackwardThreads, 1)
     if (thread == 0) block.raise(scratch.added);
 
     const int64_t at = ((key + my_keys) * p.num_kv_heads + block.kv_head) * D + half * (D / 2);
-    store_two_slots(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, block.count - my_keys, dk, lane);
-    store_two_slots(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, block.count - my_keys, dv, lane);
+    store_two_slots(static_cast<T*>(p.dk) + at, p.num_kv_heads * D, block.count - my_keys, dk, thread % 32);
+    store_two_slots(static_cast<T*>(p.dv) + at, p.num_kv_heads * D, block.count - my_keys, dv, thread % 32);
 }
 
 }  // namespace qemb::cuda
