@@ -181,7 +181,8 @@ class Races {
         const Access& read = cell.read;
         const bool here = read.happened && read.by.launch == now.launch && read.by.block == now.block;
         if (read.happened && read.by.launch == now.launch && read.by.block != now.block) {
-            if (!shared) joined.by.block = 0;  // no block has this number: clashes with everyone's write
+            // Unless that read is known here, no block has this number: clashes with everyone's write.
+            if (!shared && !knows_block(read.by)) joined.by.block = 0;
         } else if (here && read.by.warp == now.warp) {
             if (read.by.warp_epoch == now.warp_epoch && read.by.lane != now.lane) joined.by.lane = kSeveral;
         } else if (here && !knows(read.by)) {
