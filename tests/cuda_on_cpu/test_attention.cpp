@@ -175,6 +175,16 @@ TEST(devices_with_99_KB_of_shared_memory_a_block) {
     }
 }
 
+TEST(hopper_with_the_kernels_of_every_gpu) {
+    if (emulator::options().compute_capability != 90) return;
+    cuda::newest_kernels() = 80;
+    emulator::counters().wgmma = 0;
+    const Case c = self({40, 200, 129}, 2, 1, 128, true);
+    check<BFloat16>(describe(c), c);
+    CHECK(emulator::counters().wgmma == 0);
+    cuda::newest_kernels() = 90;
+}
+
 TEST(no_bank_conflicts) { CHECK(emulator::Block::counters().bank_conflicts == 0); }
 
 int main() {
