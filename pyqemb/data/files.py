@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyqemb.data.machine import unwritable, writing
-from pyqemb.errors import ConfigError
+from pyqemb.data.machine import reason, unwritable, writing
+from pyqemb.errors import ConfigError, MachineError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -109,12 +109,16 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder atomically: it is never partially removed under its name. Of a symbolic link, remove the link.
 
-    Temporary folders of killed processes are removed too.
+    Temporary folders of killed processes are removed too. Raises a MachineError that names `path` if it cannot be
+    removed.
     """
-    _remove_leftovers(path)
     doomed = path.with_name(_partial(path.name))
-    os.rename(path, doomed)
-    remove(doomed)
+    try:
+        _remove_leftovers(path)
+        os.rename(path, doomed)
+        remove(doomed)
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be removed: {reason(error)}", error.errno, str(path)) from error
 
 
 def remove(path: Path) -> None:

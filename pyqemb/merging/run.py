@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import shown
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer
 from pyqemb.data.tokenizer import Tokenizer
@@ -161,11 +160,10 @@ def merge(
 
     with model_folder(out, write_files) as temporary, progress_bar("Tensors", len(stored)) as advance:
         stream_safetensors(temporary / WEIGHTS, stored, blended())
-    report = MergeReport(
-        str(out), method, [str(f) for f in folders], normalized, None if root is None else str(root), merged
-    )
-    with atomic_file(Path(out) / "merge_report.json") as path:
-        path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        report = MergeReport(
+            str(out), method, [str(f) for f in folders], normalized, None if root is None else str(root), merged
+        )
+        (temporary / "merge_report.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     return report
 
 

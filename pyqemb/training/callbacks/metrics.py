@@ -2,12 +2,14 @@
 
 import json
 import os
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqemb.data.files import atomic_file
-from pyqemb.data.machine import unwritable
+from pyqemb.data.machine import writing
+from pyqemb.errors import MachineError
 from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
 
 if TYPE_CHECKING:
@@ -21,32 +23,41 @@ class MetricsFile(RowLogger):
         super().on_train_begin(info)
         self.path = info.folder / "metrics.jsonl"
         truncate_metrics(self.path, info.step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        with writing(self.path):
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._lost = False  # a row could not be written
 
     def log(self, row: Row) -> None:
         """Write one row. MachineError if it cannot be written."""
-        try:
+        with self._writing():
             self._file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self._lost = True
-            raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
         """Flush the rows to the disk, because a checkpoint must not be newer than its metrics.
 
-        After a lost row it does nothing: a checkpoint without its metrics is better than no checkpoint.
+        MachineError if they cannot be flushed. After an error it does nothing: a checkpoint without its metrics is
+        better than no checkpoint.
         """
         if not self._lost:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._writing():
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def on_train_end(self, result: "TrainResult | None") -> None:
-        with suppress(OSError) if self._lost else nullcontext():  # closing tries to write the lost row again
+        with suppress(OSError) if self._lost else writing(self.path):  # closing tries to write the lost row again
             self._file.close()
 
     def describe(self, hook: str) -> str:
         return "writing metrics.jsonl"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with writing(self.path):
+                yield
+        except MachineError:
+            self._lost = True
+            raise
 
 
 def truncate_metrics(path: Path, step: int) -> None:
