@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help reference docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick fix check clean
+.PHONY: help reference reliability docs demo test test-deep test-cpp test-cuda bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about eight minutes, set-up included)"
@@ -57,16 +57,20 @@ demo: build
 	$(BIN)/pyqemb demo
 
 test: test-cpp
-	$(BIN)/python -m pytest tests -m "not deep" -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest tests -m "not deep" -n 2 --dist loadfile --durations=10 --junitxml=build/test.xml
 
 # What `make test` leaves out as well.
 test-deep: test-cpp
-	$(BIN)/python -m pytest tests --durations=20
+	$(BIN)/python -m pytest tests --durations=20 --junitxml=build/test-deep.xml
+
+# docs/dev/reliability.md, from what the tests recorded.
+reliability:
+	$(BIN)/python tests/reliability.py build/test.xml build/test-deep.xml
 
 test-cpp: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test-cpp: $(VENV)/test.stamp
 	cmake -S . -B build/native -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DQEMB_PYTHON=OFF -DQEMB_TESTS=ON > build/cpp.log && cmake --build build/native >> build/cpp.log || (cat build/cpp.log; exit 1)
-	ctest --test-dir build/native --output-on-failure -j2
+	OMP_WAIT_POLICY=passive ctest --test-dir build/native --output-on-failure -j2
 
 # Skips, and says so, where there is no GPU.
 test-cuda: $(VENV)/test.stamp
