@@ -53,6 +53,13 @@ def run_line():
     return run
 
 
+@pytest.fixture(autouse=True)
+def promises(request, record_property):
+    """What the marks of a test say it shows, for docs/dev/reliability.md."""
+    for mark in request.node.iter_markers("promise"):
+        record_property(*mark.args)
+
+
 @pytest.fixture
 def serve():
     """Starts servers of tests/llm/server.py: serve(reply, script=...)."""

@@ -66,6 +66,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.promise("R22", "attention in a forked child")
 def test_a_forked_child_does_not_hang():
     code = """
 import os, signal, torch
@@ -89,6 +90,7 @@ def test_runs_on_the_threads_of_torch():
     assert run_python(code).returncode == 0
 
 
+@pytest.mark.promise("R22", "another thread while attention runs")
 def test_other_threads_run_while_an_op_works():
     code = """
 import threading, time, torch

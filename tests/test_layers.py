@@ -77,6 +77,7 @@ def test_only_ops_reach_the_native_library():
             assert path.parent.name in ("ops", "cli", "testing"), path
 
 
+@pytest.mark.promise("R28", "the syntax trees of all files")
 def test_nothing_unsafe():
     """No pickle, no code from data, no shell, no network but the model hub's official client and the ranks of a run
     among themselves.

@@ -167,6 +167,7 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
+@pytest.mark.promise("R8", "signals while modules are imported")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_during_imports(folder, number):
     process = command("mine", "model", "rows.jsonl", "--out", "x.jsonl", cwd=folder, stdout=subprocess.PIPE)
@@ -178,6 +179,7 @@ def test_signals_during_imports(folder, number):
     assert not (folder / "x.jsonl").exists()
 
 
+@pytest.mark.promise("R8", "signals to a job with worker processes")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_a_job_with_worker_processes(folder, tmp_path, number):
     out = tmp_path / "x.npy"
@@ -206,6 +208,7 @@ def test_signals_to_a_job_with_worker_processes(folder, tmp_path, number):
     assert not session(process.pid)
 
 
+@pytest.mark.promise("R8", "signals while a server is asked")
 @pytest.mark.parametrize("verb", ["curate", "synthesize"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_while_a_server_is_asked(serve, tmp_path, verb, number):

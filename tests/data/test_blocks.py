@@ -75,6 +75,7 @@ def check_twice(kind, folder, *of):
     kind(folder, *of).check([*MORE, *TEXTS[:4]])
 
 
+@pytest.mark.promise("R19", "each byte of the token and vector caches changed")
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_every_byte_counts(kind, tmp_path):
     files = written(kind, tmp_path / "cache")
@@ -87,6 +88,7 @@ def test_every_byte_counts(kind, tmp_path):
             check_twice(kind, tmp_path / "cache")
 
 
+@pytest.mark.promise("R19", "the token and vector caches cut at each byte")
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_files_that_end_anywhere_or_are_missing(kind, tmp_path):
     files = written(kind, tmp_path / "cache")

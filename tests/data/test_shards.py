@@ -129,6 +129,7 @@ FLIPS = """
 """
 
 
+@pytest.mark.promise("R19", "each byte of shards of rows changed")
 def test_a_changed_byte_is_never_read_as_data(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 2)
     write_shards(tmp_path / "shards", [EXAMPLES[0], EXAMPLES[1], EXAMPLES[2], EXAMPLES[3], EXAMPLES[-1]])

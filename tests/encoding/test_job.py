@@ -293,6 +293,7 @@ def test_a_damaged_manifest_is_refused(model, jsonl, stopped):
     assert encode_file(model, jsonl, out, rows_per_part=5).resumed == len(ROWS)
 
 
+@pytest.mark.promise("R9", "two encode jobs with one output")
 def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
     out = tmp_path / "x.npy"
     waiting = (

@@ -36,6 +36,7 @@ def edit(folder, change):
     (folder / "pyqemb.json").unlink()
 
 
+@pytest.mark.promise("R29", "slerp of two models")
 def test_merged_folder_is_a_model_between_its_parts(models):
     report = pyqemb.merge([models / "a", models / "b"], weights=[1, 3], out=models / "out")
     a, b, out = (load_file(models / name / "model.safetensors") for name in ("a", "b", "out"))

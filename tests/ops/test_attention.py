@@ -26,6 +26,7 @@ def run(function, tensors, dout, dtype, **options):
     return [out.detach(), *torch.autograd.grad(out, tensors, dout.to(dtype))]
 
 
+@pytest.mark.promise("R11", "attention, forward and backward")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
@@ -59,6 +60,7 @@ def test_by_sequence(case, causal):
         torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.promise("R10", "attention")
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal):
     case = ATTENTION_CASES[2]
@@ -83,6 +85,7 @@ def test_every_instruction_set(isa):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.promise("R15", "attention, bit for bit")
 def test_packed_equals_alone_bit_for_bit():
     lengths = (3, 70, 1, 260, 31)
     tensors, cu, _ = inputs(type(ATTENTION_CASES[0])("mix", lengths), torch.float32)
@@ -98,6 +101,7 @@ def test_packed_equals_alone_bit_for_bit():
             assert torch.equal(together[start:end], single)
 
 
+@pytest.mark.promise("R14", "attention")
 def test_same_bits_for_any_thread_count():
     tensors, cu, _ = inputs(ATTENTION_CASES[5], torch.float32)
     dout = torch.randn(tensors[0].shape)
@@ -114,6 +118,7 @@ def test_same_bits_for_any_thread_count():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.promise("R15", "NaN in a neighbor of the batch")
 def test_nan_in_one_sequence_stays_there():
     tensors, cu, _ = inputs(ATTENTION_CASES[2], torch.float32)
     with torch.no_grad():

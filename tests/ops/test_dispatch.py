@@ -40,6 +40,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.promise("R10", "opcheck of every op")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name):
     opcheck(getattr(torch.ops.pyqemb, name).default, SAMPLES[name]())

@@ -62,6 +62,7 @@ def assert_equal(results, tolerance):
 OFF = dict.fromkeys(GROUPS)
 
 
+@pytest.mark.promise("R11", "InfoNCE against the dense formula")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("softmax", ["joint", "split"])
 @pytest.mark.parametrize("focal", [0.0, 0.7, 2.0])
@@ -171,6 +172,7 @@ def test_shapes_around_the_panels(shape):
     assert_equal(both(data, preset="memeff", softmax="split"), 1e-11)
 
 
+@pytest.mark.promise("R12", "float32 at low temperatures")
 @pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
 @pytest.mark.parametrize("dim", [64, 128, 1024])
 @pytest.mark.parametrize("noise", [0.3, 0.8, 1.5])
@@ -212,6 +214,7 @@ def test_very_low_temperature_without_any_similarity(temperature):
     assert queries.grad.abs().sum() > 0
 
 
+@pytest.mark.promise("R12", "every negative masked")
 def test_every_negative_masked_gives_zero_loss():
     document = normalize(torch.randn(1, 16), dim=1).repeat(8, 1)
     queries = document.clone().requires_grad_()
@@ -381,6 +384,7 @@ def test_stats_count_every_candidate(dtype, margin):
     assert stats["negative"] == pytest.approx(float(scores[candidate & ~dropped].double().mean()), rel=1e-4)
 
 
+@pytest.mark.promise("R10", "InfoNCE")
 def test_gradcheck():
     queries, documents, positive, owner, ids = batch(4, 41, 3)
     arguments = [x.clone().requires_grad_() for x in (queries, documents)]
@@ -389,6 +393,7 @@ def test_gradcheck():
     )
 
 
+@pytest.mark.promise("R14", "InfoNCE")
 def test_same_bits_for_any_thread_count_and_scaled_by_the_outer_gradient():
     queries, documents, positive, owner, ids = (x.float() if x.is_floating_point() else x for x in batch(200, 600, 40))
     threads, results = torch.get_num_threads(), []

@@ -28,6 +28,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.promise("R13", "one large batch")
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_equals_one_big_batch(plan, dtype, tolerance):
@@ -52,6 +53,7 @@ def test_the_order_of_the_texts_does_not_matter():
     assert_close(grads, truth, 1e-12)
 
 
+@pytest.mark.promise("R13", "the second forward pass has the bits of the first")
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_the_second_forward_has_the_bits_of_the_first(pooling, is_causal):
@@ -141,6 +143,7 @@ def test_the_loss_of_a_call_can_go_backward_twice():
     gradients(model, step)
 
 
+@pytest.mark.promise("R13", "dropout is replayed")
 @pytest.mark.parametrize("plan", [Plan(60), Plan(60, kept=2), Plan(60, boundaries=ALL)], ids=str)
 def test_dropout_is_replayed(plan):
     model = Dropping().train()
@@ -281,6 +284,7 @@ def test_a_loss_that_is_not_finite_adds_nothing():
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.promise("R24", "one rank of two")
 def test_all_processes_leave_out_a_loss_that_is_not_finite_on_one():
     model, (queries, documents) = tiny_embedder(), batches()
     for plan in (Plan(60), Plan(60, kept=2, boundaries=2), Plan(ALL)):

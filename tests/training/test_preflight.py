@@ -78,6 +78,7 @@ TWO = (
 )
 
 
+@pytest.mark.promise("R25", "an evaluation that cannot run")
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("section", "code", "message"),
@@ -296,6 +297,7 @@ def test_memory_is_planned_unless_it_is_turned_off(place):
     assert "kept" in pyqemb.train(config(place)).metrics[0]
 
 
+@pytest.mark.promise("R25", "no room for two checkpoints")
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_disk_without_room_for_two_checkpoints_is_refused(place, capsys, monkeypatch, options):
     from collections import namedtuple

@@ -117,6 +117,7 @@ def finish(jobs, without=(), seconds=60):
     return done
 
 
+@pytest.mark.promise("R26", "a killed rank")
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_is_named(lost):
     done = finish(start(f"kill {lost}", 3, range(3)))
@@ -127,6 +128,7 @@ def test_a_killed_rank_is_named(lost):
         assert "died" in said, said
 
 
+@pytest.mark.promise("R26", "a stopped rank")
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.deep)])
 def test_a_stopped_rank_is_named(lost):
     done = finish(start(f"stop {lost}", 3, range(3)), without=[lost])
@@ -137,6 +139,7 @@ def test_a_stopped_rank_is_named(lost):
         assert f"rank {rank} stops; continue from the last checkpoint with --resume auto" in said
 
 
+@pytest.mark.promise("R26", "a rank that never starts")
 @pytest.mark.parametrize("missing", [pytest.param(0, marks=pytest.mark.deep), 2])
 def test_a_rank_that_never_starts_is_named(missing):
     done = finish(start("none", 3, [rank for rank in range(3) if rank != missing], timeout=10))

@@ -197,6 +197,7 @@ def test_each_rank_draws_its_own_dropout_masks(two):
     assert [report["seed"] for report in two["straight"]] == [0, 0]
 
 
+@pytest.mark.promise("R7", "1, 2 and 4 ranks")
 def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):
     assert [report["error"].split(":")[0] for report in two["sizes"]] == ["KeyboardInterrupt", "RankError"]
     shutil.copytree(workplace / "again" / "checkpoints", workplace / "masks" / "checkpoints")
@@ -232,6 +233,7 @@ def test_the_folder_is_that_of_an_unsharded_run(workplace, two, name):
         assert contents(copy / folder) == contents(workplace / name / folder)
 
 
+@pytest.mark.promise("R6", "a sharded run of two ranks")
 def test_background_saving_writes_the_same(workplace, two):
     assert any(two["back"][0]["pending"])
     assert not any(two["straight"][0]["pending"])
@@ -266,6 +268,7 @@ def test_an_exception_waits_for_the_checkpoint_that_is_being_written(workplace, 
     assert verify(path) == 2
 
 
+@pytest.mark.promise("R4", "one of two ranks")
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_of_one_rank_is_an_error_of_all(workplace, two, rank, back):
@@ -280,6 +283,7 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all(workplace, two, rank, back):
     assert not list(path.parent.glob(".*"))
 
 
+@pytest.mark.promise("R5", "a flipped bit, a cut and a loss of each file of two ranks")
 def test_every_damage_is_named_and_the_checkpoint_before_is_taken(workplace, two, caplog):
     newest, before = checkpoints(workplace / "straight" / "checkpoints")[::-1]
     copy = workplace / "damaged"
@@ -314,6 +318,7 @@ def test_rows_that_are_in_no_shard_are_named(workplace, two):
         type(loaded.weights)([newest / "model-00001-of-00002.safetensors"])
 
 
+@pytest.mark.promise("R2", "one of two ranks killed in a save")
 def test_a_rank_killed_in_the_middle_of_a_save_costs_nothing_else(workplace, two):
     """Neither in the checkpoints before, nor in the bits of the run that goes on."""
     settings = config(workplace, "killed")

@@ -96,6 +96,7 @@ def test_bfloat16_learns_like_float32(workplace):
     assert same(final, {name.removeprefix("model."): tensor.bfloat16() for name, tensor in exact.items()})
 
 
+@pytest.mark.promise("R1", "stopped three times in 12 steps, float32 and bfloat16")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_resumed_runs_are_bit_identical(workplace, precision):
     pyqemb.train(config(workplace, "straight", precision=precision))
@@ -133,6 +134,7 @@ def test_best_checkpoint_is_kept(workplace):
         pyqemb.train(wrong, evaluate=lambda model: {"score": 1.0})
 
 
+@pytest.mark.promise("R5", "a flipped bit and a cut in each file")
 def test_damaged_checkpoints_are_named_and_passed_over(workplace, caplog):
     pyqemb.train(config(workplace))
     newest, previous = checkpoints(workplace / "run" / "checkpoints")[::-1]
@@ -166,6 +168,7 @@ def test_a_run_is_not_overwritten_or_mixed(workplace):
         pyqemb.train(config(workplace), resume=workplace / "base")
 
 
+@pytest.mark.promise("R24", "two losses of NaN in six steps")
 def test_steps_that_are_not_finite_change_nothing(workplace, monkeypatch):
     from pyqemb.training.objectives.info_nce import InfoNCE
 
@@ -246,6 +249,7 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.01)
 
 
+@pytest.mark.promise("R1", "SIGKILL and SIGTERM in one run of 60 steps")
 def test_killed_and_terminated_processes_continue_bit_by_bit(workplace):
     path = workplace / "run.json"
     settings = config(workplace, "killed", steps=60)
@@ -268,6 +272,7 @@ def test_killed_and_terminated_processes_continue_bit_by_bit(workplace):
     assert not list((workplace / "killed" / "checkpoints").glob(".*"))
 
 
+@pytest.mark.promise("R9", "two training runs in one folder")
 def test_a_second_run_in_the_folder_is_refused(workplace):
     path = workplace / "run.json"
     path.write_text(config(workplace, "shared", steps=5000).model_dump_json())
@@ -281,6 +286,7 @@ def test_a_second_run_in_the_folder_is_refused(workplace):
         process.wait()
 
 
+@pytest.mark.promise("R4", "a file of half the size")
 def test_full_disk_leaves_the_previous_checkpoint(workplace):
     import resource
 
