@@ -118,7 +118,7 @@ void forward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py
     AttentionForward p{in.problem};
     p.out = in.like_q("out", out);
     p.lse = in.row_of_q("lse", lse);
-    in.call.run(p, cpu::attention_forward, cuda::attention_forward);
+    in.call.run(p, cpu::attention_forward, cuda::attention_forward, cuda::attention_forward_scratch);
 }
 
 void backward(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle cu_seqlens_k, py::handle out,

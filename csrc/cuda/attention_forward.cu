@@ -6,6 +6,10 @@
 
 namespace qemb::cuda {
 
+int64_t attention_forward_scratch(const AttentionForward& p) {
+    return on_hopper() ? sm90::attention_forward_scratch(p) : 0;
+}
+
 void attention_forward(const AttentionForward& p) {
     const auto heads = static_cast<unsigned>(p.num_heads), kv_heads = static_cast<unsigned>(p.num_kv_heads);
     visit_types(p, [&]<class T, int D>() {

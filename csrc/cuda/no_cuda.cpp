@@ -36,6 +36,7 @@ AttentionPlan largest_plan(int64_t, int64_t, int64_t) { missing("attention_plan"
 void fill_plan(const DeviceLengths&, const DeviceLengths&, int64_t, const AttentionPlan&, int32_t*, void*) {
     missing("attention_plan");
 }
+int64_t attention_forward_scratch(const AttentionForward&) { missing("varlen_attention"); }
 int64_t attention_backward_scratch(const AttentionBackward&) { missing("varlen_attention"); }
 void attention_forward(const AttentionForward&) { missing("varlen_attention"); }
 void attention_backward(const AttentionBackward&) { missing("varlen_attention"); }

@@ -51,8 +51,9 @@ struct Attention {
 
 // A query that sees no key gets zeros and lse = -inf.
 struct AttentionForward : Attention {
-    void* out = nullptr;  // [T, num_heads, head_dim], contiguous
-    void* lse = nullptr;  // [T, num_heads] natural log, float (double for float64)
+    void* out = nullptr;      // [T, num_heads, head_dim], contiguous
+    void* lse = nullptr;      // [T, num_heads] natural log, float (double for float64)
+    void* scratch = nullptr;  // cuda: attention_forward_scratch(p) bytes
     void* stream = nullptr;
 };
 
@@ -91,6 +92,7 @@ struct DeviceLengths {
 AttentionPlan largest_plan(int64_t num_seqs, int64_t tokens_q, int64_t tokens_k);
 void fill_plan(const DeviceLengths& q, const DeviceLengths& k, int64_t num_seqs, const AttentionPlan& plan,
                int32_t* data, void* stream);
+int64_t attention_forward_scratch(const AttentionForward& p);
 int64_t attention_backward_scratch(const AttentionBackward& p);
 void attention_forward(const AttentionForward& p);
 void attention_backward(const AttentionBackward& p);

@@ -66,7 +66,11 @@ struct Call {
                           .plan = used};
         set_shape(problem, c, dtype_of<T>);
         problem.scale = scale;
-        cuda::attention_forward({problem, out.data(), lse.data()});
+        AttentionForward forward{problem, out.data(), lse.data()};
+        emulator::DeviceMemory<char> counters(static_cast<size_t>(cuda::attention_forward_scratch(forward)));
+        std::fill_n(counters.data(), counters.size(), char{1});  // as memory is that was used before
+        if (counters.size() > 0) forward.scratch = counters.data();
+        cuda::attention_forward(forward);
         AttentionBackward backward{problem, out.data(), dout.data(), lse.data(), dq.data(), dk.data(), dv.data()};
         emulator::DeviceMemory<char> scratch(static_cast<size_t>(cuda::attention_backward_scratch(backward)));
         backward.scratch = scratch.data();

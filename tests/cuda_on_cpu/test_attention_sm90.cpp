@@ -42,6 +42,25 @@ TEST(sums_in_memory_only_for_several_blocks_of_keys) {
     CHECK(scratch({0, 300}, {0, 129}) >= rows + sums && scratch({0, 300}, {0, 129}) < rows + sums + 200);
 }
 
+TEST(a_counter_only_for_more_units_than_multiprocessors) {
+    const auto scratch = [](std::vector<int32_t> queries, std::vector<int32_t> keys, int64_t kv_heads) {
+        const Case c{queries, keys, 2, kv_heads, 64, false};
+        const Inputs x = random_inputs<BFloat16>(c);
+        const Call<BFloat16> call(c, x.q, x.k, x.v, x.dout);
+        AttentionForward forward{{.plan = call.plan}};
+        set_shape(forward, c, DType::kBFloat16);
+        return cuda::attention_forward_scratch(forward);
+    };
+    emulator::options().multiprocessors = 3;
+    CHECK(scratch({0, 300}, {0, 300}, 1) == 0 && scratch({0, 300}, {0, 300}, 2) == 4);
+    const Case singles{{0, 1, 2, 3, 4, 5}, {0, 140, 180, 220, 260, 300}, 3, 1, 64, false};
+    CHECK(scratch(singles.cu_q, singles.cu_k, 2) == 0);  // single queries have a kernel of their own,
+    check<BFloat16>(describe(singles), singles);         // but not with three heads in a group
+    cuda::newest_kernels() = 80;
+    CHECK(scratch({0, 300}, {0, 300}, 2) == 0);
+    cuda::newest_kernels() = 90;
+}
+
 TEST(blocks_take_many_tiles) {
     for (const int multiprocessors : {1, 2, 5}) {
         emulator::options().multiprocessors = multiprocessors;

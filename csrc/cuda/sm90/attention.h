@@ -6,6 +6,7 @@
 
 namespace qemb::cuda::sm90 {
 
+int64_t attention_forward_scratch(const AttentionForward& p);
 bool attention_forward(const AttentionForward& p);
 int64_t attention_backward_scratch(const AttentionBackward& p);
 bool attention_backward(const AttentionBackward& p);

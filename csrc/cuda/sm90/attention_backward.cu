@@ -156,7 +156,7 @@ QEMB_DEVICE void produce_queries(const AttentionBackward& p, const TensorMap& q,
                                  Ring<1> keys, Ring<Layout<D>::kStages> ring) {
     using L = Layout<D>;
     const auto next = [&] { return next_ticket(ticket); };
-    announce_tiles(p, message<KeyTile, L>(), keys, next, [&](const KeyTile& tile) {
+    announce_tiles(p, message<KeyTile, L>(), keys, next(), next, [&](const KeyTile& tile) {
         mbarrier_expect(keys.full(), 2 * kTileBytes<kTile, D>);
         load_tile<kTile, D>(shared + L::kK, k, keys.full(), tile.kv_head, tile.span.k + tile.first);
         load_tile<kTile, D>(shared + L::kV, v, keys.full(), tile.kv_head, tile.span.k + tile.first);

@@ -11,6 +11,7 @@
 namespace qemb::cuda::sm90 {
 namespace {
 
+constexpr const char* kOp = "varlen_attention";
 constexpr int kKeys = 128;  // of a step
 
 template <int D>
@@ -26,13 +27,13 @@ template <int D>
 QEMB_DEVICE void produce(const AttentionForward& p, const TensorMap& q, const TensorMap& k, const TensorMap& v,
                          uint32_t shared, Ring<1> q_ring, Ring<2> k_ring, Ring<2> v_ring) {
     using L = Layout<D>;
-    int unit = blockIdx.x;
-    const auto in_turn = [&] {
-        const int mine = unit;
-        unit += gridDim.x;
-        return mine;
+    // After the first one, blocks take their units from a counter, as units take different times. Without scratch each
+    // block has one unit.
+    const auto next = [&] {
+        return p.scratch ? static_cast<int>(gridDim.x) + next_ticket(static_cast<int*>(p.scratch))
+                         : QueryTile::units(p);
     };
-    announce_tiles(p, message<QueryTile, L>(), q_ring, in_turn, [&](const QueryTile& tile) {
+    announce_tiles(p, message<QueryTile, L>(), q_ring, blockIdx.x, next, [&](const QueryTile& tile) {
         const int halves = tile.steps > 0 ? tile.halves() : 0;
         mbarrier_expect(q_ring.full(), halves * kTileBytes<kHalf, D>);
         for (int half = 0; half < halves; ++half)
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t shared = shared_address(shared_bytes());
     const Ring<1> q_ring{shared + L::kBarriers};
     const Ring<2> k_ring{q_ring.barriers + Ring<1>::kBytes}, v_ring{k_ring.barriers + Ring<2>::kBytes};
-    by_role(
+    by_role<40>(  // the counter does not fit in 24 registers
         [&] {
             q_ring.init(kConsumers / 32);
             k_ring.init(2);
@@ -198,6 +199,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+int64_t attention_forward_scratch(const AttentionForward& p) {
+    if (p.plan.single) return 0;
+    return p.plan.blocks * p.num_kv_heads > multiprocessors() ? static_cast<int64_t>(sizeof(int)) : 0;
+}
+
 bool attention_forward(const AttentionForward& p) {
     if (!(p.scale > 0)) return false;  // maxima are taken before scores are scaled
     bool taken = false;
@@ -208,8 +214,10 @@ bool attention_forward(const AttentionForward& p) {
             !make_token_map<T, D, kKeys>(k, p.k, keys, p.num_kv_heads, p.k_token_stride, p.k_head_stride) ||
             !make_token_map<T, D, kKeys>(v, p.v, keys, p.num_kv_heads, p.v_token_stride, p.v_head_stride))
             return;
-        launch("varlen_attention", attention_forward<T, D>, resident_blocks(p.plan.blocks * p.num_kv_heads), kThreads,
-               Layout<D>::kBytes, p.stream, p, q, k, v);
+        const int64_t units = p.plan.blocks * p.num_kv_heads;
+        if (p.scratch) zero(kOp, p.scratch, sizeof(int), p.stream);
+        launch(kOp, attention_forward<T, D>, p.scratch ? resident_blocks(units) : dim3(static_cast<unsigned>(units)),
+               kThreads, Layout<D>::kBytes, p.stream, p, q, k, v);
         taken = true;
     });
     return taken;

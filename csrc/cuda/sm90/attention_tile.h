@@ -130,7 +130,7 @@ struct QueryTile {
           keeps(steps <= 2 && part + heads < parts(p)) {}
 };
 
-// The producer alone reads the plan, ahead of everyone. For each tile of the units that next() gives this block:
+// The producer alone reads the plan, ahead of everyone. For each tile of `first` and of the units that next() returns:
 // take(tile), which must expect something of the ring, after the tile's description is in shared memory for whoever
 // waits for that; then the end.
 constexpr int kMessageBytes = 64;
@@ -140,8 +140,9 @@ QEMB_DEVICE Tile& message() {
     return *reinterpret_cast<Tile*>(shared_bytes() + Layout::kMessage);
 }
 template <class Tile, class Params, class Next, class Take>
-QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, const Next& next, const Take& take) {
-    for (int unit = next(), end = Tile::units(p); unit < end; unit = next())
+QEMB_DEVICE void announce_tiles(const Params& p, Tile& message, Ring<1>& ring, int first, const Next& next,
+                                const Take& take) {
+    for (int unit = first, end = Tile::units(p); unit < end; unit = next())
         for (int part = 0; part < Tile::parts(p);) {
             const Tile tile(p, unit, part);
             ring.wait_empty();

@@ -8,7 +8,8 @@ namespace qemb::cuda::sm90 {
 
 // The last of three warpgroups loads; the first two multiply, 64 rows of a tile each.
 constexpr int kConsumers = 256, kThreads = 384;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kBlockRegisters = 168 * kThreads;
+constexpr int kProducerRegisters = 24;  // of a thread of the third warpgroup, unless a kernel asks for more
 
 // Of a kernel whose blocks stay on their multiprocessor and take one unit of work after another.
 inline dim3 resident_blocks(int64_t units) {
@@ -18,7 +19,7 @@ inline dim3 resident_blocks(int64_t units) {
 // A kernel's life: one thread makes the barriers, then one thread produces while the others consume, and perhaps one
 // delivers what they have made. One if with two branches is what ptxas wants to see for registers to move between
 // warpgroups.
-template <class Init, class Produce, class Consume, class Deliver>
+template <int kProducer = kProducerRegisters, class Init, class Produce, class Consume, class Deliver>
 QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume, const Deliver& deliver) {
     if (threadIdx.x == 0) {
         init();
@@ -26,17 +27,17 @@ QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume
     }
     sync_block();
     if (threadIdx.x >= kConsumers) {
-        registers_decrease<kProducerRegisters>();
+        registers_decrease<kProducer>();
         if (threadIdx.x == kConsumers) produce();
         if (threadIdx.x == kConsumers + 32) deliver();
     } else {
-        registers_increase<kConsumerRegisters>();
+        registers_increase<(kBlockRegisters - kProducer * (kThreads - kConsumers)) / kConsumers>();
         consume();
     }
 }
-template <class Init, class Produce, class Consume>
+template <int kProducer = kProducerRegisters, class Init, class Produce, class Consume>
 QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume& consume) {
-    by_role(init, produce, consume, [] {});
+    by_role<kProducer>(init, produce, consume, [] {});
 }
 
 // Where one side of the ring is: both walk through the stages in the same order.
