@@ -18,7 +18,9 @@ from pyqemb.data.token_cache import TokenCache
 from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
+from pyqemb.model.source import local_folder
 from pyqemb.training import preflight, rank_plan
+from pyqemb.training.agreement import model_files
 from pyqemb.training.callbacks import make_loggers
 from pyqemb.training.config import ParallelSection, TrainConfig, with_data
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
@@ -28,7 +30,7 @@ from pyqemb.training.objectives import Objective
 from pyqemb.training.objectives.yes_no import YesNo
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.rank_plan import RankPlanner, Ranks
-from pyqemb.training.resume import flat
+from pyqemb.training.resume import check_continues, flat
 from pyqemb.training.setup import load_model, pick_precision
 from pyqemb.training.state import find
 
@@ -56,14 +58,21 @@ def plan(
     config = with_data(config)
     preflight.check_evaluation(config, evaluate)
     make_loggers(config)
+    checkpoint = None
     if ranks is None or resume is not None:
-        find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
+        checkpoint = find(Path(config.save.dir), resume, logging.getLogger("pyqemb").warning)
     model = load_model(config, weights=ranks is None)
     device = model.device if ranks is None else _device_of_ranks(config, model)
     precision = pick_precision(config.train.precision, device)
     datasets = read_datasets(config)
     preflight.set_query_instruction(model, config, datasets.instructions, evaluate)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = sum(parameter.numel() for parameter in weights.values())
+    if checkpoint is not None:
+        # With `ranks` the folder of the base model may be without weights, so its files are not compared.
+        own = config.lora is not None and ranks is None
+        base_files = model_files(local_folder(config.model.base)) if own else None
+        check_continues(checkpoint, config, datasets.fingerprint, weights, base_files)
     if ranks is None:
         preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
         preflight.check_token_cache(config.train.token_cache)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pyqemb
 from pyqemb.cli import main
@@ -19,6 +19,7 @@ from pyqemb.training import preflight, stage2, state
 from pyqemb.training.config import LossSection
 from pyqemb.training.dry_run import plan
 from pyqemb.training.objectives import objective_class
+from pyqemb.training.rank_plan import Ranks
 from pyqemb.training.state import checkpoints, verify
 
 HIGH, LOW = "Find the number", "Find the word"
@@ -359,6 +360,33 @@ def test_a_run_is_not_continued_over_another_one(place):
     assert checkpoints(place / "other" / "checkpoints") == before
     assert pyqemb.train(config(place, save={"dir": str(place / "new")}), resume=start).steps == 4
     assert pyqemb.train(config(place), resume=start).steps == 4
+
+
+def test_a_dry_run_finds_what_a_resumed_run_would_refuse(place):
+    """The plan of a resumed run raises the error of the run itself, and passes if the run would continue."""
+    adapters = {"lora": {"rank": 2}}
+    pyqemb.train(config(place, **adapters))
+    longer = config(place, train={"steps": 6}, **adapters)
+    many = Ranks(2, 2**33)
+    for ranks in (None, many):
+        assert list(plan(longer, resume="auto", ranks=ranks))
+
+    def refused(chosen, message):
+        for run in (lambda: list(plan(chosen, resume="auto")), lambda: pyqemb.train(chosen, resume="auto")):
+            with pytest.raises(ConfigError, match=message):
+                run()
+
+    refused(config(place, train={"learning_rate": 2e-3}, **adapters), r"train\.learning_rate was 0\.001, now 0\.002")
+    refused(config(place, lora={"rank": 3}), r"cannot resume with another configuration: lora\.rank was 2, now 3")
+    before = (place / "one.jsonl").read_text()
+    (place / "one.jsonl").write_text(before.replace("one 3", "one three"))
+    refused(longer, "cannot resume: the training data are not those of the checkpoint")
+    (place / "one.jsonl").write_text(before)
+    weights = load_file(place / "base" / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, place / "base" / "model.safetensors")
+    refused(longer, "cannot resume: the base model .* has changed: model.safetensors was")
+    (place / "base" / "model.safetensors").unlink()  # the plan for other ranks needs no weights
+    assert list(plan(longer, resume="auto", ranks=many))
 
 
 def test_an_empty_resume_is_refused(place, capsys):
