@@ -106,7 +106,8 @@ def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.
         with torch.inference_mode():
             hidden_TE = model(**ids).last_hidden_state[0]
         pooled = hidden_TE.mean(0) if ours.pooling == "mean" else hidden_TE[-1]
-        rows.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+        vector = torch.nn.functional.normalize(pooled, dim=0) if ours.normalize else pooled
+        rows.append(vector[: ours.truncate_dim].numpy())
     return compared(name, [(np.stack(rows), documents)])
 
 
@@ -120,7 +121,8 @@ def _half(folder: Path, texts: list[str], documents: np.ndarray) -> Check:
     bad = int((~np.isfinite(vectors).all(axis=1)).sum())
     if bad:
         return Check("float16", "warned", f"{bad} of {len(texts)} texts overflow: serve it in bfloat16 or float32")
-    cosine = float((vectors * documents).sum(axis=1).min())
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(documents, axis=1)  # not 1 after truncate_dim
+    cosine = float(((vectors * documents).sum(axis=1) / lengths).min())
     return Check("float16", "passed" if cosine > 0.99 else "warned", f"cosine to float32 at least {cosine:.4f}")
 
 

@@ -111,7 +111,8 @@ class DecoderConfig:
         if (bidirectional := values.get(_BIDIRECTIONAL)) is not None:
             known.setdefault("is_causal", not bidirectional)
         known["eos_token_id"] = _first_id(values.get("eos_token_id"))
-        dropped = own | {*_ROPE_KEYS, *_ATTENTION}
+        # `to_dict` writes the first of `architectures`; the folders of sentence-transformers name the body alone.
+        dropped = own | {*_ROPE_KEYS, *_ATTENTION, "architectures"}
         known["extra"] = {name: value for name, value in values.items() if name not in dropped}
         rope = Rope.from_config(values)
         scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}

@@ -52,6 +52,24 @@ def test_what_we_write_passes(tmp_path, changes):
     assert len(found) == 5, found
 
 
+def test_a_folder_with_truncate_dim_passes(tmp_path):
+    """transformers knows no truncate_dim, and the truncated vectors are not of length 1."""
+    folder = loud().save_pretrained(tmp_path / "model")
+    edit(folder / "config_sentence_transformers.json", truncate_dim=8)
+    found = outcomes(folder)
+    assert {outcome for outcome, _ in found.values()} == {"passed"}, found
+    assert "at least 0.99" in found["float16"][1] or "at least 1.00" in found["float16"][1]
+
+
+def test_an_export_of_what_sentence_transformers_wrote_passes(tmp_path):
+    """Its folders name the class of the body, Qwen3Model; an export names the one that the released models name."""
+    source = loud().save_pretrained(tmp_path / "source")
+    edit(source / "config.json", architectures=["Qwen3Model"])
+    found = outcomes(Embedder.from_pretrained(source).save_pretrained(tmp_path / "out"))
+    assert {outcome for outcome, _ in found.values()} == {"passed"}, found
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
 def test_what_is_spoilt_is_found(tmp_path):
     folder = loud().save_pretrained(tmp_path / "model")
     edit(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=None)
