@@ -3,7 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _LIBRARIES = (
     "torch",
@@ -135,15 +138,18 @@ def _tests_in_a_process(kernels: str) -> list[dict[str, Any]]:
 
 
 def _tests_on(device: str, label: str) -> list[dict[str, Any]]:
-    checks: dict[str, Callable[[str], float]] = {
+    checks: dict[str, Callable[[str], float]] = {  # Hopper's own kernels of InfoNCE and top-k are for half types
         "attention, head_dim 64": lambda device: _attention(device, 64),
         "attention, head_dim 128": lambda device: _attention(device, 128),
-        "InfoNCE": _info_nce,
+        "InfoNCE, float32": lambda device: _info_nce(device, "float32"),
+        "InfoNCE, bfloat16": lambda device: _info_nce(device, "bfloat16"),
         "pooling": _pooling,
         "top-k": _top_k,
     }
     tests = []
     for name, check in checks.items():
+        if device == "cpu" and name == "InfoNCE, bfloat16":
+            continue
         try:
             error = check(device)
             passed, detail = error < (1e-4 if device == "cpu" else 2e-2), f"greatest error {error:.1e}"
@@ -177,27 +183,35 @@ def _attention(device: str, head_dim: int) -> float:
         parts.append(part.transpose(0, 1))
     out = torch.cat(parts)
     wanted = [out, *torch.autograd.grad(out, exact, dout.double())]
-    with torch.no_grad():
-        return max(
-            float((x.double().cpu() - y).abs().max() / y.abs().max()) for x, y in zip(found, wanted, strict=True)
-        )
+    return _greatest(found, wanted)
 
 
-def _info_nce(device: str) -> float:
+def _greatest(found: "list[torch.Tensor]", wanted: "list[torch.Tensor]") -> float:
+    """The greatest error, relative to the greatest value of its tensor."""
+    pairs = [(x.detach().double().cpu(), y.detach()) for x, y in zip(found, wanted, strict=True)]
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+
+
+def _info_nce(device: str, dtype: str) -> float:
+    """The greatest error of the loss and of both gradients, relative to the greatest value of each."""
     import torch
 
     from pyqemb import ops
 
     generator = torch.Generator().manual_seed(0)
-    queries, documents = (
-        torch.nn.functional.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (40, 90)
-    )
+    inputs = [
+        torch.nn.functional.normalize(torch.randn(n, 64, generator=generator), dim=1).to(getattr(torch, dtype))
+        for n in (40, 90)
+    ]
     positive = torch.arange(40)
-    found = ops.info_nce(
-        queries.to(device), documents.to(device), positive.to(device), preset="mnrl", temperature=0.1, margin=None
-    )
-    wanted = torch.nn.functional.cross_entropy(queries.double() @ documents.double().T / 0.1, positive)
-    return abs(float(found) - float(wanted))
+
+    ours = [x.to(device).requires_grad_() for x in inputs]
+    loss = ops.info_nce(*ours, positive.to(device), preset="mnrl", temperature=0.1, margin=None)
+    found = [loss, *torch.autograd.grad(loss, ours)]
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    loss = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T / 0.1, positive)
+    return _greatest(found, [loss, *torch.autograd.grad(loss, exact)])
 
 
 def _pooling(device: str) -> float:
@@ -219,6 +233,7 @@ def _top_k(device: str) -> float:
     from pyqemb import ops
 
     generator = torch.Generator().manual_seed(0)
-    queries, documents = torch.randn(9, 32, generator=generator), torch.randn(500, 32, generator=generator)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # Hopper's kernels are for half types
+    queries, documents = (torch.randn(n, 32, generator=generator).to(dtype) for n in (9, 500))
     found, _ = ops.top_k(queries.to(device), documents.to(device), 5)
     return float((found.double().cpu() - (queries.double() @ documents.double().T).topk(5).values).abs().max()) / 20

@@ -76,6 +76,35 @@ def test_doctor_names_the_kernels_of_hopper(monkeypatch, capsys):
     assert facts["kernels on Hopper"].startswith("those of sm_80 (auto: Hopper's own kernels have not passed")
 
 
+def test_doctor_tests_what_hopper_has_kernels_for(monkeypatch):
+    """On a GPU attention, info_nce and top_k get half types, and the first two run backward too."""
+    from pyqemb import ops
+    from pyqemb.cli import doctor
+
+    def spy(name):
+        real = getattr(ops, name)
+
+        def call(first, *args, **options):
+            seen.add((name, first.dtype, first.requires_grad))
+            return real(first, *args, **options)
+
+        monkeypatch.setattr(ops, name, call)
+
+    seen = set()
+    for name in ("varlen_attention", "info_nce", "top_k"):
+        spy(name)
+    move = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, to: self if to == "cuda" else move(self, to))
+    tests = doctor._tests_on("cuda", "cuda")
+    assert all(test["passed"] for test in tests), tests
+    assert seen == {
+        ("varlen_attention", torch.bfloat16, True),
+        ("info_nce", torch.float32, True),
+        ("info_nce", torch.bfloat16, True),
+        ("top_k", torch.bfloat16, False),
+    }
+
+
 def test_doctor_gives_up_on_a_kernel_that_hangs(monkeypatch):
     from pyqemb.cli import doctor
 
