@@ -205,9 +205,9 @@ def _info_nce(device: str, dtype: str) -> float:
     ]
     positive = torch.arange(40)
 
-    ours = [x.to(device).requires_grad_() for x in inputs]
-    loss = ops.info_nce(*ours, positive.to(device), preset="mnrl", temperature=0.1, margin=None)
-    found = [loss, *torch.autograd.grad(loss, ours)]
+    queries, documents = (x.to(device).requires_grad_() for x in inputs)
+    loss = ops.info_nce(queries, documents, positive.to(device), preset="mnrl", temperature=0.1, margin=None)
+    found = [loss, *torch.autograd.grad(loss, [queries, documents])]
 
     exact = [x.double().requires_grad_() for x in inputs]
     loss = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T / 0.1, positive)
