@@ -54,10 +54,15 @@ BUGS = [
     Bug("a read behind a guarded operand", "address", "guard_pages", "cpu/kernels/swiglu.cpp",
         "load_row(dtype, from, at, buffer, count);", "load_row(dtype, from, at, buffer, count + 1);",
         "guard page behind: memory outside of its operands"),
+    # A race shows if threads overlap; a program with little work is done before the second one wakes.
     Bug("scratch memory that threads share", "thread", "attention", "cpu/parallel.cpp", "thread_local Buffer buffers",
         "static Buffer buffers", "data race"),
-    Bug("a region that does not wait for its threads", "thread", "top_k", "cpu/parallel.cpp",
-        "done_.wait(lock, [this] { return busy_ == 0; });", "", "data race"),
+    Bug("a counter that is not atomic", "thread", "attention", "cpu/parallel.cpp", "std::atomic<int64_t> next{0};",
+        "struct {\n"
+        "        int64_t value = 0;\n"
+        "        int64_t fetch_add(int64_t more, std::memory_order) { return (value += more) - more; }\n"
+        "        void store(int64_t other) { value = other; }\n"
+        "    } next{};", "data race"),
 ]  # fmt: skip
 
 
