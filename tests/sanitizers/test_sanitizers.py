@@ -125,8 +125,10 @@ class Package:
         self.library = shutil.copy(built, self.folder / "pyqemb")
 
     def run(self, *code):
-        """A Python process that finds the copy first. LSan would report what Python and torch keep until the end."""
-        asan = workshop.OPTIONS["ASAN_OPTIONS"] + ":detect_leaks=0"
+        """A Python process that finds the copy first. LSan would report what Python and torch keep until the end; wide
+        red zones around every Python object take gigabytes.
+        """
+        asan = workshop.OPTIONS["ASAN_OPTIONS"] + ":redzone=32:max_redzone=512:detect_leaks=0"
         command = f"cd {self.folder} && exec {sys.executable} {' '.join(code)}"
         return workshop.run(
             ["sh", "-c", command],
@@ -135,7 +137,8 @@ class Package:
         )  # fmt: skip
 
     def run_tests(self, name):
-        return self.run("-m pytest -q -x -p no:cacheprovider -m 'not deep'", f"tests/ops/test_{name}.py")
+        # Without -s a report would be lost with the process that pytest keeps its output for.
+        return self.run("-m pytest -q -x -s -p no:cacheprovider -m 'not deep'", f"tests/ops/test_{name}.py")
 
 
 @pytest.fixture(scope="module")
