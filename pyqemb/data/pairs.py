@@ -10,7 +10,7 @@ from typing import ClassVar
 import tokenizers
 
 from pyqemb.data.folder import Rule, one_of
-from pyqemb.data.tokenizer import END_TOKEN, Tokenizer
+from pyqemb.data.tokenizer import END_TOKEN, Tokenizer, library_errors
 from pyqemb.data.tokenizer_settings import TextSettings
 from pyqemb.errors import ConfigError, DataError
 
@@ -71,7 +71,8 @@ class PairTokenizer(Tokenizer):
         """Token ids of bodies (`format_pair`), with prefix and suffix."""
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, got one text")
-        bodies = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with library_errors("the tokenizer cannot encode these texts"):
+            bodies = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[*self._prefix, *body.ids[: self._room], *self._suffix] for body in bodies]
 
     def _single(self, word: str) -> int:

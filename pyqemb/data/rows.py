@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyqemb.data import strict_json
-from pyqemb.data.machine import raise_if_machine, unreadable
+from pyqemb.data.machine import raise_if_machine, reason, unreadable
 from pyqemb.errors import ConfigError, DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -276,9 +276,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError, OverflowError, LookupError) as error:
+        # The last three are of values that Python cannot hold: a date beyond the year 9999, an unknown time zone.
         raise_if_machine(path, error)
-        raise DataError(f"{path}: not a readable Parquet file (after row {number}): {error}") from error
+        raise DataError(f"{path}: not a readable Parquet file (after row {number}): {reason(error)}") from error
 
 
 def _open_zstd(path: Path, mode: str) -> IO[bytes]:

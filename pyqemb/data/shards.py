@@ -25,7 +25,7 @@ import pyarrow as pa
 from pyqemb.data.columns import Columns
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.layouts import Example
-from pyqemb.data.machine import unreadable, unwritable
+from pyqemb.data.machine import reason, unreadable, unwritable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.splits import dataset_files
 from pyqemb.data.strict_json import parse
@@ -33,6 +33,8 @@ from pyqemb.errors import DataError, MachineError
 
 FORMAT = "pyqemb-shards-2"
 _BATCH = 1024  # rows of a record batch, the unit of random access
+_MAX_ROWS = 1 << 20  # of a record batch of any version
+_SUMMARY_COUNTS = "rows", "negatives", "most_negatives", "score", "scores", "query_embedding"
 _OPEN = 4096  # record batches whose columns are cached
 _NUMBERS = pa.list_(pa.float64())
 _SCHEMA = pa.schema(
@@ -163,21 +165,34 @@ class _File:
             )
 
     def read(self, batch: int) -> pa.RecordBatch:
-        _, offset, size, crc = self.batches[batch]
+        rows, offset, size, crc = self.batches[batch]
         if not self._checked[batch]:
             try:
                 with self.path.open("rb") as file:  # not memory-mapped, because a bad sector would kill the process
                     file.seek(offset)
-                    found = zlib.crc32(file.read(size))
+                    digest = zlib.crc32(file.read(size))
             except OSError as error:
                 raise unreadable(self.path, error, MachineError) from error
-            if found != crc:
+            if digest != crc:
                 raise DataError(
                     f"{self.path}: not a readable shard: damaged between bytes {offset} and {offset + size}; "
                     "remove the folder and write it again"
                 )
-            self._checked[batch] = True
-        return pa.ipc.read_record_batch(self._bytes.slice(offset, size), _SCHEMA)
+        try:
+            found = pa.ipc.read_record_batch(self._bytes.slice(offset, size), _SCHEMA)
+            if not self._checked[batch]:
+                found.validate(full=True)  # reading an invalid array, e.g. with a negative offset, ends the process
+        except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+            raise DataError(
+                f"{self.path}: not a readable shard: the record batch at byte {offset} is not valid: {reason(error)}"
+            ) from error
+        if found.num_rows != rows:
+            raise DataError(
+                f"{self.path}: not a readable shard: the record batch at byte {offset} has {found.num_rows} rows, the "
+                f"manifest says {rows}"
+            )
+        self._checked[batch] = True
+        return found
 
 
 def is_shards(folder: Path) -> bool:
@@ -199,8 +214,46 @@ def read_shards(folder: str | Path) -> dict[str | None, Shards]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise DataError(f"{folder}: has format {found!r}, this version reads {FORMAT!r}; write it again")
-    summaries = [Summary(**values) for values in unseal(raw, str(path))["tasks"]]
+    tasks = unseal(raw, str(path)).get("tasks")
+    if not isinstance(tasks, list) or not all(map(_is_summary, tasks)):
+        raise DataError(f"{path}: not the manifest of a folder of shards: its tasks have other fields or values")
+    summaries = [Summary(**values) for values in tasks]
+    if len({summary.task for summary in summaries}) < len(summaries):
+        raise DataError(f"{path}: not the manifest of a folder of shards: it has a task twice")
     return {summary.task: Shards(folder, number, summary) for number, summary in enumerate(summaries)}
+
+
+def _is_summary(values: Any) -> bool:
+    """Whether a value is a `Summary` as `write_shards` writes it, and agrees with itself."""
+    if not isinstance(values, dict) or values.keys() != Summary.__dataclass_fields__.keys():
+        return False
+    counts = [values[name] for name in _SUMMARY_COUNTS]
+    texts, files = values["instructions"], values["files"]
+    if not (
+        all(map(_is_count, counts))
+        and (values["task"] is None or isinstance(values["task"], str))
+        and isinstance(values["digest"], str)
+        and isinstance(texts, list)
+        and all(text is None or isinstance(text, str) for text in texts)
+        and isinstance(files, list)
+    ):
+        return False
+    batches = []
+    for file in files:
+        if not isinstance(file, dict) or file.keys() != {"size", "batches"} or not _is_count(file["size"]):
+            return False
+        for batch in file["batches"] if isinstance(file["batches"], list) else [None]:
+            if not isinstance(batch, list) or len(batch) != 4 or not all(map(_is_count, batch)):
+                return False
+            rows, offset, size, _ = batch
+            if not 0 < rows <= _MAX_ROWS or offset + size > file["size"]:
+                return False
+            batches.append(batch)
+    return sum(batch[0] for batch in batches) == values["rows"]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def write_shards(folder: str | Path, examples: Iterable[Example], *, rows_per_file: int = 1_000_000) -> int:

@@ -5,13 +5,15 @@ by position (last of its sequence), not by its id.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tokenizers
 
 from pyqemb.data.folder import Rule, read_bytes, read_object
+from pyqemb.data.machine import reason
 from pyqemb.data.strict_json import parse
 from pyqemb.data.tokenizer_settings import CLASSES, TextSettings, read_text_settings
 from pyqemb.errors import ConfigError, DataError
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 END_TOKEN = "<|endoftext|>"
 TEMPLATE = "Instruct: {task}\nQuery:{query}"
 _COPIED = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+@contextmanager
+def library_errors(where: str) -> Iterator[None]:
+    """Turn the errors of the library tokenizers into a DataError that starts with `where`.
+
+    It raises Exception itself, and of a file that contradicts itself a PanicException, which is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{where}: {reason(error)}") from error
 
 
 class Tokenizer:
@@ -74,11 +90,16 @@ class Tokenizer:
         if content is None:
             raise DataError(f"{folder}: has no tokenizer.json")
         try:
-            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
-        except Exception as error:  # the library raises bare Exception for invalid files
-            raise DataError(f"{path}: not a tokenizer: {error}") from error
+        with library_errors(f"{path}: not a tokenizer"):
+            backend = tokenizers.Tokenizer.from_str(text)
+        with library_errors(f"{path}: cannot be used"):
+            return cls._of_folder(folder, backend, max_length)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, backend: tokenizers.Tokenizer, max_length: int | None) -> "Self":
         settings = read_text_settings(folder, backend, cls.transformer_rules)
         files = {name: found for name in (*_COPIED, "tokenizer_config.json") if (found := read_bytes(folder, name))}
         try:
@@ -105,7 +126,8 @@ class Tokenizer:
         """Token ids of raw texts, end token last."""
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, got one text")
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        with library_errors("the tokenizer cannot encode these texts"):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
         if self.max_length is None:
             return [encoding.ids for encoding in encodings]
         return [self._truncate(encoding.ids, self.max_length) for encoding in encodings]

@@ -6,7 +6,6 @@
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from pyqemb.data import strict_json
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import unreadable
+from pyqemb.data.npy import npy, read_vectors
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.encoding.inputs import Row
 from pyqemb.errors import DataError
@@ -49,12 +49,22 @@ class PartFiles:
 
     def vectors(self) -> np.ndarray:
         """float32 [N, E]. DamagedPartError if they are damaged."""
-        return np.load(io.BytesIO(self._read(".npy") or b""))
+        try:
+            return read_vectors(self._read(".npy") or b"", str(self.path))
+        except DataError as error:
+            raise DamagedPartError(str(error)) from error
 
     def ids(self) -> list[str]:
         """The ids of the rows in order, empty if they have none. DamagedPartError if they are damaged."""
         lines = (self._read(".ids") or b"").splitlines()
-        return [strict_json.parse(line, str(self.path.with_suffix(".ids"))) for line in lines]
+        path = self.path.with_suffix(".ids")
+        try:
+            found = [strict_json.parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+        except DataError as error:
+            raise DamagedPartError(str(error)) from error
+        if not all(isinstance(key, str) for key in found):
+            raise DamagedPartError(f"{path}: expected a JSON string a line")
+        return found
 
     def verify(self) -> None:
         """DamagedPartError if any of the files is damaged or belongs to another part."""
@@ -96,13 +106,6 @@ class PartFiles:
 def texts_digest(rows: Sequence[Row]) -> str:
     """Return the sha256 of the ids and texts of rows, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def npy(array: np.ndarray) -> tuple[bytes, memoryview]:
-    """The header and the content of an .npy file."""
-    header, array = io.BytesIO(), np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return header.getvalue(), array.data
 
 
 def _bytes(path: Path) -> bytes:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from pyqemb.data.files import atomic_file
+from pyqemb.data.npy import npy
 from pyqemb.encoding.inputs import Row
-from pyqemb.encoding.parts import PartFiles, npy
+from pyqemb.encoding.parts import PartFiles
 from pyqemb.errors import DataError, PyqembError
 from pyqemb.model.embedder import Embedder
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
-from pyqemb.data.machine import raise_if_machine, writing
+from pyqemb.data.machine import raise_if_machine, reason, writing
 from pyqemb.errors import CheckpointError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
@@ -108,7 +108,7 @@ class Tensors(Mapping[str, torch.Tensor]):
             return self._handle(path).get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise_if_machine(path, error)
-            raise CheckpointError(f"{path}: {stored} cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: {stored} cannot be read: {reason(error)}") from error
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
@@ -122,7 +122,7 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise_if_machine(path, error)
-        raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {error}") from error
+        raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {reason(error)}") from error
 
 
 def read_tensors(folder: str | Path) -> Tensors:

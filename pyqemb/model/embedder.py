@@ -20,7 +20,7 @@ from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.packed_model import Read, empty_decoder, open_folder
+from pyqemb.model.packed_model import Read, empty_decoder, errors_of, open_folder
 from pyqemb.model.portable import WriteFiles, write_portable_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
@@ -136,7 +136,8 @@ class Embedder(Encoding):
         if pooling is not None:
             settings = replace(settings, pooling=pooling)
         matryoshka = model.config.extra.get("matryoshka_dimensions")
-        embedder = cls(model, tokenizer, settings.pooling, settings.prompts, matryoshka)
+        with errors_of(path):
+            embedder = cls(model, tokenizer, settings.pooling, settings.prompts, matryoshka)
         embedder.normalize, embedder.truncate_dim = settings.normalize, settings.truncate_dim
         embedder.default_prompt_name = settings.default_prompt_name
         embedder.similarity_fn_name = settings.similarity_fn_name

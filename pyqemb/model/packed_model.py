@@ -56,6 +56,15 @@ class Weight(NamedTuple):
     compute: Callable[[], torch.Tensor]
 
 
+@contextmanager
+def errors_of(folder: Path) -> Iterator[None]:
+    """Turn a ConfigError about a model that is made of the files of a folder into a CheckpointError that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
 class Opened(NamedTuple):
     """A model folder whose files have been checked, before its weights are read; `model` has none yet."""
 

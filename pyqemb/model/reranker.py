@@ -18,7 +18,7 @@ from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import Read, Weight, empty_decoder, in_order, open_folder
+from pyqemb.model.packed_model import Read, Weight, empty_decoder, errors_of, in_order, open_folder
 from pyqemb.model.portable import WriteFiles
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
 from pyqemb.model.progress import progress_bar
@@ -101,7 +101,8 @@ class Reranker(Scoring):
         head, lm_head = _read_head(tensors, model.config, tokenizer)
         if lm_head is not None and str(device) != "meta":  # there, `load_rows` decides
             lm_head = lm_head.clone()
-        reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
+        with errors_of(path):
+            reranker = cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
         return reranker._load(tensors, dtype, device)
 
     @classmethod
@@ -122,7 +123,8 @@ class Reranker(Scoring):
         tied = model.config.tie_word_embeddings
         head = None if tied else torch.empty(2, model.config.hidden_size, device="meta")
         tokenizer = PairTokenizer.from_folder(path, max_length)
-        return cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
+        with errors_of(path):
+            return cls(model, tokenizer, head, lm_head, read_instruction(path, INSTRUCTION))
 
     @torch.no_grad()
     def load_rows(self, folder: str | Path) -> None:

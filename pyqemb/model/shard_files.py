@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from pyqemb.data.machine import raise_if_machine
+from pyqemb.data.machine import raise_if_machine, reason
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, DataError
 from pyqemb.model.checkpoint import open_safetensors
@@ -139,7 +139,7 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
             return file.get_slice(name)[first - part.first : end - part.first]
         except (SafetensorError, OSError) as error:
             raise_if_machine(part.path, error)
-            raise CheckpointError(f"{part.path}: {name} cannot be read: {error}") from error
+            raise CheckpointError(f"{part.path}: {name} cannot be read: {reason(error)}") from error
 
     def _check_rows(self, name: str, count: int) -> None:
         parts = self._parts[name]

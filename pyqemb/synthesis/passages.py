@@ -10,6 +10,8 @@ import numpy as np
 
 from pyqemb.data import beir
 from pyqemb.data.files import atomic_file
+from pyqemb.data.machine import unreadable
+from pyqemb.data.npy import read_vectors
 from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
@@ -85,7 +87,15 @@ class People:
         if not path.exists():
             with atomic_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.ascontiguousarray(self._model.encode_document(self._texts), dtype=np.float32))
-        return np.load(path, allow_pickle=False)
+        try:
+            vectors = read_vectors(path.read_bytes(), str(path))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except DataError as error:
+            raise DataError(f"{error}; remove it to encode the personas again") from error
+        if len(vectors) != len(self._texts):
+            raise DataError(f"{path}: damaged: has {len(vectors)} vectors of {len(self._texts)} personas; remove it")
+        return vectors
 
 
 def _read_personas(path: Path) -> Iterator[str]:
