@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pyqemb.data.files import kind_of_path, remove, remove_folder
-from pyqemb.data.machine import unreadable
+from pyqemb.data.machine import reason, unreadable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, ConfigError, DataError, MachineError
@@ -362,18 +362,18 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Restore the result of `random_states`. CheckpointError if it is invalid."""
+def restore_random_states(states: Mapping[str, Any], where: str | Path) -> None:
+    """Restore the result of `random_states`. CheckpointError, which starts with `where`, if it is invalid."""
     try:
         version, numbers, gauss = states["python"]
         random.setstate((version, tuple(numbers), gauss))
         kind, keys, *rest = states["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(_tensor(states["torch"]))
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's random states cannot be used: {error}") from error
-    for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_tensor(state), device)
+        for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(_tensor(state), device)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: the random states cannot be used: {reason(error)}") from error
 
 
 def retain(folder: Path, newest: int, keep: int) -> None:

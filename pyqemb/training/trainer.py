@@ -415,7 +415,7 @@ class Run:
         with together(self.world):
             self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
             if self.world.rank < len(random):  # a new rank keeps its own seed
-                restore_random_states(random[self.world.rank])
+                restore_random_states(random[self.world.rank], checkpoint.folder)
         self.step, self.saved_step, self.bad_steps = checkpoint.step, checkpoint.step, state["bad_steps"]
         self.evaluations.best, self.evaluations.since_best = state["best"], state["evaluations_since_best"]
         preflight.warn_of_changed_length(self.config, self.step, state["steps"], self.steps)

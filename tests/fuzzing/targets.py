@@ -105,7 +105,7 @@ EXAMPLES = [
     Example("q", "p", ("n",), scores=(1.0, -2.5), query_embedding=(0.5, 1.0), positive_embedding=(1.0, 0.0)),
 ]
 TABLES = [b'query,positive,score\n"a, b","c ""d""",0.5\nq,p,\n', b"\xef\xbb\xbfquery,positive\r\nq,\"line\r\nend\"\r\n",
-    b"text1\ttext2\tlabel\na\tb\t1\n", b"query\tpositive\tnegative\nq\tp\tn\n"]  # fmt: skip
+    b"sentence1\tsentence2\tscore\na\tb\t1\n", b"query\tpositive\tnegative\nq\tp\tn\n"]  # fmt: skip
 
 
 def texts_of_rows(folder: Path, suffix: str) -> list[bytes]:
@@ -115,7 +115,10 @@ def texts_of_rows(folder: Path, suffix: str) -> list[bytes]:
     raw = (folder / "seed.jsonl").read_bytes()
     array = json.dumps([json.loads(line) for line in raw.splitlines()]).encode()
     more = lines(
-        [{"anchor": "a", "negative_1": "x", "negative_2": "y"}, {"sentence1": "a", "sentence2": "b", "label": 3}]
+        [
+            {"anchor": "a", "positive": "p", "negative_1": "x", "negative_2": "y"},
+            {"sentence1": "a", "sentence2": "b", "score": 0.3},
+        ]
     )
     return [raw, more, lines([{"query": "q", "pos": ["p"], "neg": ["n"]}]), *([array] if suffix == ".json" else [])]
 
@@ -471,7 +474,6 @@ def checkpoint(folder, name):
 
 @target("random states")
 def random_state(folder):
-    """Its error is of the checkpoint, which the caller names."""
     states = random_states()
     seeds = [json.dumps(states).encode()]
 
@@ -481,11 +483,11 @@ def random_state(folder):
         except (ValueError, RecursionError):
             return
         try:
-            restore_random_states(value)
+            restore_random_states(value, "step_1")
         finally:
-            restore_random_states(states)
+            restore_random_states(states, "step_1")
 
-    return Target(seeds, read, ("the checkpoint's random states",), "json")
+    return Target(seeds, read, ("step_1",), "json")
 
 
 TOML = """stage = 1

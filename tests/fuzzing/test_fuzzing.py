@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,17 @@ def test_seeded_inputs(name, tmp_path, record_property):
 @pytest.mark.promise("R19", f"{EACH * len(targets.TARGETS):,} changed inputs of {len(targets.TARGETS)} readers")
 def test_valid_inputs_are_read(tmp_path):
     """Else the others would show nothing."""
+    refused = []
     for number, name in enumerate(targets.TARGETS):
         (tmp_path / str(number)).mkdir()
         target = targets.make(name, tmp_path / str(number))
         for seed in target.seeds:
-            target.read(seed)
+            try:
+                with suppress(*target.allowed):
+                    target.read(seed)
+            except harness.PyqembError as error:
+                refused.append(f"{name}: {error}")
+    assert not refused, "\n".join(refused)
 
 
 @pytest.mark.promise("R19", f"{len(CORPUS)} inputs of past finds")
