@@ -319,7 +319,8 @@ def part(folder, suffix):
             about.write_bytes(seal(facts))
         path.write_bytes(data)
         files.verify()
-        return files.ids(), files.vectors()
+        files.vectors()
+        assert all(isinstance(key, str) for key in files.ids())
 
     seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
     return Target(seeds, read, ("00000000.",), {"json": "json", "ids": "lines", "npy": "bytes"}[suffix])
