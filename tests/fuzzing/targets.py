@@ -104,13 +104,18 @@ EXAMPLES = [
     Example("a, b", 'c "d"', task="sts", score=0.25),
     Example("q", "p", ("n",), scores=(1.0, -2.5), query_embedding=(0.5, 1.0), positive_embedding=(1.0, 0.0)),
 ]
-TABLES = [b'query,positive,score\n"a, b","c ""d""",0.5\nq,p,\n', b"\xef\xbb\xbfquery,positive\r\nq,\"line\r\nend\"\r\n",
-    b"sentence1\tsentence2\tscore\na\tb\t1\n", b"query\tpositive\tnegative\nq\tp\tn\n"]  # fmt: skip
+TABLES = {
+    ".csv": [
+        b'query,positive,score\n"a, b","c ""d""",0.5\nq,p,\n',
+        b'\xef\xbb\xbfquery,positive\r\nq,"line\r\nend"\r\n',
+    ],
+    ".tsv": [b"sentence1\tsentence2\tscore\na\tb\t1\n", b"query\tpositive\tnegative\nq\tp\tn\n"],
+}
 
 
 def texts_of_rows(folder: Path, suffix: str) -> list[bytes]:
     if suffix in (".csv", ".tsv"):
-        return TABLES
+        return TABLES[suffix]
     write_examples(folder / "seed.jsonl", EXAMPLES)
     raw = (folder / "seed.jsonl").read_bytes()
     array = json.dumps([json.loads(line) for line in raw.splitlines()]).encode()
@@ -370,7 +375,7 @@ def safetensors(folder, header=False):
     reader = into(path, read)
     if header:
         return Target([header_of(raw)], lambda data: reader(with_header(data, raw)), (str(model),), "json")
-    return Target([raw[: 8 + len(header_of(raw)) + 64], raw], reader, (str(model),))
+    return Target([raw], reader, (str(model),))
 
 
 @target("index of weights")
@@ -412,7 +417,9 @@ for _name in MODEL_FILES:
         seeds = [(model / name).read_bytes()]
         if name == "config.json":
             scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-            seeds.append(json.dumps({**json.loads(seeds[0]), "rope_scaling": scaled}).encode())
+            values = json.loads(seeds[0])
+            rope = {"rope_scaling": scaled, "rope_parameters": {**scaled, "rope_theta": values["rope_theta"]}}
+            seeds.append(json.dumps({**values, **rope}).encode())
 
         def read():
             embedder = Embedder.without_weights(model)
@@ -507,7 +514,7 @@ global_batch_size = 64
 memory = "8GiB"
 [loss]
 temperature = 0.02
-matryoshka = {64 = 1.0, 128 = 1}
+matryoshka = [64, 128]
 [eval]
 every = 5
 [save]
