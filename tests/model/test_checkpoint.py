@@ -135,6 +135,7 @@ def test_truncation_and_header_damage_are_named(tmp_path):
     assert all(str(folder) in message for message in refused)
 
 
+@pytest.mark.promise("R27", "an index that leaves its folder")
 @pytest.mark.parametrize(
     "file", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "w.bin", 3, ""]
 )
@@ -146,6 +147,7 @@ def test_an_index_stays_in_its_folder(tmp_path, file):
         read_tensors(folder)
 
 
+@pytest.mark.promise("R27", "links that leave their folder")
 def test_a_link_out_of_the_folder_is_refused_except_into_the_hub_cache(tmp_path):
     folder = write_tiny_folder(tmp_path / "models--org--name" / "snapshots" / "abc", shards=2)
     shard = sorted(folder.glob("model-*"))[0]
@@ -183,6 +185,7 @@ def test_missing_and_mixed_up_shards_are_named(tmp_path):
         read_tensors(folder)
 
 
+@pytest.mark.promise("R27", "pickles")
 def test_pickles_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
         read_tensors(tmp_path)

@@ -88,8 +88,8 @@ def test_calls_lose_nothing(name):
         work()
         sizes.append(resident())
     assert min(b - a for a, b in zip(sizes, sizes[1:], strict=False)) < 256 << 10, sizes
-    assert len(os.listdir("/proc/self/fd")) == open_files
-    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= open_files
+    assert threading.active_count() <= threads
 
 
 ROW = 1 << 30  # elements from a row to the next
