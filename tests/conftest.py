@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Processes with as many threads as the machine has cores wait for each other: five times as slow. Before torch.
+    # Processes with as many threads as the machine has cores wait for each other: three times as slow. Before torch.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of tests that ask for more threads
 
