@@ -1,6 +1,7 @@
 """`pyqemb export MODEL --out FOLDER`: write a folder for other tools, and check that they load it."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:
-    from contextlib import suppress
-
     from rich.console import Console
     from rich.table import Table
 
@@ -78,7 +77,7 @@ def _verified(folder: Path, source: Path, model: "Embedder | Reranker") -> int:
     from pyqemb.interop.verify_source import verify_source
     from pyqemb.model.reranker import Reranker
 
-    with suppress(ModuleNotFoundError):  # then its checks are skipped
+    with contextlib.suppress(ModuleNotFoundError):  # then its checks are skipped
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -11,7 +11,7 @@ import numpy as np
 from pyqemb.data import beir
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import unreadable
-from pyqemb.data.npy import read_vectors
+from pyqemb.data.npy import npy, read_vectors
 from pyqemb.data.rows import format_of, read_rows, read_text
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
@@ -86,7 +86,7 @@ class People:
         path = folder / f"personas-{digest}.npy"
         if not path.exists():
             with atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, np.ascontiguousarray(self._model.encode_document(self._texts), dtype=np.float32))
+                file.writelines(npy(np.asarray(self._model.encode_document(self._texts), dtype=np.float32)))
         try:
             vectors = read_vectors(path.read_bytes(), str(path))
         except OSError as error:
