@@ -18,7 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", help="instead of a folder: mteb:NAME, where NAME is a benchmark or tasks separated by commas"
     )
     parser.add_argument("--instruction", help="instruction of the queries (default: the model's own)")
-    parser.add_argument("--dim", type=int, help="use the first DIM features (Matryoshka)")
+    parser.add_argument(
+        "--dim", type=_dims, default=(None,), metavar="DIM[,DIM...]",
+        help="use the first DIM features (Matryoshka); several: a table",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=_precisions, default=("float32",), metavar="PRECISION[,PRECISION...]",
+        help="precision of the stored vectors: float32 (default), int8, uint8, binary, ubinary; several: a table",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rescore", type=int, metavar="K",
+        help="order the best K documents again, by the float32 query and the quantized document; the table has both",
+    )  # fmt: skip
     parser.add_argument(
         "--split", help="split of the judgments, qrels/SPLIT.tsv, or of a dataset (default: test, or the only one)"
     )
@@ -45,10 +56,12 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     if args.suite is not None:
         return _suite(args)
+    if len(args.dim) > 1 or len(args.precision) > 1 or args.rescore is not None:
+        return _compare(args)
     with progress_shown(args.quiet):
         report = evaluate(
-            args.model, args.folder, instruction=args.instruction, dim=args.dim, split=args.split,
-            columns=parse_columns(args.column), bootstrap=args.bootstrap,
+            args.model, args.folder, instruction=args.instruction, dim=args.dim[0], precision=args.precision[0],
+            split=args.split, columns=parse_columns(args.column), bootstrap=args.bootstrap,
         )  # fmt: skip
     table = Table(title=f"{report['task']}: {args.folder}, {report['count']} rows")
     for column in ("metric", "value", "95 % interval"):
@@ -62,6 +75,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pyqemb.data.columns import parse_columns
+    from pyqemb.data.files import atomic_file
+    from pyqemb.evaluation import compare_storage
+
+    with progress_shown(args.quiet):
+        reports = compare_storage(
+            args.model, args.folder, dims=args.dim, precisions=args.precision, rescore=args.rescore,
+            instruction=args.instruction, split=args.split, columns=parse_columns(args.column),
+            bootstrap=args.bootstrap,
+        )  # fmt: skip
+    metric = next(iter(reports[0]["metrics"]))
+    table = Table(title=f"{reports[0]['task']}: {args.folder}, {reports[0]['count']} rows")
+    for column in ("dim", "precision", "bytes", "rescore", metric, "95 % interval"):
+        table.add_column(column, justify="left" if column == "precision" else "right")
+    for report in reports:
+        value = report["metrics"][metric]
+        table.add_row(
+            str(report["dim"]), report["precision"], str(report["bytes_per_vector"]), str(report["rescore"] or "-"),
+            f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}",
+        )  # fmt: skip
+    Console().print(table)
+    if args.json is not None:
+        with atomic_file(args.json) as temporary:
+            temporary.write_text(json.dumps(reports, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _suite(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -73,6 +128,13 @@ def _suite(args: argparse.Namespace) -> int:
     kind, _, name = args.suite.partition(":")
     if kind != "mteb" or not name:
         raise ConfigError(f"--suite: expected mteb:NAME, got {args.suite!r}")
+    of_folder = {
+        "--instruction": args.instruction, "--dim": args.dim != (None,), "--precision": args.precision != ("float32",),
+        "--rescore": args.rescore is not None, "--split": args.split, "--column": args.column,
+        "--bootstrap": args.bootstrap != 1000,
+    }  # fmt: skip
+    if unused := [flag for flag, given in of_folder.items() if given]:
+        raise ConfigError(f"{unused[0]}: is for a folder or examples; the tasks of --suite define it themselves")
     from pyqemb.interop.mteb import run_suite
 
     with progress_shown(args.quiet):

@@ -25,7 +25,7 @@ from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
 from pyqemb.encoding.workers import Settings, Workers, save_array
 from pyqemb.errors import ConfigError, DataError, MachineError
-from pyqemb.model.quantize import PRECISIONS, quantize, value_ranges
+from pyqemb.model.quantize import check_precision, quantize, value_ranges
 
 Progress = Callable[[int, int], None]  # rows and bytes of text that have been encoded
 
@@ -92,8 +92,7 @@ def encode_file(
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     if side not in ("query", "document", "raw"):
         raise ConfigError(f"side must be query, document or raw, got {side!r}")
     if instruction is not None and side != "query":

@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyqemb import ops
 from pyqemb.data.columns import POSITIVE, QUERY, Columns
 from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
 from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
 from pyqemb.evaluation.reranking import measure_reranker, read_ranked_examples
+from pyqemb.evaluation.storage import Storage
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, is_folder, load_task
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import open_model, unit_encoder
 from pyqemb.model.protocols import PairScorer, VectorEncoder
+from pyqemb.model.quantize import PRECISIONS
 
 _DEPTH = 100
 _PER_QUERY = {
@@ -57,6 +58,8 @@ def evaluate(
     dim: int | None = None,
     split: str | None = None,
     columns: Columns | None = None,
+    precision: str = "float32",
+    rescore: int | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -73,6 +76,10 @@ def evaluate(
         split: the split of a retrieval folder, as in qrels/SPLIT.tsv (default: test, or the only one, which is logged),
             or of a DatasetDict or a dataset of the hub (default: test).
         columns: the columns of examples, as in `read_examples` (default: the names of a known layout).
+        precision: the precision of the stored vectors: float32 (default), int8, uint8, binary or ubinary. Queries and
+            documents are quantized with the ranges of the documents.
+        rescore: order this many of the best documents of each query again, by the float32 query and the quantized
+            document (default: none).
         bootstrap: the number of resamples for the 95 % intervals, 0 for none (default 1000).
         seed: seed of the resampling (default 0).
 
@@ -93,21 +100,117 @@ def evaluate(
         spearman ...
         pearson ...
     """
-    if bootstrap < 0:
-        raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
-    if isinstance(folder, Mapping) and not has_splits(folder):  # a DatasetDict is a dict
-        raise DataError(_not_a_dict(folder))
+    storage = Storage(precision, rescore)
+    _check_evaluation(folder, bootstrap)
     task = load_task(folder, split, columns) if is_folder(folder) else None  # before the model is opened
     if isinstance(model, (str, Path)):
         model = open_model(model)
     if isinstance(model, PairScorer):
+        if storage != Storage():
+            raise ConfigError("precision and rescore are for embedding models; a reranker has no vectors")
         rows = measure_reranker(model, read_ranked_examples(folder, split, columns), instruction)
         intervals = {key: bootstrap_interval(list(row), bootstrap, seed) for key, row in rows.items()}
         per_query = {key: {str(i): float(v) for i, v in enumerate(row)} for key, row in rows.items()}
-        name, count, values = "reranking", len(rows["accuracy"]), intervals
-    else:
-        task = task or load_task(folder, split, columns)
-        name, count, values, per_query = _measure(unit_encoder(model), task, instruction, dim, bootstrap, seed)
+        return _report("reranking", folder, len(rows["accuracy"]), intervals, per_query)
+    task = task or load_task(folder, split, columns)
+    _check_storage(task, storage)
+    encoder = unit_encoder(model)
+    vectors = encode_task(encoder, task, instruction, dim)
+    return _measure(task, vectors, folder, storage, search_device(encoder), bootstrap, seed)
+
+
+def compare_storage(
+    model: VectorEncoder | str | Path,
+    folder: Any,
+    *,
+    dims: Sequence[int | None] = (None,),
+    precisions: Sequence[str] = PRECISIONS,
+    rescore: int | None = None,
+    instruction: str | None = None,
+    split: str | None = None,
+    columns: Columns | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> list[Evaluation]:
+    """Evaluate a model at several Matryoshka dimensions and precisions of the stored vectors; texts are encoded once.
+
+    Args:
+        model: an embedding model, as in `evaluate`.
+        folder: the data, as in `evaluate`.
+        dims: the dimensions; None is the model's own (default: only this one).
+        precisions: the precisions (default: all).
+        rescore: as in `evaluate`; quantized precisions are then evaluated without and with it.
+        instruction: as in `evaluate`.
+        split: as in `evaluate`.
+        columns: as in `evaluate`.
+        bootstrap: as in `evaluate`.
+        seed: as in `evaluate`.
+
+    Returns:
+        A result of `evaluate` for each combination, in this order, with "dim", "precision", "rescore" and
+        "bytes_per_vector".
+
+    Raises:
+        ConfigError: an argument is out of range, or the model is a reranker.
+        DataError: as in `evaluate`.
+
+    Example:
+        >>> from pyqemb.testing.tiny import tiny_embedder
+        >>> rows = [{"query": "a cat", "positive": "a cat sits"}, {"query": "tax", "positive": "tax law"}]
+        >>> table = compare_storage(tiny_embedder(), rows, dims=[16, 8], precisions=["float32", "binary"], rescore=2)
+        >>> [(row["dim"], row["precision"], row["rescore"], row["bytes_per_vector"]) for row in table][:3]
+        [(16, 'float32', None, 64), (16, 'binary', None, 2), (16, 'binary', 2, 2)]
+    """
+    _check_evaluation(folder, bootstrap)
+    if not dims or not precisions:
+        raise ConfigError(f"{'precisions' if dims else 'dims'}: expected at least one")
+    for dim in dims:
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
+            raise ConfigError(f"dims: expected whole numbers from 1, or None, got {dim!r}")
+    plain = [Storage(precision) for precision in precisions]
+    with_rescore = [] if rescore is None else [Storage(s.precision, rescore) for s in plain if s.precision != "float32"]
+    if rescore is not None and not with_rescore:
+        raise ConfigError("rescore needs a quantized precision: int8, uint8, binary or ubinary; got float32")
+    storages = sorted(plain + with_rescore, key=lambda s: list(precisions).index(s.precision))
+    task = load_task(folder, split, columns)
+    for storage in storages:
+        _check_storage(task, storage)
+    opened = open_model(model) if isinstance(model, (str, Path)) else model
+    if isinstance(opened, PairScorer):
+        raise ConfigError("model: expected an embedding model, got a reranker, which has no vectors")
+    encoder = unit_encoder(opened)
+    longest = None if None in dims else max(dim for dim in dims if dim is not None)
+    first, second = encode_task(encoder, task, instruction, longest)
+    results = []
+    for dim in dims:
+        cut = [truncated(vectors, dim) for vectors in (first, second)]
+        for storage in storages:
+            report = _measure(task, (cut[0], cut[1]), folder, storage, search_device(encoder), bootstrap, seed)
+            size = cut[1].shape[1]
+            results.append(
+                Evaluation(
+                    **report, dim=size, precision=storage.precision, rescore=storage.rescore,
+                    bytes_per_vector=storage.bytes(size),
+                )
+            )  # fmt: skip
+    return results
+
+
+def _check_evaluation(folder: Any, bootstrap: int) -> None:
+    if bootstrap < 0:
+        raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
+    if isinstance(folder, Mapping) and not has_splits(folder):  # a DatasetDict is a dict
+        raise DataError(_not_a_dict(folder))
+
+
+def _check_storage(task: Task, storage: Storage) -> None:
+    if storage.rescore is not None and isinstance(task, Sts):
+        raise ConfigError("rescore is for searches; graded pairs (STS) are compared without one")
+
+
+def _report(
+    name: str, folder: Any, count: int, values: Mapping[str, Interval], per_query: dict[str, dict[str, float]]
+) -> Evaluation:
     return Evaluation({
         "task": name,
         "folder": source_name(folder),
@@ -127,31 +230,6 @@ def _not_a_dict(given: Mapping[Any, Any]) -> str:
     else:
         call = "give one dataset: pyqemb.evaluate(model, data)"
     return f"evaluate: expected a dataset, got a dict with the keys {shown}; {call}"
-
-
-def rank(
-    query_vectors: np.ndarray,
-    document_vectors: np.ndarray,
-    k: int = _DEPTH,
-    exclude: np.ndarray | None = None,
-    device: torch.device | str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores, indices) [B, min(k, M)] of the best documents of each query by dot product.
-
-    Args:
-        query_vectors: float32 [B, E].
-        document_vectors: float32 [M, E].
-        k: the number of documents per query (default 100).
-        exclude: int64 [B, X], indices of documents to exclude for each query, padded with -1 (default: none).
-        device: the device of the search (default "cpu").
-    """
-    queries, documents = (
-        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
-        for x in (query_vectors, document_vectors)
-    )
-    forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64)).to(device)
-    scores, indices = ops.top_k(queries, documents, min(k, len(documents)), exclude=forbidden)
-    return scores.cpu().numpy(), indices.cpu().numpy()
 
 
 def score_rankings(
@@ -184,41 +262,83 @@ def retrieve(
         instruction: instruction for queries without their own (default: the model's).
         dim: the Matryoshka dimension (default: the model's own).
     """
-    documents, groups = list(task.corpus), _groups(task)
-    queries = [query for _, group in groups for query in group]
-    query_vectors = np.concatenate(
-        [_encode_queries(model, [task.queries[q] for q in group], own or instruction, dim) for own, group in groups]
-    )
+    return _rankings(task, encode_task(model, task, instruction, dim), Storage(), search_device(model))
+
+
+def encode_task(
+    model: VectorEncoder, task: Task, instruction: str | None = None, dim: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vectors of a task, float32: queries and documents, or first and second sentences.
+
+    Args:
+        model: an Embedder, or any object with `encode_query` and `encode_document`.
+        task: the texts. Of a retrieval task, the vectors are in the order of its queries and its corpus.
+        instruction: instruction for queries without their own (default: the model's).
+        dim: the Matryoshka dimension (default: the model's own).
+    """
+    if not isinstance(task, Retrieval):
+        first, second = (_encode_queries(model, texts, instruction, dim) for texts in (task.first, task.second))
+        return first, second
+    place = {query: index for index, query in enumerate(task.queries)}
+    queries: np.ndarray | None = None
+    for own, group in _groups(task):
+        vectors = _encode_queries(model, [task.queries[q] for q in group], own or instruction, dim)
+        queries = np.empty((len(place), vectors.shape[1]), dtype=np.float32) if queries is None else queries
+        queries[[place[q] for q in group]] = vectors
+    assert queries is not None  # a retrieval task has queries
+    return queries, _finite("documents", model.encode_document(list(task.corpus.values()), dim=dim))
+
+
+def truncated(vectors: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first `dim` features of float32 vectors [N, E], normalized again; None: the vectors themselves."""
+    if dim is None or dim == vectors.shape[1]:
+        return vectors
+    if dim > vectors.shape[1]:
+        raise ConfigError(f"dims: the vectors have {vectors.shape[1]} features, got {dim}")
+    short = vectors[:, :dim]
+    return short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
+
+
+def _rankings(
+    task: Retrieval, vectors: tuple[np.ndarray, np.ndarray], storage: Storage, device: torch.device
+) -> dict[str, list[str]]:
+    documents = list(task.corpus)
     place = {document: index for index, document in enumerate(documents)}
-    own = np.array([[place.get(query, -1)] for query in queries], dtype=np.int64)
-    vectors = _finite("documents", model.encode_document([task.corpus[d] for d in documents], dim=dim))
-    _, indices = rank(query_vectors, vectors, exclude=own, device=search_device(model))
-    return {query: [documents[i] for i in row if i >= 0] for query, row in zip(queries, indices, strict=True)}
+    own = np.array([[place.get(query, -1)] for query in task.queries], dtype=np.int64)
+    _, indices = storage.search(*vectors, k=_DEPTH, exclude=own, device=device)
+    return {query: [documents[i] for i in row if i >= 0] for query, row in zip(task.queries, indices, strict=True)}
 
 
 def _measure(
-    model: VectorEncoder, task: Task, instruction: str | None, dim: int | None, bootstrap: int, seed: int
-) -> tuple[str, int, dict[str, Interval], dict[str, dict[str, float]]]:
+    task: Task,
+    vectors: tuple[np.ndarray, np.ndarray],
+    folder: Any,
+    storage: Storage,
+    device: torch.device,
+    bootstrap: int,
+    seed: int,
+) -> Evaluation:
     if isinstance(task, Retrieval):
-        per_query = score_rankings(retrieve(model, task, instruction, dim), task.qrels)
+        per_query = score_rankings(_rankings(task, vectors, storage, device), task.qrels)
         values = {name: bootstrap_interval(list(row.values()), bootstrap, seed) for name, row in per_query.items()}
-        return "retrieval", len(task.queries), values, per_query
-    first, second = (_encode_queries(model, texts, instruction, dim) for texts in (task.first, task.second))
+        return _report("retrieval", folder, len(task.queries), values, per_query)
     if isinstance(task, Sts):
+        first, second = storage.stored(*vectors)
         similarity, scores = (first * second).sum(axis=1), np.asarray(task.scores)
         values = {
             "spearman": _correlation(metrics.spearman, similarity, scores, bootstrap, seed),
             "pearson": _correlation(metrics.pearson, similarity, scores, bootstrap, seed),
         }
-        return "sts", len(scores), values, {}
-    assert isinstance(task, Bitext)
-    matched = _match(first, second, task, search_device(model))
+        return _report("sts", folder, len(scores), values, {})
+    matched = _match(vectors, task, storage, device)
     right = (matched == np.arange(len(matched))).astype(float)
     values = {
         "accuracy": bootstrap_interval(right, bootstrap, seed),
         "f1": bootstrap_statistic(lambda i: metrics.matching_f1(matched, i), len(matched), bootstrap, seed),
     }
-    return "bitext", len(matched), values, {"accuracy": {str(i): float(v) for i, v in enumerate(right)}}
+    return _report(
+        "bitext", folder, len(matched), values, {"accuracy": {str(i): float(v) for i, v in enumerate(right)}}
+    )
 
 
 def _correlation(
@@ -227,9 +347,9 @@ def _correlation(
     return bootstrap_statistic(lambda rows: function(x[rows], y[rows]), len(x), bootstrap, seed)
 
 
-def _match(first: np.ndarray, second: np.ndarray, task: Bitext, device: torch.device) -> np.ndarray:
+def _match(vectors: tuple[np.ndarray, np.ndarray], task: Bitext, storage: Storage, device: torch.device) -> np.ndarray:
     """The nearest second sentence of each first one; sentences equal to the correct one count as correct."""
-    matched = rank(first, second, k=1, device=device)[1][:, 0]
+    matched = storage.search(*vectors, k=1, device=device)[1][:, 0]
     same = [task.second[guess] == task.second[i] for i, guess in enumerate(matched)]
     return np.where(same, np.arange(len(matched)), matched)
 

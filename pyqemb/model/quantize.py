@@ -22,20 +22,60 @@ def quantize(vectors_NE: np.ndarray, precision: str, ranges_2E: np.ndarray | Non
 
     Raises ConfigError: an unknown precision, ranges of another shape.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     if precision == "float32":
         return vectors_NE.astype(np.float32, copy=False)
     if precision in ("binary", "ubinary"):
         bits = np.packbits(vectors_NE > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
     ranges_2E = value_ranges(vectors_NE) if ranges_2E is None else np.asarray(ranges_2E, dtype=np.float32)
-    if ranges_2E.shape != (2, vectors_NE.shape[-1]):
-        raise ConfigError(f"ranges must have shape [2, {vectors_NE.shape[-1]}], got {list(ranges_2E.shape)}")
-    steps_E = (ranges_2E[1] - ranges_2E[0]) / 255
+    steps_E = _steps(ranges_2E, vectors_NE.shape[-1])
     steps_E = np.where(steps_E == 0, 1, steps_E)
     places_NE = np.clip(np.floor((vectors_NE - ranges_2E[0]) / steps_E), 0, 255)
     return places_NE.astype(np.uint8) if precision == "uint8" else (places_NE - 128).astype(np.int8)
+
+
+def dequantize(codes: np.ndarray, precision: str, dim: int, ranges_2E: np.ndarray | None = None) -> np.ndarray:
+    """The float32 vectors [N, dim] that the result of `quantize` represents.
+
+    int8, uint8: the middle of each step. binary, ubinary: -1 and 1, so that the dot product of two vectors is
+    dim - 2 * (their Hamming distance).
+
+    Args:
+        codes: the result of `quantize`.
+        precision: its precision.
+        dim: the number of features E; binary codes are padded to whole bytes.
+        ranges_2E: the ranges that `quantize` used; int8 and uint8 need them.
+
+    Raises ConfigError: an unknown precision, no ranges, ranges of another shape.
+
+    Example:
+        >>> vectors = np.array([[0.6, -0.8], [-1.0, 0.0]], dtype=np.float32)
+        >>> dequantize(quantize(vectors, "ubinary"), "ubinary", 2).tolist()
+        [[1.0, -1.0], [-1.0, -1.0]]
+    """
+    check_precision(precision)
+    if precision == "float32":
+        return codes.astype(np.float32, copy=False)
+    if precision in ("binary", "ubinary"):
+        bits = codes if precision == "ubinary" else (codes.astype(np.int16) + 128).astype(np.uint8)
+        return np.unpackbits(bits, axis=-1, count=dim).astype(np.float32) * 2 - 1
+    if ranges_2E is None:
+        raise ConfigError(f"ranges: {precision} needs those of the call of quantize")
+    ranges_2E = np.asarray(ranges_2E, dtype=np.float32)
+    places = codes.astype(np.float32) + (128.5 if precision == "int8" else 0.5)
+    return (ranges_2E[0] + places * _steps(ranges_2E, dim)).astype(np.float32, copy=False)
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError unless `precision` is one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def bytes_per_vector(precision: str, dim: int) -> int:
+    """The size of a stored vector of `dim` features."""
+    return {"float32": 4 * dim, "int8": dim, "uint8": dim}.get(precision, -(-dim // 8))
 
 
 def value_ranges(vectors_NE: np.ndarray) -> np.ndarray:
@@ -43,3 +83,9 @@ def value_ranges(vectors_NE: np.ndarray) -> np.ndarray:
     if not len(vectors_NE):
         return np.zeros((2, vectors_NE.shape[-1]), dtype=np.float32)
     return np.stack([vectors_NE.min(axis=0), vectors_NE.max(axis=0)])
+
+
+def _steps(ranges_2E: np.ndarray, dim: int) -> np.ndarray:
+    if ranges_2E.shape != (2, dim):
+        raise ConfigError(f"ranges must have shape [2, {dim}], got {list(ranges_2E.shape)}")
+    return (ranges_2E[1] - ranges_2E[0]) / 255
