@@ -576,7 +576,15 @@ class LogSection(Section):
 # Settings that a task does not have.
 _NOT_OF = {
     "embedding": (),
-    "rerank": ("loss.objective", "loss.tasks", "loss.matryoshka", "model.pooling", "train.documents"),
+    "rerank": (
+        "loss.objective",
+        "loss.tasks",
+        "loss.matryoshka",
+        "loss.precisions",
+        "loss.spread_out",
+        "model.pooling",
+        "train.documents",
+    ),
 }
 
 

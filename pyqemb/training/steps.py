@@ -19,6 +19,8 @@ from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets, make_loader, num_steps, token_cache
 from pyqemb.training.objectives import LossParameters, LossPart, Objective
 from pyqemb.training.objectives.base import zero_of
+from pyqemb.training.objectives.fake_quantize import fake_quantize
+from pyqemb.training.objectives.spread_out import spread_out
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.parallel.world import World
 
@@ -41,6 +43,23 @@ class StepBatch:
 
     def loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
         """This rank's part of the loss, given the vectors of its own texts.
+
+        It is the mean over `loss.precisions`, plus the regularizer. The statistics are those of the first precision.
+        """
+        section = self.objective.section
+        parts = [
+            self._objective_loss(fake_quantize(own_SE, precision), world, ring) for precision in section.precisions
+        ]
+        loss = torch.stack([part.loss for part in parts]).mean() if len(parts) > 1 else parts[0].loss
+        if section.spread_out:
+            for side in (self.texts.query_text, self.texts.document_text):
+                counts = torch.bincount(side, minlength=len(self.texts.texts))
+                own = counts[torch.from_numpy(np.asarray(self.partition[world.rank], dtype=np.int64))]
+                loss = loss + section.spread_out * spread_out(own_SE, own, len(side), world)
+        return LossPart(loss, parts[0].totals)
+
+    def _objective_loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
+        """The objective's part of the loss.
 
         The vectors of all ranks are gathered, or, with `ring` and an objective that supports it, blocks go around the
         ranks.

@@ -148,6 +148,7 @@ def test_a_ring_trains_the_same(workplace, alone):
 
 OBJECTIVES = {
     "own": dict(loss={"preset": "classification"}, data="wrong.jsonl"),
+    "quantized": dict(loss={"precisions": ["float32", "int8", "binary"], "spread_out": 1.0}),
     "prefixes": dict(loss={"matryoshka": [32, 8], "softmax": "split", "focal": 0.5, "learn_temperature": True}),
     "few": dict(data="one.jsonl"),  # more processes than texts
 }

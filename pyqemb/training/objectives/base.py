@@ -17,6 +17,7 @@ from pyqemb.data.shards import Shards, Summary
 from pyqemb.errors import DataError
 from pyqemb.model.protocols import TextEncoder
 from pyqemb.ops.prefixes import is_ordered, over_prefixes, prefixes
+from pyqemb.training.objectives.fake_quantize import TrainingPrecision
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.section import Section
 
@@ -54,6 +55,28 @@ class EmbeddingSection(Section):
         description="Weights of the Matryoshka dimensions (default: equal weights that add up to 1).",
         examples=[[1.0, 1.0, 1.0, 1.0]],
     )
+
+    precisions: tuple[TrainingPrecision, ...] = Field(
+        ("float32",),
+        description="Quantization-aware training: the loss is the mean over the vectors in these precisions. `int8` "
+        "and `binary` are for an index that stores such vectors; list `float32` too, to keep the quality of the full "
+        "vectors.",
+        examples=[["float32", "binary"]],
+    )
+    spread_out: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the spread-out regularizer: the mean squared cosine of the queries among each other, "
+        "plus that of the documents, is added to the loss. Vectors that use all directions lose less by quantization.",
+        examples=[1.0],
+    )
+
+    @field_validator("precisions")
+    @classmethod
+    def _each_once(cls, precisions: tuple[TrainingPrecision, ...]) -> tuple[TrainingPrecision, ...]:
+        if not precisions or len(set(precisions)) < len(precisions):
+            raise ValueError("expected at least one precision, each once")
+        return precisions
 
     @field_validator("matryoshka")
     @classmethod
