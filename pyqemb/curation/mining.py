@@ -57,6 +57,9 @@ class Mined:
         )
 
 
+_NOT_MINED = "classification", "sts"  # tasks
+
+
 @dataclass(frozen=True)
 class Negatives:
     """indices [N, k] int64, -1 for none; scores [N, k] float32, -inf for none; positive_scores [N]."""
@@ -100,6 +103,8 @@ def mine(
     """Give every example up to `k` hard negatives, hardest first.
 
     Existing negatives of the examples are replaced, and scores of a teacher are dropped; a warning counts both.
+    Examples of the tasks `classification` (the negatives are wrong labels) and `sts` (graded pairs) stay as they are,
+    and their texts are no candidates.
 
     Args:
         model: an Embedder, or any object with `encode_query` and `encode_document`.
@@ -158,7 +163,8 @@ def mine(
         sampling=sampling,
         sampling_temperature=sampling_temperature,
     )
-    examples = list(read_examples(examples, columns=columns))
+    everything = list(read_examples(examples, columns=columns))
+    examples = _to_mine(everything)
     _warn_of_losses(examples)
     model = unit_encoder(model if cache is None else CachedEncoder(model, cache))
     documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
@@ -186,11 +192,11 @@ def mine(
         found.positive_scores[rows], found.scores[rows] = mined.positive_scores, mined.scores
         indices = mined.indices if members is None else np.where(mined.indices < 0, -1, members[mined.indices])
         found.indices[rows] = indices
-    finished = [
+    finished = (
         replace(example, negatives=tuple(documents[i] for i in indices if i >= 0), scores=())
         for example, indices in zip(examples, found.indices.tolist(), strict=True)
-    ]
-    return Mined(finished, _report(len(documents), found))
+    )
+    return Mined([next(finished) if _is_mined(each) else each for each in everything], _report(len(documents), found))
 
 
 def _report(num_documents: int, found: Negatives) -> MiningReport:
@@ -205,6 +211,23 @@ def _report(num_documents: int, found: Negatives) -> MiningReport:
         positive_score=float(found.positive_scores[some].mean()) if some.any() else float("nan"),
         negative_score=float(means.mean()) if some.any() else float("nan"),
     )
+
+
+def _is_mined(example: Example) -> bool:
+    return example.task not in _NOT_MINED
+
+
+def _to_mine(examples: Sequence[Example]) -> list[Example]:
+    """The examples that get negatives. DataError if there are some, but none of them does."""
+    chosen = [example for example in examples if _is_mined(example)]
+    if examples and not chosen:
+        raise DataError(f"mine: every row has the task {' or '.join(_NOT_MINED)}, which has no mined negatives")
+    if len(chosen) < len(examples):
+        logging.getLogger("pyqemb").info(
+            "mine: %s of %s rows are kept as they are: their task is %s",
+            f"{len(examples) - len(chosen):,}", f"{len(examples):,}", " or ".join(_NOT_MINED),
+        )  # fmt: skip
+    return chosen
 
 
 def _warn_of_losses(examples: Sequence[Example]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pyqemb
+from pyqemb import mine
 from pyqemb.curation.corpus import read_corpus
 from pyqemb.curation.mining import search_negatives
 from pyqemb.curation.rules import Rules
@@ -218,6 +219,23 @@ def test_corpora(tmp_path):
         list(read_corpus(write("m.jsonl", {"text": "a"}, {"body": "b"})))
     with pytest.raises(DataError, match=r"expected corpus\.jsonl"):
         list(read_corpus(tmp_path))
+
+
+def test_labels_and_graded_pairs_stay_as_they_are(caplog):
+    label = Example("it crashed", "bug report", ("praise",), task="classification")
+    graded = Example("a cat", "a dog", task="sts", score=2.0)
+    pairs = [Example(f"question {i}", f"answer {i}", task="retrieval") for i in range(5)]
+    with caplog.at_level("INFO", logger="pyqemb"):
+        mined = mine(tiny_embedder(), [label, *pairs[:2], graded, *pairs[2:]], k=4, max_positive_ratio=None)
+    assert [mined.examples[i] for i in (0, 3)] == [label, graded]
+    assert mined.report.rows == mined.report.documents == 5
+    for place, pair in zip((1, 2, 4, 5, 6), pairs, strict=True):
+        others = {other.positive for other in pairs} - {pair.positive}
+        assert mined.examples[place].query == pair.query
+        assert set(mined.examples[place].negatives) == others
+    assert "2 of 7 rows are kept as they are: their task is classification or sts" in caplog.text
+    with pytest.raises(DataError, match="every row has the task classification or sts"):
+        mine(tiny_embedder(), [label, graded])
 
 
 def test_what_mining_replaces_is_said(caplog):
