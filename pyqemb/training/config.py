@@ -296,6 +296,37 @@ class TrainSection(Section):
         description="Peak learning rate. The default of stage 1 is 2e-5.",
         examples=[1e-5],
     )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Layer-wise decay of the learning rate (default: the same rate for all layers). The last layer "
+        "gets `layer_decay` times the rate, each layer below it `layer_decay` times that of the layer above, and the "
+        "embeddings that of a layer below the first. The head and the final norm get the full rate.",
+        examples=[0.9],
+    )
+    embedding_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the token embeddings (default: `learning_rate`, with `layer_decay`). It "
+        "follows the same schedule.",
+        examples=[1e-6],
+    )
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of a reranker's head, if it is not tied to the embeddings (default: "
+        "`learning_rate`). It follows the same schedule.",
+        examples=[1e-4],
+    )
+    freeze: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Parameters that are not trained: glob patterns of their names in model.safetensors (default: "
+        "none). The name of a module, such as `layers.0`, stands for all of its parameters; the prefix `model.` is "
+        "optional. A frozen parameter has no gradient, no optimizer state and no place in checkpoints.",
+        examples=[["embed_tokens", "layers.[0-3]"]],
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine",
         description="Learning rate after the warmup: `cosine`, `linear` or `constant`. `cosine` and `linear` decay it "
@@ -652,6 +683,20 @@ class TrainConfig(Section):
             if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"task {self.task!r} has no {name}")
         return self
+
+    @model_validator(mode="after")
+    def _freezes_once(self) -> "TrainConfig":
+        if self.lora is not None and self.train.freeze:
+            raise ValueError(
+                "train.freeze: with [lora] only adapters are trained, all other weights are frozen; lora.targets "
+                "selects the layers with adapters"
+            )
+        return self
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether some weights of the base model are not trained, so that checkpoints do not hold them."""
+        return self.lora is not None or bool(self.train.freeze)
 
     @model_validator(mode="before")
     @classmethod

@@ -42,8 +42,8 @@ def consolidate(run: str | Path, step: int | None = None, out: str | Path | None
 
     Raises:
         ConfigError: `out` exists, or the run is in progress and `out` is in its folder.
-        CheckpointError: the checkpoint is missing or damaged, or, for a run that trains adapters, the base model is
-            missing or has changed.
+        CheckpointError: the checkpoint is missing or damaged, or, for a run that does not train all weights, the base
+            model is missing or has changed.
         MachineError: the folder cannot be written.
 
     Example:
@@ -121,10 +121,11 @@ def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple
     else:
         model = Embedder.without_weights(portable)
     names: dict[str, str] = {}
-    if config.lora is not None:
+    if config.keeps_base:
         if changed := changed_files(checkpoint, model_files(local_folder(config.model.base))):
             raise CheckpointError(f"{config.model.base}: the base model has changed: {'; '.join(changed)}")
-        add_lora(model.model, LoraConfig(**config.lora.model_dump()))
+        if config.lora is not None:
+            add_lora(model.model, LoraConfig(**config.lora.model_dump()))
         names = check_weights(model.model, base.tensors)
 
     def read(name: str) -> torch.Tensor:

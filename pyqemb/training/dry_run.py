@@ -19,7 +19,7 @@ from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.source import local_folder
-from pyqemb.training import preflight, rank_plan
+from pyqemb.training import groups, preflight, rank_plan
 from pyqemb.training.agreement import model_files
 from pyqemb.training.callbacks import make_loggers
 from pyqemb.training.config import ParallelSection, TrainConfig, with_data
@@ -68,9 +68,10 @@ def plan(
     preflight.set_query_instruction(model, config, datasets.instructions, evaluate)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = sum(parameter.numel() for parameter in weights.values())
+    groups.check_rates(weights, config.train)
     if checkpoint is not None:
         # With `ranks` the folder of the base model may be without weights, so its files are not compared.
-        own = config.lora is not None and ranks is None
+        own = config.keeps_base and ranks is None
         base_files = model_files(local_folder(config.model.base)) if own else None
         check_continues(checkpoint, config, datasets.fingerprint, weights, base_files)
     if ranks is None:
@@ -85,6 +86,7 @@ def plan(
     yield f"model      {config.model.base}: {parameters / 1e6:.2f} M parameters, {model.attention}, {kind}"
     if config.lora is not None:
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
+    yield from groups.lines(model, train)
     yield f"device     {device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in datasets.examples.items():

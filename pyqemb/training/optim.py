@@ -9,6 +9,7 @@ from torch import nn
 from pyqemb.model.shard_files import rows_of, sharded_like
 from pyqemb.model.shards import is_sharded, local, own_rows
 from pyqemb.training.config import TrainSection
+from pyqemb.training.groups import Group, parameter_groups
 
 
 def learning_rate(step: int, steps: int, config: TrainSection) -> float:
@@ -52,20 +53,20 @@ class Optimizer:
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = dict(self.model)
         self.extra_parameters = extra_parameters or {}
+        groups = [*parameter_groups(model, config), Group(1.0, 0.0, [*self.extra_parameters])]
         if dtype != torch.float32:
             self.weights = {name: p.detach() for name, p in self.model.items()}
             model.to(dtype)
             for name, parameter in self.model.items():
                 parameter.register_post_accumulate_grad_hook(_add_to(self.weights[name]))
-        groups = [
-            {"params": [p for p in self.weights.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {
-                "params": [*(p for p in self.weights.values() if p.ndim <= 1), *self.extra_parameters.values()],
-                "weight_decay": 0.0,
-            },
-        ]
+        tensors = self.weights | self.extra_parameters
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": [tensors[name] for name in group.names], "weight_decay": group.weight_decay}
+                | {"scale": group.scale}
+                for group in groups
+                if group.names
+            ],
             lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True,
         )  # fmt: skip
 
@@ -89,9 +90,9 @@ class Optimizer:
         return norm
 
     def step(self, rate: float) -> None:
-        """Update the weights with this learning rate."""
+        """Update the weights with this learning rate, scaled for each group of parameters."""
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.adamw.step()
         self._round()
 

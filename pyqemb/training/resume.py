@@ -7,7 +7,7 @@ import torch
 
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.shard_files import shape_of
-from pyqemb.training.config import TrainConfig
+from pyqemb.training.config import TrainConfig, TrainSection
 from pyqemb.training.state import Checkpoint
 
 # Settings that a resumed run may change.
@@ -39,14 +39,15 @@ def check_continues(
         config: the configuration of the resumed run.
         fingerprint: the digest of the training data.
         weights: the tensors that are trained, by name.
-        base_files: `model_files` of the base model, if the run trains adapters only (default: not checked).
+        base_files: `model_files` of the base model, if the run does not train all of its weights (default: not
+            checked).
 
     Raises:
         ConfigError: the configuration, the base model or the data differ.
         CheckpointError: the tensors differ.
     """
     free = _FREE | (set() if any(entry.max_epochs for entry in config.data) else _LENGTH)
-    changed = differences(checkpoint.state["config"], config.model_dump(mode="json"), free)
+    changed = differences(_with_new_keys(checkpoint.state["config"]), config.model_dump(mode="json"), free)
     if changed:
         raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
     if base_files is not None and (changed := changed_files(checkpoint, base_files)):
@@ -58,8 +59,14 @@ def check_continues(
         raise CheckpointError(f"step {checkpoint.step}: its tensors do not match those of {config.model.base}")
 
 
+def _with_new_keys(before: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a checkpoint, with the defaults of the keys that are newer than it."""
+    defaults = TrainSection().model_dump(mode="json")
+    return {**before, "train": {**defaults, **before.get("train", {})}}
+
+
 def changed_files(checkpoint: Checkpoint, base_files: Mapping[str, str]) -> list[str]:
-    """The files of the base model that differ from those with which a run of adapters began.
+    """The files of the base model that differ from those with which a run that keeps some of its weights began.
 
     Files that were added are not counted: another library may download more files to the same folder of the hub's
     cache. Checkpoints of earlier versions do not list the files.

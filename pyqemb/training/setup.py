@@ -20,6 +20,7 @@ from pyqemb.model.source import local_folder
 from pyqemb.training.agreement import blind_ranks, check_same_checkpoint
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.groups import freeze
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import Optimizer
 from pyqemb.training.parallel.together import together
@@ -34,6 +35,8 @@ log = logging.getLogger("pyqemb")
 
 def load_model(config: TrainConfig, device: str | None = None, weights: bool = True) -> Embedder | Reranker:
     """Load the base model in float32 on `device` (None: as configured), with the Matryoshka dimensions of the loss.
+
+    Parameters that are not trained do not require a gradient.
 
     Without `weights` it is on the meta device, and its folder need not have weights.
     """
@@ -52,6 +55,8 @@ def load_model(config: TrainConfig, device: str | None = None, weights: bool = T
     if config.lora is not None:
         model.requires_grad_(False)
         add_lora(model.model, LoraConfig(**config.lora.model_dump()), seed=config.train.seed)
+    if config.train.freeze:
+        freeze(model, config.train.freeze)
     return model.train()
 
 

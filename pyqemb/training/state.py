@@ -37,8 +37,8 @@ STATE_FILE = "state.json"
 PORTABLE = "portable"
 _KINDS = "model", "optimizer"
 # Key -> type: configuration, data fingerprint, random states of each rank, best evaluation, skipped steps in a row,
-# evaluations in a row without a better value, steps of the whole run. A run that trains adapters only adds "base":
-# `agreement.model_files` of its base model.
+# evaluations in a row without a better value, steps of the whole run. A run that does not train all weights of its base
+# model adds "base": `agreement.model_files` of the base model.
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": str,

@@ -169,7 +169,7 @@ class Run:
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
         check_same_model(world, config.model.base)
         self.base_files: dict[str, str] | None = None
-        if config.lora is not None:  # the checkpoints hold the adapters alone
+        if config.keeps_base:  # the checkpoints hold only what is trained
             with together(world):
                 self.base_files = model_files(local_folder(config.model.base))
         self.model, self.sharding = load_sharded_model(config, device, world)

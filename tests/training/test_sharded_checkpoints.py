@@ -24,6 +24,7 @@ from pyqemb.training.state import Checkpoint, checkpoints, verify
 STEPS = 4
 ALONE, SHARDED = {"shard": 1}, {"shard": -1}
 LORA = {"lora": {"rank": 4, "dropout": 0.1}}
+FROZEN = {"train": {"freeze": ["embed_tokens", "layers.0.mlp", "norm"], "layer_decay": 0.7}}
 RERANK = {"task": "rerank", "base": "answering", "train": {"tokens_per_chunk": 2000}}
 
 # Runs, one after the other in the same processes. Each may have a fault in `write_safetensors`: on a rank, at a step.
@@ -151,6 +152,7 @@ def two(workplace):
         "narrow": config(workplace, "narrow", train={"precision": "bfloat16"}),
         "lora": config(workplace, "lora", train={"precision": "bfloat16"}, **LORA),
         "rerank": config(workplace, "rerank", **RERANK),
+        "frozen": config(workplace, "frozen", **FROZEN),
         "back": config(workplace, "back", save={"background": True}),
     }
     runs = [
@@ -171,7 +173,7 @@ def two(workplace):
 
 
 def test_runs_are_saved(workplace, two):
-    for name in ("straight", "narrow", "lora", "rerank", "back", "again", "again straight"):
+    for name in ("straight", "narrow", "lora", "rerank", "frozen", "back", "again", "again straight"):
         assert [report["error"] for report in two[name]] == [None, None]
         found = checkpoints(workplace / name / "checkpoints")
         assert [path.name for path in found] == [f"step_{STEPS - 1:08}", f"step_{STEPS:08}"]
@@ -220,10 +222,10 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):
     )
 
 
-@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank"])
+@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "frozen"])
 def test_the_folder_is_that_of_an_unsharded_run(workplace, two, name):
     """Byte by byte, where one rank starts from the same weights."""
-    options = {"narrow": {"train": {"precision": "bfloat16"}}, "rerank": RERANK,
+    options = {"narrow": {"train": {"precision": "bfloat16"}}, "rerank": RERANK, "frozen": FROZEN,
                "lora": {"train": {"precision": "bfloat16"}, **LORA}}.get(name, {})  # fmt: skip
     copy = workplace / f"{name} alone"
     shutil.copytree(workplace / name / "checkpoints", copy / "checkpoints")
@@ -231,6 +233,21 @@ def test_the_folder_is_that_of_an_unsharded_run(workplace, two, name):
     assert report[0]["error"] is None
     for folder in ("final", *(["adapter"] if name == "lora" else [])):
         assert contents(copy / folder) == contents(workplace / name / folder)
+
+
+def test_frozen_weights_and_rates_by_layer_are_those_of_one_rank(workplace, two):
+    """The embeddings, a part of a layer and the final norm are frozen: a whole unit of FSDP, and parts of two."""
+    (report,) = launch(1, workplace, (config(workplace, "frozen, one rank", ALONE, **FROZEN), {}))
+    assert report[0]["error"] is None
+    sharded, alone = (final(workplace, name) for name in ("frozen", "frozen, one rank"))
+    assert difference(sharded, alone) < 1e-6
+    parts = [load_file(workplace / "base" / f"model-0000{n}-of-00002.safetensors") for n in (1, 2)]
+    before = parts[0] | parts[1]
+    same = {name for name in before if torch.equal(sharded[name], before[name])}
+    mlp = {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert same == {"embed_tokens.weight", "norm.weight", *mlp}
+    saved = Checkpoint.load(checkpoints(workplace / "frozen" / "checkpoints")[-1])
+    assert {name.removeprefix("model.") for name in saved.weights} == before.keys() - same
 
 
 @pytest.mark.promise("R6", "a sharded run of two ranks")
@@ -331,7 +348,7 @@ def test_a_rank_killed_in_the_middle_of_a_save_costs_nothing_else(workplace, two
     assert not list((workplace / "killed" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank"])
+@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "frozen"])
 def test_consolidating_gives_the_folder_that_the_run_wrote(workplace, two, name, monkeypatch):
     if name in ("straight", "narrow"):
         monkeypatch.delattr("pyqemb.training.consolidation.local_folder")  # the base model is not wanted
