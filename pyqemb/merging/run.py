@@ -272,19 +272,22 @@ class _Unrounded(Tensors):
 
     def __init__(self, folder: Path, heads: Collection[str]):
         super().__init__(folder, heads)
-        self._checkpoint = ShardedTensors([])
+        self._checkpoint, self._kind = ShardedTensors([]), ""
         try:
-            step = read_contract(folder)["provenance"]["step"]
-            checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
-        except (ValueError, KeyError, TypeError):
+            provenance = read_contract(folder)["provenance"]
+            checkpoint = folder.parent / "checkpoints" / f"step_{provenance['step']:08}"
+            averaged = provenance.get("weights") == "ema"  # the averages that a run with train.ema_decay keeps
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
-        self._checkpoint = ShardedTensors(shard_files(checkpoint, "model"))
+        self._checkpoint = ShardedTensors(shard_files(checkpoint, "optimizer" if averaged else "model"))
+        self._kind = "/ema" if averaged else ""
 
     def __getitem__(self, name: str) -> Tensor:
         rounded = super().__getitem__(name)
-        if f"model.{name}" not in self._checkpoint:
+        key = f"model.{name}{self._kind}"
+        if key not in self._checkpoint:
             return rounded
-        exact = self._checkpoint[f"model.{name}"]
+        exact = self._checkpoint[key]
         return exact if torch.equal(exact.to(rounded.dtype), rounded) else rounded
 
 

@@ -110,6 +110,9 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name, slice(0, self._count(name)))
 
+    def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor
+        return name in self._shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

@@ -349,6 +349,16 @@ class TrainSection(Section):
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.", examples=[0.1])
     betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.", examples=[[0.9, 0.98]])
     epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.", examples=[1e-6])
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        le=0.99999,
+        description="Decay of an exponential moving average (EMA) of the trained weights (default: no average). After "
+        "step n it is at most `(1 + n) / (10 + n)`, so that early averages are not those of the start. The average is "
+        "float32 and takes 4 bytes for each trained parameter, also in checkpoints; `eval.weights` and `save.weights` "
+        "select where it is used.",
+        examples=[0.999],
+    )
     max_grad_norm: float | None = Field(
         1.0,
         gt=0,
@@ -550,6 +560,12 @@ class EvalSection(Section):
     mode: Literal["max", "min"] = Field(
         "max", description="Whether higher (`max`) or lower (`min`) values of the metric are better.", examples=["min"]
     )
+    weights: Literal["ema", "trained"] | None = Field(
+        None,
+        description="Weights that are evaluated, and kept as the best model: the average (`ema`) or the `trained` ones "
+        "(default: `ema` with `train.ema_decay`).",
+        examples=["trained"],
+    )
     patience: int | None = Field(
         None,
         ge=1,
@@ -580,6 +596,12 @@ class SaveSection(Section):
         examples=[500],
     )
     keep: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are deleted.", examples=[2])
+    weights: Literal["ema", "trained"] | None = Field(
+        None,
+        description="Weights of the final model: the average (`ema`) or the `trained` ones (default: `ema` with "
+        "`train.ema_decay`). Checkpoints hold both.",
+        examples=["trained"],
+    )
     background: bool = Field(
         False,
         description="Write checkpoints while training continues. Memory then holds a copy of the checkpoint.",
@@ -692,6 +714,17 @@ class TrainConfig(Section):
                 "selects the layers with adapters"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_an_average(self) -> "TrainConfig":
+        for name, section in (("eval", self.eval), ("save", self.save)):
+            if section.weights == "ema" and self.train.ema_decay is None:
+                raise ValueError(f"{name}.weights: 'ema' is the average of the weights; it needs train.ema_decay")
+        return self
+
+    def uses_average(self, section: EvalSection | SaveSection) -> bool:
+        """Whether the section uses the average of the weights."""
+        return self.train.ema_decay is not None and section.weights != "trained"
 
     @property
     def keeps_base(self) -> bool:

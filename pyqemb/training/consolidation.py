@@ -19,6 +19,7 @@ from pyqemb.model.sentence import read_contract
 from pyqemb.model.source import local_folder, named_dtype
 from pyqemb.training.agreement import model_files
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.optim import AVERAGE
 from pyqemb.training.resume import changed_files
 from pyqemb.training.state import PORTABLE, Checkpoint, checkpoints, newest_sound
 
@@ -129,6 +130,8 @@ def _model(checkpoint: Checkpoint, config: TrainConfig, portable: Path) -> tuple
         names = check_weights(model.model, base.tensors)
 
     def read(name: str) -> torch.Tensor:
+        if config.uses_average(config.save) and f"{name}/{AVERAGE}" in checkpoint.optimizer:
+            return checkpoint.optimizer[f"{name}/{AVERAGE}"]
         if name in checkpoint.weights:
             return checkpoint.weights[name]
         if name == "head" and isinstance(model, Reranker):

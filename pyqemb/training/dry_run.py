@@ -75,7 +75,7 @@ def plan(
         base_files = model_files(local_folder(config.model.base)) if own else None
         check_continues(checkpoint, config, datasets.fingerprint, weights, base_files)
     if ranks is None:
-        preflight.check_output(Path(config.save.dir), 12 * trained, trial=False)
+        preflight.check_output(Path(config.save.dir), groups.checkpoint_bytes(model, config.train), trial=False)
         preflight.check_token_cache(config.train.token_cache)
     loader = make_loader(datasets, config)
     train = config.train
@@ -114,7 +114,7 @@ def plan(
         yield _memory_here(config, model, batch, precision, trained)
     else:
         planner = RankPlanner(config, model, precision, device.type, *_texts_of_ranks(model, batch))
-        yield from rank_plan.lines(planner, ranks, trained)
+        yield from rank_plan.lines(planner, ranks)
     yield from _example(model, next(iter(datasets.examples.values()))[0])
 
 
@@ -145,8 +145,10 @@ def _memory_here(
     cache = GradCache(model, tokens_per_chunk=train.tokens_per_chunk, memory=train.memory)
     stream = TokenCache(model.tokenizer).pack(batch.texts)
     narrow = 0 if precision == torch.float32 else precision.itemsize  # the compute copy of the weights
-    preflight.check_memory(cache, stream, (8 + narrow) * trained, model.device)
-    return f"memory     {preflight.in_units((12 + narrow) * trained)} of weights and moments; {cache.preview(stream)}"
+    whole = groups.checkpoint_bytes(model, train) + narrow * trained
+    preflight.check_memory(cache, stream, whole - 4 * trained, model.device)  # the float32 weights are loaded
+    kinds = "weights and moments" if train.ema_decay is None else "weights, moments and average"
+    return f"memory     {preflight.in_units(whole)} of {kinds}; {cache.preview(stream)}"
 
 
 def _device_of_ranks(config: TrainConfig, model: Embedder | Reranker) -> torch.device:

@@ -109,6 +109,21 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[Group]:
     return list(groups.values())
 
 
+def moment_bytes(name: str, parameter: nn.Parameter, config: TrainSection) -> int:
+    """The bytes that the optimizer keeps for each element of a trained parameter: two moments in float32."""
+    return 8
+
+
+def checkpoint_bytes(model: nn.Module, config: TrainSection) -> int:
+    """The bytes of the tensors of a checkpoint: the trained weights in float32, their moments and their average."""
+    other = 4 if config.ema_decay is None else 8
+    return sum(
+        (other + moment_bytes(name, parameter, config)) * parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
+
+
 def check_rates(trained: Mapping[str, nn.Parameter], config: TrainSection) -> None:
     """ConfigError if a part of the model has a learning rate of its own, and is not trained."""
     parts = {part_of(name) for name in trained}

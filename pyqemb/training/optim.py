@@ -1,7 +1,8 @@
-"""AdamW on float32 weights, also for a model that computes in bfloat16; the schedule; gradient clipping."""
+"""AdamW on float32 weights, also for a model that computes in bfloat16; their average; the schedule; clipping."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from pyqemb.model.shard_files import rows_of, sharded_like
 from pyqemb.model.shards import is_sharded, local, own_rows
 from pyqemb.training.config import TrainSection
 from pyqemb.training.groups import Group, parameter_groups
+
+AVERAGE = "ema"  # the kind of the averages among the state tensors
 
 
 def learning_rate(step: int, steps: int, config: TrainSection) -> float:
@@ -32,6 +35,11 @@ def warmup_steps(steps: int, config: TrainSection) -> int:
     return min(math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup), steps)
 
 
+def average_decay(step: int, decay: float) -> float:
+    """The decay of the average after `step` steps, at least 1: min(decay, (1 + step) / (10 + step))."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 class Optimizer:
     """AdamW without weight decay for norms and other vectors.
 
@@ -40,6 +48,7 @@ class Optimizer:
     many chunks. A hook then moves each new gradient from the parameter's .grad to the float32 weight.
 
     `extra_parameters` are parameters outside of the model, e.g. of the loss; they keep their dtype and do not decay.
+    `average` is the exponential moving average of the weights with `train.ema_decay`, otherwise empty.
     """
 
     def __init__(
@@ -59,6 +68,9 @@ class Optimizer:
             model.to(dtype)
             for name, parameter in self.model.items():
                 parameter.register_post_accumulate_grad_hook(_add_to(self.weights[name]))
+        self.average: dict[str, torch.Tensor] = {}
+        if config.ema_decay is not None:
+            self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
         tensors = self.weights | self.extra_parameters
         self.adamw = torch.optim.AdamW(
             [
@@ -96,17 +108,51 @@ class Optimizer:
         self.adamw.step()
         self._round()
 
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Move the average towards the weights, after `step` steps of the run."""
+        if self.average:
+            assert self.config.ema_decay is not None
+            averages, weights = ([local(x[name]) for name in self.average] for x in (self.average, self.weights))
+            torch._foreach_lerp_(averages, weights, 1 - average_decay(step, self.config.ema_decay))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model computes with the average; afterwards it has its weights again, bit by bit."""
+        self._exchange(self.average)
+        try:
+            yield
+        finally:
+            self._exchange(self.weights)
+
+    @torch.no_grad()
+    def _exchange(self, source: Mapping[str, torch.Tensor]) -> None:
+        """Give the model the values of `source`.
+
+        If the model's parameters are the weights themselves, the values of weights and average are exchanged.
+        """
+        for name, parameter in self.model.items():
+            if parameter is self.weights[name]:
+                weight, average = local(parameter), local(self.average[name])
+                held = weight.clone()
+                weight.copy_(average)
+                average.copy_(held)
+            else:
+                parameter.copy_(source[name])
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the moments and step counts by parameter name and kind, e.g. `norm.weight/exp_avg`.
 
-        The values of the extra parameters have the kind `value`.
+        The averages have the kind `ema`, the values of the extra parameters the kind `value`.
         """
         moments = {
             f"{name}/{kind}": value
             for name, weight in (self.weights | self.extra_parameters).items()
             for kind, value in self.adamw.state.get(weight, {}).items()
         }
-        return moments | {f"{name}/value": parameter.detach() for name, parameter in self.extra_parameters.items()}
+        averages = {f"{name}/{AVERAGE}": average for name, average in self.average.items()}
+        values = {f"{name}/value": parameter.detach() for name, parameter in self.extra_parameters.items()}
+        return moments | averages | values
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -119,6 +165,8 @@ class Optimizer:
             weight = (self.weights | self.extra_parameters)[name]
             if kind == "value":
                 weight.copy_(state[key])
+            elif kind == AVERAGE:
+                local(self.average[name]).copy_(rows_of(state, key, own_rows(weight)))
             elif kind == "step":
                 self.adamw.state[weight][kind] = state[key].to(weight.device, copy=True)  # as `fused` expects
             else:

@@ -24,6 +24,7 @@ from pyqemb.training.datasets import Datasets, most_negatives
 from pyqemb.training.evaluations import Evaluate
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.grad_cache.memory import free_bytes
+from pyqemb.training.groups import moment_bytes
 from pyqemb.training.optim import Optimizer, learning_rate
 
 _log = logging.getLogger("pyqemb")
@@ -184,7 +185,12 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
 
 def pending_moments(optimizer: Optimizer) -> int:
     """Bytes of the moments that the first step will allocate; 0 if they exist already."""
-    return 0 if optimizer.adamw.state else 8 * sum(local(weight).numel() for weight in optimizer.weights.values())
+    if optimizer.adamw.state:
+        return 0
+    return sum(
+        moment_bytes(name, parameter, optimizer.config) * local(parameter).numel()
+        for name, parameter in optimizer.model.items()
+    )
 
 
 def warn_of_changed_length(config: TrainConfig, step: int, before: int, now: int) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from pyqemb.data.batch import PackedBatch
 from pyqemb.errors import ConfigError
@@ -18,6 +19,7 @@ from pyqemb.training.config import ParallelSection, TrainConfig
 from pyqemb.training.grad_cache.chunks import chunk_tokens
 from pyqemb.training.grad_cache.plan import LARGEST_CHUNK, MARGIN, Phase, Plan, choose, peak_phase, predict
 from pyqemb.training.grad_cache.probe import TokenCosts, measure
+from pyqemb.training.groups import checkpoint_bytes, moment_bytes
 from pyqemb.training.parallel.layout import (
     RankMemory,
     Unit,
@@ -114,6 +116,9 @@ class RankPlanner:
         self.heaviest = cache(heaviest)
         self._model = model.to(dtype)
         self._units = units_of(model)
+        self.checkpoint = checkpoint_bytes(model, config.train)
+        moments = {id(x): moment_bytes(name, x, config.train) for name, x in model.named_parameters()}
+        self._moments_of: Callable[[nn.Parameter], int] = lambda parameter: moments[id(parameter)]
         self._measured = cache(self._measure)
         self._chunk_tokens = cache(lambda world, budget: chunk_tokens(self.heaviest(world), budget))
 
@@ -125,7 +130,10 @@ class RankPlanner:
         vectors = len(lengths) * costs.vector
         ring = self.train.documents == "ring"
         loss = loss_bytes(vectors, self.texts * costs.vector, ranks.world, ring)
-        memories = [rank_memory(self._units, shard, self.dtype, reshard) for reshard in (False, True)]
+        average = self.train.ema_decay is not None
+        memories = [
+            rank_memory(self._units, shard, self.dtype, reshard, self._moments_of, average) for reshard in (False, True)
+        ]
         left = ranks.memory - memories[0].standing
         budget = self._budget(left)
 
@@ -218,13 +226,8 @@ def _sharded_traffic(units: Sequence[Unit], layers: int, itemsize: int, plan: Pl
     ]
 
 
-def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
+def lines(planner: RankPlanner, ranks: Ranks) -> Iterator[str]:
     """The lines about the ranks that `--dry-run --world N` prints.
-
-    Args:
-        planner: the planner of the run.
-        ranks: the ranks.
-        trained: the number of trained parameters.
 
     Raises:
         ConfigError: the run does not fit; the error has the numbers and settings that fit.
@@ -235,7 +238,7 @@ def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
     memory, plan = found.memory, found.plan
     layout = f"{_counted(found.replicas, 'replica')} of {_counted(found.shard, 'shard')}"
     yield f"ranks      {ranks.world}: {layout}, {in_units(ranks.memory)} each"
-    standing = _kinds(weights=memory.weights, moments=memory.moments)
+    standing = _kinds(weights=memory.weights, moments=memory.moments, average=memory.average)
     yield f"rank       {in_units(memory.standing)} between steps: {standing}"
     yield f"           {in_units(found.peak)} at most, in the {found.phase.name}: {_kinds_at_the_peak(found)}"
     yield f"step       {sum(found.tokens):,.0f} tokens in {found.texts} texts on the rank with the most tokens"
@@ -244,7 +247,7 @@ def lines(planner: RankPlanner, ranks: Ranks, trained: int) -> Iterator[str]:
         yield "           weights are gathered once a step"
     for kind, number, nbytes in found.traffic:
         yield f"collective {kind}: {number} a step, {in_units(nbytes)}"
-    yield f"checkpoint {in_units(12 * trained)}, {in_units(12 * trained / found.shard)} of each shard"
+    yield f"checkpoint {in_units(planner.checkpoint)}, {in_units(planner.checkpoint / found.shard)} of each shard"
 
 
 def _counted(number: int, name: str) -> str:
@@ -258,8 +261,9 @@ def _kinds(**kinds: float) -> str:
 def _kinds_at_the_peak(found: RankPlan) -> str:
     memory, phase = found.memory, found.phase
     return _kinds(
-        weights=memory.weights, moments=memory.moments, gathered_weights=memory.gathered, gradients=phase.gradients,
-        activations=phase.activations, embeddings=phase.vectors, loss=phase.loss, buffers=phase.gathering,
+        weights=memory.weights, moments=memory.moments, average=memory.average, gathered_weights=memory.gathered,
+        gradients=phase.gradients, activations=phase.activations, embeddings=phase.vectors, loss=phase.loss,
+        buffers=phase.gathering,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,10 +20,11 @@ from pyqemb.training import preflight
 from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings, model_files
 from pyqemb.training.callbacks import Callback, MetricsFile, StepFunction, Throughput, make_loggers, progress_callbacks
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
-from pyqemb.training.config import TrainConfig, load_config, with_data
+from pyqemb.training.config import EvalSection, SaveSection, TrainConfig, load_config, with_data
 from pyqemb.training.datasets import mixture, read_datasets
 from pyqemb.training.evaluations import Evaluate, Evaluations
 from pyqemb.training.grad_cache.passes import gradient_at, is_stochastic
+from pyqemb.training.groups import checkpoint_bytes
 from pyqemb.training.notes import write_notes
 from pyqemb.training.objectives import LossParameters
 from pyqemb.training.optim import learning_rate
@@ -276,6 +277,7 @@ class Run:
         rate = learning_rate(self.step, self.steps, train)
         if math.isfinite(norm):
             self.optimizer.step(rate)
+            self.optimizer.update_average(self.step + 1)
         self.step += 1
         self.stopping = stats.stop
         return self._result(batch, stats, norm, rate)
@@ -346,7 +348,7 @@ class Run:
             with self._saving_on_error("writing the final model"):
                 self._write_final()
         gathered = self.sharding.gathered() if self.sharding else nullcontext()
-        with self._saving_on_error("evaluate"), gathered:
+        with self._saving_on_error("evaluate"), self._weights_of(self.config.eval), gathered:
             values = self.evaluations.measure(self.model, self.world)
         if values:
             row = {"step": self.step, "eval": {name: self.evaluations.results.get(name) for name in values}}
@@ -354,18 +356,25 @@ class Run:
             self._call("on_evaluate", row)
         with self._saving_on_error("evaluate"):
             if self.evaluations.is_best(values, self.step):
-                self._write_model(self.folder / "best")
+                self._write_model(self.folder / "best", self.config.eval)
 
     def _write_final(self) -> None:
-        self._write_model(self.folder / "final")
+        section = self.config.save
+        self._write_model(self.folder / "final", section)
         if self.config.lora is not None and (self.world.is_first or self.sharding):
             task = _PEFT_TASKS[self.config.task]
-            save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task, self._dtype)
+            with self._weights_of(section):
+                save_adapter(self.model.model, self.folder / "adapter", self.config.model.base, task, self._dtype)
 
-    def _write_model(self, folder: Path) -> None:
-        """Write the portable model; with sharded weights all ranks take part."""
+    def _weights_of(self, section: EvalSection | SaveSection) -> AbstractContextManager[None]:
+        """Context in which the model has the weights that the section selects."""
+        return self.optimizer.averaged() if self.config.uses_average(section) else nullcontext()
+
+    def _write_model(self, folder: Path, section: EvalSection | SaveSection) -> None:
+        """Write the portable model with the weights that the section selects; with sharded ones all ranks take part."""
         if self.world.is_first or self.sharding:
-            self.model.save_pretrained(folder, dtype=self._dtype, provenance=self._provenance())
+            with self._weights_of(section):
+                self.model.save_pretrained(folder, dtype=self._dtype, provenance=self._provenance(section))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -383,7 +392,8 @@ class Run:
         background = self.config.save.background
         self.saver.start(
             self.step, self.optimizer.weights, self.optimizer.state_tensors(), self._state(),
-            lambda folder: self.model.write_portable(folder, self._dtype, self._provenance()), copy=background,
+            lambda folder: self.model.write_portable(folder, self._dtype, self._provenance(self.config.save)),
+            copy=background,
         )  # fmt: skip
         self.saved_step = self.step
         if not background:
@@ -423,8 +433,7 @@ class Run:
     def _check_folders(self) -> None:
         """Raise an error if an output folder cannot be written."""
         if self.world.is_first:
-            weights = sum(4 * weight.numel() for weight in self.optimizer.weights.values())
-            preflight.check_output(self.folder, 3 * weights)
+            preflight.check_output(self.folder, checkpoint_bytes(self.model, self.config.train))
         preflight.check_token_cache(self.config.train.token_cache)
 
     def _check_memory(self) -> None:
@@ -474,12 +483,14 @@ class Run:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, section: EvalSection | SaveSection) -> dict[str, Any]:
+        averaged = {"weights": "ema"} if self.config.uses_average(section) else {}
         return {
             "trained_by": f"pyqemb {__version__}",
             "base": self.config.model.base,
             "stage": self.config.stage,
             "step": self.step,
+            **averaged,
             "data": self.fingerprint,
             "results": self.evaluations.results,
         }

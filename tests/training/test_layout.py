@@ -46,6 +46,15 @@ def test_a_replica_holds_what_the_optimizer_of_today_holds(lora, dtype):
     assert predicted.gathered == predicted.reduction == 0
 
 
+def test_an_average_is_a_third_moment():
+    model = model_of(True)
+    predicted = rank_memory(units_of(model), 1, torch.bfloat16, average=True)
+    plain = rank_memory(units_of(model), 1, torch.bfloat16)
+    optimizer = Optimizer(model, TrainSection(ema_decay=0.9), torch.bfloat16)
+    assert predicted.average == nbytes(optimizer.average.values()) == predicted.moments / 2
+    assert predicted.standing == plain.standing + predicted.average
+
+
 @pytest.fixture
 def ranks_of(request):
     """A process group of so many ranks, of which only this one runs."""

@@ -24,7 +24,8 @@ from pyqemb.training.state import Checkpoint, checkpoints, verify
 STEPS = 4
 ALONE, SHARDED = {"shard": 1}, {"shard": -1}
 LORA = {"lora": {"rank": 4, "dropout": 0.1}}
-FROZEN = {"train": {"freeze": ["embed_tokens", "layers.0.mlp", "norm"], "layer_decay": 0.7}}
+AVERAGED = {**LORA, "train": {"ema_decay": 0.9}}
+FROZEN = {"train": {"freeze": ["embed_tokens", "layers.0.mlp", "norm"], "layer_decay": 0.7, "ema_decay": 0.5}}
 RERANK = {"task": "rerank", "base": "answering", "train": {"tokens_per_chunk": 2000}}
 
 # Runs, one after the other in the same processes. Each may have a fault in `write_safetensors`: on a rank, at a step.
@@ -159,9 +160,9 @@ def two(workplace):
         *((settings, {}) for name, settings in plain.items() if name != "back"),
         (plain["back"], {"fault": {"step": 2, "ranks": [0, 1], "kind": 0.5}}),
         (config(workplace, "sizes"), {"stop_at": 2}),
-        (config(workplace, "again", **LORA), {"stop_at": 2}),
-        (config(workplace, "again", **LORA), {}),
-        (config(workplace, "again straight", **LORA), {}),
+        (config(workplace, "again", **AVERAGED), {"stop_at": 2}),
+        (config(workplace, "again", **AVERAGED), {}),
+        (config(workplace, "again straight", **AVERAGED), {}),
         *(
             (config(workplace, f"full {rank}, {back}", save={"background": back}),
              {"fault": {"step": 3, "ranks": [rank], "kind": "full"}})
@@ -189,6 +190,8 @@ def test_a_resumed_run_is_bit_equal_at_the_same_size(workplace, two):
     assert two["again"][0]["pending"] == [False] * 2
     assert contents(workplace / "again" / "final") == contents(workplace / "again straight" / "final")
     one, other = (checkpoints(workplace / name / "checkpoints")[-1] for name in ("again", "again straight"))
+    saved = Checkpoint.load(one)
+    assert {f"{name}/ema" for name in saved.weights} < set(saved.optimizer)
     assert {k: v for k, v in contents(one).items() if "optimizer" in k} == {
         k: v for k, v in contents(other).items() if "optimizer" in k
     }
@@ -203,7 +206,7 @@ def test_each_rank_draws_its_own_dropout_masks(two):
 def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):
     assert [report["error"].split(":")[0] for report in two["sizes"]] == ["KeyboardInterrupt", "RankError"]
     shutil.copytree(workplace / "again" / "checkpoints", workplace / "masks" / "checkpoints")
-    runs = [(config(workplace, "masks", **LORA), {}), (config(workplace, "sizes"), {"stop_at": 3})]
+    runs = [(config(workplace, "masks", **AVERAGED), {}), (config(workplace, "sizes"), {"stop_at": 3})]
     masks, reports = launch(4, workplace, *runs)
     assert [report["seed"] for report in masks] == [0, 1, 2, 3]
     assert reports[0]["error"].startswith("KeyboardInterrupt")
@@ -235,7 +238,7 @@ def test_the_folder_is_that_of_an_unsharded_run(workplace, two, name):
         assert contents(copy / folder) == contents(workplace / name / folder)
 
 
-def test_frozen_weights_and_rates_by_layer_are_those_of_one_rank(workplace, two):
+def test_frozen_weights_rates_by_layer_and_averages_are_those_of_one_rank(workplace, two):
     """The embeddings, a part of a layer and the final norm are frozen: a whole unit of FSDP, and parts of two."""
     (report,) = launch(1, workplace, (config(workplace, "frozen, one rank", ALONE, **FROZEN), {}))
     assert report[0]["error"] is None

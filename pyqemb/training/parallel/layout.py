@@ -20,8 +20,8 @@ Unit = Sequence[nn.Parameter]
 class RankMemory(NamedTuple):
     """Bytes of one rank.
 
-    `weights` and `moments` are held all the time, the others during a step. Activations and vectors depend on the
-    batch; `grad_cache.plan.choose` plans them, given `sizes`.
+    `weights`, `moments` and `average` are held all the time, the others during a step. Activations and vectors depend
+    on the batch; `grad_cache.plan.choose` plans them, given `sizes`.
     """
 
     weights: int  # float32 weights, or this rank's shards of them; without shards also the compute copies
@@ -29,14 +29,15 @@ class RankMemory(NamedTuple):
     gathering: int  # the largest buffer of an all-gather if all weights are gathered before the first pass
     gradients: int  # float32, of the trained parameters or of this rank's shards of them
     reduction: int  # the gradients of the largest unit before their reduce-scatter, and its buffer; 0 without shards
-    moments: int  # of AdamW
+    moments: int  # of the optimizer
+    average: int  # of the trained weights, with train.ema_decay
     largest: int  # the largest gradient; 0 with shards
     trained: float  # share of the parameters that are trained
 
     @property
     def standing(self) -> int:
         """The memory that is held between two steps."""
-        return self.weights + self.moments
+        return self.weights + self.moments + self.average
 
     def sizes(self, vectors: int, loss: int = 0, overhead: int = 0) -> Sizes:
         """The inputs of the plan of a step, given the bytes of this rank's vectors and of the loss."""
@@ -70,7 +71,14 @@ def trained_units(units: Sequence[Unit]) -> list[Unit]:
     return [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
 
 
-def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: bool = False) -> RankMemory:
+def rank_memory(
+    units: Sequence[Unit],
+    shard: int,
+    dtype: torch.dtype,
+    reshard: bool = False,
+    moments_of: Callable[[nn.Parameter], int] = lambda parameter: 2 * _WIDE,
+    average: bool = False,
+) -> RankMemory:
     """The bytes of a rank that holds one of `shard` shards.
 
     Args:
@@ -79,6 +87,8 @@ def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: 
         dtype: the compute dtype.
         reshard: whether a unit's gathered weights are freed after its forward and after its backward pass. False: all
             stay gathered from the first chunk of a step to the last.
+        moments_of: bytes of the optimizer for each element of a trained parameter (default: those of AdamW).
+        average: whether an average of the trained weights is kept.
     """
     trained = trained_units(units)
     share = _elements(trained) / _elements(units)
@@ -86,13 +96,21 @@ def rank_memory(units: Sequence[Unit], shard: int, dtype: torch.dtype, reshard: 
         copies = dtype.itemsize * _elements(units) if dtype.itemsize < _WIDE else _WIDE * _elements(_frozen(units))
         gradients = _WIDE * _elements(trained)
         largest = max((_WIDE * x.numel() for unit in trained for x in unit), default=0)
-        return RankMemory(gradients + copies, 0, 0, gradients, 0, 2 * gradients, largest, share)
+        moments = sum(moments_of(x) * x.numel() for unit in trained for x in unit)
+        return RankMemory(
+            weights=gradients + copies, gathered=0, gathering=0, gradients=gradients, reduction=0, moments=moments,
+            average=gradients if average else 0, largest=largest, trained=share,
+        )  # fmt: skip
     gathered = [dtype.itemsize * _elements([unit]) for unit in units]
     most = sum(sorted(gathered)[-2:]) if reshard else sum(gathered)  # the next unit is gathered while one computes
     gradients = _WIDE * _shard_elements(trained, shard)
     reduction = (dtype.itemsize + _WIDE) * max(_elements([unit]) for unit in trained)
     weights, gathering = _WIDE * _shard_elements(units, shard), 0 if reshard else max(gathered)
-    return RankMemory(weights, most, gathering, gradients, reduction, 2 * gradients, 0, share)
+    moments = sum(moments_of(x) * _shard_elements([[x]], shard) for unit in trained for x in unit)
+    return RankMemory(
+        weights=weights, gathered=most, gathering=gathering, gradients=gradients, reduction=reduction, moments=moments,
+        average=gradients if average else 0, largest=0, trained=share,
+    )  # fmt: skip
 
 
 def _frozen(units: Sequence[Unit]) -> list[Unit]:
