@@ -43,6 +43,7 @@ QEMB_DEVICE void by_role(const Init& init, const Produce& produce, const Consume
 // Where one side of the ring is: both walk through the stages in the same order.
 template <int kStages>
 struct Ring {
+    static constexpr int kCount = kStages;
     static constexpr int kBytes = 2 * kStages * 8;  // of barriers: a full one for each stage, then an empty one
 
     uint32_t barriers;

@@ -38,8 +38,8 @@ QEMB_DEVICE int first_row() { return static_cast<int>(threadIdx.x / 32 * 16 + th
 QEMB_DEVICE int pair_column(int n) { return n * 8 + static_cast<int>(threadIdx.x) % 4 * 2; }
 
 // One thread keeps the stages full: load(step, stage, barrier) starts copies of kLoadedBytes + `more`.
-template <bool kScaled, class Load>
-QEMB_DEVICE void fill_stages(StageRing& ring, uint32_t stages, int steps, int more, const Load& load) {
+template <bool kScaled, class AnyRing, class Load>
+QEMB_DEVICE void fill_stages(AnyRing& ring, uint32_t stages, int steps, int more, const Load& load) {
     for (int step = 0; step < steps; ++step) {
         ring.wait_empty();
         mbarrier_expect(ring.full(), kLoadedBytes + more);
@@ -61,11 +61,11 @@ QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
 
 // low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last
 // step has `last`. A thread of each warpgroup frees a stage.
-template <class T>
-QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, StageRing& ring, uint32_t stages, int steps, bool adds = false,
+template <class T, class AnyRing>
+QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t stages, int steps, bool adds = false,
                           int last = kStepDepth) {
     const bool signals = threadIdx.x % 128 == 0;
-    StageRing before = ring;
+    AnyRing before = ring;
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage = stages + ring.stage * kStageBytes<false>;
         const uint64_t left = matrix(stage + threadIdx.x / 128 * 64 * 128), right = matrix(stage + kLeftBytes);

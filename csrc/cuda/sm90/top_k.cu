@@ -11,15 +11,17 @@ namespace {
 
 using namespace top_k_kernels;
 
-constexpr int kRows = kStages * kStageBytes<false>, kBarriers = kRows + (static_cast<int>(sizeof(Rows)) + 7) / 8 * 8,
-              kBytes = kBarriers + StageRing::kBytes;
+using SearchRing = Ring<4>;  // the scores take no shared memory, so there is room for one more than kStages
+constexpr int kRows = SearchRing::kCount * kStageBytes<false>,
+              kBarriers = kRows + (static_cast<int>(sizeof(Rows)) + 7) / 8 * 8, kBytes = kBarriers + SearchRing::kBytes;
+static_assert(kBytes <= 227 * 1024);
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     search_spans(const TopK p, const Cut cut, const Memory memory, int dim_steps,
                  const QEMB_GRID_CONSTANT TensorMap queries, const QEMB_GRID_CONSTANT TensorMap documents) {
     const uint32_t stages = shared_address(shared_bytes());
-    StageRing ring{stages + kBarriers};
+    SearchRing ring{stages + kBarriers};
     const auto each_unit = [&](const auto& body) {
         for (int number = static_cast<int>(blockIdx.x); number < cut.query_tiles * cut.spans;
              number += static_cast<int>(gridDim.x))

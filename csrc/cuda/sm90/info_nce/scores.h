@@ -74,6 +74,44 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part<kPrefixes>& part) {
     }
 }
 
+// Does a score of this warp exceed the limit of its row, in a tile where limits alone decide?
+template <bool kPrefixes>
+QEMB_DEVICE bool any_exceeds(const Part<kPrefixes>& part, const Masks& masks) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float limit = masks.limit[0][first_row() + 8 * i];
+        any |= part.masked[i] != 0;
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) any |= part.score(i, n, j) > limit;
+    }
+    return any_lane(any);
+}
+
+// All scores are candidates and none is masked: the sum and the maxima of mask_scores, to the bit, by a fifth of its
+// instructions. The scale is positive, so the largest score gives the largest logit.
+template <bool kPrefixes>
+QEMB_DEVICE void keep_scores(Kind kind, const Part<kPrefixes>& part, float high, bool counts, Tally& tally,
+                             float (&best)[2]) {
+    float kept_score = 0;
+    best[0] = best[1] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float score = part.score(i, n, j);
+                kept_score += score;
+                best[i] = fmaxf(best[i], score);
+            }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) best[i] = lanes_max<4>(best[i]) * high;
+    if (counts) count_tile(kind, kept_score, kTile / 2, 0, tally);
+}
+
 // Masks the scores; -> the largest logit of each of the two rows. kPlain: the limit alone decides, the same for all
 // columns.
 template <bool kPlain, bool kPrefixes>
@@ -112,6 +150,39 @@ QEMB_DEVICE void mask_scores(Kind kind, Part<kPrefixes>& part, const Masks& mask
 #pragma unroll
     for (int i = 0; i < 2; ++i) best[i] = lanes_max<4>(best[i]);
     if (counts) count_tile(kind, kept_score, num_kept, num_dropped, tally);
+}
+
+// The weights of the scores into the staging; their sums. kAll: every score is kept, and of the first group.
+template <bool kAll, class T, bool kPrefixes>
+QEMB_DEVICE void weigh(const Part<kPrefixes>& part, const float (&best)[2], const float (&high)[2],
+                       const float (&low)[2], uint32_t staging, float (&offset)[2], float (&sum)[2],
+                       float (&weighted_score_sum)[2]) {
+    float shift[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        offset[i] = best[i] > kNone ? ceilf(best[i]) : -INFINITY;
+        shift[i] = best[i] > kNone ? -offset[i] : 0.0f;
+    }
+    const uint32_t at_row = staging + first_row() * 128 + threadIdx.x % 4 * 4, key = first_row() % 8;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) {
+        float weight[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {  // both rows of a column: what is chosen by column is not kept
+            const bool is_second = !kAll && (part.second & Part<kPrefixes>::bit(n, j));
+            const float high_here = is_second ? high[1] : high[0], low_here = is_second ? low[1] : low[0];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float score = kAll ? part.score(i, n, j) : part.kept_score(i, n, j);
+                weight[i][j] = exp2_approx(fmaf(score, low_here, fmaf(score, high_here, shift[i])));
+                sum[i] += weight[i][j];
+                weighted_score_sum[i] = fmaf(weight[i][j], score, weighted_score_sum[i]);
+            }
+        }
+        const uint32_t to = at_row + n / 8 * (kStagedBytes / 2) + ((n % 8 ^ key) << 4);
+        shared_store4(to, pack<T>(weight[0][0], weight[0][1]));
+        shared_store4(to + 8 * 128, pack<T>(weight[1][0], weight[1][1]));
+    }
 }
 
 // One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid
@@ -153,40 +224,21 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
     Tally& tally = memory.tally[half][threadIdx.x / 32];
     const bool counts = !kPrefixes || layer + 1 == a.layers;
     float best[2];
-    if (plain)
+    const bool keeps_all = plain && !any_exceeds(part, masks);
+    if (keeps_all)
+        keep_scores(kind, part, high[0], counts, tally, best);
+    else if (plain)
         mask_scores<true>(kind, part, masks, high, counts, tally, best);
     else
         mask_scores<false>(kind, part, masks, high, counts, tally, best);
     if (!a.dense[kind]) return;
 
-    // Weights
     const float low[2] = {a.scale_low[first_here], a.scale_low[second_here]};
-    float offset[2], shift[2], sum[2] = {}, weighted_score_sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        offset[i] = best[i] > kNone ? ceilf(best[i]) : -INFINITY;
-        shift[i] = best[i] > kNone ? -offset[i] : 0.0f;
-    }
-    const uint32_t at_row = staging + first_row() * 128 + threadIdx.x % 4 * 4, key = first_row() % 8;
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
-        float weight[2][2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {  // both rows of a column: what is chosen by column is not kept
-            const bool is_second = part.second & Part<kPrefixes>::bit(n, j);
-            const float high_here = is_second ? high[1] : high[0], low_here = is_second ? low[1] : low[0];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float score = part.kept_score(i, n, j);
-                weight[i][j] = exp2_approx(fmaf(score, low_here, fmaf(score, high_here, shift[i])));
-                sum[i] += weight[i][j];
-                weighted_score_sum[i] = fmaf(weight[i][j], score, weighted_score_sum[i]);
-            }
-        }
-        const uint32_t to = at_row + n / 8 * (kStagedBytes / 2) + ((n % 8 ^ key) << 4);
-        shared_store4(to, pack<T>(weight[0][0], weight[0][1]));
-        shared_store4(to + 8 * 128, pack<T>(weight[1][0], weight[1][1]));
-    }
+    float offset[2], sum[2] = {}, weighted_score_sum[2] = {};
+    if (keeps_all)
+        weigh<true, T>(part, best, high, low, staging, offset, sum, weighted_score_sum);
+    else
+        weigh<false, T>(part, best, high, low, staging, offset, sum, weighted_score_sum);
     const int64_t tile = a.tile_of(layer, kind, column_tile);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
