@@ -6,9 +6,10 @@ Reads object files, needs no GPU.
 
 Fails on an object without the code of an architecture that the build was configured for, on local memory (spills are
 this too) beyond KNOWN_SPILLS, on more registers than a block of its threads can have, on a file of Hopper's kernels
-without a wgmma (HGMMA), and where ptxas lets wgmmas run one by one, a wait behind each. cuobjdump and nvdisasm come
-from the CUDA toolkit, or from PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm. Without objects or tools it says
-so and passes.
+without a wgmma (HGMMA), where ptxas lets wgmmas run one by one, a wait behind each, and where two warpgroups ask for
+more registers (setmaxnreg) than a block starts with: they would wait for ever, which the emulator cannot show.
+cuobjdump and nvdisasm come from the CUDA toolkit, or from PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Without objects or tools it says so and passes.
 """
 
 import re
@@ -95,11 +96,29 @@ def usage(tools: str, path: Path) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def wgmmas(tools: str, path: Path) -> dict[str, tuple[int, int]]:
-    """Of each kernel: its matrix instructions of Hopper, and its waits for them."""
+def hopper_kernels(tools: str, path: Path) -> dict[str, tuple[int, int, int]]:
+    """Of each kernel: its matrix instructions of Hopper, its waits for them, and the registers of a thread at entry
+    that it needs for the sums of setmaxnreg: two warpgroups of a block's three take some of the third's.
+    """
     bodies = re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", dump(tools, path, "-sass"), flags=re.S)
+
+    def count(pattern: str, body: str) -> int:
+        return len(re.findall(pattern, body))
+
+    def registers(pattern: str, body: str) -> int:
+        return max((int(found, 16) for found in re.findall(pattern, body)), default=0)
+
     return {
-        name: (len(re.findall(r"\bHGMMA\b", body)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", body)))
+        name: (
+            count(r"\bHGMMA\b", body),
+            count(r"\bWARPGROUP\.DEPBAR\b", body),
+            (
+                2 * registers(r"USETMAXREG\.TRY_ALLOC\S* UP\d+, (0x[0-9a-f]+)", body)
+                + registers(r"USETMAXREG\.DEALLOC\S* (0x[0-9a-f]+)", body)
+                + 2
+            )
+            // 3,
+        )
         for name, body in bodies
     }
 
@@ -135,13 +154,13 @@ def main(build: Path) -> int:
         for each in missing:
             print(f"check_sass: {where} has no {each}")
         bad += len(missing)
-        products = wgmmas(tools, path) if hopper else {}
-        if hopper and not any(count for count, _ in products.values()):
+        products = hopper_kernels(tools, path) if hopper else {}
+        if hopper and not any(count for count, *_ in products.values()):
             print(f"check_sass: {where} has no wgmma")
             bad += 1
         by_name = sorted((short(name), name, by_arch) for name, by_arch in usage(tools, path).items())
         for title, name, by_arch in by_name:
-            count, waits = products.get(name, (0, 0))
+            count, waits, needed = products.get(name, (0, 0, 0))
             serialized = count > 0 and waits > count / 2
             cells = []
             wrong = serialized
@@ -150,6 +169,9 @@ def main(build: Path) -> int:
                 cells.append("" if use is None else f"{use['registers']}")
                 if use and use["local"]:
                     cells[-1] += f" and {use['local']} bytes of local memory"
+                if use and use["registers"] < needed:
+                    cells[-1] += f" of {needed} that setmaxnreg needs"
+                    wrong = True
                 allowed = KNOWN_SPILLS.get((title, arch), 0)
                 wrong |= bool(use and (use["local"] > allowed or use["registers"] > REGISTERS))
             bad += wrong

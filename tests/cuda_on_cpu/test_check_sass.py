@@ -58,9 +58,14 @@ def test_every_architecture_is_looked_at(tmp_path, monkeypatch, capsys, code, pt
         ("HGMMA\nHGMMA\nHGMMA\nWARPGROUP.DEPBAR\n", None),
         ("HGMMA\nWARPGROUP.DEPBAR\nHGMMA\nWARPGROUP.DEPBAR\n", "2, serialized"),
         ("FFMA\n", "sm90/swiglu has no wgmma"),
+        ("HGMMA\nUSETMAXREG.TRY_ALLOC.CTAPOOL UP1, 0xb0 ;\nUSETMAXREG.DEALLOC.CTAPOOL 0x18 ;\n", None),
+        (
+            "HGMMA\nUSETMAXREG.TRY_ALLOC.CTAPOOL UP1, 0xf0 ;\nUSETMAXREG.DEALLOC.CTAPOOL 0x18 ;\n",
+            "128 of 168 that setmaxnreg needs",
+        ),
     ],
 )
-def test_wgmmas(tmp_path, monkeypatch, capsys, sass, says):
+def test_hopper_kernels(tmp_path, monkeypatch, capsys, sass, says):
     outputs = {
         "-lelf": listing("cubin", ["90a"]),
         "-lptx": "",

@@ -422,24 +422,51 @@ TEST(ragged_sizes) {
     check<Float16>("float16", {129, 257, 129}, 5);
 }
 
-// Whole tiles of rows, and columns of which some meet none of them: Hopper's kernels look such up once.
+// 256 positives, 128 documents of nobody, 128 of the first rows, 128 of any; one text occurs twice.
+Batch whole_tiles(const Case& c) {
+    Batch b = make_batch<BFloat16>(c, 9);
+    for (int64_t i = 0; i < c.queries; ++i) b.positive[i] = i;
+    for (int64_t j = 0; j < c.documents; ++j) {
+        b.owner[j] = j < 256 ? j : j < 384 ? -1 : j < 512 ? j - 384 : j % 256;
+        b.role[j] = static_cast<uint8_t>(j < 256 ? Role::kPositive : Role::kHard);
+        b.document_text[j] = j == 300 ? b.document_text[5] : j + 1000;
+    }
+    for (int64_t i = 0; i < c.queries; ++i) b.query_text[i] = b.document_text[i];
+    list_owned(b, c.queries);
+    return b;
+}
+
+// Whole tiles of rows, and columns of which some meet none of them: Hopper's kernels look such up once, and what a warp
+// has to do there depends on whether one of its scores exceeds a limit.
 TEST(tiles_of_which_limits_alone_decide) {
     Case c{.queries = 256, .documents = 640, .dim = 16};
     for (const Groups& groups :
          {qwen3(-0.3, ScoreMask::kQueryDocument), only({kBatchPositive, kBatchHard, kDocHard})}) {
         c.groups = groups;
-        Batch b = make_batch<BFloat16>(c, 9);
-        for (int64_t i = 0; i < c.queries; ++i)
-            b.positive[i] = i;  // 256 positives, 128 of nobody, 128 of the first rows, 128 of any
-        for (int64_t j = 0; j < c.documents; ++j) {
-            b.owner[j] = j < 256 ? j : j < 384 ? -1 : j < 512 ? j - 384 : j % 256;
-            b.role[j] = static_cast<uint8_t>(j < 256 ? Role::kPositive : Role::kHard);
-            b.document_text[j] = j == 300 ? b.document_text[5] : j + 1000;
-        }
-        for (int64_t i = 0; i < c.queries; ++i) b.query_text[i] = b.document_text[i];
-        list_owned(b, c.queries);
-        check_batch<BFloat16>("plain tiles", c, b, 9);
+        check_batch<BFloat16>("plain tiles", c, whole_tiles(c), 9);
     }
+    c.groups = qwen3(1.1), c.temperature = 0.2;
+    c.dims = {8, 16}, c.shares = {1, 1};
+    check_batch<BFloat16>("plain tiles of prefixes", c, whole_tiles(c), 9);
+}
+
+// Where no candidate of a row is masked, its bits are those of a batch without limits, whatever others mask.
+TEST(a_row_does_not_depend_on_what_others_mask) {
+    Case c{.queries = 256, .documents = 640, .dim = 16, .groups = qwen3(3)};
+    const Batch b = whole_tiles(c);
+    const Result all = run<BFloat16>(c, b), truth = formula<double, double>(c, b);
+    check_batch<BFloat16>("nothing masked", c, b, 9);
+    c.groups = qwen3(1.1);
+    check_batch<BFloat16>("few masked", c, b, 9);
+    const Result some = run<BFloat16>(c, b), some_truth = formula<double, double>(c, b);
+    int num_equal = 0;
+    for (size_t i = 0; i < truth.loss.size(); ++i) {
+        if (truth.loss[i] != some_truth.loss[i]) continue;
+        CHECK(all.loss[i] == some.loss[i] && all.log_negatives[i] == some.log_negatives[i]);
+        ++num_equal;
+    }
+    std::printf("  %d of %d rows mask nothing\n", num_equal, static_cast<int>(truth.loss.size()));
+    CHECK(num_equal > 20 && num_equal < 236);
 }
 
 TEST(rows_that_are_not_aligned) {

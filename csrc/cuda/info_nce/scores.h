@@ -7,7 +7,7 @@
 
 namespace qemb::cuda::info_nce_kernels {
 
-// What a tile needs to know of its rows and columns; lies where the product's stages were.
+// What a tile needs to know of its rows and columns.
 struct Masks {
     int64_t row_text[kTile], column_text[kTile];
     int self[kTile];           // the column that is no candidate of the row, or -1
@@ -16,6 +16,9 @@ struct Masks {
     float limit[2][kTile];     // by group: the largest score that a row lets pass
     float by_query[2][kTile];  // the same of the query's score, for what is masked in p . d
     float row_norm[kTile], column_norm[kTile];  // one over them
+};
+// Lies where the product's stages were.
+struct TileMemory : Masks {
     float offset[kTile];
     float part[3][kTile][4];  // maxima, then sums and moments, of the four warps that share a row
 };
@@ -98,9 +101,9 @@ QEMB_DEVICE Tally sum_of(const Tally (&warps)[kTileThreads / 32]) {
 // layer is added to them.
 template <bool kPrefixes, class T>
 QEMB_DEVICE void finish_tile(const Panel<T>& a, Kind kind, int layer, int64_t row0, int64_t column_tile, Sums& scores) {
-    Masks& masks = *reinterpret_cast<Masks*>(shared_bytes());
+    TileMemory& masks = *reinterpret_cast<TileMemory*>(shared_bytes());
     Kept& kept = *reinterpret_cast<Kept*>(shared_bytes() + kProductBytes<false>);
-    char* const staged = shared_bytes() + sizeof(Masks);
+    char* const staged = shared_bytes() + sizeof(TileMemory);
     const int rows = static_cast<int>(min(a.count - row0, int64_t(kTile)));
     const int quad_lane = threadIdx.x % 4, warp_column = threadIdx.x / 32 % 4;
 

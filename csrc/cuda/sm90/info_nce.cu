@@ -97,12 +97,20 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
                                 const TensorMap& weights) {
     using L = ScoreLayout<kPrefixes>;
     ScoreMemory& memory = *reinterpret_cast<ScoreMemory*>(shared_bytes() + L::kMemory);
-    const bool signals = threadIdx.x % 128 == 0;
+    const auto halves_of = [&](int unit) { return min(sweep.column_tiles - sweep.first_tile(unit), 2); };
+    // By a thread for each half of a unit that all have finished.
+    const auto write_tally = [&](int unit) {
+        if (static_cast<int>(threadIdx.x) >= halves_of(unit)) return;
+        const int64_t tile = sweep.first_tile(unit) + static_cast<int>(threadIdx.x);
+        a.tallies[(sweep.of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + sweep.row0(unit) / kTile] =
+            sum_of(memory.tally[threadIdx.x]);
+        for (int warp = 0; warp < kConsumers / 32; ++warp) memory.tally[threadIdx.x][warp] = {};
+    };
     if (threadIdx.x % 32 < 2) memory.tally[threadIdx.x % 32][threadIdx.x / 32] = {};
     uint32_t turn = 0;  // of the staging
+    int last = -1;      // the unit whose tally is not written
     for (int unit = blockIdx.x; unit < sweep.units; unit += gridDim.x) {
-        const int row0 = sweep.row0(unit), first_tile = sweep.first_tile(unit),
-                  halves = min(sweep.column_tiles - first_tile, 2);
+        const int row0 = sweep.row0(unit), first_tile = sweep.first_tile(unit), halves = halves_of(unit);
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             if (!(pass ? sweep.by_positives : sweep.by_queries)) continue;
@@ -111,29 +119,41 @@ QEMB_DEVICE void consume_scores(const Panel<T>& a, const Sweep& sweep, StageRing
 #pragma unroll 1
             for (int layer = 0; layer < (kPrefixes ? a.layers : 1); ++layer) {
                 const int steps = steps_of(a, layer);
-                if constexpr (kPrefixes)
-                    multiply<T>(low, high, ring, stages, steps, layer > 0,
-                                static_cast<int>(a.ends[layer] - a.begins[layer]) - (steps - 1) * kStepDepth);
-                else
-                    multiply<T>(low, high, ring, stages, steps);
+                bool plain[2] = {};
+                // Between two barriers, all have finished the tile before, and none has begun with this one.
+                const auto describe_tile = [&] {
+                    barrier_sync(kMasksBarrier, kConsumers);
+                    if (last >= 0) write_tally(last);
+                    last = -1;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        if (half >= halves) continue;
+                        const int64_t column_tile = first_tile + half,
+                                      tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
+                        load_masks<kPrefixes>(a, kind, layer, row0, column_tile * kTile, memory.masks[half]);
+                        plain[half] =
+                            a.count - row0 >= kTile && (a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind);
+                    }
+                    barrier_sync(kMasksBarrier, kConsumers);
+                };
+                multiply<T>(low, high, ring, stages, steps, kPrefixes && layer > 0,
+                            kPrefixes ? static_cast<int>(a.ends[layer] - a.begins[layer]) - (steps - 1) * kStepDepth
+                                      : kStepDepth,
+                            describe_tile);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     if (half >= halves) continue;
-                    if (signals) bulk_wait_read<L::kCopies - 1>();  // of the copy that was here, from here
-                    finish_half<kPrefixes>(a, kind, layer, row0, first_tile + half, half ? high : low, half, memory,
-                                           stages + L::kStaging + turn * kStagedBytes, weights);
+                    finish_half<kPrefixes>(a, kind, layer, row0, first_tile + half, plain[half], half ? high : low,
+                                           half, memory, stages + L::kStaging + turn * kStagedBytes, weights);
                     if (L::kCopies > 1 && a.dense[kind] && a.p.d_documents) turn ^= 1;
                 }
             }
         }
-        barrier_sync(kMasksBarrier, kConsumers);
-        if (static_cast<int>(threadIdx.x) >= halves) continue;
-        const int64_t tile = first_tile + threadIdx.x;
-        a.tallies[(sweep.of_documents ? tile : a.doc_tiles + tile) * a.row_tiles + row0 / kTile] =
-            sum_of(memory.tally[threadIdx.x]);
-        for (int warp = 0; warp < kConsumers / 32; ++warp) memory.tally[threadIdx.x][warp] = {};
+        last = unit;
     }
-    if (signals) bulk_wait_read<0>();
+    barrier_sync(kMasksBarrier, kConsumers);
+    write_tally(last);
+    if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
 }
 
 template <bool kPrefixes, class T>

@@ -60,10 +60,10 @@ QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
 }
 
 // low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last
-// step has `last`. A thread of each warpgroup frees a stage.
-template <class T, class AnyRing>
-QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t stages, int steps, bool adds = false,
-                          int last = kStepDepth) {
+// step has `last`. A thread of each warpgroup frees a stage. beside() is called while the first two steps are multiplied.
+template <class T, class AnyRing, class Beside>
+QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t stages, int steps, bool adds, int last,
+                          const Beside& beside) {
     const bool signals = threadIdx.x % 128 == 0;
     AnyRing before = ring;
     for (int step = 0; step < steps; ++step) {
@@ -78,6 +78,7 @@ QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t
             wgmma<T, kTile>(high, left + 2 * k, right + 2 * k + (kTile * 128 >> 4), adds || step > 0 || k > 0);
         }
         wgmma_commit();
+        if (step == 1 || steps == 1) beside();
         wgmma_wait<1>();
         if (step > 0) before.release(signals);
         before = ring;
@@ -85,6 +86,10 @@ QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t
     }
     wgmma_wait<0>();
     before.release(signals);
+}
+template <class T, class AnyRing>
+QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t stages, int steps) {
+    multiply<T>(low, high, ring, stages, steps, false, kStepDepth, [] {});
 }
 
 // This thread's fragments of a stage's left operand, times the factors behind the stage. Along: rows of weights, a

@@ -14,7 +14,7 @@ using namespace info_nce_kernels;
 constexpr int kStagedBytes = kTile * kTile * 2;
 
 struct ScoreMemory {
-    Masks masks;
+    Masks masks[2];  // of the halves of a tile
     Tally tally[2][kConsumers / 32];
     // By layer, half and row: which of a thread's query-document scores exceed the limit, as in Part.
     uint32_t over[1][2][2][kConsumers];
@@ -74,14 +74,12 @@ QEMB_DEVICE void look_up(const Masks& masks, int rows, Part<kPrefixes>& part) {
     }
 }
 
-// Does a score of this warp exceed the limit of its row, in a tile where limits alone decide?
+// Does a score of this warp exceed its row's limit, or is `any` true for one of its lanes?
 template <bool kPrefixes>
-QEMB_DEVICE bool any_exceeds(const Part<kPrefixes>& part, const Masks& masks) {
-    bool any = false;
+QEMB_DEVICE bool any_exceeds(const Part<kPrefixes>& part, const float (&limits)[kTile], bool any) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float limit = masks.limit[0][first_row() + 8 * i];
-        any |= part.masked[i] != 0;
+        const float limit = limits[first_row() + 8 * i];
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
@@ -185,35 +183,34 @@ QEMB_DEVICE void weigh(const Part<kPrefixes>& part, const float (&best)[2], cons
     }
 }
 
-// One half of the tile: 128 rows, and columns of the kind from column_tile on. `staging`: where its weights are laid
-// for the copy engine, whose last copy from there has been waited for by the thread that signals.
+// One half of the tile: 128 rows, and columns of the kind from column_tile on. `plain`: limits alone decide. `staging`:
+// where its weights are laid for the copy engine. With two of them, the copy before the last has been waited for when
+// the last was issued; with one, the thread that signals waits here.
 template <bool kPrefixes, class T>
-QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, int column_tile, HalfSums& sums,
-                             int half, ScoreMemory& memory, uint32_t staging, const TensorMap& weights) {
+QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, int column_tile, bool plain,
+                             HalfSums& sums, int half, ScoreMemory& memory, uint32_t staging,
+                             const TensorMap& weights) {
     row0 = opaque(row0);
     const int rows = static_cast<int>(min(a.count - row0, int64_t{kTile})), group = threadIdx.x / 128;
-    Masks& masks = memory.masks;
-    barrier_sync(kMasksBarrier, kConsumers);  // nobody reads the masks of the tile before
-    load_masks<kPrefixes>(a, kind, layer, row0, int64_t{column_tile} * kTile, masks);
-    barrier_sync(kMasksBarrier, kConsumers);
-
-    const int64_t tile_of_all = kind == kQueries ? a.doc_tiles + column_tile : column_tile;
-    const bool plain = rows == kTile && (a.plain[tile_of_all * a.row_tiles + row0 / kTile] & 1 << kind);
+    const bool signals = threadIdx.x % 128 == 0;
+    const Masks& masks = memory.masks[half];
     Part<kPrefixes> part{sums, masks};
     if (!plain) look_up(masks, rows, part);
     if (kind == kQueryDocument && a.by_query) {  // what masks p . d later
         uint32_t bits[2] = {};
+        if (!plain || any_exceeds(part, masks.by_query[0], false)) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = first_row() + 8 * i;
-            const float limit[2] = {masks.by_query[0][row], masks.by_query[1][row]};
+            for (int i = 0; i < 2; ++i) {
+                const int row = first_row() + 8 * i;
+                const float limit[2] = {masks.by_query[0][row], masks.by_query[1][row]};
 #pragma unroll
-            for (int n = 0; n < kTile / 8; ++n)
+                for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const uint32_t bit = Part<kPrefixes>::bit(n, j);
-                    if (part.score(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
-                }
+                    for (int j = 0; j < 2; ++j) {
+                        const uint32_t bit = Part<kPrefixes>::bit(n, j);
+                        if (part.score(i, n, j) > (part.second & bit ? limit[1] : limit[0])) bits[i] |= bit;
+                    }
+            }
         }
         for (int i = 0; i < 2; ++i) memory.over[layer][half][i][threadIdx.x] = bits[i];
     } else if (kind == kDocDoc && a.by_query) {
@@ -224,7 +221,7 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
     Tally& tally = memory.tally[half][threadIdx.x / 32];
     const bool counts = !kPrefixes || layer + 1 == a.layers;
     float best[2];
-    const bool keeps_all = plain && !any_exceeds(part, masks);
+    const bool keeps_all = plain && !any_exceeds(part, masks.limit[0], part.masked[0] | part.masked[1]);
     if (keeps_all)
         keep_scores(kind, part, high[0], counts, tally, best);
     else if (plain)
@@ -234,6 +231,10 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
     if (!a.dense[kind]) return;
 
     const float low[2] = {a.scale_low[first_here], a.scale_low[second_here]};
+    if (kPrefixes && a.p.d_documents) {
+        if (signals) bulk_wait_read<0>();
+        barrier_sync(kGroupBarrier + group, 128);
+    }
     float offset[2], sum[2] = {}, weighted_score_sum[2] = {};
     if (keeps_all)
         weigh<true, T>(part, best, high, low, staging, offset, sum, weighted_score_sum);
@@ -254,8 +255,9 @@ QEMB_DEVICE void finish_half(const Panel<T>& a, Kind kind, int layer, int row0, 
     // Write the tile, each warpgroup its 64 rows
     if (!a.p.d_documents) return;
     fence_async();
+    if (!kPrefixes && signals) bulk_wait_read<0>();  // the next weights go where the last ones were
     barrier_sync(kGroupBarrier + group, 128);
-    if (threadIdx.x % 128 > 0) return;
+    if (!signals) return;
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel)
         tma_store(weights, staging + panel * (kStagedBytes / 2) + group * 64 * 128,
