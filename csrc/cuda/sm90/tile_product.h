@@ -60,7 +60,8 @@ QEMB_DEVICE void clear_depth(uint32_t rows, int depth) {
 }
 
 // low, high (+)= left right^T, the first and the last 128 columns: both operands along their depth, of which the last
-// step has `last`. A thread of each warpgroup frees a stage. beside() is called while the first two steps are multiplied.
+// step has `last`. A thread of each warpgroup frees a stage. beside() is called once, while up to two steps are
+// multiplied.
 template <class T, class AnyRing, class Beside>
 QEMB_DEVICE void multiply(HalfSums& low, HalfSums& high, AnyRing& ring, uint32_t stages, int steps, bool adds, int last,
                           const Beside& beside) {
