@@ -29,6 +29,12 @@ def _check(name: str, value: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"[PackedBatch] {name} must be dense with one dimension, got shape {list(value.shape)}")
 
 
+def _check_total(lengths: np.ndarray) -> None:
+    """Refuse more tokens than cu_seqlens can count, before memory is allocated for them."""
+    if (total := int(lengths.sum(dtype=np.int64))) > _MAX_TOKENS:
+        raise ValueError(f"[PackedBatch] a batch holds at most {_MAX_TOKENS} tokens, got {total}")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedBatch:
     """Sequences of tokens, concatenated without padding.
@@ -118,10 +124,11 @@ class PackedBatch:
             The batch, on the CPU.
 
         Raises:
-            TypeError: not lists of integers.
+            TypeError: not lists of integers. ValueError: 2^31 tokens or more.
         """
         try:
             lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+            _check_total(lengths)
             input_ids = np.array(array("q", chain.from_iterable(sequences)), dtype=np.int64)
         except (TypeError, OverflowError) as error:
             raise TypeError(f"[PackedBatch.pack] sequences: expected lists of integer token ids: {error}") from error
@@ -129,8 +136,6 @@ class PackedBatch:
 
     @classmethod
     def _from_lengths(cls, input_ids_T: torch.Tensor, lengths: np.ndarray) -> "PackedBatch":
-        if lengths.sum() > _MAX_TOKENS:
-            raise ValueError(f"[PackedBatch] at most {_MAX_TOKENS} tokens fit one batch, got {lengths.sum()}")
         cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=cu_seqlens[1:])
         positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
@@ -154,7 +159,7 @@ class PackedBatch:
             A batch of the sequences of all of them, in order.
 
         Raises:
-            TypeError: not batches. ValueError: no batches, or several devices.
+            TypeError: not batches. ValueError: no batches, several devices, or 2^31 tokens or more.
         """
         for at, batch in enumerate(batches):
             if not isinstance(batch, PackedBatch):
@@ -164,6 +169,7 @@ class PackedBatch:
         if len(devices := {str(batch.device) for batch in batches}) > 1:
             raise ValueError(f"[PackedBatch.concat] batches must be on one device, got {', '.join(sorted(devices))}")
         lengths = np.concatenate([batch.lengths for batch in batches])
+        _check_total(lengths)
         return cls._from_lengths(torch.cat([batch.input_ids_T for batch in batches]), lengths)
 
     @property
@@ -237,7 +243,7 @@ class PackedBatch:
             A batch of these sequences.
 
         Raises:
-            TypeError: not integers on the CPU. IndexError: outside 0 to B - 1.
+            TypeError: not integers on the CPU. IndexError: outside 0 to B - 1. ValueError: 2^31 tokens or more.
         """
         try:
             chosen = np.asarray(indices)
@@ -256,6 +262,7 @@ class PackedBatch:
             )
         cu = self._cu()
         lengths = np.diff(cu)[chosen]
+        _check_total(lengths)
         starts_in_result = np.cumsum(lengths) - lengths
         tokens = np.arange(lengths.sum()) + np.repeat(cu[chosen] - starts_in_result, lengths)
         return PackedBatch._from_lengths(self.input_ids_T[to_device(torch.from_numpy(tokens), self.device)], lengths)

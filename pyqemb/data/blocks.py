@@ -33,6 +33,7 @@ _HEAD = struct.Struct(
 _SEAL = 16  # bytes of the digest after a record
 _MOST = 8192  # values of a block, all of which are checked at its first read
 _CHUNK = 1 << 24
+_LONGEST = 2**31 - 1  # bytes of a value: the index holds lengths as int32
 
 
 class Blocks:
@@ -129,7 +130,12 @@ class Blocks:
             data: the concatenated bytes of the values.
             lengths: int64 [N], the number of bytes of each value.
             align: the offset of a value in its file is a multiple of this many bytes, if all lengths are.
+
+        Raises:
+            ValueError: a value of 2^31 bytes or more.
         """
+        if lengths.max(initial=0) > _LONGEST:
+            raise ValueError(f"a value has at most {_LONGEST} bytes, got {lengths.max()}")
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         ends = np.cumsum(lengths, dtype=np.int64)
         try:

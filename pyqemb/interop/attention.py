@@ -154,7 +154,7 @@ def _check_layout(
             ("cu_seq_lens_q", cu_q, mask.cu_seqlens),
             ("cu_seq_lens_k", cu_k, mask.cu_seqlens_k),
         ):
-            if given is not None and not torch.equal(given.int().cpu(), made.cpu()):
+            if given is not None and not torch.equal(given.long().cpu(), made.long().cpu()):
                 raise ValueError(f"[{NAME}] {name} differs from the sequences of the attention mask")
         return mask if mask.sizes == sizes else full_rows(sizes, device)
     if mask is not None:

@@ -17,6 +17,7 @@ from pyqemb import ops
 NAME = "pyqemb"
 MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (row, head, query, key) -> whether the query sees the key
 BLOCK = 1 << 24  # elements of a mask that are examined at once
+_MOST_TOKENS = 2**31 - 1  # cu_seqlens is int32
 
 
 class MaskAccessError(AttributeError, ValueError):
@@ -133,17 +134,25 @@ def _visible(
     return mask[:, 0]
 
 
+def _cumulative(ends_N: Tensor) -> Tensor:
+    """cu_seqlens of the ends of sequences."""
+    if len(ends_N) and int(ends_N[-1]) > _MOST_TOKENS:
+        raise ValueError(f"[{NAME}] a batch has at most {_MOST_TOKENS} tokens without padding, got {int(ends_N[-1])}")
+    return F.pad(ends_N, (1, 0)).int()
+
+
 def full_rows(sizes: tuple[int, int, int], device: torch.device) -> Layout:
     """The layout of rows without padding, in which every query sees every key."""
     batch, queries, keys = sizes
-    cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32) * n for n in (queries, keys))
+    cu_q, cu_k = (torch.arange(batch + 1) * n for n in (queries, keys))
     return packed_rows(cu_q, cu_k, sizes, False, device)
 
 
 def packed_rows(cu_q: Tensor, cu_k: Tensor, sizes: tuple[int, int, int], causal: bool, device: torch.device) -> Layout:
     """The layout of concatenated sequences without padding, given by lengths."""
     batch, queries, keys = sizes
-    cu_q, cu_k = cu_q.int(), cu_k.int()
+    # Clamped: values beyond int32 must not wrap to valid ones. The plan then refuses them, without waiting for a GPU.
+    cu_q, cu_k = (cu if cu.dtype == torch.int32 else cu.clamp(-1, _MOST_TOKENS).int() for cu in (cu_q, cu_k))
     plan = ops.attention_plan(cu_q, cu_k, tokens=batch * queries, tokens_k=batch * keys, device=device)
     return Layout(causal, cu_q, cu_k, plan, sizes, keys)
 
@@ -217,7 +226,7 @@ def _layout(first_BQ: Tensor, last_BQ: Tensor, at_Q: Tensor, real_BS: Tensor, de
     places_U = real_BS.flatten().nonzero().flatten()[covered.cumsum(0)[:-1] > 0]
     seen = int((places_U % keys).max()) + 1 if len(places_U) else 0
     keys_U = places_U // keys * seen + places_U % keys if seen else places_U
-    cu_q, cu_k = (F.pad(x, (1, 0)).int() for x in (ends, (last_N - first_N).cumsum(0)))
+    cu_q, cu_k = (_cumulative(x) for x in (ends, (last_N - first_N).cumsum(0)))
     queries = len(at_Q)
     return Layout(
         causal,

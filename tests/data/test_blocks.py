@@ -199,3 +199,11 @@ def test_killed_and_stopped_writers(kind, tmp_path):
     for job in jobs:
         job.kill()
         job.wait()
+
+
+def test_a_value_too_long_for_the_index_is_refused(tmp_path):
+    """Its length in int32 would be 5."""
+    cache = Blocks(tmp_path / "cache", "any")
+    with pytest.raises(ValueError, match=f"a value has at most 2147483647 bytes, got {2**32 + 5}"):
+        cache.append(keys_of(["text"]), np.zeros(5, np.uint8), np.array([2**32 + 5]), 1)
+    assert len(Blocks(tmp_path / "cache", "any")) == 0

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pyqemb.interop.attention import _attend
-from pyqemb.interop.attention_layout import layout_of_mask
+from pyqemb.interop.attention_layout import _cumulative, full_rows, layout_of_mask, packed_rows
 
 masking = pytest.importorskip("transformers.masking_utils")
 if not hasattr(masking, "bidirectional_mask_function"):
@@ -154,3 +154,21 @@ def test_a_model_that_computes_with_its_mask_is_told():
         with pytest.raises(ValueError, match=r"^\[pyqemb\] the model computes with its attention mask \("):
             compute()
     assert not hasattr(layout, "to")
+
+
+@pytest.mark.promise("R20", "lengths of transformers beyond int32 do not wrap")
+def test_lengths_beyond_int32_are_refused():
+    """2^32 + 6 is 6 in int32, the number of tokens that there are."""
+    cpu, good = torch.device("cpu"), torch.tensor([0, 6])
+    packed_rows(good, good, (1, 6, 6), False, cpu)
+    for bad in (torch.tensor([0, 2**32 + 6]), torch.tensor([0, 2**31, 2**32 + 6]), torch.tensor([0, -(2**32) + 6])):
+        lengths = torch.linspace(0, 6, len(bad)).long()
+        with pytest.raises(ValueError, match=r"tokens must be the last value of cu_seqlens, (2147483647|-1), got 6"):
+            packed_rows(bad, lengths, (1, 6, 6), False, cpu)
+        with pytest.raises(ValueError, match="cu_seqlens_k"):
+            packed_rows(lengths, bad, (1, 6, 6), False, cpu)
+    with pytest.raises(ValueError, match="tokens must be at most 2147483647"):
+        full_rows((1 << 16, 1 << 16, 1 << 16), cpu)
+    assert _cumulative(torch.tensor([3, 2**31 - 1])).tolist() == [0, 3, 2**31 - 1]
+    with pytest.raises(ValueError, match=f"at most 2147483647 tokens without padding, got {2**32 + 6}"):
+        _cumulative(torch.tensor([3, 2**32 + 6]))
