@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -22,6 +23,35 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 if threading.current_thread() is threading.main_thread():
     # A shell gives its background jobs an ignored SIGINT, which the commands under test would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--poison", action="store_true", help="fill memory that nothing has written with NaN")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (seed := config.getoption("shuffle")) is not None:
+        random.Random(seed).shuffle(items)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """With --poison, torch.empty and the buffer cache give NaN, or the largest integers."""
+    if not request.config.getoption("poison"):
+        yield
+        return
+    from pyqemb import _C
+
+    def block(size, make=_C.Block):
+        memory = make(size)
+        torch.frombuffer(memory, dtype=torch.uint8).fill_(255)
+        return memory
+
+    monkeypatch.setattr(_C, "Block", block)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

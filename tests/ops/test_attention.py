@@ -101,6 +101,62 @@ def test_packed_equals_alone_bit_for_bit():
             assert torch.equal(together[start:end], single)
 
 
+def check_pads(seed, dtype):
+    """Sequences alone, packed, in another order, and between pads on either side that hold NaN or 1e30."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    lengths = [whole(0, 80) for _ in range(whole(1, 6))]
+    causal, head_dim, garbage = seed % 2 == 0, 8 * whole(1, 9), (torch.nan, 1e30)[seed // 2 % 2]
+    shapes = [(sum(lengths), heads, head_dim) for heads in (4, 2, 2, 4)]
+    *tensors, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+    def results(rows, given):
+        """The output and the gradients of these rows, with these lengths."""
+        leaves = [x[rows].requires_grad_() for x in tensors]
+        out = ops.varlen_attention(*leaves, cu_seqlens(given), causal=causal)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout[rows])]
+
+    packed = results(slice(None), lengths)
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    places = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    turned = results(torch.cat([places[i] for i in order]), [lengths[i] for i in order])
+    turned = [x[torch.cat([places[i] for i in order]).argsort()] for x in turned]
+    alone = [torch.cat(parts) for parts in zip(*(results(rows, [len(rows)]) for rows in places), strict=True)]
+
+    pads = [whole(0, 20) for _ in lengths]
+    pairs = [(pad, length) if seed % 3 else (length, pad) for pad, length in zip(pads, lengths, strict=True)]
+    real = torch.cat([
+        torch.full((size,), part == (1 if seed % 3 else 0)) for pair in pairs for part, size in enumerate(pair)
+    ])  # fmt: skip
+    padded = [torch.full((len(real), *x.shape[1:]), garbage).to(dtype) for x in (*tensors, dout)]
+    for wide, x in zip(padded, (*tensors, dout), strict=True):
+        wide[real] = x
+    leaves = [x.requires_grad_() for x in padded[:3]]
+    out = ops.varlen_attention(*leaves, cu_seqlens([size for pair in pairs for size in pair]), causal=causal)
+    between = [x[real] for x in (out.detach(), *torch.autograd.grad(out, leaves, padded[3]))]
+    for other in (turned, alone, between):
+        assert all(torch.equal(a, b) for a, b in zip(packed, other, strict=True)), (seed, lengths)
+
+
+@pytest.mark.promise("R15", "attention over 15 random batches: alone, in any order, between pads of NaN and 1e30")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_neighbors_and_pads_change_no_bit(dtype):
+    for seed in range(15):
+        check_pads(seed, dtype)
+
+
+@pytest.mark.deep
+@pytest.mark.promise("R15", "attention over 500 random batches: alone, in any order, between pads of NaN and 1e30")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_neighbors_and_pads_change_no_bit_in_500_batches(dtype):
+    for seed in range(500):
+        check_pads(seed, dtype)
+
+
 @pytest.mark.promise("R14", "attention")
 def test_same_bits_for_any_thread_count():
     tensors, cu, _ = inputs(ATTENTION_CASES[5], torch.float32)
