@@ -16,6 +16,7 @@ _HOME = {
     "write_examples": "pyqemb.data.example",
     "GradCache": "pyqemb.training.grad_cache",
     "train": "pyqemb.api",
+    "sweep": "pyqemb.api",
     "TrainConfig": "pyqemb.training",
     "stage1": "pyqemb.training",
     "stage2": "pyqemb.training",
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from pyqemb.api import sweep as sweep
     from pyqemb.api import train as train
     from pyqemb.curation import curate as curate
     from pyqemb.curation import mine as mine

@@ -1,18 +1,88 @@
-"""`pyqemb.train`: training together with evaluation."""
+"""`pyqemb.train` and `pyqemb.sweep`: training together with evaluation."""
 
+from collections.abc import Mapping, Sequence
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pyqemb import training
+from pyqemb.errors import ConfigError
 from pyqemb.training import TrainConfig, TrainResult, load_config
+from pyqemb.training.preflight import check_evaluation
+from pyqemb.training.sweeps import SweepReport, trials
+from pyqemb.training.sweeps import sweep as run_trials
 
 
 @wraps(training.train)
 def train(config: Any, *, evaluate: Any = None, **options: Any) -> TrainResult:
     """`training.train` with evaluation on the datasets of the `eval` section, or on those of `evaluate`."""
     config = config if isinstance(config, TrainConfig) else load_config(config)
+    return training.train(config, evaluate=_evaluation(config, evaluate), **options)
+
+
+def sweep(
+    config: TrainConfig | str | Path,
+    over: Mapping[str, Sequence[Any]],
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    data: Any = None,
+    evaluate: Any = None,
+    tasks: int = 1,
+    task: int = 0,
+    progress: Literal["auto", "json", "off"] = "auto",
+) -> SweepReport:
+    """Train every combination of some settings, each in its own folder, and compare them by their evaluations.
+
+    Finished runs are not repeated, and an interrupted run continues, so the same call completes a sweep. A run that
+    fails, for example because its loss is not finite, is reported, and the others are run.
+
+    Args:
+        config: a TrainConfig, or a TOML or YAML file.
+        over: the values of each key, {"train.learning_rate": [1e-5, 2e-5]}.
+        out: the folder of the sweep (default: save.dir). Each run has a folder in it, called like learning_rate=1e-05.
+        overrides: `section.key=value` for all runs (default: none).
+        data: the training data, as for `train`.
+        evaluate: as for `train` (default: the datasets of the `eval` section).
+        tasks: the number of tasks that share the runs (default 1); each is a call of its own.
+        task: the number of this task, from 0.
+        progress: as for `train`.
+
+    Returns:
+        The runs, the best first: their settings, their best and their last evaluation.
+
+    Raises:
+        ConfigError: a key is unknown or must not be swept, a configuration is invalid, a folder has a run with other
+            settings, or nothing is evaluated; nothing was trained.
+        Interrupted, MachineError: as for `train`; the same call continues.
+
+    Example:
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(8)]
+        >>> settings = {"steps": 1, "global_batch_size": 4, "device": "cpu"}
+        >>> config = pyqemb.stage1(
+        ...     model={"base": str(write_tiny_folder("base"))}, data=rows, train=settings, save={"dir": "sweep"}
+        ... )
+        >>> pyqemb.sweep(config, {"train.learning_rate": [1e-3, 1e-4]}, evaluate=rows, progress="off")
+        SweepReport(2 runs, 0 pending; the best is learning_rate=..., ndcg@10 ...; folders in sweep)
+    """
+    runs = trials(config, over, out, overrides)
+    evaluation = _evaluation(runs[0].config, evaluate)
+    if evaluation is None:
+        raise ConfigError("eval.data: missing; the runs of a sweep are compared by their evaluations")
+    check_evaluation(runs[0].config, evaluation)
+    return run_trials(
+        runs,
+        lambda one: training.train(one, data=data, evaluate=evaluation, resume="auto", progress=progress),
+        tasks,
+        task,
+    )
+
+
+def _evaluation(config: TrainConfig, evaluate: Any) -> Any:
+    """The function that evaluates a run; None if it has no evaluation."""
     if config.eval.has_data if evaluate is None else not callable(evaluate):
         from pyqemb.evaluation import DevSets  # not needed without evaluation
 
-        evaluate = DevSets(config.eval, config.task, evaluate)
-    return training.train(config, evaluate=evaluate, **options)
+        return DevSets(config.eval, config.task, evaluate)
+    return evaluate

@@ -18,6 +18,7 @@ VERBS = {
     "curate": "filter, de-duplicate and decontaminate training pairs, with a report",
     "mine": "add hard negatives to training pairs",
     "train": "train an embedding model or a reranker from a configuration file",
+    "sweep": "train every combination of some settings, and compare the runs",
     "consolidate": "write the model of a run's newest checkpoint, sharded or not, as a portable folder",
     "merge": "merge checkpoints into one model (slerp, linear, karcher)",
     "evaluate": "evaluate a model on retrieval, STS or bitext data, or a reranker on examples with negatives",
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     name = "pyqemb" if namespace.verb is None else f"pyqemb {namespace.verb}"
     with log_to_stderr():
-        return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb == "train" else None)
+        return guarded(work, name, "--debug" in arguments, kept, 75 if namespace.verb in ("train", "sweep") else None)
 
 
 def whole_parser(of: Iterable[str | None] = tuple(VERBS)) -> argparse.ArgumentParser:

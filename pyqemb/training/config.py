@@ -873,6 +873,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def overridden(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration with `section.key=value` replaced, as for `load_config`."""
+    values = {**config.model_dump(exclude_unset=True), "data": list(config.data)}
+    for override in overrides:
+        _override(values, override)
+    return TrainConfig(**{key: value for key, value in values.items() if key != "data" or value})
+
+
 def _override(values: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     *parents, last = name.strip().split(".")

@@ -11,6 +11,8 @@ from pyqemb import __version__
 from pyqemb.data.files import atomic_file
 from pyqemb.training.config import TrainConfig
 
+SETTINGS_FILE = "config.resolved.json"
+
 
 def write_notes(folder: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Write both files to the run folder."""
@@ -24,6 +26,6 @@ def write_notes(folder: Path, config: TrainConfig, device: torch.device, dtype: 
         "threads": torch.get_num_threads(),
         "arguments": sys.argv,
     }
-    for name, content in {"config.resolved.json": config.model_dump(mode="json"), "env.json": environment}.items():
+    for name, content in {SETTINGS_FILE: config.model_dump(mode="json"), "env.json": environment}.items():
         with atomic_file(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.shard_files import shape_of
-from pyqemb.training.config import TrainConfig, TrainSection
+from pyqemb.training.config import TrainConfig
 from pyqemb.training.state import Checkpoint
 
 # Settings that a resumed run may change.
@@ -61,8 +61,12 @@ def check_continues(
 
 def _with_new_keys(before: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a checkpoint, with the defaults of the keys that are newer than it."""
-    defaults = TrainSection().model_dump(mode="json")
-    return {**before, "train": {**defaults, **before.get("train", {})}}
+    filled = dict(before)
+    for name, field in TrainConfig.model_fields.items():
+        if field.default_factory is not None:
+            defaults: Any = field.get_default(call_default_factory=True)
+            filled[name] = {**defaults.model_dump(mode="json"), **before.get(name, {})}
+    return filled
 
 
 def changed_files(checkpoint: Checkpoint, base_files: Mapping[str, str]) -> list[str]:

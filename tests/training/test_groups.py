@@ -10,7 +10,7 @@ from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
-from pyqemb.training import groups, stage2
+from pyqemb.training import groups, resume, stage2
 from pyqemb.training.config import TrainSection
 from pyqemb.training.dry_run import plan
 from pyqemb.training.grad_cache import GradCache
@@ -236,18 +236,16 @@ def test_a_run_with_frozen_weights_resumes_and_consolidates(workplace, precision
         pyqemb.consolidate("stopped", out="again")
 
 
-def test_a_checkpoint_from_before_the_keys_continues(workplace, monkeypatch):
-    """Earlier versions wrote no key `freeze` or `layer_decay`."""
-    new = ("freeze", "layer_decay", "embedding_learning_rate", "head_learning_rate")
+def test_a_checkpoint_from_before_the_keys_continues(workplace):
+    """Earlier versions wrote no key `freeze` or `layer_decay`, and no section `log`."""
     pyqemb.train(config(steps=3))
-    from pyqemb.training import resume
-
-    checkpoint = Checkpoint.load(checkpoints(workplace / "run" / "checkpoints")[-1])
-    for key in new:
-        del checkpoint.state["config"]["train"][key]
-    before = resume._with_new_keys(checkpoint.state["config"])
-    assert not resume.differences(before, config(steps=3).model_dump(mode="json"), set())
-    assert resume.differences(before, config(steps=3, layer_decay=0.9).model_dump(mode="json"), set()) == [
+    before = Checkpoint.load(checkpoints(workplace / "run" / "checkpoints")[-1]).state["config"]
+    for key in ("freeze", "layer_decay", "embedding_learning_rate", "head_learning_rate"):
+        del before["train"][key]
+    del before["log"], before["loss"]["temperature"]
+    filled = resume._with_new_keys(before)
+    assert not resume.differences(filled, config(steps=3).model_dump(mode="json"), set())
+    assert resume.differences(filled, config(steps=3, layer_decay=0.9).model_dump(mode="json"), set()) == [
         "train.layer_decay was None, now 0.9"
     ]
 
