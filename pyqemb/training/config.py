@@ -290,6 +290,14 @@ class TrainSection(Section):
         description="Folder that keeps token ids for later epochs and runs (default: in memory, for this run).",
         examples=["tokens"],
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="Optimizer: `adamw` or `muon`. `muon` orthogonalizes the updates of the matrices of the layers "
+        "(`torch.optim.Muon`); embeddings, norms and a head are trained with AdamW. It takes the learning rate and the "
+        "weight decay of AdamW, keeps one moment instead of two, and needs whole matrices, so it excludes "
+        "`parallel.shard`.",
+        examples=["muon"],
+    )
     learning_rate: float = Field(
         1e-5,
         gt=0,
@@ -346,7 +354,10 @@ class TrainSection(Section):
         description="Learning rate of the last step, as a fraction of the peak.",
         examples=[0.1],
     )
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.", examples=[0.1])
+    weight_decay: float = Field(
+        0.01, ge=0, description="Weight decay of the matrices, decoupled as in AdamW.", examples=[0.1]
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Momentum (Nesterov) of Muon.", examples=[0.9])
     betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.", examples=[[0.9, 0.98]])
     epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.", examples=[1e-6])
     ema_decay: float | None = Field(
@@ -712,6 +723,15 @@ class TrainConfig(Section):
             raise ValueError(
                 "train.freeze: with [lora] only adapters are trained, all other weights are frozen; lora.targets "
                 "selects the layers with adapters"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_whole_matrices(self) -> "TrainConfig":
+        if self.train.optimizer == "muon" and self.parallel.shard != 1:
+            raise ValueError(
+                "train.optimizer: 'muon' orthogonalizes whole matrices, and parallel.shard divides them among ranks; "
+                "use 'adamw', or parallel.shard = 1"
             )
         return self
 

@@ -16,8 +16,9 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Group(NamedTuple):
-    """Parameters with the same learning rate and weight decay; the rate is `scale` times that of the schedule."""
+    """Parameters with the same optimizer, learning rate and weight decay; the rate is `scale` times the schedule's."""
 
+    optimizer: str
     scale: float
     weight_decay: float
     names: list[str]
@@ -93,7 +94,7 @@ def rate_scales(names: Iterable[str], config: TrainSection) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, config: TrainSection) -> list[Group]:
-    """The trained parameters of a model by learning rate and weight decay; norms and other vectors do not decay.
+    """The trained parameters of a model by optimizer, learning rate and weight decay; vectors do not decay.
 
     Raises:
         ConfigError: there is a rate for the embeddings or the head, and they are not trained.
@@ -102,16 +103,23 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[Group]:
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     check_rates(trained, config)
     scales = rate_scales(parameters, config)
-    groups: dict[tuple[float, float], Group] = {}
+    groups: dict[tuple[str, float, float], Group] = {}
     for name, parameter in trained.items():
-        key = scales[part_of(name)], config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        key = optimizer_of(name, parameter, config), scales[part_of(name)], decay
         groups.setdefault(key, Group(*key, [])).names.append(name)
     return list(groups.values())
 
 
+def optimizer_of(name: str, parameter: nn.Parameter, config: TrainSection) -> str:
+    """The optimizer of a parameter: Muon, if it is chosen, for the matrices of the layers, otherwise AdamW."""
+    is_inner = parameter.ndim == 2 and part_of(name).startswith("layer ")
+    return "muon" if config.optimizer == "muon" and is_inner else "adamw"
+
+
 def moment_bytes(name: str, parameter: nn.Parameter, config: TrainSection) -> int:
-    """The bytes that the optimizer keeps for each element of a trained parameter: two moments in float32."""
-    return 8
+    """The bytes that the optimizer keeps for each element of a trained parameter: one or two moments in float32."""
+    return {"adamw": 8, "muon": 4}[optimizer_of(name, parameter, config)]
 
 
 def checkpoint_bytes(model: nn.Module, config: TrainSection) -> int:
@@ -134,13 +142,17 @@ def check_rates(trained: Mapping[str, nn.Parameter], config: TrainSection) -> No
 
 
 def lines(model: nn.Module, config: TrainSection) -> Iterator[str]:
-    """The lines of --dry-run about frozen parameters and learning rates that differ."""
+    """The lines of --dry-run about frozen parameters, Muon, and learning rates that differ."""
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     if config.freeze:
         frozen = [parameter for name, parameter in parameters.items() if name not in trained]
         size, of = (sum(x.numel() for x in some) / 1e6 for some in (frozen, parameters.values()))
         yield f"frozen     {size:.2f} M of {of:.2f} M parameters, in {len(frozen)} of {len(parameters)} tensors"
+    if config.optimizer != "adamw":
+        names = [name for name in trained if optimizer_of(name, parameters[name], config) == config.optimizer]
+        size = sum(parameters[name].numel() for name in names) / 1e6
+        yield f"optimizer  {config.optimizer} for {size:.2f} M parameters, adamw for the others"
     parts = {part_of(name) for name in trained}
     scales = {part: scale for part, scale in rate_scales(parameters, config).items() if part in parts}
     if any(scale != 1 for scale in scales.values()):

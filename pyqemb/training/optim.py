@@ -1,8 +1,9 @@
-"""AdamW on float32 weights, also for a model that computes in bfloat16; their average; the schedule; clipping."""
+"""AdamW and Muon on float32 weights, also for a model in bfloat16; the average of the weights; schedule; clipping."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def average_decay(step: int, decay: float) -> float:
 
 
 class Optimizer:
-    """AdamW without weight decay for norms and other vectors.
+    """AdamW without weight decay for norms and other vectors; with `train.optimizer` Muon for the layers' matrices.
 
     It takes a float32 model. With a narrower `dtype` it keeps the float32 weights, and the model computes with rounded
     copies, which are renewed after each step: bfloat16 is too coarse for small updates and for sums of the gradients of
@@ -62,7 +63,7 @@ class Optimizer:
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = dict(self.model)
         self.extra_parameters = extra_parameters or {}
-        groups = [*parameter_groups(model, config), Group(1.0, 0.0, [*self.extra_parameters])]
+        groups = [*parameter_groups(model, config), Group("adamw", 1.0, 0.0, [*self.extra_parameters])]
         if dtype != torch.float32:
             self.weights = {name: p.detach() for name, p in self.model.items()}
             model.to(dtype)
@@ -71,16 +72,33 @@ class Optimizer:
         self.average: dict[str, torch.Tensor] = {}
         if config.ema_decay is not None:
             self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}  # by the name of each parameter
+        for kind, make in (("adamw", self._adamw), ("muon", self._muon)):
+            own = [group for group in groups if group.optimizer == kind and group.names]
+            if own:
+                optimizer = make([self._of(group) for group in own])
+                self.optimizers |= {name: optimizer for group in own for name in group.names}
+
+    def _of(self, group: Group) -> dict[str, Any]:
+        """A parameter group of torch; `scale` is the factor of the learning rate."""
         tensors = self.weights | self.extra_parameters
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [tensors[name] for name in group.names], "weight_decay": group.weight_decay}
-                | {"scale": group.scale}
-                for group in groups
-                if group.names
-            ],
-            lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True,
+        params = [tensors[name] for name in group.names]
+        return {"params": params, "weight_decay": group.weight_decay, "scale": group.scale}
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+
+    def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.Muon(
+            groups, lr=self.config.learning_rate, momentum=self.config.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",  # updates as large as those of AdamW: Liu et al. 2025, arXiv 2502.16982
         )  # fmt: skip
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the moments exist; the first step allocates them."""
+        return any(optimizer.state for optimizer in self.optimizers.values())
 
     @property
     def grad_tensors(self) -> list[torch.Tensor]:
@@ -103,9 +121,10 @@ class Optimizer:
 
     def step(self, rate: float) -> None:
         """Update the weights with this learning rate, scaled for each group of parameters."""
-        for group in self.adamw.param_groups:
-            group["lr"] = rate * group["scale"]
-        self.adamw.step()
+        for optimizer in dict.fromkeys(self.optimizers.values()):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            optimizer.step()
         self._round()
 
     @torch.no_grad()
@@ -148,7 +167,7 @@ class Optimizer:
         moments = {
             f"{name}/{kind}": value
             for name, weight in (self.weights | self.extra_parameters).items()
-            for kind, value in self.adamw.state.get(weight, {}).items()
+            for kind, value in self.optimizers[name].state.get(weight, {}).items()
         }
         averages = {f"{name}/{AVERAGE}": average for name, average in self.average.items()}
         values = {f"{name}/value": parameter.detach() for name, parameter in self.extra_parameters.items()}
@@ -163,15 +182,18 @@ class Optimizer:
         for key in state:
             name, _, kind = key.rpartition("/")
             weight = (self.weights | self.extra_parameters)[name]
+            moments = self.optimizers[name].state[weight]
             if kind == "value":
                 weight.copy_(state[key])
             elif kind == AVERAGE:
                 local(self.average[name]).copy_(rows_of(state, key, own_rows(weight)))
             elif kind == "step":
-                self.adamw.state[weight][kind] = state[key].to(weight.device, copy=True)  # as `fused` expects
+                self.optimizers[name].state[weight][kind] = state[key].to(
+                    weight.device, copy=True
+                )  # as `fused` expects
             else:
                 rows = rows_of(state, key, own_rows(weight)).to(weight.device, copy=True)
-                self.adamw.state[weight][kind] = sharded_like(weight, rows)
+                moments[kind] = sharded_like(weight, rows)
 
     @torch.no_grad()
     def _round(self) -> None:

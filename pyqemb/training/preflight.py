@@ -185,7 +185,7 @@ def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: to
 
 def pending_moments(optimizer: Optimizer) -> int:
     """Bytes of the moments that the first step will allocate; 0 if they exist already."""
-    if optimizer.adamw.state:
+    if optimizer.has_state:
         return 0
     return sum(
         moment_bytes(name, parameter, optimizer.config) * local(parameter).numel()

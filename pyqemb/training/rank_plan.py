@@ -285,6 +285,8 @@ def _refusal(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str:
 
 def _sharded_advice(planner: RankPlanner, ranks: Ranks, found: RankPlan) -> str | None:
     """The smallest number of shards, or else of ranks, that fits."""
+    if planner.train.optimizer == "muon":
+        return "train.optimizer = 'adamw' with parallel.shard"
     for world in (ranks.world * 2**n for n in range(11)):
         if world > max(_MOST_RANKS, ranks.world):
             break

@@ -99,7 +99,7 @@ def _set_matryoshka(model: Embedder, dims: Sequence[int] | None) -> None:
 def build_optimizer(
     config: TrainConfig, model: Embedder | Reranker, parameters: LossParameters, sharding: "Sharding | None" = None
 ) -> Optimizer:
-    """Return AdamW over the model's weights in float32 and the parameters of the loss.
+    """Return the optimizer of the model's weights in float32 and of the parameters of the loss.
 
     The model then computes in `train.precision`; for a sharded model, FSDP rounds the weights when it gathers them.
     """

@@ -106,8 +106,8 @@ def test_the_model_has_the_average_in_the_context_and_its_weights_after_it(dtype
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_a_run_saves_evaluates_and_resumes_the_average(workplace, precision, lora):
+@pytest.mark.parametrize(("lora", "optimizer"), [(None, "adamw"), ({"rank": 4}, "muon")])
+def test_a_run_saves_evaluates_and_resumes_the_average(workplace, precision, lora, optimizer):
     class StopError(Exception):
         pass
 
@@ -122,7 +122,7 @@ def test_a_run_saves_evaluates_and_resumes_the_average(workplace, precision, lor
         measured[len(measured)] = weights
         return {"score": -float(len(measured))}  # the first is the best
 
-    settings = {"lora": lora, "precision": precision, "evaluation": {"every": 2}}
+    settings = {"lora": lora, "precision": precision, "evaluation": {"every": 2}, "optimizer": optimizer}
     result = pyqemb.train(config("straight", **settings), evaluate=evaluate)
     rounded = getattr(torch, precision)
     checkpoint = last(workplace / "straight")

@@ -96,7 +96,7 @@ def test_without_settings_the_groups_are_those_of_before():
         [name for name, p in tiny_embedder().named_parameters() if (p.ndim == 1) == vector] for vector in (True, False)
     )
     found = parameter_groups(tiny_embedder(), TrainSection(weight_decay=0.3))
-    assert found == [(1.0, 0.3, matrices), (1.0, 0.0, norms)]
+    assert found == [("adamw", 1.0, 0.3, matrices), ("adamw", 1.0, 0.0, norms)]
     assert [len(g.names) for g in parameter_groups(tiny_embedder(), TrainSection(layer_decay=0.9))] == [
         1,
         7,

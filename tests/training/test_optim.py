@@ -6,10 +6,13 @@ from torch import nn
 
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
+from pyqemb.errors import ConfigError
 from pyqemb.testing.tiny import tiny_embedder
-from pyqemb.training.config import TrainSection
+from pyqemb.training.config import TrainConfig, TrainSection
 from pyqemb.training.grad_cache import GradCache
+from pyqemb.training.groups import checkpoint_bytes, moment_bytes
 from pyqemb.training.optim import Optimizer
+from pyqemb.training.preflight import pending_moments
 
 
 def batch(count, seed):
@@ -106,3 +109,99 @@ def test_state_goes_out_and_in(dtype):
     assert torch.equal(one.weight, other.weight)
     assert torch.equal(first.weights["weight"], second.weights["weight"])
     assert first.state_tensors().keys() == second.state_tensors().keys()
+
+
+def muon_in_float64(weight, gradients, rate, momentum, weight_decay):
+    """Jordan et al. 2024, with the updates scaled to those of AdamW: Liu et al. 2025, arXiv 2502.16982."""
+    weight, buffer = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for gradient in gradients:
+        buffer = momentum * buffer + (1 - momentum) * gradient.double()
+        x = momentum * buffer + (1 - momentum) * gradient.double()  # Nesterov
+        transposed = x.shape[0] > x.shape[1]
+        x = x.T if transposed else x
+        x = x / x.norm()
+        for _ in range(5):  # the quintic iteration that moves all singular values to about 1
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        x = x.T if transposed else x
+        weight = weight - rate * weight_decay * weight - 0.2 * max(weight.shape) ** 0.5 * rate * x
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_steps_the_matrices_of_the_layers_and_adamw_the_others(dtype):
+    """torch iterates in bfloat16, so float64 is met to its precision; the weights are those of torch's class."""
+    section = TrainSection(optimizer="muon", weight_decay=0.1, muon_momentum=0.9)
+    model, adamw = tiny_embedder(), tiny_embedder()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    muon, others = Optimizer(model, section, dtype), Optimizer(adamw, TrainSection(weight_decay=0.1), dtype)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [{name: torch.randn(w.shape, generator=generator) for name, w in start.items()} for _ in range(3)]
+    for step in gradients:
+        for optimizer in (muon, others):
+            for name, weight in optimizer.weights.items():
+                weight.grad = step[name].clone()
+            optimizer.step(1e-2)
+    inner = {name for name, w in start.items() if w.ndim == 2 and ".layers." in name}
+    assert len(inner) == 14
+    for name, weight in muon.weights.items():
+        if name not in inner:
+            assert torch.equal(weight, others.weights[name]), name
+            continue
+        plain = torch.nn.Parameter(start[name].clone())
+        reference = torch.optim.Muon(
+            [plain], lr=1e-2, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        )  # fmt: skip
+        for step in gradients:
+            plain.grad = step[name].clone()
+            reference.step()
+        assert torch.equal(weight.detach(), plain.detach()), name
+        truth = muon_in_float64(start[name], [step[name] for step in gradients], 1e-2, 0.9, 0.1)
+        moved = (truth - start[name]).norm()
+        assert (weight.detach() - truth).norm() < 0.02 * moved, name
+    kinds = {key.rpartition("/")[2] for key in muon.state_tensors() if key.rpartition("/")[0] in inner}
+    assert kinds == {"momentum_buffer"}
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach(), muon.weights[name].detach().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_of_muon_goes_out_and_in(dtype):
+    def run(optimizer, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            for weight in optimizer.weights.values():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step(1e-2)
+
+    section = TrainSection(optimizer="muon")
+    first, second = Optimizer(tiny_embedder(), section, dtype), Optimizer(tiny_embedder(seed=1), section, dtype)
+    run(first, 3, 0)
+    second.load({n: w.detach().clone() for n, w in first.weights.items()}, first.state_tensors())
+    for optimizer in (first, second):
+        run(optimizer, 2, 1)
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def test_the_bytes_of_the_state_are_those_that_are_planned():
+    for section in (TrainSection(), TrainSection(optimizer="muon"), TrainSection(optimizer="muon", ema_decay=0.9)):
+        model = tiny_embedder()
+        optimizer = Optimizer(model, section)
+        parameters = dict(model.named_parameters())
+        assert pending_moments(optimizer) == sum(
+            moment_bytes(name, p, section) * p.numel() for name, p in parameters.items()
+        )
+        for weight in optimizer.weights.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step(1e-3)
+        held = sum(value.nbytes for value in optimizer.state_tensors().values() if value.ndim)
+        assert checkpoint_bytes(model, section) == held + sum(w.nbytes for w in optimizer.weights.values())
+        assert pending_moments(optimizer) == 0
+
+
+def test_muon_needs_whole_matrices():
+    sections = {"model": {"base": "b"}, "data": [{"path": "d"}], "train": {"optimizer": "muon"}}
+    for shard in (2, -1):
+        with pytest.raises(ConfigError, match=r"train\.optimizer: 'muon' .* parallel\.shard divides them"):
+            TrainConfig(**sections, parallel={"shard": shard})
+    assert TrainConfig(**sections, parallel={"replicate": 2})
