@@ -290,12 +290,12 @@ class TrainSection(Section):
         description="Folder that keeps token ids for later epochs and runs (default: in memory, for this run).",
         examples=["tokens"],
     )
-    optimizer: Literal["adamw", "muon"] = Field(
+    optimizer: Literal["adamw", "muon", "lion"] = Field(
         "adamw",
-        description="Optimizer: `adamw` or `muon`. `muon` orthogonalizes the updates of the matrices of the layers "
-        "(`torch.optim.Muon`); embeddings, norms and a head are trained with AdamW. It takes the learning rate and the "
-        "weight decay of AdamW, keeps one moment instead of two, and needs whole matrices, so it excludes "
-        "`parallel.shard`.",
+        description="Optimizer: `adamw`, `muon` or `lion`. `muon` orthogonalizes the updates of the matrices of the "
+        "layers (`torch.optim.Muon`); embeddings, norms and a head are trained with AdamW. It takes the learning rate "
+        "and the weight decay of AdamW, and needs whole matrices, so it excludes `parallel.shard`. `lion` needs the "
+        "extra pyqemb[lion], and a learning rate 3 to 10 times smaller. Both keep one moment instead of two.",
         examples=["muon"],
     )
     learning_rate: float = Field(
@@ -358,7 +358,11 @@ class TrainSection(Section):
         0.01, ge=0, description="Weight decay of the matrices, decoupled as in AdamW.", examples=[0.1]
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Momentum (Nesterov) of Muon.", examples=[0.9])
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.", examples=[[0.9, 0.98]])
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999),
+        description="Betas of AdamW and Lion. The default of Lion is 0.9 and 0.99.",
+        examples=[[0.9, 0.98]],
+    )
     epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.", examples=[1e-6])
     ema_decay: float | None = Field(
         None,
@@ -434,6 +438,13 @@ class TrainSection(Section):
     )
     log_every: int = Field(1, ge=1, description="Steps between two lines of metrics.", examples=[10])
     tensorboard: bool = Field(False, description='Same as log.to = ["tensorboard"].', examples=[True])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_betas_of_lion(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("optimizer") == "lion":
+            return {"betas": (0.9, 0.99), **values}
+        return values
 
     @field_validator("betas")
     @classmethod

@@ -68,7 +68,7 @@ def plan(
     preflight.set_query_instruction(model, config, datasets.instructions, evaluate)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = sum(parameter.numel() for parameter in weights.values())
-    groups.check_rates(weights, config.train)
+    groups.check_trained(weights, config.train)
     if checkpoint is not None:
         # With `ranks` the folder of the base model may be without weights, so its files are not compared.
         own = config.keeps_base and ranks is None

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -97,11 +98,12 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[Group]:
     """The trained parameters of a model by optimizer, learning rate and weight decay; vectors do not decay.
 
     Raises:
-        ConfigError: there is a rate for the embeddings or the head, and they are not trained.
+        ConfigError: there is a rate for the embeddings or the head, and they are not trained; or the package of the
+            optimizer is not installed.
     """
     parameters = dict(model.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    check_rates(trained, config)
+    check_trained(trained, config)
     scales = rate_scales(parameters, config)
     groups: dict[tuple[str, float, float], Group] = {}
     for name, parameter in trained.items():
@@ -112,14 +114,14 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[Group]:
 
 
 def optimizer_of(name: str, parameter: nn.Parameter, config: TrainSection) -> str:
-    """The optimizer of a parameter: Muon, if it is chosen, for the matrices of the layers, otherwise AdamW."""
+    """The optimizer of a parameter: with Muon, AdamW for all but the matrices of the layers."""
     is_inner = parameter.ndim == 2 and part_of(name).startswith("layer ")
-    return "muon" if config.optimizer == "muon" and is_inner else "adamw"
+    return "adamw" if config.optimizer == "muon" and not is_inner else config.optimizer
 
 
 def moment_bytes(name: str, parameter: nn.Parameter, config: TrainSection) -> int:
     """The bytes that the optimizer keeps for each element of a trained parameter: one or two moments in float32."""
-    return {"adamw": 8, "muon": 4}[optimizer_of(name, parameter, config)]
+    return {"adamw": 8, "muon": 4, "lion": 4}[optimizer_of(name, parameter, config)]
 
 
 def checkpoint_bytes(model: nn.Module, config: TrainSection) -> int:
@@ -132,8 +134,18 @@ def checkpoint_bytes(model: nn.Module, config: TrainSection) -> int:
     )
 
 
-def check_rates(trained: Mapping[str, nn.Parameter], config: TrainSection) -> None:
-    """ConfigError if a part of the model has a learning rate of its own, and is not trained."""
+def lion() -> Any:
+    """The class Lion of lion-pytorch. ConfigError if the package is not installed."""
+    try:
+        return import_module("lion_pytorch").Lion
+    except ImportError as error:
+        raise ConfigError("train.optimizer: lion needs the extra lion: pip install 'pyqemb[lion]'") from error
+
+
+def check_trained(trained: Mapping[str, nn.Parameter], config: TrainSection) -> None:
+    """ConfigError if a part of the model has a rate of its own, and is not trained, or the optimizer is missing."""
+    if config.optimizer == "lion":
+        lion()
     parts = {part_of(name) for name in trained}
     for part, key in (("embeddings", "embedding_learning_rate"), ("head", "head_learning_rate")):
         if getattr(config, key) is not None and part not in parts:
@@ -142,7 +154,7 @@ def check_rates(trained: Mapping[str, nn.Parameter], config: TrainSection) -> No
 
 
 def lines(model: nn.Module, config: TrainSection) -> Iterator[str]:
-    """The lines of --dry-run about frozen parameters, Muon, and learning rates that differ."""
+    """The lines of --dry-run about frozen parameters, the optimizer if it is not AdamW, and rates that differ."""
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     if config.freeze:
@@ -152,7 +164,8 @@ def lines(model: nn.Module, config: TrainSection) -> Iterator[str]:
     if config.optimizer != "adamw":
         names = [name for name in trained if optimizer_of(name, parameters[name], config) == config.optimizer]
         size = sum(parameters[name].numel() for name in names) / 1e6
-        yield f"optimizer  {config.optimizer} for {size:.2f} M parameters, adamw for the others"
+        others = "" if len(names) == len(trained) else ", adamw for the others"
+        yield f"optimizer  {config.optimizer} for {size:.2f} M parameters{others}"
     parts = {part_of(name) for name in trained}
     scales = {part: scale for part, scale in rate_scales(parameters, config).items() if part in parts}
     if any(scale != 1 for scale in scales.values()):

@@ -1,4 +1,4 @@
-"""AdamW and Muon on float32 weights, also for a model in bfloat16; the average of the weights; schedule; clipping."""
+"""The optimizer on float32 weights, also for a model in bfloat16; the average of the weights; schedule; clipping."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import nn
 from pyqemb.model.shard_files import rows_of, sharded_like
 from pyqemb.model.shards import is_sharded, local, own_rows
 from pyqemb.training.config import TrainSection
-from pyqemb.training.groups import Group, parameter_groups
+from pyqemb.training.groups import Group, lion, parameter_groups
 
 AVERAGE = "ema"  # the kind of the averages among the state tensors
 
@@ -42,7 +42,7 @@ def average_decay(step: int, decay: float) -> float:
 
 
 class Optimizer:
-    """AdamW without weight decay for norms and other vectors; with `train.optimizer` Muon for the layers' matrices.
+    """AdamW without weight decay for norms and other vectors, or the optimizer of `train.optimizer`.
 
     It takes a float32 model. With a narrower `dtype` it keeps the float32 weights, and the model computes with rounded
     copies, which are renewed after each step: bfloat16 is too coarse for small updates and for sums of the gradients of
@@ -63,7 +63,8 @@ class Optimizer:
         self.model = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = dict(self.model)
         self.extra_parameters = extra_parameters or {}
-        groups = [*parameter_groups(model, config), Group("adamw", 1.0, 0.0, [*self.extra_parameters])]
+        kind = "lion" if config.optimizer == "lion" else "adamw"
+        groups = [*parameter_groups(model, config), Group(kind, 1.0, 0.0, [*self.extra_parameters])]
         if dtype != torch.float32:
             self.weights = {name: p.detach() for name, p in self.model.items()}
             model.to(dtype)
@@ -73,7 +74,7 @@ class Optimizer:
         if config.ema_decay is not None:
             self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # by the name of each parameter
-        for kind, make in (("adamw", self._adamw), ("muon", self._muon)):
+        for kind, make in (("adamw", self._adamw), ("muon", self._muon), ("lion", self._lion)):
             own = [group for group in groups if group.optimizer == kind and group.names]
             if own:
                 optimizer = make([self._of(group) for group in own])
@@ -94,6 +95,10 @@ class Optimizer:
             groups, lr=self.config.learning_rate, momentum=self.config.muon_momentum,
             adjust_lr_fn="match_rms_adamw",  # updates as large as those of AdamW: Liu et al. 2025, arXiv 2502.16982
         )  # fmt: skip
+
+    def _lion(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        found: torch.optim.Optimizer = lion()(groups, lr=self.config.learning_rate, betas=self.config.betas)
+        return found
 
     @property
     def has_state(self) -> bool:

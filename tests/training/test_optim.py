@@ -1,5 +1,7 @@
 """The optimiser around a narrow model: what bfloat16 would lose is kept in float32."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from pyqemb.errors import ConfigError
 from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training.config import TrainConfig, TrainSection
 from pyqemb.training.grad_cache import GradCache
-from pyqemb.training.groups import checkpoint_bytes, moment_bytes
+from pyqemb.training.groups import checkpoint_bytes, moment_bytes, part_of, rate_scales
 from pyqemb.training.optim import Optimizer
 from pyqemb.training.preflight import pending_moments
 
@@ -205,3 +207,45 @@ def test_muon_needs_whole_matrices():
         with pytest.raises(ConfigError, match=r"train\.optimizer: 'muon' .* parallel\.shard divides them"):
             TrainConfig(**sections, parallel={"shard": shard})
     assert TrainConfig(**sections, parallel={"replicate": 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lion_steps_as_float64_does(dtype):
+    """Chen et al. 2023, arXiv 2302.06675, algorithm 2."""
+    pytest.importorskip("lion_pytorch")
+    section = TrainSection(optimizer="lion", weight_decay=0.1, layer_decay=0.5)
+    assert section.betas == (0.9, 0.99)
+    assert TrainSection(optimizer="lion", betas=(0.95, 0.98)).betas == (0.95, 0.98)
+    model = tiny_embedder()
+    start = {name: p.detach().double() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, section, dtype)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [{name: torch.randn(w.shape, generator=generator) for name, w in start.items()} for _ in range(3)]
+    for step in gradients:
+        for name, weight in optimizer.weights.items():
+            weight.grad = step[name].clone()
+        optimizer.step(1e-3)
+    scales = rate_scales(start, section)
+    for name, truth in start.items():
+        rate, decay, momentum = 1e-3 * scales[part_of(name)], 0.1 if truth.ndim > 1 else 0.0, 0.0
+        for step in gradients:
+            gradient = step[name].double()
+            update = torch.sign(0.9 * momentum + 0.1 * gradient)
+            truth = truth - rate * (update + decay * truth)
+            momentum = 0.99 * momentum + 0.01 * gradient
+        torch.testing.assert_close(optimizer.weights[name].detach().double(), truth, rtol=2e-6, atol=2e-7)
+    other = Optimizer(tiny_embedder(seed=1), section, dtype)
+    other.load({n: w.detach().clone() for n, w in optimizer.weights.items()}, optimizer.state_tensors())
+    for each in (optimizer, other):
+        for name, weight in each.weights.items():
+            weight.grad = gradients[0][name].clone()
+        each.step(1e-3)
+    assert all(torch.equal(optimizer.weights[name], other.weights[name]) for name in start)
+    held = sum(value.nbytes for value in optimizer.state_tensors().values())
+    assert checkpoint_bytes(tiny_embedder(), section) == held + sum(4 * w.numel() for w in start.values())
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(ConfigError, match=r"train\.optimizer: lion needs the extra lion: pip install 'pyqemb\[lion\]'"):
+        Optimizer(tiny_embedder(), TrainSection(optimizer="lion"))
