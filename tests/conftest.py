@@ -18,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+_spec = importlib.util.spec_from_file_location("test_network", Path(__file__).parent / "network.py")
+network = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(network)
+BEYOND = network.watch()
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 if threading.current_thread() is threading.main_thread():
@@ -57,6 +62,14 @@ def poisoned_memory(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def beyond():
+    """Attempts of this test to connect to other machines, which are refused; it must have removed those it wanted."""
+    BEYOND.clear()
+    yield BEYOND
+    assert not BEYOND, "connections beyond this machine"
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ The libraries are looked up in sys.modules, because their objects exist only if 
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pyqemb.data.folder import member, read_object, shown
 from pyqemb.data.rows import Row
 from pyqemb.data.splits import choose
 from pyqemb.errors import ConfigError, DataError
@@ -73,10 +74,23 @@ def is_saved(folder: Path) -> bool:
 def open_saved(folder: Path) -> Any:
     """The Dataset or DatasetDict of a folder that `save_to_disk` wrote."""
     datasets = _import_datasets(folder)
+    _check_inside(folder)
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # of Arrow, JSON, the file system or datasets
         raise DataError(f"{folder}: load_from_disk cannot read it: {_one_line(error)}") from error
+
+
+def _check_inside(folder: Path) -> None:
+    """DataError if a saved dataset names files outside of its folder, which load_from_disk would read."""
+    splits = read_object(folder, "dataset_dict.json").get("splits")
+    for place in [member(folder, str(split)) for split in splits] if isinstance(splits, list) else [folder]:
+        files = read_object(place, "state.json").get("_data_files")
+        for file in files if isinstance(files, list) else []:
+            name = file.get("filename") if isinstance(file, dict) else None
+            if not isinstance(name, str) or len(PurePosixPath(name).parts) != 1 or name == "..":
+                raise DataError(f"{place / 'state.json'}: may name files of its own folder only, got {shown(name)}")
+            member(place, name)
 
 
 def open_hub(address: str) -> Any:

@@ -102,5 +102,8 @@ class LocalClient:
     def _prompt(self, request: Request) -> str:
         messages = [{"role": role, "content": text} for role, text in request.messages]
         if self._tokenizer.chat_template:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # of the template, which may raise anything, or of jinja2 and its sandbox
+                raise CheckpointError(f"{self.endpoint.model}: its chat template cannot be used: {error}") from error
         return "\n\n".join(text for _, text in request.messages) + "\n\n"

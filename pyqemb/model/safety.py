@@ -58,6 +58,7 @@ _ATTENTIONS = (
 )  # fmt: skip
 _LONGEST_PATH = 255  # bytes, of a module inside the folder
 _ADAPTER = "adapter_config.json"
+_FIRST_READ = ("model.safetensors", "model.safetensors.index.json")  # without them loaders look for a pickle
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "*model*.pkl")
 
 
@@ -67,28 +68,33 @@ def check_safe(folder: str | Path) -> Path:
     Raises:
         CheckpointError: modules.json names a class that is not one of sentence-transformers' plain modules, or a path
             outside the folder; a configuration has `auto_map`, an attention implementation that is not one of
-            transformers' own, `trust_remote_code` or an activation that is not one of torch; a file is a link that
-            leaves the folder; weights are a pickle; the folder holds an adapter, which some loaders apply to its
-            weights and others do not.
+            transformers' own, `trust_remote_code`, an activation that is not one of torch, or `subfolder`, which makes
+            loaders read files that are not checked; a file is a link that leaves the folder; weights are a pickle,
+            also one that a loader reads because the weights beside it have another name; the folder or a module's
+            folder holds an adapter, which some loaders apply to its weights, or to those of another base model, and
+            others do not.
     """
     folder = Path(folder)
-    if (folder / _ADAPTER).exists():
-        raise CheckpointError(
-            f"{folder / _ADAPTER}: is an adapter, which would not be applied: `pyqemb export` with --adapter folds it "
-            "into the weights of its base model"
-        )
     for place in dict.fromkeys([folder, *(folder / module.path for module in read_modules(folder) or [])]):
+        if (place / _ADAPTER).exists():
+            raise CheckpointError(
+                f"{place / _ADAPTER}: is an adapter, which would not be applied: `pyqemb export` with --adapter folds "
+                "it into the weights of its base model"
+            )
         for path in sorted(place.glob("*config*.json")):
             for key, value in _settings(read_json(folder, path.relative_to(folder).as_posix())):
                 if makes_loaders_run_code(key, value):
                     raise CheckpointError(
                         f"{path}: {key!r} is refused: it makes loaders run code that comes with the model"
                     )
-        weights = list(place.glob("*.safetensors"))
-        for path in sorted(weights):
+                if key == "subfolder" and value:
+                    raise CheckpointError(
+                        f"{path}: {key!r} is refused: it makes loaders read files that are not checked"
+                    )
+        for path in sorted(place.glob("*.safetensors")):
             member(folder, path.relative_to(folder).as_posix())
-        pickles = [] if weights else sorted(path for pattern in _PICKLES for path in place.glob(pattern))
-        if pickles:
+        pickles = sorted(path for pattern in _PICKLES for path in place.glob(pattern))
+        if pickles and not any((place / name).is_file() for name in _FIRST_READ):
             raise CheckpointError(f"{pickles[0]}: is a pickle, which can run code: convert it to safetensors")
     return folder
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pyqemb.data.files import kind_of_path, remove, remove_folder
+from pyqemb.data.folder import member
 from pyqemb.data.machine import reason, unreadable
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.data.strict_json import parse
@@ -177,7 +178,10 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     own = {name: entry for name, entry in files.items() if not name.startswith(f"{PORTABLE}/")}
     names = [name for kind in _KINDS for name in shard_names(kind, shards)]
     _check_fields(path, own, dict.fromkeys([*names, STATE_FILE], dict))
-    for entry in files.values():
+    for name, entry in files.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise CheckpointError(f"{path}: may name files of its own folder only, got {name!r:.80}")
+        member(folder, name)  # no link out of it either
         _check_fields(path, entry, {"size": int, "sha256": str})
     return manifest
 
