@@ -41,9 +41,9 @@ class StrictModel(BaseModel):
             known = cls.model_fields.get(name)
             if known is not None and (kinds := _kinds(known.annotation)) & {int, float}:
                 if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
-                    raise _wrong_value("expected a number", name, value)
+                    raise wrong_value("expected a number", name, value)
                 if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
-                    raise _wrong_value("expected a number of at most 64 bits", name, value)
+                    raise wrong_value("expected a number of at most 64 bits", name, value)
         return values
 
 
@@ -180,7 +180,8 @@ def missing(key: str) -> PydanticCustomError:
     return PydanticCustomError(_MISSING, "missing", {"key": key})
 
 
-def _wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
+def wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
+    """The error of a section that names the key and its value, for a rule about several keys."""
     return PydanticCustomError(_WRONG_VALUE, wanted, {"key": key, "value": value})
 
 

@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.layouts import Example
-from pyqemb.data.settings import check_plain, explain, explain_all, missing, parse_yaml, read_settings
+from pyqemb.data.settings import check_plain, explain, explain_all, missing, parse_yaml, read_settings, wrong_value
 from pyqemb.data.tables import is_table
 from pyqemb.errors import ConfigError, did_you_mean
 from pyqemb.model.lora import TARGETS
@@ -729,20 +729,13 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _freezes_once(self) -> "TrainConfig":
-        if self.lora is not None and self.train.freeze:
-            raise ValueError(
-                "train.freeze: with [lora] only adapters are trained, all other weights are frozen; lora.targets "
-                "selects the layers with adapters"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _has_whole_matrices(self) -> "TrainConfig":
         if self.train.optimizer == "muon" and self.parallel.shard != 1:
-            raise ValueError(
-                "train.optimizer: 'muon' orthogonalizes whole matrices, and parallel.shard divides them among ranks; "
-                "use 'adamw', or parallel.shard = 1"
+            raise wrong_value(
+                "muon orthogonalizes whole matrices, and parallel.shard divides them among ranks; expected 'adamw', or "
+                "parallel.shard = 1",
+                "train.optimizer",
+                "muon",
             )
         return self
 
@@ -750,7 +743,7 @@ class TrainConfig(Section):
     def _has_an_average(self) -> "TrainConfig":
         for name, section in (("eval", self.eval), ("save", self.save)):
             if section.weights == "ema" and self.train.ema_decay is None:
-                raise ValueError(f"{name}.weights: 'ema' is the average of the weights; it needs train.ema_decay")
+                raise wrong_value("the average of the weights needs train.ema_decay", f"{name}.weights", "ema")
         return self
 
     def uses_average(self, section: EvalSection | SaveSection) -> bool:

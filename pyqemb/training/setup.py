@@ -56,6 +56,11 @@ def load_model(config: TrainConfig, device: str | None = None, weights: bool = T
         model.requires_grad_(False)
         add_lora(model.model, LoraConfig(**config.lora.model_dump()), seed=config.train.seed)
     if config.train.freeze:
+        if config.lora is not None:
+            raise ConfigError(
+                "train.freeze: with [lora] only adapters are trained, all other weights are frozen; lora.targets "
+                "selects the layers with adapters"
+            )
         freeze(model, config.train.freeze)
     return model.train()
 

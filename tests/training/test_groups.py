@@ -173,7 +173,7 @@ def test_the_prefix_of_a_causal_language_model_is_optional():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze": ["embed_tokens"], "lora": {"rank": 2}}, r"train\.freeze: with \[lora\] only adapters are trained"),
+        ({"freeze": ["embed_tokens"], "lora": {"rank": 2}}, r"^train\.freeze: with \[lora\] only adapters are trained"),
         (
             {"freeze": ["embed_tokens"], "embedding_learning_rate": 1e-3},
             r"embedding_learning_rate: has no effect",
