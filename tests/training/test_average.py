@@ -205,11 +205,11 @@ def test_a_skipped_step_does_not_move_the_average(workplace, monkeypatch):
     [
         (
             {"ema_decay": None, "evaluation": {"weights": "ema"}},
-            r"^eval\.weights: the average of .* ema_decay, got 'ema'$",
+            r"^eval\.weights: the average of .*ema_decay, got 'ema'$",
         ),
         (
             {"ema_decay": None, "save": {"weights": "ema"}},
-            r"^save\.weights: the average of .* ema_decay, got 'ema'$",
+            r"^save\.weights: the average of .*ema_decay, got 'ema'$",
         ),
         ({"ema_decay": 1.0}, r"train\.ema_decay: .* got 1\.0"),
         ({"ema_decay": 0.999999}, r"train\.ema_decay: .* 0\.99999, got"),  # float32 would not add such small changes
