@@ -41,7 +41,7 @@ class Spool:
 @contextmanager
 def work_folder(inside: Path | None) -> Iterator[Path]:
     """A temporary folder, beside the results if `inside` is given, because that disk has space."""
-    with tempfile.TemporaryDirectory(dir=inside, prefix=".work-") as name:
+    with tempfile.TemporaryDirectory(dir=inside, prefix=".work-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyqemb.data.files import fsync_folder
+from pyqemb.data.files import fsync_folder, make_folder
 from pyqemb.data.keyed import KEY, Keys
 from pyqemb.data.machine import unreadable, unwritable
 from pyqemb.data.rank_logs import RANK_LOG
@@ -264,7 +264,7 @@ class _Files:
 
 def _claim(folder: Path) -> _Files:
     """Lock the files that this process writes: the first pair that is not locked, until the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for number in count():
         files = _Files(folder / f"{number:04}.index", os.O_RDWR | os.O_CREAT)
         try:

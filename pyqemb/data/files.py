@@ -27,6 +27,21 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, unless it exists; the new names survive a power failure."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return
+    with suppress(PermissionError):  # a parent that can be written but not read cannot be synced
+        fsync_folder(folder.parent)
+
+
 def fsync_file(path: Path) -> None:
     """Sync the bytes of a file to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -64,7 +79,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(_partial(path.name))
     with writing(path, temporary):
         _check_kind(path, folder=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_leftovers(path)
         try:
             temporary.touch()
@@ -91,7 +106,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     temporary = target.with_name(_partial(target.name))
     with writing(target, temporary):
         _check_kind(target, folder=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         _remove_leftovers(target)
         remove(temporary)
         temporary.mkdir()
@@ -101,9 +116,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                 fsync_folder(path) if path.is_dir() else fsync_file(path)
             fsync_folder(temporary)
             _replace_folder(temporary, target)
+            fsync_folder(target.parent)  # before the old folder is removed under its new name
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        fsync_folder(target.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -116,6 +131,7 @@ def remove_folder(path: Path) -> None:
     try:
         _remove_leftovers(path)
         os.rename(path, doomed)
+        fsync_folder(path.parent)  # or a power failure might leave parts of it under its name
         remove(doomed)
     except OSError as error:
         raise MachineError(f"{path}: cannot be removed: {reason(error)}", error.errno, str(path)) from error
@@ -144,7 +160,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         ConfigError: another process, which the error names, holds the lock. MachineError: the folder cannot be written.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = (folder / ".lock").open("a+", encoding="utf-8")
     with file:
         with writing(folder):
@@ -157,8 +173,8 @@ def locked(folder: Path, work: str) -> Iterator[None]:
                 file.seek(0)
                 raise ConfigError(f"{folder}: another {work} is running here: {file.read().strip()}")
             file.truncate(0)
-            file.write(f"pid {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            # Not buffered: after an error, closing the file would try to write it again.
+            os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}\n".encode())
         yield
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyqemb.data.files import make_folder
 from pyqemb.data.machine import errno_of, unwritable
 from pyqemb.errors import DataError, MachineError
 from pyqemb.llm.request import Answer
@@ -30,7 +31,7 @@ class Store:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             for setting in ("journal_mode = wal", "synchronous = full", "cell_size_check = on", "trusted_schema = off"):
                 self._connection.execute(f"pragma {setting}")

@@ -1,8 +1,10 @@
 """Weights in safetensors: read tensor by tensor from one file or several, loaded into a model, written one by one."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
 from pyqemb.data.machine import raise_if_machine, reason, writing
-from pyqemb.errors import CheckpointError
+from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
 from pyqemb.model.shards import local, own_rows
@@ -122,7 +124,19 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise_if_machine(path, error)
+        if isinstance(error, FileNotFoundError):
+            _check_missing(path)
         raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {reason(error)}") from error
+
+
+def _check_missing(path: Path) -> None:
+    """MachineError if the file exists: safetensors says of every file that it cannot open that it does not exist."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise_if_machine(path, error)
+        return
+    raise MachineError(f"{path}: cannot be read: {os.strerror(errno.EIO)}", errno.EIO, str(path))
 
 
 def read_tensors(folder: str | Path) -> Tensors:

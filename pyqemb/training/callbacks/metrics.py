@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyqemb.data.files import atomic_file
+from pyqemb.data.files import atomic_file, fsync_folder
 from pyqemb.data.machine import writing
 from pyqemb.errors import MachineError
 from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
@@ -25,6 +25,7 @@ class MetricsFile(RowLogger):
         truncate_metrics(self.path, info.step)
         with writing(self.path):
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            fsync_folder(self.path.parent)  # the name of a new file survives a power failure
         self._lost = False  # a row could not be written
 
     def log(self, row: Row) -> None:
