@@ -32,7 +32,7 @@ from pyqemb.training.state import checkpoints
 FAULTS = {"kill": -signal.SIGKILL, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 WRITES, READS = 1, 2  # of shim.c
 BROKEN = 99  # the exit status of an error that is none of pyqemb's
-PATIENCE = 120.0  # seconds that a child may take
+PATIENCE = 900  # seconds until a child that hangs is killed, on a machine that is very busy
 
 shim = ctypes.CDLL(None)
 shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -58,6 +58,7 @@ class Child:
                 os.dup2(out, 1)
                 os.dup2(out, 2)
                 os.environ.update(environment)
+                signal.alarm(PATIENCE)
                 os.chdir(folder)
                 status = self._outcome(work, lenient)
                 report = shim.fault_calls(), shim.fault_names().decode().split(), shim.fault_place().decode()

@@ -125,16 +125,16 @@ def test_a_run_that_is_killed_again_and_again(ask, record_property, job, kills):
 )
 def test_signals_at_random_moments(ask, record_property, job, signals):
     report = ask(mode="signals", job=job, signals=signals, seed=signals)
-    assert report["slowest"] < 30
+    assert report["slowest"] < 100  # seconds; one or two on a machine that does nothing else
     record_property("R8", f"{job}: {signals} signals")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "every"), tiers([(2, {"0": 211, "1": 47})], [(2, {"0": 5, "1": 2}), (4, {"0": 41, "3": 9})])
+    ("ranks", "every"), tiers([(2, {"0": 301, "1": 61})], [(2, {"0": 5, "1": 2}), (4, {"0": 41, "3": 9})])
 )
 def test_ranks_that_are_killed_or_cannot_write(ask, record_property, ranks, every):
     report = ask(mode="ranks", job="train-sharded", ranks=ranks, every=every)
-    assert report["slowest"] < 60
+    assert report["slowest"] < 300  # seconds, also on a busy machine
     record_property("R2", f"one of {ranks} ranks: {report['children'] // ranks} kills and errors")
 
 

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 import pyqemb
-from pyqemb.errors import CheckpointError
+from pyqemb.errors import CheckpointError, MachineError
+from pyqemb.model import checkpoint
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.state import checkpoints, newest_sound, verify
@@ -55,3 +56,16 @@ def test_every_damage_is_found_and_named(saved, tmp_path, record_property, bits,
     assert newest_sound([copy, before], print).folder == copy
     record_property("R5", f"{bits} flipped bits and {cuts} cuts in {len(files)} files")
     assert json.loads((copy / "state.json").read_text())["steps"] == 2
+
+
+def test_a_file_that_cannot_be_opened_is_not_damaged(saved, tmp_path, monkeypatch):
+    """safetensors says of each that it does not exist."""
+
+    def safe_open(path, **options):
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr(checkpoint, "safe_open", safe_open)
+    with pytest.raises(MachineError, match=r"model\.safetensors: cannot be read: Input/output error"):
+        newest_sound(saved[::-1], print)
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: damaged, cut short"):
+        checkpoint.open_safetensors(tmp_path / "none.safetensors")
