@@ -32,6 +32,8 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir()
     except FileNotFoundError:
+        if folder.parent == folder:
+            raise
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
     except OSError:
