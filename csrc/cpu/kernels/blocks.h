@@ -9,6 +9,7 @@
 namespace qemb::cpu::QEMB_ISA {
 
 constexpr int64_t kBlockElements = 16384;
+constexpr int64_t kShortSum = 32;  // rows added one after another
 
 QEMB_INLINE int64_t rows_per_block(int64_t size) {
     return max_of<int64_t>(1, kBlockElements / max_of<int64_t>(1, size));
@@ -48,21 +49,29 @@ QEMB_INLINE void norm_backward(const T* x, const T* weight, T rstd, const T* dy,
     for (i = 0; i < size; ++i) dx[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * back);
 }
 
-// Runs body(block, dweight of the block) over blocks of rows and adds the blocks' dweight in order.
+// Runs body(begin, end, dweight) over blocks of rows. A block adds up the dweight of `short_rows` rows at a time: rows
+// added one after another in float32 lose digits with their number. The blocks' dweight are added in order.
 template <class T, class Body>
-void with_weight_gradient(int64_t rows, int64_t block_rows, int64_t size, void* dweight, Body body) {
+void with_weight_gradient(int64_t rows, int64_t block_rows, int64_t short_rows, int64_t size, void* dweight,
+                          Body body) {
     const int64_t blocks = ceil_div(rows, block_rows);
     T* partial = static_cast<T*>(
-        scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * size) * sizeof(T)));
+        scratch_bytes(Slot::kPanel, static_cast<size_t>(max_of<int64_t>(blocks, 1) * 2 * size) * sizeof(T)));
     parallel_for(blocks, [&](int64_t block) {
-        T* mine = partial + block * size;
+        T *mine = partial + 2 * block * size, *few = mine + size;
         for (int64_t i = 0; i < size; ++i) mine[i] = 0;
-        body(block * block_rows, min_of((block + 1) * block_rows, rows), mine);
+        const int64_t end = min_of((block + 1) * block_rows, rows);
+        if (block_rows <= short_rows) return body(block * block_rows, end, mine);
+        for (int64_t row = block * block_rows; row < end; row += short_rows) {
+            for (int64_t i = 0; i < size; ++i) few[i] = 0;
+            body(row, min_of(row + short_rows, end), few);
+            add_scaled(mine, few, T(1), size);
+        }
     });
     if (!dweight) return;
     T* total = static_cast<T*>(dweight);
     for (int64_t i = 0; i < size; ++i) total[i] = 0;
-    for (int64_t block = 0; block < blocks; ++block) add_scaled(total, partial + block * size, T(1), size);
+    for (int64_t block = 0; block < blocks; ++block) add_scaled(total, partial + 2 * block * size, T(1), size);
 }
 
 }  // namespace qemb::cpu::QEMB_ISA

@@ -41,30 +41,31 @@ void qk_norm_rope(const QkNormRopeForward& p) {
 template <class T>
 void qk_norm_rope_gradients(const QkNormRopeBackward& p) {
     const int64_t dim = p.head_dim, half = dim / 2;
-    with_weight_gradient<T>(
-        p.tokens, rows_per_block(p.heads * dim), dim, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
-            T* weight = tile_of<T>(5 * dim);
-            T *x_buffer = weight + dim, *dy_buffer = weight + 2 * dim, *dn = weight + 3 * dim;
-            if (p.weight) load_row(p.dtype, p.weight, 0, weight, dim);
-            for (int64_t token = begin; token < end; ++token) {
-                const T* cos = static_cast<const T*>(p.cos) + token * half;
-                const T* sin = static_cast<const T*>(p.sin) + token * half;
-                for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
-                    const T* x = read(p.dtype, p.x, row * dim, dim, x_buffer);
-                    const T* dy = read(p.dtype, p.dy, row * dim, dim, dy_buffer);
-                    T* dx = target(p.dtype, p.dx, row * dim, weight + 4 * dim);
-                    for (int64_t i = 0; i < half; ++i) {
-                        dn[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
-                        dn[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
-                    }
-                    if (p.weight)
-                        norm_backward(x, weight, static_cast<const T*>(p.rstd)[row], dn, dx, dweight, dim);
-                    else
-                        for (int64_t i = 0; i < dim; ++i) dx[i] = dn[i];
-                    write(p.dtype, dx, p.dx, row * dim, dim);
-                }
-            }
-        });
+    with_weight_gradient<T>(p.tokens, rows_per_block(p.heads * dim), max_of<int64_t>(1, kShortSum / p.heads), dim,
+                            p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
+                                T* weight = tile_of<T>(5 * dim);
+                                T *x_buffer = weight + dim, *dy_buffer = weight + 2 * dim, *dn = weight + 3 * dim;
+                                if (p.weight) load_row(p.dtype, p.weight, 0, weight, dim);
+                                for (int64_t token = begin; token < end; ++token) {
+                                    const T* cos = static_cast<const T*>(p.cos) + token * half;
+                                    const T* sin = static_cast<const T*>(p.sin) + token * half;
+                                    for (int64_t row = token * p.heads; row < (token + 1) * p.heads; ++row) {
+                                        const T* x = read(p.dtype, p.x, row * dim, dim, x_buffer);
+                                        const T* dy = read(p.dtype, p.dy, row * dim, dim, dy_buffer);
+                                        T* dx = target(p.dtype, p.dx, row * dim, weight + 4 * dim);
+                                        for (int64_t i = 0; i < half; ++i) {
+                                            dn[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
+                                            dn[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
+                                        }
+                                        if (p.weight)
+                                            norm_backward(x, weight, static_cast<const T*>(p.rstd)[row], dn, dx,
+                                                          dweight, dim);
+                                        else
+                                            for (int64_t i = 0; i < dim; ++i) dx[i] = dn[i];
+                                        write(p.dtype, dx, p.dx, row * dim, dim);
+                                    }
+                                }
+                            });
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ void rms_norm(const RmsNormForward& p) {
 template <class T>
 void rms_norm_gradients(const RmsNormBackward& p) {
     with_weight_gradient<T>(
-        p.rows, rows_per_block(p.size), p.size, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
+        p.rows, rows_per_block(p.size), kShortSum, p.size, p.dweight, [&](int64_t begin, int64_t end, T* dweight) {
             T* buffer = tile_of<T>(4 * p.size);
             load_row(p.dtype, p.weight, 0, buffer, p.size);
             for (int64_t row = begin; row < end; ++row) {
