@@ -11,7 +11,7 @@ from typing import Any
 
 from pyqemb.data.files import make_folder
 from pyqemb.data.machine import errno_of, unwritable
-from pyqemb.errors import DataError, MachineError
+from pyqemb.errors import DataError, MachineError, PyqembError
 from pyqemb.llm.request import Answer
 
 _VERSION = 2  # SQLite's user_version; a store of version 1, without digests, is upgraded when it is opened
@@ -33,16 +33,25 @@ class Store:
         try:
             make_folder(self.path.parent)
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        except (*_ERRORS, OSError) as error:
+            raise self._unusable(error) from error
+        try:
             for setting in ("journal_mode = wal", "synchronous = full", "cell_size_check = on", "trusted_schema = off"):
                 self._connection.execute(f"pragma {setting}")
             self._connection.text_factory = lambda raw: raw.decode(
                 "utf-8", "replace"
             )  # damaged answers have another digest
             self._create()
-        except (*_ERRORS, OSError) as error:
-            if errno_of(error) is not None:
-                raise unwritable(self.path, error) from error
-            raise DataError(f"{self.path}: cannot be used as a store of answers: {error}") from error
+        except BaseException as error:
+            self.close()  # releases the lock, which other jobs wait for
+            if isinstance(error, _ERRORS):
+                raise self._unusable(error) from error
+            raise
+
+    def _unusable(self, error: Exception) -> PyqembError:
+        if errno_of(error) is not None:
+            return unwritable(self.path, error)
+        return DataError(f"{self.path}: cannot be used as a store of answers: {error}")
 
     def _create(self) -> None:
         run = self._connection.execute

@@ -1,11 +1,14 @@
 """Tokens on disk are the tokenizer's, and it is asked once for each text."""
 
+import hashlib
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 
+from pyqemb.data.blocks import Blocks
 from pyqemb.data.keyed import Keys, keys_of
 from pyqemb.data.token_cache import TokenCache, TokenFolder
 from pyqemb.data.tokenizer import Tokenizer
@@ -56,6 +59,48 @@ def test_another_tokenizer_has_a_folder_of_its_own(tokenizer, tmp_path):
     assert same(TokenFolder(longer, tmp_path).pack(TEXTS), TokenCache(tiny_tokenizer().with_max_length(64)).pack(TEXTS))
     assert longer.asked
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_new_texts_are_tokenized(tokenizer, tmp_path):
+    for cache in (TokenCache(tokenizer), TokenFolder(tokenizer, str(tmp_path))):
+        assert cache.tokenizer is tokenizer
+        for texts, asked in ((["b", "a", "b"], ["b", "a"]), (["a"], []), (["c", "a", "c"], ["c"]), (iter("cd"), ["d"])):
+            tokenizer.asked.clear()
+            cache.warm(texts)
+            assert tokenizer.asked == asked
+        tokenizer.asked.clear()
+        assert same(cache.pack([*"dab"]), TokenCache(tiny_tokenizer().with_max_length(16)).pack([*"dab"]))
+        assert tokenizer.asked == []
+
+
+def test_the_folder_is_that_of_the_tokenizer(tokenizer, tmp_path):
+    """Folders of earlier versions must be found."""
+    settings = f"tokens-2 Counting 16 {tokenizer.backend.to_str()}"
+    name = hashlib.sha256(settings.encode()).hexdigest()[:24]
+    folder = TokenFolder(tokenizer, tmp_path)
+    assert folder.folder == tmp_path / name
+    folder.pack(["a"])
+    blocks = Blocks(tmp_path / name, name)
+    (ids,) = blocks.values(blocks.rows(keys_of(["a"])), np.int32)
+    assert ids.tolist() == tokenizer.encode_documents(["a"])[0]
+
+
+def test_each_offset_is_that_of_a_token(tokenizer, tmp_path):
+    """A torn end of any length is before the next texts."""
+    folder = TokenFolder(tokenizer, tmp_path)
+    folder.pack(["a"])
+    with (folder.folder / "0000.data").open("ab") as out:
+        out.write(b"\xff" * 3)
+    folder.pack(["bc"])
+    assert same(folder.pack(["bc", "a"]), TokenCache(tiny_tokenizer().with_max_length(16)).pack(["bc", "a"]))
+
+
+def test_a_loss_right_after_writing_is_an_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Blocks, "append", lambda *_, **__: None)
+    folder = TokenFolder(tokenizer, tmp_path)
+    with pytest.raises(MachineError) as caught:
+        folder.pack(["a"])
+    assert str(caught.value) == f"{folder.folder}: lost data that was just written to it"
 
 
 @pytest.mark.parametrize("name", ["0000.data", "0000.index"])
