@@ -126,14 +126,14 @@ def differentiable(
         return *guarded(gradient and gradient.op, ctx, *grads), *others
 
     torch.library.register_autograd(forward.op, compiled_backward, setup_context=keep, lib=_LIBRARY)
-    Eager.__name__ = name
+    named = type(name, (Eager,), {})  # torch derives the name of the node in a graph from it
 
     def call(*arguments: Any) -> Any:
         if has_no_values():
             return returned(forward.op(*arguments))
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # half of the host time of an Eager call
             return returned(forward.raw(*arguments))
-        return Eager.apply(*arguments[:inputs], arguments[inputs:])
+        return named.apply(*arguments[:inputs], arguments[inputs:])
 
     return call
 

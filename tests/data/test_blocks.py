@@ -80,6 +80,7 @@ def check_twice(kind, folder, *of):
     kind(folder, *of).check([*MORE, *TEXTS[:4]])
 
 
+@pytest.mark.slow
 @pytest.mark.promise("R19", "each byte of the token and vector caches changed")
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_every_byte_counts(kind, tmp_path):
@@ -93,6 +94,7 @@ def test_every_byte_counts(kind, tmp_path):
             check_twice(kind, tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.promise("R19", "the token and vector caches cut at each byte")
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_files_that_end_anywhere_or_are_missing(kind, tmp_path):
@@ -105,6 +107,7 @@ def test_files_that_end_anywhere_or_are_missing(kind, tmp_path):
             check_twice(kind, tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "of"), [(Tokens, (16, 7)), (Vectors, ("one", "other"))])
 def test_files_of_another_cache_are_not_believed(kind, of, tmp_path):
     files = [list(written(kind, tmp_path / str(name), name).items()) for name in of]
@@ -480,6 +483,7 @@ def writer(kind, folder, seed, rounds):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_processes_share_a_cache(kind, tmp_path):
     jobs = [writer(kind, tmp_path, seed, 15) for seed in range(2)]
@@ -488,6 +492,7 @@ def test_processes_share_a_cache(kind, tmp_path):
     assert len(list(tmp_path.rglob("*.index"))) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Tokens, Vectors])
 def test_killed_and_stopped_writers(kind, tmp_path):
     """Two that are killed while they write, and one that stands still with its files locked."""

@@ -109,6 +109,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     assert model.norm.weight.is_meta  # nothing touched
 
 
+@pytest.mark.slow
 @pytest.mark.promise("R19", "300 flipped bits in a header of safetensors")
 def test_truncation_and_header_damage_are_named(tmp_path):
     folder = write_tiny_folder(tmp_path)
