@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests/cpp tests/cuda_on_cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help reference reliability docs demo test test-deep test-cpp sanitize test-cuda audit bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick fix check clean
+.PHONY: help reference reliability docs demo test test-deep test-cpp sanitize test-cuda audit bench bench-cuda gpu-session gpu-wheels build wheel check-cuda check-cuda-quick coverage mutants fix check clean
 
 help:
 	@echo "make demo   the whole recipe on the data that ships with pyqemb (about eight minutes, set-up included)"
 	@echo "make test   the tests             make test-deep   those that take long, too"
 	@echo "make sanitize   the C++ and op tests under ASan, UBSan, LSan and TSan, and the bugs that they must find"
 	@echo "make audit  known vulnerabilities of the installed packages, by pip-audit"
+	@echo "make coverage   branches of pyqemb and csrc that the tests take    make mutants   changes of the code that they notice"
 	@echo "make bench  the benchmark suite"
 	@echo "make test-cuda, make bench-cuda   what needs a GPU      make check-cuda   spills, local memory, registers of the kernels, for every architecture"
 	@echo "make gpu-session   all that a quarter of an hour on a GPU can answer, in build/gpu-results; make gpu-wheels before"
@@ -81,6 +82,13 @@ sanitize: $(VENV)/test.stamp
 # Fails for a known vulnerability of a package in .venv. Where no service can be asked, it says that it was skipped.
 audit: $(VENV)/test.stamp
 	$(BIN)/python tests/security/audit.py
+# PARTS: some of "python native modules"; fails if a listed module has a branch that no test takes.
+coverage: $(VENV)/dev.stamp
+	$(BIN)/python tests/measure_coverage.py $(PARTS)
+
+# MODULES: patterns, e.g. "pyqemb.data.*"; all in 15 CPU-minutes.
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python tests/mutants/run.py $(MODULES)
 
 # Skips, and says so, where there is no GPU.
 test-cuda: $(VENV)/test.stamp

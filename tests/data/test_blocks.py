@@ -364,7 +364,9 @@ def test_a_map_grows_with_the_file(tmp_path):
 def test_a_write_that_takes_only_a_part_is_continued(tmp_path, monkeypatch):
     real, synced = os.pwrite, []
     monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, data[:3], offset))
-    monkeypatch.setattr(os, "fdatasync", lambda handle: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(
+        os, "fdatasync", lambda handle: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+    )
     cache = Blocks(tmp_path, "x")
     add(cache, "ab", [b"12345", b"678"])
     assert read(Blocks(tmp_path, "x"), "ab") == [b"12345", b"678"]

@@ -32,10 +32,10 @@ def test_the_digest_is_that_of_the_other_keys():
     ],
 )
 def test_another_content_is_refused(raw):
-    with pytest.raises(DataError, match="^some file: damaged: it does not match its own checksum$"):
+    with pytest.raises(DataError, match=r"^some file: damaged: it does not match its own checksum$"):
         unseal(raw, "some file")
 
 
 def test_what_is_not_json_is_named():
-    with pytest.raises(DataError, match="^some file: "):
+    with pytest.raises(DataError, match=r"^some file: "):
         unseal(b'{"a":', "some file")

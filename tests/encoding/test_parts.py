@@ -126,7 +126,7 @@ def test_vectors_that_are_none(path):
         part.vectors()
     assert str(caught.value) == f"{path}: damaged: expected an .npy file of float32 vectors"
     path.with_suffix(".json").write_bytes(seal({**part._facts(), "files": {}}))
-    with pytest.raises(DamagedPartError, match="expected an .npy file"):
+    with pytest.raises(DamagedPartError, match=r"expected an \.npy file"):
         part.vectors()
 
 

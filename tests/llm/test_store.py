@@ -77,7 +77,10 @@ def test_the_format(path):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [*((name, value) for name in ("key", "request", "answer", "digest") for value in ("x", b"\xff\xfe")), ("digest", None)],
+    [
+        *((name, value) for name in ("key", "request", "answer", "digest") for value in ("x", b"\xff\xfe")),
+        ("digest", None),
+    ],
 )
 def test_damage_to_one_answer_costs_no_other(path, column, value, caplog):
     store = Store(path)
@@ -188,7 +191,12 @@ def test_errors_of_the_machine(path, monkeypatch, error, number):
     store.put("k", {}, Answer(text="a"))
     store._connection.close()
     store._connection = Connection(":memory:")
-    for call in (lambda: store.get("k"), lambda: len(store), lambda: list(store), lambda: store.put("k", {}, Answer(text=""))):
+    for call in (
+        lambda: store.get("k"),
+        lambda: len(store),
+        lambda: list(store),
+        lambda: store.put("k", {}, Answer(text="")),
+    ):
         with pytest.raises(MachineError) as caught:
             call()
         assert str(caught.value) == f"{path}: {error}; the answers stored so far are kept"

@@ -11,7 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model import checkpoint
-from pyqemb.model.checkpoint import load_weights, read_tensors, write_safetensors
+from pyqemb.model.checkpoint import (
+    Stored,
+    Tensors,
+    check_sizes,
+    check_weights,
+    file_order,
+    load_rows,
+    load_weights,
+    read_tensors,
+    stream_safetensors,
+    widest_dtype,
+    write_safetensors,
+)
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.families import build_decoder
 from pyqemb.testing.tiny import tiny_config, tiny_embedder, write_tiny_folder
@@ -241,3 +253,311 @@ def test_syncs_come_before_the_rename(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (order.append(name), real(*a))[1])
     write_safetensors(tmp_path / "w.safetensors", {"a": torch.ones(2)})
     assert order == ["fsync_file", "replace", "fsync_folder"]
+
+
+# The mapping of names to tensors
+
+
+def message(call, *args, error=CheckpointError, **options):
+    with pytest.raises(error) as caught:
+        call(*args, **options)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+A, B, HEAD = torch.arange(6.0).view(3, 2), torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, 2)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder of two files with an index."""
+    files = {"one.safetensors": {"model.a": A, "lm_head.weight": HEAD}, "two.safetensors": {"b": B}}
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / name)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+def test_tensors_by_name(two):
+    tensors = Tensors(str(two))
+    assert tensors.folder == two
+    assert list(tensors) == ["a", "b"]
+    assert len(tensors) == 2
+    assert "a" in tensors
+    assert "model.a" not in tensors
+    assert "lm_head.weight" not in tensors
+    assert tensors["a"].equal(A)
+    assert tensors["b"].equal(B)
+    assert tensors.rows("a", slice(1, 3)).equal(A[1:3])
+    assert tensors.head("lm_head.weight").equal(HEAD)
+    assert tensors.head("score.weight") is None
+    assert tensors.files == [two / "one.safetensors", two / "two.safetensors"]
+    assert (tensors.file("a"), tensors.file("b")) == tuple(tensors.files)
+    assert (tensors.shape("a"), tensors.shape("b")) == ((3, 2), (2,))
+    assert (tensors.dtype("a"), tensors.dtype("b")) == (torch.float32, torch.bfloat16)
+    assert widest_dtype(tensors) == torch.float32
+    with pytest.raises(KeyError):
+        _ = tensors["absent"]
+
+
+def test_heads_and_files_are_chosen(two):
+    tensors = Tensors(two, heads=())
+    assert list(tensors) == ["lm_head.weight", "a", "b"]
+    assert tensors.head("lm_head.weight") is None
+    tensors = Tensors(two, heads=("a", "b"), file="two.safetensors")
+    assert list(tensors) == []
+    assert tensors.head("b").equal(B)
+    assert tensors.files == [two / "two.safetensors"]
+    assert widest_dtype(tensors) == torch.bfloat16
+    assert message(Tensors, two, file="three.safetensors") == f"{two}: has no three.safetensors"
+    assert message(Tensors, two / "absent") == f"{two / 'absent'}: no such folder"
+
+
+def test_one_file_has_priority_over_an_index(two):
+    save_file({"x": A}, two / "model.safetensors")
+    assert list(Tensors(two)) == ["x"]
+
+
+def test_buffers_of_old_versions_are_left_out(tmp_path):
+    names = [
+        "rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "layers.11.self_attn.rotary_emb.cos_cached",
+        "layers.0.self_attn.rotary_emb.sin_cached",
+    ]
+    kept = ["layers.0.rotary_emb.inv_freq", "rotary_emb.inv_freqs", "x.rotary_emb.inv_freq"]
+    save_file({name: torch.ones(1) for name in (*names, *kept)}, tmp_path / "model.safetensors")
+    assert sorted(read_tensors(tmp_path)) == sorted(kept)
+
+
+def test_names_that_appear_twice(two):
+    save_file({"a": A.clone(), "b": B}, two / "two.safetensors")
+    weight_map = {
+        "model.a": "one.safetensors",
+        "lm_head.weight": "one.safetensors",
+        "a": "two.safetensors",
+        "b": "two.safetensors",
+    }
+    (two / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert message(Tensors, two) == f"{two / 'two.safetensors'}: a appears twice"
+
+
+def test_an_index_that_does_not_match_its_files(two):
+    (two / INDEX).write_text(
+        json.dumps({"weight_map": {"model.a": "one.safetensors", "z": "one.safetensors", "y": "one.safetensors"}})
+    )
+    assert message(Tensors, two) == (
+        f"{two / 'one.safetensors'}: does not match {INDEX}: missing y, z, surplus lm_head.weight"
+    )
+    (two / INDEX).write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
+    assert message(Tensors, two) == f"{two / 'absent.safetensors'}: missing, though {INDEX} names it"
+    (two / INDEX).write_text(json.dumps({"weight_map": {"a": "x.bin"}}))
+    assert message(Tensors, two) == (
+        f"{two / INDEX}: weight_map may name .safetensors files of its own folder only, got 'x.bin'"
+    )
+    (two / INDEX).write_text("{}")
+    assert (
+        message(Tensors, two) == f"{two / INDEX}: expected a weight_map of tensor name to file: KeyError('weight_map')"
+    )
+    (two / INDEX).unlink()
+    assert message(Tensors, two) == f"{two}: has neither model.safetensors nor {INDEX}"
+    for name in ("b.pth", "a.pt", "c.ckpt", "d.bin"):
+        (two / name).touch()
+        first = min(path.name for path in two.iterdir() if path.suffix != ".safetensors")
+        assert message(Tensors, two) == (
+            f"{two}: has neither model.safetensors nor {INDEX}; {first} is a pickle, which can run code: "
+            "convert it to safetensors"
+        )
+
+
+def test_a_dtype_that_is_not_supported(tmp_path):
+    save_file({"a": torch.ones(1, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    assert message(Tensors(tmp_path).dtype, "a") == (
+        f"{tmp_path / 'model.safetensors'}: a is stored as I8; expected one of F64, F32, BF16, F16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "words"),
+    [
+        (OSError(5, "Input/output error"), MachineError, "cannot be read: Input/output error"),
+        (checkpoint.SafetensorError("bad\n header"), CheckpointError, "a cannot be read: bad header"),
+        (FileNotFoundError(2, "No such file"), CheckpointError, "a cannot be read: No such file or directory"),
+    ],
+)
+def test_errors_of_reading_name_the_file(tmp_path, failure, kind, words):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": A}, path)
+    tensors = Tensors(tmp_path)
+
+    class Failing:
+        def get_tensor(self, name):
+            raise failure
+
+        get_slice = get_tensor
+
+    tensors._open[path] = Failing()
+    for call in (lambda: tensors["a"], lambda: tensors.rows("a", slice(0, 1))):
+        assert message(call, error=kind) == f"{path}: {words}"
+
+
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    assert message(checkpoint.open_safetensors, path).startswith(f"{path}: damaged, cut short or not safetensors: ")
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "safe_open", fail)
+    assert (
+        message(checkpoint.open_safetensors, path, error=MachineError) == f"{path}: cannot be read: Input/output error"
+    )
+
+
+# Weights and their configuration
+
+
+def test_sizes_are_compared_before_anything_is_allocated(tmp_path):
+    tensors = read_tensors(write_tiny_folder(tmp_path))
+    family = empty_model().family
+    check_sizes(tiny_config(), family, tensors)
+    words = f"{tmp_path / 'config.json'}: num_hidden_layers is 3, the weights hold 2 layers"
+    assert message(check_sizes, tiny_config(num_hidden_layers=3), family, tensors) == words
+    file = tmp_path / "model.safetensors"
+    for change, name, stored, wanted in (
+        ({"vocab_size": 400}, "embed_tokens.weight", [384, 32], [400, 32]),
+        ({"hidden_size": 64}, "embed_tokens.weight", [384, 32], [384, 64]),
+        ({"num_attention_heads": 8}, "layers.0.self_attn.q_proj.weight", [64, 32], [128, 32]),
+        ({"head_dim": 8}, "layers.0.self_attn.q_proj.weight", [64, 32], [32, 32]),
+        ({"num_key_value_heads": 1}, "layers.0.self_attn.k_proj.weight", [32, 32], [16, 32]),
+        ({"intermediate_size": 65}, "layers.0.mlp.gate_proj.weight", [64, 32], [65, 32]),
+    ):
+        assert message(check_sizes, tiny_config(**change), family, tensors) == (
+            f"{file}: {name} has shape {stored}, config.json asks for {wanted}"
+        )
+
+
+def test_a_tensor_that_is_missing_is_not_compared(tmp_path):
+    folder = write_tiny_folder(tmp_path)
+    edit(folder, lambda weights: weights.pop("embed_tokens.weight"))
+    check_sizes(tiny_config(), empty_model().family, read_tensors(folder))
+
+
+def test_names_are_compared_with_the_model(tmp_path):
+    folder, model = write_tiny_folder(tmp_path), empty_model()
+    names = check_weights(model, read_tensors(folder))
+    assert names == {name: name for name, _ in model.named_parameters()}
+    edit(folder, lambda weights: (weights.pop(Q), weights.pop("norm.weight"), weights.update(y=A, x=B)))
+    assert message(check_weights, model, read_tensors(folder)) == (
+        f"{folder}: the weights are not those of config.json: missing {Q}, norm.weight, surplus x, y"
+    )
+
+
+def test_adapters_are_not_weights(tmp_path):
+    from pyqemb.model.lora import LoraConfig, add_lora
+
+    folder = write_tiny_folder(tmp_path)
+    model = build_decoder(tiny_config())
+    add_lora(model, LoraConfig(rank=2))
+    before = {name: x.clone() for name, x in model.named_parameters() if ".lora." in name}
+    assert before
+    load_rows(model, read_tensors(folder))
+    assert set(check_weights(model, read_tensors(folder))) == {
+        name for name, _ in model.named_parameters() if ".lora." not in name
+    }
+    expected = tiny_embedder().model.state_dict()
+    for name, x in model.named_parameters():
+        assert x.equal(before[name] if ".lora." in name else expected[name]), name
+
+
+def test_rows_are_loaded_in_place(tmp_path):
+    folder, model = write_tiny_folder(tmp_path), build_decoder(tiny_config())
+    places = {name: x.data_ptr() for name, x in model.named_parameters()}
+    load_rows(model, read_tensors(folder))
+    expected = tiny_embedder().model.state_dict()
+    assert all(x.equal(expected[name]) for name, x in model.state_dict().items())
+    assert {name: x.data_ptr() for name, x in model.named_parameters()} == places
+    edit(folder, lambda weights: weights[Q].view(-1)[:1].fill_(float("nan")))
+    for call in (load_rows, load_weights):
+        assert (
+            message(call, model, read_tensors(folder)) == f"{folder / 'model.safetensors'}: {Q} holds NaN or infinity"
+        )
+    edit(folder, lambda weights: weights.pop(Q))
+    with pytest.raises(CheckpointError, match=f"missing {Q}"):
+        load_rows(model, read_tensors(folder))
+
+
+# Writing
+
+
+def test_the_order_in_a_file():
+    stored = {
+        name: Stored(dtype, (1,))
+        for name, dtype in (
+            ("b", torch.float32),
+            ("c", torch.bfloat16),
+            ("a", torch.float16),
+            ("d", torch.float64),
+            ("aa", torch.float32),
+        )
+    }
+    assert file_order(stored) == ["d", "aa", "b", "a", "c"]
+
+
+def test_tensors_are_written_one_at_a_time(tmp_path):
+    path = tmp_path / "file"
+    stored = {"b": Stored(torch.float32, (2, 3)), "a": Stored(torch.bfloat16, [2])}
+    values, seen = {"b": torch.arange(6.0).view(3, 2).T, "a": torch.ones(2, dtype=torch.bfloat16).requires_grad_()}, []
+
+    def tensors():
+        for name in ("b", "a"):
+            seen.append(path.exists())
+            yield values[name]
+
+    digest = stream_safetensors(path, stored, tensors(), {"x": "y"})
+    assert seen == [True, True]
+    assert digest == checkpoint.sha256(path)
+    assert all(load_file(path)[name].equal(values[name]) for name in stored)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    assert size % 8 == 0
+    assert raw[8 : 8 + size].rstrip(b" ") == (
+        b'{"__metadata__":{"format":"pt","x":"y"},"b":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
+        b'"a":{"dtype":"BF16","shape":[2],"data_offsets":[24,28]}}'
+    )
+    for wrong in (A.T.double(), A.T[:1]):
+        with pytest.raises(AssertionError, match="b"):
+            stream_safetensors(path, stored, iter([wrong]))
+    with pytest.raises(ValueError, match="shorter"):
+        stream_safetensors(path, stored, iter([values["b"]]))
+
+
+def test_names_of_any_language_are_written(tmp_path):
+    write_safetensors(tmp_path / "file", {"\u00fc": A})
+    assert load_file(tmp_path / "file")["\u00fc"].equal(A)
+    assert "\u00fc".encode() in (tmp_path / "file").read_bytes()
+
+
+def test_errors_of_writing_name_the_file(tmp_path):
+    path = tmp_path / "absent" / "file"
+    assert message(stream_safetensors, path, {}, iter([]), error=MachineError) == (
+        f"{path}: cannot be written: No such file or directory"
+    )
+
+
+def test_the_digest_of_a_large_file(tmp_path):
+    import hashlib
+
+    content = bytes(range(256)) * (1 << 14) + b"x"  # more than is read at once
+    (tmp_path / "file").write_bytes(content)
+    assert checkpoint.sha256(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()
+    (tmp_path / "file").write_bytes(b"")
+    assert checkpoint.sha256(tmp_path / "file") == hashlib.sha256().hexdigest()
+
+
+def test_names_in_an_error():
+    assert checkpoint._some([]) == "none"
+    assert checkpoint._some("edcba") == "a, b, c, d, e"
+    assert checkpoint._some("fedcba") == "a, b, c, d, e and 1 more"

@@ -69,9 +69,7 @@ def files(tmp_path):
     """Rows 0..3, 3..4 and 4..7 of a tensor, one of them with a whole tensor and a number beside it."""
     return [
         write(tmp_path / "c", w=Slice(WHOLE[4:], 4, (7, 3))),
-        write(
-            tmp_path / "a", w=Slice(WHOLE[:3], 0, (7, 3)), n=Slice.of(torch.tensor(5.0)), v=Slice.of(torch.ones(2))
-        ),
+        write(tmp_path / "a", w=Slice(WHOLE[:3], 0, (7, 3)), n=Slice.of(torch.tensor(5.0)), v=Slice.of(torch.ones(2))),
         write(tmp_path / "b", w=Slice(WHOLE[3:4], 3, (7, 3)), e=Slice.of(torch.zeros(0, 4))),
     ]
 
@@ -96,7 +94,9 @@ def test_only_the_files_of_the_rows_are_read(files, monkeypatch):
     tensors, read = ShardedTensors(files), []
     real = ShardedTensors._read
     monkeypatch.setattr(
-        ShardedTensors, "_read", lambda self, name, part, *rows: (read.append((part.path.name, *rows)), real(self, name, part, *rows))[1]
+        ShardedTensors,
+        "_read",
+        lambda self, name, part, *rows: (read.append((part.path.name, *rows)), real(self, name, part, *rows))[1],
     )
     tensors.rows("w", slice(2, 4))
     assert read == [("a", 2, 3), ("b", 3, 4)]

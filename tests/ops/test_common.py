@@ -1,5 +1,8 @@
 """What all ops share: memory for results, offsets for the kernels, and how native functions become torch ops."""
 
+from itertools import count
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -135,58 +138,56 @@ def test_offsets_are_checked_before_they_are_copied():
         common.at_kernels("op", "lengths", [0, 6], 6, "q", CPU)
 
 
-# x -> x^2 and x^3; both kept. The gradient is native too.
-def _powers_fake(x, scale):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+_numbers = count()  # a name can be defined once
 
 
-@common.native("test_powers(Tensor x, float scale) -> (Tensor, Tensor)", _powers_fake)
-def powers(x, scale):
-    return scale * x * x, scale * x**3
+@pytest.fixture
+def ops():
+    """x -> (x^2, x^3) as a native op with a native gradient, and as functions of both results and of the first."""
+    number = next(_numbers)
+
+    def fake(x, scale):
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    def powers(x, scale):
+        return scale * x * x, scale * x**3
+
+    def powers_gradient(x, scale, g, h):
+        return scale * (2 * x * g + 3 * x * x * h)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.scale, ctx.kept = inputs[1], output
+
+    def gradient_of_both(gradient, ctx, g, h):
+        assert len(ctx.kept) == 2
+        return (gradient(*ctx.saved_tensors, ctx.scale, g, h),)
+
+    def gradient_of_one(gradient, ctx, g):
+        (x,) = ctx.saved_tensors
+        return (gradient(x, ctx.scale, g, torch.zeros_like(g)),)
+
+    native = common.native(f"test_powers_{number}(Tensor x, float scale) -> (Tensor, Tensor)", fake)(powers)
+    other = common.native(f"test_first_power_{number}(Tensor x, float scale) -> (Tensor, Tensor)", fake)(powers)
+    gradient = common.native(
+        f"test_gradient_{number}(Tensor x, float scale, Tensor g, Tensor h) -> Tensor", lambda x, *_: common.new(x)
+    )(powers_gradient)
+    double = common.native(f"test_double_{number}(Tensor x) -> Tensor", lambda x: common.new(x))(lambda x: 2 * x)
+    return SimpleNamespace(
+        number=number,
+        powers=native,
+        first_power=other,
+        both=common.differentiable("both", native, gradient, keep, gradient_of_both, inputs=1, results=2),
+        one=common.differentiable("one", other, gradient, keep, gradient_of_one, inputs=1),
+        twice=common.differentiable(
+            "twice", double, None, lambda ctx, inputs, output: None, lambda gradient, ctx, g: (2 * g,), inputs=1
+        ),
+    )
 
 
-@common.native("test_powers_gradient(Tensor x, float scale, Tensor g, Tensor h) -> Tensor", lambda x, *_: common.new(x))
-def powers_gradient(x, scale, g, h):
-    return scale * (2 * x * g + 3 * x * x * h)
-
-
-@common.native("test_double(Tensor x) -> Tensor", lambda x: common.new(x))
-def double(x):
-    return 2 * x
-
-
-def keep(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0])
-    ctx.scale, ctx.kept = inputs[1], output
-
-
-def gradient_of_both(gradient, ctx, g, h):
-    assert len(ctx.kept) == 2
-    return (gradient(*ctx.saved_tensors, ctx.scale, g, h),)
-
-
-def gradient_of_one(gradient, ctx, g):
-    (x,) = ctx.saved_tensors
-    return (gradient(x, ctx.scale, g, torch.zeros_like(g)),)
-
-
-both = common.differentiable("both", powers, powers_gradient, keep, gradient_of_both, inputs=1, results=2)
-
-
-@common.native("test_first_power(Tensor x, float scale) -> (Tensor, Tensor)", _powers_fake)
-def first_power(x, scale):
-    return scale * x * x, scale * x**3
-
-
-one = common.differentiable("one", first_power, powers_gradient, keep, gradient_of_one, inputs=1)
-twice = common.differentiable(
-    "twice", double, None, lambda ctx, inputs, output: None, lambda gradient, ctx, g: (2 * g,), inputs=1
-)
-
-
-def test_a_native_function_is_called_directly_or_as_an_op(monkeypatch):
-    x = torch.tensor([1.0, 2.0])
-    assert powers.op is torch.ops.pyqemb.test_powers.default
+def test_a_native_function_is_called_directly_or_as_an_op(ops):
+    x, powers = torch.tensor([1.0, 2.0]), ops.powers
+    assert powers.op is getattr(torch.ops.pyqemb, f"test_powers_{ops.number}").default
     assert torch.Tag.pt2_compliant_tag in powers.op.tags
     assert torch.Tag.needs_fixed_stride_order in powers.op.tags
     for found in (powers(x, 2.0), powers.op(x, 2.0)):
@@ -197,70 +198,70 @@ def test_a_native_function_is_called_directly_or_as_an_op(monkeypatch):
         assert spied(x) == "op"
         assert [each.shape for each in powers(x.to("meta"), 2.0)] == [(2,), (2,)]
     for key in ("CPU", "CUDA"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("pyqemb::test_powers", key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyqemb::test_powers_{ops.number}", key)
 
 
-def test_gradients_of_several_results():
-    for call in (both, lambda x, scale: powers.op(x, scale)):
+def test_gradients_of_several_results(ops):
+    for call in (ops.both, ops.powers.op):
         x = torch.tensor([1.0, 2.0], requires_grad=True)
         square, cube = call(x, 2.0)
         (square.sum() + 10 * cube.sum()).backward()
         assert x.grad.tolist() == [2 * (2 + 30), 2 * (4 + 120)]
     with torch.no_grad():
-        assert [each.tolist() for each in both(torch.tensor([3.0]), 1.0)] == [[9], [27]]
+        assert [each.tolist() for each in ops.both(torch.tensor([3.0]), 1.0)] == [[9], [27]]
 
 
-def test_gradients_of_one_result():
+def test_gradients_of_one_result(ops):
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    found = one(x, 2.0)
+    found = ops.one(x, 2.0)
     assert isinstance(found, torch.Tensor)
     assert type(found.grad_fn).__name__ == "oneBackward"
     found.sum().backward()
     assert x.grad.tolist() == [4, 8]
     x = torch.tensor([3.0], requires_grad=True)
-    doubled = twice(x)
+    doubled = ops.twice(x)
     doubled.backward()
     assert (doubled.tolist(), x.grad.tolist()) == ([6], [2])
     with torch.no_grad():
-        assert one(x, 1.0).tolist() == [9]
-        assert twice(x).tolist() == [6]
+        assert ops.one(x, 1.0).tolist() == [9]
+        assert ops.twice(x).tolist() == [6]
 
 
-def test_without_values_there_are_gradients_too():
+def test_without_values_there_are_gradients_too(ops):
     with shapes_only("cpu"):
         x = torch.ones(2, device="meta", requires_grad=True)
-        found = one(x, 2.0)
+        found = ops.one(x, 2.0)
         assert found.shape == (2,)
         found.sum().backward()
         assert x.grad.shape == (2,)
-        assert [each.shape for each in both(x, 2.0)] == [(2,), (2,)]
+        assert [each.shape for each in ops.both(x, 2.0)] == [(2,), (2,)]
 
 
 @pytest.mark.slow  # and torch.compile does not go through the functions of mutmut
-def test_a_compiled_graph_has_gradients():
-    compiled = torch.compile(lambda x: one(x, 3.0).sum(), backend="aot_eager", fullgraph=True)
+def test_a_compiled_graph_has_gradients(ops):
+    compiled = torch.compile(lambda x: ops.one(x, 3.0).sum(), backend="aot_eager", fullgraph=True)
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     compiled(x).backward()
     assert x.grad.tolist() == [6, 12]
 
 
-@pytest.mark.parametrize("call", [one, both, lambda x, scale: first_power.op(x, scale)])
-def test_a_second_derivative_is_refused(call):
+@pytest.mark.parametrize("name", ["one", "both", "first_power"])
+def test_a_second_derivative_is_refused(ops, name):
     x = torch.tensor([1.0], requires_grad=True)
-    found = call(x, 1.0)
+    found = (ops.first_power.op if name == "first_power" else getattr(ops, name))(x, 1.0)
     found = found if isinstance(found, torch.Tensor) else found[0]
     with pytest.raises(RuntimeError, match=r"^\[(one|both)\] is differentiable once: its gradient cannot be taken with "
                                            r"create_graph=True$"):  # fmt: skip
         torch.autograd.grad(found.sum(), x, create_graph=True)
 
 
-def test_forward_mode_is_not_silently_wrong():
+def test_forward_mode_is_not_silently_wrong(ops):
     from torch.autograd import forward_ad
 
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(torch.tensor([1.0]), torch.tensor([1.0]))
         with pytest.raises(RuntimeError, match="forward mode"):
-            one(dual, 1.0)
+            ops.one(dual, 1.0)
 
 
 def test_memory_for_gradients():

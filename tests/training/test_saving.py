@@ -221,7 +221,9 @@ def in_both(tmp_path, monkeypatch, body, count=2):
     pair, results = Pair(), [None, None]
     monkeypatch.setattr(saving, "_num_shards", lambda weights: count)
     monkeypatch.setattr(
-        Slice, "of", classmethod(lambda cls, x: cls(x[1], x[0], (3, 2)) if isinstance(x, tuple) else cls(x, 0, tuple(x.shape)))
+        Slice,
+        "of",
+        classmethod(lambda cls, x: cls(x[1], x[0], (3, 2)) if isinstance(x, tuple) else cls(x, 0, tuple(x.shape))),
     )
 
     def run(rank):
@@ -353,7 +355,9 @@ def test_a_first_rank_that_leaves_waits_only_a_while(tmp_path, monkeypatch, capl
 
     real = state.write_shard
     monkeypatch.setattr(
-        state, "write_shard", lambda folder, number, *rest: real(folder, number, *rest) if number == 0 else time.sleep(3)
+        state,
+        "write_shard",
+        lambda folder, number, *rest: real(folder, number, *rest) if number == 0 else time.sleep(3),
     )
     waited, _ = in_both(tmp_path, monkeypatch, body)
     assert 0.5 <= waited < 3

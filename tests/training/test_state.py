@@ -200,7 +200,9 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "sha256", fail)
-        assert message(MachineError, verify, path) == f"{path / 'model.safetensors'}: cannot be read: Input/output error"
+        assert (
+            message(MachineError, verify, path) == f"{path / 'model.safetensors'}: cannot be read: Input/output error"
+        )
         assert path not in state._verified
 
     def fail_without_a_name(file):
@@ -227,7 +229,10 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
         ({"format": 4, "more": 1}, "has format 4, this version reads 3"),
         ({"format": "3"}, "damaged: 'format' is '3'"),
         ({"format": ...}, "damaged: expected the fields format, step, shards, files, found files, shards, step"),
-        ({"more": 1}, "damaged: expected the fields format, step, shards, files, found files, format, more, shards, step"),
+        (
+            {"more": 1},
+            "damaged: expected the fields format, step, shards, files, found files, format, more, shards, step",
+        ),
         ({"step": "7"}, "damaged: 'step' is '7'"),
         ({"step": True}, "damaged: 'step' is True"),
         ({"step": 8}, "has step 8, which does not match the folder's name"),
@@ -296,7 +301,8 @@ def test_files_outside_of_portable_are_known(tmp_path):
         ({"bad_steps": False}, "damaged: 'bad_steps' is False"),
         ({"evaluations_since_best": None}, "damaged: 'evaluations_since_best' is None"),
         ({"steps": "x" * 200}, f"damaged: 'steps' is '{'x' * 79}"),
-        ({"best": {"metric": "ndcg", "value": 0.5}}, "damaged: expected the fields metric, value, step, found metric, value"),
+        ({"best": {"metric": "ndcg", "value": 0.5}},
+         "damaged: expected the fields metric, value, step, found metric, value"),
         ({"best": {**BEST, "metric": 3}}, "damaged: 'metric' is 3"),
         ({"best": {**BEST, "value": "1"}}, "damaged: 'value' is '1'"),
         ({"best": {**BEST, "step": 0.5}}, "damaged: 'step' is 0.5"),
@@ -381,9 +387,7 @@ def test_auto_takes_the_newest_intact(run, tmp_path):
     flip(run / "checkpoints" / "step_100000000")
     assert find(run, "auto", warned.append).step == 10
     damaged = run / "checkpoints" / "step_100000000" / "state.json"
-    assert warned == [
-        f"skipped a checkpoint: {damaged}: damaged: its checksum is not the one in manifest.json"
-    ]
+    assert warned == [f"skipped a checkpoint: {damaged}: damaged: its checksum is not the one in manifest.json"]
     for step in ("00000010", "00000002"):
         flip(run / "checkpoints" / f"step_{step}")
     assert message(CheckpointError, find, run, "auto", warned.append) == (
@@ -417,7 +421,11 @@ def test_paths_that_hold_no_checkpoint(tmp_path, run):
     assert message(ConfigError, find, new, "", nobody.append) == (
         "resume: expected 'auto' or the path of a checkpoint, got ''"
     )
-    for name, words in (("file", "is a file"), ("absent", "no such folder"), ("absent/step_00000001", "no such folder")):
+    for name, words in (
+        ("file", "is a file"),
+        ("absent", "no such folder"),
+        ("absent/step_00000001", "no such folder"),
+    ):
         path = tmp_path / name
         assert message(ConfigError, find, new, path, nobody.append) == f"resume: {path}: {words}; {_EXPECTED}"
     assert message(CheckpointError, find, new, tmp_path / "empty", nobody.append) == (
@@ -433,7 +441,10 @@ def test_a_new_run_replaces_nothing(run, tmp_path):
     new = tmp_path / "new"
     assert find(new, None, nobody.append) is None
     newest = run / "checkpoints" / "step_100000000"
-    words = f"{newest}: an earlier run left checkpoints here; continue it with --resume auto (resume='auto'), or choose another save.dir"
+    words = (
+        f"{newest}: an earlier run left checkpoints here; continue it with --resume auto (resume='auto'), or choose "
+        "another save.dir"
+    )
     assert message(ConfigError, find, run, None, nobody.append) == words
     write(new / "elsewhere", 5)
     assert message(ConfigError, find, run, new / "elsewhere", nobody.append) == words
@@ -616,7 +627,12 @@ def test_random_states_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((device, state.tolist())))
     found = state.random_states()
     assert found["cuda"] == ["01ff", "03"]
-    for count, expected in ((2, [(0, [1, 255]), (1, [3])]), (1, [(0, [1, 255])]), (0, []), (3, [(0, [1, 255]), (1, [3])])):
+    for count, expected in (
+        (2, [(0, [1, 255]), (1, [3])]),
+        (1, [(0, [1, 255])]),
+        (0, []),
+        (3, [(0, [1, 255]), (1, [3])]),
+    ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         restored.clear()
         state.restore_random_states(found, "x")
