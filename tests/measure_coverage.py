@@ -127,7 +127,7 @@ def native():
     report = PLACE / "native.json"
     # Branches to the handler of an exception that the compiler adds to every call are no decisions of the code.
     run("gcovr", "--root", ROOT, "--filter", "csrc/", "--exclude-throw-branches", "--exclude-unreachable-branches",
-        "--gcov-ignore-errors=all", "--json-summary", report, build)  # fmt: skip
+        "--gcov-ignore-errors=all", "--merge-lines", "--json-summary", report, build)  # fmt: skip
     return {
         file["filename"]: ((file["line_covered"], file["line_total"]), (file["branch_covered"], file["branch_total"]))
         for file in json.loads(report.read_text())["files"]

@@ -15,6 +15,7 @@ import ast
 import datetime
 import difflib
 import fnmatch
+import gc
 import json
 import os
 import select
@@ -22,14 +23,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "build" / "mutants"
 RESULTS, EQUIVALENT = Path(__file__).with_name("results.json"), Path(__file__).with_name("equivalent.json")
+FOUND = PLACE / "found.jsonl"  # the result of each mutant so far
 VARIABLE = "MUTANT_UNDER_TEST"
+BEFORE, AFTER = "before", "after"  # runs without a mutant
 CPU_LIMIT, WALL_LIMIT = 20.0, 300.0  # seconds of a mutant; one that loops forever is killed, and counts as such
 
 
@@ -80,19 +85,19 @@ class Runner:
         self.mutants, self.processes = mutants, processes
 
     def pytest_runtestloop(self, session):
+        self.folders = session.config._tmp_path_factory
         self.items, self.seconds, self.tests = session.items, {}, defaultdict(list)
         self.collect_calls()
         names = defaultdict(list)
         for mutant in self.mutants:
             names[function_of(mutant)].append(mutant)
-        batches = sorted(names.values(), key=len, reverse=True)
+        # Every third mutant of each function first: a run that is stopped has a sample of all.
+        batches = [part for first in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3))
+                   for each in sorted(names.values(), key=len, reverse=True) if (part := each[first])]  # fmt: skip
+        gc.freeze()  # a fork that collects garbage would copy all memory
         workers = [self.fork_worker(batches[place :: self.processes]) for place in range(self.processes)]
-        results = {}
-        for worker, reader in workers:
-            with os.fdopen(reader) as file:
-                results |= json.loads(file.read())
+        for worker in workers:
             os.waitpid(worker, 0)
-        (PLACE / "results.json").write_text(json.dumps(results))
         return True
 
     def collect_calls(self):
@@ -103,8 +108,8 @@ class Runner:
         set_mutant_under_test("stats")
         for item in self.items:
             start = time.process_time()
-            if self.fails(item):
-                sys.exit(f"{item.nodeid} fails without a mutant")
+            if failures := self.failures(item):
+                raise RuntimeError(f"{item.nodeid} fails without a mutant: {failures[0]}")
             self.seconds[item] = time.process_time() - start
             for function in state()._stats:
                 self.tests[function].append(item)
@@ -112,45 +117,46 @@ class Runner:
         set_mutant_under_test(None)
         os.environ[VARIABLE] = ""
 
-    def fails(self, item) -> bool:
+    def failures(self, item) -> list[str]:
         from _pytest.runner import runtestprotocol
 
-        return any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
+        return [report.longreprtext for report in runtestprotocol(item, log=False, nextitem=None) if report.failed]
 
-    def killed(self, mutant: str) -> bool:
+    def killed(self, mutant: str, tests) -> bool:
         os.environ[VARIABLE] = mutant
-        tests = sorted(self.tests[function_of(mutant)], key=self.seconds.get)
         try:
-            return any(map(self.fails, tests))
+            for item in sorted(tests, key=self.seconds.get):
+                if failures := self.failures(item):
+                    if mutant == BEFORE:
+                        (PLACE / "failures.txt").open("a").write(f"{item.nodeid}\n{failures[0]}\n")
+                    return True
+            return False
         finally:
             os.environ[VARIABLE] = ""
 
-    def fork_worker(self, batches) -> tuple[int, int]:
-        reader, writer = os.pipe()
+    def fork_worker(self, batches) -> int:
         process = os.fork()
         if process:
-            os.close(writer)
-            return process, reader
-        results = {}
+            return process
+        self.folders._basetemp = Path(tempfile.mkdtemp(dir=self.folders.getbasetemp()))  # not shared: names are counted
         for batch in batches:
             found = self.run_batch(batch)
-            if found.pop("", "survived") != "survived":  # a mutant has changed the process for the next ones
+            if found.pop(AFTER, "survived") != "survived":  # a mutant has changed the process for the next ones
                 found = {}
                 for mutant in batch:
                     found |= self.run_batch([mutant])
-                found.pop("", None)
-            results |= found
-            lost = sum(result in ("survived", "no tests") for result in results.values())
-            print(f"{len(results)} mutants, {lost} survived", file=sys.__stderr__, flush=True)
-        with os.fdopen(writer, "w") as file:
-            file.write(json.dumps(results))
+                found.pop(AFTER, None)
+            if found.pop(BEFORE, "survived") != "survived":
+                found = dict.fromkeys(batch, "tests fail without a mutant")
+            with FOUND.open("a") as file:
+                file.write("".join(f"{json.dumps(each)}\n" for each in found.items()))
         os._exit(0)
 
     def run_batch(self, mutants: list[str]) -> dict[str, str]:
-        """The result of each mutant, and of none at the end."""
+        """The result of each mutant, and of the code without one before and after them."""
         if not self.tests[function_of(mutants[0])]:
             return dict.fromkeys(mutants, "no tests")
-        results, rest = {}, [*mutants, ""]
+        results, rest = {}, [BEFORE, *mutants, AFTER]
         while rest:
             reader, writer = os.pipe()
             process = os.fork()
@@ -166,13 +172,15 @@ class Runner:
         os.setsid()
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1), os.dup2(sink, 2)
-        for mutant in mutants:
-            try:
-                killed = self.killed(mutant) if mutant else any(map(self.fails, self.tests[function]))
-            except BaseException:
-                killed = True
-            os.write(writer, b"k" if killed else b"s")
-        os._exit(0)
+        try:
+            for mutant in mutants:
+                try:
+                    killed = self.killed(mutant, self.tests[function])
+                except BaseException:
+                    killed = True
+                os.write(writer, b"k" if killed else b"s")
+        finally:
+            os._exit(0)
 
     def follow(self, process: int, reader: int, count: int) -> list[str]:
         """What a child reports; a last "timeout" or "crash" if it did not come to its end."""
@@ -199,6 +207,10 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def found() -> dict[str, str]:
+    return dict(map(json.loads, FOUND.read_text().splitlines())) if FOUND.exists() else {}
+
+
 def run_tests(names: Path, processes: int) -> None:
     """In the folder of the mutants: the tests."""
     import pytest
@@ -207,24 +219,23 @@ def run_tests(names: Path, processes: int) -> None:
     os.environ[VARIABLE] = ""
     options = [*config().pytest_add_cli_args, *config().pytest_add_cli_args_test_selection]
     quiet = ["-q", "--rootdir=.", "-o", "tmp_path_retention_policy=none"]
-    runner = Runner(json.loads(names.read_text()), processes)
+    rest = [mutant for mutant in json.loads(names.read_text()) if mutant not in found()]
+    runner = Runner(rest, processes)
     sys.exit(pytest.main([*quiet, *options], plugins=[runner]))
 
 
 def summary(changes: dict[str, str], results: dict[str, str]) -> dict:
-    """By module: its mutants, those that are killed, and the changes of those that survive."""
+    """By module: how many mutants there are, were run and are killed, and the changes of those that survived."""
     modules: dict[str, dict] = {}
     for mutant, change in changes.items():
-        module, function = (
-            mutant.rpartition(".")[0],
-            function_of(mutant).rpartition(".")[2].lstrip("x").strip("_\u01c1"),
-        )
-        row = modules.setdefault(module, {"mutants": 0, "killed": 0, "survived": []})
+        function = function_of(mutant).rpartition(".")[2].lstrip("x").strip("_\u01c1").replace("\u01c1", ".")
+        row = modules.setdefault(mutant.rpartition(".")[0], {"mutants": 0, "run": 0, "killed": 0, "survived": []})
         row["mutants"] += 1
-        if results[mutant] in ("survived", "no tests"):
-            row["survived"].append(f"{function.replace(chr(0x1C1), '.')}: {change}")
-        else:
+        row["run"] += mutant in results
+        if results.get(mutant) in ("killed", "timeout", "crash"):
             row["killed"] += 1
+        elif mutant in results:
+            row["survived"].append(f"{function}: {change}")
     return modules
 
 
@@ -232,26 +243,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="e.g. pyqemb.data.blocks, or a pattern; default: all")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, help="stop then; every third mutant of each function comes first")
+    parser.add_argument("--continue", action="store_true", dest="again", help="go on with a run that was stopped")
     parser.add_argument("--in-place", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_place:
         run_tests(args.in_place, args.processes)
-    changes = write_mutants(args.modules)
-    names = PLACE / "names.json"
-    names.write_text(json.dumps(list(changes)))
+    names = PLACE / "changes.json"
+    if not args.again:
+        names.write_text(json.dumps(write_mutants(args.modules)))
+    changes = json.loads(names.read_text())
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLACE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     command = [sys.executable, str(Path(__file__)), "--in-place", str(names), "--processes", str(args.processes)]
-    subprocess.run(command, cwd=PLACE, env=environment, check=True)
-    found = summary(changes, json.loads((PLACE / "results.json").read_text()))
+    with subprocess.Popen(command, cwd=PLACE, env=environment, start_new_session=True) as process:
+        try:
+            code = process.wait(args.minutes and 60 * args.minutes)
+        except subprocess.TimeoutExpired:
+            code = 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        sys.exit(code)
+    modules = summary(changes, found())
     store = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"modules": {}}
-    store["modules"] |= found
+    store["modules"] |= modules
     store["date"] = datetime.date.today().isoformat()
     RESULTS.write_text(json.dumps(store, indent=1, sort_keys=True) + "\n")
-    for module, row in sorted(found.items()):
-        print(f"{module}: {row['killed']} of {row['mutants']} killed")
+    for module, row in sorted(modules.items()):
+        print(f"{module}: {row['killed']} of {row['run']} killed")
         print(*(f"    {each}" for each in row["survived"]), sep="\n")
 
 
