@@ -8,6 +8,7 @@ whether all ranks are done, or one has failed, at a step boundary or while they 
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pyqemb.data.files import atomic_file, atomic_folder
+from pyqemb.data.files import atomic_folder
 from pyqemb.data.machine import reason, writing
 from pyqemb.data.sealed import seal, unseal
 from pyqemb.errors import MachineError
@@ -188,8 +189,10 @@ class _Save:
     def _write(self) -> None:
         files = state.write_shard(self.temporary, self.number, self.count, *self.shards)
         if self.number:
-            with atomic_file(self._report(self.number)) as path:
-                path.write_bytes(seal({"files": files}))
+            report = self._report(self.number)
+            partial = report.with_suffix(".partial")
+            partial.write_bytes(seal({"files": files}))
+            os.replace(partial, report)  # from now on the first rank may rename the folder
             return
         for number in range(1, self.count):
             files |= self._files_of(number)

@@ -78,6 +78,8 @@ def test_any_rows_are_read(files):
     tensors = ShardedTensors(files)
     assert sorted(tensors) == ["e", "n", "v", "w"]
     assert len(tensors) == 4
+    assert "w" in tensors
+    assert "absent" not in tensors
     assert {name: tensors.shape(name) for name in tensors} == {"e": (0, 4), "n": (), "v": (2,), "w": (7, 3)}
     assert tensors["w"].equal(WHOLE)
     assert tensors["n"].equal(torch.tensor(5.0))

@@ -82,6 +82,20 @@ def test_another_base_model_is_refused(tmp_path):
     assert changed_files(stored, {"a": "1", "b": "2", "c": "3", "d": "4"}) == []
 
 
+def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path):
+    stored = checkpoint(tmp_path)
+    default = stored.state["config"]["train"].pop("ema_decay")
+    check_continues(stored, config(), "digest", WEIGHTS)
+    assert message(ConfigError, stored, config(ema_decay=0.5), "digest", WEIGHTS) == (
+        f"cannot resume with another configuration: train.ema_decay was {default!r}, now 0.5"
+    )
+    assert "ema_decay" not in stored.state["config"]["train"]
+    del stored.state["config"]["train"]
+    assert "train.learning_rate was " in message(ConfigError, stored, config(learning_rate=0.5), "digest", WEIGHTS)
+    assert resume._with_new_keys({"a": 1, "train": {"steps": 3}})["a"] == 1
+    assert resume._with_new_keys({"train": {"steps": 3}})["train"]["steps"] == 3
+
+
 def test_other_data_are_refused(tmp_path):
     assert message(ConfigError, checkpoint(tmp_path), config(), "other", WEIGHTS) == (
         "cannot resume: the training data are not those of the checkpoint"

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from pyqemb.data import files
 from pyqemb.data.sealed import seal
 from pyqemb.errors import MachineError, RankError
 from pyqemb.model.shard_files import Slice
@@ -285,6 +286,24 @@ def test_the_first_rank_waits_for_the_others(tmp_path, monkeypatch):
         return first, saver.wait()
 
     assert in_both(tmp_path, monkeypatch, body) == [(None, tmp_path / "step_00000001")] * 2
+
+
+def test_the_first_rank_may_complete_the_checkpoint_as_soon_as_the_report_is_there(tmp_path, monkeypatch):
+    """The other rank does nothing more in the folder, which is renamed: it was still syncing it."""
+    real = files.fsync_folder
+
+    def fsync_folder(folder):
+        if (folder / "shard-00001.json").exists():
+            time.sleep(0.5)
+        real(folder)
+
+    monkeypatch.setattr(files, "fsync_folder", fsync_folder)
+
+    def body(saver, rank, weights):
+        save(saver, weights)
+        return saver.wait()
+
+    assert in_both(tmp_path, monkeypatch, body) == [tmp_path / "step_00000001"] * 2
 
 
 @pytest.mark.parametrize("bad", [0, 1])
