@@ -332,6 +332,7 @@ def test_one_damaged_block_costs_no_other(tmp_path, caplog):
         file.seek(6)
         file.write(b"?")
     assert read(cache, "abcde") == [b"12", b"34", None, None, b"9"]
+    assert cache.rows(keys_of("?bcd")).tolist() == [-1, 1, -1, -1]
     assert read(cache, "dcba") == [None, None, b"34", b"12"]
     words = f"{tmp_path / '0000.data'}: damaged at byte 4; lost values are recomputed"
     assert [entry.getMessage() for entry in caplog.records] == [words]  # once
@@ -428,6 +429,14 @@ def test_errors_of_the_machine_are_named(tmp_path, monkeypatch, number, name):
             cache.rows(keys_of("a"))
     assert str(caught.value) == f"{tmp_path / '0000.data'}: cannot be read: {os.strerror(number)}"
     assert read(cache, "a") == [b"1"]  # it was not taken for damage
+
+
+def test_a_link_to_itself_is_no_damage(tmp_path):
+    add(Blocks(tmp_path, "x"), "a", [b"1"])
+    (tmp_path / "0000.data").unlink()
+    (tmp_path / "0000.data").symlink_to("0000.data")
+    with pytest.raises(MachineError, match=r"0000\.data: cannot be read: Too many levels of symbolic links"):
+        Blocks(tmp_path, "x").rows(keys_of("a"))
 
 
 @pytest.mark.parametrize("name", ["open", "pwrite", "fdatasync"])

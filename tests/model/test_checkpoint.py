@@ -405,7 +405,8 @@ def test_errors_of_reading_name_the_file(tmp_path, failure, kind, words):
 def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
-    assert message(checkpoint.open_safetensors, path).startswith(f"{path}: damaged, cut short or not safetensors: ")
+    words = message(checkpoint.open_safetensors, path)
+    assert words.startswith(f"{path}: damaged, cut short or not safetensors: Error while deserializing header")
 
     def fail(*_, **__):
         raise OSError(5, "Input/output error")
@@ -479,7 +480,9 @@ def test_rows_are_loaded_in_place(tmp_path):
     expected = tiny_embedder().model.state_dict()
     assert all(x.equal(expected[name]) for name, x in model.state_dict().items())
     assert {name: x.data_ptr() for name, x in model.named_parameters()} == places
+    assert checkpoint._finite(read_tensors(folder), Q, slice(1, 3)).equal(expected[Q][1:3])
     edit(folder, lambda weights: weights[Q].view(-1)[:1].fill_(float("nan")))
+    assert checkpoint._finite(read_tensors(folder), Q, slice(1, 3)).equal(expected[Q][1:3])
     for call in (load_rows, load_weights):
         assert (
             message(call, model, read_tensors(folder)) == f"{folder / 'model.safetensors'}: {Q} holds NaN or infinity"

@@ -227,6 +227,21 @@ def test_gradients_of_one_result(ops):
         assert ops.twice(x).tolist() == [6]
 
 
+def test_gradients_of_several_inputs():
+    from pyqemb import ops
+
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    results = []
+    for call in (
+        lambda: ops.rms_norm(x, weight, eps=1e-2),
+        lambda: torch.nn.functional.rms_norm(x, (8,), weight, 1e-2),
+    ):
+        found = call()
+        results.append((found, *torch.autograd.grad(found.square().sum(), (x, weight))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_without_values_there_are_gradients_too(ops):
     with shapes_only("cpu"):
         x = torch.ones(2, device="meta", requires_grad=True)

@@ -122,6 +122,7 @@ def test_differences():
     assert differences(before, now, {"a", "b.c", "f"}) == [found[2], found[4]]
     assert differences(before, now, {"b"}) == [found[0], found[3], found[4]]
     assert differences(before, before, set()) == []
+    assert differences({"Xa": 1}, {"Xa": 2}, set()) == ["Xa was 1, now 2"]
     assert differences([1], {"0": 1}, set()) == [" was [1], now {'0': 1}"]
     assert differences({"a": {}}, {"a": [1]}, set()) == ["a was {}, now [1]"]
     assert differences({"a": [1, 2]}, {"a": "xy"}, set()) == ["a was [1, 2], now 'xy'"]

@@ -99,8 +99,8 @@ def test_an_error_removes_the_partial_checkpoint(tmp_path, monkeypatch):
     start(saver, 1)
     saver.wait()
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(folder, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.safetensors"))
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "write_shard", full)

@@ -540,6 +540,23 @@ def test_what_one_rank_finds_holds_for_all(run):
     assert warned == ["skipped a checkpoint: rank 1: damaged"] * 3
 
 
+def test_a_single_rank_reads_all(tmp_path):
+    path = write(tmp_path, 7)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "portable/config.json"):
+        before = (path / name).read_bytes()
+        (path / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert message(CheckpointError, Checkpoint.load, path).startswith(f"{path / name}: damaged: its checksum")
+        (path / name).write_bytes(before)
+
+
+def test_a_name_that_no_file_can_have_is_damage(tmp_path):
+    path = write(tmp_path, 7)
+    manifest = unseal((path / "manifest.json").read_bytes(), "")["files"]
+    name = f"portable/{'x' * 300}"
+    forge(path, files={**manifest, name: {"size": 1, "sha256": ""}})
+    assert message(CheckpointError, verify, path) == f"{path / name}: cannot be read: File name too long"
+
+
 def test_only_the_first_rank_looks_at_the_folders(run, monkeypatch):
     """The others may see another file system; they get the candidates of rank 0."""
     chosen = [run / "checkpoints" / "step_00000002"]
@@ -575,8 +592,11 @@ def test_folders_by_step(run):
     for name in ("step_3", "step_0000000x", "other", "step_00000005x", ".step_00000006"):
         (folder / name).mkdir()
     (folder / "step_00000004").touch()
-    assert [path.name for path in state.checkpoints(folder)] == ["step_00000002", "step_00000010", "step_100000000"]
-    assert [state.step_of(path) for path in state.checkpoints(folder)] == [2, 10, 100_000_000]
+    (folder / "step_99999999").mkdir()
+    assert [path.name for path in state.checkpoints(folder)] == [
+        "step_00000002", "step_00000010", "step_99999999", "step_100000000",
+    ]  # fmt: skip
+    assert [state.step_of(path) for path in state.checkpoints(folder)] == [2, 10, 99_999_999, 100_000_000]
     assert state.checkpoints(folder / "absent") == []
 
 
