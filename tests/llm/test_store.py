@@ -92,9 +92,7 @@ def test_damage_to_one_answer_costs_no_other(path, column, value, caplog):
     assert store.get("k") is None
     assert store.get("l") == Answer(text="a")
     assert [key for key, _, _ in store] == ["l"]
-    assert {entry.getMessage() for entry in caplog.records} == {
-        f"{path}: an answer is damaged; it is requested again"
-    }
+    assert {entry.getMessage() for entry in caplog.records} == {f"{path}: an answer is damaged; it is requested again"}
     store.put("k", REQUEST, Answer(text="b"))
     assert store.get("k") == Answer(text="b")
 
