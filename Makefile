@@ -82,6 +82,7 @@ sanitize: $(VENV)/test.stamp
 # Fails for a known vulnerability of a package in .venv. Where no service can be asked, it says that it was skipped.
 audit: $(VENV)/test.stamp
 	$(BIN)/python tests/security/audit.py
+
 # PARTS: some of "python native modules"; fails if a listed module has a branch that no test takes.
 coverage: $(VENV)/dev.stamp
 	$(BIN)/python tests/measure_coverage.py $(PARTS)

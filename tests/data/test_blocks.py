@@ -431,6 +431,15 @@ def test_errors_of_the_machine_are_named(tmp_path, monkeypatch, number, name):
     assert read(cache, "a") == [b"1"]  # it was not taken for damage
 
 
+def test_a_value_that_the_index_cannot_describe(tmp_path):
+    cache = Blocks(tmp_path, "x")
+    with pytest.raises(ValueError, match=f"^a value has at most {2**31 - 1} bytes, got {2**31}$"):
+        cache.append(keys_of("a"), np.zeros(1, np.uint8), np.array([2**31]), align=1)
+    assert list(tmp_path.iterdir()) == []
+    cache.append(keys_of([]), np.zeros(0, np.uint8), np.array([], dtype=np.int64), align=1)
+    assert len(cache) == 0
+
+
 def test_a_link_to_itself_is_no_damage(tmp_path):
     add(Blocks(tmp_path, "x"), "a", [b"1"])
     (tmp_path / "0000.data").unlink()

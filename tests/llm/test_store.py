@@ -37,7 +37,7 @@ def digest(*row):
     return hashlib.blake2b(json.dumps(list(row)).encode(), digest_size=16).digest()
 
 
-def test_answers_are_found_by_their_key(path):
+def test_answers_are_found_by_their_key(path, caplog):
     store = Store(str(path))
     assert store.path == path
     assert len(store) == 0
@@ -52,6 +52,7 @@ def test_answers_are_found_by_their_key(path):
         assert each.get("j") == second
         assert each.get("absent") is None
         assert list(each) == [("j", {}, second), ("k", REQUEST, first)]
+    assert caplog.records == []
     store.close()
     with pytest.raises(DataError, match=r"Cannot operate on a closed database\.; the answers stored so far are kept$"):
         store.get("k")

@@ -554,7 +554,26 @@ def test_a_name_that_no_file_can_have_is_damage(tmp_path):
     manifest = unseal((path / "manifest.json").read_bytes(), "")["files"]
     name = f"portable/{'x' * 300}"
     forge(path, files={**manifest, name: {"size": 1, "sha256": ""}})
-    assert message(CheckpointError, verify, path) == f"{path / name}: cannot be read: File name too long"
+    assert message(CheckpointError, verify, path).startswith(f"{path}: no file can have the name 'portable/xxx")
+
+
+@pytest.mark.parametrize("name", ["portable/../../x", "portable/.."])
+def test_a_manifest_names_files_of_its_folder_only(tmp_path, name):
+    path = write(tmp_path, 7)
+    files = unseal((path / "manifest.json").read_bytes(), "")["files"]
+    forge(path, files={**files, name: {"size": 1, "sha256": ""}})
+    assert message(CheckpointError, verify, path) == (
+        f"{path / 'manifest.json'}: may name files of its own folder only, got {name!r}"
+    )
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    path = write(tmp_path, 7)
+    (path / "portable" / "config.json").rename(tmp_path / "elsewhere")
+    (path / "portable" / "config.json").symlink_to(tmp_path / "elsewhere")
+    assert message(CheckpointError, verify, path) == (
+        f"{path / 'portable' / 'config.json'}: is a link that leaves the folder"
+    )
 
 
 def test_only_the_first_rank_looks_at_the_folders(run, monkeypatch):
