@@ -87,7 +87,7 @@ audit: $(VENV)/test.stamp
 coverage: $(VENV)/dev.stamp
 	$(BIN)/python tests/measure_coverage.py $(PARTS)
 
-# MODULES: patterns, e.g. "pyqemb.data.*"; all in 15 CPU-minutes.
+# MODULES: patterns, e.g. "pyqemb.data.*"; default: all.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants/run.py $(MODULES)
 
