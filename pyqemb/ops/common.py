@@ -126,7 +126,7 @@ def differentiable(
         return *guarded(gradient and gradient.op, ctx, *grads), *others
 
     torch.library.register_autograd(forward.op, compiled_backward, setup_context=keep, lib=_LIBRARY)
-    named = type(name, (Eager,), {})  # torch derives the name of the node in a graph from it
+    named: Any = type(name, (Eager,), {})  # torch derives the name of the node in a graph from it
 
     def call(*arguments: Any) -> Any:
         if has_no_values():
