@@ -12,10 +12,10 @@ from pyqemb.curation.rules import Rules
 from pyqemb.curation.search import Search
 from pyqemb.curation.search import approximate as approximate_search
 from pyqemb.curation.search import exact as exact_search
-from pyqemb.curation.vectors import CachedEncoder, chunks
 from pyqemb.data.columns import Columns
 from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
+from pyqemb.model.cached_encoder import CachedEncoder, chunks
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import unit_encoder
 from pyqemb.model.progress import progress_bar

@@ -25,7 +25,7 @@ class SentenceTransformerEncoder:
     templates.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, device: str | None = None):
         folder = Path(folder)
         if not list(folder.rglob("*.safetensors")):
             raise CheckpointError(f"{folder}: has no .safetensors file; weights in other formats are not read")
@@ -36,7 +36,9 @@ class SentenceTransformerEncoder:
             raise ConfigError(
                 f"{folder}: is not a Qwen3 folder; others need: pip install sentence-transformers"
             ) from error
-        self.model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
+        self.model = SentenceTransformer(
+            str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+        )
 
     def encode_query(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """float32 unit vectors [len(texts), E]."""
@@ -76,8 +78,10 @@ def unit_encoder(model: Encoder) -> "Encoder | UnitEncoder":
     return model
 
 
-def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
+def open_encoder(model: str | Path, device: str | None = None) -> Embedder | SentenceTransformerEncoder:
     """An Embedder for a Qwen3 folder or a hub id, else the model that sentence-transformers loads.
+
+    It is on `device` (default: a GPU if there is one).
 
     Raises CheckpointError, which names the file, for a folder that neither can load.
     """
@@ -86,8 +90,8 @@ def open_encoder(model: str | Path) -> Embedder | SentenceTransformerEncoder:
         check_kind(folder, "embedder")
     ours = (folder / CONTRACT).is_file() or not (folder / "modules.json").is_file()
     if ours or _model_type(folder) == "qwen3":
-        return Embedder.from_pretrained(model)
-    return SentenceTransformerEncoder(folder)
+        return Embedder.from_pretrained(model, device=device)
+    return SentenceTransformerEncoder(folder, device)
 
 
 def open_model(folder: str | Path, device: str | None = None) -> Embedder | Reranker:

@@ -41,13 +41,13 @@ def check_same_settings(
     )
 
 
-def check_same_model(world: World, base: str) -> None:
-    """Check the files of the base model: names, sizes, and a sample of the bytes."""
+def check_same_model(world: World, key: str, model: str) -> None:
+    """Check the files of the model that a setting names: their names, sizes, and a sample of the bytes."""
     if world.size == 1:
         return
     with together(world):
-        files = model_files(local_folder(base))
-    world.check_equal({f"model.base: {name}": digest for name, digest in files.items()})
+        files = model_files(local_folder(model))
+    world.check_equal({f"{key}: {name}": digest for name, digest in files.items()})
 
 
 def check_same_data(world: World, datasets: Datasets, fingerprint: str) -> None:

@@ -142,6 +142,16 @@ class DataSet(Section):
         examples=[True],
     )
 
+    objective_weight: float = Field(
+        1.0, ge=0, description="Weight of the objective's loss in the batches of the dataset.", examples=[0.5]
+    )
+    teacher_weight: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the teacher's loss in the batches of the dataset (default: teacher.weight).",
+        examples=[2.0],
+    )
+
     @field_validator("path", mode="before")
     @classmethod
     def _as_text(cls, path: Any) -> Any:
@@ -233,6 +243,41 @@ class LossSection(InfoNCESection, DistillationSection):
         for name, settings in (objectives or {}).items():
             check_settings(name, settings)
         return objectives
+
+
+class TeacherSection(Section):
+    """Distillation: the model also learns the vectors of another embedding model.
+
+    The loss of a step is the objective's, plus `weight` times the mean over all texts of the batch of
+    `cosine * (1 - cosine similarity) + mse * mean squared error`, between the teacher's vector of a text and the
+    model's. docs/how-to/distill.md explains it.
+    """
+
+    model: str = Field(
+        description="The teacher: a folder that pyqemb or sentence-transformers loads, or a Qwen3 model on the Hub.",
+        examples=["Qwen/Qwen3-Embedding-4B"],
+    )
+    weight: float = Field(1.0, ge=0, description="Weight of the teacher's loss. The objective's is 1.", examples=[0.5])
+    cosine: float = Field(1.0, ge=0, description="Weight of the cosine distance.", examples=[1.0])
+    mse: float = Field(0.0, ge=0, description="Weight of the mean squared error of the features.", examples=[1.0])
+    projection: bool = Field(
+        True,
+        description="Learn a linear map from the model's vectors to the teacher's dimension. It is written to "
+        "save.dir/teacher, apart from the model. false: the teacher's vectors are truncated to the model's dimension.",
+        examples=[False],
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder of the teacher's vectors (default: save.dir/teacher/vectors). Several runs may share one, "
+        "so that each text is encoded once.",
+        examples=["teacher-vectors"],
+    )
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> "TeacherSection":
+        if not self.cosine and not self.mse:
+            raise ValueError("cosine and mse are both 0; expected a weight above 0 for one of them")
+        return self
 
 
 class TrainSection(Section):
@@ -675,6 +720,7 @@ class TrainConfig(Section):
         data: the datasets, with `path` or `rows`.
         lora: adapters (default: all weights are trained).
         loss: the objectives.
+        teacher: a model whose vectors are learned too (default: none).
         train: batches, optimizer, schedule, precision and memory.
         parallel: sharding.
         eval: evaluation while training.
@@ -707,6 +753,7 @@ class TrainConfig(Section):
     data: tuple[DataSet, ...] = Field((), min_length=1)  # omitted if data is passed to `train`
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
+    teacher: TeacherSection | None = None
     train: TrainSection = Field(default_factory=lambda: TrainSection())
     parallel: ParallelSection = Field(default_factory=lambda: ParallelSection())
     eval: EvalSection = Field(default_factory=lambda: EvalSection())
@@ -721,6 +768,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "TrainConfig":
+        if self.task == "rerank" and self.teacher is not None:
+            raise ValueError("task 'rerank' has no teacher")
+        if self.teacher is None and any(entry.teacher_weight is not None for entry in self.data):
+            raise ValueError("data: teacher_weight is set, but there is no [teacher]")
         for name in _NOT_OF[self.task]:
             section_name, _, key = name.partition(".")
             section = getattr(self, section_name)
@@ -773,6 +824,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "data": DataSet,
     "lora": LoraSection,
     "loss": LossSection,
+    "teacher": TeacherSection,
     "train": TrainSection,
     "parallel": ParallelSection,
     "eval": EvalSection,

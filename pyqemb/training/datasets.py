@@ -31,6 +31,7 @@ class Datasets:
     objectives: Mapping[str, type[Objective]]
     max_share: Mapping[str, float] = field(default_factory=dict)
     max_epochs: Mapping[str, float] = field(default_factory=dict)
+    loss_weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of the objective, of the teacher
 
     @property
     def instructions(self) -> set[str | None]:
@@ -65,6 +66,7 @@ def read_datasets(config: TrainConfig) -> Datasets:
     examples: dict[str, Sequence[Example]] = {}
     objectives: dict[str, type[Objective]] = {}
     tasks: set[str] = set()
+    loss_weights: dict[str, tuple[float, float]] = {}
     for entry in config.data:
         by_task = _by_task(entry, config)
         tasks |= {task for task in by_task if task is not None}
@@ -75,13 +77,14 @@ def read_datasets(config: TrainConfig) -> Datasets:
                 raise ConfigError(f"data: two datasets are called {name!r}; give one of them another name")
             objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
             examples[name] = rows
+            loss_weights[name] = entry.objective_weight, _teacher_weight(entry, config)
             objectives[name].check(name, rows)
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
                 if (value := getattr(entry, key)) is not None:
                     named[key][name] = value * part
     if absent := sorted(config.loss.tasks.keys() - tasks):
         raise ConfigError(f"loss.tasks.{absent[0]}: no row has this task; the data have {_tasks(tasks)}")
-    return Datasets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"])
+    return Datasets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"], loss_weights)
 
 
 def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:
@@ -161,6 +164,12 @@ def _shards(entry: DataSet) -> Path | None:
     if format_of(dataset_files(path, split)[0]) != ".parquet":
         return None
     return shards_of_parquet(path, read_examples(path, split, columns=columns), split, columns)
+
+
+def _teacher_weight(entry: DataSet, config: TrainConfig) -> float:
+    if config.teacher is None:
+        return 0.0
+    return config.teacher.weight if entry.teacher_weight is None else entry.teacher_weight
 
 
 def _objective(task: str | None, config: TrainConfig) -> type[Objective]:

@@ -18,6 +18,7 @@ from pyqemb.data.token_cache import TokenCache
 from pyqemb.model.device import runs_on_cuda
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.reranker import Reranker
+from pyqemb.model.sentence import check_kind
 from pyqemb.model.source import local_folder
 from pyqemb.training import groups, preflight, rank_plan
 from pyqemb.training.agreement import model_files
@@ -87,6 +88,10 @@ def plan(
     if config.lora is not None:
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield from groups.lines(model, train)
+    if config.teacher is not None:
+        if ranks is None:
+            check_kind(local_folder(config.teacher.model), "embedder")
+        yield f"teacher    {config.teacher.model}, weight {config.teacher.weight:g}"
     yield f"device     {device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in datasets.examples.items():

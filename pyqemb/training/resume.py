@@ -7,7 +7,7 @@ import torch
 
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.shard_files import shape_of
-from pyqemb.training.config import TrainConfig
+from pyqemb.training.config import DataSet, TrainConfig
 from pyqemb.training.state import Checkpoint
 
 # Settings that a resumed run may change.
@@ -20,6 +20,7 @@ _FREE = {
     "train.tensorboard",
     "train.max_bad_steps",
     "train.token_cache",
+    "teacher.cache",
     "train.rank_timeout",
 }
 _LENGTH = {"train.steps", "train.epochs"}  # may change too, unless the sampling weights depend on it
@@ -66,6 +67,8 @@ def _with_new_keys(before: Mapping[str, Any]) -> dict[str, Any]:
         if field.default_factory is not None:
             defaults: Any = field.get_default(call_default_factory=True)
             filled[name] = {**defaults.model_dump(mode="json"), **before.get(name, {})}
+    of_data = DataSet(path="").model_dump(mode="json")
+    filled["data"] = [{**of_data, **entry} for entry in before.get("data", [])]
     return filled
 
 

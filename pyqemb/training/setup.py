@@ -26,6 +26,7 @@ from pyqemb.training.optim import Optimizer
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
 from pyqemb.training.state import Checkpoint, checkpoints, find, remove_leftovers, step_of
+from pyqemb.training.teacher import Teacher, check_dims, first_projection
 
 if TYPE_CHECKING:
     from pyqemb.training.parallel.sharding import Sharding
@@ -99,6 +100,18 @@ def _set_matryoshka(model: Embedder, dims: Sequence[int] | None) -> None:
         if max(dims) > (size := model.config.hidden_size):
             raise ConfigError(f"loss.matryoshka: the model has {size} dimensions, got {max(dims)}")
         model.matryoshka = tuple(sorted(dims, reverse=True))
+
+
+def build_teacher(config: TrainConfig, model: Embedder | Reranker) -> tuple[Teacher | None, torch.Tensor | None]:
+    """The teacher on the device of the model, and the projection [F, E] before the first step, if configured."""
+    section = config.teacher
+    if section is None:
+        return None, None
+    cache = Path(section.cache) if section.cache else Path(config.save.dir) / "teacher" / "vectors"
+    teacher = Teacher(section, cache, model.device)
+    size = model.config.hidden_size
+    check_dims(section, teacher.dim, size)
+    return teacher, first_projection(teacher.dim, size, config.train.seed) if section.projection else None
 
 
 def build_optimizer(

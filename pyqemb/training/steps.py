@@ -23,6 +23,7 @@ from pyqemb.training.objectives.fake_quantize import fake_quantize
 from pyqemb.training.objectives.spread_out import spread_out
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.parallel.world import World
+from pyqemb.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class StepBatch:
     texts: TrainingBatch
     partition: list[np.ndarray]  # the texts of each rank
     stream: PackedBatch  # the tokens of this rank
+    teacher: Teacher | None = None
+    weights: tuple[float, float] = (1.0, 0.0)  # of the objective's loss, of the teacher's
 
     @property
     def num_queries(self) -> int:
@@ -44,19 +47,35 @@ class StepBatch:
     def loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
         """This rank's part of the loss, given the vectors of its own texts.
 
-        It is the mean over `loss.precisions`, plus the regularizer. The statistics are those of the first precision.
+        It is the mean over `loss.precisions`, plus the regularizer and the teacher's loss. The statistics are those of
+        the first precision, and the teacher's loss.
         """
         section = self.objective.section
         parts = [
             self._objective_loss(fake_quantize(own_SE, precision), world, ring) for precision in section.precisions
         ]
         loss = torch.stack([part.loss for part in parts]).mean() if len(parts) > 1 else parts[0].loss
+        objective_weight, teacher_weight = self.weights
+        if objective_weight != 1:
+            loss = objective_weight * loss
         if section.spread_out:
             for side in (self.texts.query_text, self.texts.document_text):
                 counts = torch.bincount(side, minlength=len(self.texts.texts))
                 own = counts[torch.from_numpy(np.asarray(self.partition[world.rank], dtype=np.int64))]
                 loss = loss + section.spread_out * spread_out(own_SE, own, len(side), world)
-        return LossPart(loss, parts[0].totals)
+        totals = parts[0].totals
+        if self.teacher is not None:
+            own_texts = self.partition[world.rank].tolist()
+            part = self.teacher.loss(self.texts, own_texts, own_SE, self.objective.parameters.projection)
+            loss = loss + teacher_weight * part
+            totals = torch.cat([totals, part.detach().double().reshape(1).to(totals.device)])
+        return LossPart(loss, totals)
+
+    def stats(self, totals: Tensor) -> dict[str, float]:
+        """The statistics of the step, given the totals of all ranks."""
+        if self.teacher is None:
+            return self.objective.stats(totals, self.num_queries)
+        return {**self.objective.stats(totals[:-1], self.num_queries), "teacher": float(totals[-1])}
 
     def _objective_loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
         """The objective's part of the loss.
@@ -107,12 +126,14 @@ class StepLoader:
         model: TextEncoder,
         parameters: LossParameters,
         world: World,
+        teacher: Teacher | None = None,
     ):
         self.loader = make_loader(datasets, config)
         self.steps = num_steps(config, self.loader)
         self._objectives = {name: each(config.loss, parameters) for name, each in datasets.objectives.items()}
         self._tokens = token_cache(config, model.tokenizer)
         self._model, self._world = model, world
+        self._teacher, self._weights = teacher, datasets.loss_weights
 
     def load(self, step: int) -> StepBatch:
         """The batch of a step, counted from 0."""
@@ -121,7 +142,8 @@ class StepLoader:
         texts = objective.build_batch(self.loader.batch(step), self._model)
         partition = texts.text_partition(self._world.size)
         stream = self._tokens.pack([texts.texts[text] for text in partition[self._world.rank]])
-        return StepBatch(dataset, number, objective, texts, partition, stream)
+        weights = self._weights.get(dataset, (1.0, 0.0))
+        return StepBatch(dataset, number, objective, texts, partition, stream, self._teacher, weights)
 
 
 class StepStats(NamedTuple):

@@ -32,10 +32,18 @@ from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World, is_of_a_collective, joined
 from pyqemb.training.resume import check_continues
 from pyqemb.training.saving import Saver
-from pyqemb.training.setup import build_cache, build_optimizer, find_checkpoint, load_sharded_model, seed_everything
+from pyqemb.training.setup import (
+    build_cache,
+    build_optimizer,
+    build_teacher,
+    find_checkpoint,
+    load_sharded_model,
+    seed_everything,
+)
 from pyqemb.training.signals import StopRequest
 from pyqemb.training.state import Checkpoint, random_states, restore_random_states
 from pyqemb.training.steps import StepBatch, StepLoader, StepStats
+from pyqemb.training.teacher import write_projection
 
 log = logging.getLogger("pyqemb")
 _PEFT_TASKS = {"embedding": "FEATURE_EXTRACTION", "rerank": "CAUSAL_LM"}
@@ -168,7 +176,9 @@ class Run:
         with together(world):
             loggers = make_loggers(config) if world.is_first else []
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
-        check_same_model(world, config.model.base)
+        check_same_model(world, "model.base", config.model.base)
+        if config.teacher is not None:
+            check_same_model(world, "teacher.model", config.teacher.model)
         self.base_files: dict[str, str] | None = None
         if config.keeps_base:  # the checkpoints hold only what is trained
             with together(world):
@@ -179,13 +189,15 @@ class Run:
             self.fingerprint = datasets.fingerprint
         check_same_data(world, datasets, self.fingerprint)
         preflight.set_query_instruction(self.model, config, datasets.instructions, evaluate)
-        parameters = LossParameters(config.loss).to(self.model.device)
-        self.batches = StepLoader(config, datasets, self.model, parameters, world)
+        with together(world):
+            teacher, projection = build_teacher(config, self.model)
+        self.parameters = LossParameters(config.loss, projection).to(self.model.device)
+        self.batches = StepLoader(config, datasets, self.model, self.parameters, world, teacher)
         self.steps = self.batches.steps
         preflight.warn_of_settings(config, self.model, datasets, self.batches.loader, self.steps)
         if len(datasets.examples) > 1:
             log.info("\n".join(mixing.lines(mixture(self.batches.loader, self.steps))))
-        self.optimizer = build_optimizer(config, self.model, parameters, self.sharding)
+        self.optimizer = build_optimizer(config, self.model, self.parameters, self.sharding)
         self.cache = build_cache(config, self.model, self.optimizer, self.sharding)
         self.evaluations = Evaluations(config.eval, evaluate)
         self.metrics_file = MetricsFile()
@@ -286,7 +298,7 @@ class Run:
         """The row of metrics.jsonl for the step, skipped or not."""
         finite, skipped = math.isfinite(norm), None
         if finite:
-            outcome: Row = dict(batch.objective.stats(stats.totals, batch.num_queries))
+            outcome: Row = dict(batch.stats(stats.totals))
         else:
             outcome = {"skipped": True, "rows": self.batches.loader.rows(self.step - 1)}
             skipped = (
@@ -361,6 +373,8 @@ class Run:
     def _write_final(self) -> None:
         section = self.config.save
         self._write_model(self.folder / "final", section)
+        if self.parameters.projection is not None and self.world.is_first:
+            write_projection(self.folder / "teacher", self.parameters.projection)
         if self.config.lora is not None and (self.world.is_first or self.sharding):
             task = _PEFT_TASKS[self.config.task]
             with self._weights_of(section):

@@ -16,9 +16,9 @@ from pyqemb import mine
 from pyqemb.curation.corpus import read_corpus
 from pyqemb.curation.mining import search_negatives
 from pyqemb.curation.rules import Rules
-from pyqemb.curation.vectors import CachedEncoder, fingerprint
 from pyqemb.data.example import Example
 from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.cached_encoder import CachedEncoder, fingerprint
 from pyqemb.testing.tiny import TEXTS, tiny_embedder
 
 
@@ -179,7 +179,7 @@ def test_a_killed_job_embeds_no_finished_chunk_again(tmp_path):
     program = """
         import sys, time
         import numpy as np
-        from pyqemb.curation import vectors
+        from pyqemb.model import cached_encoder as vectors
         vectors._CHUNK = 10
         class Slow:
             fingerprint = "slow"

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyqemb.curation.vectors import CachedEncoder
 from pyqemb.data import blocks as module
 from pyqemb.data.blocks import Blocks
 from pyqemb.data.keyed import keys_of
 from pyqemb.data.token_cache import TokenCache, TokenFolder
 from pyqemb.errors import MachineError
+from pyqemb.model.cached_encoder import CachedEncoder
 from pyqemb.testing.tiny import TEXTS, tiny_tokenizer
 
 MORE = ["more", "and more"]

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import torch
 
 from pyqemb.curation.relabel import Judgement
-from pyqemb.curation.vectors import CachedEncoder
 from pyqemb.data.beir import read_beir
 from pyqemb.data.blocks import Blocks
 from pyqemb.data.example import read_examples, write_examples
@@ -38,6 +37,7 @@ from pyqemb.errors import ConfigError
 from pyqemb.llm.request import Answer, MalformedAnswerError, parse
 from pyqemb.llm.response import RetryableError, answer_of
 from pyqemb.llm.store import Store
+from pyqemb.model.cached_encoder import CachedEncoder
 from pyqemb.model.checkpoint import INDEX, Tensors, load_weights, write_safetensors
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.families import build_decoder, read_config

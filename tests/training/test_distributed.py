@@ -32,7 +32,16 @@ def workplace(tmp_path_factory):
 
 
 def config(
-    folder, run, loss=None, data="pairs.jsonl", save=None, base="base", task="embedding", lora=None, **train
+    folder,
+    run,
+    loss=None,
+    data="pairs.jsonl",
+    save=None,
+    base="base",
+    task="embedding",
+    lora=None,
+    teacher=None,
+    **train,
 ) -> TrainConfig:
     defaults = {
         "steps": 4, "global_batch_size": 12, "learning_rate": 1e-4, "epsilon": 1e-4, "num_negatives": 2,
@@ -40,6 +49,7 @@ def config(
     }  # fmt: skip
     return stage2(
         task=task, lora=lora, model={"base": str(folder / base)}, data=[{"path": str(folder / data)}], loss=loss or {},
+        teacher=teacher and {"model": str(folder / teacher)},
         train={**defaults, **train}, save={"dir": str(folder / run), "every": 2, **(save or {})},
     )  # fmt: skip
 
@@ -163,10 +173,12 @@ def test_other_losses_and_batches(workplace):
         for name, options in OBJECTIVES.items()
         for documents in ("gather", "ring")
     ]
+    write_tiny_folder(workplace / "teacher", seed=5, hidden_size=48)
     write_tiny_folder(workplace / "answering", max_position_embeddings=1024, prefix=True)
     others = {
         "rerank": dict(task="rerank", base="answering", tokens_per_chunk=2000),
         "lora": dict(lora={"rank": 2}),
+        "teacher": dict(teacher="teacher", documents="ring"),
         "lora_rerank": dict(task="rerank", base="answering", lora={"rank": 2}, tokens_per_chunk=2000),
     }
     run(3, workplace, *runs, *(config(workplace, f"{name}_3", **options) for name, options in others.items()))

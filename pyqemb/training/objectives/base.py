@@ -96,12 +96,13 @@ class EmbeddingSection(Section):
 
 
 class LossParameters(torch.nn.Module):
-    """Parameters of the loss itself: none, or the logarithm of its temperature."""
+    """Parameters of the loss itself: the logarithm of its temperature, and the projection to a teacher, if any."""
 
-    def __init__(self, section: EmbeddingSection):
+    def __init__(self, section: EmbeddingSection, projection_FE: Tensor | None = None):
         super().__init__()
         if section.learn_temperature:
             self.log_temperature = torch.nn.Parameter(torch.tensor(section.temperature).log())
+        self.projection = None if projection_FE is None else torch.nn.Parameter(projection_FE)
 
 
 class Objective:

@@ -34,6 +34,7 @@ class CachedEncoder:
 
     def __init__(self, model: Any, folder: str | Path):
         self.model, self._folder, self._fingerprint = unit_encoder(model), Path(folder), fingerprint(model)
+        self._stores: dict[Path, Blocks] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -51,7 +52,9 @@ class CachedEncoder:
         """float32 [N, E]; memory-mapped if the texts are stored in this order."""
         identity = json.dumps([_FORMAT, self._fingerprint, side, instruction])
         folder = self._folder / f"{side}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
-        store = Blocks(folder, identity)
+        if folder not in self._stores:
+            self._stores[folder] = Blocks(folder, identity)
+        store = self._stores[folder]
         keys = keys_of(texts)
         first = np.sort(np.unique(keys, return_index=True)[1])
         new = first[store.rows(keys[first]) < 0]

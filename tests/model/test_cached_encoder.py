@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyqemb.curation import vectors as module
-from pyqemb.curation.vectors import CachedEncoder, chunks, fingerprint
+from pyqemb.model import cached_encoder as module
+from pyqemb.model.cached_encoder import CachedEncoder, chunks, fingerprint
 from pyqemb.data.blocks import Blocks
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.encoder import UnitEncoder
