@@ -24,6 +24,7 @@ REQUIRED = {
 BESIDE = {  # what a key, or each key of a kind of step, needs beside itself and the required keys of its table
     "loss.matryoshka_weights": "matryoshka = [8, 4, 2, 1]",
     "eval.patience": "every = 1",
+    "data.teacher_weight": '[teacher]\nmodel = "m"',
     "relabel": 'endpoint.model = "m"',
 }
 
