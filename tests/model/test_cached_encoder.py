@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyqemb.model import cached_encoder as module
-from pyqemb.model.cached_encoder import CachedEncoder, chunks, fingerprint
 from pyqemb.data.blocks import Blocks
 from pyqemb.errors import ConfigError, DataError, MachineError
+from pyqemb.model import cached_encoder as module
+from pyqemb.model.cached_encoder import CachedEncoder, chunks, fingerprint
 from pyqemb.model.encoder import UnitEncoder
 from pyqemb.testing.tiny import tiny_embedder
 
