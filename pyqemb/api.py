@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyqemb import training
+from pyqemb.data.arguments import Count, NotNegative, check_call, checked
 from pyqemb.errors import ConfigError
 from pyqemb.training import TrainConfig, TrainResult, load_config
 from pyqemb.training.preflight import check_evaluation
@@ -16,10 +17,12 @@ from pyqemb.training.sweeps import sweep as run_trials
 @wraps(training.train)
 def train(config: Any, *, evaluate: Any = None, **options: Any) -> TrainResult:
     """`training.train` with evaluation on the datasets of the `eval` section, or on those of `evaluate`."""
+    check_call(training.train, "train", config, **options)
     config = config if isinstance(config, TrainConfig) else load_config(config)
     return training.train(config, evaluate=_evaluation(config, evaluate), **options)
 
 
+@checked
 def sweep(
     config: TrainConfig | str | Path,
     over: Mapping[str, Sequence[Any]],
@@ -28,8 +31,8 @@ def sweep(
     overrides: Sequence[str] = (),
     data: Any = None,
     evaluate: Any = None,
-    tasks: int = 1,
-    task: int = 0,
+    tasks: Count = 1,
+    task: NotNegative = 0,
     progress: Literal["auto", "json", "off"] = "auto",
 ) -> SweepReport:
     """Train every combination of some settings, each in its own folder, and compare them by their evaluations.

@@ -8,8 +8,10 @@ from typing import Any
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.rank import Consistency
 from pyqemb.curation.similarity import Similarity
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.example import Example
 from pyqemb.errors import ConfigError
+from pyqemb.model.protocols import QueryDocumentEncoder
 
 
 @dataclass
@@ -20,11 +22,12 @@ class Filtered:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
+@checked
 def consistency(
-    model: Any,
+    model: QueryDocumentEncoder,
     examples: Iterable[Example],
     *,
-    top: int = 20,
+    top: Count = 20,
     pool: Iterable[str] | None = None,
     instruction: str | None = None,
 ) -> Filtered:
@@ -47,14 +50,13 @@ def consistency(
 
     Source: the consistency filter of E5 (arXiv 2212.03533), section 3.
     """
-    if top < 1:
-        raise ConfigError(f"top must be at least 1, got {top}")
     step = Consistency(model=model, top=top, instruction=instruction)
-    return _filtered(lambda ledger: step.judge(examples, ledger, pool or ()))
+    return _filtered(lambda ledger: step.judge(examples, ledger, () if pool is None else pool))
 
 
+@checked
 def similarity(
-    model: Any,
+    model: QueryDocumentEncoder,
     examples: Iterable[Example],
     *,
     min_sim: float | None = 0.7,
@@ -83,6 +85,7 @@ def similarity(
     return _filtered(lambda ledger: step.run(examples, ledger))
 
 
+@checked
 def distinct(examples: Iterable[Example]) -> Filtered:
     """Keep the first of several pairs with equal query and positive, compared by characters.
 

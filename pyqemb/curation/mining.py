@@ -12,6 +12,7 @@ from pyqemb.curation.rules import Rules
 from pyqemb.curation.search import Search
 from pyqemb.curation.search import approximate as approximate_search
 from pyqemb.curation.search import exact as exact_search
+from pyqemb.data.arguments import Count, NotNegative, check, checked
 from pyqemb.data.columns import Columns
 from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
@@ -19,6 +20,7 @@ from pyqemb.model.cached_encoder import CachedEncoder, chunks
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import unit_encoder
 from pyqemb.model.progress import progress_bar
+from pyqemb.model.protocols import QueryDocumentEncoder
 
 _TILE = 8192  # queries searched at a time
 _JUDGED = 256  # queries at a time, with a reranker
@@ -78,22 +80,23 @@ class Negatives:
         )
 
 
+@checked
 def mine(
-    model: Any,
+    model: QueryDocumentEncoder,
     examples: Any,
     *,
     columns: Columns | None = None,
     corpus: Iterable[str] | None = None,
-    k: int = 7,
+    k: Count = 7,
     max_positive_ratio: float | None = 0.95,
     margin: float | None = None,
     max_score: float | None = None,
     mean_margin: float | None = None,
-    skip_top: int = 0,
-    depth: int = 100,
+    skip_top: NotNegative = 0,
+    depth: Count = 100,
     sampling: Literal["top", "random", "softmax"] = "top",
     sampling_temperature: float = 0.05,
-    seed: int = 0,
+    seed: NotNegative = 0,
     instruction: str | None = None,
     pool_of: Callable[[str], str] | None = None,
     reranker: Reranker | None = None,
@@ -163,11 +166,13 @@ def mine(
         sampling=sampling,
         sampling_temperature=sampling_temperature,
     )
+    corpus = [] if corpus is None else list(corpus)
+    check("mine", "corpus", corpus, Sequence[str])
     everything = list(read_examples(examples, columns=columns))
     examples = _to_mine(everything)
     _warn_of_losses(examples)
     model = unit_encoder(model if cache is None else CachedEncoder(model, cache))
-    documents = list(dict.fromkeys([*(e.positive for e in examples), *(corpus or ())]))
+    documents = list(dict.fromkeys([*(e.positive for e in examples), *corpus]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
     vectors = embed_documents(model, documents)

@@ -9,6 +9,7 @@ from typing import IO, Any
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.report import write_report
+from pyqemb.data.arguments import checked
 from pyqemb.data.example import Example, check_source, read_examples, to_row
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import writing
@@ -44,6 +45,7 @@ class Curated:
         return {ledger.name: dict(ledger.dropped) for ledger in self.ledgers}
 
 
+@checked
 def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | None = None) -> Curated:
     """Pass every example through the steps in order. Examples are streamed, so memory does not grow with their texts.
 
@@ -70,7 +72,7 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     config = config if isinstance(config, CurateConfig) else CurateConfig(**config)
     out = config.out
     for source in config.input:
-        check_source(source)
+        check_source(source, "input")
     with writing(out), atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
         with dropped.open("wb") as losses, kept.open("wb") as file:
             source, ledgers = Ledger("input"), _ledgers(config, losses)

@@ -5,11 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from pyqemb.curation.ledger import Ledger
 from pyqemb.data.example import Example
 from pyqemb.data.settings import StrictModel
+from pyqemb.model.protocols import QueryDocumentEncoder
 
 Side = Literal["query", "positive"]
 WINDOW = 4096  # examples processed together
@@ -42,6 +43,13 @@ class Step(StrictModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     kind: str
+
+    @field_validator("model", check_fields=False)
+    @classmethod
+    def _is_model(cls, model: Any) -> Any:
+        if not isinstance(model, str | Path | QueryDocumentEncoder | None):
+            raise ValueError("expected a folder, a hub id or an object with encode_query and encode_document")
+        return model
 
     def run(self, examples: Iterable[Example], ledger: Ledger) -> Iterator[Example]:
         """Yield the kept examples in order; every example is recorded in `ledger`."""

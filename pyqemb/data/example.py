@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pyqemb.data.arguments import check, check_fields, checked
 from pyqemb.data.beir import is_beir, read_pairs
 from pyqemb.data.columns import Columns
 from pyqemb.data.files import atomic_file
 from pyqemb.data.layouts import Example, Layout
 from pyqemb.data.rows import format_of, kind_of, read_lines, read_rows, read_text
 from pyqemb.data.splits import dataset_files
-from pyqemb.data.tables import HUB, is_saved, open_hub, open_saved, read_table, source_name
+from pyqemb.data.tables import HUB, check_is_table, is_saved, open_hub, open_saved, read_table, source_name
 from pyqemb.errors import ConfigError, DataError
 
 __all__ = ["Example", "read_examples", "read_lines", "read_located", "read_text", "to_row", "write_examples"]
 
 
+@checked
 def read_examples(
     source: Any, split: str | None = None, *, columns: Columns | None = None, allow_empty: bool = False
 ) -> Iterator[Example]:
@@ -63,6 +65,7 @@ def read_examples(
     return (example for _, example in read_located(source, split, columns, allow_empty))
 
 
+@checked
 def read_located(
     source: Any,
     split: str | None = None,
@@ -79,12 +82,20 @@ def read_located(
         yield from _read_path(Path(source), split, columns, allow_empty)
 
 
-def check_source(source: Any) -> None:
-    """DataError for a path that does not exist."""
-    if isinstance(source, str | Path) and not str(source).startswith(HUB) and not Path(source).exists():
-        like_an_id = not Path(source).suffix and len(Path(source).parts) == 2 and not Path(source).is_absolute()
-        hint = f" (a dataset of the hub is written {HUB}{source})" if like_an_id else ""
-        raise DataError(f"{source}: no such file or folder{hint}")
+@checked
+def check_source(source: Any, name: str | None = None) -> None:
+    """DataError for a path that does not exist, and for what is no table; `name` is that of the argument."""
+    if not isinstance(source, str | Path):
+        check_is_table(source, name or source_name(source))
+    elif not str(source).startswith(HUB) and not Path(source).exists():
+        _raise_missing(source)
+
+
+def _raise_missing(source: str | Path) -> None:
+    path = Path(source)
+    like_an_id = not path.suffix and len(path.parts) == 2 and not path.is_absolute()
+    hint = f" (a dataset of the hub is written {HUB}{source})" if like_an_id else ""
+    raise DataError(f"{source}: no such file or folder{hint}")
 
 
 def _read_path(
@@ -155,12 +166,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+@checked
 def to_row(example: Example) -> dict[str, Any]:
     """The columns of the example, as `read_examples` reads them."""
     row = {name: getattr(example, name) for name in Example.__slots__}
     return {name: value for name, value in row.items() if value is not None and value != ()}
 
 
+@checked
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     """Write examples as JSONL, completely or not at all.
 
@@ -179,20 +192,32 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
         >>> pyqemb.write_examples("pairs.jsonl.gz", examples)
         1
     """
-    return write_rows(path, map(to_row, examples))
+    return write_rows(path, map(_checked_row, examples))
 
 
+def _checked_row(example: Example) -> dict[str, Any]:
+    check("write_examples", "examples", example, Example)
+    check_fields(example)
+    return to_row(example)
+
+
+@checked
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write rows as JSONL (.gz, .bz2 and .xz compress), completely or not at all. Returns their number."""
     check_output(path)
     count = 0
     with atomic_file(path) as temporary, _open_writer(temporary) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode()
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"[write_rows] rows[{count}] must be values that JSON has: {error}") from error
+            file.write(line + b"\n")
             count += 1
     return count
 
 
+@checked
 def check_output(path: str | Path) -> None:
     """ConfigError if the suffix of the name is not a format that `write_rows` writes."""
     if format_of(path) not in (".jsonl", ".json", "") or Path(path).suffix == ".zst":

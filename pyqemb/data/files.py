@@ -155,12 +155,14 @@ def locked(folder: Path, work: str) -> Iterator[None]:
     """Lock the folder, which is created if it is missing. The lock of a killed process is released.
 
     Args:
-        folder: the folder that only one process may write to. Its file .lock names the process.
+        folder: the folder that only one process may write to. Its file .lock names the process. After an error, a
+            folder that was created here and holds nothing else is removed.
         work: the name of the work for the error, e.g. "training run".
 
     Raises:
         ConfigError: another process, which the error names, holds the lock. MachineError: the folder cannot be written.
     """
+    is_new = not folder.exists()
     with writing(folder):
         make_folder(folder)
         file = (folder / ".lock").open("a+", encoding="utf-8")
@@ -177,7 +179,12 @@ def locked(folder: Path, work: str) -> Iterator[None]:
             file.truncate(0)
             # Not buffered: after an error, closing the file would try to write it again.
             os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}\n".encode())
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new and [path.name for path in folder.glob("*")] in ([], [".lock"]):  # nothing was done
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def kind_of_path(path: Path) -> str:

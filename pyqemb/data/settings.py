@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pyqemb.data import strict_json
+from pyqemb.data.arguments import checked
 from pyqemb.data.machine import unreadable
 from pyqemb.errors import ConfigError, DataError
 
@@ -30,20 +31,17 @@ _MISSING: Final = "missing_key"
 
 
 class StrictModel(BaseModel):
-    """Rejects unknown keys, and values that pydantic would convert to numbers: true, false, integers beyond 64 bits."""
+    """Rejects unknown keys, NaN, and values that pydantic would convert: true to a number, "yes" to true, bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, values: Any) -> Any:
+    def _types_are_types(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, Mapping) else ():
             known = cls.model_fields.get(name)
-            if known is not None and (kinds := _kinds(known.annotation)) & {int, float}:
-                if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
-                    raise wrong_value("expected a number", name, value)
-                if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
-                    raise wrong_value("expected a number of at most 64 bits", name, value)
+            if known is not None and (wanted := _unconverted(value, _kinds(known.annotation))):
+                raise wrong_value(f"expected {wanted}", name, value)
         return values
 
 
@@ -59,6 +57,7 @@ class Settings(StrictModel):
             raise ConfigError(explain_all(error, explain)) from error
 
     @classmethod
+    @checked
     def from_file(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | None = None) -> S:
         """Read a file; `overrides` replace its top-level keys. Paths in it are relative to the working directory."""
         values = read_settings(path)
@@ -171,18 +170,18 @@ def explain(error: Any) -> str:
         where, value = f"{where}.{own['key']}" if error["loc"] else own["key"], own.get("value")
     if error["type"] == _MISSING:
         return f"{where}: missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").removeprefix(f"{own.get('key')}: ")
     return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(value)}"
 
 
 def missing(key: str) -> PydanticCustomError:
     """The error of a section without a key that is required only in some cases."""
-    return PydanticCustomError(_MISSING, "missing", {"key": key})
+    return PydanticCustomError(_MISSING, "{key}: missing", {"key": key})
 
 
 def wrong_value(wanted: str, key: str, value: Any) -> PydanticCustomError:
     """The error of a section that names the key and its value, for a rule about several keys."""
-    return PydanticCustomError(_WRONG_VALUE, wanted, {"key": key, "value": value})
+    return PydanticCustomError(_WRONG_VALUE, f"{{key}}: {wanted}", {"key": key, "value": value})
 
 
 class _Loader(yaml.SafeLoader):
@@ -201,6 +200,20 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
         if len(node.value) > 1000:
             raise yaml.constructor.ConstructorError(None, None, "more than 1000 keys in a mapping", node.start_mark)
+
+
+def _unconverted(value: Any, kinds: set[Any]) -> str | None:
+    """What is expected instead of a value that pydantic would convert to one of the types; None: it need not."""
+    if kinds & {int, float}:
+        if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
+            return "a number"
+        if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
+            return "a number of at most 64 bits"
+    if kinds <= {bool, type(None)} and not isinstance(value, bool | None):
+        return "true or false"
+    if kinds & {str, Path} and _any(value, lambda item: isinstance(item, bytes)):
+        return "text"
+    return None
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -125,12 +125,18 @@ def _rows(source: Any, name: str) -> Iterator[Any]:
         raise DataError(f"{name}: is a LazyFrame; give its collect()")
     elif _is(source, "pyarrow", "Table", "RecordBatch"):
         source = _rows_of_arrow(source)
-    elif isinstance(source, str | bytes | dict) or not isinstance(source, Iterable):
+    check_is_table(source, name)
+    yield from source
+
+
+def check_is_table(source: Any, name: str) -> None:
+    """DataError for an object that `read_table` does not read."""
+    is_rows = isinstance(source, Iterable) and not isinstance(source, str | bytes | dict | type)
+    if not (is_rows or is_table(source)):
         raise DataError(
             f"{name}: expected a Dataset or DatasetDict, a pandas or Polars DataFrame, an Arrow table, a list of "
             f"dicts or Examples, or a path, got {_shown(source)}"
         )
-    yield from source
 
 
 def _arrow_of_pandas(frame: Any, name: str) -> Any:

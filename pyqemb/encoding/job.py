@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.files import atomic_file, check_writable, locked, remove_folder
 from pyqemb.data.machine import unreadable, writing
 from pyqemb.data.sealed import seal, unseal
@@ -25,7 +26,10 @@ from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
 from pyqemb.encoding.workers import Settings, Workers, save_array
 from pyqemb.errors import ConfigError, DataError, MachineError
-from pyqemb.model.quantize import check_precision, quantize, value_ranges
+from pyqemb.model.device import pick_device
+from pyqemb.model.embedder import Embedder
+from pyqemb.model.quantize import Precision, quantize, value_ranges
+from pyqemb.model.source import named_dtype
 
 Progress = Callable[[int, int], None]  # rows and bytes of text that have been encoded
 
@@ -40,6 +44,7 @@ class Encoded:
     resumed: int  # rows that an earlier run had finished
 
 
+@checked
 def encode_file(
     model: str | Path,
     path: str | Path,
@@ -48,12 +53,12 @@ def encode_file(
     side: Literal["query", "document", "raw"] = "document",
     instruction: str | None = None,
     field: str = "text",
-    dim: int | None = None,
-    precision: str = "float32",
-    max_length: int | None = None,
+    dim: Count | None = None,
+    precision: Precision = "float32",
+    max_length: Count | None = None,
     dtype: str | None = None,
     devices: Sequence[str] = ("auto",),
-    rows_per_part: int = 8192,
+    rows_per_part: Count = 8192,
     on_progress: Progress | None = None,
 ) -> Encoded:
     """Encode the texts of a file in order. A killed job continues after its last finished part.
@@ -92,18 +97,22 @@ def encode_file(
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)
-    check_precision(precision)
-    if side not in ("query", "document", "raw"):
-        raise ConfigError(f"side must be query, document or raw, got {side!r}")
     if instruction is not None and side != "query":
         raise ConfigError("instruction: is for side 'query'")
-    if rows_per_part < 1 or not devices:
-        raise ConfigError(f"rows_per_part and devices must be at least one, got {rows_per_part} and {list(devices)}")
+    if not devices:
+        raise ConfigError("devices must name at least one device")
+    named_dtype(dtype)
     settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
     folder = out.with_name(out.name + ".parts")
     check_writable(out)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if next(read_texts(path, field), None) is None:
+        raise DataError(f"{path}: holds no texts")
+    shapes = Embedder.without_weights(model, max_length=max_length)  # before anything is written
+    shapes.check_dim(dim)
+    for device in devices:
+        pick_device(device, shapes.config)
     try:
         with locked(folder, "encode"):
             job = _claim(folder, settings, path, field)

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pyqemb.data import beir
+from pyqemb.data.arguments import checked
 from pyqemb.data.columns import Columns
 from pyqemb.data.splits import canonical, choose
 from pyqemb.errors import ConfigError
@@ -54,7 +55,10 @@ class DevSets:
         >>> pyqemb.train(config, evaluate=DevSets(config.eval, config.task))         # doctest: +SKIP
     """
 
-    def __init__(self, section: Any, task: str = "embedding", datasets: Any = None):
+    @checked
+    def __init__(self, section: Any, task: Literal["embedding", "rerank"] = "embedding", datasets: Any = None):
+        if not hasattr(section, "has_data"):
+            raise TypeError(f"[DevSets] section must be that of a TrainConfig, eval, got {type(section).__name__}")
         given, self._named = _of_section(section), bool(section.datasets)
         if datasets is not None:
             if section.has_data:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyqemb.data.arguments import Count, NotNegative, checked
 from pyqemb.data.columns import POSITIVE, QUERY, Columns
 from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, is_folder, loa
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import open_model, unit_encoder
 from pyqemb.model.protocols import PairScorer, VectorEncoder
-from pyqemb.model.quantize import PRECISIONS
+from pyqemb.model.quantize import PRECISIONS, Precision
 
 _DEPTH = 100
 _PER_QUERY = {
@@ -50,18 +51,19 @@ class Evaluation(dict[str, Any]):
         return "\n".join(lines)
 
 
+@checked
 def evaluate(
     model: VectorEncoder | PairScorer | str | Path,
     folder: Any,
     *,
     instruction: str | None = None,
-    dim: int | None = None,
+    dim: Count | None = None,
     split: str | None = None,
     columns: Columns | None = None,
-    precision: str = "float32",
-    rescore: int | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    precision: Precision = "float32",
+    rescore: Count | None = None,
+    bootstrap: NotNegative = 1000,
+    seed: NotNegative = 0,
 ) -> Evaluation:
     """Evaluate a model on a task (see `tasks`), or a reranker on examples (see `reranking`).
 
@@ -101,7 +103,7 @@ def evaluate(
         pearson ...
     """
     storage = Storage(precision, rescore)
-    _check_evaluation(folder, bootstrap)
+    _check_evaluation(folder)
     task = load_task(folder, split, columns) if is_folder(folder) else None  # before the model is opened
     if isinstance(model, (str, Path)):
         model = open_model(model)
@@ -119,18 +121,19 @@ def evaluate(
     return _measure(task, vectors, folder, storage, search_device(encoder), bootstrap, seed)
 
 
+@checked
 def compare_storage(
     model: VectorEncoder | str | Path,
     folder: Any,
     *,
-    dims: Sequence[int | None] = (None,),
+    dims: Sequence[Count | None] = (None,),
     precisions: Sequence[str] = PRECISIONS,
-    rescore: int | None = None,
+    rescore: Count | None = None,
     instruction: str | None = None,
     split: str | None = None,
     columns: Columns | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    bootstrap: NotNegative = 1000,
+    seed: NotNegative = 0,
 ) -> list[Evaluation]:
     """Evaluate a model at several Matryoshka dimensions and precisions of the stored vectors; texts are encoded once.
 
@@ -161,12 +164,9 @@ def compare_storage(
         >>> [(row["dim"], row["precision"], row["rescore"], row["bytes_per_vector"]) for row in table][:3]
         [(16, 'float32', None, 64), (16, 'binary', None, 2), (16, 'binary', 2, 2)]
     """
-    _check_evaluation(folder, bootstrap)
+    _check_evaluation(folder)
     if not dims or not precisions:
         raise ConfigError(f"{'precisions' if dims else 'dims'}: expected at least one")
-    for dim in dims:
-        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
-            raise ConfigError(f"dims: expected whole numbers from 1, or None, got {dim!r}")
     plain = [Storage(precision) for precision in precisions]
     with_rescore = [] if rescore is None else [Storage(s.precision, rescore) for s in plain if s.precision != "float32"]
     if rescore is not None and not with_rescore:
@@ -196,9 +196,7 @@ def compare_storage(
     return results
 
 
-def _check_evaluation(folder: Any, bootstrap: int) -> None:
-    if bootstrap < 0:
-        raise ConfigError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
+def _check_evaluation(folder: Any) -> None:
     if isinstance(folder, Mapping) and not has_splits(folder):  # a DatasetDict is a dict
         raise DataError(_not_a_dict(folder))
 
@@ -232,6 +230,7 @@ def _not_a_dict(given: Mapping[Any, Any]) -> str:
     return f"evaluate: expected a dataset, got a dict with the keys {shown}; {call}"
 
 
+@checked
 def score_rankings(
     rankings: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
@@ -244,13 +243,16 @@ def score_rankings(
     Returns:
         {metric: {query id: value}}, with a value for each query of `qrels`.
     """
+    if missing := sorted(qrels.keys() - rankings.keys()):
+        raise ConfigError(f"[score_rankings] rankings must have the queries of qrels, lack {missing[0]!r}")
     return {
         name: {query: score(rankings[query], qrels[query]) for query in qrels} for name, score in _PER_QUERY.items()
     }
 
 
+@checked
 def retrieve(
-    model: VectorEncoder, task: Retrieval, instruction: str | None = None, dim: int | None = None
+    model: VectorEncoder, task: Retrieval, instruction: str | None = None, dim: Count | None = None
 ) -> dict[str, list[str]]:
     """Return the ids of the best 100 documents of each query.
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from pyqemb import ops
+from pyqemb.data.arguments import Count, checked
 from pyqemb.errors import ConfigError
+from pyqemb.model.device import named_device
 from pyqemb.model.quantize import bytes_per_vector, check_precision, dequantize, quantize, value_ranges
 
 _BLOCK = 1 << 26  # gathered float32 values at a time
@@ -85,10 +87,11 @@ class Storage:
         return bytes_per_vector(self.precision, dim)
 
 
+@checked
 def rank(
     query_vectors: np.ndarray,
     document_vectors: np.ndarray,
-    k: int = 100,
+    k: Count = 100,
     exclude: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -101,13 +104,27 @@ def rank(
         exclude: int64 [B, X], indices of documents to exclude for each query, padded with -1 (default: none).
         device: the device of the search (default "cpu").
     """
+    place = named_device(device)
     queries, documents = (
-        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
-        for x in (query_vectors, document_vectors)
+        _matrix(name, x, np.floating, np.float32).to(place)
+        for name, x in (("query_vectors", query_vectors), ("document_vectors", document_vectors))
     )
-    forbidden = None if exclude is None else torch.from_numpy(np.ascontiguousarray(exclude, dtype=np.int64)).to(device)
+    if queries.shape[1] != documents.shape[1]:
+        raise ConfigError(
+            f"[rank] document_vectors must have the {queries.shape[1]} features of query_vectors, "
+            f"got {documents.shape[1]}"
+        )
+    forbidden = None if exclude is None else _matrix("exclude", exclude, np.integer, np.int64).to(place)
     scores, indices = ops.top_k(queries, documents, min(k, len(documents)), exclude=forbidden)
     return scores.cpu().numpy(), indices.cpu().numpy()
+
+
+def _matrix(name: str, array: np.ndarray, kind: type, dtype: type) -> torch.Tensor:
+    if array.ndim != 2 or not np.issubdtype(array.dtype, kind):
+        raise TypeError(
+            f"[rank] {name} must be {kind.__name__} with two dimensions, got {array.dtype} of shape {[*array.shape]}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
 
 
 def rescored(

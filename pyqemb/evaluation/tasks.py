@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pyqemb.data import beir
+from pyqemb.data.arguments import check_fields
 from pyqemb.data.columns import Columns
 from pyqemb.data.example import Example, read_located
 from pyqemb.data.rows import FORMATS, format_of, is_blank, number_of, read_rows
 from pyqemb.data.tables import HUB, has_splits, is_saved, source_name
-from pyqemb.errors import DataError
+from pyqemb.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Retrieval:
     qrels: dict[str, dict[str, float]]
     instructions: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, given in (("qrels", self.qrels), ("instructions", self.instructions)):
+            if unknown := sorted(given.keys() - self.queries.keys()):
+                raise ConfigError(f"[Retrieval] {name} must be about the queries, {unknown[0]!r} is none of them")
+
 
 @dataclass(frozen=True)
 class Sts:
@@ -44,6 +51,9 @@ class Sts:
     second: list[str]
     scores: list[float]
 
+    def __post_init__(self) -> None:
+        _check_columns(self)
+
 
 @dataclass(frozen=True)
 class Bitext:
@@ -51,6 +61,20 @@ class Bitext:
 
     first: list[str]
     second: list[str]
+
+    def __post_init__(self) -> None:
+        _check_columns(self)
+
+
+def _check_columns(task: Any) -> None:
+    """Check the fields of a task, which are lists of one length."""
+    check_fields(task)
+    for name, column in vars(task).items():
+        if len(column) != len(task.first):
+            raise ConfigError(
+                f"[{type(task).__name__}] {name} must have an item for each of first, {len(task.first)}, "
+                f"got {len(column)}"
+            )
 
 
 Task = Retrieval | Sts | Bitext

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyqemb import __version__
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.tokenizer import TEMPLATE
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.model.embedder import Embedder
@@ -32,13 +33,15 @@ class MtebEncoder(AbsEncoder):
     Embedding.
     """
 
+    @checked
     def __init__(
         self,
         model: Embedder,
         name: str = "pyqemb/model",
         instructions: Mapping[str, str] | None = None,
-        dim: int | None = None,
+        dim: Count | None = None,
     ):
+        model.check_dim(dim)
         self.model, self.dim, self.prompts_dict = model, dim, dict(instructions or {})
         self.mteb_model_meta = _meta(name, model, dim or model.config.hidden_size)
 
@@ -59,6 +62,7 @@ class MtebEncoder(AbsEncoder):
 class MtebReranker:
     """`mteb.evaluate(MtebReranker(model), reranking_tasks)`; `instructions` by task name."""
 
+    @checked
     def __init__(self, model: Reranker, name: str = "pyqemb/reranker", instructions: Mapping[str, str] | None = None):
         self.model, self.instructions = model, dict(instructions or {})
         self.mteb_model_meta = _meta(name, model, None)
@@ -84,6 +88,7 @@ class MtebReranker:
         return self.model.score(pairs, instruction=[query.get("instruction") or instruction for query in sides[0]])
 
 
+@checked
 def run_suite(
     model: Embedder | Reranker, suite: str, name: str = "pyqemb/model", tasks: Sequence[Any] | None = None
 ) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from pyqemb.data.arguments import checked
 from pyqemb.errors import PyqembError
 from pyqemb.interop.texts import sample_texts
 from pyqemb.model.embedder import Embedder
@@ -33,6 +34,7 @@ class Check:
     detail: str
 
 
+@checked
 def verify(folder: str | Path) -> list[Check]:
     """Check the folder of an embedding model.
 
@@ -54,6 +56,7 @@ def verify(folder: str | Path) -> list[Check]:
     return [run_check(name, check) for name, check in checks.items()]
 
 
+@checked
 def run_check(name: str, check: Callable[[], Check | str]) -> Check:
     """Run a check; an exception is a failure, and a missing library skips it."""
     try:
@@ -65,6 +68,7 @@ def run_check(name: str, check: Callable[[], Check | str]) -> Check:
     return found if isinstance(found, Check) else Check(name, "passed", found)
 
 
+@checked
 def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     """Compare results of another library with ours."""
     shapes = [(theirs.shape, ours.shape) for theirs, ours in pairs if theirs.shape != ours.shape]
@@ -76,6 +80,7 @@ def compared(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     return Check(name, outcome, f"{count} results differ by {worst:.1e} at most")
 
 
+@checked
 def open_sentence_transformer(folder: Path) -> "SentenceTransformer":
     """A SentenceTransformer in float32 on the CPU, from local safetensors only."""
     from sentence_transformers import SentenceTransformer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.pairs import PREFIX, SUFFIX
 from pyqemb.errors import ConfigError
 from pyqemb.interop.texts import sample_texts
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 
+@checked
 def verify_reranker(folder: str | Path) -> list[Check]:
     """Check that other libraries return Reranker's scores within 1e-5, and that float16 does not overflow.
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.errors import DataError
 from pyqemb.llm.request import Answer, Endpoint, MalformedAnswerError, Request
 from pyqemb.llm.store import Store
@@ -38,6 +39,7 @@ class Asker:
     ConfigError if the server rejects the request; received answers are stored.
     """
 
+    @checked
     def __init__(self, endpoint: Endpoint, store: Store):
         self.endpoint, self.store, self.usage = endpoint, store, Usage()
         self._client: Any = None  # opened at the first request that is not stored
@@ -108,8 +110,9 @@ class Asker:
         return self._client
 
 
+@checked
 async def run_in_order(
-    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
+    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: Count
 ) -> AsyncIterator[tuple[T, R]]:
     """Yield (item, its result) in the order of the items, with up to `window` running concurrently.
 

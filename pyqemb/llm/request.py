@@ -5,9 +5,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
 from pyqemb.data import strict_json
+from pyqemb.data.arguments import NotNegative, check_fields, checked
+from pyqemb.data.settings import StrictModel
 from pyqemb.errors import DataError
 from pyqemb.llm.candidates import candidates
 
@@ -20,13 +22,11 @@ OMITTABLE = get_args(Omittable)
 _OWN_FIELDS = {"model", "messages", "stream", "n", *OMITTABLE}
 
 
-class Endpoint(BaseModel):
+class Endpoint(StrictModel):
     """The language model that answers: a server that speaks OpenAI's protocol, or a local folder.
 
     Servers are vLLM, SGLang, llama.cpp or a hosted one.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(
         description='Name of the model on the server. With `backend = "transformers"`, a model folder.',
@@ -105,6 +105,10 @@ class Request:
     seed: int = 0
     schema: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @checked
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """All values that the answer depends on.
 
@@ -120,6 +124,7 @@ class Request:
             **({"extra": endpoint.extra_body} if endpoint.extra_body else {}),
         }
 
+    @checked
     def key(self, endpoint: Endpoint) -> str:
         """The sha256 of the body: equal requests to one model have the same key on any server."""
         return hashlib.sha256(json.dumps(self.body(endpoint), sort_keys=True).encode()).hexdigest()
@@ -131,9 +136,12 @@ class Answer:
 
     text: str
     finish: str = "stop"  # "length": truncated at max_tokens
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: NotNegative = 0
+    completion_tokens: NotNegative = 0
     refusal: str | None = None  # the text of a refusal by the model
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def row(self) -> dict[str, Any]:
         """Return the fields that are stored."""
@@ -148,6 +156,7 @@ class MalformedAnswerError(Exception):
         self.reason, self.text, self.key = reason, text, key
 
 
+@checked
 def parse(answer: Answer, kind: type[T]) -> T:
     """The last JSON object of an answer, outside of the model's reasoning, that is a valid `kind`.
 

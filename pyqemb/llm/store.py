@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.files import make_folder
 from pyqemb.data.machine import errno_of, unwritable
 from pyqemb.errors import DataError, MachineError, PyqembError
@@ -28,6 +29,7 @@ class Store:
     disk is full or fails; the stored answers are kept.
     """
 
+    @checked
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
@@ -73,15 +75,20 @@ class Store:
             run(f"pragma user_version = {_VERSION}")
         run("commit")
 
+    @checked
     def get(self, key: str) -> Answer | None:
         """Return the stored answer of a request's key; None if there is none or it is damaged."""
         with self._named():
             row = self._run("select key, request, answer, digest from answers where key = ?", (key,)).fetchone()
         return Answer(**json.loads(row[2])) if row is not None and self._is_sound(row) else None
 
+    @checked
     def put(self, key: str, request: dict[str, Any], answer: Answer) -> None:
         """Store a request and its answer under the request's key; an older answer is replaced."""
-        row = (key, *(json.dumps(value, ensure_ascii=False) for value in (request, answer.row())))
+        try:
+            row = (key, *(json.dumps(value, ensure_ascii=False) for value in (request, answer.row())))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"[put] request must be values that JSON has: {error}") from error
         self._run("insert or replace into answers values (?, ?, ?, ?)", (*row, _digest(*row)))
 
     def __len__(self) -> int:

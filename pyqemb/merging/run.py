@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.folder import shown
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer
 from pyqemb.data.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ class MergeReport:
         return sum(tensor.lerp for tensor in self.tensors)
 
 
+@checked
 def merge(
     checkpoints: Sequence[str | Path],
     method: str = "slerp",

@@ -25,13 +25,18 @@ def pick_device(name: torch.device | str | None, config: DecoderConfig) -> torch
     """The device of that name; None and "auto": a GPU that can run the model, else the CPU."""
     if name is None or name == "auto":
         return torch.device("cuda" if runs_on_cuda(config) and gpu_is_usable() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}") from error
+    device = named_device(name)
     if device.type == "cuda" and (obstacle := _obstacle(device.index)) is not None:
         raise ConfigError(f"device: {str(name)!r} was requested, but {obstacle}")
     return device
+
+
+def named_device(name: torch.device | str, argument: str = "device") -> torch.device:
+    """The torch.device of that name, which need not exist. ConfigError: no name of a device."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{argument}: expected 'auto', 'cpu' or 'cuda', got {name!r}") from error
 
 
 def search_device(model: object) -> torch.device:

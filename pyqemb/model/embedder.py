@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pyqemb import ops
+from pyqemb.data.arguments import Count, NotNegative, checked
 from pyqemb.data.batch import PackedBatch, to_device
 from pyqemb.data.tokenizer import TEMPLATE, Tokenizer
 from pyqemb.errors import ConfigError
@@ -20,7 +21,7 @@ from pyqemb.model.decoder import Decoder, RMSNorm
 from pyqemb.model.encoding import Encoding
 from pyqemb.model.families import build_decoder
 from pyqemb.model.neighbors import register_with_langchain
-from pyqemb.model.packed_model import Read, empty_decoder, errors_of, open_folder
+from pyqemb.model.packed_model import Read, check_provenance, checked_target, empty_decoder, errors_of, open_folder
 from pyqemb.model.portable import WriteFiles, write_portable_files
 from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, read_sentence_settings
@@ -56,21 +57,24 @@ class Embedder(Encoding):
     `truncate_dim`, `default_prompt_name` and `similarity_fn_name`.
     """
 
+    @checked
     def __init__(
         self,
         model: Decoder,
         tokenizer: Tokenizer,
         pooling: str = "last",
         prompts: Mapping[str, str] = DEFAULT_PROMPTS,
-        matryoshka: Sequence[int] | None = None,
+        matryoshka: Sequence[Count] | None = None,
     ):
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if matryoshka is not None and max(matryoshka, default=1) > model.config.hidden_size:
+            raise ConfigError(f"matryoshka must be at most {model.config.hidden_size} dimensions, got {matryoshka}")
         super().__init__(model, tokenizer)
         self.pooling = pooling
         self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or model.config.max_position_embeddings)
         self.prompts = dict(prompts)
-        self.matryoshka = tuple(matryoshka) if matryoshka else None
+        self.matryoshka = tuple(matryoshka or ()) or None
         self.normalize, self.plain = True, False
         self.truncate_dim: int | None = None
         self.default_prompt_name: str | None = None
@@ -78,13 +82,14 @@ class Embedder(Encoding):
         register_with_langchain(type(self))
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         folder: str | Path,
         attention: Attention | None = None,
         pooling: str | None = None,
         dtype: torch.dtype | str | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
         device: torch.device | str | None = None,
     ) -> "Embedder":
         """Load a Hugging Face folder of a decoder family, or download one by its hub id (`org/name`).
@@ -108,6 +113,7 @@ class Embedder(Encoding):
             CheckpointError: a file is missing, damaged or unsafe, or a setting is not supported; the error names the
                 file.
         """
+        dtype = checked_target(dtype, device)
         path, model, tensors = open_folder(folder, "embedder", attention)
         return cls._from_files(path, model, pooling, max_length)._load(tensors, dtype, device)
 
@@ -117,7 +123,7 @@ class Embedder(Encoding):
         folder: str | Path,
         attention: Attention | None = None,
         pooling: str | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
     ) -> "Embedder":
         """The model of a folder or hub id on the meta device; its weights are not needed and not downloaded.
 
@@ -128,7 +134,7 @@ class Embedder(Encoding):
 
     @classmethod
     def _from_files(
-        cls, path: Path, model: Decoder, pooling: str | None = None, max_length: int | None = None
+        cls, path: Path, model: Decoder, pooling: str | None = None, max_length: Count | None = None
     ) -> "Embedder":
         """A decoder with the settings of its folder."""
         tokenizer = Tokenizer.from_folder(path, max_length)
@@ -145,11 +151,12 @@ class Embedder(Encoding):
         return embedder
 
     @classmethod
+    @checked
     def from_config(
         cls,
         config: DecoderConfig,
         tokenizer: Tokenizer,
-        seed: int = 0,
+        seed: NotNegative = 0,
         attention: Attention | None = None,
         pooling: str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -214,8 +221,8 @@ class Embedder(Encoding):
         Returns:
             Unit vectors [B, dim or E], float32, or float64 for a float64 model. An empty sequence gives a zero row.
         """
-        self._check_dim(dim)
-        batch = self._checked(batch)
+        self.check_dim(dim)
+        batch = self._checked(batch, boundaries)
         if self.pooling == "mean":
             return _mean_pool(self.model(batch, boundaries=boundaries), batch, dim)
         # The last layer computes only the last tokens, because the others are not used.
@@ -255,6 +262,7 @@ class Embedder(Encoding):
         """
         return self.model(self._checked(batch))
 
+    @checked
     def save_pretrained(
         self,
         folder: str | Path,
@@ -275,10 +283,12 @@ class Embedder(Encoding):
             The folder.
 
         Raises:
+            TypeError: the provenance cannot be stored as JSON.
             ConfigError: the folder is neither empty nor a model folder.
             CheckpointError: a weight is not finite.
         """
         stored = named_dtype(dtype) or self.dtype
+        check_provenance(provenance)
         return self.save_parameters(self._reader(stored), folder, stored, provenance)
 
     def save_parameters(

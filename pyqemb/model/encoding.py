@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.batch import PackedBatch
 from pyqemb.errors import ConfigError
 from pyqemb.model.device import pick_device
@@ -45,12 +46,13 @@ class Encoding(Pooled, PackedModel):
     pooled: Callable[[PackedBatch], torch.Tensor]
 
     @also_called("texts", "sentences", "inputs")
+    @checked
     def encode(
         self,
         texts: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
         show_progress_bar: bool | None = None,
         output_value: str | None = "sentence_embedding",
         precision: str | None = "float32",
@@ -60,11 +62,11 @@ class Encoding(Pooled, PackedModel):
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
         pool: Pool | None = None,
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
         *,
         instruction: str | Sequence[str | None] | None = None,
         dim: int | None = None,
-        tokens_per_chunk: int | None = None,
+        tokens_per_chunk: Count | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Encoded:
         """Encode texts as vectors: [len(texts), E] in the order of the texts, [E] for a single text, (0,) for no text.
@@ -140,7 +142,7 @@ class Encoding(Pooled, PackedModel):
         return results[0] if single else results
 
     def encode_windows(
-        self, texts: Sequence[str], dim: int | None = None, tokens_per_chunk: int | None = None
+        self, texts: Sequence[str], dim: int | None = None, tokens_per_chunk: Count | None = None
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield row indices and their unit vectors by windows; the next window is tokenized while the model runs."""
         forward: Callable[[PackedBatch], torch.Tensor] = lambda chunk: self(chunk, dim)  # noqa: E731
@@ -148,6 +150,7 @@ class Encoding(Pooled, PackedModel):
             yield rows, window.cpu().numpy()
 
     @also_called("texts", "sentences", "inputs")
+    @checked
     def encode_query(
         self,
         texts: str | Sequence[str],
@@ -175,6 +178,7 @@ class Encoding(Pooled, PackedModel):
         return self.encode(texts, prompt_name, prompt, *rest, instruction=instruction, **options)
 
     @also_called("texts", "sentences", "inputs")
+    @checked
     def encode_document(
         self,
         texts: str | Sequence[str],
@@ -199,6 +203,7 @@ class Encoding(Pooled, PackedModel):
             prompt_name = "document"
         return self.encode(texts, prompt_name, prompt, *rest, **options)
 
+    @checked
     def embed_query(self, text: str) -> list[float]:
         """Encode one query, as LangChain calls it.
 
@@ -211,6 +216,7 @@ class Encoding(Pooled, PackedModel):
         register_with_langchain(type(self))
         return self.encode_query(text).tolist()
 
+    @checked
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Encode documents, as LangChain calls it.
 
@@ -272,8 +278,9 @@ class Encoding(Pooled, PackedModel):
         """
         return self.max_seq_length
 
+    @checked
     @contextmanager
-    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+    def truncate_embeddings(self, truncate_dim: Count | None) -> Iterator[None]:
         """Within this context `encode` returns the first `truncate_dim` components.
 
         Args:
@@ -332,7 +339,7 @@ class Encoding(Pooled, PackedModel):
         self,
         texts: Sequence[str],
         forward: Callable[[PackedBatch], Any],
-        tokens_per_chunk: int | None,
+        tokens_per_chunk: Count | None,
         advance: Callable[[int], None],
         ranks: Ranks | None = None,
     ) -> Iterator[tuple[slice, Any]]:
@@ -406,7 +413,7 @@ class Encoding(Pooled, PackedModel):
 
     def _width(self, dim: int | None, truncate_dim: int | None) -> int:
         """The number of components to return."""
-        self._check_dim(dim)
+        self.check_dim(dim)
         if dim is not None and truncate_dim is not None:
             raise ConfigError("dim and truncate_dim exclude each other: dim normalizes the vectors again")
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
@@ -414,8 +421,11 @@ class Encoding(Pooled, PackedModel):
             raise ConfigError(f"truncate_dim must be a positive number, got {truncate_dim!r}")
         return dim or min(truncate_dim or self.config.hidden_size, self.config.hidden_size)
 
-    def _check_dim(self, dim: int | None) -> None:
-        if dim is not None and not (isinstance(dim, int) and 1 <= dim <= self.config.hidden_size):
+    def check_dim(self, dim: int | None) -> None:
+        """ConfigError unless the model has vectors of this dimension."""
+        if dim is not None and not (
+            isinstance(dim, int) and not isinstance(dim, bool) and 1 <= dim <= self.config.hidden_size
+        ):
             raise ConfigError(f"dim must lie in 1..{self.config.hidden_size}, got {dim!r}")
 
 

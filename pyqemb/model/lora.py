@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyqemb.data.arguments import Count, NotNegative, check_fields, checked
 from pyqemb.data.files import atomic_folder
 from pyqemb.data.folder import Rule, check_keys, one_of, read_object
 from pyqemb.errors import CheckpointError, ConfigError
@@ -73,6 +74,7 @@ class LoraConfig:
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank < 1:
             raise ConfigError(f"lora.rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
@@ -87,7 +89,8 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
-def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
+@checked
+def add_lora(model: Decoder, config: LoraConfig, seed: NotNegative = 0) -> None:
     """Freeze the model and add new adapters to its targets, which do not change its output yet (B is zero).
 
     The initial weights depend only on the seed.
@@ -102,8 +105,9 @@ def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
     reset_lora(model, seed)
 
 
+@checked
 @torch.no_grad()
-def reset_lora(model: Decoder, seed: int = 0) -> None:
+def reset_lora(model: Decoder, seed: NotNegative = 0) -> None:
     """Set the initial weights of the adapters, the same for the same seed; sharded adapters get their rows of them."""
     generator = torch.Generator().manual_seed(seed)
     for linear in adapted(model).values():
@@ -115,6 +119,7 @@ def reset_lora(model: Decoder, seed: int = 0) -> None:
         local(lora.B).zero_()
 
 
+@checked
 def adapted(model: nn.Module) -> dict[str, Linear]:
     """The modules that have an adapter, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora is not None}
@@ -128,6 +133,7 @@ class MergedParameters(Mapping[str, torch.Tensor]):
         read: returns the parameter of a name, detached (default: the model's, which shares its memory).
     """
 
+    @checked
     def __init__(self, model: Decoder, read: Callable[[str], torch.Tensor] | None = None):
         self._parameters = dict(model.named_parameters())
         self._read = read or (lambda name: self._parameters[name].detach())
@@ -146,11 +152,15 @@ class MergedParameters(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @checked
     def shape(self, name: str) -> torch.Size:
-        """The shape of a parameter, without computing it."""
+        """The shape of a parameter, without computing it. ConfigError: there is none of this name."""
+        if name not in self._parameters:
+            raise ConfigError(f"[shape] name must be that of a parameter, got {name!r}")
         return self._parameters[name].shape
 
 
+@checked
 def merge_lora(model: Decoder) -> None:
     """Merge the adapters into the weights, which become trainable again."""
     merged = MergedParameters(model)
@@ -161,6 +171,7 @@ def merge_lora(model: Decoder) -> None:
     model.requires_grad_(True)
 
 
+@checked
 def save_adapter(
     model: Decoder,
     folder: str | Path,
@@ -205,6 +216,7 @@ def save_adapter(
     return _write(folder, tensors, settings) if is_writer(model) else Path(folder)
 
 
+@checked
 def load_adapter(model: Decoder, folder: str | Path) -> None:
     """Load the adapters of a peft folder (plain LoRA on the projections) and freeze all other parameters.
 
@@ -231,8 +243,9 @@ def load_adapter(model: Decoder, folder: str | Path) -> None:
         layers[name].lora = Lora(a_RI.to(weight), b_OR.to(weight), adapter.scale, adapter.dropout)
 
 
+@checked
 def merge_adapters(
-    folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, out: str | Path, rank: int | None = None
+    folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, out: str | Path, rank: Count | None = None
 ) -> Path:
     """Write the weighted sum of adapters of one base model as one adapter.
 
@@ -291,6 +304,7 @@ class Adapter:
     inner: str
 
 
+@checked
 def read_adapter(folder: str | Path) -> Adapter:
     """Read a peft folder; CheckpointError as in `load_adapter`."""
     folder = Path(folder)

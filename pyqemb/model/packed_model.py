@@ -3,6 +3,7 @@
 It holds a decoder and its tokenizer on one device, and reads and writes model folders.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.tokenizer import Tokenizer
 from pyqemb.errors import CheckpointError, ConfigError
@@ -31,12 +33,13 @@ from pyqemb.model.checkpoint import (
 )
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.device import pick_device
+from pyqemb.model.device import named_device, pick_device
 from pyqemb.model.families import FAMILIES, build_decoder, read_config
 from pyqemb.model.hub import check_push, push_folder
 from pyqemb.model.lora import MergedParameters
 from pyqemb.model.portable import WriteFiles, check_digests, model_folder
 from pyqemb.model.protocols import Ranks
+from pyqemb.model.residual_stream import Boundaries
 from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import Kind, check_kind
 from pyqemb.model.shards import full_tensor, has_shards, is_writer
@@ -61,7 +64,7 @@ def errors_of(folder: Path) -> Iterator[None]:
     """Turn a ConfigError about a model that is made of the files of a folder into a CheckpointError that names it."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
@@ -100,6 +103,21 @@ def _checked_config(folder: Path, kind: Kind, attention: Attention | None) -> De
     config = with_attention(read_config(folder), attention)
     check_kind(folder, kind)
     return config
+
+
+def check_provenance(provenance: Mapping[str, Any] | None) -> None:
+    """TypeError: it cannot be stored as JSON."""
+    try:
+        json.dumps(provenance)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"[save_pretrained] provenance must be values that JSON has: {error}") from error
+
+
+def checked_target(dtype: torch.dtype | str | None, device: torch.device | str | None) -> torch.dtype | None:
+    """The dtype of that name. ConfigError: `dtype` or `device` is unknown, before a file is opened."""
+    if device is not None and device != "auto":
+        named_device(device)
+    return named_dtype(dtype)
 
 
 class PackedModel(nn.Module):
@@ -183,6 +201,7 @@ class PackedModel(nn.Module):
         """Write the files of `save_pretrained` except the weights, whose dtype is `dtype`, into an existing folder."""
         self._files(provenance)(folder, folder.name, dtype, {})
 
+    @checked
     def push_to_hub(
         self,
         repo_id: str,
@@ -211,6 +230,7 @@ class PackedModel(nn.Module):
             CheckpointError: a weight is not finite.
             MachineError: the network or the disk fails.
         """
+        dtype = named_dtype(dtype)
         check_push(repo_id, token)
         with TemporaryDirectory() as parent:
             folder = self.save_pretrained(Path(parent) / repo_id.partition("/")[2], dtype)
@@ -264,10 +284,12 @@ class PackedModel(nn.Module):
             return tokens_per_chunk
         return _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_DEVICE
 
-    def _checked(self, batch: PackedBatch) -> PackedBatch:
+    def _checked(self, batch: PackedBatch, boundaries: Boundaries | None = None) -> PackedBatch:
         """The checked batch on the device of the model."""
+        if boundaries is not None and not isinstance(boundaries, Boundaries):
+            raise TypeError(f"boundaries must be a Boundaries, got {type(boundaries).__name__}")
         if not isinstance(batch, PackedBatch):
-            raise TypeError(f"expected a PackedBatch, got {type(batch).__name__}")
+            raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
         ids = batch.input_ids_T
         if ids.device.type == "cpu" and ids.numel():  # on a GPU the check would make the host wait
             low, high = (int(value) for value in torch.aminmax(ids))

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.multiprocessing import get_context
 
+from pyqemb.data.arguments import checked
 from pyqemb.errors import ConfigError
-from pyqemb.model.device import gpu_is_usable
+from pyqemb.model.device import gpu_is_usable, named_device
 
 Pool = dict[str, Any]  # "input" and "output" queues, "processes"
 _LONGEST_CHUNK = 5000
@@ -20,6 +21,7 @@ _LONGEST_CHUNK = 5000
 class Pooled:
     """sentence-transformers' multi-process API for Embedder and Reranker."""
 
+    @checked
     def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> Pool:
         """Start one worker process for each device.
 
@@ -40,6 +42,8 @@ class Pooled:
             target_devices = [f"cuda:{index}" for index in range(count)] or ["cpu"] * 4
         if not target_devices:
             raise ConfigError("target_devices must name at least one device")
+        for device in target_devices:
+            named_device(device, "target_devices")
         self.to("cpu").share_memory()  # type: ignore[attr-defined]
         context = get_context("spawn")
         tasks, results = context.Queue(), context.Queue()
@@ -53,12 +57,14 @@ class Pooled:
         return {"input": tasks, "output": results, "processes": processes}
 
     @staticmethod
+    @checked
     def stop_multi_process_pool(pool: Pool) -> None:
         """Stop the processes of `start_multi_process_pool`.
 
         Args:
             pool: the result of `start_multi_process_pool`.
         """
+        _check_pool(pool)
         for process in pool["processes"]:
             process.terminate()
         for process in pool["processes"]:
@@ -81,6 +87,8 @@ class Pooled:
         """The results of `method` for chunks of the items, in order, computed by `pool` or by a temporary pool."""
         if chunk_size is not None and chunk_size < 1:
             raise ConfigError(f"chunk_size must be at least 1, got {chunk_size}")
+        if pool is not None:
+            _check_pool(pool)
         if not items:
             return []
         own = self.start_multi_process_pool(devices) if pool is None else None
@@ -89,6 +97,11 @@ class Pooled:
         finally:
             if own is not None:
                 self.stop_multi_process_pool(own)
+
+
+def _check_pool(pool: Pool) -> None:
+    if not {"input", "output", "processes"} <= pool.keys():
+        raise ConfigError(f"pool must be the result of start_multi_process_pool, got a dict with {list(pool)!r:.100}")
 
 
 def _run(

@@ -55,6 +55,20 @@ class Ranks(Protocol):
         ...
 
 
+@runtime_checkable
+class QueryDocumentEncoder(Protocol):
+    """Encodes texts as vectors of their full dimension, as curation requires."""
+
+    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None) -> np.ndarray:
+        """float32 [len(texts), E]; `instruction` None: that of the model."""
+        ...
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), E]."""
+        ...
+
+
+@runtime_checkable
 class VectorEncoder(Protocol):
     """Encodes texts as vectors, as evaluation requires."""
 

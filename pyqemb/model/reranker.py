@@ -12,13 +12,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.pairs import INSTRUCTION, PairTokenizer, format_pair
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder
-from pyqemb.model.packed_model import Read, Weight, empty_decoder, errors_of, in_order, open_folder
+from pyqemb.model.packed_model import (
+    Read,
+    Weight,
+    check_provenance,
+    checked_target,
+    empty_decoder,
+    errors_of,
+    in_order,
+    open_folder,
+)
 from pyqemb.model.portable import WriteFiles
 from pyqemb.model.portable_reranker import FORMATS, SCORE, reranker_name, write_reranker_files
 from pyqemb.model.progress import progress_bar
@@ -53,6 +63,7 @@ class Reranker(Scoring):
 
     heads = (LM_HEAD, SCORE)
 
+    @checked
     def __init__(
         self,
         model: Decoder,
@@ -62,6 +73,10 @@ class Reranker(Scoring):
         default_instruction: str | None = None,
     ):
         super().__init__(model, tokenizer)
+        size = model.config.hidden_size
+        for name, rows, count in (("head", head, 2), ("lm_head", lm_head, model.config.vocab_size)):
+            if rows is not None and (tuple(rows.shape) != (count, size) or not rows.is_floating_point()):
+                raise ConfigError(f"{name} must be floats [{count}, {size}], got {rows.dtype} {list(rows.shape)}")
         self.default_instruction = default_instruction
         longest = model.config.max_position_embeddings
         self.tokenizer: PairTokenizer = tokenizer.with_max_length(min(tokenizer.max_length or longest, longest))
@@ -69,12 +84,13 @@ class Reranker(Scoring):
         self._lm_head = lm_head  # the other rows of an untied head, for saving
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         folder: str | Path,
         attention: Attention | None = None,
         dtype: torch.dtype | str | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
         device: torch.device | str | None = None,
     ) -> "Reranker":
         """Load a folder of a causal language model or of a classifier with one label, or download one by its hub id.
@@ -95,6 +111,7 @@ class Reranker(Scoring):
             CheckpointError: a file is missing, damaged or unsafe, or a setting is not supported; the error names the
                 file.
         """
+        dtype = checked_target(dtype, device)
         path, model, tensors = open_folder(folder, "reranker", attention, cls.heads)
         tokenizer = PairTokenizer.from_folder(path, max_length)
         check_reranker_modules(path, tokenizer.yes_id, tokenizer.no_id)
@@ -110,7 +127,7 @@ class Reranker(Scoring):
         cls,
         folder: str | Path,
         attention: Attention | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
         lm_head: torch.Tensor | None = None,
     ) -> "Reranker":
         """The model of a folder or hub id on the meta device; its weights are not needed and not downloaded.
@@ -166,18 +183,19 @@ class Reranker(Scoring):
         Raises:
             ValueError: a sequence is empty.
         """
-        batch = self._checked(batch)
+        batch = self._checked(batch, boundaries)
         if batch.num_sequences and not bool((batch.cu_seqlens_cpu.diff() > 0).all()):
-            raise ValueError("expected pairs of at least one token, got an empty sequence")
+            raise ValueError("batch must be pairs of at least one token, got an empty sequence")
         hidden_BE = self.model.norm(self.model(batch, last_only=True, boundaries=boundaries))
         wide = torch.promote_types(hidden_BE.dtype, torch.float32)
         return hidden_BE.to(wide) @ self._rows().to(wide).T
 
+    @checked
     def score(
         self,
         pairs: Sequence[tuple[str, str]],
         instruction: str | Sequence[str | None] | None = None,
-        tokens_per_chunk: int | None = None,
+        tokens_per_chunk: Count | None = None,
     ) -> np.ndarray:
         """Score pairs of query and document.
 
@@ -199,11 +217,12 @@ class Reranker(Scoring):
             margins = self.margins(pairs, instruction, tokens_per_chunk, advance)
         return (1 / (1 + np.exp(-margins.astype(np.float64)))).astype(np.float32)
 
+    @checked
     def margins(
         self,
         pairs: Sequence[tuple[str, str]],
         instruction: str | Sequence[str | None] | None = None,
-        tokens_per_chunk: int | None = None,
+        tokens_per_chunk: Count | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Compute `score` before the sigmoid: the logit of yes minus that of no.
@@ -226,8 +245,9 @@ class Reranker(Scoring):
                 on_progress(len(window))
         return margins
 
+    @checked
     def rerank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, instruction: str | None = None
+        self, query: str, documents: Sequence[str], top_k: Count | None = None, instruction: str | None = None
     ) -> list[tuple[int, float]]:
         """Sort documents by their score for a query.
 
@@ -244,6 +264,7 @@ class Reranker(Scoring):
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [(int(i), float(scores[i])) for i in order]
 
+    @checked
     def format(
         self, pairs: Sequence[tuple[str, str]], instruction: str | Sequence[str | None] | None = None
     ) -> list[str]:
@@ -274,6 +295,7 @@ class Reranker(Scoring):
             for (query, document), own in zip(pairs, instructions, strict=True)
         ]
 
+    @checked
     def save_pretrained(
         self,
         folder: str | Path,
@@ -300,6 +322,7 @@ class Reranker(Scoring):
             CheckpointError: a weight is not finite.
         """
         stored = named_dtype(dtype) or self.dtype
+        check_provenance(provenance)
         return self.save_parameters(self._reader(stored), folder, stored, provenance, format)
 
     def save_parameters(
@@ -349,7 +372,7 @@ class Reranker(Scoring):
         ids = torch.tensor([self.tokenizer.yes_id, self.tokenizer.no_id], device=self.device)
         return self.model.embed_tokens.weight.index_select(0, ids)
 
-    def _margins(self, bodies: Sequence[str], tokens_per_chunk: int | None) -> np.ndarray:
+    def _margins(self, bodies: Sequence[str], tokens_per_chunk: Count | None) -> np.ndarray:
         tokens = self.tokenizer.encode_documents(bodies)
         forward: Callable[[PackedBatch], torch.Tensor] = self
         logits_B2 = in_order(tokens, forward, self._chunk_size(tokens_per_chunk), ranks=self._ranks).cpu().numpy()

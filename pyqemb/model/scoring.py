@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.errors import ConfigError
 from pyqemb.model.device import pick_device
 from pyqemb.model.neighbors import ModelCardData, also_called, check_batch_size
@@ -27,12 +28,13 @@ class Scoring(Pooled, PackedModel):
         return ModelCardData()
 
     @also_called("pairs", "sentences", "inputs")
+    @checked
     def predict(
         self,
         pairs: Sequence[Sequence[str]] | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         apply_softmax: bool | None = False,
@@ -40,7 +42,7 @@ class Scoring(Pooled, PackedModel):
         convert_to_tensor: bool = False,
         device: str | torch.device | Sequence[str] | None = None,
         pool: Pool | None = None,
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
     ) -> np.ndarray | np.floating | torch.Tensor | list[torch.Tensor]:
         """Score (query, document) pairs: [len(pairs)], or one score for a single pair.
 
@@ -93,20 +95,21 @@ class Scoring(Pooled, PackedModel):
         array = scores.float().cpu().numpy() if len(scores) else np.array([])
         return array[0] if single else array
 
+    @checked
     def rank(
         self,
         query: str,
         documents: Sequence[str],
-        top_k: int | None = None,
+        top_k: Count | None = None,
         return_documents: bool = False,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: str | torch.device | Sequence[str] | None = None,
         pool: Pool | None = None,
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
     ) -> list[dict[str, Any]]:
         """Sort documents by their score for a query, with the arguments of CrossEncoder.rank, in its order.
 

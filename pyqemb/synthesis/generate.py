@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.example import Example, to_row
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import writing
@@ -57,6 +58,7 @@ class Synthesis:
         }  # fmt: skip
 
 
+@checked
 def synthesize(
     config: SynthesisConfig | dict[str, Any], *, on_progress: Callable[[Synthesis], None] | None = None
 ) -> Synthesis:

@@ -20,6 +20,7 @@ from pydantic import (
 )  # fmt: skip
 from pydantic.json_schema import SkipJsonSchema
 
+from pyqemb.data.arguments import Count, checked
 from pyqemb.data.columns import ColumnMap, Columns
 from pyqemb.data.layouts import Example
 from pyqemb.data.settings import check_plain, explain, explain_all, missing, parse_yaml, read_settings, wrong_value
@@ -549,7 +550,8 @@ class ParallelSection(Section):
             raise ValueError("expected a number of ranks, or -1 for all of them")
         return shard
 
-    def mesh(self, ranks: int) -> tuple[int, int]:
+    @checked
+    def mesh(self, ranks: Count) -> tuple[int, int]:
         """The number of replicas, and of the ranks that share each.
 
         ConfigError if their product is not the number of ranks.
@@ -903,6 +905,7 @@ def as_data(data: Any) -> list[Any]:
     return [_entry(data)]
 
 
+@checked
 def with_data(config: TrainConfig, data: Any = None) -> TrainConfig:
     """The configuration with `data`, as for `as_data`. ConfigError: both have data, or neither."""
     if data is None:
@@ -932,6 +935,7 @@ def _entry(data: Any, name: str | None = None) -> Any:
     return {"path" if isinstance(data, str | Path) else "rows": data, **named}
 
 
+@checked
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML or YAML file; each override is `section.key=value`, the value written as in YAML.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pyqemb.data.arguments import NotNegative, checked
 from pyqemb.data.files import locked
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_weights
@@ -27,7 +28,8 @@ _log = logging.getLogger("pyqemb")
 _TRIES = 5
 
 
-def consolidate(run: str | Path, step: int | None = None, out: str | Path | None = None) -> Path:
+@checked
+def consolidate(run: str | Path, step: NotNegative | None = None, out: str | Path | None = None) -> Path:
     """Write the model of a run's checkpoint as the folder that the run would write at its end.
 
     Memory holds about one tensor. Adapters are merged into the weights. Partial output of a killed process is removed,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
@@ -25,8 +25,6 @@ SIZE_PATTERN = r"^\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)B\s*$"
 
 class Section(StrictModel):
     """A frozen section; unknown keys are errors."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

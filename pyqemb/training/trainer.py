@@ -12,6 +12,7 @@ import torch
 
 from pyqemb import __version__
 from pyqemb.data import mixing
+from pyqemb.data.arguments import checked
 from pyqemb.data.files import locked
 from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
@@ -72,6 +73,7 @@ class TrainResult:
         return f"TrainResult({self.steps} steps{loss}, model in {self.folder}{best})"
 
 
+@checked
 def train(
     config: TrainConfig | str | Path,
     *,

@@ -96,7 +96,7 @@ def test_real_model_and_instructions():
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 5, "depth": 4}, "depth must be at least k, 5, got 4"),
         ({"max_positive_ratio": 0}, "max_positive_ratio must be"),
-        ({"skip_top": -1}, "skip_top must not be negative"),
+        ({"skip_top": -1}, "skip_top must be at least 0, got -1"),
         ({"sampling": "best"}, "sampling must be"),
     ],
 )

@@ -22,7 +22,7 @@ PUBLIC = {
 }
 # Methods that the jobs of this package call on each other, not their users.
 INTERNAL = {
-    "encode_windows", "encoding_on", "in_processes", "load_rows", "save_parameters", "without_weights",
+    "check_dim", "encode_windows", "encoding_on", "in_processes", "load_rows", "save_parameters", "without_weights",
     "write_portable",
 }  # fmt: skip
 METHODS = {

@@ -323,10 +323,10 @@ def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
 def test_what_is_refused(model, jsonl, tmp_path):
     out = tmp_path / "x.npy"
     for options, message in (
-        ({"precision": "int4"}, "precision must be one of"),
-        ({"side": "both"}, "side must be query, document or raw"),
+        ({"precision": "int4"}, "precision must be 'float32', 'int8', "),
+        ({"side": "both"}, "side must be 'query', 'document' or 'raw'"),
         ({"instruction": "Find"}, "instruction: is for side 'query'"),
-        ({"rows_per_part": 0}, "must be at least one"),
+        ({"rows_per_part": 0}, "rows_per_part must be at least 1"),
         ({"dim": 99}, "dim must lie in 1..32"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -127,11 +127,11 @@ def test_the_command_prints_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precision", "int4"], "precision must be one of float32, int8, uint8, binary, ubinary, got 'int4'"),
+        (["--precision", "int4"], "precision must be 'float32', 'int8', 'uint8', 'binary' or 'ubinary', got 'int4'"),
         (["--precision", "float32,int4"], "got 'int4'"),
         (["--rescore", "5"], "rescore needs a quantized precision"),
-        (["--precision", "int8", "--rescore", "0"], "rescore must be a number of documents, at least 1, got 0"),
-        (["--dim", "0,8"], "dims: expected whole numbers from 1"),
+        (["--precision", "int8", "--rescore", "0"], "rescore must be at least 1, got 0"),
+        (["--dim", "0,8"], "dims[0] must be at least 1, got 0"),
         (["--dim", "8,99"], "99"),
     ],
 )

@@ -162,7 +162,7 @@ def test_rerank_sorts():
 def test_what_is_refused(tmp_path):
     folder = causal_folder(tmp_path / "base")
     reranker = Reranker.from_pretrained(folder, device="cpu")
-    with pytest.raises(TypeError, match=r"expected pairs of two texts, got 'ab' at index 1"):
+    with pytest.raises(TypeError, match=r"pairs\[1\] must be \(text, text\), got 'ab'"):
         reranker.score([("a", "b"), "ab"])
     with pytest.raises(ValueError, match="expected one instruction for each of 1 pairs, got 2"):
         reranker.score([("a", "b")], instruction=["x", "y"])

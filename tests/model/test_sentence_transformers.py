@@ -215,11 +215,15 @@ def test_a_base_model_is_normalized_unless_told_otherwise(tmp_path):
         (lambda m: m.encode(TEXTS, output_value="tokens"), ConfigError, "output_value must be one of .*, got 'tokens'"),
         (lambda m: m.encode(TEXTS, truncate_dim=0), ConfigError, "truncate_dim must be a positive number, got 0"),
         (lambda m: m.encode(TEXTS, dim=8, truncate_dim=8), ConfigError, "dim and truncate_dim exclude each other"),
-        (lambda m: m.encode(TEXTS, prompt=b"x"), TypeError, "prompt must be a text, got bytes"),
-        (lambda m: m.encode(None), TypeError, "expected a text or a list of texts, got NoneType"),
-        (lambda m: m.encode({"a": 1}), TypeError, "expected a text or a list of texts, got dict"),
-        (lambda m: m.encode(iter(TEXTS)), TypeError, "expected a text or a list of texts, got tuple_iterator"),
-        (lambda m: m.encode(b"ab"), TypeError, "expected a text or a list of texts, got bytes"),
+        (lambda m: m.encode(TEXTS, prompt=b"x"), TypeError, "prompt must be text or None, got b'x' of type bytes"),
+        (lambda m: m.encode(None), TypeError, "texts must be text or a list of text, got None"),
+        (lambda m: m.encode({"a": 1}), TypeError, "texts must be text or a list of text, got .* of type dict"),
+        (
+            lambda m: m.encode(iter(TEXTS)),
+            TypeError,
+            "texts must be text or a list of text, got .* of type tuple_iterator",
+        ),
+        (lambda m: m.encode(b"ab"), TypeError, "texts must be text or a list of text, got b'ab'"),
         (lambda m: m.encode(TEXTS, device=[]), ConfigError, "target_devices must name at least one device"),
         (lambda m: m.encode(TEXTS, device="gpu"), ConfigError, "device: expected 'auto', 'cpu' or 'cuda', got 'gpu'"),
         (lambda m: m.encode(TEXTS, device=["cpu"], chunk_size=0), ConfigError, "chunk_size must be at least 1, got 0"),
@@ -255,8 +259,8 @@ def test_processes_give_what_one_gives():
             same(model.encode(TEXTS, output_value=output_value, pool=pool), one)
         assert model.encode([], pool=pool).shape == (0,)
         assert model.encode("x", pool=pool).shape == (32,)
-        with pytest.raises(RuntimeError, match="a worker process failed: ValueError"):
-            model.encode(TEXTS, pool=pool, tokens_per_chunk=0)
+        with pytest.raises(RuntimeError, match="a worker process failed: "):
+            model.encode(["no character: \ud800"], pool=pool)
         same(model.encode(TEXTS, pool=pool), model.encode(TEXTS))
         pool["processes"][0].kill(), pool["processes"][1].kill()
         with pytest.raises(RuntimeError, match="worker processes died"):
@@ -319,7 +323,7 @@ def test_predictions_that_are_refused(rerankers):
             model.predict(PAIRS, batch_size=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'instruct'"):
         ours.predict(PAIRS, instruct="x")
-    with pytest.raises(TypeError, match="expected pairs of two texts"):
+    with pytest.raises(TypeError, match=r"pairs\[1\]\[1\] must be text, got None"):
         ours.predict([("a", "b"), ("a", None)])
 
 

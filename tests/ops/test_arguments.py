@@ -10,7 +10,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -135,17 +136,23 @@ def heads(tokens: int, count: int, seed: int) -> Tensor:
     return torch.randn(tokens, count, 8, generator=torch.Generator().manual_seed(seed))
 
 
-@cache
-def catalogue() -> dict[str, Op]:
-    q, d = rows(3, 6), rows(5, 6, 1)
-    angle = torch.rand(4, 4)
-    weight = torch.rand(6) + 0.5
+@lru_cache(maxsize=2)
+def catalogue(seed: int = 0) -> dict[str, Op]:
+    """The calls, with the sizes and values of a seed."""
+    r = Random(seed)
+    n, m, e = (3, 5, 6) if seed == 0 else (r.randint(3, 6), r.randint(5, 9), 2 * r.randint(3, 6))  # queries, documents
+    t, first = (4, 2) if seed == 0 else (r.randint(3, 6), r.randint(1, 3))  # tokens; of the first sequence
+    torch.manual_seed(seed)
+    q, d = rows(n, e, 2 * seed), rows(m, e, 2 * seed + 1)
+    angle = torch.rand(t, 4)
+    weight = torch.rand(e) + 0.5
     batch = PackedBatch.pack([[1, 2], [], [3]])
+    scores, candidates = torch.rand(n), torch.arange(2 * n).view(n, 2) % m
     none = values(None)
     return {
         "varlen_attention": Op(
             ops.varlen_attention,
-            dict(q=heads(5, 4, 0), k=heads(5, 2, 1), v=heads(5, 2, 2), cu_seqlens=cu(2, 5), cu_seqlens_k=None,
+            dict(q=heads(m, 4, 0), k=heads(m, 2, 1), v=heads(m, 2, 2), cu_seqlens=cu(first, m), cu_seqlens_k=None,
                 causal=False, scale=0.3, plan=None),
             dict(
                 q=(*TENSOR, none, sizes(0, 1, 2)), k=(*TENSOR, none, sizes(0, 1, 2)), v=(*TENSOR, none, sizes(0, 1, 2)),
@@ -157,52 +164,54 @@ def catalogue() -> dict[str, Op]:
         ),
         "attention_plan": Op(
             ops.attention_plan,
-            dict(cu_seqlens=cu(2, 5), cu_seqlens_k=cu(3, 4), tokens=5, tokens_k=4, device="cpu"),
+            dict(cu_seqlens=cu(first, m), cu_seqlens_k=cu(first + 1, m - 1), tokens=m, tokens_k=m - 1, device="cpu"),
             dict(
-                cu_seqlens=(*TENSOR, none, lengths), cu_seqlens_k=(*TENSOR, lengths), tokens=(values(*INTEGERS, 4, 6),),
-                tokens_k=(values(*INTEGERS, 3, 5),), device=(values("gpu?", "meta", 1.5, [], {}),),
+                cu_seqlens=(*TENSOR, none, lengths), cu_seqlens_k=(*TENSOR, lengths),
+                tokens=(values(*INTEGERS, m - 1, m + 1),), tokens_k=(values(*INTEGERS, m - 2, m),),
+                device=(values("gpu?", "meta", 1.5, [], {}),),
             ),
             ("cu_seqlens", "cu_seqlens_k"),
         ),
         "info_nce": Op(
             ops.info_nce,
             dict(
-                queries=q, documents=d, positive=torch.tensor([0, 1, 2]), owner=torch.tensor([0, 1, 2, 0, -1]),
-                document_ids=torch.arange(5), preset="qwen3", groups={"doc_own": Group()}, temperature=0.1, margin=0.1,
-                doc_mask="own", softmax="joint", focal=0.5, matryoshka=[6, 3], matryoshka_weights=[1.0, 0.5],
+                queries=q, documents=d, positive=torch.arange(n) % m,
+                owner=torch.cat([torch.arange(m - 1) % n, torch.tensor([-1])]),
+                document_ids=torch.arange(m), preset="qwen3", groups={"doc_own": Group()}, temperature=0.1, margin=0.1,
+                doc_mask="own", softmax="joint", focal=0.5, matryoshka=[e, 3], matryoshka_weights=[1.0, 0.5],
                 reduction="mean", rows=(0, 2), return_stats=False,
             ),
             dict(
                 queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(0, 1)),
-                positive=(*TENSOR, none, sizes(0), elements(-1, 5, 2**40)),
-                owner=(*TENSOR, sizes(0), elements(-2, 3, 2**40)),
+                positive=(*TENSOR, none, sizes(0), elements(-1, m, 2**40)),
+                owner=(*TENSOR, sizes(0), elements(-2, n, 2**40)),
                 document_ids=(*TENSOR, sizes(0)), preset=(text,),
                 temperature=(number, values(0.0, torch.tensor(0.0), torch.tensor(1), torch.ones(2))),
                 groups=(values(5, "all", [], [("doc_own", True)], {"doc": True}, {5: True}, {"doc_own": 0.1},
                     {"doc_own": "on"}),),
                 margin=(values(*(x for x in NUMBERS if x is not None)),), doc_mask=(values("other", 3, [], {}, True),),
                 softmax=(text,), focal=(number,), reduction=(text,), return_stats=(flag,),
-                matryoshka=(values(5, "6", [], [0], [7], [3, 6, 2], [3, 3], [1.5, 6], [True, 6], ["3", 6], [HUGE], {},
-                    [None, 6], [-1, 6]),),
+                matryoshka=(values(5, "6", [], [0], [e + 1], [3, e, 2], [3, 3], [1.5, e], [True, e], ["3", e], [HUGE],
+                    {}, [None, e], [-1, e]),),
                 matryoshka_weights=(values(5, "6", [], [1.0], [1.0, -1.0], [1.0, math.nan], ["1", 2], [True, 1.0], {},
                     [None, 1], [HUGE, 1]),),
-                rows=(values(5, "02", (0,), (0, 1, 2), (-1, 2), (0, 4), (3, 1), (0.0, 1), ("0", 1), (True, 1),
+                rows=(values(5, "02", (0,), (0, 1, 2), (-1, 2), (0, n + 1), (n, 1), (0.0, 1), ("0", 1), (True, 1),
                     (0, HUGE), {}),),
             ),
             ("queries", "documents", "positive"),
         ),
         "last_token_pool": Op(
             ops.last_token_pool,
-            dict(hidden=rows(5, 6), cu_seqlens=cu(2, 5), norm_weight=weight, eps=1e-6, dim=4, normalize=True),
+            dict(hidden=rows(m, e), cu_seqlens=cu(first, m), norm_weight=weight, eps=1e-6, dim=4, normalize=True),
             dict(
                 hidden=(*TENSOR, none, sizes(0)), cu_seqlens=(*TENSOR, none, lengths), norm_weight=(*TENSOR, sizes(0)),
-                eps=(number,), dim=(values(*INTEGERS, 0, 7),), normalize=(flag,),
+                eps=(number,), dim=(values(*INTEGERS, 0, e + 1),), normalize=(flag,),
             ),
             ("hidden", "cu_seqlens"),
         ),
         "rms_norm": Op(
             ops.rms_norm,
-            dict(x=rows(4, 6), weight=weight, eps=1e-6, residual=rows(4, 6, 1)),
+            dict(x=rows(t, e), weight=weight, eps=1e-6, residual=rows(t, e, 1)),
             dict(
                 x=(*TENSOR, none, sizes(0, 1)), weight=(*TENSOR, none, sizes(0)), eps=(number,),
                 residual=(*TENSOR, sizes(0, 1)),
@@ -211,7 +220,7 @@ def catalogue() -> dict[str, Op]:
         ),
         "qk_norm_rope": Op(
             ops.qk_norm_rope,
-            dict(x=heads(4, 2, 0), norm_weight=torch.ones(8), cos=angle.cos(), sin=angle.sin(), eps=1e-6),
+            dict(x=heads(t, 2, 0), norm_weight=torch.ones(8), cos=angle.cos(), sin=angle.sin(), eps=1e-6),
             dict(
                 x=(*TENSOR, none, sizes(0, 2)), norm_weight=(*TENSOR, none, sizes(0)), cos=(*TENSOR, none, sizes(0, 1)),
                 sin=(*TENSOR, none, sizes(0, 1)), eps=(number,),
@@ -220,28 +229,29 @@ def catalogue() -> dict[str, Op]:
         ),
         "rope": Op(
             ops.rope,
-            dict(x=heads(4, 2, 0), cos=angle.cos(), sin=angle.sin()),
+            dict(x=heads(t, 2, 0), cos=angle.cos(), sin=angle.sin()),
             dict(x=(*TENSOR, none, sizes(0, 2)), cos=(*TENSOR, none, sizes(0, 1)), sin=(*TENSOR, none, sizes(0, 1))),
             ("x", "cos", "sin"),
         ),
         "swiglu": Op(
             ops.swiglu,
-            dict(gate=rows(4, 6), up=rows(4, 6, 1)),
+            dict(gate=rows(t, e), up=rows(t, e, 1)),
             dict(gate=(*TENSOR, none, sizes(0, 1)), up=(*TENSOR, none, sizes(0, 1))),
             ("gate", "up"),
         ),
         "linear": Op(
             ops.linear,
-            dict(x=rows(4, 6), weight=rows(3, 6)),
+            dict(x=rows(t, e), weight=rows(n, e)),
             dict(x=(*TENSOR, none, sizes(1)), weight=(*TENSOR, none, sizes(1))),
             ("x", "weight"),
         ),
         "top_k": Op(
             ops.top_k,
-            dict(queries=q, documents=d, k=2, exclude=torch.tensor([[0], [-1], [4]]), ceiling=torch.ones(3)),
+            dict(queries=q, documents=d, k=2, exclude=torch.arange(-1, n - 1)[:, None], ceiling=torch.ones(n)),
             dict(
-                queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(1)), k=(values(*INTEGERS, 6),),
-                exclude=(*TENSOR, sizes(0), elements(-2, 5, 2**40)), ceiling=(*TENSOR, sizes(0), elements(math.nan)),
+                queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(1)),
+                k=(values(*INTEGERS, m + 1),),
+                exclude=(*TENSOR, sizes(0), elements(-2, m, 2**40)), ceiling=(*TENSOR, sizes(0), elements(math.nan)),
             ),
             ("queries", "documents", "k"),
         ),
@@ -261,7 +271,7 @@ def catalogue() -> dict[str, Op]:
         ),
         "cosent": Op(
             ops.cosent,
-            dict(first=q, second=rows(3, 6, 1), scores=torch.tensor([0.1, 0.5, 0.3]), temperature=0.1),
+            dict(first=q, second=rows(n, e, 1), scores=scores, temperature=0.1),
             dict(
                 first=(*TENSOR, none, sizes(0, 1)), second=(*TENSOR, none, sizes(0, 1)),
                 scores=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0), elements(math.nan, math.inf)),
@@ -271,11 +281,11 @@ def catalogue() -> dict[str, Op]:
         ),
         "distill_scores": Op(
             ops.distill_scores,
-            dict(queries=q, documents=d, candidates=torch.tensor([[0, 1], [2, 3], [3, 4]]), teacher=torch.rand(3, 2),
+            dict(queries=q, documents=d, candidates=candidates, teacher=torch.rand(n, 2),
                 temperature=0.1, teacher_temperature=2.0, reduction="mean"),
             dict(
                 queries=(*TENSOR, none, sizes(0, 1)), documents=(*TENSOR, none, sizes(1)),
-                candidates=(*TENSOR, none, sizes(0, 1), elements(-2, 5, 2**40)),
+                candidates=(*TENSOR, none, sizes(0, 1), elements(-2, m, 2**40)),
                 teacher=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0, 1), elements(math.inf, math.nan)),
                 temperature=(number, values(0.0)), teacher_temperature=(number, values(0.0)), reduction=(text,),
             ),
@@ -283,7 +293,7 @@ def catalogue() -> dict[str, Op]:
         ),
         "distill_embeddings": Op(
             ops.distill_embeddings,
-            dict(student=q, teacher=rows(3, 8), projection=rows(8, 6, 3), reduction="mean"),
+            dict(student=q, teacher=rows(n, 8), projection=rows(8, e, 3), reduction="mean"),
             dict(
                 student=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0, 1)),
                 teacher=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0, 1), elements(math.nan, math.inf)),
@@ -293,7 +303,7 @@ def catalogue() -> dict[str, Op]:
         ),
         "yes_no": Op(
             ops.yes_no,
-            dict(logits=rows(3, 2), labels=torch.tensor([1, 0, 1]), reduction="mean"),
+            dict(logits=rows(n, 2), labels=torch.arange(n) % 2, reduction="mean"),
             dict(
                 logits=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0, 1)),
                 labels=(not_a_tensor, wrong_memory, wrong_rank, none, sizes(0), elements(2, -1)), reduction=(text,),
@@ -333,12 +343,13 @@ def catalogue() -> dict[str, Op]:
         "GradCache": Op(
             GradCache,
             dict(model=torch.nn.Identity(), loss_fn=None, tokens_per_chunk=4, plan=None, memory=None, skip=0.0,
-                parameters=None),
+                parameters=None, ranks=None),
             dict(
                 model=(values(None, 5, "model", {}),), loss_fn=(values(5, "loss", {}),),
                 tokens_per_chunk=(values(*(x for x in INTEGERS if x is not HUGE), None, 0),),
                 plan=(values(5, "plan", {}),), memory=(values("all", 0, -1, 1.5, True, [], {}),),
                 skip=(number, values(1.0, 2)), parameters=(values(5, [5], ["a"], "ab"),),
+                ranks=(values(5, "ranks", {}),),
             ),
         ),
     }  # fmt: skip

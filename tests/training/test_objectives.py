@@ -308,7 +308,7 @@ def test_what_cannot_be_registered(mean_objective):
         name, tasks = "mine", ("sts",)
 
     for given, error, message in (
-        (5, TypeError, "expected a subclass of Objective, got 5"),
+        (5, TypeError, "objective must be a subclass of Objective, got 5"),
         (NoLoss, TypeError, "NoLoss needs a `name` and a method `loss`"),
         (Other, ValueError, "Mean is called 'mean' already"),
         (InfoNCE, ValueError, "InfoNCE is called 'info_nce' already"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyqemb.data.arguments import checked
 from pyqemb.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Callback:
 class StepFunction(Callback):
     """The function `on_step` of `pyqemb.train` as a callback."""
 
+    @checked
     def __init__(self, on_step: OnStep):
         self._on_step = on_step
 

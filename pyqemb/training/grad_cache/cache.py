@@ -125,6 +125,8 @@ class GradCache:
         checks.integer("GradCache", "tokens_per_chunk", tokens_per_chunk, 1)
         if plan is not None and not isinstance(plan, Plan):
             raise TypeError(f"[GradCache] plan must be a Plan, got {type(plan).__name__}")
+        if ranks is not None and not isinstance(ranks, StepRanks):
+            raise TypeError(f"[GradCache] ranks must be StepRanks, got {type(ranks).__name__}")
         if not 0 <= checks.number("GradCache", "skip", skip) < 1:
             raise ValueError(f"[GradCache] skip must lie in 0..1, got {skip}")
         if memory is not None and plan is not None:
@@ -229,8 +231,7 @@ class GradCache:
             TypeError: not a ForwardRecord and a tensor.
             ValueError: the gradient has another shape than the embeddings.
         """
-        if not isinstance(record, ForwardRecord):
-            raise TypeError(f"[GradCache] record must be a ForwardRecord, got {type(record).__name__}")
+        _check_record(record)
         if not isinstance(gradient_SE, torch.Tensor):
             raise TypeError(f"[GradCache] gradient must be a torch.Tensor, got {type(gradient_SE).__name__}")
         if gradient_SE.shape != record.embeddings.shape:
@@ -238,6 +239,10 @@ class GradCache:
                 f"[GradCache] gradient must have the shape of the embeddings, {list(record.embeddings.shape)}, "
                 f"got {list(gradient_SE.shape)}"
             )
+        for name in ("dtype", "device"):
+            wanted, got = getattr(record.embeddings, name), getattr(gradient_SE, name)
+            if wanted != got:
+                raise TypeError(f"[GradCache] gradient must have the {name} of the embeddings, {wanted}, got {got}")
         self._backward(record, gradient_SE)
         self._finish(record)
 
@@ -247,6 +252,7 @@ class GradCache:
         Args:
             record: the result of `forward`.
         """
+        _check_record(record)
         record.encoded.graphs.clear()
         record.encoded.boundaries.clear()
         self.ranks.end()
@@ -374,6 +380,11 @@ class GradCache:
 def _check_batch(name: str, value: Any) -> None:
     if not isinstance(value, PackedBatch):
         raise TypeError(f"[GradCache] {name} must be a PackedBatch, got {type(value).__name__}")
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, ForwardRecord):
+        raise TypeError(f"[GradCache] record must be a ForwardRecord, got {type(record).__name__}")
 
 
 def _tensors(parameters: Any) -> list[torch.Tensor]:

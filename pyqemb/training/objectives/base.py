@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from pyqemb.data.arguments import checked
 from pyqemb.data.batch import to_device
 from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch, build_batch
@@ -98,6 +99,7 @@ class EmbeddingSection(Section):
 class LossParameters(torch.nn.Module):
     """Parameters of the loss itself: the logarithm of its temperature, and the projection to a teacher, if any."""
 
+    @checked
     def __init__(self, section: EmbeddingSection, projection_FE: Tensor | None = None):
         super().__init__()
         if section.learn_temperature:
@@ -137,6 +139,10 @@ class Objective:
     Settings: ClassVar[type[Section]] = Section
 
     def __init__(self, loss: "LossSection", parameters: LossParameters | None = None):
+        if not isinstance(loss, Section):
+            raise TypeError(f"[Objective] loss must be the loss section of a TrainConfig, got {type(loss).__name__}")
+        if parameters is not None and not isinstance(parameters, LossParameters):
+            raise TypeError(f"[Objective] parameters must be LossParameters, got {type(parameters).__name__}")
         own = isinstance(loss, self.Settings)
         self.settings: Any = loss if own else self.Settings(**(loss.objectives or {}).get(self.name, {}))
         self.section = loss

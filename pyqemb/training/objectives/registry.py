@@ -29,17 +29,19 @@ def register_objective(objective: ObjectiveT) -> ObjectiveT:
         ValueError: another class has its name or one of its tasks.
     """
     if not (isinstance(objective, type) and issubclass(objective, Objective)):
-        raise TypeError(f"[register_objective] expected a subclass of Objective, got {objective!r:.100}")
+        raise TypeError(f"[register_objective] objective must be a subclass of Objective, got {objective!r:.100}")
     name = getattr(objective, "name", None)
     if not isinstance(name, str) or not name or objective.loss is Objective.loss:
-        raise TypeError(f"[register_objective] {objective.__name__} needs a `name` and a method `loss`")
+        raise TypeError(f"[register_objective] objective: {objective.__name__} needs a `name` and a method `loss`")
     for other in _BY_NAME.values():
         if other.__qualname__ == objective.__qualname__ and not other.__module__.startswith("pyqemb."):
             continue
         if other.name == name:
-            raise ValueError(f"[register_objective] {other.__qualname__} is called {name!r} already")
+            raise ValueError(f"[register_objective] objective: {other.__qualname__} is called {name!r} already")
         if shared := set(other.tasks) & set(objective.tasks):
-            raise ValueError(f"[register_objective] task {min(shared)!r} belongs to {other.name!r}; use [loss.tasks]")
+            raise ValueError(
+                f"[register_objective] objective: task {min(shared)!r} belongs to {other.name!r}; use [loss.tasks]"
+            )
     _BY_NAME[name] = objective
     return objective
 
