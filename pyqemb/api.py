@@ -69,6 +69,8 @@ def sweep(
         >>> pyqemb.sweep(config, {"train.learning_rate": [1e-3, 1e-4]}, evaluate=rows, progress="off")
         SweepReport(2 runs, 0 pending; the best is learning_rate=..., ndcg@10 ...; folders in sweep)
     """
+    if task >= tasks:
+        raise ConfigError(f"[sweep] task must be below tasks, {tasks}, got {task}")
     runs = trials(config, over, out, overrides)
     evaluation = _evaluation(runs[0].config, evaluate)
     if evaluation is None:

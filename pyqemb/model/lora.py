@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from pyqemb.model.checkpoint import Tensors, write_safetensors
 from pyqemb.model.decoder import Decoder
 from pyqemb.model.linear import Linear, Lora
 from pyqemb.model.shards import full_tensor, is_writer, local, own_rows
+from pyqemb.model.source import named_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -176,7 +177,7 @@ def save_adapter(
     model: Decoder,
     folder: str | Path,
     base: str | None = None,
-    task_type: str = "FEATURE_EXTRACTION",
+    task_type: Literal["FEATURE_EXTRACTION", "CAUSAL_LM"] = "FEATURE_EXTRACTION",
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the adapters as a folder that `peft.PeftModel.from_pretrained` loads on the base model.
@@ -191,6 +192,7 @@ def save_adapter(
     Raises:
         ConfigError: the model has no adapters, or adapters of different ranks or scales.
     """
+    dtype = named_dtype(dtype)
     layers = adapted(model)
     if not layers:
         raise ConfigError("the model has no adapters to save")

@@ -47,7 +47,10 @@ from pyqemb.training.steps import StepBatch, StepLoader, StepStats
 from pyqemb.training.teacher import write_projection
 
 log = logging.getLogger("pyqemb")
-_PEFT_TASKS = {"embedding": "FEATURE_EXTRACTION", "rerank": "CAUSAL_LM"}
+_PEFT_TASKS: dict[str, Literal["FEATURE_EXTRACTION", "CAUSAL_LM"]] = {
+    "embedding": "FEATURE_EXTRACTION",
+    "rerank": "CAUSAL_LM",
+}
 
 
 @dataclass(frozen=True, repr=False)
