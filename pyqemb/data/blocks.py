@@ -34,6 +34,7 @@ _SEAL = 16  # bytes of the digest after a record
 _MOST = 8192  # values of a block, all of which are checked at its first read
 _CHUNK = 1 << 24
 _LONGEST = 2**31 - 1  # bytes of a value: the index holds lengths as int32
+_MAX_OFFSET = 2**63 - 1  # of a file
 
 
 class Blocks:
@@ -182,9 +183,11 @@ class Blocks:
         end = lengths + 4 * values
         if raw[end : end + _SEAL] != self._seal(raw[at:end]):
             return 0
-        each = np.frombuffer(raw, "<i4", values, lengths)
+        each = np.frombuffer(raw, "<i4", values, lengths).astype(np.int64)
+        if (each < 0).any() or each.sum() != size or offset + size > _MAX_OFFSET:
+            return 0
         self._keys.add(np.frombuffer(raw, KEY, values, keys))
-        self._starts.extend(offset + np.cumsum(each, dtype=np.int64) - each)
+        self._starts.extend(offset + np.cumsum(each) - each)
         self._lengths.extend(each)
         self._block.extend(np.full(values, len(self._blocks)))
         self._blocks.append(_Block(files, offset, offset + size, crc))

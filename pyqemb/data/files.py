@@ -165,7 +165,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
     is_new = not folder.exists()
     with writing(folder):
         make_folder(folder)
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        file = (folder / ".lock").open("a+", encoding="utf-8", errors="replace")
     with file:
         with writing(folder):
             try:
@@ -175,7 +175,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
                 held = True
             if held:
                 file.seek(0)
-                raise ConfigError(f"{folder}: another {work} is running here: {file.read().strip()}")
+                raise ConfigError(f"{folder}: another {work} is running here: {' '.join(file.read(200).split())}")
             file.truncate(0)
             # Not buffered: after an error, closing the file would try to write it again.
             os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}\n".encode())

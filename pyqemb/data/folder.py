@@ -17,11 +17,12 @@ def member(folder: Path, name: str) -> Path:
     """The path of a file of the folder, whether it exists or not.
 
     Raises:
-        CheckpointError: no file can have this name, or the file is a link out of the folder. Such a link is allowed
-            only in the hub's cache, where snapshots/<revision>/file links to blobs/<hash>.
+        CheckpointError: no file of a model has this name (too long, control characters), or the file is a link out of
+            the folder. Such a link is allowed only in the hub's cache, where snapshots/<revision>/file links to
+            blobs/<hash>.
     """
     encoded = name.encode("utf-8", "replace")
-    if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
+    if not name.isprintable() or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
         raise CheckpointError(f"{folder}: no file can have the name {shown(name)}")
     path, root = folder / name, folder.resolve()
     allowed = [root]

@@ -107,6 +107,10 @@ class Tokenizer:
             return cls(backend, limit, files, _end_token(folder, backend), settings.lower_case, settings.append_end)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
+        except ConfigError as error:
+            if max_length is not None:  # an argument of the caller
+                raise
+            raise DataError(f"{folder}: {error}") from error
 
     @staticmethod
     def _limit(settings: TextSettings) -> int | None:

@@ -27,6 +27,8 @@ from pyqemb.model.safety import check_safe
 from pyqemb.model.sentence import check_kind, kind_of, read_contract, read_instruction, read_sentence_settings
 from pyqemb.model.shard_files import ShardedTensors, shard_files
 
+_MAX_STEP = 10**12  # a folder cannot have the name of a much longer number
+
 METHODS: dict[str, Callable[[Iterator[Tensor], Sequence[float]], Blend]] = {
     "slerp": fold,
     "linear": lambda tensors, weights: linear(list(tensors), weights),
@@ -277,10 +279,12 @@ class _Unrounded(Tensors):
         self._checkpoint, self._kind = ShardedTensors([]), ""
         try:
             provenance = read_contract(folder)["provenance"]
-            checkpoint = folder.parent / "checkpoints" / f"step_{provenance['step']:08}"
-            averaged = provenance.get("weights") == "ema"  # the averages that a run with train.ema_decay keeps
-        except (ValueError, KeyError, TypeError, AttributeError):
+            step, averaged = provenance["step"], provenance.get("weights") == "ema"  # the averages of train.ema_decay
+        except (KeyError, TypeError, AttributeError):
             return
+        if type(step) is not int or not 0 <= step < _MAX_STEP:
+            return
+        checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
         self._checkpoint = ShardedTensors(shard_files(checkpoint, "optimizer" if averaged else "model"))
         self._kind = "/ema" if averaged else ""
 

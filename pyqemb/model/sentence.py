@@ -252,8 +252,9 @@ _CONTRACT: dict[str, Rule | None] = {
     "sha256": None,  # read
     **dict.fromkeys(
         ("pyqemb_version", "pooling", "attention", "dims", "end_token", "end_token_id", "query_template", "max_length",
-         "yes_id", "no_id", "provenance"), None
+         "yes_id", "no_id"), None
     ),
+    "provenance": lambda value: value is None or isinstance(value, dict),  # read
 }  # fmt: skip
 _NORMALIZE: dict[str, Rule | None] = {
     "module_input_name": one_of("sentence_embedding"),

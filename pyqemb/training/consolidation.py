@@ -14,15 +14,16 @@ from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_weights
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.families import read_config
 from pyqemb.model.lora import LoraConfig, add_lora
-from pyqemb.model.packed_model import Read
+from pyqemb.model.packed_model import Read, errors_of
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.sentence import read_contract
+from pyqemb.model.shard_files import shape_of
 from pyqemb.model.source import local_folder, named_dtype
 from pyqemb.training.agreement import model_files
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.optim import AVERAGE
 from pyqemb.training.resume import changed_files
-from pyqemb.training.state import PORTABLE, Checkpoint, checkpoints, newest_sound
+from pyqemb.training.state import PORTABLE, STATE_FILE, Checkpoint, checkpoints, newest_sound
 
 _log = logging.getLogger("pyqemb")
 _TRIES = 5
@@ -70,12 +71,38 @@ def consolidate(run: str | Path, step: NotNegative | None = None, out: str | Pat
     with locked(run, "process") if inside else nullcontext():
         checkpoint = _checkpoint(run / "checkpoints", step)
         portable = checkpoint.folder / PORTABLE
-        dtype = named_dtype(read_config(portable).extra["dtype"])
-        assert dtype is not None
-        settings = {name: section for name, section in checkpoint.state["config"].items() if name != "data"}
-        model, read = _model(checkpoint, TrainConfig(**settings), portable)  # data may have been rows in memory
-        provenance = read_contract(portable)["provenance"]
+        dtype, config = _dtype(portable), _config(checkpoint)
+        model, read = _model(checkpoint, config, portable)
+        _check_shapes(checkpoint, model, not config.keeps_base)
+        provenance = read_contract(portable).get("provenance")
         return model.save_parameters(lambda name: read(name).float().to(dtype), target, dtype, provenance)
+
+
+def _dtype(portable: Path) -> torch.dtype:
+    """The dtype of the weights that the run would write."""
+    with errors_of(portable / "config.json"):
+        dtype = named_dtype(read_config(portable).extra.get("dtype"))
+    if dtype is None:
+        raise CheckpointError(f"{portable / 'config.json'}: has no dtype")
+    return dtype
+
+
+def _config(checkpoint: Checkpoint) -> TrainConfig:
+    """The configuration of the run without its data, which may have been rows in memory."""
+    with errors_of(checkpoint.folder / STATE_FILE):
+        return TrainConfig(**{name: section for name, section in checkpoint.state["config"].items() if name != "data"})
+
+
+def _check_shapes(checkpoint: Checkpoint, model: Embedder | Reranker, is_whole: bool) -> None:
+    """CheckpointError unless the checkpoint has the parameters of its model; not those that are not trained."""
+    for name, parameter in model.named_parameters():
+        if name not in checkpoint.weights:
+            if is_whole:
+                raise CheckpointError(f"{checkpoint.folder}: has no {name}, which its config.json asks for")
+        elif (shape := shape_of(checkpoint.weights, name)) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has shape {list(shape)}, its config.json asks for {list(parameter.shape)}"
+            )
 
 
 def _checkpoint(folder: Path, step: int | None) -> Checkpoint:

@@ -212,7 +212,7 @@ class _Save:
             if time.monotonic() > self.deadline:
                 raise MachineError(f"{self.target}: rank {number} has not written its shard")
             time.sleep(_POLL)
-        files = unseal(path.read_bytes(), str(path))["files"]
+        files = state.checked_entries(path, unseal(path.read_bytes(), str(path)).get("files"))
         path.unlink()
         for name, entry in files.items():
             if not (self.temporary / name).is_file() or (self.temporary / name).stat().st_size != entry["size"]:

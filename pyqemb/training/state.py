@@ -178,12 +178,20 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     own = {name: entry for name, entry in files.items() if not name.startswith(f"{PORTABLE}/")}
     names = [name for kind in _KINDS for name in shard_names(kind, shards)]
     _check_fields(path, own, dict.fromkeys([*names, STATE_FILE], dict))
+    checked_entries(path, files)
+    return manifest
+
+
+def checked_entries(path: Path, files: Any) -> dict[str, Any]:
+    """Return `files` if it is the size and digest of each file by name; else CheckpointError, which names `path`."""
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: damaged: expected files by name, found {files!r:.80}")
     for name, entry in files.items():
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{path}: may name files of its own folder only, got {name!r:.80}")
-        member(folder, name)  # no link out of it either
+        member(path.parent, name)  # no link out of it either
         _check_fields(path, entry, {"size": int, "sha256": str})
-    return manifest
+    return files
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ os.environ.setdefault("RUST_BACKTRACE", "0")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mutate
+import run_targets  # noqa: F401  (adds targets)
 import targets
 
 from pyqemb.errors import PyqembError

@@ -40,13 +40,14 @@ from pyqemb.llm.store import Store
 from pyqemb.model.cached_encoder import CachedEncoder
 from pyqemb.model.checkpoint import INDEX, Tensors, load_weights, write_safetensors
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.families import build_decoder, read_config
+from pyqemb.model.families import FAMILIES, build_decoder, read_config
 from pyqemb.model.lora import LoraConfig, add_lora, read_adapter, save_adapter
+from pyqemb.model.reranker import Reranker
 from pyqemb.model.shard_files import ShardedTensors, Slice
 from pyqemb.model.shards import own_rows
 from pyqemb.synthesis.kinds import Configuration, Labelled, Query, Sentences
 from pyqemb.synthesis.passages import People
-from pyqemb.testing.tiny import TEXTS, tiny_embedder, tiny_tokenizer, write_tiny_folder
+from pyqemb.testing.tiny import TEXTS, tiny_config, tiny_embedder, tiny_tokenizer, write_tiny_folder
 from pyqemb.training import stage1, stage2
 from pyqemb.training.callbacks.metrics import truncate_metrics
 from pyqemb.training.config import load_config
@@ -427,6 +428,83 @@ for _name in MODEL_FILES:
 
         names = (str(model), "the tokenizer cannot encode these texts")
         return Target(seeds, into(model / name, read), names, "json")
+
+
+@target("model config.json of every family")
+def families(folder):
+    """The decoder of a configuration, whose weights do not matter."""
+    model = small_folder(folder / "model")
+    config = json.loads((model / "config.json").read_bytes())
+    seeds = [tiny_config(family, num_hidden_layers=1).to_dict() for family in FAMILIES]
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128}  # fmt: skip
+    llama = seeds[list(FAMILIES).index("llama")]
+    rope = {"rope_scaling": llama3, "rope_parameters": {**llama3, "rope_theta": llama["rope_theta"]}}
+    seeds.append({**llama, **rope})
+    seeds = [json.dumps({**seed, "vocab_size": config["vocab_size"]}).encode() for seed in seeds]
+    return Target(seeds, into(model / "config.json", lambda: Embedder.without_weights(model)), (str(model),), "json")
+
+
+# Rerankers: a causal language model, one in the form of CrossEncoder 6, and a classifier
+
+PAIR = [("What is gravity?", "A force."), ("", "")]
+RERANKER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "pyqemb.json",
+    "config_sentence_transformers.json", "modules.json", "1_LogitScore/config.json")  # fmt: skip
+
+
+def reranker_folder(folder: Path, format: str = "causal-lm") -> Path:
+    base = small_folder(folder / "base", prefix=True)
+    return Reranker.from_pretrained(base, device="cpu").save_pretrained(folder / "reranker", format=format)
+
+
+def as_cross_encoder(folder: Path) -> None:
+    """What sentence-transformers 6 writes beside the files of the language model."""
+    ids = json.loads((folder / "pyqemb.json").read_bytes())
+    modules = [
+        ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        ("1_LogitScore", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"),
+    ]
+    settings = {"model_type": "CrossEncoder", "prompts": {"web": "Find it."}, "default_prompt_name": "web"}
+    score = {"true_token_id": ids["yes_id"], "false_token_id": ids["no_id"], "module_input_name": "causal_logits"}
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(modules)])
+    )
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(score))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+
+
+for _name in RERANKER_FILES:
+
+    @target(f"reranker {_name.replace('/', ' ')}", _name)
+    def reranker_file(folder, name, format="causal-lm"):
+        """Everything of a reranker's folder, and the score of a pair."""
+        reranker = reranker_folder(folder, format)
+        if not (reranker / name).is_file():
+            as_cross_encoder(reranker)
+        if name == "config_sentence_transformers.json":  # read if pyqemb.json has no instruction
+            (reranker / "pyqemb.json").unlink()
+        seeds = [(reranker / name).read_bytes()]
+
+        def read():
+            Reranker.from_pretrained(reranker, device="cpu").score(PAIR)
+
+        names = (str(reranker), "the tokenizer cannot encode these texts")
+        return Target(seeds, into(reranker / name, read), names, "json")
+
+    if _name in ("config.json", "pyqemb.json"):
+        target(f"classifier {_name}", _name, "seq-cls")(reranker_file)
+
+
+@target("head of a reranker", "causal-lm")
+@target("head of a classifier", "seq-cls")
+def reranker_head(folder, format):
+    """The header of its weights."""
+    reranker = reranker_folder(folder, format)
+    path = reranker / "model.safetensors"
+    raw = path.read_bytes()
+    read = into(path, lambda: Reranker.from_pretrained(reranker, device="cpu").score(PAIR))
+    return Target([header_of(raw)], lambda data: read(with_header(data, raw)), (str(reranker),), "json")
 
 
 @target("adapter_config.json")

@@ -1,6 +1,7 @@
 """The loggers of `log.to`: TensorBoard, Weights & Biases, MLflow and trackio."""
 
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -8,12 +9,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pyqemb.data.files import atomic_file
 from pyqemb.errors import ConfigError
 from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
 from pyqemb.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from pyqemb.training.trainer import TrainResult
+
+
+_RUN_ID = re.compile(r"[\w.-]{1,200}", re.ASCII)  # as every package makes them
 
 
 def make_loggers(config: TrainConfig) -> list["Logger"]:
@@ -175,14 +180,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def read_run_id(info: TrainInfo, logger: str) -> str | None:
-    """The id that a logger gave to the resumed run; None for a new run."""
+    """The id that a logger gave to the resumed run; None for a new run, and with a warning if its file is damaged."""
     path = _run_id_path(info, logger)
-    return path.read_text(encoding="utf-8").strip() if info.step and path.exists() else None
+    if not info.step or not path.exists():
+        return None
+    run_id = path.read_text(encoding="utf-8", errors="replace").strip()
+    if _RUN_ID.fullmatch(run_id):
+        return run_id
+    logging.getLogger("pyqemb").warning("%s: damaged; the resumed run is logged as a new one", path)
+    return None
 
 
 def write_run_id(info: TrainInfo, logger: str, run_id: str) -> None:
     """Store the id for `read_run_id`."""
-    _run_id_path(info, logger).write_text(run_id + "\n", encoding="utf-8")
+    with atomic_file(_run_id_path(info, logger)) as temporary:
+        temporary.write_text(run_id + "\n", encoding="utf-8")
 
 
 def _run_id_path(info: TrainInfo, logger: str) -> Path:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pyqemb.data.machine import exit_code_of
+from pyqemb.data.strict_json import parse
 from pyqemb.errors import RankError
 
 _INTERVAL = 1.0  # seconds between two heartbeats
@@ -105,11 +106,11 @@ class Heartbeat:
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Rank 0: receive the identification of a rank; other connections may send anything."""
         try:
-            message = json.loads(await reader.readline())
-            if message["token"] != self._token:
+            message = _message(await reader.readline())
+            if message["token"] != self._token or message["rank"] not in range(1, self.size):
                 raise ValueError("a stranger")
             peer = _Peer(reader, writer, message["rank"], message["name"])
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, OSError):
             writer.close()
             return
         writer.write(self._token.encode() + b"\n")
@@ -137,21 +138,26 @@ class Heartbeat:
         listening.cancel()
 
     async def _listen(self, peer: _Peer) -> None:
+        reason = "died: its connection is closed"
         with suppress(OSError):
-            while line := await peer.reader.readline():
-                peer.heard = time.monotonic()
-                self._take(peer, json.loads(line))
+            try:
+                while (line := await peer.reader.readline()).endswith(b"\n"):  # a rank may die while it sends a line
+                    peer.heard = time.monotonic()
+                    self._take(peer, _message(line))
+            except ValueError as error:  # also for a line longer than the limit of the reader
+                reason = f"sent an invalid heartbeat: {error}"
         if not peer.left:
             peer.left = True
-            self._lose(f"{peer.name} died: its connection is closed")
+            self._lose(f"{peer.name} {reason}")
 
     def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
         peer.name = message.get("name", peer.name)
         peer.left = "bye" in message or "error" in message
+        exit_code = message.get("exit_code", RankError.exit_code)
         if "lost" in message:
-            self._lose(message["lost"], message["exit_code"])
+            self._lose(message["lost"], exit_code)
         elif "error" in message:
-            self._lose(f"{peer.name} left with {message['error']}", message["exit_code"])
+            self._lose(f"{peer.name} left with {message['error']}", exit_code)
 
     async def _watch(self) -> None:
         start = last = time.monotonic()
@@ -209,6 +215,25 @@ class Heartbeat:
             stream.flush()
         os.write(2, text.encode())
         os._exit(self.exit_code)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("token", "name", "lost", "error"), lambda value: isinstance(value, str)),
+    "rank": lambda value: type(value) is int,
+    "exit_code": lambda value: type(value) is int and 0 < value < 256,
+    "bye": lambda value: value is True,
+}
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """Parse a line of another rank. ValueError if it is not a JSON object with the fields of a heartbeat."""
+    message = parse(line, "line")
+    if not isinstance(message, dict):
+        raise ValueError("not a JSON object")
+    for name, value in message.items():
+        if name not in _FIELDS or not _FIELDS[name](value):
+            raise ValueError(f"unknown field or value: {name!r:.80}: {value!r:.80}")
+    return message
 
 
 def lost_message(rank: int, lost: str) -> str:
