@@ -800,7 +800,14 @@ class TrainConfig(Section):
         return self
 
     def uses_average(self, section: EvalSection | SaveSection) -> bool:
-        """Whether the section uses the average of the weights."""
+        """Whether the average of the weights is used (`train.ema_decay`).
+
+        Args:
+            section: `eval` or `save`, whose `weights` chooses.
+
+        Returns:
+            True for the average, False for the trained weights.
+        """
         return self.train.ema_decay is not None and section.weights != "trained"
 
     @property

@@ -17,7 +17,6 @@ from targets import QRELS, Lengths, Target, cache_reader, into, lines, sealed, t
 from pyqemb.cli.rerank import _windows
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.corpus import read_corpus
-from pyqemb.curation.vectors import _FORMAT
 from pyqemb.data.blocks import Blocks
 from pyqemb.data.example import read_examples
 from pyqemb.data.files import locked
@@ -29,6 +28,7 @@ from pyqemb.errors import ConfigError
 from pyqemb.evaluation.tasks import load_task
 from pyqemb.llm.client import _retry_after
 from pyqemb.merging.run import _checked_tensors
+from pyqemb.model.cached_encoder import _FORMAT
 from pyqemb.model.shard_files import Slice
 from pyqemb.model.shards import own_rows
 from pyqemb.synthesis.config import SynthesisConfig
