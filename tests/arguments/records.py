@@ -1101,6 +1101,7 @@ def records(place: Place) -> dict[str, Any]:
         (training_config.ModelSection, model_base),
         (training_config.DataSet, {"path": "p"}),
         (training_config.LoraSection, {}),
+        (training_config.TeacherSection, {"model": "m"}),
         (training_config.LossSection, {}),
         (training_config.TrainSection, {}),
         (training_config.ParallelSection, {}),

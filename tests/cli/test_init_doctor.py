@@ -47,7 +47,12 @@ def test_every_key_is_in_it_and_is_a_key(tmp_path):
         keys = {key for key, field in type(section).model_fields.items() if not field.exclude}  # rows: from Python
         assert keys == section.model_fields_set, name
     # What is commented out stands at its default, unless the default is that it is absent.
-    defaults = TrainConfig(model={"base": "base"}, data=[{"path": "pairs.jsonl"}], lora={})
+    required = {
+        "model": {"base": "base"},
+        "data": [{"path": "pairs.jsonl"}],
+        "teacher": {"model": config.teacher.model},
+    }
+    defaults = TrainConfig(**required, lora={})
     for name, section in sections.items():
         usual = getattr(defaults, name)
         usual = usual[0] if isinstance(usual, tuple) else usual

@@ -274,7 +274,8 @@ def space(request, case):
             assert not leftovers(case.work), leftovers(case.work)
             case.job.holds(case.work)
             after = contents(case.work / "run" / "checkpoints")
-            if not any(name.startswith("step_00000002/") for name in after):
+            # A run that ends may delete it: newer ones are there.
+            if child.status != 0 and not any(name.startswith("step_00000002/") for name in after):
                 assert after == before, "the previous checkpoint has changed"
             case.goes_on()
 

@@ -359,7 +359,8 @@ class Synthesize(Job):
 
     def ended(self):
         requests = int.from_bytes(self.requests[:], "little")
-        assert requests <= 8 + 1, f"{requests} requests for 8 answers"
+        # Again: the answer that could not be stored, and the request that was under way meanwhile.
+        assert requests <= 8 + 2, f"{requests} requests for 8 answers"
 
 
 def _serve(requests, writing):

@@ -11,7 +11,7 @@ import pyqemb
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
 from pyqemb.data.example import Example
-from pyqemb.evaluation.run import rank
+from pyqemb.evaluation import rank
 from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder
 from pyqemb.training import stage1, stage2
 

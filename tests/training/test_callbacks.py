@@ -219,7 +219,7 @@ def test_options_of_the_command_line(place, capsys, option):
 
 
 def test_an_unknown_progress_is_refused(place):
-    with pytest.raises(ConfigError, match="progress: expected 'auto', 'json' or 'off', got 'loud'"):
+    with pytest.raises(ConfigError, match="progress must be 'auto', 'json' or 'off', got 'loud'"):
         pyqemb.train(config(place), progress="loud")
 
 

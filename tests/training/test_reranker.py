@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_label_tokens(workplace):
 
 def test_learns_and_is_measured(workplace):
     path = workplace / "run.json"
-    path.write_text(config(workplace, steps=200, learning_rate=5e-3).model_dump_json())
+    path.write_text(config(workplace, steps=300, learning_rate=2e-3).model_dump_json())
     before = pyqemb.evaluate(
         Reranker.from_pretrained(workplace / "base", device="cpu", max_length=400),
         workplace / "dev.jsonl",

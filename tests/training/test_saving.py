@@ -12,6 +12,7 @@ import torch
 from pyqemb.data import files
 from pyqemb.data.sealed import seal
 from pyqemb.errors import MachineError, RankError
+from pyqemb.model.checkpoint import sha256
 from pyqemb.model.shard_files import Slice
 from pyqemb.training import saving, state
 from pyqemb.training.parallel.world import World
@@ -393,8 +394,9 @@ def test_reports(tmp_path):
     save = alone(tmp_path)
     assert save._report(1) == tmp_path / "shard-00001.json"
     (tmp_path / "x").write_bytes(b"123")
-    save._report(7).write_bytes(seal({"files": {"x": {"size": 3}}}))
-    assert save._files_of(7) == {"x": {"size": 3}}
+    entry = {"size": 3, "sha256": sha256(tmp_path / "x")}
+    save._report(7).write_bytes(seal({"files": {"x": entry}}))
+    assert save._files_of(7) == {"x": entry}
     assert names(tmp_path) == ["x"]
 
 
