@@ -6,64 +6,24 @@ FOLDER` trains both models into FOLDER, writes FOLDER/matryoshka.json and draws 
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from help_models import prepared, scores, trained
 
-from pyqemb.data.example import write_examples
-from pyqemb.demo.help_data import help_material
-from pyqemb.demo.material import Document, Material
-from pyqemb.demo.measure import measure
-from pyqemb.demo.pipeline import Settings, untrained_model
-from pyqemb.demo.results import MEAN, NDCG
 from pyqemb.evaluation import rank
-from pyqemb.model.embedder import Embedder
-from pyqemb.training import stage2, train
 
 DIMS = (192, 96, 48, 24, 12)
 PLOT = Path(__file__).parents[1] / "docs" / "assets" / "plots" / "matryoshka.svg"
 
 
-def trained(base: Path, data: Path, out: Path, material: Material, settings: Settings, dims: Sequence[int]) -> Path:
-    """The final folder of a run of stage 2 with these Matryoshka dimensions, or none."""
-    loss: dict[str, Any] = {"temperature": settings.temperature_stage2}
-    config = stage2(
-        model={"base": str(base), "max_length": material.max_length},
-        data=[{"path": str(data)}],
-        loss={**loss, "matryoshka": tuple(dims)} if dims else loss,
-        train={
-            "steps": settings.steps_stage2, "global_batch_size": settings.batch, "num_negatives": 0,
-            "learning_rate": settings.rate_stage2, "betas": (0.9, 0.95), "log_every": 20, "schedule": "linear",
-            "tokens_per_chunk": 65536,
-        },
-        save={"dir": str(out), "every": None},
-    )  # fmt: skip
-    return train(config).folder
-
-
-def by_dimension(folder: Path, material: Material) -> dict[int, float]:
-    """The mean nDCG@10 over the languages on the held-out pages, for each dimension."""
-    embedder = Embedder.from_pretrained(folder)
-    texts = {document.text for document in next(iter(material.corpora.values()))}
-    vectors = dict(zip(texts, embedder.encode_document(list(texts)), strict=True))
-
-    def search(dim: int) -> Callable[[Sequence[str], Sequence[Document], int], tuple[np.ndarray, np.ndarray]]:
-        def cut(found: np.ndarray) -> np.ndarray:
-            short = np.ascontiguousarray(found[:, :dim])
-            return short / np.linalg.norm(short, axis=1, keepdims=True)
-
-        def one(questions: Sequence[str], corpus: Sequence[Document], k: int) -> tuple[np.ndarray, np.ndarray]:
-            documents = np.stack([vectors[document.text] for document in corpus])
-            return rank(cut(embedder.encode_query(list(questions))), cut(documents), k)
-
-        return one
-
-    held_out = next(iter(material.corpora))
-    only = replace(material, corpora={held_out: material.corpora[held_out]})
-    return {dim: measure(str(dim), search(dim), only).scores[held_out][MEAN][NDCG].value for dim in DIMS}
+def search(dim: int, questions: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Search with the first `dim` features, normalized again."""
+    short = [np.ascontiguousarray(vectors[:, :dim]) for vectors in (questions, documents)]
+    first, second = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in short)
+    return rank(first, second, k)
 
 
 def plot(results: dict[str, dict[int, float]]) -> None:
@@ -88,14 +48,15 @@ def plot(results: dict[str, dict[int, float]]) -> None:
 
 
 def main(out: Path) -> None:
-    material, settings = help_material(), Settings()
-    out.mkdir(parents=True, exist_ok=True)
-    base, data = untrained_model(material, settings).save_pretrained(out / "base"), out / "supervised.jsonl"
-    write_examples(data, material.supervised)
-    results = {}
-    for name, dims in (("trained with Matryoshka dimensions", DIMS[:-1]), ("trained without", ())):
-        folder = trained(base, data, out / name.replace(" ", "-"), material, settings, dims)
-        results[name] = by_dimension(folder, material)
+    material, settings, base, data = prepared(out)
+    results: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[str, Any]] = {
+        "trained with Matryoshka dimensions": {"matryoshka": DIMS[:-1]},
+        "trained without": {},
+    }
+    for name, loss in losses.items():
+        folder = trained(base, data, out / name.replace(" ", "-"), material, settings, loss)
+        results[name] = scores(folder, material, {dim: partial(search, dim) for dim in DIMS})
         print(name, results[name], flush=True)
         (out / "matryoshka.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results)

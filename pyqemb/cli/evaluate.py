@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from pyqemb.cli.columns import add_columns
 from pyqemb.cli.logs import add_quiet, progress_shown
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pyqemb.data.columns import parse_columns
-    from pyqemb.data.files import atomic_file, check_writable
+    from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.evaluation import evaluate
 
@@ -69,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in report["metrics"].items():
         table.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}")
     Console().print(table)
-    if args.json is not None:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(args.json, report)
     return 0
 
 
@@ -80,7 +79,6 @@ def _compare(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pyqemb.data.columns import parse_columns
-    from pyqemb.data.files import atomic_file
     from pyqemb.evaluation import compare_storage
 
     with progress_shown(args.quiet):
@@ -100,10 +98,16 @@ def _compare(args: argparse.Namespace) -> int:
             f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}",
         )  # fmt: skip
     Console().print(table)
-    if args.json is not None:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(reports, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(args.json, reports)
     return 0
+
+
+def _write_json(path: Path | None, report: Any) -> None:
+    from pyqemb.data.files import atomic_file
+
+    if path is not None:
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _dims(text: str) -> tuple[int, ...]:
@@ -121,7 +125,6 @@ def _suite(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pyqemb.data.files import atomic_file
     from pyqemb.errors import ConfigError
     from pyqemb.model.encoder import open_model
 
@@ -143,7 +146,5 @@ def _suite(args: argparse.Namespace) -> int:
     for task, score in scores.items():
         table.add_row(task, f"{score:.4f}")
     Console().print(table)
-    if args.json is not None:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    _write_json(args.json, scores)
     return 0

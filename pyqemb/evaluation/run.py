@@ -167,11 +167,13 @@ def compare_storage(
     _check_evaluation(folder)
     if not dims or not precisions:
         raise ConfigError(f"{'precisions' if dims else 'dims'}: expected at least one")
-    plain = [Storage(precision) for precision in precisions]
-    with_rescore = [] if rescore is None else [Storage(s.precision, rescore) for s in plain if s.precision != "float32"]
-    if rescore is not None and not with_rescore:
-        raise ConfigError("rescore needs a quantized precision: int8, uint8, binary or ubinary; got float32")
-    storages = sorted(plain + with_rescore, key=lambda s: list(precisions).index(s.precision))
+    if set(precisions) == {"float32"}:
+        Storage(rescore=rescore)  # an error, unless it is None
+    storages: list[Storage] = []
+    for precision in precisions:
+        storages.append(Storage(precision))
+        if rescore is not None and precision != "float32":
+            storages.append(Storage(precision, rescore))
     task = load_task(folder, split, columns)
     for storage in storages:
         _check_storage(task, storage)
