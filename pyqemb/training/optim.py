@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyqemb.model.shard_files import rows_of, sharded_like
+from pyqemb.errors import CheckpointError
+from pyqemb.model.shard_files import rows_of, shape_of, sharded_like
 from pyqemb.model.shards import is_sharded, local, own_rows
 from pyqemb.training.config import TrainSection
 from pyqemb.training.groups import Group, lion, parameter_groups
 
 AVERAGE = "ema"  # the kind of the averages among the state tensors
+_MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",), "lion": ("exp_avg",)}
 
 
 def learning_rate(step: int, steps: int, config: TrainSection) -> float:
@@ -73,6 +76,7 @@ class Optimizer:
         self.average: dict[str, torch.Tensor] = {}
         if config.ema_decay is not None:
             self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.kinds = {name: group.optimizer for group in groups for name in group.names}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # by the name of each parameter
         for kind, make in (("adamw", self._adamw), ("muon", self._muon), ("lion", self._lion)):
             own = [group for group in groups if group.optimizer == kind and group.names]
@@ -179,26 +183,46 @@ class Optimizer:
         return moments | averages | values
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-        """Restore `weights` and `state_tensors`; of sharded weights only the rows of this rank are read."""
+    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: str | Path) -> None:
+        """Restore `weights` and `state_tensors`; of sharded weights only the rows of this rank are read.
+
+        Raises:
+            CheckpointError: the state, which is that of `where`, does not belong to these weights.
+        """
+        self._check(state, where)
         for name, weight in self.weights.items():
             local(weight).copy_(rows_of(weights, name, own_rows(weight)))
         self._round()
         for key in state:
             name, _, kind = key.rpartition("/")
             weight = (self.weights | self.extra_parameters)[name]
-            moments = self.optimizers[name].state[weight]
+            whole = kind == "step"  # a number
+            rows = state[key] if whole else rows_of(state, key, own_rows(weight))
+            if rows.dtype != (torch.float32 if whole else weight.dtype):
+                raise CheckpointError(f"{where}: damaged: the optimizer's {key!r} is stored as {rows.dtype}")
             if kind == "value":
-                weight.copy_(state[key])
+                weight.copy_(rows)
             elif kind == AVERAGE:
-                local(self.average[name]).copy_(rows_of(state, key, own_rows(weight)))
-            elif kind == "step":
-                self.optimizers[name].state[weight][kind] = state[key].to(
-                    weight.device, copy=True
-                )  # as `fused` expects
+                local(self.average[name]).copy_(rows)
             else:
-                rows = rows_of(state, key, own_rows(weight)).to(weight.device, copy=True)
-                moments[kind] = sharded_like(weight, rows)
+                rows = rows.to(weight.device, copy=True)  # the step too, as `fused` expects
+                self.optimizers[name].state[weight][kind] = rows if whole else sharded_like(weight, rows)
+
+    def _check(self, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
+        """CheckpointError unless the state has what `state_tensors` may have, with the shapes of the weights."""
+        expected = {f"{name}/value": parameter.shape for name, parameter in self.extra_parameters.items()}
+        expected |= {f"{name}/{AVERAGE}": average.shape for name, average in self.average.items()}
+        for name, weight in (self.weights | self.extra_parameters).items():
+            moments = [f"{name}/{kind}" for kind in _MOMENTS[self.kinds[name]]]
+            if not state.keys().isdisjoint(moments):  # a weight that had no gradient yet has none
+                expected |= {key: weight.shape if not key.endswith("/step") else torch.Size() for key in moments}
+        for key in sorted(expected.keys() | state.keys()):
+            wanted = str(tuple(expected[key])) if key in expected else "none"
+            found = str(shape_of(state, key)) if key in state else "none"
+            if wanted != found:
+                raise CheckpointError(
+                    f"{where}: damaged: the optimizer's {key!r:.200} should have the shape {wanted}, found {found:.200}"
+                )
 
     @torch.no_grad()
     def _round(self) -> None:

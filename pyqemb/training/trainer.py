@@ -442,7 +442,7 @@ class Run:
         check_continues(checkpoint, self.config, self.fingerprint, self.optimizer.weights, self.base_files)
         state, random = checkpoint.state, checkpoint.state["random"]
         with together(self.world):
-            self.optimizer.load(checkpoint.weights, checkpoint.optimizer)
+            self.optimizer.load(checkpoint.weights, checkpoint.optimizer, checkpoint.folder)
             if self.world.rank < len(random):  # a new rank keeps its own seed
                 restore_random_states(random[self.world.rank], checkpoint.folder)
         self.step, self.saved_step, self.bad_steps = checkpoint.step, checkpoint.step, state["bad_steps"]

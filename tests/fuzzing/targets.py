@@ -50,7 +50,8 @@ from pyqemb.synthesis.passages import People
 from pyqemb.testing.tiny import TEXTS, tiny_config, tiny_embedder, tiny_tokenizer, write_tiny_folder
 from pyqemb.training import stage1, stage2
 from pyqemb.training.callbacks.metrics import truncate_metrics
-from pyqemb.training.config import load_config
+from pyqemb.training.config import TrainSection, load_config
+from pyqemb.training.optim import Optimizer
 from pyqemb.training.state import Checkpoint, random_states, restore_random_states, write_manifest, write_shard
 
 Read = Callable[[bytes], Any]
@@ -556,6 +557,20 @@ def checkpoint(folder, name):
         [json.dumps(manifest).encode()] if name == "manifest.json" else [json.dumps({**state, "random": []}).encode()]
     )
     return Target(seeds, read, (str(place),), "json")
+
+
+@target("optimizer.safetensors")
+def optimizer_state(folder):
+    """The header of the optimizer's state in a checkpoint."""
+    layer = torch.nn.Linear(2, 3)
+    optimizer = Optimizer(layer, TrainSection(ema_decay=0.9))
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step(1e-3)
+    path = folder / "optimizer.safetensors"
+    write_safetensors(path, optimizer.state_tensors())
+    raw = path.read_bytes()
+    read = into(path, lambda: optimizer.load(optimizer.weights, ShardedTensors([path]), folder))
+    return Target([header_of(raw)], lambda data: read(with_header(data, raw)), (str(folder),), "json")
 
 
 @target("random states")

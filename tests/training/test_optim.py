@@ -8,7 +8,7 @@ from torch import nn
 
 from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
-from pyqemb.errors import ConfigError
+from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training.config import TrainConfig, TrainSection
 from pyqemb.training.grad_cache import GradCache
@@ -105,7 +105,7 @@ def test_state_goes_out_and_in(dtype):
     run(first, one, 3)
     other = linear(0.7)
     second = Optimizer(other, TrainSection(), dtype)
-    second.load({n: w.detach().clone() for n, w in first.weights.items()}, first.state_tensors())
+    second.load({n: w.detach().clone() for n, w in first.weights.items()}, first.state_tensors(), "here")
     for optimizer, layer in ((first, one), (second, other)):
         run(optimizer, layer, 3)
     assert torch.equal(one.weight, other.weight)
@@ -179,7 +179,7 @@ def test_state_of_muon_goes_out_and_in(dtype):
     section = TrainSection(optimizer="muon")
     first, second = Optimizer(tiny_embedder(), section, dtype), Optimizer(tiny_embedder(seed=1), section, dtype)
     run(first, 3, 0)
-    second.load({n: w.detach().clone() for n, w in first.weights.items()}, first.state_tensors())
+    second.load({n: w.detach().clone() for n, w in first.weights.items()}, first.state_tensors(), "here")
     for optimizer in (first, second):
         run(optimizer, 2, 1)
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
@@ -235,7 +235,7 @@ def test_lion_steps_as_float64_does(dtype):
             momentum = 0.99 * momentum + 0.01 * gradient
         torch.testing.assert_close(optimizer.weights[name].detach().double(), truth, rtol=2e-6, atol=2e-7)
     other = Optimizer(tiny_embedder(seed=1), section, dtype)
-    other.load({n: w.detach().clone() for n, w in optimizer.weights.items()}, optimizer.state_tensors())
+    other.load({n: w.detach().clone() for n, w in optimizer.weights.items()}, optimizer.state_tensors(), "here")
     for each in (optimizer, other):
         for name, weight in each.weights.items():
             weight.grad = gradients[0][name].clone()
@@ -243,6 +243,35 @@ def test_lion_steps_as_float64_does(dtype):
     assert all(torch.equal(optimizer.weights[name], other.weights[name]) for name in start)
     held = sum(value.nbytes for value in optimizer.state_tensors().values())
     assert checkpoint_bytes(tiny_embedder(), section) == held + sum(4 * w.numel() for w in start.values())
+
+
+def of(optimizer, **changes):
+    state = {**optimizer.state_tensors(), **{key.replace("__", "/"): value for key, value in changes.items()}}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"other__exp_avg": torch.zeros(3, 4)}, r"'other/exp_avg' should have the shape none, found \(3, 4\)"),
+        ({"weight__momentum_buffer": torch.zeros(3, 4)}, "'weight/momentum_buffer' should have the shape none"),
+        ({"weight__exp_avg": torch.zeros(4, 3)}, r"'weight/exp_avg' should have the shape \(3, 4\), found \(4, 3\)"),
+        ({"weight__exp_avg_sq": None}, r"'weight/exp_avg_sq' should have the shape \(3, 4\), found none"),
+        ({"weight__step": torch.zeros(1)}, r"'weight/step' should have the shape \(\), found \(1,\)"),
+        ({"weight__ema": None}, "'weight/ema' should have the shape"),
+        ({"scale__value": None}, "'scale/value' should have the shape"),
+        ({"weight__exp_avg": torch.zeros(3, 4, dtype=torch.int8)}, "'weight/exp_avg' is stored as torch.int8"),
+        ({"weight__step": torch.zeros((), dtype=torch.int64)}, "'weight/step' is stored as torch.int64"),
+    ],
+)
+def test_a_damaged_state_is_refused(changes, words):
+    layer, scale = linear(), nn.Parameter(torch.zeros(()))
+    optimizer = Optimizer(layer, TrainSection(ema_decay=0.9), extra_parameters={"scale": scale})
+    (layer(torch.ones(1, 4)).sum() * scale).backward()
+    optimizer.step(1e-3)
+    with pytest.raises(CheckpointError, match=f"^step_3: damaged: the optimizer's {words}"):
+        optimizer.load(optimizer.weights, of(optimizer, **changes), "step_3")
+    optimizer.load(optimizer.weights, of(optimizer), "step_3")
 
 
 def test_a_missing_package_is_named(monkeypatch):
