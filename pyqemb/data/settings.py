@@ -4,6 +4,7 @@ import datetime
 import math
 import typing
 from collections.abc import Callable, Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -204,11 +205,17 @@ class _Loader(yaml.SafeLoader):
 
 def _unconverted(value: Any, kinds: set[Any]) -> str | None:
     """What is expected instead of a value that pydantic would convert to one of the types; None: it need not."""
+    sections = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+    if Any not in kinds and not _is_plain(value, sections):
+        return "text, a number, true or false, a list or a table with names as keys"
     if kinds & {int, float}:
         if bool not in kinds and _any(value, lambda item: isinstance(item, bool)):
             return "a number"
         if _any(value, lambda item: isinstance(item, int) and abs(item) >= _MAX_INTEGER):
             return "a number of at most 64 bits"
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    if bool in kinds and not kinds & {int, float} and any(type(item) in (int, float) for item in items):
+        return "true or false, not a number"
     if kinds <= {bool, type(None)} and not isinstance(value, bool | None):
         return "true or false"
     if kinds & {str, Path} and _any(value, lambda item: isinstance(item, bytes)):
@@ -222,6 +229,18 @@ def _kinds(annotation: Any) -> set[Any]:
         return {type(value) for value in typing.get_args(annotation)}
     found = {kind for part in typing.get_args(annotation) for kind in _kinds(part)}
     return found or {annotation if isinstance(annotation, type) else None}
+
+
+def _is_plain(value: Any, sections: bool) -> bool:
+    """Whether a value is what a file of settings may hold, or a section; an array is not.
+
+    `sections`: tables in it are sections, which check their own values.
+    """
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and (sections or _is_plain(item, sections)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item, sections) for item in value)
+    return value is None or isinstance(value, (str, bytes, Number, Path, BaseModel))
 
 
 def _any(value: Any, test: Callable[[Any], bool]) -> bool:

@@ -1,5 +1,6 @@
 """Files of settings: what can be wrong is one line that names the file, and exit code 2."""
 
+import numpy as np
 import pytest
 
 from pyqemb.cli import main
@@ -91,9 +92,15 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
         ("train", {"steps": 10**30}, "steps: expected a number of at most 64 bits, got an integer of 100 bits"),
         ("loss", {"matryoshka": [True]}, "matryoshka: expected a number"),
         ("eval", {"every": True}, "every: expected a number"),
+        ("train", {"betas": np.array([0.9, 0.99])}, "betas: expected text, a number, true or false, a list or a table"),
+        ("train", {"freeze": {"norm"}}, "freeze: expected text, a number, true or false, a list or a table"),
+        ("train", {"freeze": iter(["norm"])}, "freeze: expected text, a number, true or false, a list or a table"),
+        ("loss", {"groups": {5: True}}, "groups: expected text, a number, .* with names as keys, got {5: True}"),
+        ("loss", {"groups": {"own_hard": 1}}, "groups: expected true or false, not a number"),
+        ("loss", {"groups": {"own_hard": {"mask": 0}}}, "mask: expected true or false, not a number, got 0"),
     ],
 )
-def test_numbers_are_numbers(section, values, message):
+def test_values_are_not_converted(section, values, message):
     with pytest.raises(ConfigError, match=message) as error:
         stage2(model={"base": "m"}, data=[{"path": "d"}], **{section: values})
     assert "\n" not in str(error.value)
