@@ -148,8 +148,13 @@ def fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, origin or wanted)
 
 
-def settings_record(kind: type[BaseModel], base: dict[str, Any], free: Sequence[str] = ()) -> Record:
-    """The record of a class of settings: its JSON Schema says which values are broken."""
+def settings_record(
+    kind: type[BaseModel], base: dict[str, Any], free: Sequence[str] = (), paths: Sequence[str] = ()
+) -> Record:
+    """The record of a class of settings: its JSON Schema says which values are broken.
+
+    `paths`: texts that may be given as a Path, too.
+    """
     schema = json_schema(kind)
     properties, definitions = schema["properties"], schema.get("$defs", {})
 
@@ -159,9 +164,9 @@ def settings_record(kind: type[BaseModel], base: dict[str, Any], free: Sequence[
             return []
         values = []
         for value in POOL:
-            if isinstance(value, tuple | set | range) or _is_array(value):
+            if isinstance(value, tuple):
                 continue
-            if isinstance(value, Path) and properties[name].get("format") == "path":
+            if isinstance(value, Path) and (name in paths or properties[name].get("format") == "path"):
                 continue
             plain = _is_plain(value) and not (isinstance(value, float) and not math.isfinite(value))
             if not plain or not validator.is_valid(value) or (type(value) is int and abs(value) >= 2**63):
@@ -208,10 +213,6 @@ def _is_plain(value: Any) -> bool:
     if type(value) is list:
         return all(map(_is_plain, value))
     return type(value) in PLAIN and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 def printed(value: Any) -> Any:

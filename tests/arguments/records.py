@@ -1119,7 +1119,8 @@ def records(place: Place) -> dict[str, Any]:
         (SynthesisConfig, {"passages": "p", "out": "o", "endpoint": {"model": "m"}}),
     ):
         in_memory = ["input"] if kind is CurateConfig else []  # rows too; curate checks them
-        found[f"settings {kind.__name__}"] = settings_record(kind, base, in_memory)
+        paths = ["path"] if kind is training_config.DataSet else []
+        found[f"settings {kind.__name__}"] = settings_record(kind, base, in_memory, paths)
     ops_tests = place.ops_tests
     for name in ops_tests.catalogue():
         found[f"op {name}"] = OpRecord(name, ops_tests)
