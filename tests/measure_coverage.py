@@ -1,4 +1,4 @@
-"""Branch coverage of pyqemb and of csrc, in build/coverage; used by `make coverage`.
+"""Branch coverage of pyqemb and of csrc, in build/coverage, sums in tests/coverage.json; used by `make coverage`.
 
     python tests/measure_coverage.py [modules] [python] [native]      default: all three
 
@@ -7,6 +7,7 @@ python    pyqemb by the tests that `make test` runs
 native    csrc by the C++ tests and the op tests; what runs on a GPU alone counts as not run
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-PLACE = ROOT / "build" / "coverage"
+PLACE, STORE = ROOT / "build" / "coverage", ROOT / "tests" / "coverage.json"
 TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 OP_TESTS = [
     "arguments",
@@ -45,14 +46,15 @@ def run(*command, cwd=ROOT, check=True, **environment):
     subprocess.run(list(map(str, command)), cwd=cwd, env={**ENVIRONMENT, **environment}, check=check)
 
 
-def measured(name, *tests, **environment):
-    """The report of coverage.py as a dictionary by file, after these tests."""
+def measured(name, *tests, check=True, **environment):
+    """The report of coverage.py as a dictionary by file, after these tests; with `check` all of them must pass."""
     folder = PLACE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = ["--data-file", folder / "data"]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    run(sys.executable, "-m", "coverage", "run", *options, *pytest, PYTHONPATH=str(ROOT), **environment)
+    run(sys.executable, "-m", "coverage", "run", *options, *pytest, check=check, PYTHONPATH=str(ROOT),
+        **environment)  # fmt: skip
     run(sys.executable, "-m", "coverage", "combine", "-q", *options, folder)
     run(sys.executable, "-m", "coverage", "json", "-q", *options, "-o", folder / "report.json")
     return json.loads((folder / "report.json").read_text())["files"]
@@ -134,13 +136,23 @@ def native():
     }
 
 
+def store(part, rows):
+    """Print the sums of the rows, and keep that of all for docs/dev/reliability.md."""
+    sums = by_folder(rows)
+    table(sums)
+    kept = json.loads(STORE.read_text()) if STORE.exists() else {}
+    lines, branches = sums["all"]
+    kept[part] = {"date": str(datetime.date.today()), "lines": lines, "branches": branches}
+    STORE.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
 def main(parts):
     missing = []
     if "python" in parts:
-        files = measured("python", "tests", "-m", "not deep", "-n", "2", "--dist", "loadfile")
-        table(by_folder({name: counts(file["summary"]) for name, file in files.items()}))
+        files = measured("python", "tests", "-m", "not deep", "-n", "2", "--dist", "loadfile", check=False)
+        store("python", {name: counts(file["summary"]) for name, file in files.items()})
     if "native" in parts:
-        table(by_folder(native()))
+        store("native", native())
     if "modules" in parts:
         found = modules()
         table({name: counts(file["summary"]) for name, file in found.items()})

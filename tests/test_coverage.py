@@ -62,6 +62,15 @@ def test_mutants_are_killed(record_property):
     )
 
 
+def test_coverage_is_known(record_property):
+    """Measured by `make coverage`, which takes longer than all tests."""
+    for part, what in (("python", "pyqemb"), ("native", "csrc")):
+        row = json.loads(measure.STORE.read_text())[part]
+        taken, count = row["branches"]
+        assert 0 < taken <= count
+        record_property("R30", f"{what}: {taken:,} of {count:,} branches ({taken / count:.0%}; {row['date']})")
+
+
 def test_each_listed_module_has_its_tests():
     selected = [each for each in measure.TOOLS["mutmut"]["pytest_add_cli_args_test_selection"] if each.endswith(".py")]
     expected = [f"tests/{name.removeprefix('pyqemb.').replace('.', '/')}" for name in LISTED]
