@@ -5,6 +5,7 @@ by position (last of its sequence), not by its id.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,30 @@ def library_errors(where: str) -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{where}: {reason(error)}") from error
+
+
+_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+
+
+def _check_merges(path: Path, text: str) -> None:
+    """DataError if a merge of tokenizer.json lacks the prefix that the file states for the second part of a merge.
+
+    tokenizers cuts off as many bytes without looking. In the middle of a character this ends the process.
+    """
+    if not _PREFIX.search(text) and "\\u00" not in text:  # the name of a key may be written in escapes
+        return
+    try:
+        model = json.loads(text)["model"]
+        prefix, merges = model.get("continuing_subword_prefix"), model.get("merges", [])
+        parts = [each.split(" ", 1) if isinstance(each, str) else each for each in merges]
+        wrong = next((pair for pair in parts if prefix and not pair[1].startswith(prefix)), None)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return  # tokenizers says what is wrong with it
+    if wrong is not None:
+        raise DataError(
+            f"{path}: the second part of the merge {wrong!r:.100} should start with continuing_subword_prefix, "
+            f"which is {prefix!r:.100}"
+        )
 
 
 class Tokenizer:
@@ -93,6 +118,7 @@ class Tokenizer:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
+        _check_merges(path, text)
         with library_errors(f"{path}: not a tokenizer"):
             backend = tokenizers.Tokenizer.from_str(text)
         with library_errors(f"{path}: cannot be used"):

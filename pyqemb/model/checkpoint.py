@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
-from pyqemb.data.machine import raise_if_machine, reason, writing
+from pyqemb.data.machine import is_out_of_memory, raise_if_machine, reason, writing
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
@@ -104,18 +104,27 @@ class Tensors(Mapping[str, torch.Tensor]):
         return DTYPES[dtype]
 
     def _read(self, path: Path, stored: str, rows: slice | None = None) -> torch.Tensor:
-        try:
-            if rows is not None:
-                return self._handle(path).get_slice(stored)[rows]
-            return self._handle(path).get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise_if_machine(path, error)
-            raise CheckpointError(f"{path}: {stored} cannot be read: {reason(error)}") from error
+        return read_tensor(self._handle(path), path, stored, rows)
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
             self._open[path] = open_safetensors(path)
         return self._open[path]
+
+
+def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> torch.Tensor:
+    """A tensor, or some of its rows, of a file that `open_safetensors` has opened; CheckpointError if it is damaged."""
+    try:
+        found: torch.Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        return found
+    except (SafetensorError, OSError) as error:
+        raise_if_machine(path, error)
+        raise CheckpointError(f"{path}: {name} cannot be read: {reason(error)}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # torch refuses the shape, and adds its stack trace
+        if is_out_of_memory(error):
+            raise
+        first = " ".join(str(error).splitlines()[:1])
+        raise CheckpointError(f"{path}: {name} cannot be read: {first}") from error
 
 
 def open_safetensors(path: Path) -> Any:

@@ -12,7 +12,7 @@ from pyqemb.model.rope import Rope
 
 _MAX_HEAD_DIM = 256
 _MAX_COUNT = 2**31 - 1  # of every size; a product of two fits into 64 bits
-_MAX_LAYERS = 4096
+_MAX_LAYERS = 256
 
 Config = TypeVar("Config", bound="DecoderConfig")
 

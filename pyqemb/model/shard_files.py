@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from pyqemb.data.machine import raise_if_machine, reason
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import CheckpointError, DataError
-from pyqemb.model.checkpoint import open_safetensors
+from pyqemb.model.checkpoint import open_safetensors, read_tensor
 from pyqemb.model.shards import is_sharded, local, own_rows
 
 _SLICES = "slices"
@@ -135,14 +133,9 @@ class ShardedTensors(Mapping[str, torch.Tensor]):
         return shape[0] if shape else 1
 
     def _read(self, name: str, part: _Part, first: int, end: int) -> torch.Tensor:
-        file = self._files[part.path]
-        try:
-            if (first, end) == (part.first, part.end):
-                return file.get_tensor(name)
-            return file.get_slice(name)[first - part.first : end - part.first]
-        except (SafetensorError, OSError) as error:
-            raise_if_machine(part.path, error)
-            raise CheckpointError(f"{part.path}: {name} cannot be read: {reason(error)}") from error
+        whole = (first, end) == (part.first, part.end)
+        rows = None if whole else slice(first - part.first, end - part.first)
+        return read_tensor(self._files[part.path], part.path, name, rows)
 
     def _check_rows(self, name: str, count: int) -> None:
         parts = self._parts[name]

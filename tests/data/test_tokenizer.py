@@ -116,3 +116,30 @@ def test_what_cannot_serve_is_refused_by_name(folder):
         Tokenizer.from_folder(folder)
     with pytest.raises(ConfigError, match="max_length must be at least 1"):
         tiny_tokenizer(0)
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "continuing\\u005fsubword_prefix"])
+@pytest.mark.parametrize("merge", ["ab é", ["ab", "é"]])
+def test_a_merge_without_the_prefix_of_the_file_is_refused(folder, key, merge):
+    """tokenizers would cut the letter in two, and end the process."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] |= {
+        "type": "BPE",
+        "vocab": {"<|endoftext|>": 0, "ab": 1, "é": 2},
+        "merges": [merge],
+        "PREFIX": "/",
+    }
+    content["model"].pop("continuing_subword_prefix", None)
+    path.write_text(json.dumps(content, ensure_ascii=False).replace("PREFIX", key))
+    with pytest.raises(DataError, match=rf"^{path}: the second part of the merge .*, which is '/'$"):
+        Tokenizer.from_folder(folder)
+
+
+def test_merges_with_the_prefix_of_the_file_are_read(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = {"<|endoftext|>": 0, "a": 1, "##b": 2, "ab": 3}
+    content["model"] |= {"vocab": vocab, "merges": [["a", "##b"]], "continuing_subword_prefix": "##"}
+    path.write_text(json.dumps(content))
+    assert Tokenizer.from_folder(folder).vocab_size >= 4

@@ -384,6 +384,7 @@ def test_a_dtype_that_is_not_supported(tmp_path):
         (OSError(5, "Input/output error"), MachineError, "cannot be read: Input/output error"),
         (checkpoint.SafetensorError("bad\n header"), CheckpointError, "a cannot be read: bad header"),
         (FileNotFoundError(2, "No such file"), CheckpointError, "a cannot be read: No such file or directory"),
+        (RuntimeError("shape is invalid\nframe #0"), CheckpointError, "a cannot be read: shape is invalid"),
     ],
 )
 def test_errors_of_reading_name_the_file(tmp_path, failure, kind, words):
@@ -400,6 +401,30 @@ def test_errors_of_reading_name_the_file(tmp_path, failure, kind, words):
     tensors._open[path] = Failing()
     for call in (lambda: tensors["a"], lambda: tensors.rows("a", slice(0, 1))):
         assert message(call, error=kind) == f"{path}: {words}"
+
+
+def test_a_failed_allocation_is_no_damage(tmp_path):
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    tensors = Tensors(tmp_path)
+
+    class Full:
+        def get_tensor(self, name):
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+    tensors._open[tmp_path / "model.safetensors"] = Full()
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        tensors["a"]
+
+
+def test_a_shape_that_torch_cannot_hold(tmp_path):
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    words = message(lambda: Tensors(tmp_path)["a"])
+    assert words.startswith(f"{path}: a cannot be read: ")
+    assert "\n" not in words
 
 
 def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):

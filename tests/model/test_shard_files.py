@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pyqemb.errors import CheckpointError, MachineError
-from pyqemb.model import shard_files as module
 from pyqemb.model.checkpoint import write_safetensors
 from pyqemb.model.shard_files import (
     ShardedTensors,
@@ -183,7 +183,8 @@ def test_files_without_metadata_are_whole(tmp_path):
     ("error", "kind", "words"),
     [
         (OSError(5, "Input/output error"), MachineError, "cannot be read: Input/output error"),
-        (module.SafetensorError("bad\n header"), CheckpointError, "w cannot be read: bad header"),
+        (SafetensorError("bad\n header"), CheckpointError, "w cannot be read: bad header"),
+        (ValueError("no such shape\nframe #0"), CheckpointError, "w cannot be read: no such shape"),
     ],
 )
 def test_errors_of_reading_name_the_file(tmp_path, rows, error, kind, words):
