@@ -45,8 +45,10 @@ class Group:
         checks.finite(_OP, "hardness of a group", self.hardness)
 
 
-GROUPS: tuple[str, ...] = _C.INFO_NCE_GROUPS  # the table is csrc/ops/info_nce_rules.h
-_DOC_GROUPS = tuple(name for name in GROUPS if name.startswith("doc_"))
+NATIVE_GROUPS: tuple[str, ...] = _C.INFO_NCE_GROUPS  # the table is csrc/ops/info_nce_rules.h
+DOC_QUERY = "doc_query"  # a second sweep computes it (pyqemb/ops/info_nce_composed.py)
+GROUPS = (*NATIVE_GROUPS, DOC_QUERY)
+_DOC_GROUPS = tuple(name for name in NATIVE_GROUPS if name.startswith("doc_"))
 
 
 def _preset(masked: Sequence[str] = (), by_query: Sequence[str] = (), plain: Sequence[str] = ()) -> Mapping[str, Group]:
@@ -67,6 +69,8 @@ PRESETS: Mapping[str, Mapping[str, Group]] = MappingProxyType(
         "ms_swift": _preset(masked=(*_QUERY_DOCUMENT, "query_query"), plain=("doc_own", "doc_positive", "doc_hard")),
         # As memeff implements it: without hard negatives of other queries, each score masked by itself
         "memeff": _preset(masked=("own_hard", "batch_positive", "query_query", "doc_positive")),
+        # GTE's improved contrastive loss (arXiv 2308.03281, section 3.2): all four directions, nothing masked
+        "gte": _preset(plain=(*_QUERY_DOCUMENT, "query_query", "doc_positive", "doc_hard", DOC_QUERY)),
         # Own wrong labels only (Qwen3-VL-Embedding, section 5.1)
         "classification": _preset(plain=("own_hard",)),
     }
@@ -88,17 +92,18 @@ class Options(NamedTuple):
     focal: float
     temperature: float
     scale: float  # of the loss and its gradients
+    tau_plus: float = 0.0
 
     @classmethod
     def of(
         cls, preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
-        softmax: str, focal: float, temperature: float, scale: float,
+        softmax: str, focal: float, temperature: float, scale: float, tau_plus: float = 0.0,
     ) -> "Options":  # fmt: skip
         """Check and return the options of a call.
 
         The arguments are those of `info_nce`; `scale` multiplies the loss and its gradients.
         """
-        given = preset, groups, margin, doc_mask, softmax, focal, temperature, scale
+        given = preset, groups, margin, doc_mask, softmax, focal, temperature, scale, tau_plus
         if groups is None and not checks.has_no_values():
             try:
                 return _known_options(*given)
@@ -106,8 +111,13 @@ class Options(NamedTuple):
                 pass
         return _options(*given)
 
+    @property
+    def is_composed(self) -> bool:
+        """Whether one sweep of the kernels is not enough (pyqemb/ops/info_nce_composed.py)."""
+        return self.tau_plus > 0 or DOC_QUERY in self.groups
+
     def native(self) -> _C.InfoNceOptions:
-        """The options object of the native module; equal options share one."""
+        """The options object of the native module, without doc_query and tau_plus; equal options share one."""
         try:
             return _native(*self)
         except TypeError:  # the lists of a torch op have no hash
@@ -116,9 +126,12 @@ class Options(NamedTuple):
 
 def _options(
     preset: str, groups: Mapping[str, Group | bool | None] | None, margin: float | None, doc_mask: str | None,
-    softmax: str, focal: float, temperature: float, scale: float,
+    softmax: str, focal: float, temperature: float, scale: float, tau_plus: float = 0.0,
 ) -> Options:  # fmt: skip
     checks.choice(_OP, "softmax", softmax, ("joint", "split"))
+    tau_plus = checks.number(_OP, "tau_plus", tau_plus)
+    if not 0 <= tau_plus < 1:
+        raise ValueError(f"[info_nce] tau_plus must be at least 0 and below 1, got {tau_plus}")
     focal = checks.number(_OP, "focal", focal)
     if not (math.isfinite(focal) and focal >= 0):
         raise ValueError(f"[info_nce] focal must be finite and at least 0, got {focal}")
@@ -148,6 +161,7 @@ def _options(
         focal=focal,
         temperature=temperature,
         scale=scale,
+        tau_plus=tau_plus,
     )
 
 
@@ -161,7 +175,8 @@ def _native(*values: Any) -> _C.InfoNceOptions:
     for group, mask, margin, relative, hardness in zip(
         given.groups, given.masks, given.margins, given.relative, given.hardness, strict=True
     ):
-        options.turn_on(group, mask=mask, margin=margin, relative=relative, hardness=hardness)
+        if group in NATIVE_GROUPS:
+            options.turn_on(group, mask=mask, margin=margin, relative=relative, hardness=hardness)
     return options
 
 
@@ -188,8 +203,9 @@ def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: s
             raise TypeError(
                 f"[info_nce] groups: {name} must be a Group, True, False or None, got {type(group).__name__}"
             )
-    if "query_query" in chosen and chosen["query_query"].mask == "query_document":
-        raise ValueError(
-            "[info_nce] groups: query_query has no query-document score to mask by, got mask 'query_document'"
-        )
+    for name in ("query_query", DOC_QUERY):
+        if name in chosen and chosen[name].mask == "query_document":
+            raise ValueError(
+                f"[info_nce] groups: {name} has no query-document score to mask by, got mask 'query_document'"
+            )
     return chosen

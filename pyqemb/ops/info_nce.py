@@ -10,8 +10,10 @@ from typing_extensions import Unpack  # of typing from Python 3.11 on
 
 from pyqemb import _C
 from pyqemb.ops import checks
-from pyqemb.ops.common import arithmetic, differentiable, empty_like, native
+from pyqemb.ops.common import arithmetic, differentiable, native
 from pyqemb.ops.groups import Group, Options
+from pyqemb.ops.info_nce_composed import composed
+from pyqemb.ops.info_nce_sweep import Batch, sweep
 from pyqemb.ops.prefixes import over_prefixes, prefixes
 
 _OP = "info_nce"
@@ -30,6 +32,7 @@ class _Keywords(TypedDict, total=False):
     doc_mask: str | None
     softmax: Literal["joint", "split"]
     focal: float
+    tau_plus: float
     matryoshka: Sequence[int] | None
     matryoshka_weights: Sequence[float] | None
     reduction: Literal["mean", "sum"]
@@ -64,6 +67,7 @@ def info_nce(
     doc_mask: str | None = None,
     softmax: Literal["joint", "split"] = "joint",
     focal: float = 0.0,
+    tau_plus: float = 0.0,
     matryoshka: Sequence[int] | None = None,
     matryoshka_weights: Sequence[float] | None = None,
     reduction: Literal["mean", "sum"] = "mean",
@@ -80,6 +84,7 @@ def info_nce(
     | batch_positive, batch_hard | q_i . d_j | positives of other queries; all other documents of other queries |
     | query_query | q_i . q_j | the other queries |
     | doc_own, doc_positive, doc_hard | d_i+ . d_j | the same three kinds of documents against the positive |
+    | doc_query | d_i+ . q_j | the other queries against the positive |
 
     A candidate is masked if its score exceeds the group's limit, or if its text equals the positive's.
 
@@ -93,7 +98,7 @@ def info_nce(
             Queries may own different numbers of documents.
         document_ids: [M] int64, equal for equal texts. In the query-query group, queries whose positives are equal
             texts mask each other too.
-        preset: which groups are enabled and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff or
+        preset: which groups are enabled and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff, gte or
             classification.
         groups: changes to the preset by group: a Group, True (a Group with its defaults), or False or None to disable
             it.
@@ -101,10 +106,13 @@ def info_nce(
         margin: the margin of the groups without their own; None disables their masks.
         doc_mask: mask of the enabled document-document groups: "query_document", "own" or "none"; None: that of the
             preset.
-        softmax: "joint", or "split": a separate softmax for own_hard, the batch groups, query_query and the doc groups,
-            each with the positive; the loss is their sum.
+        softmax: "joint", or "split": a separate softmax for own_hard, the batch groups, query_query, the doc groups and
+            doc_query, each with the positive; the loss is their sum.
         focal: gamma >= 0: a softmax that gives the positive the probability P is weighted by (1 - P) ** gamma, which is
             differentiated too (Lin et al., arXiv 1708.02002, equation 4).
+        tau_plus: the probability that a candidate is a positive, 0 <= tau_plus < 1: the sum S over the N candidates of
+            a softmax becomes max((S - tau_plus * N * exp(s_i / tau)) / (1 - tau_plus), N * exp(-1 / tau)), the debiased
+            contrastive loss (Chuang et al., arXiv 2007.00224, equation 8). Masked candidates are not counted in N.
         matryoshka: ascending or descending dimensions; the loss is computed for each prefix of the vectors, normalized
             again, e.g. [1024, 256]. All prefixes take one sweep (on a GPU up to eight; with more, one sweep each).
         matryoshka_weights: weights of their losses; None: the mean of the losses.
@@ -150,6 +158,7 @@ def info_nce(
         focal,
         temperature,
         1 / num_queries if reduction == "mean" else 1.0,
+        tau_plus,
     )
     dims, weights = prefixes(matryoshka, matryoshka_weights, queries_BE.shape[-1])
     wanted = torch.is_grad_enabled()
@@ -168,7 +177,7 @@ def info_nce(
         loss, totals = _info_nce(*inputs, *options)
         return loss
 
-    if len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu:
+    if dims and (options.is_composed or (len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu)):
         loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
         loss = once(queries_BE, documents_ME, dims, weights)
@@ -298,7 +307,7 @@ def info_nce_block(
     if log_negatives is None:
         log_negatives = texts.new_empty((rows, _C.MAX_SOFTMAXES), dtype=torch.float64)
     absent = torch.full((rows,), _ABSENT, dtype=torch.uint8, device=texts.device)
-    batch = _Batch(
+    batch = Batch(
         queries=torch.cat([anchors.queries_RE, others.queries_QE]),
         documents=torch.cat([anchors.positives_RE, columns.documents_CE]),
         # The positives of the others are on other ranks; the kernel does not read them.
@@ -308,7 +317,7 @@ def info_nce_block(
         role=torch.cat([absent, columns.role_C]),
         owner=torch.cat([torch.full_like(anchors.text_R, -1), columns.owner_C]),
     )
-    losses, totals, d_queries, d_documents, d_temperature = _sweep(
+    losses, totals, d_queries, d_documents, d_temperature = sweep(
         batch,
         options,
         first_row=0,
@@ -331,70 +340,6 @@ def info_nce_block(
         d_queries[split:],
         d_temperature,
     )
-
-
-class _Batch(NamedTuple):
-    """The tensors of a sweep, as InfoNce in csrc/ops/info_nce.h names them; the native code derives what is None."""
-
-    queries: Tensor
-    documents: Tensor
-    positive: Tensor
-    query_text: Tensor | None
-    document_text: Tensor | None
-    role: Tensor | None
-    owner: Tensor | None
-
-
-def _sweep(
-    batch: _Batch,
-    options: Options,
-    *,
-    first_row: int,
-    num_rows: int,
-    differs: bool,
-    learns: bool,
-    first_column: int = 0,
-    dims: Sequence[int] = (),
-    dim_weights: Sequence[float] = (),
-    log_negatives: Tensor | None = None,
-    log_negatives_given: bool = False,
-    adds_positive: bool = True,
-) -> tuple[Tensor, ...]:
-    """Return the losses of the rows, the totals, and the gradients of queries, documents and temperature.
-
-    Gradients that are not requested have no elements.
-    """
-    queries, documents, owner = batch.queries, batch.documents, batch.owner
-    losses = queries.new_empty(num_rows, dtype=torch.float64)
-    totals = queries.new_empty(5, dtype=torch.float64)
-    d_tau = queries.new_empty(1 if learns else 0, dtype=torch.float64)
-    dtype = arithmetic(queries.dtype)
-    d_queries = empty_like(queries, dtype) if differs else queries.new_empty(0, dtype=dtype)
-    d_documents = empty_like(documents, dtype) if differs else documents.new_empty(0, dtype=dtype)
-    own_starts = own_documents = None
-    if owner is not None:
-        owners, own_documents = torch.sort(owner, stable=True)
-        own_starts = torch.searchsorted(owners, torch.arange(len(queries) + 1, device=owner.device))
-    _C.info_nce(
-        options.native(),
-        **batch._asdict(),
-        own_starts=own_starts,
-        own_documents=own_documents,
-        first_row=first_row,
-        num_rows=num_rows,
-        first_column=first_column,
-        dims=dims,
-        dim_weights=dim_weights,
-        loss=losses,
-        stats=totals,
-        d_queries=d_queries if differs else None,
-        d_documents=d_documents if differs else None,
-        d_temperature=d_tau if learns else None,
-        log_negatives=log_negatives,
-        log_negatives_given=log_negatives_given,
-        adds_positive=adds_positive,
-    )
-    return losses, totals, d_queries, d_documents, d_tau
 
 
 class _Inputs(NamedTuple):
@@ -433,13 +378,14 @@ def _fake(*given: Any) -> tuple[Tensor, ...]:
 @native(
     "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int "
     "first_row, int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, str[] groups, str[] masks, "
-    "float[] margins, bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale)"
+    "float[] margins, bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale, "
+    "float tau_plus=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 def _forward(*given: Any) -> tuple[Tensor, ...]:
     inputs, options = _inputs(given)
-    batch = _Batch(
+    batch = Batch(
         queries=inputs.queries,
         documents=inputs.documents,
         positive=inputs.positive,
@@ -448,7 +394,14 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
         role=None,
         owner=inputs.owner,
     )
-    losses, totals, *gradients = _sweep(
+    dtype = arithmetic(inputs.queries.dtype)
+    if options.is_composed:
+        loss, totals, *gradients = composed(
+            batch, options, first_row=inputs.first_row, num_rows=inputs.num_rows, differs=inputs.differs,
+            learns=inputs.learns,
+        )  # fmt: skip
+        return loss.to(dtype), totals, *gradients
+    losses, totals, *gradients = sweep(
         batch,
         options,
         first_row=inputs.first_row,
@@ -458,7 +411,7 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
         differs=inputs.differs,
         learns=inputs.learns,
     )
-    return losses.sum().mul_(options.scale).to(arithmetic(inputs.queries.dtype)), totals, *gradients
+    return losses.sum().mul_(options.scale).to(dtype), totals, *gradients
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -63,7 +63,7 @@ def info_nce(
     queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None = None,
     document_ids: Tensor | None = None, temperature: float | Tensor = 0.02, margin: float | None = 0.1,
     groups: Mapping[str, Group] | None = None, split: bool = False, focal: float = 0.0,
-    rows: tuple[int, int] | None = None,
+    rows: tuple[int, int] | None = None, tau_plus: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
     groups = PRESETS["qwen3"] if groups is None else groups
@@ -81,7 +81,7 @@ def info_nce(
         "own_hard": (qd, kinds["own"], 0), "batch_positive": (qd, kinds["positive"], 1),
         "batch_hard": (qd, kinds["hard"], 1), "query_query": (qq, others, 2),
         "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3),
-        "doc_hard": (dd, kinds["hard"], 3),
+        "doc_hard": (dd, kinds["hard"], 3), "doc_query": (qd[:, positive].T, others, 4),
     }  # fmt: skip
     logits: dict[int, list[Tensor]] = {}
     for name, group in groups.items():
@@ -90,12 +90,19 @@ def info_nce(
         if group.mask is not None and limit is not None:
             bound = score.detach() + limit * (score.detach().abs() if group.relative else 1)
             keep = keep & ~((qd if group.mask == "query_document" else values).detach() > bound[:, None])
-        if name != "query_query":
+        if name not in ("query_query", "doc_query"):
             keep = keep & there
         logit = values / temperature + group.hardness * values.detach()
         logits.setdefault(softmax if split else 0, []).append(logit.masked_fill(~keep, -torch.inf))
     loss = queries.new_zeros(B)
     for parts in logits.values():
+        if tau_plus:
+            weights, positive_weight = torch.cat(parts, dim=1).exp(), (score / temperature).exp()
+            number = (weights > 0).sum(dim=1).to(weights.dtype)
+            estimate = (weights.sum(dim=1) - tau_plus * number * positive_weight) / (1 - tau_plus)
+            lowest = number * torch.exp(torch.as_tensor(-1 / temperature, dtype=estimate.dtype))
+            some = torch.where(number > 0, torch.maximum(estimate, lowest), 1).log()
+            parts = [torch.where(number > 0, some, -torch.inf)[:, None]]
         total = torch.logsumexp(torch.cat([(score / temperature)[:, None], *parts], dim=1), dim=1) - score / temperature
         if focal:  # (the derivative of 0 ** focal is not for autograd)
             some = torch.where(total > 0, total, 1)

@@ -34,7 +34,7 @@ SAMPLES = {
     "swiglu": lambda: (leaf(5, 24), leaf(5, 24)),
     "info_nce": lambda: (
         *(leaf(5, 24), leaf(9, 24), None, torch.arange(5), None, None, 0, 5, (), (), True, False),
-        *(GROUPS, ["own"] * 7, [0.1] * 7, [False] * 7, [0.0] * 7, False, 0.0, 0.05, 0.2),
+        *(GROUPS, ["own"] * 8, [0.1] * 8, [False] * 8, [0.0] * 8, False, 0.0, 0.05, 0.2, 0.01),
     ),
     "top_k": lambda: (torch.randn(5, 24), torch.randn(9, 24), 3, None, None),
 }
@@ -52,8 +52,10 @@ def layer(q, k, v, x, weight, head_weight, cos, sin):
     normed, total = ops.rms_norm(attended, weight, residual=x)
     hidden = ops.rms_norm(ops.linear(ops.swiglu(normed, total), torch.eye(64, device=x.device)), weight)
     vectors = ops.last_token_pool(hidden, CU, norm_weight=weight, dim=32)
-    loss, stats = ops.info_nce(vectors, vectors.detach(), torch.arange(4, device=x.device), return_stats=True)
-    return loss + hidden.sum(), stats
+    positive = torch.arange(4, device=x.device)
+    loss, stats = ops.info_nce(vectors, vectors.detach(), positive, return_stats=True)
+    composed = ops.info_nce(vectors, vectors.detach(), positive, preset="gte", tau_plus=0.01)
+    return loss + composed + hidden.sum(), stats
 
 
 def test_a_compiled_graph_holds_every_op():

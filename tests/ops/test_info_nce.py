@@ -4,8 +4,9 @@ from torch.nn.functional import normalize
 
 from pyqemb import _C, ops
 from pyqemb.ops import Group
-from pyqemb.ops.groups import GROUPS, PRESETS, Options
+from pyqemb.ops.groups import GROUPS, NATIVE_GROUPS, PRESETS, Options
 from pyqemb.ops.info_nce import Anchors, Columns, Others, info_nce_block
+from pyqemb.ops.info_nce_composed import debiased
 from pyqemb.testing import reference
 
 
@@ -84,11 +85,106 @@ def test_equals_the_dense_formula(preset, softmax, focal):
     ids=str,
 )
 def test_each_group_alone_and_among_others(name, group):
-    if name == "query_query" and group.mask == "query_document":
+    if name in ("query_query", "doc_query") and group.mask == "query_document":
         pytest.skip("has no query-document score")
     assert_equal(both(batch(), groups={**OFF, name: group}), 1e-11)
     assert_equal(both(batch(), groups={name: group}), 1e-11)
     assert_equal(both(batch(), groups={name: group}, softmax="split", preset="mnrl"), 1e-11)
+
+
+DEBIASED = {
+    "joint": {},
+    "split": dict(softmax="split", preset="ms_swift"),
+    "clamped in many rows": dict(tau_plus=0.3, temperature=0.3),
+    "focal": dict(focal=1.5, softmax="split"),
+    "hardness": dict(groups={"batch_hard": Group(hardness=3.0), "own_hard": Group(mask=None)}),
+    "all directions": dict(preset="gte"),
+    "all directions, split, masked": dict(
+        preset="gte", softmax="split", groups={"doc_query": Group(margin=-0.2, hardness=1.0)}
+    ),
+    "of some rows": dict(rows=(20, 30)),
+    "most rows have no candidates": dict(preset="classification"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", DEBIASED)
+def test_debiased_equals_the_dense_formula(case, dtype):
+    given = dict(tau_plus=0.002, temperature=0.1) | DEBIASED[case]
+    results = both(batch(), dtype, **given)
+    assert_equal(results, 1e-10 if dtype == torch.float64 else 4e-6)
+    plain = both(batch(), dtype, **{**given, "tau_plus": 0.0})
+    assert relative(plain[0][0], results[1][0]) > 1e-3
+
+
+def test_the_debiased_cases_hold_clamped_rows_and_others():
+    queries, documents, positive, *_ = batch()
+    log_counts = torch.tensor(len(documents) - 1.0, dtype=torch.float64).log()
+    for tau_plus, temperature, expected in ((0.002, 0.1, 43), (0.3, 0.3, 70)):
+        logits = queries @ documents.T / temperature
+        own = logits.gather(1, positive[:, None])
+        sums = logits.scatter(1, positive[:, None], -torch.inf).logsumexp(1, keepdim=True)
+        results = debiased(sums, log_counts, own, temperature, tau_plus)
+        assert int((results.by_log_sum == 0).sum()) == expected
+        assert bool((results.log_sums >= log_counts - 1 / temperature).all())
+
+
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+def test_a_learned_temperature_of_several_sweeps(softmax):
+    queries, documents, positive, owner, ids = batch()
+    tau, exact = (torch.tensor(0.07, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    options = dict(focal=1.0, tau_plus=0.002)
+    loss = ops.info_nce(
+        queries, documents, positive, owner=owner, document_ids=ids, temperature=tau, softmax=softmax, preset="gte",
+        **options
+    )  # fmt: skip
+    truth = reference.info_nce(
+        queries, documents, positive, owner, ids, exact, groups=PRESETS["gte"], split=softmax == "split", **options
+    )
+    torch.testing.assert_close(loss, truth, rtol=1e-11, atol=0)
+    ours, true = torch.autograd.grad(loss, tau)[0], torch.autograd.grad(truth, exact)[0]
+    torch.testing.assert_close(ours, true, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("noise", [0.15, 0.8, 1.5])
+def test_several_sweeps_in_float32_at_low_temperature(temperature, noise):
+    """Sure rows too: the weight of a candidate in the second sweep is not a difference."""
+    ours, truth = both(batch(256, 1024, 128, noise=noise), torch.float32, temperature, preset="gte")
+    assert abs(float(ours[0]) - float(truth[0])) < 1e-6
+    for actual, exact in zip(ours[1:], truth[1:], strict=True):
+        assert relative(actual, exact) < 2e-6
+
+
+def test_the_symmetric_loss_is_that_of_clip():
+    """One positive each: the sum of the cross-entropies over rows and over columns."""
+    queries, documents = (normalize(torch.randn(30, 24, dtype=torch.float64), dim=1) for _ in range(2))
+    logits, diagonal = queries @ documents.T / 0.07, torch.arange(30)
+    rows, columns = (torch.nn.functional.cross_entropy(x, diagonal) for x in (logits, logits.T))
+    loss = ops.info_nce(
+        queries, documents, diagonal, preset="mnrl", groups={"doc_query": Group(mask=None)}, softmax="split",
+        temperature=0.07,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, rows + columns, rtol=1e-12, atol=0)
+
+
+def test_tau_plus_zero_is_the_plain_loss():
+    queries, documents, positive, *_ = batch()
+    plain = ops.info_nce(queries, documents, positive)
+    assert torch.equal(ops.info_nce(queries, documents, positive, tau_plus=0.0), plain)
+    assert relative(ops.info_nce(queries, documents, positive, tau_plus=1e-13), plain) < 1e-9
+
+
+def test_the_stats_of_several_sweeps():
+    queries, documents, positive, owner, ids = batch()
+    options = dict(owner=owner, document_ids=ids, return_stats=True)
+    _, plain = ops.info_nce(queries, documents, positive, preset="mnrl", **options)
+    _, debiased_ = ops.info_nce(queries, documents, positive, preset="mnrl", tau_plus=0.01, **options)
+    assert dict(plain) == dict(debiased_)
+    _, both_ways = ops.info_nce(queries, documents, positive, preset="mnrl", groups={"doc_query": True}, **options)
+    assert both_ways["positive"] == plain["positive"]
+    assert both_ways["negative"] == plain["negative"]
+    assert both_ways["masked"] != plain["masked"]
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -218,6 +314,7 @@ FINITE = {
     "every negative over the limit": dict(margin=-1e9),
     "one text": dict(ids=0),
     "no masks": dict(margin=None),
+    "debiased": dict(tau_plus=0.05),
 }
 
 
@@ -516,6 +613,9 @@ def test_every_instruction_set(isa):
         ({"groups": {"own_hard": Group(hardness=-50.0)}}, ValueError, "hardness of own_hard must be above"),
         ({"softmax": "both"}, ValueError, "softmax must be 'joint' or 'split', got 'both'"),
         ({"focal": -1.0}, ValueError, "focal must be finite and at least 0"),
+        ({"tau_plus": 1.0}, ValueError, "tau_plus must be at least 0 and below 1, got 1.0"),
+        ({"tau_plus": float("nan")}, ValueError, "tau_plus must be at least 0 and below 1, got nan"),
+        ({"groups": {"doc_query": Group(mask="query_document")}}, ValueError, "doc_query has no query-document score"),
         ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
         ({"temperature": torch.tensor(-0.1)}, ValueError, "temperature must be positive"),
     ],
@@ -546,5 +646,5 @@ def test_the_native_options_name_what_they_do_not_know():
         options.turn_on("own_hard", mask="all", **fields)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         _C.InfoNceOptions(temperature=0.0, split=False, focal=0.0, scale=1.0)
-    for group in GROUPS:
+    for group in NATIVE_GROUPS:
         options.turn_on(group, mask="none", **fields)

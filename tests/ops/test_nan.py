@@ -47,6 +47,7 @@ OPTIONS = {
     "margin of the positive": {"margin": -0.5},
     "temperature": {"temperature": torch.tensor(0.1, requires_grad=True)},
     "hardness": {"groups": {"own_hard": Group(hardness=2.0)}},
+    "debiased": {"tau_plus": 0.01},
 }
 
 
@@ -72,7 +73,7 @@ def test_of_what_a_query_owns(preset, options, dtype):
 
 def is_candidate(group, row, query):
     """Whether a document of OWN, or another one, is a query's candidate in a group."""
-    if "own" in group or group == "query_query":
+    if "own" in group or group in ("query_query", "doc_query"):
         return "own" in group and row in OWN and query == 2
     return (row == 2) == group.endswith("positive") and not (row in OWN and query == 2)
 
@@ -84,7 +85,7 @@ def is_candidate(group, row, query):
 @pytest.mark.parametrize("softmax", ["joint", "split"])
 def test_of_each_group_alone(group, kind, softmax):
     """Which documents and queries are candidates decides which rows have a NaN."""
-    if group == "query_query" and kind.mask == "query_document":
+    if group in ("query_query", "doc_query") and kind.mask == "query_document":
         pytest.skip("has no query-document score")
     queries, documents = vectors()
     options = dict(groups={**dict.fromkeys(GROUPS), group: kind}, softmax=softmax, temperature=0.1)
@@ -96,7 +97,7 @@ def test_of_each_group_alone(group, kind, softmax):
         kept = ~torch.tensor(expected)
         assert torch.equal(loss[kept], clean[kept])
     loss = losses(with_nan(queries, 2), documents, **options)
-    assert loss.isnan().tolist() == [query == 2 or group == "query_query" for query in range(QUERIES)]
+    assert loss.isnan().tolist() == [query == 2 or group in ("query_query", "doc_query") for query in range(QUERIES)]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

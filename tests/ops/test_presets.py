@@ -106,11 +106,25 @@ def memeff(queries, positives, hard):
     return (total.log() - (score - 1) / TAU).mean()
 
 
+def gte(queries, positives, hard):
+    """The partition sums q_i.d_j, q_i.q_j, d_i.q_j and d_i.d_j over the batch; the pair (q_i, d_i) once."""
+    losses = []
+    for i, query in enumerate(queries):
+        rest, others_hard = others(QUERIES, i), torch.cat([x for j, x in enumerate(hard) if j != i])
+        losses.append(
+            row_loss(
+                positives[i] @ query, positives[rest] @ query, torch.cat(list(hard)) @ query, queries[rest] @ query,
+                queries[rest] @ positives[i], positives[rest] @ positives[i], others_hard @ positives[i],
+            )
+        )  # fmt: skip
+    return torch.stack(losses).mean()
+
+
 def classification(queries, positives, hard):
     return torch.stack([row_loss(positives[i] @ q, hard[i] @ q) for i, q in enumerate(queries)]).mean()
 
 
-PRESETS = {f.__name__: f for f in (qwen3, qwen3_stage2, mnrl, ms_swift, memeff, classification)}
+PRESETS = {f.__name__: f for f in (qwen3, qwen3_stage2, mnrl, ms_swift, memeff, gte, classification)}
 
 
 def with_gradients(loss, queries, positives, hard):
