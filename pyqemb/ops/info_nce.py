@@ -1,7 +1,7 @@
 """The contrastive loss for large batches: loss and gradients in one sweep, without storing the score matrix."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -12,7 +12,7 @@ from pyqemb import _C
 from pyqemb.ops import checks
 from pyqemb.ops.common import arithmetic, differentiable, native
 from pyqemb.ops.groups import Group, Options
-from pyqemb.ops.info_nce_composed import composed
+from pyqemb.ops.info_nce_composed import composed, over_positives
 from pyqemb.ops.info_nce_sweep import Batch, sweep
 from pyqemb.ops.prefixes import over_prefixes, prefixes
 
@@ -25,6 +25,7 @@ class _Keywords(TypedDict, total=False):
 
     owner: Tensor | None
     document_ids: Tensor | None
+    more_positives: Tensor | None
     preset: str
     groups: Mapping[str, Group | bool | None] | None
     temperature: float | Tensor
@@ -60,6 +61,7 @@ def info_nce(
     *,
     owner: Tensor | None = None,
     document_ids: Tensor | None = None,
+    more_positives: Tensor | None = None,
     preset: str = "qwen3",
     groups: Mapping[str, Group | bool | None] | None = None,
     temperature: float | Tensor = 0.02,
@@ -98,6 +100,10 @@ def info_nce(
             Queries may own different numbers of documents.
         document_ids: [M] int64, equal for equal texts. In the query-query group, queries whose positives are equal
             texts mask each other too.
+        more_positives: [X, 2] int64, pairs of a query and a further positive of it, each pair once. The loss of a query
+            is then the mean over its positives; a positive's candidates are without the query's other positives
+            (Khosla et al., arXiv 2004.11362, equation 2, with the other positives left out of the denominator). Two
+            queries that share a positive share all of them. The host reads the values.
         preset: which groups are enabled and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff, gte or
             classification.
         groups: changes to the preset by group: a Group, True (a Group with its defaults), or False or None to disable
@@ -142,6 +148,7 @@ def info_nce(
     queries_BE, documents_ME = checks.tensor(_OP, "queries", queries_BE), checks.tensor(_OP, "documents", documents_ME)
     positive, owner = checks.tensor(_OP, "positive", positive), checks.optional_tensor(_OP, "owner", owner)
     document_ids = checks.optional_tensor(_OP, "document_ids", document_ids)
+    more_positives = _more_positives(more_positives, queries_BE, documents_ME)
     checks.choice(_OP, "reduction", reduction, ("mean", "sum"))
     checks.flag(_OP, "return_stats", return_stats)
     tau, temperature = _temperature(temperature, queries_BE)
@@ -158,7 +165,7 @@ def info_nce(
         focal,
         temperature,
         1 / num_queries if reduction == "mean" else 1.0,
-        tau_plus,
+        tau_plus=tau_plus,
     )
     dims, weights = prefixes(matryoshka, matryoshka_weights, queries_BE.shape[-1])
     wanted = torch.is_grad_enabled()
@@ -171,13 +178,14 @@ def info_nce(
         nonlocal totals
         inputs = _Inputs(
             queries=queries.contiguous(), documents=documents.contiguous(), tau=tau, positive=positive, owner=owner,
-            ids=document_ids, first_row=first, num_rows=count, dims=dims, dim_weights=weights, differs=differs,
-            learns=learns,
+            ids=document_ids, more=more_positives, first_row=first, num_rows=count, dims=dims, dim_weights=weights,
+            differs=differs, learns=learns,
         )  # fmt: skip
         loss, totals = _info_nce(*inputs, *options)
         return loss
 
-    if dims and (options.is_composed or (len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu)):
+    composes = options.is_composed or more_positives is not None
+    if dims and (composes or (len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu)):
         loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
         loss = once(queries_BE, documents_ME, dims, weights)
@@ -195,6 +203,29 @@ def _temperature(value: Any, queries: Tensor) -> tuple[Tensor | None, float]:
             f"{list(tau.shape)}"
         )
     return tau, checks.positive(_OP, "temperature", tau.detach().item())
+
+
+def _more_positives(given: Any, queries: Tensor, documents: Tensor) -> Tensor | None:
+    """The pairs on the CPU, after a check of their values; None if there are none."""
+    if given is None:
+        return None
+    pairs = checks.tensor(_OP, "more_positives", given)
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(
+            f"[{_OP}] more_positives must be int64 of shape [X, 2], got {pairs.dtype} of shape {list(pairs.shape)}"
+        )
+    if checks.has_no_values():
+        return pairs
+    pairs = pairs.cpu()
+    for column, (name, size) in enumerate((("queries", len(queries)), ("documents", len(documents)))):
+        values = pairs[:, column]
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
+            wrong = values[(values < 0) | (values >= size)][0]
+            raise ValueError(
+                f"[{_OP}] more_positives must be from 0 to {size - 1} in column {column} (an index of {name}), got "
+                f"{int(wrong)}"
+            )
+    return pairs if len(pairs) else None
 
 
 def _rows(rows: Any, num_queries: int) -> tuple[int, int]:
@@ -351,6 +382,7 @@ class _Inputs(NamedTuple):
     positive: Tensor
     owner: Tensor | None
     ids: Tensor | None
+    more: Tensor | None
     first_row: int
     num_rows: int
     dims: Sequence[int]
@@ -376,8 +408,9 @@ def _fake(*given: Any) -> tuple[Tensor, ...]:
 
 
 @native(
-    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, int "
-    "first_row, int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, str[] groups, str[] masks, "
+    "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, "
+    "Tensor? more, int first_row, int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, "
+    "str[] groups, str[] masks, "
     "float[] margins, bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale, "
     "float tau_plus=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -395,8 +428,9 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
         owner=inputs.owner,
     )
     dtype = arithmetic(inputs.queries.dtype)
-    if options.is_composed:
-        loss, totals, *gradients = composed(
+    if inputs.more is not None or options.is_composed:
+        run = composed if inputs.more is None else partial(over_positives, more_X2=inputs.more)
+        loss, totals, *gradients = run(
             batch, options, first_row=inputs.first_row, num_rows=inputs.num_rows, differs=inputs.differs,
             learns=inputs.learns,
         )  # fmt: skip

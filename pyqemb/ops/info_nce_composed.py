@@ -41,6 +41,12 @@ class RowLosses(NamedTuple):
     scores_R: Tensor  # by the scores of the positives
     temperature: Tensor
 
+    def weights(self) -> list[Tensor]:
+        """The derivatives by the log sums [R, S] of each kind of sweep."""
+        if self.doc_query_R is None:
+            return [self.main_RS]
+        return [self.main_RS, F.pad(self.doc_query_R[:, None], (0, self.main_RS.shape[1] - 1))]
+
 
 def row_losses(sums: RowSums, scores_R: Tensor, options: Options, weights_R: Tensor | None = None) -> RowLosses:
     """The loss of each row and its derivatives, given the log sums and the scores of the positives; float64.
@@ -145,12 +151,12 @@ def debiased(log_sums: Tensor, log_counts: Tensor, logits: Tensor, temperature: 
     )
 
 
-def gradient_options(options: Options, largest_weight: float = 1.0) -> Options:
-    """The options of the second sweep.
+def gradient_options(options: Options, tau_plus: float) -> Options:
+    """The options of the second of two sweeps, given those of the first.
 
-    Its scale exceeds every weight of a log sum times (1 + P / S), so that `given_sums` exist.
+    Its scale is at least twice every weight of a log sum times max(1, P / S), so that `given_sums` exist.
     """
-    scale = 2 * options.scale * largest_weight * (1 + options.focal) / (1 - options.tau_plus)
+    scale = 2 * options.scale * (1 + options.focal) / (1 - tau_plus)
     return options._replace(scale=scale, focal=0.0)
 
 
@@ -173,10 +179,15 @@ def main_options(options: Options) -> Options:
 def doc_query_options(options: Options) -> Options:
     """The options of the sweeps in which the positives are the anchors, and the queries the documents."""
     at = list(options.groups).index(DOC_QUERY)
-    one: dict[str, list[str] | list[float] | list[bool]] = {
-        name: [getattr(options, name)[at]] for name in ("masks", "margins", "relative", "hardness")
-    }
-    return options._replace(groups=["batch_positive"], split=False, tau_plus=0.0, **one)
+    return options._replace(
+        groups=["batch_positive"],
+        masks=[options.masks[at]],
+        margins=[options.margins[at]],
+        relative=[options.relative[at]],
+        hardness=[options.hardness[at]],
+        split=False,
+        tau_plus=0.0,
+    )
 
 
 def counting_options(options: Options) -> Options:
@@ -235,6 +246,8 @@ def composed(
     scores_R = torch.where(losses[0].isnan(), losses[0], scores_R)
     result = row_losses(row_sums, scores_R, options, weights_R)
     total = totals[0].clone()
+    if weights_R is not None:
+        total[0] = (weights_R * scores_R).sum()
     for more in totals[1:]:
         total[3:] += more[3:]  # candidates kept and masked
 
@@ -244,12 +257,11 @@ def composed(
     )
     d_tau = result.temperature.reshape(1) if learns else queries.new_empty(0, dtype=torch.float64)
     logits_R1 = (scores_R / options.temperature)[:, None]
-    for number, (each, of) in enumerate(kinds if differs or learns else []):
-        of = gradient_options(of._replace(tau_plus=options.tau_plus))
-        weights_RS = result.main_RS if number == 0 else F.pad(result.doc_query_R[:, None], (0, log_sums[1].shape[1] - 1))
-        given_RS = given_sums(weights_RS, log_sums[number], logits_R1, of.scale)
+    for number, (each, first) in enumerate(kinds if differs or learns else []):
+        of = gradient_options(first, options.tau_plus)
+        given_RS = given_sums(result.weights()[number], log_sums[number], logits_R1, of.scale)
         _, _, d_anchors, d_columns, more_tau = sweep(
-            each, of._replace(tau_plus=0.0), first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
+            each, of, first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
             log_negatives=given_RS.contiguous(), log_negatives_given=True, adds_positive=False,
         )  # fmt: skip
         if learns:
@@ -265,6 +277,86 @@ def composed(
         d_documents.index_add_(0, positive[rows], d_scores_R1 * queries[rows])
         d_queries[rows] += d_scores_R1 * documents[positive[rows]]
     return options.scale * result.losses_R.sum(), total, d_queries, d_documents, d_tau
+
+
+def over_positives(
+    batch: Batch,
+    options: Options,
+    *,
+    more_X2: Tensor,
+    first_row: int,
+    num_rows: int,
+    differs: bool,
+    learns: bool,
+) -> tuple[Tensor, ...]:
+    """`composed` for queries with several positives: the mean over the positives of each query.
+
+    One call for each place in the lists of positives. In a call, each query has one positive, and its other positives
+    count as equal texts, so they are masked. `batch.positive` is the first positive of each query; `more_X2` are pairs
+    of a query and a further positive.
+    """
+    device, num_queries = batch.positive.device, len(batch.positive)
+    pairs = sorted(map(tuple, more_X2.tolist()))
+    positive = batch.positive.cpu()
+    texts = torch.arange(len(batch.documents)) if batch.document_text is None else batch.document_text.cpu()
+    texts = _merged(texts, torch.tensor([[int(positive[query]), document] for query, document in pairs]).reshape(-1, 2))
+    role = torch.zeros(len(texts), dtype=torch.uint8)
+    role[positive] = 1
+    places: list[list[tuple[int, int]]] = []  # of the second positives, of the third, ...
+    number = [0] * num_queries
+    for query, document in pairs:
+        role[document] = 1
+        number[query] += 1
+        if first_row <= query < first_row + num_rows:
+            while len(places) < number[query]:
+                places.append([])
+            places[number[query] - 1].append((query, document))
+    weights = 1 / (1 + torch.tensor(number, dtype=torch.float64))
+    batch = batch._replace(document_text=texts.to(device), query_text=texts[positive].to(device), role=role.to(device))
+    loss, totals, d_queries, d_documents, d_tau = composed(
+        batch, options, first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
+        weights_R=weights[first_row : first_row + num_rows].to(device),
+    )  # fmt: skip
+    for place in places:
+        # The queries with a positive in this place come first, the others are only candidates.
+        rows = torch.tensor([query for query, _ in place])
+        is_row = torch.zeros(num_queries, dtype=torch.bool)
+        is_row[rows] = True
+        order = torch.cat([rows, torch.nonzero(~is_row)[:, 0]])
+        at = torch.empty(num_queries, dtype=torch.int64)
+        at[order] = torch.arange(num_queries)
+        positives = torch.cat([torch.tensor([document for _, document in place]), positive[order[len(rows) :]]])
+        order, at, positives, weights_R = (x.to(device) for x in (order, at, positives, weights[rows]))
+        owner = None if batch.owner is None else torch.where(batch.owner >= 0, at[batch.owner.clamp_min(0)], -1)
+        assert batch.query_text is not None
+        part = composed(
+            batch._replace(
+                queries=batch.queries[order], positive=positives, query_text=batch.query_text[order], owner=owner
+            ),
+            options, first_row=0, num_rows=len(rows), differs=differs, learns=learns, weights_R=weights_R,
+        )  # fmt: skip
+        loss, totals = loss + part[0], totals + part[1]
+        if differs:
+            d_queries[order] += part[2]
+            d_documents += part[3]
+        d_tau = d_tau + part[4]
+    return loss, totals, d_queries, d_documents, d_tau
+
+
+def _merged(texts: Tensor, pairs_X2: Tensor) -> Tensor:
+    """Text ids in which the texts of each pair of documents are equal, and so are texts that a chain of pairs joins."""
+    parent: dict[int, int] = {}
+
+    def root(text: int) -> int:
+        while text in parent:
+            text = parent[text]
+        return text
+
+    for first, second in texts[pairs_X2].tolist():
+        one, other = root(first), root(second)
+        if one != other:
+            parent[max(one, other)] = min(one, other)
+    return torch.tensor([root(text) for text in texts.tolist()])
 
 
 def _turned(batch: Batch, positive: Tensor) -> Batch:

@@ -6,6 +6,7 @@ Run in float32 or bfloat16 the same functions give torch's own error, the yardst
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def info_nce(
     queries: Tensor, documents: Tensor, positive: Tensor, owner: Tensor | None = None,
     document_ids: Tensor | None = None, temperature: float | Tensor = 0.02, margin: float | None = 0.1,
     groups: Mapping[str, Group] | None = None, split: bool = False, focal: float = 0.0,
-    rows: tuple[int, int] | None = None, tau_plus: float = 0.0,
+    rows: tuple[int, int] | None = None, tau_plus: float = 0.0, known_positives: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
     groups = PRESETS["qwen3"] if groups is None else groups
@@ -74,6 +75,8 @@ def info_nce(
     qd, qq, dd = queries @ documents.T, queries @ queries.T, documents[positive] @ documents.T
     score = qd[query, positive]
     own, is_positive = owner[None, :] == query[:, None], torch.isin(document, positive)[None, :]
+    if known_positives is not None:
+        is_positive = is_positive | torch.isin(document, known_positives)[None, :]
     there = (document[None, :] != positive[:, None]) & (ids[None, :] != ids[positive][:, None])
     others = (query[None, :] != query[:, None]) & (ids[positive][None, :] != ids[positive][:, None])
     kinds = {"own": own, "positive": ~own & is_positive, "hard": ~own & ~is_positive}
@@ -110,6 +113,30 @@ def info_nce(
         loss = loss + total
     first, count = (0, B) if rows is None else rows
     return loss[first : first + count].sum() / B
+
+
+def several_positives(
+    queries: Tensor, documents: Tensor, positives: list[list[int]], owner: Tensor | None = None,
+    document_ids: Tensor | None = None, rows: tuple[int, int] | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """`info_nce` for queries with several positives: the mean over the queries of the mean over their positives."""
+    ids = (torch.arange(len(documents)) if document_ids is None else document_ids).clone()
+    for _ in positives:  # at most so many chains
+        for each in positives:
+            for other in ids[each].tolist():
+                ids[ids == other] = ids[each].min()
+    first, count = (0, len(queries)) if rows is None else rows
+    every = torch.tensor(sorted({document for each in positives for document in each}))
+    total = queries.new_zeros(())
+    for query in range(first, first + count):
+        for document in positives[query]:
+            positive = torch.tensor([each[0] for each in positives])
+            positive[query] = document
+            loss = info_nce(
+                queries, documents, positive, owner, ids, rows=(query, 1), known_positives=every, **options
+            )  # fmt: skip
+            total = total + loss / len(positives[query])
+    return total
 
 
 def top_k(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:

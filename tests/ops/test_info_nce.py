@@ -168,6 +168,74 @@ def test_the_symmetric_loss_is_that_of_clip():
     torch.testing.assert_close(loss, rows + columns, rtol=1e-12, atol=0)
 
 
+POSITIVES = [[3, 17, 40], [5], [8, 3], [11, 12], [30], [31, 32, 33, 34], [50]]  # queries 0 and 2 share one
+
+SEVERAL = {
+    "joint": {},
+    "split": dict(softmax="split", focal=1.0),
+    "own negatives alone": dict(preset="classification"),
+    "all directions": dict(preset="gte"),
+    "all directions, split, debiased": dict(preset="gte", softmax="split", tau_plus=0.01),
+    "some rows": dict(rows=(2, 4)),
+    "no rows": dict(rows=(7, 0)),
+}
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_positives_equal_the_dense_formula(case, owned):
+    queries, documents, *_ = batch(7, 60)
+    options = dict(SEVERAL[case])
+    owner = None
+    if owned:
+        owner = torch.full((60,), -1)
+        owner[[0, 1, 2, 3, 17, 40, 20, 21]] = 0
+        owner[[31, 32, 33, 34, 22, 23, 24]] = 5
+    ids = torch.arange(60)
+    ids[[41, 42]] = ids[[17, 5]]
+    more = torch.tensor([[query, other] for query, each in enumerate(POSITIVES) for other in each[1:]])
+    leaves, exact = ([x.clone().requires_grad_() for x in (queries, documents)] for _ in range(2))
+    positive = torch.tensor([each[0] for each in POSITIVES])
+    loss, stats = ops.info_nce(
+        *leaves, positive, owner=owner, document_ids=ids, more_positives=more, temperature=0.1, return_stats=True,
+        **options,
+    )  # fmt: skip
+    preset, softmax = options.pop("preset", "qwen3"), options.pop("softmax", "joint")
+    truth = reference.several_positives(
+        *exact, POSITIVES, owner, ids, temperature=0.1, groups=PRESETS[preset], split=softmax == "split", **options
+    )
+    torch.testing.assert_close(loss, truth, rtol=1e-11, atol=0)
+    if options.get("rows") == (7, 0):
+        return
+    for ours, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-12)
+    if "rows" not in options:
+        cosines = [float((documents[each] @ queries[query]).mean()) for query, each in enumerate(POSITIVES)]
+        assert stats["positive"] == pytest.approx(sum(cosines) / 7, rel=1e-12)
+
+
+def test_the_parts_of_ranks_with_several_positives_add_up():
+    queries, documents, *_ = batch(7, 60)
+    more = torch.tensor([[query, other] for query, each in enumerate(POSITIVES) for other in each[1:]])
+    positive = torch.tensor([each[0] for each in POSITIVES])
+    tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    options = dict(more_positives=more, temperature=tau, matryoshka=[48, 16])
+    leaves = [queries.requires_grad_(), documents.requires_grad_(), tau]
+    whole = ops.info_nce(queries, documents, positive, **options)
+    parts = [ops.info_nce(queries, documents, positive, rows=rows, **options) for rows in ((0, 3), (3, 4), (7, 0))]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (sum(parts), whole)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_no_further_positives_change_nothing():
+    queries, documents, positive, *_ = batch()
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    assert torch.equal(
+        ops.info_nce(queries, documents, positive, more_positives=none), ops.info_nce(queries, documents, positive)
+    )
+
+
 def test_tau_plus_zero_is_the_plain_loss():
     queries, documents, positive, *_ = batch()
     plain = ops.info_nce(queries, documents, positive)
@@ -613,6 +681,9 @@ def test_every_instruction_set(isa):
         ({"groups": {"own_hard": Group(hardness=-50.0)}}, ValueError, "hardness of own_hard must be above"),
         ({"softmax": "both"}, ValueError, "softmax must be 'joint' or 'split', got 'both'"),
         ({"focal": -1.0}, ValueError, "focal must be finite and at least 0"),
+        ({"more_positives": torch.zeros(2, dtype=torch.int64)}, ValueError, r"must be int64 of shape \[X, 2\], got"),
+        ({"more_positives": torch.tensor([[3, 0]])}, ValueError, "from 0 to 2 in column 0 .*queries.*, got 3"),
+        ({"more_positives": torch.tensor([[0, -1]])}, ValueError, "from 0 to 3 in column 1 .*documents.*, got -1"),
         ({"tau_plus": 1.0}, ValueError, "tau_plus must be at least 0 and below 1, got 1.0"),
         ({"tau_plus": float("nan")}, ValueError, "tau_plus must be at least 0 and below 1, got nan"),
         ({"groups": {"doc_query": Group(mask="query_document")}}, ValueError, "doc_query has no query-document score"),

@@ -160,6 +160,7 @@ OBJECTIVES = {
     "own": dict(loss={"preset": "classification"}, data="wrong.jsonl"),
     "quantized": dict(loss={"precisions": ["float32", "int8", "binary"], "spread_out": 1.0}),
     "prefixes": dict(loss={"matryoshka": [32, 8], "softmax": "split", "focal": 0.5, "learn_temperature": True}),
+    "several sweeps": dict(loss={"preset": "gte", "tau_plus": 0.01, "temperature": 0.1, "learn_temperature": True}),
     "few": dict(data="one.jsonl"),  # more processes than texts
 }
 

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import pyqemb
+from pyqemb import ops
 from pyqemb.data.batch import PackedBatch
+from pyqemb.ops.groups import PRESETS
+from pyqemb.testing import reference
 from pyqemb.testing.cached_step import Dropping, assert_close, backward, batches, gradients, loss_fn, uncached
 from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training.grad_cache import GradCache, Plan, embed_with_cache, embed_without_graph, loss_and_cache, passes
@@ -46,6 +49,37 @@ def test_equals_one_big_batch(plan, dtype, tolerance):
     assert_close(grads, truth, tolerance)
     assert cache.last.kept == min(plan.kept, cache.last.chunks) or cache.last.chunks == 1
     assert not model.model.checkpointing
+
+
+LOSSES = {
+    "both directions": dict(preset="gte"),
+    "both directions, split": dict(preset="gte", softmax="split"),
+    "debiased": dict(preset="gte", tau_plus=0.005),
+}
+
+
+@pytest.mark.promise("R13", "losses of several sweeps against the dense formula without a cache")
+@pytest.mark.parametrize("plan", [Plan(1), Plan(100), Plan(60, kept=2, boundaries=ALL)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_several_sweeps_equal_one_big_batch(name, plan):
+    model, (queries, documents) = tiny_embedder().double(), batches()
+    positive, owner = torch.arange(7), torch.tensor([*range(7), *range(5)])
+    options = LOSSES[name]
+
+    def loss(q, d):
+        return ops.info_nce(q, d, positive, owner=owner, temperature=0.2, **options)
+
+    def dense(q, d):
+        return reference.info_nce(
+            q, d, positive, owner, temperature=0.2, groups=PRESETS["gte"], split=options.get("softmax") == "split",
+            tau_plus=options.get("tau_plus", 0.0),
+        )  # fmt: skip
+
+    truth_loss, truth = gradients(model, lambda: backward(dense(model(queries), model(documents))))
+    cache = pyqemb.GradCache(model, loss, plan=plan)
+    value, grads = gradients(model, lambda: cache.step(queries, documents))
+    assert value == pytest.approx(truth_loss, rel=1e-11)
+    assert_close(grads, truth, 1e-11)
 
 
 @pytest.mark.promise("R13", "chunks of 1, 3, N - 1, N and more texts")

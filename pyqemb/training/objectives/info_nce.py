@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pyqemb import ops
@@ -74,12 +74,28 @@ class InfoNCESection(EmbeddingSection):
     focal: float = Field(
         0.0, ge=0, description="Focal exponent; above 0, queries with a low loss count less.", examples=[0.5]
     )
+    tau_plus: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Debiased loss: the probability that a text of the batch is another positive of the query. That "
+        "share is subtracted from the negatives. `classification` does not use it.",
+        examples=[0.001],
+    )
     margin: float | None = Field(
         0.1,
         description="A negative that scores above the positive plus this margin is masked as a false negative. null "
         "turns the mask off.",
         examples=[0.05],
     )
+
+    @model_validator(mode="after")
+    def _has_unlabeled_candidates(self) -> "InfoNCESection":
+        if self.tau_plus and self.preset == "classification":
+            raise ValueError(
+                "tau_plus: the negatives of preset 'classification' are wrong labels, which need no debiasing"
+            )
+        return self
 
 
 class InfoNCE(Objective):
@@ -113,12 +129,13 @@ class InfoNCE(Objective):
             margin=settings.margin,
             softmax=settings.softmax,
             focal=settings.focal,
+            tau_plus=settings.tau_plus,
         )
 
     def can_learn(self, batch_size: int, negatives: int, example: Example) -> bool:
         preset, changes = PRESETS[self.preset], self.settings.groups
         on = {name for name in GROUPS if changes.get(name, name in preset)}
-        in_batch = {"batch_positive", "query_query", "doc_positive"} | (
+        in_batch = {"batch_positive", "query_query", "doc_positive", "doc_query"} | (
             {"batch_hard", "doc_hard"} if negatives else set()
         )
         return bool(negatives and on & {"own_hard", "doc_own"}) or bool(batch_size > 1 and on & in_batch)
@@ -168,6 +185,9 @@ class Classification(InfoNCE):
     @property
     def preset(self) -> str:
         return "classification"
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "tau_plus": 0.0}  # the negatives are labels that are known to be wrong
 
 
 def _group(value: bool | GroupSection) -> bool | ops.Group:

@@ -16,8 +16,18 @@ from torch import Tensor
 
 from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
-from pyqemb.ops.groups import Options
+from pyqemb.ops.groups import DOC_QUERY, Options
 from pyqemb.ops.info_nce import Anchors, Block, Columns, Others, info_nce_block
+from pyqemb.ops.info_nce_composed import (
+    RowSums,
+    counting_options,
+    doc_query_options,
+    given_sums,
+    gradient_options,
+    main_options,
+    row_losses,
+    row_products,
+)
 from pyqemb.training.parallel.world import World
 
 
@@ -34,6 +44,7 @@ class _Side:
     column_owner: Tensor  # the index among this rank's anchors, or -1
     others: Tensor  # row of the block of each query
     other_text: Tensor  # of its positive
+    other_owner: Tensor  # the index among this rank's anchors, or -1
     anchors: Tensor  # the anchors of this rank whose positive is in the block
     positives: Tensor  # the row of that positive in the block
 
@@ -77,6 +88,7 @@ class Ring:
                     column_owner=there(np.where(owner[columns] >= 0, anchor_of[owner[columns]], -1)),
                     others=there(row_of[query_text[others]]),
                     other_text=there(positive_text[others]),
+                    other_owner=there(anchor_of[others]),
                     anchors=there(here),
                     positives=there(row_of[positive_text[anchors[here]]]),
                 )
@@ -109,6 +121,9 @@ class _RingLoss(torch.autograd.Function):
         for side, (block,) in ring.round(own_SE):
             positives_RE[side.anchors] = block[side.positives]
 
+        if options.is_composed:
+            loss, totals, d_own, d_temperature = _several_sweeps(ring, own_SE, anchors_RE, positives_RE, options)
+            return _keep(ctx, own_SE, tau, loss, totals, d_own, d_temperature)
         anchors = Anchors(anchors_RE, positives_RE, ring.anchor_text)
 
         def meet(side: _Side, block: Tensor, **given: Any) -> Block:
@@ -138,14 +153,9 @@ class _RingLoss(torch.autograd.Function):
             ):  # fmt: skip
                 total += more
         assert first is not None
-        d_own = travelling[1]
-        for side, travelling in ring.round(d_own):
-            travelling[0].index_add_(0, side.positives, first.d_positives_RE[side.anchors])
-        d_own = travelling[0].index_add_(0, ring.anchors, first.d_anchors_RE)
-        ctx.save_for_backward(d_own, first.d_temperature)
-        ctx.dtype, ctx.tau = own_SE.dtype, None if tau is None else (tau.shape, tau.dtype)
-        ctx.mark_non_differentiable(first.totals)
-        return (first.losses_R.sum() * options.scale).to(d_own.dtype), first.totals
+        d_own = _return_gradients(ring, travelling[1], first.d_anchors_RE, first.d_positives_RE)
+        loss = first.losses_R.sum() * options.scale
+        return _keep(ctx, own_SE, tau, loss, first.totals, d_own, first.d_temperature)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,3 +165,99 @@ class _RingLoss(torch.autograd.Function):
             shape, dtype = ctx.tau
             to_tau = (d_tau * grads[0]).to(dtype).reshape(shape)
         return (d_own * grads[0]).to(ctx.dtype), to_tau, None, None
+
+
+def _keep(
+    ctx: Any, own_SE: Tensor, tau: Tensor | None, loss: Tensor, totals: Tensor, d_own_SE: Tensor, d_temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Save the gradients, and return the loss and the totals."""
+    ctx.save_for_backward(d_own_SE, d_temperature)
+    ctx.dtype, ctx.tau = own_SE.dtype, None if tau is None else (tau.shape, tau.dtype)
+    ctx.mark_non_differentiable(totals)
+    return loss.to(d_own_SE.dtype), totals
+
+
+def _return_gradients(ring: Ring, d_own_SE: Tensor, d_anchors_RE: Tensor, d_positives_RE: Tensor) -> Tensor:
+    """Add the gradients of the anchors, and send those of their positives to the ranks that have encoded them."""
+    travelling: list[Tensor] = []
+    for side, travelling in ring.round(d_own_SE):
+        travelling[0].index_add_(0, side.positives, d_positives_RE[side.anchors])
+    return travelling[0].index_add_(0, ring.anchors, d_anchors_RE)
+
+
+def _several_sweeps(
+    ring: Ring, own_SE: Tensor, anchors_RE: Tensor, positives_RE: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the totals, and the gradients of the vectors and the temperature, as in ops/info_nce_composed.py."""
+
+    def queries_as_candidates(side: _Side, block: Tensor, of: Options, **given: Any) -> Block:
+        role = torch.ones_like(side.other_owner, dtype=torch.uint8)
+        columns = Columns(block[side.others], side.other_text, role, side.other_owner)
+        none = Others(block[:0], side.other_text[:0])
+        return info_nce_block(Anchors(positives_RE, anchors_RE, ring.anchor_text), columns, none, of, **given)
+
+    def documents_as_candidates(side: _Side, block: Tensor, of: Options, **given: Any) -> Block:
+        columns = Columns(block[side.columns], side.column_text, side.column_role, side.column_owner)
+        others = Others(block[side.others], side.other_text)
+        return info_nce_block(Anchors(anchors_RE, positives_RE, ring.anchor_text), columns, others, of, **given)
+
+    kinds = [(documents_as_candidates, main_options(options))]
+    if DOC_QUERY in options.groups:
+        kinds.append((queries_as_candidates, doc_query_options(options)))
+    log_sums: list[Tensor | None] = [None, None]
+    log_counts: list[Tensor | None] = [None, None]
+    totals = torch.zeros(5, dtype=torch.float64, device=own_SE.device)
+    for side, (block,) in ring.round(own_SE):
+        for number, (meet, of) in enumerate(kinds):
+            part = meet(side, block, of)
+            log_sums[number] = _added(log_sums[number], part.log_negatives_RS)
+            totals += part.totals * torch.tensor([0, number == 0, number == 0, 1, 1], device=own_SE.device)
+            if options.tau_plus:
+                log_counts[number] = _added(
+                    log_counts[number], meet(side, block, counting_options(of)).log_negatives_RS
+                )
+
+    scores_R = row_products(anchors_RE, positives_RE)
+    totals[0] = scores_R.sum()
+    main_RS, (doc_query_RS, counts_RS, doc_query_counts_RS) = log_sums[0], (log_sums[1], *log_counts)
+    assert main_RS is not None
+    sums = RowSums(main_RS, _first(doc_query_RS), counts_RS, _first(doc_query_counts_RS))
+    result = row_losses(sums, scores_R, options)
+    logits_R1 = (scores_R / options.temperature)[:, None]
+    second = [gradient_options(of, options.tau_plus) for _, of in kinds]
+    given = [
+        given_sums(weight_RS, sums_RS, logits_R1, of.scale).contiguous()
+        for weight_RS, sums_RS, of in zip(result.weights(), log_sums, second, strict=False)
+        if sums_RS is not None
+    ]
+
+    dtype = torch.promote_types(own_SE.dtype, torch.float32)
+    d_anchors_RE, d_positives_RE = (torch.zeros_like(x, dtype=dtype) for x in (anchors_RE, positives_RE))
+    d_temperature = result.temperature.reshape(1)
+    d_scores_R1 = result.scores_R[:, None].to(dtype)
+    d_anchors_RE += d_scores_R1 * positives_RE
+    d_positives_RE += d_scores_R1 * anchors_RE
+    travelling: list[Tensor] = []
+    for side, travelling in ring.round(own_SE, torch.zeros_like(own_SE, dtype=dtype)):
+        block, d_block = travelling
+        for number, (meet, _) in enumerate(kinds):
+            part = meet(
+                side, block, second[number], log_negatives_RS=given[number], adds_positive=False, gradients=True
+            )
+            d_temperature = d_temperature + part.d_temperature
+            first, last = (d_anchors_RE, d_positives_RE) if number == 0 else (d_positives_RE, d_anchors_RE)
+            first += part.d_anchors_RE
+            last += part.d_positives_RE
+            d_block.index_add_(0, side.columns if number == 0 else side.others, part.d_columns_CE)
+            if number == 0:
+                d_block.index_add_(0, side.others, part.d_others_QE)
+    d_own_SE = _return_gradients(ring, travelling[1], d_anchors_RE, d_positives_RE)
+    return options.scale * result.losses_R.sum(), totals, d_own_SE, d_temperature
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else torch.logaddexp(total, more)
+
+
+def _first(sums_RS: Tensor | None) -> Tensor | None:
+    return None if sums_RS is None else sums_RS[:, 0]
