@@ -6,12 +6,13 @@ Legend: B queries, M documents of the loss, S distinct texts of both, K candidat
 import heapq
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from pyqemb.data.example import Example
+from pyqemb.data.grouping import GroupedExample
 from pyqemb.data.mixing import sampling_weights
 from pyqemb.data.order import Order
 from pyqemb.data.pairs import format_pair
@@ -34,6 +35,8 @@ class TrainingBatch:
     document_text: torch.Tensor  # int64 [M]
     positive: torch.Tensor  # int64 [B], index among the M documents
     owner: torch.Tensor  # int64 [M], the query that the document belongs to
+    # int64 [X, 2], a query and the index of a further positive of it
+    more_positives: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64), kw_only=True)
     candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, padded with -1
 
     def text_partition(self, count: int) -> list[np.ndarray]:
@@ -162,7 +165,10 @@ def build_batch(examples: Sequence[Example], tokenizer: Tokenizer, own_rows: boo
     queries = tokenizer.format_queries([e.query for e in examples], [e.instruction for e in examples])
     query_text = [builder.text(text) for text in queries]
     for query, example in enumerate(examples):
-        builder.candidates.append([row_of(query, text) for text in (example.positive, *example.negatives)])
+        positive = row_of(query, example.positive)
+        if isinstance(example, GroupedExample):
+            builder.more_positives += [(query, row_of(query, text)) for text in example.more_positives]
+        builder.candidates.append([positive, *(row_of(query, text) for text in example.negatives)])
     return builder.batch(examples, query_text)
 
 
@@ -188,6 +194,7 @@ class _Builder:
         self.owner: list[int] = []
         self.document_text: list[int] = []
         self.candidates: list[list[int]] = []  # documents of each query, the positive first
+        self.more_positives: list[tuple[int, int]] = []  # a query and a document
 
     def text(self, text: str) -> int:
         """The id of a text."""
@@ -210,6 +217,7 @@ class _Builder:
             list(examples), list(self.texts), integers(query_text), integers(self.document_text),
             integers([row[0] for row in self.candidates]), integers(self.owner),
             torch.tensor(padded, dtype=torch.int64).reshape(-1, width),
+            more_positives=torch.tensor(self.more_positives, dtype=torch.int64).reshape(-1, 2),
         )  # fmt: skip
 
 

@@ -142,7 +142,12 @@ class DataSet(Section):
         "in-batch negatives by default.",
         examples=[True],
     )
-
+    group_positives: bool = Field(
+        False,
+        description="Make the rows of a query, with the same instruction, one example with several positives (default: "
+        "each row is an example). Its loss is the mean over the positives, and none of them is a negative of another.",
+        examples=[True],
+    )
     objective_weight: float = Field(
         1.0, ge=0, description="Weight of the objective's loss in the batches of the dataset.", examples=[0.5]
     )
@@ -779,6 +784,16 @@ class TrainConfig(Section):
             section = getattr(self, section_name)
             if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"task {self.task!r} has no {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _gathers_several_positives(self) -> "TrainConfig":
+        if self.train.documents == "ring" and any(entry.group_positives for entry in self.data):
+            raise wrong_value(
+                "a ring takes one positive a query, and a dataset has group_positives = true; expected 'gather'",
+                "train.documents",
+                "ring",
+            )
         return self
 
     @model_validator(mode="after")

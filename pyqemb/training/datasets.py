@@ -9,6 +9,7 @@ from pathlib import Path
 from pyqemb.data import mixing
 from pyqemb.data.beir import is_beir
 from pyqemb.data.example import Example, read_examples, read_located
+from pyqemb.data.grouping import group_by_query
 from pyqemb.data.loader import Loader
 from pyqemb.data.rows import format_of
 from pyqemb.data.shards import Shards, is_shards, read_shards, shards_of_parquet
@@ -78,6 +79,9 @@ def read_datasets(config: TrainConfig) -> Datasets:
             objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
             examples[name] = rows
             loss_weights[name] = entry.objective_weight, _teacher_weight(entry, config)
+            if entry.group_positives:
+                rows = _grouped(name, rows, objectives[name])
+                examples[name] = rows
             objectives[name].check(name, rows)
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
                 if (value := getattr(entry, key)) is not None:
@@ -85,6 +89,19 @@ def read_datasets(config: TrainConfig) -> Datasets:
     if absent := sorted(config.loss.tasks.keys() - tasks):
         raise ConfigError(f"loss.tasks.{absent[0]}: no row has this task; the data have {_tasks(tasks)}")
     return Datasets(examples, named["weight"], objectives, named["max_share"], named["max_epochs"], loss_weights)
+
+
+def _grouped(name: str, rows: Sequence[Example], objective: type[Objective]) -> Sequence[Example]:
+    if not objective.several_positives:
+        raise ConfigError(
+            f"data: group_positives: dataset {name!r} is trained by {objective.name}, which takes one positive a query"
+        )
+    if isinstance(rows, Shards):
+        raise ConfigError(
+            f"data: group_positives: dataset {name!r} is read from shards or Parquet, whose rows are not held in "
+            "memory; expected a JSONL or CSV file, or rows in memory"
+        )
+    return group_by_query(name, rows)
 
 
 def make_loader(datasets: Datasets, config: TrainConfig) -> Loader:

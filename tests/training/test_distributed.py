@@ -41,6 +41,7 @@ def config(
     task="embedding",
     lora=None,
     teacher=None,
+    grouped=False,
     **train,
 ) -> TrainConfig:
     defaults = {
@@ -48,7 +49,8 @@ def config(
         "tokens_per_chunk": 60, "device": "cpu",
     }  # fmt: skip
     return stage2(
-        task=task, lora=lora, model={"base": str(folder / base)}, data=[{"path": str(folder / data)}], loss=loss or {},
+        task=task, lora=lora, model={"base": str(folder / base)}, loss=loss or {},
+        data=[{"path": str(folder / data), "group_positives": grouped}],
         teacher=teacher and {"model": str(folder / teacher)},
         train={**defaults, **train}, save={"dir": str(folder / run), "every": 2, **(save or {})},
     )  # fmt: skip
@@ -168,6 +170,8 @@ OBJECTIVES = {
 def test_other_losses_and_batches(workplace):
     rows = [json.loads(line) for line in (workplace / "pairs.jsonl").open()]
     (workplace / "wrong.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["negatives"]))
+    rows = [{**row, "query": rows[number // 3]["query"]} for number, row in enumerate(rows)]
+    (workplace / "grouped.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (workplace / "one.jsonl").write_text('{"query": "a", "positive": "b c"}\n')
     runs = [
         config(workplace, f"{name}_{documents}", documents=documents, **options)
@@ -179,6 +183,7 @@ def test_other_losses_and_batches(workplace):
     others = {
         "rerank": dict(task="rerank", base="answering", tokens_per_chunk=2000),
         "lora": dict(lora={"rank": 2}),
+        "grouped": dict(data="grouped.jsonl", grouped=True, global_batch_size=5),
         "teacher": dict(teacher="teacher", documents="ring"),
         "lora_rerank": dict(task="rerank", base="answering", lora={"rank": 2}, tokens_per_chunk=2000),
     }

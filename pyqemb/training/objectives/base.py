@@ -119,6 +119,7 @@ class Objective:
         positive_pairs: whether every row is treated as a positive pair; a row with a score of 0 is then an error.
         with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it does not use
             negatives.
+        several_positives: whether it uses `batch.more_positives`, for `group_positives = true`.
         can_ring: whether `ring_loss` exists, for `train.documents = "ring"`.
         statistics: the columns of metrics.jsonl that it reports.
         Settings: the class of its settings; those of a registered objective are in `[loss.objectives.NAME]`.
@@ -134,6 +135,7 @@ class Objective:
     columns: ClassVar[tuple[str, ...]] = ()
     positive_pairs: ClassVar[bool] = True
     with_in_batch_negatives: ClassVar[Mapping[bool, str]] = {}
+    several_positives: ClassVar[bool] = False
     can_ring: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[Section]] = Section

@@ -104,6 +104,7 @@ class InfoNCE(Objective):
     name = "info_nce"
     columns = ("negatives",)
     with_in_batch_negatives: ClassVar[Mapping[bool, str]] = _IN_BATCH
+    several_positives = True
     can_ring = True
     statistics = ("positive", "negative", "masked")
     Settings = InfoNCESection
@@ -145,7 +146,8 @@ class InfoNCE(Objective):
             to_device(x, queries_BE.device) for x in (batch.positive, batch.owner, batch.document_text)
         )
         loss, stats = ops.info_nce(
-            queries_BE, documents_ME, positive, owner=owner, document_ids=ids, temperature=self.temperature,
+            queries_BE, documents_ME, positive, owner=owner, document_ids=ids,
+            more_positives=batch.more_positives if len(batch.more_positives) else None, temperature=self.temperature,
             matryoshka=self.section.matryoshka, matryoshka_weights=self.section.matryoshka_weights,
             rows=(rows.start, rows.stop - rows.start), return_stats=True, **self.options(),
         )  # fmt: skip
