@@ -13,8 +13,9 @@ from pyqemb.ops import checks
 from pyqemb.ops.common import arithmetic, differentiable, native
 from pyqemb.ops.groups import Group, Options
 from pyqemb.ops.info_nce_composed import composed, over_positives
+from pyqemb.ops.info_nce_guided import Guide
 from pyqemb.ops.info_nce_sweep import Batch, sweep
-from pyqemb.ops.prefixes import over_prefixes, prefixes
+from pyqemb.ops.prefixes import over_prefixes, prefixes, unit_rows
 
 _OP = "info_nce"
 _ABSENT = 2  # role of a document that is no candidate of anybody
@@ -26,6 +27,9 @@ class _Keywords(TypedDict, total=False):
     owner: Tensor | None
     document_ids: Tensor | None
     more_positives: Tensor | None
+    guide: tuple[Tensor, Tensor] | None
+    guide_margin: float
+    guide_relative: bool
     preset: str
     groups: Mapping[str, Group | bool | None] | None
     temperature: float | Tensor
@@ -62,6 +66,9 @@ def info_nce(
     owner: Tensor | None = None,
     document_ids: Tensor | None = None,
     more_positives: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    guide_margin: float = 0.0,
+    guide_relative: bool = False,
     preset: str = "qwen3",
     groups: Mapping[str, Group | bool | None] | None = None,
     temperature: float | Tensor = 0.02,
@@ -104,6 +111,11 @@ def info_nce(
             is then the mean over its positives; a positive's candidates are without the query's other positives
             (Khosla et al., arXiv 2004.11362, equation 2, with the other positives left out of the denominator). Two
             queries that share a positive share all of them. The host reads the values.
+        guide: vectors [B, F] and [M, F] of the queries and the documents by another model, of the same floating dtype;
+            constants, of any norm. A candidate whose score by these vectors exceeds that of the positive plus
+            `guide_margin` is masked too (Solatorio, arXiv 2402.16829). Computed in torch, by blocks of rows.
+        guide_margin: see `guide`; -0.05 masks candidates that are almost as close as the positive.
+        guide_relative: the limit is s + guide_margin * |s|, s the guide's score of the positive.
         preset: which groups are enabled and how they are masked: qwen3, qwen3_stage2, mnrl, ms_swift, memeff, gte or
             classification.
         groups: changes to the preset by group: a Group, True (a Group with its defaults), or False or None to disable
@@ -149,6 +161,9 @@ def info_nce(
     positive, owner = checks.tensor(_OP, "positive", positive), checks.optional_tensor(_OP, "owner", owner)
     document_ids = checks.optional_tensor(_OP, "document_ids", document_ids)
     more_positives = _more_positives(more_positives, queries_BE, documents_ME)
+    guides = (None, None) if guide is None else _guide(guide, queries_BE, documents_ME)
+    guide_margin = checks.finite(_OP, "guide_margin", guide_margin)
+    checks.flag(_OP, "guide_relative", guide_relative)
     checks.choice(_OP, "reduction", reduction, ("mean", "sum"))
     checks.flag(_OP, "return_stats", return_stats)
     tau, temperature = _temperature(temperature, queries_BE)
@@ -179,12 +194,13 @@ def info_nce(
         inputs = _Inputs(
             queries=queries.contiguous(), documents=documents.contiguous(), tau=tau, positive=positive, owner=owner,
             ids=document_ids, more=more_positives, first_row=first, num_rows=count, dims=dims, dim_weights=weights,
-            differs=differs, learns=learns,
+            differs=differs, learns=learns, guide_queries=guides[0], guide_documents=guides[1],
+            guide_margin=guide_margin, guide_relative=guide_relative,
         )  # fmt: skip
         loss, totals = _info_nce(*inputs, *options)
         return loss
 
-    composes = options.is_composed or more_positives is not None
+    composes = options.is_composed or more_positives is not None or guide is not None
     if dims and (composes or (len(dims) > _C.MAX_PREFIXES and not queries_BE.is_cpu)):
         loss = over_prefixes(once, dims, weights, queries_BE, documents_ME)
     else:
@@ -226,6 +242,26 @@ def _more_positives(given: Any, queries: Tensor, documents: Tensor) -> Tensor | 
                 f"{int(wrong)}"
             )
     return pairs if len(pairs) else None
+
+
+def _guide(given: Any, queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit vectors of the guide, in the arithmetic dtype."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(f"[{_OP}] guide must be two tensors, of the queries and the documents, got {given!r:.60}")
+    vectors = [checks.tensor(_OP, "guide", each) for each in given]
+    for name, each, like in zip(("queries", "documents"), vectors, (queries, documents), strict=True):
+        if not each.is_floating_point() or each.dim() != 2 or len(each) != len(like):
+            raise ValueError(
+                f"[{_OP}] guide must hold a floating vector for each of {name}, of shape [{len(like)}, F], got "
+                f"{each.dtype} of shape {list(each.shape)}"
+            )
+    if vectors[0].shape[1] != vectors[1].shape[1]:
+        raise ValueError(
+            f"[{_OP}] guide: queries and documents must share their dimension, got {vectors[0].shape[1]} and "
+            f"{vectors[1].shape[1]}"
+        )
+    first, second = (unit_rows(each.detach().to(arithmetic(each.dtype))) for each in vectors)
+    return first, second
 
 
 def _rows(rows: Any, num_queries: int) -> tuple[int, int]:
@@ -389,6 +425,10 @@ class _Inputs(NamedTuple):
     dim_weights: Sequence[float]
     differs: bool  # whether queries or documents need a gradient
     learns: bool  # whether the temperature needs one
+    guide_queries: Tensor | None
+    guide_documents: Tensor | None
+    guide_margin: float
+    guide_relative: bool
 
 
 def _inputs(given: Sequence[Any]) -> tuple[_Inputs, Options]:
@@ -410,8 +450,9 @@ def _fake(*given: Any) -> tuple[Tensor, ...]:
 @native(
     "info_nce(Tensor queries, Tensor documents, Tensor? tau, Tensor positive, Tensor? owner, Tensor? ids, "
     "Tensor? more, int first_row, int num_rows, int[] dims, float[] dim_weights, bool differs, bool learns, "
-    "str[] groups, str[] masks, "
-    "float[] margins, bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale, "
+    "Tensor? guide_queries, Tensor? guide_documents, float guide_margin, bool guide_relative, "
+    "str[] groups, str[] masks, float[] margins, "
+    "bool[] relative, float[] hardness, bool split, float focal, float temperature, float scale, "
     "float tau_plus=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
@@ -428,11 +469,14 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
         owner=inputs.owner,
     )
     dtype = arithmetic(inputs.queries.dtype)
-    if inputs.more is not None or options.is_composed:
+    if inputs.more is not None or inputs.guide_queries is not None or options.is_composed:
         run = composed if inputs.more is None else partial(over_positives, more_X2=inputs.more)
+        guide = None
+        if inputs.guide_queries is not None and inputs.guide_documents is not None:
+            guide = Guide(inputs.guide_queries, inputs.guide_documents, inputs.guide_margin, inputs.guide_relative)
         loss, totals, *gradients = run(
             batch, options, first_row=inputs.first_row, num_rows=inputs.num_rows, differs=inputs.differs,
-            learns=inputs.learns,
+            learns=inputs.learns, guide=guide,
         )  # fmt: skip
         return loss.to(dtype), totals, *gradients
     losses, totals, *gradients = sweep(

@@ -6,7 +6,8 @@ returns the gradients. No score matrix exists. Legend: R rows, S softmaxes, B qu
 """
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from pyqemb import _C
 from pyqemb.ops.common import arithmetic
 from pyqemb.ops.groups import DOC_QUERY, Options
+from pyqemb.ops.info_nce_guided import Guide, guided_sweep
 from pyqemb.ops.info_nce_sweep import Batch, sweep
 
 _COUNTING = 1e12  # a temperature at which every candidate has weight 1: the log sum is then the log of their number
@@ -213,18 +215,19 @@ def composed(
     differs: bool,
     learns: bool,
     weights_R: Tensor | None = None,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss, the totals, and the gradients of queries, documents and temperature.
 
     The arguments and the results are those of `sweep`, but the loss is one scaled number in float64. `weights_R` are
-    weights of the rows, at most 1 (default: 1).
+    weights of the rows, at most 1 (default: 1). With a `guide`, the sweeps are those of `guided_sweep`.
     """
     queries, documents, device = batch.queries, batch.documents, batch.queries.device
     rows = slice(first_row, first_row + num_rows)
     positive = batch.positive.clamp(0, len(documents) - 1)  # (an index that is wrong is found by the first sweep)
     scores_R = row_products(queries[rows], documents[positive[rows]])
 
-    def sums(batch: Batch, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(batch: Batch, options: Options, sweep: Any) -> tuple[Tensor, Tensor, Tensor]:
         log_sums_RS = torch.full((num_rows, _C.MAX_SOFTMAXES), -torch.inf, dtype=torch.float64, device=device)
         losses_R, totals, *_ = sweep(
             batch, options, first_row=first_row, num_rows=num_rows, differs=False, learns=False,
@@ -232,11 +235,17 @@ def composed(
         )  # fmt: skip
         return log_sums_RS, totals, losses_R
 
+    sweeps: list[Any] = [sweep, sweep]
+    if guide is not None:
+        turned = guide._replace(queries=guide.documents[positive], documents=guide.queries)
+        sweeps = [partial(guided_sweep, guide=each) for each in (guide, turned)]
     kinds: list[tuple[Batch, Options]] = [(batch, main_options(options))]
     if DOC_QUERY in options.groups:
         kinds.append((_turned(batch, positive), doc_query_options(options)))
-    log_sums, totals, losses = zip(*(sums(*kind) for kind in kinds), strict=True)
-    counts = [sums(each, counting_options(of))[0] for each, of in kinds] if options.tau_plus else []
+    log_sums, totals, losses = zip(*(sums(*kind, run) for kind, run in zip(kinds, sweeps, strict=False)), strict=True)
+    counts: list[Tensor] = []
+    if options.tau_plus:
+        counts = [sums(each, counting_options(of), run)[0] for (each, of), run in zip(kinds, sweeps, strict=False)]
     row_sums = RowSums(
         log_sums[0],
         log_sums[1][:, 0] if len(kinds) > 1 else None,
@@ -260,7 +269,7 @@ def composed(
     for number, (each, first) in enumerate(kinds if differs or learns else []):
         of = gradient_options(first, options.tau_plus)
         given_RS = given_sums(result.weights()[number], log_sums[number], logits_R1, of.scale)
-        _, _, d_anchors, d_columns, more_tau = sweep(
+        _, _, d_anchors, d_columns, more_tau = sweeps[number](
             each, of, first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
             log_negatives=given_RS.contiguous(), log_negatives_given=True, adds_positive=False,
         )  # fmt: skip
@@ -288,6 +297,7 @@ def over_positives(
     num_rows: int,
     differs: bool,
     learns: bool,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, ...]:
     """`composed` for queries with several positives: the mean over the positives of each query.
 
@@ -315,7 +325,7 @@ def over_positives(
     batch = batch._replace(document_text=texts.to(device), query_text=texts[positive].to(device), role=role.to(device))
     loss, totals, d_queries, d_documents, d_tau = composed(
         batch, options, first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
-        weights_R=weights[first_row : first_row + num_rows].to(device),
+        weights_R=weights[first_row : first_row + num_rows].to(device), guide=guide,
     )  # fmt: skip
     for place in places:
         # The queries with a positive in this place come first, the others are only candidates.
@@ -334,6 +344,7 @@ def over_positives(
                 queries=batch.queries[order], positive=positives, query_text=batch.query_text[order], owner=owner
             ),
             options, first_row=0, num_rows=len(rows), differs=differs, learns=learns, weights_R=weights_R,
+            guide=guide and guide._replace(queries=guide.queries[order]),
         )  # fmt: skip
         loss, totals = loss + part[0], totals + part[1]
         if differs:

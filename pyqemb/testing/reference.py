@@ -65,6 +65,7 @@ def info_nce(
     document_ids: Tensor | None = None, temperature: float | Tensor = 0.02, margin: float | None = 0.1,
     groups: Mapping[str, Group] | None = None, split: bool = False, focal: float = 0.0,
     rows: tuple[int, int] | None = None, tau_plus: float = 0.0, known_positives: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None, guide_margin: float = 0.0, guide_relative: bool = False,
 ) -> Tensor:  # fmt: skip
     """The loss of `ops.info_nce` with every matrix held: its mean over all queries, of the anchors in `rows`."""
     groups = PRESETS["qwen3"] if groups is None else groups
@@ -86,9 +87,23 @@ def info_nce(
         "doc_own": (dd, kinds["own"], 3), "doc_positive": (dd, kinds["positive"], 3),
         "doc_hard": (dd, kinds["hard"], 3), "doc_query": (qd[:, positive].T, others, 4),
     }  # fmt: skip
+    over: dict[str, Tensor] = {}  # by the guide
+    if guide is not None:
+        first, second = (x / x.norm(dim=1, keepdim=True) for x in guide)
+        of_positive = (first * second[positive]).sum(dim=1, keepdim=True)
+        bound = of_positive + guide_margin * (of_positive.abs() if guide_relative else 1)
+        for prefix, left, right in (
+            ("doc_query", second[positive], first), ("query_query", first, first), ("doc", second[positive], second),
+            ("", first, second),
+        ):  # fmt: skip
+            over |= {
+                name: left @ right.T > bound for name in candidates if name.startswith(prefix) and name not in over
+            }
     logits: dict[int, list[Tensor]] = {}
     for name, group in groups.items():
         values, keep, softmax = candidates[name]
+        if guide is not None:
+            keep = keep & ~over[name]
         limit = margin if group.margin is None else group.margin
         if group.mask is not None and limit is not None:
             bound = score.detach() + limit * (score.detach().abs() if group.relative else 1)

@@ -228,6 +228,83 @@ def test_the_parts_of_ranks_with_several_positives_add_up():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
+def guide_of(data, dim=12, seed=5):
+    """Vectors of another model: near the first ones, with queries near some documents that are not their positives."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, documents, *_ = data
+    turn = torch.randn(queries.shape[1], dim, dtype=torch.float64, generator=generator)
+    noise = [0.3 * torch.randn(len(x), dim, dtype=torch.float64, generator=generator) for x in (queries, documents)]
+    return queries @ turn + noise[0], documents @ turn + noise[1]
+
+
+GUIDED = {
+    "qwen3": {},
+    "ms_swift, split": dict(preset="ms_swift", softmax="split", focal=1.0),
+    "mnrl, relative": dict(preset="mnrl", guide_margin=-0.3, guide_relative=True),
+    "gte, debiased": dict(preset="gte", tau_plus=0.01, temperature=0.1),
+    "gte, split, hardness": dict(
+        preset="gte", softmax="split", groups={"doc_query": Group(margin=0.0, hardness=2.0), "doc_own": Group()}
+    ),
+    "classification": dict(preset="classification", guide_margin=-0.2),
+    "some rows": dict(rows=(20, 30)),
+    "no rows": dict(rows=(70, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", GUIDED)
+def test_a_guide_equals_the_dense_formula(case, dtype, monkeypatch):
+    monkeypatch.setattr("pyqemb.ops.info_nce_guided._ELEMENTS", 2500)  # several blocks
+    data = batch()
+    given = dict(guide=guide_of(data)) | GUIDED[case]
+    ours, truth = both(data, dtype, **given)
+    if case == "no rows":
+        assert not any(x.any() for x in (*ours, *truth))
+        return
+    assert_equal((ours, truth), 1e-10 if dtype == torch.float64 else 2e-5)
+    without = both(data, dtype, **{**given, "guide": None})[0]
+    assert relative(ours[1], without[1].double()) > 1e-3, "the guide masks nothing"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("softmax", ["joint", "split"])
+def test_a_guide_that_masks_nothing_is_the_plain_loss(preset, softmax):
+    data = batch()
+    tau = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    queries, documents, positive, owner, ids = data
+    leaves = [queries.requires_grad_(), documents.requires_grad_(), tau]
+    options = dict(
+        owner=owner, document_ids=ids, preset=preset, softmax=softmax, temperature=tau, matryoshka=[48, 16],
+        return_stats=True,
+    )  # fmt: skip
+    plain, plain_stats = ops.info_nce(queries, documents, positive, **options)
+    guided, stats = ops.info_nce(queries, documents, positive, guide=guide_of(data), guide_margin=9.0, **options)
+    torch.testing.assert_close(guided, plain, rtol=1e-11, atol=0)
+    assert dict(stats) == pytest.approx(dict(plain_stats), rel=1e-11)
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (guided, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", [{}, {"preset": "gte", "softmax": "split"}], ids=str)
+def test_a_guide_with_several_positives(loss):
+    data = batch(7, 60)
+    queries, documents, *_ = data
+    guide = guide_of(data)
+    more = torch.tensor([[query, other] for query, each in enumerate(POSITIVES) for other in each[1:]])
+    leaves, exact = ([x.clone().requires_grad_() for x in (queries, documents)] for _ in range(2))
+    ours = ops.info_nce(
+        *leaves, torch.tensor([each[0] for each in POSITIVES]), more_positives=more, guide=guide, temperature=0.1,
+        **loss,
+    )  # fmt: skip
+    truth = reference.several_positives(
+        *exact, POSITIVES, guide=guide, temperature=0.1, groups=PRESETS[loss.get("preset", "qwen3")],
+        split="softmax" in loss,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(truth, exact), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_no_further_positives_change_nothing():
     queries, documents, positive, *_ = batch()
     none = torch.zeros(0, 2, dtype=torch.int64)
@@ -684,6 +761,10 @@ def test_every_instruction_set(isa):
         ({"more_positives": torch.zeros(2, dtype=torch.int64)}, ValueError, r"must be int64 of shape \[X, 2\], got"),
         ({"more_positives": torch.tensor([[3, 0]])}, ValueError, "from 0 to 2 in column 0 .*queries.*, got 3"),
         ({"more_positives": torch.tensor([[0, -1]])}, ValueError, "from 0 to 3 in column 1 .*documents.*, got -1"),
+        ({"guide": torch.zeros(3, 2)}, TypeError, "guide must be two tensors"),
+        ({"guide": (torch.zeros(3, 2), torch.zeros(3, 2))}, ValueError, r"each of documents, of shape \[4, F\], got"),
+        ({"guide": (torch.zeros(3, 2), torch.zeros(4, 3))}, ValueError, "guide: queries and documents must share"),
+        ({"guide_margin": float("nan")}, ValueError, "guide_margin must be"),
         ({"tau_plus": 1.0}, ValueError, "tau_plus must be at least 0 and below 1, got 1.0"),
         ({"tau_plus": float("nan")}, ValueError, "tau_plus must be at least 0 and below 1, got nan"),
         ({"groups": {"doc_query": Group(mask="query_document")}}, ValueError, "doc_query has no query-document score"),
