@@ -1,6 +1,6 @@
 """Weight files with changed headers: pyqemb opens what safetensors opens, except where its own rules say otherwise.
 
-pyqemb has no parser of these headers; `Tensors` opens the file with safetensors and adds two rules. The other side of
+pyqemb has no parser of these headers; `Tensors` opens the file with safetensors and adds three rules. The other side of
 the comparison is `safetensors.deserialize`, which takes the same bytes from memory.
 """
 
@@ -49,9 +49,19 @@ def read_by_pyqemb(folder):
         return None if str(folder) in str(error) and "\n" not in str(error) else f"a bad message: {error}"
 
 
+def fits_torch(shape):
+    try:
+        torch.empty(shape, device="meta")
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def expected(theirs):
-    """What pyqemb makes of the tensors that safetensors reads: it is stricter by two rules."""
+    """What pyqemb makes of the tensors that safetensors reads: it is stricter by three rules."""
     if theirs is None or any(dtype not in DTYPES for dtype, _, _ in theirs.values()):  # floating-point weights only
+        return None
+    if not all(fits_torch(shape) for _, shape, _ in theirs.values()):  # an empty tensor may have a dimension of 2^63
         return None
     ours = {name.removeprefix("model."): value for name, value in theirs.items()}
     return ours if len(ours) == len(theirs) else None  # names must differ without the prefix of a language model
