@@ -10,10 +10,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def one_line(text: str) -> str:
+    """The text with its line ends and control characters escaped, which may come from a file or a server."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class PyqembError(Exception):
-    """The base class of all errors that pyqemb raises."""
+    """The base class of all errors that pyqemb raises. The message is one line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(PyqembError, ValueError):
@@ -51,7 +61,7 @@ class MachineError(PyqembError, OSError):
         self.message, self.errno, self.filename = message, errno, filename
 
     def __str__(self) -> str:
-        return self.message
+        return one_line(self.message)
 
     def __reduce__(self) -> tuple[type["MachineError"], tuple[str, int | None, str | None]]:
         return type(self), (self.message, self.errno, self.filename)

@@ -1,9 +1,13 @@
 """The names of the package itself."""
 
+import pickle
 import subprocess
 import sys
 
+import pytest
+
 import pyqemb
+from pyqemb.errors import ConfigError, MachineError, RankError
 
 
 def test_every_public_name_is_listed_and_loads():
@@ -33,3 +37,10 @@ def test_configurations_come_from_the_package():
     sections = {"model": {"base": "base"}, "data": [{"path": "pairs.jsonl"}]}
     assert isinstance(stage1(**sections), TrainConfig)
     assert isinstance(stage2(**sections), TrainConfig)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, MachineError, RankError])
+def test_errors_are_one_line(kind):
+    """What a file or a server sends may be in them."""
+    error = kind("run.toml: unknown key 'a\nb\x1b[31m é'")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "run.toml: unknown key 'a\\nb\\x1b[31m é'"

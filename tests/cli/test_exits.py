@@ -49,7 +49,7 @@ def ended(monkeypatch, capsys, error, *arguments):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ConfigError("a\nb\x1b[31m"), 2, "pyqemb init: a b [31m"),
+        (ConfigError("a\nb\x1b[31m"), 2, r"pyqemb init: a\nb\x1b[31m"),
         (OSError(errno.ENOSPC, "No space left on device"), 74, "pyqemb init: No space left on device"),
         (PermissionError(errno.EACCES, "x", "/a/b"), 74, "pyqemb init: /a/b: Permission denied"),
         (MemoryError(), 74, "pyqemb init: out of memory"),
