@@ -63,7 +63,7 @@ class Near(Step):
         """Yield the first example of each cluster of similar texts, in order."""
         rows = rows_of_band(self.num_hashes, self.threshold)
         ledger.notes.update({"bands": self.num_hashes // rows, "rows of a band": rows})
-        with work_folder(ledger.folder) as folder:
+        with work_folder(ledger.work) as folder:
             spool, path = Spool(folder), folder / "signatures.u32"
             with path.open("wb") as file:
                 for window in windows(spool.fill(examples), WINDOW):

@@ -50,7 +50,8 @@ class Sample:
 class Ledger:
     """The statistics of one step.
 
-    `folder` is for temporary files of the step; `on_drop` is called with every dropped example.
+    `folder` is for files that a later run reads again, and `work` for temporary ones; `on_drop` is called with every
+    dropped example.
 
     `samples` examples of each outcome are stored, sampled uniformly with `seed` (reservoir sampling).
     """
@@ -64,6 +65,7 @@ class Ledger:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     drawn: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     notes: dict[str, Any] = field(default_factory=dict)  # e.g. the values of quantile bounds
+    work: Path | None = None
 
     def __post_init__(self) -> None:
         self._random = random.Random(f"{self.seed} {self.name}")

@@ -9,6 +9,7 @@ from typing import IO, Any
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.report import write_report
+from pyqemb.curation.spool import run_folder
 from pyqemb.data.arguments import checked
 from pyqemb.data.example import Example, check_source, read_examples, to_row
 from pyqemb.data.files import atomic_file
@@ -60,7 +61,7 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
         The output folder, the counts, and the ledger of each step.
 
     Raises:
-        ConfigError: a setting is invalid, or a model or package is missing.
+        ConfigError: a setting is invalid, a model or package is missing, or another process is curating to `out`.
         DataError: an input cannot be read or is empty.
         MachineError: the disk is full, or another error of the machine.
 
@@ -73,9 +74,14 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     out = config.out
     for source in config.input:
         check_source(source, "input")
-    with writing(out), atomic_file(out / "kept.jsonl") as kept, atomic_file(out / "dropped.jsonl") as dropped:
+    with (
+        writing(out),
+        run_folder(out) as work,
+        atomic_file(out / "kept.jsonl") as kept,
+        atomic_file(out / "dropped.jsonl") as dropped,
+    ):
         with dropped.open("wb") as losses, kept.open("wb") as file:
-            source, ledgers = Ledger("input"), _ledgers(config, losses)
+            source, ledgers = Ledger("input"), _ledgers(config, losses, work)
             examples: Iterator[Example] = _read(config, source, ledgers, on_progress)
             for step, ledger in zip(config.step, ledgers, strict=True):
                 examples = step.run(examples, ledger)
@@ -88,7 +94,7 @@ def curate(config: CurateConfig | dict[str, Any], *, on_progress: Progress | Non
     return result
 
 
-def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
+def _ledgers(config: CurateConfig, losses: IO[bytes], work: Path) -> list[Ledger]:
     """One ledger for each step, named by its kind, with a number if a kind is used several times."""
     kinds = [step.kind for step in config.step]
     ledgers = []
@@ -99,7 +105,7 @@ def _ledgers(config: CurateConfig, losses: IO[bytes]) -> list[Ledger]:
             measured = {key: round(value, 4) for key, value in values.items()}
             _write(losses, {**to_row(example), "dropped_by": name, "reason": reason, **measured})
 
-        ledgers.append(Ledger(name, config.out, on_drop, config.samples, config.seed))
+        ledgers.append(Ledger(name, config.out, on_drop, config.samples, config.seed, work=work))
     return ledgers
 
 

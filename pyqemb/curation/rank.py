@@ -44,7 +44,7 @@ class _Ranked(Step):
     def judge(self, examples: Iterable[Example], ledger: Ledger, others: Iterable[str]) -> Iterator[Example]:
         """`run` with the given further documents of the pool."""
         low, high = self._bounds()
-        for example, rank in self._ranks(examples, ledger.folder, others, high):
+        for example, rank in self._ranks(examples, ledger.work, others, high):
             reason = None if low <= rank <= high else self._reason(rank)
             # Ranks above `high` are not known exactly.
             if ledger.judge(example, reason, **({"rank": rank} if rank <= high else {})):

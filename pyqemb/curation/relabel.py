@@ -53,7 +53,7 @@ class Relabel(Step):
         """Yield the examples after the language model has judged their suspected negatives."""
         ledger.notes.update({"judged": 0, "relevant": 0, "malformed": 0})
         loop = asyncio.new_event_loop()
-        with work_folder(ledger.folder) as temporary:
+        with work_folder(ledger.work) as temporary:
             store = Store((ledger.folder or temporary) / "relabel.sqlite")
             ask = Asker(self.endpoint, store)
             try:

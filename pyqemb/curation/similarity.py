@@ -58,7 +58,7 @@ class Similarity(Step):
         if self.min_quantile is None and self.max_quantile is None:
             yield from self._judge(scored, ledger, self.min_sim, self.max_sim)
             return
-        with work_folder(ledger.folder) as folder:
+        with work_folder(ledger.work) as folder:
             spool, scores = Spool(folder), array("f")
             scores.extend(score for _, score in self._scored(spool.fill(examples)))
             if not len(spool):

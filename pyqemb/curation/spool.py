@@ -4,13 +4,15 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyqemb.data.example import Example, to_row
+from pyqemb.data.files import locked, remove, remove_folder
+from pyqemb.errors import MachineError
 
 
 class Spool:
@@ -39,9 +41,28 @@ class Spool:
 
 
 @contextmanager
+def run_folder(out: Path) -> Iterator[Path]:
+    """The folder of a run's temporary files, beside its results in `out`, because that disk has space.
+
+    Only one process may use it: a ConfigError names the process that does. It is removed at the end; what a killed
+    process left in it is removed at the start.
+    """
+    folder = out / ".work"
+    with locked(folder, "curation"):
+        for leftover in folder.iterdir():
+            if leftover.name != ".lock":
+                remove(leftover)
+        try:
+            yield folder
+        finally:
+            with suppress(MachineError):
+                remove_folder(folder)
+
+
+@contextmanager
 def work_folder(inside: Path | None) -> Iterator[Path]:
-    """A temporary folder, beside the results if `inside` is given, because that disk has space."""
-    with tempfile.TemporaryDirectory(dir=inside, prefix=".work-", ignore_cleanup_errors=True) as name:
+    """A new temporary folder for one step, in `inside` or else where the system has its temporary files."""
+    with tempfile.TemporaryDirectory(dir=inside, prefix="step-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 

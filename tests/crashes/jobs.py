@@ -33,7 +33,8 @@ def contents(folder):
 
 
 def leftovers(folder):
-    return [str(path) for path in folder.rglob(".*") if "partial" in path.name or ".old." in path.name]
+    """The hidden files and folders that are left, except locks."""
+    return [str(path) for path in folder.rglob(".*") if path.name != ".lock"]
 
 
 def write_rows(path, rows):

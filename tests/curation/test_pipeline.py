@@ -1,6 +1,7 @@
 """The whole of `pyqemb curate`: files in, files out, nothing lost, memory that does not grow."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,31 @@ def test_command_line_writes_kept_dropped_and_report(config, tmp_path, capsys):
     assert "2 of 5 examples kept" in page
     assert "kept 2 of 5" in capsys.readouterr().out
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_running_one_uses_is_not(config, tmp_path):
+    config.write_text(config.read_text() + '[[step]]\nkind = "near"\n')
+    code = """
+import os, signal, sys
+import pyqemb.curation.dedup as dedup
+from pyqemb.cli import main
+dedup.clusters = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(["curate", sys.argv[1]])
+"""
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", code, str(config)], check=False).returncode == -9
+    killed = {path.name for path in (out / ".work").rglob("*")}
+    assert {".lock", "examples.jsonl", "signatures.u32"} < killed
+
+    def second(ledgers):
+        used = {path.name for path in (out / ".work").rglob("*")}
+        assert used == {".lock"}
+        with pytest.raises(ConfigError, match=rf"work: another curation is running here: pid {os.getpid()} on "):
+            curate(CurateConfig.from_file(config))
+        assert {path.name for path in (out / ".work").rglob("*")} == used
+
+    assert curate(CurateConfig.from_file(config), on_progress=second).kept == 2
+    assert sorted(path.name for path in out.iterdir()) == ["dropped.jsonl", "kept.jsonl", "report.html", "report.json"]
 
 
 def test_nothing_is_replaced_before_all_is_done(config, tmp_path):
@@ -112,7 +138,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
             for i in range(count):
                 yield Example(f"query {i}", " ".join(f"w{(i * 7919 + j * j) % 100_003}" for j in range(60)))
         def peak(count):
-            ledgers = [Ledger(str(n), Path(sys.argv[1])) for n in range(3)]
+            ledgers = [Ledger(str(n), work=Path(sys.argv[1])) for n in range(3)]
             stream = examples(count)
             for step, ledger in zip((Length(), Exact(), Near(num_hashes=64)), ledgers):
                 stream = step.run(stream, ledger)

@@ -84,7 +84,7 @@ def test_similarity_between_bounds():
 
 def test_similarity_by_shares_of_the_data(tmp_path):
     examples = pairs(*np.random.default_rng(0).permutation(10_000) * 0.009)
-    ledger = Ledger(folder=tmp_path)
+    ledger = Ledger(work=tmp_path)
     kept = list(Similarity(model=Circle(), min_quantile=0.2, max_quantile=0.95).run(examples, ledger))
     assert abs(len(kept) - 7500) < 10
     assert ledger.notes["min_sim"] == pytest.approx(math.cos(math.radians(72)), abs=1e-3)
