@@ -38,11 +38,15 @@ _RUNNING, _DONE, _FAILED = range(3)
 class Saver:
     """Writes the checkpoints of a run into `folder`, one at a time, and keeps the `keep` newest.
 
+    `resumed_from` is the step of the checkpoint that the run continues from, 0 for a new run. Checkpoints of later
+    steps, which an earlier process has written, are deleted with the first save.
+
     All ranks call the methods at the same step, except `leave`.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World):
+    def __init__(self, folder: Path, keep: int, world: World, resumed_from: int = 0):
         self.folder, self.keep, self.world = folder, keep, world
+        self._abandoned_after: int | None = resumed_from  # None after the first save
         self._save: _Save | None = None
 
     def start(
@@ -83,7 +87,9 @@ class Saver:
                     write_portable(temporary / state.PORTABLE)
                     held = stack.pop_all()
         temporary = self.world.broadcast_object(temporary)
-        self._save = _Save(target, temporary, step, self.world.rank, count, self.keep, held, shards)
+        self._save = _Save(
+            target, temporary, step, self.world.rank, count, self.keep, held, shards, self._abandoned_after
+        )
         self._save.thread.start()
 
     def poll(self) -> Path | None:
@@ -101,7 +107,7 @@ class Saver:
             self._give_up(save, status[self.world.rank] == _FAILED)
         if _RUNNING in status:
             return None
-        self._save = None
+        self._save, self._abandoned_after = None, None
         return save.target
 
     def wait(self) -> Path | None:
@@ -145,6 +151,7 @@ class _Save:
         number: the rank; only ranks below `count` have a shard.
         held: on the first rank, the context that completes the folder at its end, and removes it after an error.
         shards: this rank's slices of the weights and of the optimizer.
+        abandoned_after: checkpoints of later steps are deleted, unless it is None.
         deadline: when the first rank stops waiting for the shards of others.
         error: the error of this rank.
     """
@@ -157,6 +164,7 @@ class _Save:
     keep: int
     held: ExitStack
     shards: list[dict[str, Slice]]
+    abandoned_after: int | None = None
     deadline: float = math.inf
     error: Exception | None = None
     thread: threading.Thread = field(init=False)
@@ -198,6 +206,8 @@ class _Save:
             files |= self._files_of(number)
         with self.held:
             state.write_manifest(self.temporary, self.step, self.count, files)
+            if self.abandoned_after is not None:
+                state.delete_abandoned(self.target.parent, self.abandoned_after, self.step)
         state.mark_verified(self.target)  # each rank has read its files back
         state.retain(self.target.parent, self.step, self.keep)
 

@@ -391,12 +391,22 @@ def restore_random_states(states: Mapping[str, Any], where: str | Path) -> None:
 def retain(folder: Path, newest: int, keep: int) -> None:
     """Delete all checkpoints except the `keep` newest up to the step just saved, which has been verified.
 
-    Later steps belong to an abandoned branch (the run was resumed from an earlier step). Only checkpoints that verify
-    are deleted; one that is damaged or cannot be read stays.
+    Only checkpoints that verify are deleted; one that is damaged or cannot be read stays.
     """
-    stale = [path for path in checkpoints(folder) if step_of(path) > newest]
-    current = [path for path in checkpoints(folder) if path not in stale]
-    for path in [*stale, *current[:-keep]]:
+    _delete([path for path in checkpoints(folder) if step_of(path) <= newest][:-keep])
+
+
+def delete_abandoned(folder: Path, start: int, step: int) -> None:
+    """Delete the checkpoints after step `start`, from which the run was resumed, as `retain` does.
+
+    They belong to another branch of the run. This is called just before the checkpoint of `step`, the first one of this
+    branch, gets its name, so that a process that is killed in between does not continue on the other branch.
+    """
+    _delete([path for path in checkpoints(folder) if step_of(path) > start and step_of(path) != step])
+
+
+def _delete(paths: Sequence[Path]) -> None:
+    for path in paths:
         try:
             if path.absolute() not in _verified:
                 verify(path)

@@ -211,12 +211,12 @@ class Run:
         self.metrics: list[Row] = []
         self.step, self.bad_steps, self.saved_step = 0, 0, 0
         self.stopping = False  # the same on all ranks
-        self.saver = Saver(self.checkpoints, config.save.keep, world)
         seed_everything(config.train.seed)
         if is_stochastic(self.model):
             torch.manual_seed(config.train.seed + world.rank)  # ranks with equal seeds would draw equal masks
         if checkpoint is not None:
             self._continue_from(checkpoint)
+        self.saver = Saver(self.checkpoints, config.save.keep, world, self.step)
         with together(world):
             self._check_folders()
         self._check_memory()

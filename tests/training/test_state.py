@@ -708,10 +708,21 @@ def test_the_newest_are_kept(tmp_path):
         write(tmp_path, step)
     state.retain(tmp_path, 6, 3)
     assert left(tmp_path) == [4, 5, 6]
-    state.retain(tmp_path, 5, 1)  # 6 is of a branch that was left
-    assert left(tmp_path) == [5]
     state.retain(tmp_path, 5, 1)
-    assert left(tmp_path) == [5]
+    assert left(tmp_path) == [5, 6]
+    state.retain(tmp_path, 5, 1)
+    assert left(tmp_path) == [5, 6]
+
+
+def test_later_checkpoints_than_that_of_the_start_are_deleted(tmp_path, caplog):
+    for step in range(1, 8):
+        write(tmp_path, step)
+    flip(tmp_path / "step_00000006")
+    state.delete_abandoned(tmp_path, 3, 5)  # the checkpoint of step 5 will be replaced
+    assert left(tmp_path) == [1, 2, 3, 5, 6]
+    assert "step_00000006/state.json: damaged" in caplog.text
+    state.delete_abandoned(tmp_path, 6, 7)
+    assert left(tmp_path) == [1, 2, 3, 5, 6]
 
 
 def test_what_is_damaged_is_not_deleted(tmp_path, caplog):

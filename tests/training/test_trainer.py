@@ -16,7 +16,7 @@ from pyqemb.data.sealed import unseal
 from pyqemb.errors import CheckpointError, ConfigError, Interrupted, PyqembError
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2
-from pyqemb.training.state import checkpoints, verify, write_manifest
+from pyqemb.training.state import checkpoints, step_of, verify, write_manifest
 
 
 @pytest.fixture
@@ -121,6 +121,37 @@ def test_resumed_runs_are_bit_identical(workplace, precision):
         return [(row["step"], row["loss"]) for row in map(json.loads, (workplace / run / "metrics.jsonl").open())]
 
     assert losses("straight") == losses("stopped")
+
+
+@pytest.mark.promise("R1", "interrupted between a save and the removal of the checkpoints of an abandoned branch")
+def test_a_run_continues_on_the_branch_of_its_last_save(workplace, monkeypatch):
+    """Resumed from an older step, with other checkpoints than before, and interrupted in its first save."""
+
+    def branch(every, **train):
+        chosen = config(workplace, **{"steps": 9, **train})
+        return stage2(**{**chosen.model_dump(exclude_unset=True), "save": {**chosen.save.model_dump(), **every}})
+
+    def steps():
+        return [step_of(path) for path in checkpoints(workplace / "run" / "checkpoints")]
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_):
+        raise KilledError
+
+    pyqemb.train(branch({"every": 2, "keep": 9}))
+    assert steps() == [2, 4, 6, 8, 9]
+    older = workplace / "run" / "checkpoints" / "step_00000002"
+    with monkeypatch.context() as patch:
+        patch.setattr("pyqemb.training.state.retain", killed)
+        with pytest.raises(KilledError):
+            pyqemb.train(branch({"every": 5, "keep": 9}, steps=10), resume=older)
+    assert steps() == [2, 5]
+    rows = []
+    pyqemb.train(branch({"every": 5, "keep": 9}, steps=10), resume="auto", on_step=rows.append)
+    assert [row["step"] for row in rows] == [6, 7, 8, 9, 10]
+    assert steps() == [2, 5, 10]
 
 
 def test_best_checkpoint_is_kept(workplace):
