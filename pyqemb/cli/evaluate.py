@@ -1,7 +1,6 @@
 """`pyqemb evaluate MODEL FOLDER`: a table of metrics with their intervals."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from pyqemb.data.files import check_writable
     from pyqemb.errors import ConfigError
     from pyqemb.evaluation import evaluate
+    from pyqemb.evaluation.metrics import shown
 
     if (args.folder is None) == (args.suite is None):
         raise ConfigError("expected a folder or --suite, one of them")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in report["metrics"].items():
-        table.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}")
+        table.add_row(name, shown(value["value"]), f"{shown(value['low'])} - {shown(value['high'])}")
     Console().print(table)
     _write_json(args.json, report)
     return 0
@@ -80,6 +80,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from pyqemb.data.columns import parse_columns
     from pyqemb.evaluation import compare_storage
+    from pyqemb.evaluation.metrics import shown
 
     with progress_shown(args.quiet):
         reports = compare_storage(
@@ -95,7 +96,7 @@ def _compare(args: argparse.Namespace) -> int:
         value = report["metrics"][metric]
         table.add_row(
             str(report["dim"]), report["precision"], str(report["bytes_per_vector"]), str(report["rescore"] or "-"),
-            f"{value['value']:.4f}", f"{value['low']:.4f} - {value['high']:.4f}",
+            shown(value["value"]), f"{shown(value['low'])} - {shown(value['high'])}",
         )  # fmt: skip
     Console().print(table)
     _write_json(args.json, reports)
@@ -104,10 +105,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _write_json(path: Path | None, report: Any) -> None:
     from pyqemb.data.files import atomic_file
+    from pyqemb.data.strict_json import dumps
 
     if path is not None:
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _dims(text: str) -> tuple[int, ...]:
@@ -126,6 +128,7 @@ def _suite(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pyqemb.errors import ConfigError
+    from pyqemb.evaluation.metrics import shown
     from pyqemb.model.encoder import open_model
 
     kind, _, name = args.suite.partition(":")
@@ -144,7 +147,7 @@ def _suite(args: argparse.Namespace) -> int:
         scores = run_suite(open_model(args.model), name, f"pyqemb/{Path(args.model).name}")
     table = Table("task", "main score", title=args.suite)
     for task, score in scores.items():
-        table.add_row(task, f"{score:.4f}")
+        table.add_row(task, shown(score))
     Console().print(table)
     _write_json(args.json, scores)
     return 0

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     write_examples(args.out, mined.examples)
     report = mined.report
     print(f"{report.rows} rows, {report.documents} documents, {report.short} rows with fewer than {args.k} negatives")
-    print(f"mean score of positives {report.positive_score:.3f}, of negatives {report.negative_score:.3f}")
+    print(report.scores)
     print(f"written to {args.out}")
     return 0
 

@@ -29,13 +29,23 @@ Reranker = Callable[[list[tuple[str, str]]], Any]  # (query, document) pairs -> 
 
 @dataclass(frozen=True)
 class MiningReport:
-    """Statistics of mining. Means are over rows with a negative; `short` counts rows with fewer than k negatives."""
+    """Statistics of mining; `short` counts rows with fewer than k negatives.
+
+    The scores are means over the rows with a negative, None if no row has one.
+    """
 
     rows: int
     documents: int
     short: int
-    positive_score: float
-    negative_score: float
+    positive_score: float | None
+    negative_score: float | None
+
+    @property
+    def scores(self) -> str:
+        """The mean scores as text."""
+        if self.positive_score is None or self.negative_score is None:
+            return "no row has a negative"
+        return f"mean score of positives {self.positive_score:.3f}, of negatives {self.negative_score:.3f}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,8 +63,7 @@ class Mined:
     def __repr__(self) -> str:
         report = self.report
         return (
-            f"Mined({report.rows} examples from {report.documents} documents; mean similarity of positives "
-            f"{report.positive_score:.3f}, of negatives {report.negative_score:.3f}; "
+            f"Mined({report.rows} examples from {report.documents} documents; {report.scores}; "
             f"{report.short} examples with fewer than k negatives)"
         )
 
@@ -148,7 +157,7 @@ def mine(
         >>> rows = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(4)]
         >>> mined = pyqemb.mine(tiny_embedder(), rows, k=1, max_positive_ratio=None)
         >>> mined
-        Mined(4 examples from 4 documents; mean similarity of positives ..., of negatives ...;
+        Mined(4 examples from 4 documents; mean score of positives ..., of negatives ...;
         0 examples with fewer than k negatives)
         >>> len(mined.examples[0].negatives)
         1
@@ -213,8 +222,8 @@ def _report(num_documents: int, found: Negatives) -> MiningReport:
         rows=len(found.indices),
         documents=num_documents,
         short=int((counts < found.indices.shape[1]).sum()),
-        positive_score=float(found.positive_scores[some].mean()) if some.any() else float("nan"),
-        negative_score=float(means.mean()) if some.any() else float("nan"),
+        positive_score=float(found.positive_scores[some].mean()) if some.any() else None,
+        negative_score=float(means.mean()) if some.any() else None,
     )
 
 

@@ -1,6 +1,5 @@
 """report.json and report.html: the statistics of each step, with histograms and sample examples."""
 
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from pyqemb.curation.config import CurateConfig
 from pyqemb.curation.ledger import KEPT, Histogram, Ledger, Sample
 from pyqemb.data.files import atomic_file
+from pyqemb.data.strict_json import dumps
 from pyqemb.data.tables import source_name
 
 _COLORS = ["#3b6ea5", "#c8553d", "#e0a458", "#7a5c99", "#6b8f71", "#999999"]  # of kept examples, then of the reasons
@@ -33,7 +33,7 @@ def write_report(out: Path, config: CurateConfig, ledgers: list[Ledger]) -> None
         "steps": [{**ledger.summary(), "settings": own} for ledger, own in zip(ledgers, settings, strict=True)],
     }
     with atomic_file(out / "report.json") as path:
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(dumps(record, indent=1) + "\n", encoding="utf-8")
     with atomic_file(out / "report.html") as path:
         path.write_text(_page(record, ledgers), encoding="utf-8", errors="replace")
 

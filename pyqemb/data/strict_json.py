@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyqemb.errors import DataError
@@ -53,6 +53,24 @@ def parse(text: str | bytes, where: str) -> Any:
     if "\\u" in text and _has_surrogate(value):
         raise JsonError(where, "an escape is half of a surrogate pair", text.find("\\u") + 1)
     return value
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Return a JSON document with null for the floats that JSON does not have: NaN and infinity.
+
+    Example:
+        >>> dumps({"a": [1.5, float("nan")]})
+        '{"a": [1.5, null]}'
+    """
+    return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class JsonError(DataError):

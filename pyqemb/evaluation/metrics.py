@@ -48,6 +48,11 @@ def accuracy_at_1(ranking: Ranking, relevant: Relevant) -> float:
     return float(bool(ranking) and relevant.get(ranking[0], 0.0) > 0)
 
 
+def shown(value: float) -> str:
+    """A metric as text, "none" if it is not defined."""
+    return f"{value:.4f}" if np.isfinite(value) else "none"
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
@@ -102,5 +107,7 @@ def bootstrap_statistic(
         return Interval(value, value, value)
     generator = np.random.default_rng(seed)
     samples = [float(statistic(generator.integers(0, count, count))) for _ in range(n)]
+    if np.isnan(samples).all():  # the correlation of vectors that are all equal
+        return Interval(value, float("nan"), float("nan"))
     low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))

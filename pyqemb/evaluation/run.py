@@ -12,7 +12,7 @@ from pyqemb.data.columns import POSITIVE, QUERY, Columns
 from pyqemb.data.tables import has_splits, source_name
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.evaluation import metrics
-from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic
+from pyqemb.evaluation.metrics import Interval, bootstrap_interval, bootstrap_statistic, shown
 from pyqemb.evaluation.reranking import measure_reranker, read_ranked_examples
 from pyqemb.evaluation.storage import Storage
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, is_folder, load_task
@@ -47,7 +47,7 @@ class Evaluation(dict[str, Any]):
     def __repr__(self) -> str:
         lines = [f"{self['task']}, {self['folder']}, {self['count']} rows, with 95 % intervals"]
         for name, at in self["metrics"].items():
-            lines.append(f"{name:12} {at['value']:.4f}  [{at['low']:.4f}, {at['high']:.4f}]")
+            lines.append(f"{name:12} {shown(at['value'])}  [{shown(at['low'])}, {shown(at['high'])}]")
         return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import pyqemb
 from pyqemb import mine
+from pyqemb.cli import main
 from pyqemb.curation.corpus import read_corpus
 from pyqemb.curation.mining import search_negatives
 from pyqemb.curation.rules import Rules
@@ -114,6 +115,31 @@ def test_a_reranker_decides():
     # 20 scores above the positive (0.98 > 0.96), 179 is not among the five nearest.
     assert [e.negatives for e in mined.examples] == [("d 60", "d 80", "d 30")] * 2
     assert mined.report.positive_score == pytest.approx(0.96)
+
+
+def test_nothing_found_has_no_mean(tmp_path, monkeypatch, capsys):
+    """With a reranker that scores no document below the positive."""
+    examples = [Example("q 0", "d 5"), Example("q 10", "d 20")]
+    options = {"k": 1, "max_positive_ratio": 0.5, "reranker": lambda pairs: np.ones(len(pairs), dtype=np.float32)}
+    mined = pyqemb.mine(Circle(), examples, **options)
+    assert (mined.report.positive_score, mined.report.negative_score) == (None, None)
+    assert repr(mined) == (
+        "Mined(2 examples from 2 documents; no row has a negative; 2 examples with fewer than k negatives)"
+    )
+    pyqemb.write_examples(tmp_path / "rows.jsonl", examples)
+    monkeypatch.setattr("pyqemb.model.encoder.open_encoder", lambda *_: Circle())
+    monkeypatch.setattr("pyqemb.model.encoder.open_reranker", lambda *_: options["reranker"])
+    argv = [
+        "mine",
+        "m",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        "--max-positive-ratio",
+        "0.5",
+    ]
+    assert main([*argv, "--reranker", "r", "--quiet"]) == 0
+    assert "no row has a negative" in capsys.readouterr().out
 
 
 def test_vectors_are_kept(tmp_path):

@@ -39,6 +39,7 @@ def test_correlations_equal_scipy_with_ties():
     assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     assert metrics.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y).statistic)
     assert np.isnan(metrics.spearman(np.ones(5), np.arange(5)))
+    assert [metrics.shown(x) for x in (0.5, np.nan)] == ["0.5000", "none"]
 
 
 def test_edges():
