@@ -20,7 +20,7 @@ _SET = {
     "train.global_batch_size", "train.num_negatives", "train.learning_rate", "save.dir",
 }  # fmt: skip
 _PLACEHOLDERS = {"task": '"@TASK@"', "model.base": '"@MODEL@"'}
-_OPTIONAL = {"lora", "teacher"}  # sections whose presence changes the run
+_OPTIONAL = {"lora", "teacher", "guide"}  # sections whose presence changes the run
 _HEAD = """\
 # Configuration of a training run. A commented line shows the default or, for a key that is not set, an example.
 #

@@ -23,6 +23,15 @@ _LARGE = 1 << 22  # rows of a dataset above which its order is computed instead 
 
 
 @dataclass(frozen=True, eq=False)
+class GuideVectors:
+    """A guide's vectors of the texts of a batch, [S, F], and the margin above which it masks a candidate."""
+
+    vectors_SF: torch.Tensor
+    margin: float
+    relative: bool
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingBatch:
     """The batch of a step before tokenization: the distinct texts, and which documents belong to which query.
 
@@ -37,6 +46,7 @@ class TrainingBatch:
     owner: torch.Tensor  # int64 [M], the query that the document belongs to
     # int64 [X, 2], a query and the index of a further positive of it
     more_positives: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64), kw_only=True)
+    guide: "GuideVectors | None" = field(default=None, kw_only=True)
     candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, padded with -1
 
     def text_partition(self, count: int) -> list[np.ndarray]:

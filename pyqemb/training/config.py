@@ -286,6 +286,33 @@ class TeacherSection(Section):
         return self
 
 
+class GuideSection(Section):
+    """A guide: another embedding model decides which candidates of InfoNCE are false negatives.
+
+    A candidate is masked if the guide's score for it exceeds the guide's score of the positive by more than `margin`.
+    The margin of `loss` masks by the model's own scores, besides. docs/concepts/info-nce.md explains it.
+    """
+
+    model: str = Field(
+        description="The guide: a folder that pyqemb or sentence-transformers loads, or a Qwen3 model on the Hub.",
+        examples=["Qwen/Qwen3-Embedding-4B"],
+    )
+    margin: float = Field(
+        0.0,
+        description="Margin of the limit. Below 0, candidates that are almost as close as the positive are masked too.",
+        examples=[-0.05],
+    )
+    relative: bool = Field(
+        False, description="Multiply the margin by the absolute value of the positive's score.", examples=[True]
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder of the guide's vectors (default: save.dir/guide/vectors). Several runs may share one, so "
+        "that each text is encoded once.",
+        examples=["guide-vectors"],
+    )
+
+
 class TrainSection(Section):
     """Batches, optimizer, schedule, precision and memory."""
 
@@ -728,6 +755,7 @@ class TrainConfig(Section):
         lora: adapters (default: all weights are trained).
         loss: the objectives.
         teacher: a model whose vectors are learned too (default: none).
+        guide: a model that decides which candidates are false negatives (default: none).
         train: batches, optimizer, schedule, precision and memory.
         parallel: sharding.
         eval: evaluation while training.
@@ -761,6 +789,7 @@ class TrainConfig(Section):
     lora: LoraSection | None = None
     loss: LossSection = Field(default_factory=lambda: LossSection())
     teacher: TeacherSection | None = None
+    guide: GuideSection | None = None
     train: TrainSection = Field(default_factory=lambda: TrainSection())
     parallel: ParallelSection = Field(default_factory=lambda: ParallelSection())
     eval: EvalSection = Field(default_factory=lambda: EvalSection())
@@ -777,6 +806,8 @@ class TrainConfig(Section):
     def _fits_the_task(self) -> "TrainConfig":
         if self.task == "rerank" and self.teacher is not None:
             raise ValueError("task 'rerank' has no teacher")
+        if self.task == "rerank" and self.guide is not None:
+            raise ValueError("task 'rerank' has no guide")
         if self.teacher is None and any(entry.teacher_weight is not None for entry in self.data):
             raise ValueError("data: teacher_weight is set, but there is no [teacher]")
         for name in _NOT_OF[self.task]:
@@ -787,7 +818,11 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _gathers_several_positives(self) -> "TrainConfig":
+    def _gathers_what_a_ring_lacks(self) -> "TrainConfig":
+        if self.train.documents == "ring" and self.guide is not None:
+            raise wrong_value(
+                "a guide's mask needs the vectors of all ranks; expected 'gather'", "train.documents", "ring"
+            )
         if self.train.documents == "ring" and any(entry.group_positives for entry in self.data):
             raise wrong_value(
                 "a ring takes one positive a query, and a dataset has group_positives = true; expected 'gather'",
@@ -849,6 +884,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "lora": LoraSection,
     "loss": LossSection,
     "teacher": TeacherSection,
+    "guide": GuideSection,
     "train": TrainSection,
     "parallel": ParallelSection,
     "eval": EvalSection,

@@ -92,6 +92,10 @@ def plan(
         if ranks is None:
             check_kind(local_folder(config.teacher.model), "embedder")
         yield f"teacher    {config.teacher.model}, weight {config.teacher.weight:g}"
+    if config.guide is not None:
+        if ranks is None:
+            check_kind(local_folder(config.guide.model), "embedder")
+        yield f"guide      {config.guide.model}, margin {config.guide.margin:g}"
     yield f"device     {device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0
     for name, examples in datasets.examples.items():

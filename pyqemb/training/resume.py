@@ -21,6 +21,7 @@ _FREE = {
     "train.max_bad_steps",
     "train.token_cache",
     "teacher.cache",
+    "guide.cache",
     "train.rank_timeout",
 }
 _LENGTH = {"train.steps", "train.epochs"}  # may change too, unless the sampling weights depend on it

@@ -19,6 +19,7 @@ from pyqemb.model.reranker import Reranker
 from pyqemb.model.source import local_folder
 from pyqemb.training.agreement import blind_ranks, check_same_checkpoint
 from pyqemb.training.config import TrainConfig
+from pyqemb.training.datasets import Datasets
 from pyqemb.training.grad_cache import GradCache
 from pyqemb.training.groups import freeze
 from pyqemb.training.objectives import LossParameters
@@ -26,7 +27,7 @@ from pyqemb.training.optim import Optimizer
 from pyqemb.training.parallel.together import together
 from pyqemb.training.parallel.world import World
 from pyqemb.training.state import Checkpoint, checkpoints, find, remove_leftovers, step_of
-from pyqemb.training.teacher import Teacher, check_dims, first_projection
+from pyqemb.training.teacher import Guide, Teacher, check_dims, first_projection
 
 if TYPE_CHECKING:
     from pyqemb.training.parallel.sharding import Sharding
@@ -112,6 +113,18 @@ def build_teacher(config: TrainConfig, model: Embedder | Reranker) -> tuple[Teac
     size = model.config.hidden_size
     check_dims(section, teacher.dim, size)
     return teacher, first_projection(teacher.dim, size, config.train.seed) if section.projection else None
+
+
+def build_guide(config: TrainConfig, model: Embedder | Reranker, datasets: Datasets) -> Guide | None:
+    """The guide on the device of the model, if configured. ConfigError if no dataset uses it."""
+    section = config.guide
+    if section is None:
+        return None
+    if not any(objective.guided for objective in datasets.objectives.values()):
+        used = sorted({objective.name for objective in datasets.objectives.values()})
+        raise ConfigError(f"guide: no dataset is trained by info_nce, which uses it; they are by {', '.join(used)}")
+    cache = Path(section.cache) if section.cache else Path(config.save.dir) / "guide" / "vectors"
+    return Guide(section, cache, model.device)
 
 
 def build_optimizer(

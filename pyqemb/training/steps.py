@@ -4,7 +4,7 @@ Legend: S texts of a batch, E dimension.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyqemb.data.batch import PackedBatch, to_device
-from pyqemb.data.loader import TrainingBatch
+from pyqemb.data.loader import GuideVectors, TrainingBatch
 from pyqemb.errors import PyqembError
 from pyqemb.model.protocols import TextEncoder
 from pyqemb.training.config import TrainConfig
@@ -23,7 +23,7 @@ from pyqemb.training.objectives.fake_quantize import fake_quantize
 from pyqemb.training.objectives.spread_out import spread_out
 from pyqemb.training.parallel.ring import Ring
 from pyqemb.training.parallel.world import World
-from pyqemb.training.teacher import Teacher
+from pyqemb.training.teacher import Guide, Teacher
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StepBatch:
     stream: PackedBatch  # the tokens of this rank
     teacher: Teacher | None = None
     weights: tuple[float, float] = (1.0, 0.0)  # of the objective's loss, of the teacher's
+    guide: Guide | None = None
 
     @property
     def num_queries(self) -> int:
@@ -51,8 +52,10 @@ class StepBatch:
         the first precision, and the teacher's loss.
         """
         section = self.objective.section
+        texts = self._guided_texts(world, own_SE.device)
         parts = [
-            self._objective_loss(fake_quantize(own_SE, precision), world, ring) for precision in section.precisions
+            self._objective_loss(texts, fake_quantize(own_SE, precision), world, ring)
+            for precision in section.precisions
         ]
         loss = torch.stack([part.loss for part in parts]).mean() if len(parts) > 1 else parts[0].loss
         objective_weight, teacher_weight = self.weights
@@ -77,13 +80,23 @@ class StepBatch:
             return self.objective.stats(totals, self.num_queries)
         return {**self.objective.stats(totals[:-1], self.num_queries), "teacher": float(totals[-1])}
 
-    def _objective_loss(self, own_SE: Tensor, world: World, ring: bool) -> LossPart:
+    def _guided_texts(self, world: World, device: torch.device) -> TrainingBatch:
+        """The texts with the guide's vectors, of which each rank encodes its part, if the objective uses them."""
+        if self.guide is None or not self.objective.guided:
+            return self.texts
+        own_SF = torch.from_numpy(self.guide.vectors(self.texts, self.partition[world.rank].tolist())).to(device)
+        with torch.no_grad():
+            vectors_SF = world.all_gather(own_SF, self.partition)
+        section = self.guide.section
+        return replace(self.texts, guide=GuideVectors(vectors_SF, section.margin, section.relative))
+
+    def _objective_loss(self, batch: TrainingBatch, own_SE: Tensor, world: World, ring: bool) -> LossPart:
         """The objective's part of the loss.
 
         The vectors of all ranks are gathered, or, with `ring` and an objective that supports it, blocks go around the
         ranks.
         """
-        batch, device = self.texts, own_SE.device
+        device = own_SE.device
         if ring and self.objective.can_ring:
             part = self.objective.ring_loss(Ring(world, batch, self.partition, device), own_SE)
             return checked_part(part, self.objective)
@@ -127,13 +140,14 @@ class StepLoader:
         parameters: LossParameters,
         world: World,
         teacher: Teacher | None = None,
+        guide: Guide | None = None,
     ):
         self.loader = make_loader(datasets, config)
         self.steps = num_steps(config, self.loader)
         self._objectives = {name: each(config.loss, parameters) for name, each in datasets.objectives.items()}
         self._tokens = token_cache(config, model.tokenizer)
         self._model, self._world = model, world
-        self._teacher, self._weights = teacher, datasets.loss_weights
+        self._teacher, self._guide, self._weights = teacher, guide, datasets.loss_weights
 
     def load(self, step: int) -> StepBatch:
         """The batch of a step, counted from 0."""
@@ -143,7 +157,7 @@ class StepLoader:
         partition = texts.text_partition(self._world.size)
         stream = self._tokens.pack([texts.texts[text] for text in partition[self._world.rank]])
         weights = self._weights.get(dataset, (1.0, 0.0))
-        return StepBatch(dataset, number, objective, texts, partition, stream, self._teacher, weights)
+        return StepBatch(dataset, number, objective, texts, partition, stream, self._teacher, weights, self._guide)
 
 
 class StepStats(NamedTuple):

@@ -1,4 +1,4 @@
-"""A teacher: the student's vector of every text of a batch is compared with another model's.
+"""The vectors of another model, cached on disk: a guide's, and a teacher's, with which the student's are compared.
 
 Legend: S texts of this rank, E the student's dimension, F the teacher's.
 """
@@ -18,35 +18,34 @@ from pyqemb.errors import ConfigError
 from pyqemb.model.cached_encoder import CachedEncoder
 from pyqemb.model.checkpoint import write_safetensors
 from pyqemb.model.encoder import open_encoder
-from pyqemb.training.config import TeacherSection
+from pyqemb.training.config import GuideSection, TeacherSection
 
 PROJECTION = "projection.safetensors"
 
 
-class Teacher:
-    """The teacher of a run: its vectors, which are cached on disk, and the loss of a batch.
+class OtherModel:
+    """Another embedding model, whose vectors are cached on disk.
 
     Args:
-        section: the settings.
-        cache: the folder of the teacher's vectors.
-        device: the device on which the teacher encodes.
+        model: its folder or name.
+        cache: the folder of its vectors.
+        device: the device on which it encodes.
 
     Raises:
-        ConfigError, CheckpointError: the teacher cannot be opened, or the cache cannot be written.
+        ConfigError, CheckpointError: the model cannot be opened, or the cache cannot be written.
 
     Attributes:
-        dim: the teacher's dimension F.
+        dim: the dimension F of its vectors.
     """
 
-    def __init__(self, section: TeacherSection, cache: Path, device: torch.device):
-        self.section = section
-        self._encoder = CachedEncoder(open_encoder(section.model, str(device)), cache)
+    def __init__(self, model: str, cache: Path, device: torch.device):
+        self._encoder = CachedEncoder(open_encoder(model, str(device)), cache)
         self.dim = int(self._encoder.encode_document([""]).shape[1])
 
     def vectors(self, batch: TrainingBatch, texts: Sequence[int]) -> np.ndarray:
-        """The teacher's unit vectors of some texts of a batch, float32 [S, F].
+        """The model's unit vectors of some texts of a batch, float32 [S, F].
 
-        A text that is a query is encoded as one, with the instruction of its row (default: the teacher's own); others
+        A text that is a query is encoded as one, with the instruction of its row (default: the model's own); others
         are documents.
         """
         queries = dict(zip(reversed(batch.query_text.tolist()), reversed(batch.examples), strict=True))  # the first row
@@ -63,6 +62,28 @@ class Teacher:
                 else self._encoder.encode_document([batch.texts[text] for text in chosen])
             )
         return result
+
+
+class Guide(OtherModel):
+    """A model that decides which candidates of InfoNCE are false negatives.
+
+    `section` are the settings; the other arguments are those of OtherModel.
+    """
+
+    def __init__(self, section: GuideSection, cache: Path, device: torch.device):
+        super().__init__(section.model, cache, device)
+        self.section = section
+
+
+class Teacher(OtherModel):
+    """The teacher of a run, and the loss of a batch.
+
+    `section` are the settings; the other arguments are those of OtherModel.
+    """
+
+    def __init__(self, section: TeacherSection, cache: Path, device: torch.device):
+        super().__init__(section.model, cache, device)
+        self.section = section
 
     def loss(self, batch: TrainingBatch, texts: Sequence[int], own_SE: Tensor, projection_FE: Tensor | None) -> Tensor:
         """This rank's part of the mean over the texts of the batch: a scalar in float32, differentiable.

@@ -35,6 +35,7 @@ from pyqemb.training.resume import check_continues
 from pyqemb.training.saving import Saver
 from pyqemb.training.setup import (
     build_cache,
+    build_guide,
     build_optimizer,
     build_teacher,
     find_checkpoint,
@@ -184,6 +185,8 @@ class Run:
         check_same_model(world, "model.base", config.model.base)
         if config.teacher is not None:
             check_same_model(world, "teacher.model", config.teacher.model)
+        if config.guide is not None:
+            check_same_model(world, "guide.model", config.guide.model)
         self.base_files: dict[str, str] | None = None
         if config.keeps_base:  # the checkpoints hold only what is trained
             with together(world):
@@ -196,8 +199,9 @@ class Run:
         preflight.set_query_instruction(self.model, config, datasets.instructions, evaluate)
         with together(world):
             teacher, projection = build_teacher(config, self.model)
+            guide = build_guide(config, self.model, datasets)
         self.parameters = LossParameters(config.loss, projection).to(self.model.device)
-        self.batches = StepLoader(config, datasets, self.model, self.parameters, world, teacher)
+        self.batches = StepLoader(config, datasets, self.model, self.parameters, world, teacher, guide)
         self.steps = self.batches.steps
         preflight.warn_of_settings(config, self.model, datasets, self.batches.loader, self.steps)
         if len(datasets.examples) > 1:

@@ -51,6 +51,7 @@ def test_every_key_is_in_it_and_is_a_key(tmp_path):
         "model": {"base": "base"},
         "data": [{"path": "pairs.jsonl"}],
         "teacher": {"model": config.teacher.model},
+        "guide": {"model": config.guide.model},
     }
     defaults = TrainConfig(**required, lora={})
     for name, section in sections.items():

@@ -41,6 +41,7 @@ def config(
     task="embedding",
     lora=None,
     teacher=None,
+    guide=None,
     grouped=False,
     **train,
 ) -> TrainConfig:
@@ -51,7 +52,7 @@ def config(
     return stage2(
         task=task, lora=lora, model={"base": str(folder / base)}, loss=loss or {},
         data=[{"path": str(folder / data), "group_positives": grouped}],
-        teacher=teacher and {"model": str(folder / teacher)},
+        teacher=teacher and {"model": str(folder / teacher)}, guide=guide and {"model": str(folder / guide)},
         train={**defaults, **train}, save={"dir": str(folder / run), "every": 2, **(save or {})},
     )  # fmt: skip
 
@@ -185,6 +186,7 @@ def test_other_losses_and_batches(workplace):
         "lora": dict(lora={"rank": 2}),
         "grouped": dict(data="grouped.jsonl", grouped=True, global_batch_size=5),
         "teacher": dict(teacher="teacher", documents="ring"),
+        "guided": dict(guide="teacher", loss={"matryoshka": [32, 8], "precisions": ["float32", "binary"]}),
         "lora_rerank": dict(task="rerank", base="answering", lora={"rank": 2}, tokens_per_chunk=2000),
     }
     run(3, workplace, *runs, *(config(workplace, f"{name}_3", **options) for name, options in others.items()))

@@ -120,6 +120,7 @@ class Objective:
         with_in_batch_negatives: the objectives for `in_batch_negatives = true` and `false`; empty: it does not use
             negatives.
         several_positives: whether it uses `batch.more_positives`, for `group_positives = true`.
+        guided: whether it uses `batch.guide`, for a `[guide]`.
         can_ring: whether `ring_loss` exists, for `train.documents = "ring"`.
         statistics: the columns of metrics.jsonl that it reports.
         Settings: the class of its settings; those of a registered objective are in `[loss.objectives.NAME]`.
@@ -136,6 +137,7 @@ class Objective:
     positive_pairs: ClassVar[bool] = True
     with_in_batch_negatives: ClassVar[Mapping[bool, str]] = {}
     several_positives: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     can_ring: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[Section]] = Section

@@ -105,6 +105,7 @@ class InfoNCE(Objective):
     columns = ("negatives",)
     with_in_batch_negatives: ClassVar[Mapping[bool, str]] = _IN_BATCH
     several_positives = True
+    guided = True
     can_ring = True
     statistics = ("positive", "negative", "masked")
     Settings = InfoNCESection
@@ -145,11 +146,16 @@ class InfoNCE(Objective):
         positive, owner, ids = (
             to_device(x, queries_BE.device) for x in (batch.positive, batch.owner, batch.document_text)
         )
+        guide: dict[str, Any] = {}
+        if batch.guide is not None:
+            vectors_SF = batch.guide.vectors_SF
+            sides = [vectors_SF[to_device(x, vectors_SF.device)] for x in (batch.query_text, batch.document_text)]
+            guide = dict(guide=sides, guide_margin=batch.guide.margin, guide_relative=batch.guide.relative)
         loss, stats = ops.info_nce(
             queries_BE, documents_ME, positive, owner=owner, document_ids=ids,
             more_positives=batch.more_positives if len(batch.more_positives) else None, temperature=self.temperature,
             matryoshka=self.section.matryoshka, matryoshka_weights=self.section.matryoshka_weights,
-            rows=(rows.start, rows.stop - rows.start), return_stats=True, **self.options(),
+            rows=(rows.start, rows.stop - rows.start), return_stats=True, **guide, **self.options(),
         )  # fmt: skip
         return LossPart(loss, stats.totals)
 
@@ -171,6 +177,7 @@ class Classification(InfoNCE):
 
     name = "classification"
     tasks = ("classification",)
+    guided = False  # the negatives are labels that are known to be wrong
 
     @classmethod
     def missing(cls, example: Example) -> str | None:
