@@ -68,6 +68,8 @@ def _with_new_keys(before: Mapping[str, Any]) -> dict[str, Any]:
         if field.default_factory is not None:
             defaults: Any = field.get_default(call_default_factory=True)
             filled[name] = {**defaults.model_dump(mode="json"), **before.get(name, {})}
+        elif name not in filled and not field.is_required():  # a section that is absent by default
+            filled[name] = field.default
     of_data = DataSet(path="").model_dump(mode="json")
     filled["data"] = [{**of_data, **entry} for entry in before.get("data", [])]
     return filled

@@ -157,7 +157,9 @@ class StepLoader:
         partition = texts.text_partition(self._world.size)
         stream = self._tokens.pack([texts.texts[text] for text in partition[self._world.rank]])
         weights = self._weights.get(dataset, (1.0, 0.0))
-        return StepBatch(dataset, number, objective, texts, partition, stream, self._teacher, weights, self._guide)
+        return StepBatch(
+            dataset, number, objective, texts, partition, stream, self._teacher, weights, guide=self._guide
+        )
 
 
 class StepStats(NamedTuple):

@@ -800,3 +800,25 @@ def test_the_native_options_name_what_they_do_not_know():
         _C.InfoNceOptions(temperature=0.0, split=False, focal=0.0, scale=1.0)
     for group in NATIVE_GROUPS:
         options.turn_on(group, mask="none", **fields)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("case", ["both directions, debiased", "several positives", "guide"])
+def test_losses_of_several_sweeps_hold_no_matrix_of_scores(case):
+    """4096 queries and documents: a matrix of their scores in float32 has 64 MiB, and its bits have 2 MiB."""
+    count = 4096
+    queries, documents = (normalize(torch.randn(count, 32), dim=1).requires_grad_() for _ in range(2))
+    options = {
+        "both directions, debiased": dict(preset="gte", tau_plus=0.01),
+        "several positives": dict(more_positives=torch.tensor([[query, query + 1] for query in range(0, count, 2)])),
+        "guide": dict(guide=(torch.randn(count, 8), torch.randn(count, 8)), preset="mnrl"),
+    }[case]
+
+    def step():
+        ops.info_nce(queries, documents, torch.arange(count), **options).backward()
+
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 40 << 20, f"{largest >> 20} MiB at once"

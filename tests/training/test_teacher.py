@@ -170,8 +170,9 @@ def test_a_dry_run_names_the_teacher(folders, capsys):
 def test_a_checkpoint_without_the_new_keys_has_their_defaults(folders):
     dumped = config(folders, "x").model_dump(mode="json")
     older = json.loads(json.dumps(dumped))
-    for section, key in (("loss", "precisions"), ("loss", "spread_out")):
+    for section, key in (("loss", "precisions"), ("loss", "spread_out"), ("loss", "tau_plus")):
         del older[section][key]
-    for key in ("objective_weight", "teacher_weight"):
+    for key in ("objective_weight", "teacher_weight", "group_positives"):
         del older["data"][0][key]
+    del older["guide"]
     assert _with_new_keys(older) == dumped
