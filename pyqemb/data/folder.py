@@ -30,6 +30,8 @@ def member(folder: Path, name: str) -> Path:
         allowed.append(root.parent.parent / "blobs")
     resolved = path.resolve()
     if not any(resolved.is_relative_to(place) for place in allowed):
+        if ".." in Path(name).parts or not path.is_relative_to(folder):
+            raise CheckpointError(f"{folder}: may name files of its own folder only, got {shown(name)}")
         raise CheckpointError(f"{path}: is a link that leaves the folder")
     return path
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pyqemb.data.folder import member
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model import checkpoint
 from pyqemb.model.checkpoint import (
@@ -161,6 +162,12 @@ def test_an_index_stays_in_its_folder(tmp_path, file):
 
 
 @pytest.mark.promise("R27", "links that leave their folder")
+@pytest.mark.parametrize("name", ["/", "/etc/hosts", "../other", "a/../../b"])
+def test_a_name_outside_of_the_folder_is_refused(tmp_path, name):
+    assert message(member, tmp_path, name) == f"{tmp_path}: may name files of its own folder only, got {name!r}"
+    assert member(tmp_path, "a/../b") == tmp_path / "a/../b"
+
+
 def test_a_link_out_of_the_folder_is_refused_except_into_the_hub_cache(tmp_path):
     folder = write_tiny_folder(tmp_path / "models--org--name" / "snapshots" / "abc", shards=2)
     shard = sorted(folder.glob("model-*"))[0]
