@@ -116,15 +116,15 @@ def open_hub(address: str) -> Any:
 def _rows(source: Any, name: str) -> Iterator[Any]:
     if _is(source, "datasets", "Dataset") and source.format["type"] != "custom":  # a transform may produce other rows
         plain = source.with_format("arrow", columns=source.format["columns"])
-        source = (row for table in plain.iter(batch_size=_BATCH) for row in table.to_pylist())
+        source = (row for table in plain.iter(batch_size=_BATCH) for row in _rows_of_arrow(table, name))
     elif _is(source, "pandas", "DataFrame"):
-        source = _rows_of_arrow(_arrow_of_pandas(source, name))
+        source = _rows_of_arrow(_arrow_of_pandas(source, name), name)
     elif _is(source, "polars", "DataFrame"):
         source = source.iter_rows(named=True)
     elif _is(source, "polars", "LazyFrame"):
         raise DataError(f"{name}: is a LazyFrame; give its collect()")
     elif _is(source, "pyarrow", "Table", "RecordBatch"):
-        source = _rows_of_arrow(source)
+        source = _rows_of_arrow(source, name)
     check_is_table(source, name)
     yield from source
 
@@ -150,9 +150,16 @@ def _arrow_of_pandas(frame: Any, name: str) -> Any:
         raise DataError(f"{name}: {_one_line(error)}") from error
 
 
-def _rows_of_arrow(table: Any) -> Iterator[Row]:
+def _rows_of_arrow(table: Any, name: str) -> Iterator[Row]:
+    import pyarrow
+
     for start in range(0, table.num_rows, _BATCH):
-        yield from table.slice(start, _BATCH).to_pylist()
+        rows = table.slice(start, _BATCH)
+        try:
+            rows.validate(full=True)  # Arrow trusts the offsets in a file, and reads beyond its end
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{name}: is damaged: {_one_line(error)}") from error
+        yield from rows.to_pylist()
 
 
 def _is(source: Any, library: str, *names: str) -> bool:

@@ -179,3 +179,12 @@ def test_no_library_is_imported_for_a_file(tmp_path):
         "assert not {'datasets', 'pandas', 'polars', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "rows.jsonl")], check=True)
+
+
+def test_a_damaged_table_is_refused():
+    """Arrow would read beyond the end of the text."""
+    offsets, text = pa.py_buffer(np.array([0, 10**9, 6], dtype=np.int32)), pa.py_buffer(b"abcdef")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    table = pa.table({"query": column, "positive": ["a", "b"]})
+    with pytest.raises(DataError, match=r"^Table: is damaged: "):
+        list(read_examples(table))
