@@ -55,6 +55,10 @@ LOSSES = {
     "both directions": dict(preset="gte"),
     "both directions, split": dict(preset="gte", softmax="split"),
     "debiased": dict(preset="gte", tau_plus=0.005),
+    "guide": dict(
+        preset="gte", guide=(torch.randn(7, 5, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64))
+    ),
+    "several positives": dict(preset="gte", more_positives=torch.tensor([[0, 9], [0, 10], [3, 11]])),
 }
 
 
@@ -70,10 +74,13 @@ def test_losses_of_several_sweeps_equal_one_big_batch(name, plan):
         return ops.info_nce(q, d, positive, owner=owner, temperature=0.2, **options)
 
     def dense(q, d):
-        return reference.info_nce(
-            q, d, positive, owner, temperature=0.2, groups=PRESETS["gte"], split=options.get("softmax") == "split",
-            tau_plus=options.get("tau_plus", 0.0),
+        given = dict(
+            temperature=0.2, groups=PRESETS["gte"], split=options.get("softmax") == "split",
+            tau_plus=options.get("tau_plus", 0.0), guide=options.get("guide"),
         )  # fmt: skip
+        if "more_positives" in options:
+            return reference.several_positives(q, d, [[0, 9, 10], [1], [2], [3, 11], [4], [5], [6]], owner, **given)
+        return reference.info_nce(q, d, positive, owner, **given)
 
     truth_loss, truth = gradients(model, lambda: backward(dense(model(queries), model(documents))))
     cache = pyqemb.GradCache(model, loss, plan=plan)
