@@ -624,6 +624,44 @@ TEST(blocks_of_documents_add_up) {
     });
 }
 
+// pyqemb/ops/info_nce_composed.py: a given sum is not that of the row, but says how much its candidates weigh.
+TEST(sums_that_are_given_weigh_the_candidates) {
+    for_each_dtype([]<class T>(const std::string& dtype) {
+        const Case c{
+            .queries = 40, .documents = 150, .dim = 24, .groups = only({kBatchPositive, kBatchHard}), .owners = false};
+        const Batch b = make_batch<T>(c, 6);
+        const double allowed = sizeof(T) == 4 ? 3e-5 : std::is_same_v<T, Float16> ? 1e-3 : 6e-3;
+        const Wide sums = run<T>(c, b, false).log_negatives;
+        const Result plain = run<T>(c, b, true, sums, false);
+        Wide given = sums;
+        const double more[] = {0, 1, 5, 600};
+        for (size_t i = 0; i < given.size(); ++i) given[i] += more[i % 4];
+        const Result ours = run<T>(c, b, true, given, false);
+        for (int64_t i = 0; i < c.queries; ++i) {
+            double positive = 0;
+            for (int64_t k = 0; k < c.dim; ++k)
+                positive += b.q[i * c.dim + k] * b.d[b.positive[i] * c.dim + k] / c.temperature;
+            const double factor =
+                (1 + std::exp(positive - sums[i])) / (std::exp(more[i % 4]) + std::exp(positive - sums[i]));
+            double error = 0, size = 0;
+            for (int64_t k = i * c.dim; k < (i + 1) * c.dim; ++k) {
+                if (i % 4 == 3) CHECK(ours.dq[k] == 0);
+                error += std::pow(ours.dq[k] - factor * plain.dq[k], 2), size += std::pow(factor * plain.dq[k], 2);
+            }
+            CHECK(std::sqrt(error) <= allowed * std::sqrt(size) + 1e-30);
+        }
+        for (const double x : ours.dd) CHECK(std::isfinite(x));
+
+        // At a temperature at which every candidate weighs 1 the sums are their numbers.
+        Case counting = c;
+        counting.temperature = 1e12;
+        const Wide ours_counts = run<T>(counting, b, false).log_negatives;
+        const Wide counts = dense<double, double>(counting, b).log_negatives;
+        for (size_t i = 0; i < counts.size(); ++i)
+            CHECK(std::abs(std::exp(ours_counts[i]) - std::round(std::exp(counts[i]))) < 1e-6);
+    });
+}
+
 TEST(a_softmax_that_is_off_adds_nothing) {
     const Case c{.queries = 20,
                  .documents = 30,
