@@ -520,7 +520,8 @@ class TrainSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_betas_of_lion(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("optimizer") == "lion":
+        given = values.get("optimizer") if isinstance(values, Mapping) else None
+        if isinstance(given, str) and given == "lion":
             return {"betas": (0.9, 0.99), **values}
         return values
 

@@ -93,6 +93,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
         ("loss", {"matryoshka": [True]}, "matryoshka: expected a number"),
         ("eval", {"every": True}, "every: expected a number"),
         ("train", {"betas": np.array([0.9, 0.99])}, "betas: expected text, a number, true or false, a list or a table"),
+        ("train", {"optimizer": np.array(["lion", "adamw"])}, "optimizer: expected text, a number"),
         ("train", {"freeze": {"norm"}}, "freeze: expected text, a number, true or false, a list or a table"),
         ("train", {"freeze": iter(["norm"])}, "freeze: expected text, a number, true or false, a list or a table"),
         ("loss", {"groups": {5: True}}, "groups: expected text, a number, .* with names as keys, got {5: True}"),

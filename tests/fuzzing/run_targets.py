@@ -365,7 +365,8 @@ for _name in ("state.json", "portable/config.json", "portable/pyqemb.json"):
             consolidate(folder, out=out)
 
         # A checkpoint that cannot be loaded is skipped with a warning that names the file; there is no other one.
-        names = (str(run.folder), "holds no intact checkpoint")
+        # A changed configuration may need the weights of its base model, which is the folder around the run.
+        names = (str(run.folder), f"{folder}: ", "holds no intact checkpoint")
         return Target([json.dumps(values).encode()], read, names, "json")
 
 
