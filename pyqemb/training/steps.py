@@ -36,7 +36,7 @@ class StepBatch:
     texts: TrainingBatch
     partition: list[np.ndarray]  # the texts of each rank
     stream: PackedBatch  # the tokens of this rank
-    teacher: Teacher | None = None
+    teacher: Teacher | None = None  # None also if the weight of its loss is 0
     weights: tuple[float, float] = (1.0, 0.0)  # of the objective's loss, of the teacher's
     guide: Guide | None = None
 
@@ -66,10 +66,12 @@ class StepBatch:
                 counts = torch.bincount(side, minlength=len(self.texts.texts))
                 own = counts[torch.from_numpy(np.asarray(self.partition[world.rank], dtype=np.int64))]
                 loss = loss + section.spread_out * spread_out(own_SE, own, len(side), world)
-        totals = parts[0].totals
+        totals, projection = parts[0].totals, self.objective.parameters.projection
+        if self.teacher is None and projection is not None:
+            loss = loss + 0 * projection.sum()  # its gradient is 0, not missing: the optimizer steps it as always
         if self.teacher is not None:
             own_texts = self.partition[world.rank].tolist()
-            part = self.teacher.loss(self.texts, own_texts, own_SE, self.objective.parameters.projection)
+            part = self.teacher.loss(self.texts, own_texts, own_SE, projection)
             loss = loss + teacher_weight * part
             totals = torch.cat([totals, part.detach().double().reshape(1).to(totals.device)])
         return LossPart(loss, totals)
@@ -157,9 +159,8 @@ class StepLoader:
         partition = texts.text_partition(self._world.size)
         stream = self._tokens.pack([texts.texts[text] for text in partition[self._world.rank]])
         weights = self._weights.get(dataset, (1.0, 0.0))
-        return StepBatch(
-            dataset, number, objective, texts, partition, stream, self._teacher, weights, guide=self._guide
-        )
+        teacher = self._teacher if weights[1] else None
+        return StepBatch(dataset, number, objective, texts, partition, stream, teacher, weights, guide=self._guide)
 
 
 class StepStats(NamedTuple):

@@ -1,6 +1,7 @@
 """A teacher: its vectors, its loss, and runs with one."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 from pyqemb.training import stage2
 from pyqemb.training.config import TeacherSection
 from pyqemb.training.resume import _with_new_keys
+from pyqemb.training.steps import StepLoader
 from pyqemb.training.teacher import Teacher, first_projection, teacher_loss
 
 ROWS = [
@@ -133,6 +135,37 @@ def test_the_teacher_is_approached(folders):
     losses = [row["teacher"] for row in rows if "teacher" in row]
     assert losses[-1] < 0.5 * losses[0]
     assert rows[0]["loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_texts_without_weight_are_not_encoded_and_nothing_else_changes(folders, monkeypatch):
+    def train(run):
+        whole = config(folders, run, steps=6, global_batch_size=3).model_dump(exclude_unset=True)
+        data = [{"rows": ROWS[:3], "name": "with"}, {"rows": ROWS[3:], "name": "without", "teacher_weight": 0.0}]
+        metrics = pyqemb.train(stage2(**{**whole, "data": data})).metrics
+        states = [load_file(folders / run / "checkpoints" / "step_00000006" / f"{name}.safetensors")
+                  for name in ("model", "optimizer")]  # fmt: skip
+        return [row for row in metrics if "loss" in row], states
+
+    encoded, vectors, load = set(), Teacher.vectors, StepLoader.load
+
+    def recorded(self, batch, texts):
+        encoded.update(batch.texts[text] for text in texts)
+        return vectors(self, batch, texts)
+
+    def with_teacher(self, step):
+        return replace(load(self, step), teacher=self._teacher)
+
+    monkeypatch.setattr(Teacher, "vectors", recorded)
+    rows, states = train("spared")
+    assert {row["dataset"]: "teacher" in row for row in rows} == {"with": True, "without": False}
+    assert {verb for verb in ("print", "cut") if any(verb in text for text in encoded)} == {"print"}
+    monkeypatch.setattr(StepLoader, "load", with_teacher)
+    all_rows, all_states = train("all")
+    assert any("cut" in text for text in encoded)
+    assert [(row["loss"], row["grad_norm"]) for row in rows] == [(row["loss"], row["grad_norm"]) for row in all_rows]
+    for state, expected in zip(states, all_states, strict=True):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
 def test_a_truncated_teacher_has_no_parameters(folders):
