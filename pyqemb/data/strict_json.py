@@ -58,11 +58,14 @@ def parse(text: str | bytes, where: str) -> Any:
 def dumps(value: Any, indent: int | None = None) -> str:
     """Return a JSON document with null for the floats that JSON does not have: NaN and infinity.
 
+    A character that UTF-8 does not have (half of a surrogate pair, as in the name of a file) is written as its escape.
+
     Example:
         >>> dumps({"a": [1.5, float("nan")]})
         '{"a": [1.5, null]}'
     """
-    return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    document = json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return document.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _without_nan(value: Any) -> Any:

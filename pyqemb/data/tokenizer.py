@@ -157,7 +157,10 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, got one text")
         with library_errors("the tokenizer cannot encode these texts"):
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+            try:
+                encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+            except TypeError as error:
+                raise _not_a_text(texts) or error from error
         if self.max_length is None:
             return [encoding.ids for encoding in encodings]
         return [self._truncate(encoding.ids, self.max_length) for encoding in encodings]
@@ -233,6 +236,16 @@ class Tokenizer:
         self.backend.post_processor = end if before is None else tokenizers.processors.Sequence([before, end])
         if not self._appends_end():
             raise DataError(f"the tokenizer's post-processor cannot be made to append {self.end_token!r}")
+
+
+def _not_a_text(texts: Sequence[str]) -> Exception | None:
+    """The error of the first item that no tokenizer encodes, for which tokenizers raises a TypeError without it."""
+    for text in texts:
+        if not isinstance(text, str):
+            return TypeError(f"texts: expected texts, got {text!r:.100}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return DataError(f"texts: {text!r:.200} holds half of a surrogate pair, which is no text")
+    return None
 
 
 def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:

@@ -26,6 +26,7 @@ from pyqemb.encoding.outputs import Part, ids_path, writer_of
 from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
 from pyqemb.encoding.workers import Settings, Workers, save_array
 from pyqemb.errors import ConfigError, DataError, MachineError
+from pyqemb.model.cached_encoder import settings_digest
 from pyqemb.model.device import pick_device
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.quantize import Precision, quantize, value_ranges
@@ -115,7 +116,7 @@ def encode_file(
         pick_device(device, shapes.config)
     try:
         with locked(folder, "encode"):
-            job = _claim(folder, settings, path, field)
+            job = _claim(folder, settings, path, field, settings_digest(shapes))
             files, rows, resumed = _fill(folder, job, settings, path, field, devices, on_progress)
             if not rows:
                 raise DataError(f"{path}: holds no texts")
@@ -182,11 +183,15 @@ def _is_whole(part: PartFiles) -> bool:
     return True
 
 
-def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
-    """Start or continue the parts of this job; returns its digest. ConfigError if they belong to another job."""
+def _claim(folder: Path, settings: Settings, path: Path, field: str, model: str) -> str:
+    """Start or continue the parts of this job; returns its digest. ConfigError if they belong to another job.
+
+    `model`: a digest of the model's settings and tokenizer.
+    """
     stat = path.stat()
     facts = {**asdict(settings), "weights": _digest(settings.model), "input": str(path.resolve()), "field": field}
-    facts |= {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    facts = {name: _plain(value) if isinstance(value, str) else value for name, value in facts.items()}
+    facts |= {"settings of the model": model, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     manifest, sealed = folder / "manifest.json", seal(facts)
     job = hashlib.sha256(sealed).hexdigest()
     if manifest.exists():
@@ -207,6 +212,11 @@ def _claim(folder: Path, settings: Settings, path: Path, field: str) -> str:
     with atomic_file(manifest) as temporary:
         temporary.write_bytes(sealed)
     return job
+
+
+def _plain(text: str) -> str:
+    """The text with escapes for the bytes of a file name that are not UTF-8, which JSON cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _digest(model: str) -> str:

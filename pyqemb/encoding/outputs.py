@@ -62,7 +62,8 @@ def _parquet(path: Path, parts: Iterable[Part], rows: int, features: int, dtype:
     kind = pa.list_(pa.from_numpy_dtype(dtype), features)
     with_ids, parts = _peek(iter(parts))
     schema = pa.schema([*([("id", pa.string())] if with_ids else []), ("embedding", kind)])
-    with pq.ParquetWriter(path, schema) as writer:
+    # Arrow opens no name that is not UTF-8.
+    with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
         for part in parts:
             flat = pa.array(part.vectors.reshape(-1))
             columns = [pa.array(part.ids, pa.string())] if with_ids else []

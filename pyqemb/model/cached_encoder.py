@@ -16,6 +16,9 @@ from pyqemb.model.encoder import unit_encoder
 from pyqemb.model.progress import progress_bar
 
 _FORMAT = "vectors-2"
+_SETTINGS = (
+    "pooling", "attention", "max_seq_length", "prompts", "default_prompt_name", "truncate_dim", "normalize",
+)  # fmt: skip
 _CHUNK = 4096  # texts encoded between two writes, which a killed process can lose
 
 
@@ -98,10 +101,28 @@ def fingerprint(model: Any) -> str:
     for name, tensor in inner.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for name in ("pooling", "attention", "max_seq_length", "prompts", "default_prompt_name", "truncate_dim"):
-        digest.update(f"{name} {getattr(model, name, None)} {getattr(inner, name, None)}".encode())
-    tokenizer = getattr(model, "tokenizer", None)
+    digest.update(settings_digest(model).encode())
+    return digest.hexdigest()
+
+
+def settings_digest(model: Any) -> str:
+    """A hash of what the vectors depend on besides the weights, which may be on the meta device.
+
+    It covers the configuration of the decoder, the tokenizer, the pooling and the prompts.
+    """
+    inner: Any = model if hasattr(model, "state_dict") else getattr(model, "model", None)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in _SETTINGS:
+        digest.update(f"{name} {getattr(model, name, None)!r} {getattr(inner, name, None)!r}".encode())
+    configs = {id(config): config for module in inner.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    tokenizer = getattr(model, "tokenizer", None) or getattr(inner, "tokenizer", None)
     digest.update(f"{getattr(tokenizer, 'max_length', None)}".encode())
+    for name in ("backend", "backend_tokenizer"):  # of pyqemb, of transformers
+        if hasattr(tokenizer, name):
+            digest.update(getattr(tokenizer, name).to_str().encode())
     return digest.hexdigest()
 
 

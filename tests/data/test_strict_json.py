@@ -1,8 +1,10 @@
-"""What the one JSON reader refuses, by name and place."""
+"""What the one JSON reader refuses, by name and place, and what is written."""
+
+import json
 
 import pytest
 
-from pyqemb.data.strict_json import parse
+from pyqemb.data.strict_json import dumps, parse
 from pyqemb.errors import DataError
 
 
@@ -50,3 +52,9 @@ def test_refused(text, message):
 def test_accepted(text, value):
     found = parse(text, "x")
     assert value is None or found == value
+
+
+def test_half_of_a_surrogate_pair_is_written_as_an_escape():
+    text = dumps({"name": "a\udcff", "caf\u00e9": "\U0001f600"})
+    assert text == '{"name": "a\\udcff", "caf\u00e9": "\U0001f600"}'
+    assert json.loads(text.encode("utf-8")) == {"name": "a\udcff", "caf\u00e9": "\U0001f600"}

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,43 @@ def test_parts_of_another_job_are_not_used(model, jsonl, tmp_path, monkeypatch):
     ):
         encode_file(model, jsonl, out, dim=8)
     assert encode_file(model, jsonl, out).resumed == len(ROWS)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "config_sentence_transformers.json"])
+def test_parts_of_a_model_with_other_settings_are_not_used(model, jsonl, tmp_path, monkeypatch, file):
+    own, out = shutil.copytree(model, tmp_path / "own"), tmp_path / "x.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(own, jsonl, out)
+    settings = json.loads((own / file).read_text())
+    if file == "config.json":
+        settings["rms_norm_eps"] = 0.1
+    elif file == "tokenizer.json":
+        settings["normalizer"] = {"type": "Lowercase"}
+    else:
+        settings["prompts"]["document"] = "e: "
+    (own / file).write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"holds parts of another job \(settings of the model was "):
+        encode_file(own, jsonl, out)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+def test_names_that_are_not_utf8(model, tmp_path, monkeypatch, suffix):
+    name = os.fsdecode(b"a\xff")
+    texts, out = tmp_path / f"{name}.txt", tmp_path / f"{name}{suffix}"
+    texts.write_text("\n".join(ROWS))
+    with monkeypatch.context() as patch:
+        patch.setattr("pyqemb.encoding.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(model, texts, out)
+    assert encode_file(model, texts, out).resumed == len(ROWS)
+    assert out.stat().st_size > len(ROWS) * 32 * 4
+
+
+def test_half_of_a_surrogate_pair_in_an_instruction(model, jsonl, tmp_path):
+    with pytest.raises(DataError, match=r"texts: 'Instruct: a\\udcff.*half of a surrogate pair"):
+        encode_file(model, jsonl, tmp_path / "x.npy", side="query", instruction="a\udcff")
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 
 from pyqemb.data.blocks import Blocks
 from pyqemb.errors import ConfigError, DataError, MachineError
@@ -198,13 +200,47 @@ def test_the_fingerprint_is_of_all_that_the_vectors_depend_on():
     other = wrapped()
     other.tokenizer.max_length = 9
     found.append(fingerprint(other))
-    settings = "pooling", "attention", "max_seq_length", "prompts", "default_prompt_name", "truncate_dim"
+    settings = "pooling", "attention", "max_seq_length", "prompts", "default_prompt_name", "truncate_dim", "normalize"
     for name in settings:
         found.append(fingerprint(wrapped(**{name: "x"})))
         other = wrapped()
         setattr(other.model, name, "y")
         found.append(fingerprint(other))
     assert len(set(found)) == len(found) == 7 + 2 * len(settings)
+
+
+def test_the_fingerprint_is_of_the_configuration_and_the_tokenizer():
+    def changed(change):
+        model = tiny_embedder()
+        change(model)
+        return fingerprint(model)
+
+    def with_rope(model):
+        model.model.config = model.config = replace(model.config, rope_theta=500.0)
+
+    changes = [
+        lambda model: None,
+        with_rope,
+        lambda model: model.tokenizer.backend.__setattr__("normalizer", Lowercase()),
+        lambda model: model.prompts.update(document="\udcff"),
+        lambda model: setattr(model, "normalize", False),
+    ]
+    found = [changed(change) for change in changes]
+    assert found == [changed(change) for change in changes]
+    assert len(set(found)) == len(found)
+
+
+def test_the_fingerprint_of_a_model_of_another_library():
+    def wrapped(text, **config):
+        inner = Weights()
+        inner.config = SimpleNamespace(to_dict=lambda: config)
+        inner.tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: text))
+        return fingerprint(SimpleNamespace(model=inner))
+
+    base = wrapped("a", theta=1, _name_or_path="here", dtype=torch.float32)
+    assert wrapped("a", theta=1, _name_or_path="there", dtype=torch.float32) == base
+    assert wrapped("b", theta=1, dtype=torch.float32) != base
+    assert wrapped("a", theta=2, dtype=torch.float32) != base
 
 
 def test_what_has_a_fingerprint():
