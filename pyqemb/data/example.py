@@ -149,6 +149,8 @@ def _read_table(
             row = to_row(row)
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected a dict or an Example, got {kind_of(row)}")
+        if odd := [key for key in row if not isinstance(key, str)]:
+            raise DataError(f"{where}: expected names of columns that are text, got {odd[0]!r:.80}")
         for example in layout.examples({key: _plain(value) for key, value in row.items()}, where):
             empty = False
             yield where, example

@@ -39,6 +39,8 @@ def member(folder: Path, name: str) -> Path:
 def read_bytes(folder: Path, name: str) -> bytes | None:
     """The content of a file of the folder; None if it does not exist."""
     path = member(folder, name)
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would wait for its writer
+        raise CheckpointError(f"{path}: is a device or a pipe; expected a file")
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

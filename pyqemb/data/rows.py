@@ -272,10 +272,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            check_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except DataError:
+        raise
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, OverflowError, LookupError) as error:
         # The last three are of values that Python cannot hold: a date beyond the year 9999, an unknown time zone.
         raise_if_machine(path, error)
@@ -287,6 +290,12 @@ def _open_zstd(path: Path, mode: str) -> IO[bytes]:
 
     stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     return io.BufferedReader(stream)
+
+
+def check_names(names: list[str], where: str) -> None:
+    """DataError if two columns have one name: the rows would have only the last of them."""
+    if len(set(names)) < len(names):
+        raise DataError(f"{where}: two columns have one name: {names}")
 
 
 def number_of(cell: str) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyqemb.data.folder import member, read_object, shown
-from pyqemb.data.rows import Row
+from pyqemb.data.rows import Row, check_names
 from pyqemb.data.splits import choose
 from pyqemb.errors import ConfigError, DataError
 
@@ -153,13 +153,19 @@ def _arrow_of_pandas(frame: Any, name: str) -> Any:
 def _rows_of_arrow(table: Any, name: str) -> Iterator[Row]:
     import pyarrow
 
+    check_names(table.schema.names, name)
     for start in range(0, table.num_rows, _BATCH):
         rows = table.slice(start, _BATCH)
         try:
             rows.validate(full=True)  # Arrow trusts the offsets in a file, and reads beyond its end
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{name}: is damaged: {_one_line(error)}") from error
-        yield from rows.to_pylist()
+        try:
+            found = rows.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:
+            # Values that Python cannot hold: text that is not UTF-8, a date beyond the year 9999, an unknown time zone.
+            raise DataError(f"{name}: cannot be read from row {start}: {_one_line(error)}") from error
+        yield from found
 
 
 def _is(source: Any, library: str, *names: str) -> bool:

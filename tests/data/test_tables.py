@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pyqemb.data.example import Example, read_examples, write_examples
@@ -84,6 +85,7 @@ def test_saved_datasets(tmp_path):
         (pd.DataFrame({0: ["q"], 1: ["p"]}), "expected names of columns that are text, got 0"),
         (pl.DataFrame({"query": ["q"], "positive": ["p"]}).lazy(), "LazyFrame: is a LazyFrame; give its collect"),
         ([Example("q", "")], r"list\[0\]: column 'positive' is empty"),
+        ([{1: "q", "positive": "p"}], r"list\[0\]: expected names of columns that are text, got 1"),
         ([("q", "p")], r"list\[0\]: expected a dict or an Example, got tuple"),
         ([], "list: holds no examples"),
         (pl.DataFrame({"query": [], "positive": []}), "DataFrame: holds no examples"),
@@ -188,3 +190,17 @@ def test_a_damaged_table_is_refused():
     table = pa.table({"query": column, "positive": ["a", "b"]})
     with pytest.raises(DataError, match=r"^Table: is damaged: "):
         list(read_examples(table))
+
+
+def test_values_that_python_cannot_hold_are_refused():
+    damaged = pa.array([2**62], pa.timestamp("s", "Mars/Base"))
+    with pytest.raises(DataError, match=r"^Table: cannot be read from row 0: "):
+        list(read_examples(pa.table({"query": damaged, "positive": ["p"]})))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["query", "query", "positive"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for source, name in ((table, "Table"), (tmp_path / "rows.parquet", r"\S*rows\.parquet")):
+        with pytest.raises(DataError, match=rf"^{name}: two columns have one name: \['query', 'query', 'positive'\]"):
+            list(read_examples(source))

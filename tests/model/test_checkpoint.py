@@ -1,6 +1,7 @@
 """Weights in every layout that is met, and every way in which a checkpoint can be wrong or hostile."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pyqemb.model.checkpoint import (
     write_safetensors,
 )
 from pyqemb.model.decoder import Decoder
+from pyqemb.model.embedder import Embedder
 from pyqemb.model.families import build_decoder
 from pyqemb.testing.tiny import tiny_config, tiny_embedder, write_tiny_folder
 
@@ -596,3 +598,12 @@ def test_names_in_an_error():
     assert checkpoint._some([]) == "none"
     assert checkpoint._some("edcba") == "a, b, c, d, e"
     assert checkpoint._some("fedcba") == "a, b, c, d, e and 1 more"
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "modules.json"])
+def test_a_pipe_is_no_file_of_a_model(tmp_path, file):
+    write_tiny_folder(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(CheckpointError, match=rf"{file}: is a device or a pipe; expected a file"):
+        Embedder.from_pretrained(tmp_path)
