@@ -88,8 +88,9 @@ class Saver:
                     held = stack.pop_all()
         temporary = self.world.broadcast_object(temporary)
         self._save = _Save(
-            target, temporary, step, self.world.rank, count, self.keep, held, shards, self._abandoned_after
-        )
+            target, temporary, step, self.world.rank, count, self.keep, held, shards,
+            abandoned_after=self._abandoned_after,
+        )  # fmt: skip
         self._save.thread.start()
 
     def poll(self) -> Path | None:
