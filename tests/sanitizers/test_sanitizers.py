@@ -114,7 +114,8 @@ class Package:
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(workshop.ROOT / "pyqemb", folder / "pyqemb", ignore=ignore)
         shutil.copytree(workshop.ROOT / "tests" / "ops", folder / "tests" / "ops", ignore=ignore)
-        shutil.copy(workshop.ROOT / "tests" / "conftest.py", folder / "tests")
+        for name in ("conftest.py", "network.py"):
+            shutil.copy(workshop.ROOT / "tests" / name, folder / "tests")
         shutil.copy(workshop.ROOT / "pyproject.toml", folder)
 
     def build(self):
