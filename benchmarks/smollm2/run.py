@@ -52,7 +52,8 @@ def base_model(folder: Path) -> Path:
     file = next(package.glob("*.gguf")).name
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    settings = model.config.to_dict().items()  # without notes of the GGUF reader, such as _model_name_or_path
+    config = {key: value for key, value in settings if key != "quantization_config" and not key.startswith("_")}
     save_file(
         {name: p.contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors", {"format": "pt"}
     )

@@ -42,7 +42,7 @@ class Function:
 
 def python_material(*, seed: int = 0, files: int = _FILES) -> Material:
     """The installed libraries as Material, at most `files` files of each."""
-    functions = [function for library in LIBRARIES for function in _library(library, files)]
+    functions = [function for library in LIBRARIES for function in functions_of_library(library, files)]
     if not functions:
         raise DataError("no documented function was found in the installed Python")
     train = [function for function in functions if not _is_held_out(function)]
@@ -111,7 +111,8 @@ def words_of(name: str) -> str:
     return " ".join(word.lower() for word in _WORD.findall(name)) or name
 
 
-def _library(library: str, files: int) -> Iterator[Function]:
+def functions_of_library(library: str, files: int) -> Iterator[Function]:
+    """The documented functions of at most `files` files of an installed library, chosen by a hash of their paths."""
     root = _root(library)
     if root is None:
         return
