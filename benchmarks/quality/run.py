@@ -70,13 +70,18 @@ class Comparison:
         return best
 
     def _dev(self, trainer: Trainer, recipe: Recipe) -> float:
-        name = f"{self._name(trainer)} | search | {recipe.loss} | {recipe.batch} | {recipe.rate:g}"
+        name = self._search_name(trainer, recipe)
         return self.results.cell(name, lambda: self.trained(trainer, recipe, 0, final=False))[NDCG]
+
+    def _search_name(self, trainer: Trainer, recipe: Recipe) -> str:
+        return f"{self._name(trainer)} | search | {recipe.loss} | {recipe.batch} | {recipe.rate:g}"
 
     def trained(self, trainer: Trainer, recipe: Recipe, seed: int, *, final: bool) -> Cell:
         """A model trained for the CPU seconds of the search or of a final run, and measured."""
         seconds = self.args.seconds if final else self.args.search_seconds
         first, per_step = self.pace(trainer, recipe)
+        if final:  # the run of the search was longer than the calibration
+            per_step = recipe.batch / self.results.cells[self._search_name(trainer, recipe)]["pairs/s"]
         steps = max(round((seconds - first) / per_step) + 1, 2)
         with tempfile.TemporaryDirectory() as out:
             model, clock = trainer.train(
