@@ -1,7 +1,5 @@
 """The exponential moving average of the weights: against float64, in whole runs, in checkpoints and folders."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +7,7 @@ from safetensors.torch import load_file
 import pyqemb
 from pyqemb.errors import ConfigError
 from pyqemb.merging.run import _Unrounded
-from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
+from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training import stage2
 from pyqemb.training.config import TrainSection
 from pyqemb.training.dry_run import plan
@@ -20,15 +18,6 @@ from pyqemb.training.state import Checkpoint, checkpoints
 
 DTYPES = [torch.float32, torch.bfloat16]
 PRECISIONS = ["float32", "bfloat16"]
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tiny_folder("base")
-    rows = [{"query": f"{n} {n + 1}", "positive": f"{n + 1} {n}", "negatives": [f"{n}"]} for n in range(32)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
 
 
 def config(run="run", lora=None, evaluation=None, save=None, **train):

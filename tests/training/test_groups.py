@@ -1,7 +1,5 @@
 """Frozen parameters and learning rates by part of the model, against float64 and against runs without them."""
 
-import json
-
 import pytest
 import torch
 
@@ -18,15 +16,6 @@ from pyqemb.training.groups import freeze, parameter_groups, part_of, rate_scale
 from pyqemb.training.optim import Optimizer
 from pyqemb.training.setup import load_model
 from pyqemb.training.state import Checkpoint, checkpoints
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tiny_folder("base")
-    rows = [{"query": f"{n} {n + 1}", "positive": f"{n + 1} {n}", "negatives": [f"{n}"]} for n in range(32)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
 
 
 def config(run="run", every=2, base="base", lora=None, task="embedding", **train):
