@@ -76,6 +76,9 @@ def prepare(folder):
     run("rows.json", "rows", "other")
     run("parquet.json", "parquet/rows.parquet", "other")
     run("run.json", "negatives.jsonl")
+    evaluated = {**run("swept.json", "negatives.jsonl"), "eval": {"data": "rows.jsonl"}}
+    (folder / "swept.json").write_text(json.dumps(evaluated))
+    lines(folder / "corpus.jsonl", [{"text": "a document", "source": "a page"}])
     settings = run("resumed.json", "negatives.jsonl", out="run")
     ranked = {"input": ["rows.jsonl"], "out": "out", "step": [{"kind": "rank", "model": "model"}]}
     (folder / "ranked.json").write_text(json.dumps(ranked))

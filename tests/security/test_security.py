@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pyqemb import cli
+
 LIBRARIES = ("transformers", "sentence_transformers", "datasets")
 MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 HERE = Path(__file__).parent
@@ -65,7 +67,7 @@ def drive(folder, *words):
 def wrong(name, result):
     """What is wrong with the end of a command on an armed folder; nothing, if all is well."""
     said = PROGRESS.sub("", result["said"])
-    errors = [line for line in said.splitlines() if line.startswith("pyqemb ")]
+    errors = [line for line in said.splitlines() if line.startswith(("pyqemb ", "sweep: "))]
     named = traps.TRAPS[name].named if name in traps.TRAPS else None
     found = {
         "the canary": result["canary"],
@@ -105,6 +107,13 @@ def test_no_trap_runs(quick, record_property):
 @pytest.mark.deep
 def test_no_trap_runs_in_any_command(full, record_property):
     check(full, record_property)
+
+
+@pytest.mark.parametrize("commands", [traps.COMMANDS, traps.VERBS], ids=["all", "quick"])
+def test_every_verb_is_tried(commands):
+    tried = {traps.COMMANDS[command][1].split()[0] for command in commands}
+    assert tried | traps.OTHER_VERBS == cli.VERBS.keys()
+    assert not tried & traps.OTHER_VERBS
 
 
 def test_the_traps_are_armed(quick):

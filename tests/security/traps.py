@@ -14,12 +14,14 @@ import numpy as np
 COMMANDS = {
     "encode": ("model", "encode model texts.txt -o out.npy --quiet"),
     "train": ("model", "train run.json --quiet"),
+    "sweep": ("model", "sweep swept.json --over train.learning_rate=0.001 --out out --quiet"),
     "dry run": ("model", "train run.json --dry-run"),
     "export": ("model", "export model --out out"),
     "merge": ("model", "merge other model --out out --settings-from model --quiet"),
     "evaluate": ("model", "evaluate model rows.jsonl --bootstrap 10 --quiet"),
     "mine": ("model", "mine model rows.jsonl --out out.jsonl --k 1 --quiet"),
     "curate": ("model", "curate ranked.json --quiet"),
+    "demo": ("model", "demo --ask question --out ."),
     "rerank": ("reranker", "rerank reranker pairs.jsonl --out out.jsonl"),
     "evaluate a reranker": ("reranker", "evaluate reranker negatives.jsonl --bootstrap 10 --quiet"),
     "export a reranker": ("reranker", "export reranker --out out"),
@@ -36,10 +38,12 @@ COMMANDS = {
     "curate by YAML": ("yaml", "curate yaml/curate.yaml --quiet"),
     "synthesize by YAML": ("yaml", "synthesize yaml/synthesis.yaml"),
 }
+# The commands of the quick check: every verb of `pyqemb` that opens a model, data or settings, and one more.
 VERBS = (
-    "encode", "train", "export", "merge", "evaluate", "mine", "curate", "rerank", "synthesize", "consolidate",
-    "mine with a teacher",
+    "encode", "train", "sweep", "export", "merge", "evaluate", "mine", "curate", "demo", "rerank", "synthesize",
+    "consolidate", "mine with a teacher",
 )  # fmt: skip
+OTHER_VERBS = {"init", "doctor", "schema", "completion"}  # they open no file that somebody else has made
 MODELS = ("model", "reranker")
 TRANSFORMERS = ("teacher", "generator")
 EVERY_MODEL = (*MODELS, *TRANSFORMERS)
