@@ -43,6 +43,7 @@ def config(
     teacher=None,
     guide=None,
     grouped=False,
+    more_data=(),
     **train,
 ) -> TrainConfig:
     defaults = {
@@ -51,7 +52,7 @@ def config(
     }  # fmt: skip
     return stage2(
         task=task, lora=lora, model={"base": str(folder / base)}, loss=loss or {},
-        data=[{"path": str(folder / data), "group_positives": grouped}],
+        data=[{"path": str(folder / data), "group_positives": grouped}, *more_data],
         teacher=teacher and {"model": str(folder / teacher)}, guide=guide and {"model": str(folder / guide)},
         train={**defaults, **train}, save={"dir": str(folder / run), "every": 2, **(save or {})},
     )  # fmt: skip
@@ -181,11 +182,12 @@ def test_other_losses_and_batches(workplace):
     ]
     write_tiny_folder(workplace / "teacher", seed=5, hidden_size=48)
     write_tiny_folder(workplace / "answering", max_position_embeddings=1024, prefix=True)
+    without_teacher = {"path": str(workplace / "pairs.jsonl"), "name": "again", "teacher_weight": 0.0}
     others = {
         "rerank": dict(task="rerank", base="answering", tokens_per_chunk=2000),
         "lora": dict(lora={"rank": 2}),
         "grouped": dict(data="grouped.jsonl", grouped=True, global_batch_size=5),
-        "teacher": dict(teacher="teacher", documents="ring"),
+        "teacher": dict(teacher="teacher", documents="ring", more_data=[without_teacher], global_batch_size=20),
         "guided": dict(guide="teacher", loss={"matryoshka": [32, 8], "precisions": ["float32", "binary"]}),
         "lora_rerank": dict(task="rerank", base="answering", lora={"rank": 2}, tokens_per_chunk=2000),
     }
@@ -193,6 +195,8 @@ def test_other_losses_and_batches(workplace):
     for name, options in others.items():
         pyqemb.train(config(workplace, f"{name}_alone", **options))
         assert_same(weights(workplace, f"{name}_3"), weights(workplace, f"{name}_alone"))
+    with_teacher = {row["dataset"]: "teacher" in row for row in metrics(workplace, "teacher_3")}
+    assert with_teacher == {"pairs": True, "again": False}
     for name, options in OBJECTIVES.items():
         pyqemb.train(config(workplace, f"{name}_alone", **options))
         for documents in ("gather", "ring"):
