@@ -18,7 +18,7 @@ from pyqemb.data.example import Example, read_examples
 from pyqemb.errors import DataError
 from pyqemb.model.cached_encoder import CachedEncoder, chunks
 from pyqemb.model.device import search_device
-from pyqemb.model.encoder import unit_encoder
+from pyqemb.model.encoder import checked_vectors, unit_encoder
 from pyqemb.model.progress import progress_bar
 from pyqemb.model.protocols import QueryDocumentEncoder
 
@@ -150,7 +150,8 @@ def mine(
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: the examples cannot be read, there are none, or the model returns vectors that are not finite.
+        DataError: the examples cannot be read, there are none, or the model does not return a finite vector for each
+            text.
 
     Example:
         >>> from pyqemb.testing.tiny import tiny_embedder
@@ -375,7 +376,8 @@ def embed_queries(model: Any, examples: Sequence[Example], instruction: str | No
     vectors: np.ndarray | None = None
     for task in dict.fromkeys(task for _, task in distinct):
         rows = [row for (_, own), row in distinct.items() if own == task]
-        encoded = _finite("queries", model.encode_query([q for q, own in distinct if own == task], instruction=task))
+        encoded = model.encode_query([q for q, own in distinct if own == task], instruction=task)
+        encoded = checked_vectors(encoded, len(rows), "queries")
         vectors = np.empty((len(distinct), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
         vectors[rows] = encoded
     assert vectors is not None
@@ -384,7 +386,7 @@ def embed_queries(model: Any, examples: Sequence[Example], instruction: str | No
 
 def embed_documents(model: Any, documents: Sequence[str]) -> np.ndarray:
     """Unit vectors [M, E] float32."""
-    return _finite("documents", model.encode_document(list(documents)))
+    return checked_vectors(model.encode_document(list(documents)), len(documents), "documents")
 
 
 def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) -> np.ndarray:
@@ -407,9 +409,3 @@ def _mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarr
         total[own] += (queries[own] * documents[column[own]]).sum(axis=1)
         count[own] += 1
     return total / count
-
-
-def _finite(what: str, vectors: np.ndarray) -> np.ndarray:
-    if not all(np.isfinite(vectors[part]).all() for part in chunks(len(vectors), _TILE)):
-        raise DataError(f"the model gives NaN or infinity for {what}")
-    return np.ascontiguousarray(vectors, dtype=np.float32)

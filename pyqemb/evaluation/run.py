@@ -17,7 +17,7 @@ from pyqemb.evaluation.reranking import measure_reranker, read_ranked_examples
 from pyqemb.evaluation.storage import Storage
 from pyqemb.evaluation.tasks import Bitext, Retrieval, Sts, Task, is_folder, load_task
 from pyqemb.model.device import search_device
-from pyqemb.model.encoder import open_model, unit_encoder
+from pyqemb.model.encoder import checked_vectors, open_model, unit_encoder
 from pyqemb.model.protocols import PairScorer, VectorEncoder
 from pyqemb.model.quantize import PRECISIONS, Precision
 
@@ -290,7 +290,8 @@ def encode_task(
         queries = np.empty((len(place), vectors.shape[1]), dtype=np.float32) if queries is None else queries
         queries[[place[q] for q in group]] = vectors
     assert queries is not None  # a retrieval task has queries
-    return queries, _finite("documents", model.encode_document(list(task.corpus.values()), dim=dim))
+    documents = model.encode_document(list(task.corpus.values()), dim=dim)
+    return queries, checked_vectors(documents, len(task.corpus), "documents")
 
 
 def truncated(vectors: np.ndarray, dim: int | None) -> np.ndarray:
@@ -367,10 +368,4 @@ def _groups(task: Retrieval) -> list[tuple[str | None, list[str]]]:
 
 
 def _encode_queries(model: VectorEncoder, texts: list[str], instruction: str | None, dim: int | None) -> np.ndarray:
-    return _finite("queries", model.encode_query(texts, instruction=instruction, dim=dim))
-
-
-def _finite(what: str, vectors: np.ndarray) -> np.ndarray:
-    if not np.isfinite(vectors).all():
-        raise DataError(f"the model gives NaN or infinity for {what}")
-    return vectors
+    return checked_vectors(model.encode_query(texts, instruction=instruction, dim=dim), len(texts), "queries")

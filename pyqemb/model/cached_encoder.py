@@ -12,7 +12,7 @@ import torch
 from pyqemb.data.blocks import Blocks
 from pyqemb.data.keyed import keys_of
 from pyqemb.errors import ConfigError, DataError, MachineError
-from pyqemb.model.encoder import unit_encoder
+from pyqemb.model.encoder import checked_vectors, unit_encoder
 from pyqemb.model.progress import progress_bar
 
 _FORMAT = "vectors-2"
@@ -65,7 +65,8 @@ class CachedEncoder:
             for part in chunks(len(new), _CHUNK):
                 some = new[part]
                 if len(some := some[store.rows(keys[some]) < 0]):  # another process may have encoded them meanwhile
-                    _append(store, keys[some], np.asarray(encode([texts[i] for i in some]), dtype="<f4"))
+                    vectors = checked_vectors(encode([texts[i] for i in some]), len(some), "texts")
+                    _append(store, keys[some], vectors.astype("<f4", copy=False))
                 advance(part.stop - part.start)
         if not len(keys):
             return np.empty((0, (store.width or 0) // 4), dtype=np.float32)

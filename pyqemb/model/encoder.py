@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pyqemb.data.folder import read_object
-from pyqemb.errors import CheckpointError, ConfigError
+from pyqemb.errors import CheckpointError, ConfigError, DataError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.families import FAMILIES
 from pyqemb.model.reranker import Reranker
@@ -16,6 +16,7 @@ from pyqemb.model.sentence import CONTRACT, check_kind, kind_of
 from pyqemb.model.source import local_folder
 
 Encoder = TypeVar("Encoder")
+_ROWS = 8192  # checked at a time
 
 
 class SentenceTransformerEncoder:
@@ -76,6 +77,23 @@ def unit_encoder(model: Encoder) -> "Encoder | UnitEncoder":
     if isinstance(model, Embedder) and not (model.normalize and model.truncate_dim is None):
         return UnitEncoder(model)
     return model
+
+
+def checked_vectors(vectors: Any, count: int, what: str) -> np.ndarray:
+    """float32 [count, E]: what a model returned for texts.
+
+    Raises:
+        DataError: it is not one vector for each text, or a value is not finite.
+    """
+    found = np.asarray(vectors)
+    if found.ndim != 2 or len(found) != count or found.dtype.kind != "f":
+        raise DataError(
+            f"the model gives an array of {found.dtype} with the shape {found.shape} for {count} {what}, expected "
+            f"floating-point numbers with the shape ({count}, features)"
+        )
+    if not all(np.isfinite(found[first : first + _ROWS]).all() for first in range(0, count, _ROWS)):
+        raise DataError(f"the model gives NaN or infinity for {what}")
+    return np.ascontiguousarray(found, dtype=np.float32)
 
 
 def open_encoder(model: str | Path, device: str | None = None) -> Embedder | SentenceTransformerEncoder:

@@ -110,6 +110,17 @@ def test_bad_data():
         pyqemb.mine(Circle(), [])
     with pytest.raises(DataError, match="NaN or infinity for queries"):
         pyqemb.mine(Circle(), [Example("q nan", "d 5")])
+    for odd in (
+        lambda texts: np.ones((len(texts) - 1, 2)),
+        lambda texts: np.ones(len(texts)),
+        lambda texts: [["a"]] * len(texts),
+    ):
+        model = Circle()
+        model.encode_document = odd
+        with pytest.raises(
+            DataError, match=r"the model gives an array of .* for 1 documents, expected .*\(1, features\)"
+        ):
+            pyqemb.mine(model, [Example("q 0", "d 5")])
     with pytest.raises(ConfigError, match="top must be"):
         consistency(Circle(), [Example("q 0", "d 5")], top=0)
 

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import atheris
+try:
+    import atheris
+except ModuleNotFoundError:
+    sys.exit("guided.py needs atheris: pip install atheris")
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["pyqemb"]):

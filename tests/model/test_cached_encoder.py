@@ -147,6 +147,22 @@ def test_another_width_is_refused(tmp_path):
     assert str(caught.value) == f"{folder}: holds vectors of 2 features, the model gives 3"
 
 
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (np.ones((1, 3)), r"shape \(1, 3\) for 2 texts"),
+        (np.ones((2, 3), dtype=np.int8), "array of int8"),
+        (np.full((2, 3), np.nan), "NaN or infinity for texts"),
+    ],
+)
+def test_what_is_no_vector_for_each_text_is_refused_and_not_kept(tmp_path, vectors, words):
+    model = Model()
+    model.encode_document = lambda texts: vectors
+    with pytest.raises(DataError, match=words):
+        CachedEncoder(model, tmp_path).encode_document(["a", "b"])
+    assert len(CachedEncoder(Model(), tmp_path).encode_document(["a", "b"])) == 2
+
+
 def test_a_full_disk_keeps_the_chunks_before(tmp_path, monkeypatch):
     cache = CachedEncoder(Model(), tmp_path)
     real = Blocks.append

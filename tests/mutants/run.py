@@ -251,7 +251,10 @@ def main() -> None:
         run_tests(args.in_place, args.processes)
     names = PLACE / "changes.json"
     if not args.again:
-        names.write_text(json.dumps(write_mutants(args.modules)))
+        made = write_mutants(args.modules)
+        if not made:
+            parser.error(f"no module of [tool.mutmut] matches {' '.join(args.modules)}")
+        names.write_text(json.dumps(made))
     changes = json.loads(names.read_text())
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLACE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
