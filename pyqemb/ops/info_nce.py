@@ -160,8 +160,6 @@ def info_nce(
     queries_BE, documents_ME = checks.tensor(_OP, "queries", queries_BE), checks.tensor(_OP, "documents", documents_ME)
     positive, owner = checks.tensor(_OP, "positive", positive), checks.optional_tensor(_OP, "owner", owner)
     document_ids = checks.optional_tensor(_OP, "document_ids", document_ids)
-    more_positives = _more_positives(more_positives, queries_BE, documents_ME)
-    guides = (None, None) if guide is None else _guide(guide, queries_BE, documents_ME)
     guide_margin = checks.finite(_OP, "guide_margin", guide_margin)
     checks.flag(_OP, "guide_relative", guide_relative)
     checks.choice(_OP, "reduction", reduction, ("mean", "sum"))
@@ -169,6 +167,8 @@ def info_nce(
     tau, temperature = _temperature(temperature, queries_BE)
     if not checks.has_no_values():  # a compiled graph holds no values yet
         _C.check_info_nce(queries_BE.contiguous(), documents_ME.contiguous(), positive, owner, document_ids)
+    more_positives = _more_positives(more_positives, queries_BE, documents_ME)
+    guides = (None, None) if guide is None else _guide(guide, queries_BE, documents_ME)
     num_queries = queries_BE.shape[0]
     first, count = (0, num_queries) if rows is None else _rows(rows, num_queries)
     options = Options.of(

@@ -182,6 +182,7 @@ def add(records: Records, place: Place) -> None:
         (training_config.DataSet, {"path": "p"}),
         (training_config.LoraSection, {}),
         (training_config.TeacherSection, {"model": "m"}),
+        (training_config.GuideSection, {"model": "m"}),
         (training_config.LossSection, {}),
         (training_config.TrainSection, {}),
         (training_config.ParallelSection, {}),

@@ -50,8 +50,6 @@ def fault(target: targets.Target, data: bytes) -> str | None:
     except PyqembError as error:
         if not any(name in str(error) for name in target.names):
             found = f"does not name the file: {type(error).__name__}: {str(error)[:300]!r}"
-        elif "\n" in str(error):
-            found = f"is not one line: {str(error)[:300]!r}"
     except BaseException as error:  # a panic of Rust is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

@@ -156,10 +156,10 @@ def manifest(folder):
     place.mkdir()
     (place / "00000000.npy").write_bytes(b"")
     given = Settings("model", "document", None, None, None, None, 8192)
-    _claim(place, given, source, "text")
+    _claim(place, given, source, "text", "digest")
     path = place / "manifest.json"
     seeds = [values_of(path.read_bytes())]
-    read = into(path, lambda: _claim(place, given, source, "text"))
+    read = into(path, lambda: _claim(place, given, source, "text", "digest"))
     return Target(seeds, lambda data: read(sealed(data)), (str(place),), "json")
 
 
