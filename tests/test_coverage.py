@@ -24,7 +24,6 @@ measure = load(ROOT / "tests" / "measure_coverage.py")
 LISTED = [name.removesuffix(".py").replace("/", ".") for name in measure.TOOLS["mutmut"]["only_mutate"]]
 
 
-@pytest.mark.deep
 def test_every_branch_is_taken(record_property, monkeypatch, tmp_path):
     pytest.importorskip("coverage", reason="coverage is not installed (pip install 'pyqemb[dev]')")
     monkeypatch.setattr(measure, "PLACE", tmp_path)

@@ -177,11 +177,11 @@ def read(cache, texts):
     return [None if row < 0 else next(found).tobytes() for row in rows]
 
 
-def record(identity, texts, values, offset):
-    """What an index holds of a block: the format of the folder."""
+def record(identity, texts, values, offset, lengths=None):
+    """What an index holds of a block: the format of the folder. `lengths`: others than those of the values."""
     content = b"".join(values)
     head = struct.pack("<8sIQQI", b"\x93qblock1", len(texts), offset, len(content), zlib.crc32(content))
-    head += keys_of(texts).tobytes() + struct.pack(f"<{len(values)}i", *map(len, values))
+    head += keys_of(texts).tobytes() + struct.pack(f"<{len(values)}i", *(lengths or map(len, values)))
     key = hashlib.blake2b(identity.encode(), digest_size=32).digest()
     return head + hashlib.blake2b(head, digest_size=16, key=key).digest()
 
@@ -205,6 +205,17 @@ def test_the_format(tmp_path):
     again = Blocks(folder, "name")
     assert read(again, "cab?") == [b"9abc", b"12345", b"678", None]
     assert read(Blocks(folder, "other"), "abc") == [None] * 3
+
+
+@pytest.mark.parametrize(("lengths", "offset"), [((9, -1), 0), ((5, 4), 0), ((5, 3), 2**63 - 8)])
+def test_a_record_that_contradicts_itself_is_ignored(tmp_path, lengths, offset):
+    """Its digest is right: only a faulty program writes it."""
+    (tmp_path / "0000.data").write_bytes(b"12345678")
+    whole, wrong = (record("x", "ab", [b"12345", b"678"], *rest) for rest in ((0,), (offset, lengths)))
+    (tmp_path / "0000.index").write_bytes(wrong)
+    assert len(Blocks(tmp_path, "x")) == 0
+    (tmp_path / "0000.index").write_bytes(wrong + whole)
+    assert read(Blocks(tmp_path, "x"), "ab") == [b"12345", b"678"]
 
 
 @pytest.mark.parametrize(("before", "offset"), [(0, 0), (1, 12), (12, 12), (13, 24)])

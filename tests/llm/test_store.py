@@ -220,3 +220,11 @@ def test_a_job_waits_for_the_lock_of_another(path, monkeypatch):
     monkeypatch.setattr(module.sqlite3, "connect", lambda *a, **k: (waited.append(k["timeout"]), real(*a, **k))[1])
     Store(path)
     assert waited == [60]
+
+
+def test_a_request_that_is_no_json_is_refused(path):
+    store = Store(path)
+    with pytest.raises(TypeError, match=r"^\[put\] request must be values that JSON has: Object of type set"):
+        store.put("key", {"texts": {"a"}}, Answer("text"))
+    assert len(store) == 0
+    store.close()

@@ -451,6 +451,23 @@ def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
     )
 
 
+def test_a_file_that_safetensors_does_not_find(tmp_path, monkeypatch):
+    """It says so of every file that the system does not open."""
+    path = tmp_path / "model.safetensors"
+
+    def fail(*_, **__):
+        raise FileNotFoundError("No such file or directory: model.safetensors")
+
+    monkeypatch.setattr(checkpoint, "safe_open", fail)
+    words = message(checkpoint.open_safetensors, path)
+    assert words.startswith(f"{path}: damaged, cut short or not safetensors: ")
+    path.write_bytes(b"x")
+    words = message(checkpoint.open_safetensors, path, error=MachineError)
+    assert words == f"{path}: cannot be read: Input/output error"
+    monkeypatch.setattr(Path, "open", lambda *_: open(tmp_path / "none" / "x"))  # noqa: SIM115
+    assert message(checkpoint.open_safetensors, path).startswith(f"{path}: damaged")
+
+
 # Weights and their configuration
 
 

@@ -557,6 +557,11 @@ def test_a_name_that_no_file_can_have_is_damage(tmp_path):
     assert message(CheckpointError, verify, path).startswith(f"{path}: no file can have the name 'portable/xxx")
 
 
+def test_the_files_of_a_manifest_are_by_name(tmp_path):
+    words = message(CheckpointError, state.checked_entries, tmp_path / "shard.json", ["model.safetensors"])
+    assert words == f"{tmp_path / 'shard.json'}: damaged: expected files by name, found ['model.safetensors']"
+
+
 @pytest.mark.parametrize("name", ["portable/../../x", "portable/.."])
 def test_a_manifest_names_files_of_its_folder_only(tmp_path, name):
     path = write(tmp_path, 7)
