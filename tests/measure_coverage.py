@@ -3,7 +3,7 @@
     python tests/measure_coverage.py [modules] [python] [native]      default: all three
 
 modules   the modules under [tool.mutmut] in pyproject.toml by their own tests; exit code 1 below 100 % of branches
-python    pyqemb by the tests that `make test` runs
+python    pyqemb by the tests that `make test` runs, without LONG
 native    csrc by the C++ tests and the op tests; what runs on a GPU alone counts as not run
 """
 
@@ -34,6 +34,32 @@ OP_TESTS = [
     "shingles",
     "dispatch",
     "losses",
+]
+# Half of the time of `make test`: whole jobs and groups of processes, which take the branches that the others take.
+LONG = [
+    *(
+        "benchmarks",
+        "crashes",
+        "cuda_on_cpu",
+        "demo",
+        "docs",
+        "fuzzing",
+        "golden",
+        "packaging",
+        "recipes",
+        "sanitizers",
+    ),
+    *(
+        "security",
+        "soak",
+        "test_build.py",
+        "test_coverage.py",
+        "interop/test_verify.py",
+        "interop/test_old_versions.py",
+    ),
+    *(f"training/test_{name}.py" for name in ("distributed", "evaluation_ranks", "nodes", "ranks", "repeats")),
+    *(f"training/test_{name}.py" for name in ("sharded_checkpoints", "sharding", "planner", "grad_cache_memory")),
+    *("ops/test_memory.py", "ops/test_poisoned.py", "cli/test_exits.py", "model/test_sentence_transformers.py"),
 ]
 ENVIRONMENT = {
     **os.environ,

@@ -41,12 +41,16 @@ def answer_of(completion: Any, server: str) -> Answer:
     if finish == "content_filter" and refusal is None:
         refusal = "finish_reason content_filter"
     usage = _get(completion, "usage")
-    prompt, written = (_get(usage, name) for name in ("prompt_tokens", "completion_tokens"))
     return Answer(
         text, "length" if finish in _CUT_OFF else finish,
-        prompt if isinstance(prompt, int) else 0, written if isinstance(written, int) else 0,
+        _tokens(_get(usage, "prompt_tokens")), _tokens(_get(usage, "completion_tokens")),
         None if refusal is None else clean(str(refusal)),
     )  # fmt: skip
+
+
+def _tokens(count: Any) -> int:
+    """A count of tokens of a server; 0 for what is none."""
+    return count if type(count) is int and 0 <= count < 2**63 else 0
 
 
 def words_of(error: Any) -> str:
