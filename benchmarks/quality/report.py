@@ -5,6 +5,7 @@ python benchmarks/quality/report.py ablations RESULTS.json      # docs/dev/ablat
 """
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def _shown(at: Interval, *, signed: bool = False) -> str:
 
 
 def _environment(results: Results) -> str:
-    return "Versions: " + ", ".join(f"{key} {value}" for key, value in results.content["environment"].items()) + "."
+    text = "Versions: " + ", ".join(f"{key} {value}" for key, value in results.content["environment"].items()) + "."
+    return textwrap.fill(text, 100)
 
 
 def _bars(rows: dict[str, list[tuple[str, dict[str, Interval]]]]) -> None:
