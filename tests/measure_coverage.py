@@ -36,31 +36,13 @@ OP_TESTS = [
     "losses",
 ]
 # Half of the time of `make test`: whole jobs and groups of processes, which take the branches that the others take.
-LONG = [
-    *(
-        "benchmarks",
-        "crashes",
-        "cuda_on_cpu",
-        "demo",
-        "docs",
-        "fuzzing",
-        "golden",
-        "packaging",
-        "recipes",
-        "sanitizers",
-    ),
-    *(
-        "security",
-        "soak",
-        "test_build.py",
-        "test_coverage.py",
-        "interop/test_verify.py",
-        "interop/test_old_versions.py",
-    ),
-    *(f"training/test_{name}.py" for name in ("distributed", "evaluation_ranks", "nodes", "ranks", "repeats")),
-    *(f"training/test_{name}.py" for name in ("sharded_checkpoints", "sharding", "planner", "grad_cache_memory")),
-    *("ops/test_memory.py", "ops/test_poisoned.py", "cli/test_exits.py", "model/test_sentence_transformers.py"),
-]
+LONG = """
+    benchmarks crashes cuda_on_cpu demo docs fuzzing golden packaging recipes sanitizers security soak test_build.py
+    test_coverage.py cli/test_exits.py interop/test_old_versions.py interop/test_verify.py ops/test_memory.py
+    model/test_sentence_transformers.py ops/test_poisoned.py training/test_distributed.py training/test_nodes.py
+    training/test_evaluation_ranks.py training/test_grad_cache_memory.py training/test_planner.py
+    training/test_ranks.py training/test_repeats.py training/test_sharded_checkpoints.py training/test_sharding.py
+""".split()
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -180,9 +162,8 @@ def store(part, rows):
 def main(parts):
     missing = []
     if "python" in parts:
-        files = measured(
-            "python", "tests", "-m", "not deep", "-n", "2", "--dist", "loadfile", allowed=(0, TESTS_FAILED)
-        )
+        tests = ["tests", "-m", "not deep", "-n", "2", "--dist", "loadfile"]
+        files = measured("python", *tests, *(f"--ignore=tests/{name}" for name in LONG), allowed=(0, TESTS_FAILED))
         store("python", {name: counts(file["summary"]) for name, file in files.items()})
     if "native" in parts:
         store("native", native())
