@@ -42,7 +42,7 @@ LONG = """
     model/test_sentence_transformers.py ops/test_poisoned.py training/test_distributed.py training/test_nodes.py
     training/test_evaluation_ranks.py training/test_grad_cache_memory.py training/test_planner.py
     training/test_ranks.py training/test_repeats.py training/test_sharded_checkpoints.py training/test_sharding.py
-""".split()
+"""
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -163,7 +163,9 @@ def main(parts):
     missing = []
     if "python" in parts:
         tests = ["tests", "-m", "not deep", "-n", "2", "--dist", "loadfile"]
-        files = measured("python", *tests, *(f"--ignore=tests/{name}" for name in LONG), allowed=(0, TESTS_FAILED))
+        files = measured(
+            "python", *tests, *(f"--ignore=tests/{name}" for name in LONG.split()), allowed=(0, TESTS_FAILED)
+        )
         store("python", {name: counts(file["summary"]) for name, file in files.items()})
     if "native" in parts:
         store("native", native())
