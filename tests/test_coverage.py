@@ -63,11 +63,12 @@ def test_mutants_are_killed(record_property):
 
 def test_coverage_is_known(record_property):
     """Measured by `make coverage`, which takes longer than all tests."""
-    what = {"python": "pyqemb", "native": "csrc"}
-    for part, row in json.loads(measure.STORE.read_text()).items():
+    kept = json.loads(measure.STORE.read_text())
+    for part, what in (("python", "pyqemb, at least"), ("native", "csrc")):
+        row = kept[part]
         taken, count = row["branches"]
         assert 0 < taken <= count
-        record_property("R30", f"{what[part]}: {taken:,} of {count:,} branches ({taken / count:.0%}; {row['date']})")
+        record_property("R30", f"{what}: {taken:,} of {count:,} branches ({taken / count:.0%}; {row['date']})")
 
 
 def test_each_listed_module_has_its_tests():
