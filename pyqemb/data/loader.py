@@ -46,7 +46,7 @@ class TrainingBatch:
     owner: torch.Tensor  # int64 [M], the query that the document belongs to
     # int64 [X, 2], a query and the index of a further positive of it
     more_positives: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64), kw_only=True)
-    guide: "GuideVectors | None" = field(default=None, kw_only=True)
+    guide: GuideVectors | None = field(default=None, kw_only=True)
     candidates: torch.Tensor  # int64 [B, K], each query's positive and negatives among the M documents, padded with -1
 
     def text_partition(self, count: int) -> list[np.ndarray]:

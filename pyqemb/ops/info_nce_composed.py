@@ -6,8 +6,9 @@ returns the gradients. No score matrix exists. Legend: R rows, S softmaxes, B qu
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from pyqemb.ops.groups import DOC_QUERY, Options
 from pyqemb.ops.info_nce_guided import Guide, guided_sweep
 from pyqemb.ops.info_nce_sweep import Batch, sweep
 
+Sweep = Callable[..., tuple[Tensor, ...]]
 _COUNTING = 1e12  # a temperature at which every candidate has weight 1: the log sum is then the log of their number
 _NOTHING = -1e30  # the log of an empty sum, finite so that its gradient is 0 and not NaN
 _UNWEIGHTED = 600.0  # a sum that is larger by this factor (in nats) leaves no weight to a candidate
@@ -227,7 +229,7 @@ def composed(
     positive = batch.positive.clamp(0, len(documents) - 1)  # (an index that is wrong is found by the first sweep)
     scores_R = row_products(queries[rows], documents[positive[rows]])
 
-    def sums(batch: Batch, options: Options, sweep: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(batch: Batch, options: Options, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
         log_sums_RS = torch.full((num_rows, _C.MAX_SOFTMAXES), -torch.inf, dtype=torch.float64, device=device)
         losses_R, totals, *_ = sweep(
             batch, options, first_row=first_row, num_rows=num_rows, differs=False, learns=False,
@@ -235,17 +237,14 @@ def composed(
         )  # fmt: skip
         return log_sums_RS, totals, losses_R
 
-    sweeps: list[Any] = [sweep, sweep]
-    if guide is not None:
-        turned = guide._replace(queries=guide.documents[positive], documents=guide.queries)
-        sweeps = [partial(guided_sweep, guide=each) for each in (guide, turned)]
-    kinds: list[tuple[Batch, Options]] = [(batch, main_options(options))]
+    kinds = [(batch, main_options(options), _sweep_with(guide))]
     if DOC_QUERY in options.groups:
-        kinds.append((_turned(batch, positive), doc_query_options(options)))
-    log_sums, totals, losses = zip(*(sums(*kind, run) for kind, run in zip(kinds, sweeps, strict=False)), strict=True)
+        turned = guide and guide._replace(queries=guide.documents[positive], documents=guide.queries)
+        kinds.append((_turned(batch, positive), doc_query_options(options), _sweep_with(turned)))
+    log_sums, totals, losses = zip(*(sums(*kind) for kind in kinds), strict=True)
     counts: list[Tensor] = []
     if options.tau_plus:
-        counts = [sums(each, counting_options(of), run)[0] for (each, of), run in zip(kinds, sweeps, strict=False)]
+        counts = [sums(each, counting_options(of), run)[0] for each, of, run in kinds]
     row_sums = RowSums(
         log_sums[0],
         log_sums[1][:, 0] if len(kinds) > 1 else None,
@@ -266,10 +265,10 @@ def composed(
     )
     d_tau = result.temperature.reshape(1) if learns else queries.new_empty(0, dtype=torch.float64)
     logits_R1 = (scores_R / options.temperature)[:, None]
-    for number, (each, first) in enumerate(kinds if differs or learns else []):
+    for number, (each, first, run) in enumerate(kinds if differs or learns else []):
         of = gradient_options(first, options.tau_plus)
         given_RS = given_sums(result.weights()[number], log_sums[number], logits_R1, of.scale)
-        _, _, d_anchors, d_columns, more_tau = sweeps[number](
+        _, _, d_anchors, d_columns, more_tau = run(
             each, of, first_row=first_row, num_rows=num_rows, differs=differs, learns=learns,
             log_negatives=given_RS.contiguous(), log_negatives_given=True, adds_positive=False,
         )  # fmt: skip
@@ -352,6 +351,10 @@ def over_positives(
             d_documents += part[3]
         d_tau = d_tau + part[4]
     return loss, totals, d_queries, d_documents, d_tau
+
+
+def _sweep_with(guide: Guide | None) -> Sweep:
+    return sweep if guide is None else partial(guided_sweep, guide=guide)
 
 
 def _merged(texts: Tensor, pairs_X2: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ def guided_sweep(
     queries, documents, positive = batch.queries, batch.documents, batch.positive
     dtype, tau = arithmetic(queries.dtype), options.temperature
     is_document = (positive >= 0) & (positive < len(documents))
-    batch = batch._replace(positive=positive.clamp(0, len(documents) - 1), queries=queries.to(dtype))
-    batch = batch._replace(documents=documents.to(dtype))
+    batch = batch._replace(
+        queries=queries.to(dtype), documents=documents.to(dtype), positive=positive.clamp(0, len(documents) - 1)
+    )
     losses = torch.zeros(num_rows, dtype=torch.float64, device=queries.device)
     losses[~is_document[first_row : first_row + num_rows]] = torch.nan
     totals, d_tau = losses.new_zeros(5), losses.new_zeros(1)

@@ -805,10 +805,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "TrainConfig":
-        if self.task == "rerank" and self.teacher is not None:
-            raise ValueError("task 'rerank' has no teacher")
-        if self.task == "rerank" and self.guide is not None:
-            raise ValueError("task 'rerank' has no guide")
+        for name in self.other_models if self.task == "rerank" else ():
+            raise ValueError(f"task 'rerank' has no {name}")
         if self.teacher is None and any(entry.teacher_weight is not None for entry in self.data):
             raise ValueError("data: teacher_weight is set, but there is no [teacher]")
         for name in _NOT_OF[self.task]:
@@ -860,6 +858,12 @@ class TrainConfig(Section):
             True for the average, False for the trained weights.
         """
         return self.train.ema_decay is not None and section.weights != "trained"
+
+    @property
+    def other_models(self) -> dict[str, TeacherSection | GuideSection]:
+        """The sections of the models besides the trained one, by name."""
+        sections = {"teacher": self.teacher, "guide": self.guide}
+        return {name: section for name, section in sections.items() if section is not None}
 
     @property
     def keeps_base(self) -> bool:

@@ -77,11 +77,10 @@ def read_datasets(config: TrainConfig) -> Datasets:
             if name in examples:
                 raise ConfigError(f"data: two datasets are called {name!r}; give one of them another name")
             objectives[name] = with_in_batch_negatives(name, _objective(task, config), entry.in_batch_negatives)
-            examples[name] = rows
             loss_weights[name] = entry.objective_weight, _teacher_weight(entry, config)
             if entry.group_positives:
                 rows = _grouped(name, rows, objectives[name])
-                examples[name] = rows
+            examples[name] = rows
             objectives[name].check(name, rows)
             for key, part in (("weight", len(rows) / total), ("max_share", len(rows) / total), ("max_epochs", 1.0)):
                 if (value := getattr(entry, key)) is not None:

@@ -88,13 +88,11 @@ def plan(
     if config.lora is not None:
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield from groups.lines(model, train)
+    for section in config.other_models.values() if ranks is None else ():
+        check_kind(local_folder(section.model), "embedder")
     if config.teacher is not None:
-        if ranks is None:
-            check_kind(local_folder(config.teacher.model), "embedder")
         yield f"teacher    {config.teacher.model}, weight {config.teacher.weight:g}"
     if config.guide is not None:
-        if ranks is None:
-            check_kind(local_folder(config.guide.model), "embedder")
         yield f"guide      {config.guide.model}, margin {config.guide.margin:g}"
     yield f"device     {device}, {str(precision).removeprefix('torch.')}"
     tokens = 0.0

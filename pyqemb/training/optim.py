@@ -193,9 +193,10 @@ class Optimizer:
         for name, weight in self.weights.items():
             local(weight).copy_(rows_of(weights, name, own_rows(weight)))
         self._round()
+        tensors = self.weights | self.extra_parameters
         for key in state:
             name, _, kind = key.rpartition("/")
-            weight = (self.weights | self.extra_parameters)[name]
+            weight = tensors[name]
             whole = kind == "step"  # a number
             rows = state[key] if whole else rows_of(state, key, own_rows(weight))
             if rows.dtype != (torch.float32 if whole else weight.dtype):

@@ -5,6 +5,7 @@ Legend: S texts of this rank, E the student's dimension, F the teacher's.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from pyqemb.model.encoder import open_encoder
 from pyqemb.training.config import GuideSection, TeacherSection
 
 PROJECTION = "projection.safetensors"
+Section = TypeVar("Section", TeacherSection, GuideSection)
 
 
-class OtherModel:
+class OtherModel(Generic[Section]):
     """Another embedding model, whose vectors are cached on disk.
 
     Args:
-        model: its folder or name.
+        section: the settings; `section.model` is its folder or name.
         cache: the folder of its vectors.
         device: the device on which it encodes.
 
@@ -38,8 +40,9 @@ class OtherModel:
         dim: the dimension F of its vectors.
     """
 
-    def __init__(self, model: str, cache: Path, device: torch.device):
-        self._encoder = CachedEncoder(open_encoder(model, str(device)), cache)
+    def __init__(self, section: Section, cache: Path, device: torch.device):
+        self.section: Section = section
+        self._encoder = CachedEncoder(open_encoder(section.model, str(device)), cache)
         self.dim = int(self._encoder.encode_document([""]).shape[1])
 
     def vectors(self, batch: TrainingBatch, texts: Sequence[int]) -> np.ndarray:
@@ -64,26 +67,12 @@ class OtherModel:
         return result
 
 
-class Guide(OtherModel):
-    """A model that decides which candidates of InfoNCE are false negatives.
-
-    `section` are the settings; the other arguments are those of OtherModel.
-    """
-
-    def __init__(self, section: GuideSection, cache: Path, device: torch.device):
-        super().__init__(section.model, cache, device)
-        self.section = section
+class Guide(OtherModel[GuideSection]):
+    """A model that decides which candidates of InfoNCE are false negatives."""
 
 
-class Teacher(OtherModel):
-    """The teacher of a run, and the loss of a batch.
-
-    `section` are the settings; the other arguments are those of OtherModel.
-    """
-
-    def __init__(self, section: TeacherSection, cache: Path, device: torch.device):
-        super().__init__(section.model, cache, device)
-        self.section = section
+class Teacher(OtherModel[TeacherSection]):
+    """The teacher of a run, and the loss of a batch."""
 
     def loss(self, batch: TrainingBatch, texts: Sequence[int], own_SE: Tensor, projection_FE: Tensor | None) -> Tensor:
         """This rank's part of the mean over the texts of the batch: a scalar in float32, differentiable.

@@ -183,10 +183,8 @@ class Run:
             loggers = make_loggers(config) if world.is_first else []
         checkpoint = find_checkpoint(self.folder, resume, world, shards)
         check_same_model(world, "model.base", config.model.base)
-        if config.teacher is not None:
-            check_same_model(world, "teacher.model", config.teacher.model)
-        if config.guide is not None:
-            check_same_model(world, "guide.model", config.guide.model)
+        for name, section in config.other_models.items():
+            check_same_model(world, f"{name}.model", section.model)
         self.base_files: dict[str, str] | None = None
         if config.keeps_base:  # the checkpoints hold only what is trained
             with together(world):
