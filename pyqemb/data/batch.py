@@ -274,11 +274,22 @@ class PackedBatch:
             Their indices, int64 [B'], where B' is the number of non-empty sequences, and the cu_seqlens of these
             tokens, int32 [B + 1], in which an empty sequence stays empty.
         """
-        ends = self.cu_seqlens_cpu[1:].long()
-        filled = ends > self.cu_seqlens_cpu[:-1]
-        cu_last = torch.zeros_like(self.cu_seqlens_cpu)
-        cu_last[1:] = filled.cumsum(0)
-        return to_device(ends[filled] - 1, self.device), to_device(cu_last, self.device)
+        return self._of_each(self.cu_seqlens_cpu[1:] - 1)
+
+    def first_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the first token of each sequence, for pooling.
+
+        Returns:
+            Their indices, int64 [B'], and their cu_seqlens, int32 [B + 1], as of `last_tokens`.
+        """
+        return self._of_each(self.cu_seqlens_cpu[:-1])
+
+    def _of_each(self, tokens_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token of each non-empty sequence, and the cu_seqlens of these tokens."""
+        filled = self.cu_seqlens_cpu.diff() > 0
+        cu_seqlens = torch.zeros_like(self.cu_seqlens_cpu)
+        cu_seqlens[1:] = filled.cumsum(0)
+        return to_device(tokens_B[filled].long(), self.device), to_device(cu_seqlens, self.device)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Move to another device; `cu_seqlens_cpu` stays on the CPU.

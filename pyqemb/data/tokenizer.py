@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tokenizers
 
@@ -187,17 +187,20 @@ class Tokenizer:
             for text, task in zip(texts, tasks, strict=True)
         ]
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (which appends the end token), tokenizer_config.json and `files`."""
+    def save(self, folder: str | Path, padding_side: Literal["left", "right"] = "left") -> None:
+        """Write tokenizer.json (which appends the end token), tokenizer_config.json and `files`.
+
+        `padding_side` is the side on which other libraries pad texts.
+        """
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         (folder / "tokenizer_config.json").write_text(
-            json.dumps(self._tokenizer_config(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(self._tokenizer_config(padding_side), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
-    def _tokenizer_config(self) -> dict[str, Any]:
+    def _tokenizer_config(self, padding_side: str) -> dict[str, Any]:
         stored = parse(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
         for name in ("auto_map", "backend", "is_local", "local_files_only"):  # transformers 5 does not read them
             stored.pop(name, None)
@@ -206,7 +209,7 @@ class Tokenizer:
         if stored.get("tokenizer_class") not in CLASSES:  # class names of transformers 5 only
             stored["tokenizer_class"] = "PreTrainedTokenizerFast"
         stored.setdefault("eos_token", self.end_token)
-        stored.update(pad_token=self.end_token, padding_side="left")
+        stored.update(pad_token=self.end_token, padding_side=padding_side)
         if self.max_length is not None:
             stored["model_max_length"] = self.max_length
         return stored

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5  # for the components of a float32 vector
 _BIDIRECTIONAL = (5, 3)  # the first version of transformers that reads is_causal in config.json
 
+_POOL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "last": lambda x_TE: x_TE[-1],
+    "mean": lambda x_TE: x_TE.mean(0),
+    "cls": lambda x_TE: x_TE[0],
+    "weighted_mean": lambda x_TE: torch.arange(1.0, len(x_TE) + 1) @ x_TE / (len(x_TE) * (len(x_TE) + 1) / 2),
+}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -110,7 +117,7 @@ def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.
         ids = tokenizer(prefix + text, truncation=True, max_length=ours.tokenizer.max_length, return_tensors="pt")
         with torch.inference_mode():
             hidden_TE = model(**ids).last_hidden_state[0]
-        pooled = hidden_TE.mean(0) if ours.pooling == "mean" else hidden_TE[-1]
+        pooled = _POOL[ours.pooling](hidden_TE)
         vector = torch.nn.functional.normalize(pooled, dim=0) if ours.normalize else pooled
         rows.append(vector[: ours.truncate_dim].numpy())
     return compared(name, [(np.stack(rows), documents)])
@@ -169,8 +176,8 @@ def _pooling(folder: Path) -> Iterator[str]:
     for name in ("pooling_mode_cls_token", "pooling_mode_mean_tokens"):
         if not isinstance(pooling.get(name), bool):
             yield f"1_Pooling/config.json: {name}"
-    if not any(pooling.get(f"pooling_mode_{mode}") for mode in ("lasttoken", "mean_tokens")):
-        yield "1_Pooling/config.json: last or mean pooling"
+    if not any(pooling.get(f"pooling_mode_{mode}") for mode in ("lasttoken", "mean_tokens", "cls_token")):
+        yield "1_Pooling/config.json: last, mean or cls pooling"
 
 
 def _missing(problems: Iterator[str]) -> str:

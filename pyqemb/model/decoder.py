@@ -10,6 +10,7 @@ Source: Qwen3 technical report, arXiv 2505.09388, section 2.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -189,24 +190,29 @@ class Decoder(nn.Module):
         self.norm = family.norm(config)
 
     def forward(
-        self, batch: PackedBatch, *, last_only: bool = False, boundaries: Boundaries | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        only: Literal["first", "last"] | None = None,
+        boundaries: Boundaries | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, E] after the final norm.
 
-        With `last_only`: the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to these
-        rows of the full pass. `batch.last_tokens()` gives the layout of the rows. `boundaries` is filled, or read if it
-        was filled by a pass over this batch with the same `last_only`.
+        With `only` = "last": the last token of every non-empty sequence, [B', E], BEFORE the final norm, equal to these
+        rows of the full pass. `batch.last_tokens()` gives the layout of the rows. With "first", which needs
+        bidirectional attention: the first tokens. `boundaries` is filled, or read if it was filled by a pass over this
+        batch with the same arguments.
         """
         x_TE, inverse_T = self.embed_tokens(batch)
         tokens = [PackedTokens.of(batch, x_TE.device, x_TE.dtype)] * len(self.layers)
         if inverse_T is not None:
             tokens[0] = DistinctTokens(tokens[0], inverse_T)
-        if last_only:
-            tokens[-1] = QuerySubset(tokens[-1], batch)
+        if only is not None:
+            tokens[-1] = QuerySubset(tokens[-1], batch, only)
         streams = [ResidualStream()] * len(tokens) if boundaries is None else boundaries.streams(len(tokens))
         for layer in zip(self.layers, tokens, streams, strict=True):
             x_TE = self._run(*layer, x_TE)
-        return x_TE if last_only else self.norm(x_TE)
+        return self.norm(x_TE) if only is None else x_TE
 
     def _run(self, block: nn.Module, tokens: PackedTokens, stream: ResidualStream, x_TE: torch.Tensor) -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():

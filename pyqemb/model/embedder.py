@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ from pyqemb.model.sentence import DEFAULT_PROMPTS, POOLINGS, SentenceSettings, r
 from pyqemb.model.source import Attention, local_folder, named_dtype, with_attention
 from pyqemb.ops.prefixes import unit_rows
 
+_MEANS = "mean", "weighted_mean"  # the poolings that need every token
+
 
 class Embedder(Encoding):
     """A text embedding model: encodes texts or packed tokens as vectors. Usually loaded with `from_pretrained`.
@@ -35,12 +37,13 @@ class Embedder(Encoding):
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        pooling: "last" (default) or "mean".
+        pooling: "last" (default): the last token. "mean": the mean of all tokens. "cls": the first token, with
+            bidirectional attention. "weighted_mean": the mean with the weights 1, 2, 3, ... of the tokens of a text.
         prompts: the prefixes that encode_query ("query") and encode_document ("document") add to a text.
         matryoshka: the dimensions that the model was trained for, largest first (default: only the full one).
 
     Raises:
-        ConfigError: the pooling is unknown.
+        ConfigError: the pooling is unknown, or is "cls" with causal attention.
 
     Example:
         >>> from pyqemb.testing.tiny import write_tiny_folder
@@ -68,6 +71,10 @@ class Embedder(Encoding):
     ):
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if pooling == "cls" and model.config.is_causal:
+            raise ConfigError(
+                "pooling 'cls' needs bidirectional attention: in causal attention the first token sees no other"
+            )
         if matryoshka is not None and max(matryoshka, default=1) > model.config.hidden_size:
             raise ConfigError(f"matryoshka must be at most {model.config.hidden_size} dimensions, got {matryoshka}")
         super().__init__(model, tokenizer)
@@ -99,7 +106,8 @@ class Embedder(Encoding):
         Args:
             folder: a model folder or hub id.
             attention: "causal" or "bidirectional" (default: `is_causal` of config.json; absent: causal).
-            pooling: "last" or "mean" (default: the Pooling module of modules.json; absent: last).
+            pooling: "last", "mean", "cls" or "weighted_mean" (default: the Pooling module of modules.json; absent:
+                last).
             dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
             max_length: texts are truncated to this many tokens (default: sentence_bert_config.json or
                 tokenizer_config.json).
@@ -170,7 +178,7 @@ class Embedder(Encoding):
             tokenizer: its tokenizer.
             seed: seed of the weights.
             attention: "causal" or "bidirectional" (default: as in `config`).
-            pooling: "last" (default) or "mean".
+            pooling: "last" (default), "mean", "cls" or "weighted_mean".
             dtype: the dtype of the weights (default: float32).
 
         Returns:
@@ -223,15 +231,15 @@ class Embedder(Encoding):
         """
         self.check_dim(dim)
         batch = self._checked(batch, boundaries)
-        if self.pooling == "mean":
-            return _mean_pool(self.model(batch, boundaries=boundaries), batch, dim)
-        # The last layer computes only the last tokens, because the others are not used.
-        hidden_BE = _wide(self.model(batch, last_only=True, boundaries=boundaries))
-        _, cu_last = batch.last_tokens()
+        if self.pooling in _MEANS:
+            # The direction of the sum is that of the mean.
+            return unit_rows(self._sums(self.model(batch, boundaries=boundaries), batch)[:, :dim])
+        hidden_BE = self._one_token(batch, boundaries)
+        _, cu_pooled = batch.last_tokens()
         norm = self.model.norm
         if not isinstance(norm, RMSNorm) or type(norm).forward is not RMSNorm.forward:
-            return ops.last_token_pool(norm(hidden_BE), cu_last, dim=dim)
-        return ops.last_token_pool(hidden_BE, cu_last, norm_weight=_wide(norm.scale), eps=norm.eps, dim=dim)
+            return ops.last_token_pool(norm(hidden_BE), cu_pooled, dim=dim)
+        return ops.last_token_pool(hidden_BE, cu_pooled, norm_weight=_wide(norm.scale), eps=norm.eps, dim=dim)
 
     def pooled(self, batch: PackedBatch) -> torch.Tensor:
         """Encode packed token ids without the final normalization.
@@ -243,13 +251,32 @@ class Embedder(Encoding):
             Vectors [B, E], with the dtype of `forward`.
         """
         batch = self._checked(batch)
-        if self.pooling == "mean":
-            return _mean_pool(self.model(batch), batch, None, normalize=False)
-        hidden_BE = self.model.norm(_wide(self.model(batch, last_only=True)))
-        _, cu_last = batch.last_tokens()
+        if self.pooling in _MEANS:
+            lengths_B = to_device(torch.from_numpy(batch.lengths), self.device)
+            totals_B = lengths_B if self.pooling == "mean" else lengths_B * (lengths_B + 1) // 2
+            return self._sums(self.model(batch), batch) / totals_B.clamp(min=1)[:, None]
+        hidden_BE = self.model.norm(self._one_token(batch, None))
+        _, cu_pooled = batch.last_tokens()
         vectors_BE = hidden_BE.new_zeros(batch.num_sequences, hidden_BE.shape[1])
-        vectors_BE[cu_last.diff() > 0] = hidden_BE
+        vectors_BE[cu_pooled.diff() > 0] = hidden_BE
         return vectors_BE
+
+    def _one_token(self, batch: PackedBatch, boundaries: Boundaries | None) -> torch.Tensor:
+        """The pooled token of each non-empty sequence before the final norm, [B', E].
+
+        The last layer computes only these tokens, because the others are not used.
+        """
+        only: Literal["first", "last"] = "first" if self.pooling == "cls" else "last"
+        return _wide(self.model(batch, only=only, boundaries=boundaries))
+
+    def _sums(self, hidden_TE: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The sum of the tokens of each sequence, with the weights of the mean, [B, E]."""
+        hidden_TE = _wide(hidden_TE)
+        if self.pooling == "weighted_mean":
+            hidden_TE = hidden_TE * (batch.positions_T + 1)[:, None]
+        lengths = to_device(torch.from_numpy(batch.lengths), hidden_TE.device)
+        # Sums in the order of the tokens on a GPU too, unlike index_add.
+        return torch.segment_reduce(hidden_TE, "sum", lengths=lengths, axis=0, unsafe=True)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Compute the hidden states of packed token ids after the final norm.
@@ -307,13 +334,3 @@ class Embedder(Encoding):
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """Convert to float32 or wider, because rounding unit vectors to bfloat16 costs the loss two digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _mean_pool(hidden_TE: torch.Tensor, batch: PackedBatch, dim: int | None, normalize: bool = True) -> torch.Tensor:
-    wide_TE = _wide(hidden_TE)
-    lengths = to_device(torch.from_numpy(batch.lengths), wide_TE.device)
-    # Sums in the order of the tokens on a GPU too, unlike index_add.
-    sums_BE = torch.segment_reduce(wide_TE, "sum", lengths=lengths, axis=0, unsafe=True)
-    if not normalize:
-        return sums_BE / lengths.clamp(min=1)[:, None]
-    return unit_rows(sums_BE[:, :dim])  # the direction of the sum is that of the mean

@@ -56,7 +56,9 @@ def write_portable_files(
 ) -> None:
     """Write the files of an embedding model, see WriteFiles; `provenance` is stored in pyqemb.json."""
     max_length = tokenizer.max_length or config.max_position_embeddings
-    tokenizer.with_max_length(max_length).save(folder)
+    # Older versions of sentence-transformers count positions from the first column, which must be the first token.
+    right = settings.pooling in ("cls", "weighted_mean")
+    tokenizer.with_max_length(max_length).save(folder, "right" if right else "left")
     facts = {
         "pooling": settings.pooling,
         "attention": "causal" if config.is_causal else "bidirectional",

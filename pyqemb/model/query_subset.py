@@ -3,6 +3,8 @@
 Legend: T tokens, S queries, F features in, G features out.
 """
 
+from typing import Literal
+
 import torch
 from torch.nn import functional as F
 
@@ -13,16 +15,17 @@ from pyqemb.model.rope import Rope, Rotary
 
 
 class QuerySubset(PackedTokens):
-    """A layer whose queries are the last tokens of the non-empty sequences; keys and values are those of all tokens.
+    """A layer whose queries are the first or last tokens of the non-empty sequences, and whose keys are all tokens.
 
-    Attention masks are aligned to the bottom right, so the last token sees every key with either mask.
+    Attention masks are aligned to the bottom right, so a single query sees every key with either mask. For the first
+    token that is right only with bidirectional attention.
     """
 
-    def __init__(self, all_tokens: PackedTokens, batch: PackedBatch):
-        tokens_S, _ = batch.last_tokens()
-        cu_last = F.pad((batch.cu_seqlens_cpu.diff() > 0).cumsum(0), (1, 0)).int()
+    def __init__(self, all_tokens: PackedTokens, batch: PackedBatch, only: Literal["first", "last"]):
+        tokens_S, _ = batch.first_tokens() if only == "first" else batch.last_tokens()
+        cu_queries = F.pad((batch.cu_seqlens_cpu.diff() > 0).cumsum(0), (1, 0)).int()
         counts = dict(tokens=len(tokens_S), tokens_k=batch.num_tokens)
-        plan = ops.attention_plan(cu_last, batch.cu_seqlens_cpu, **counts, device=tokens_S.device)
+        plan = ops.attention_plan(cu_queries, batch.cu_seqlens_cpu, **counts, device=tokens_S.device)
         super().__init__(plan, all_tokens.tables)
         self.all_tokens, self.tokens_S = all_tokens, tokens_S
 

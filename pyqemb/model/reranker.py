@@ -186,7 +186,7 @@ class Reranker(Scoring):
         batch = self._checked(batch, boundaries)
         if batch.num_sequences and not bool((batch.cu_seqlens_cpu.diff() > 0).all()):
             raise ValueError("batch must be pairs of at least one token, got an empty sequence")
-        hidden_BE = self.model.norm(self.model(batch, last_only=True, boundaries=boundaries))
+        hidden_BE = self.model.norm(self.model(batch, only="last", boundaries=boundaries))
         wide = torch.promote_types(hidden_BE.dtype, torch.float32)
         return hidden_BE.to(wide) @ self._rows().to(wide).T
 

@@ -17,7 +17,7 @@ from pyqemb.model.similarity import SIMILARITIES, check_similarity
 Kind = Literal["embedder", "reranker"]
 CONTRACT = "pyqemb.json"
 SETTINGS = "config_sentence_transformers.json"
-POOLINGS = {"last": "lasttoken", "mean": "mean"}
+POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "weighted_mean": "weightedmean"}
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 DEFAULT_PROMPTS = {"query": TEMPLATE.format(task=DEFAULT_INSTRUCTION, query=""), "document": ""}
 MODE_KEYS = {
@@ -35,7 +35,7 @@ class SentenceSettings:
     """How hidden states become the vectors of an embedding model.
 
     Attributes:
-        pooling: "last" or "mean".
+        pooling: "last", "mean", "cls" (the first token) or "weighted_mean" (see `Embedder`).
         prompts: prefixes of texts by name; encode_query uses "query", encode_document "document".
         default_prompt_name: the prompt of `encode`; None: none.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan".
@@ -209,7 +209,7 @@ def _check_own_folder(folder: Path, module: Module) -> None:
 
 
 def _read_pooling(folder: Path, place: str, hidden_size: int) -> str | None:
-    """The mode of the pooling module ("last" or "mean"), in either of its formats; None without a file."""
+    """The mode of the pooling module, by our name, in either of its formats; None without a file."""
     path = f"{place}/config.json"
     values = read_object(folder, path)
     if not values:
@@ -224,7 +224,7 @@ def _read_pooling(folder: Path, place: str, hidden_size: int) -> str | None:
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in list(known):
         raise CheckpointError(f"{folder / path}: pooling must be one of {', '.join(known)}, got {modes}")
     if values.get("include_prompt") is False and modes != ["lasttoken"]:  # the last token is not part of the prompt
-        raise CheckpointError(f"{folder / path}: include_prompt False is not supported with mean pooling")
+        raise CheckpointError(f"{folder / path}: include_prompt False is not supported with {modes[0]} pooling")
     contradicting = [key for mode, key in MODE_KEYS.items() if values.get(key) and mode != modes[0]]
     if contradicting:
         raise CheckpointError(f"{folder / path}: {contradicting[0]} true contradicts pooling_mode {shown(modes[0])}")

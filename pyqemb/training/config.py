@@ -63,9 +63,11 @@ class ModelSection(Section):
         "text.",
         examples=["causal"],
     )
-    pooling: Literal["last", "mean"] | None = Field(
+    pooling: Literal["last", "mean", "cls", "weighted_mean"] | None = Field(
         None,
-        description="Embedding from the `last` token or the `mean` of all (default: as stored with the base model).",
+        description="Embedding from the `last` token, the first (`cls`), the `mean` of all, or the `weighted_mean` "
+        "(default: as stored with the base model). `cls` needs bidirectional attention; the weights of "
+        "`weighted_mean` are 1, 2, 3, ... in the order of the tokens.",
         examples=["last"],
     )
     max_length: int | None = Field(

@@ -118,7 +118,7 @@ def add(records: Records, place: Place) -> None:
             dict(model=decoder, tokenizer=tokenizer)
             | options(r, pooling=some(r, "last", "mean"), prompts={"query": "q: "}, matryoshka=[16, 8])
         ),
-        dict(pooling=["max", "cls", ""], matryoshka=[[64], [0], [33]]),
+        dict(pooling=["max", "lasttoken", ""], matryoshka=[[64], [0], [33]]),
     )
     opened = lambda r: options(  # noqa: E731
         r,

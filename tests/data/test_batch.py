@@ -82,13 +82,14 @@ def test_concat():
     check(PackedBatch.concat([PackedBatch.pack(rows) for rows in (ROWS, [], [[1, 2]])]), [*ROWS, [1, 2]])
 
 
-def test_last_tokens():
+@pytest.mark.parametrize(("name", "ids"), [("first_tokens", [5, 8, 9, 11]), ("last_tokens", [7, 8, 10, 14])])
+def test_one_token_of_each_sequence(name, ids):
     batch = PackedBatch.pack(ROWS)
-    tokens, cu = batch.last_tokens()
-    assert batch.input_ids_T[tokens].tolist() == [7, 8, 10, 14]
+    tokens, cu = getattr(batch, name)()
+    assert batch.input_ids_T[tokens].tolist() == ids
+    assert (tokens.dtype, cu.dtype) == (torch.int64, torch.int32)
     assert cu.tolist() == [0, 1, 1, 2, 3, 3, 4]
-    assert cu.dtype == torch.int32
-    tokens, cu = PackedBatch.pack([]).last_tokens()
+    tokens, cu = getattr(PackedBatch.pack([]), name)()
     assert tokens.shape == (0,)
     assert cu.tolist() == [0]
 

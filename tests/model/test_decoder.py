@@ -117,7 +117,7 @@ def test_permuting_the_batch_permutes_the_output(is_causal):
     batch = PackedBatch.pack(random_ids([4, 9, 1, 30], 384))
     order = [2, 0, 3, 1]
     with torch.no_grad():
-        straight, permuted = model(batch, last_only=True), model(batch.select(order), last_only=True)
+        straight, permuted = model(batch, only="last"), model(batch.select(order), only="last")
     assert (straight[order] - permuted).abs().max() < 1e-5
 
 
@@ -132,16 +132,16 @@ def test_a_token_sees_the_past_only_when_causal():
         assert (moved[:-1].max() < 1e-6) == is_causal
 
 
-@MASKS
+@pytest.mark.parametrize(("end", "is_causal"), [("last", True), ("last", False), ("first", False)])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_last_only_equals_the_full_pass(is_causal, layers):
+def test_one_token_of_a_text_equals_the_full_pass(end, is_causal, layers):
     model = random_model(tiny_config(is_causal=is_causal, num_hidden_layers=layers), torch.float64, deviation=0.3)
     batch = PackedBatch.pack([*random_ids([5, 1], 384), [], *random_ids([23], 384)])
-    tokens, _ = batch.last_tokens()
+    tokens, _ = batch.last_tokens() if end == "last" else batch.first_tokens()
     results = []
-    for last_only in (False, True):
+    for only in (None, end):
         model.zero_grad()
-        rows = model.norm(model(batch, last_only=True)) if last_only else model(batch)[tokens]
+        rows = model.norm(model(batch, only=only)) if only else model(batch)[tokens]
         (rows * torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).view_as(rows)).sum().backward()
         results.append((rows.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (full, full_grads), (short, short_grads) = results
@@ -154,8 +154,8 @@ def test_last_only_equals_the_full_pass(is_causal, layers):
 
 @MASKS
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("last_only", [False, True])
-def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, last_only, monkeypatch):
+@pytest.mark.parametrize("only", [None, "last"])
+def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, only, monkeypatch):
     model = random_model(tiny_config(is_causal=is_causal, num_hidden_layers=layers), torch.float64, deviation=0.3)
     batch = PackedBatch.pack([[5, 5, 7, 5], [7], [], [9, 7, 5, 9, 5, 5]])
     results = []
@@ -164,7 +164,7 @@ def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, 
             monkeypatch.setattr(decoder, "distinct", lambda ids: (ids, None))
         assert (decoder.distinct(batch.input_ids_T)[1] is not None) == share
         model.zero_grad()
-        rows = model(batch, last_only=last_only)
+        rows = model(batch, only=only)
         (rows * torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).view_as(rows)).sum().backward()
         results.append([rows.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1]) > 5
@@ -172,14 +172,14 @@ def test_projecting_each_distinct_token_once_changes_nothing(is_causal, layers, 
         assert (once - each).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("last_only", [False, True])
-def test_checkpointing_changes_no_gradient(last_only):
+@pytest.mark.parametrize("only", [None, "last"])
+def test_checkpointing_changes_no_gradient(only):
     model = random_model(tiny_config(), deviation=0.3)
     batch = PackedBatch.pack(random_ids([5, 30], 384))
     grads = []
     for model.checkpointing in (False, True):
         model.zero_grad()
-        model(batch, last_only=last_only).square().sum().backward()
+        model(batch, only=only).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert all(torch.equal(plain, again) for plain, again in zip(*grads, strict=True))
 
@@ -199,7 +199,7 @@ def test_checkpointing_keeps_fewer_activations():
 def test_empty_batches_and_empty_sequences():
     model = random_model(tiny_config())
     assert model(PackedBatch.pack([])).shape == (0, 32)
-    assert model(PackedBatch.pack([[], []]), last_only=True).shape == (0, 32)
+    assert model(PackedBatch.pack([[], []]), only="last").shape == (0, 32)
     ids = random_ids([6], 384)
     with torch.no_grad():
         alone, beside = (model(PackedBatch.pack(rows)) for rows in (ids, [[], *ids, []]))
@@ -228,8 +228,8 @@ def test_names_are_those_of_hugging_face():
 
 @MASKS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("last_only", [False, True])
-def test_boundaries_spare_products_and_change_no_bit(is_causal, dtype, last_only):
+@pytest.mark.parametrize("only", [None, "last"])
+def test_boundaries_spare_products_and_change_no_bit(is_causal, dtype, only):
     model = random_model(tiny_config(is_causal=is_causal), dtype, deviation=0.3)
     batch = PackedBatch.pack([*random_ids([5, 30], 384), [], *random_ids([1], 384)])
     boundaries, results, products = Boundaries(), [], []
@@ -237,13 +237,13 @@ def test_boundaries_spare_products_and_change_no_bit(is_causal, dtype, last_only
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.register_forward_hook(lambda *_: products.append(1))
     with torch.no_grad():
-        first = model(batch, last_only=last_only, boundaries=boundaries)
+        first = model(batch, only=only, boundaries=boundaries)
     assert len(boundaries.layers) == 2
     assert len(products) == 4
     for known in (None, boundaries):
         products.clear()
         model.zero_grad()
-        rows = model(batch, last_only=last_only, boundaries=known)
+        rows = model(batch, only=only, boundaries=known)
         (rows * torch.linspace(-1, 1, rows.numel(), dtype=dtype).view_as(rows)).sum().backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert torch.equal(rows, first)
