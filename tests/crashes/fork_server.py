@@ -380,11 +380,11 @@ def signals(request, case):
     case.fresh()
     start = time.monotonic()
     child = case.must(case.work, lambda: command(case, WRITES | READS, 0, -1))
-    seconds, calls, slowest = time.monotonic() - start, child.calls, 0.0
+    seconds, names, slowest = time.monotonic() - start, child.names, 0.0
     resumable = case.job.argv[0] == "train"
     for number in range(request["signals"]):
         name, at_call = dice.choice((signal.SIGTERM, signal.SIGINT)), number % 2
-        at, moment, twice = dice.randrange(calls), dice.random() * seconds, number % 10 == 8
+        at, moment, twice = dice.randrange(len(names)), dice.random() * seconds, number % 10 == 8
         case.fresh()
 
         def checks(name=name, at_call=at_call, at=at, moment=moment, twice=twice):
@@ -411,13 +411,16 @@ def signals(request, case):
                 assert newest == f"step_{step:08}", (newest, child.said)
             if child.status == 0:
                 assert case.job.result(case.work) == case.job.wanted
+                written = at_call and resumable and names[at] in ("write", "fsync")
+                if written and (step := re.search(r"step_(\d+)", child.place)):
+                    assert int(step[1]) == case.job.steps, f"the run went on after a signal at {child.place}"
             else:
                 case.job.holds(case.work)
             case.goes_on()
 
         what = f"at call {at}" if at_call else f"after {moment:.3f} s{' twice' if twice else ''}"
         case.check(f"{name.name} {what}", checks)
-    return {"slowest": round(slowest, 2), "calls": calls}
+    return {"slowest": round(slowest, 2), "calls": len(names)}
 
 
 def command(case, what, fault, at):

@@ -138,14 +138,11 @@ def test_ranks_that_are_killed_or_cannot_write(ask, record_property, ranks, ever
     record_property("R2", f"one of {ranks} ranks: {report['children'] // ranks} kills and errors")
 
 
-def quick():
-    bugs = load("planted").BUGS
-    return [
-        pytest.param(bug, marks=[] if number == 6 else pytest.mark.deep, id=bug.why) for number, bug in enumerate(bugs)
-    ]
+def bugs():
+    return [pytest.param(bug, marks=[] if bug.quick else pytest.mark.deep, id=bug.why) for bug in load("planted").BUGS]
 
 
-@pytest.mark.parametrize("bug", quick())
+@pytest.mark.parametrize("bug", bugs())
 def test_planted_bugs_are_found(shim, tmp_path, bug):
     with load("server").ForkServer(shim, load("planted").plant(bug, tmp_path)) as server:
         assert server.ask(**bug.request)["wrong"]
