@@ -730,15 +730,11 @@ class LogSection(Section):
     )
 
 
-# Settings that a task does not have.
+# Settings that a task does not have. Of `loss`, a reranker has only those of registered objectives.
 _NOT_OF = {
     "embedding": (),
     "rerank": (
-        "loss.objective",
-        "loss.tasks",
-        "loss.matryoshka",
-        "loss.precisions",
-        "loss.spread_out",
+        *(f"loss.{key}" for key in LossSection.model_fields if key != "objectives"),
         "model.pooling",
         "train.documents",
     ),

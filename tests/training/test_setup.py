@@ -92,11 +92,17 @@ def test_a_check_that_fails_raises_its_error():
 
 
 def test_a_reranker_has_no_settings_of_embedders(config):
-    values = config.model_dump() | {"task": "rerank"}
+    values = config.model_dump(exclude={"loss"}) | {"task": "rerank"}
+    stage2(**values)
     for section, key, value in (
         ("loss", "objective", "cosent"),
         ("loss", "matryoshka", [8]),
+        ("loss", "focal", 0.5),
+        ("loss", "tau_plus", 0.1),
+        ("loss", "margin", None),
+        ("loss", "groups", {"query_query": False}),
+        ("loss", "temperature", 0.5),
         ("train", "documents", "ring"),
     ):
         with pytest.raises(ConfigError, match=f"task 'rerank' has no {section}.{key}"):
-            stage2(**{**values, section: {**values[section], key: value}})
+            stage2(**{**values, section: {**values.get(section, {}), key: value}})
