@@ -9,6 +9,7 @@ what did not hold.
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ class Child:
     """A forked process that does `work` in a folder; its output is in `log`."""
 
     def __init__(self, folder, log, work, environment=(), lenient=False):
-        self.log, self.status = log, None
+        self.log, self.status, known = log, None, set(sys.modules)
         reading, writing = os.pipe()
         self.process = os.fork()
         if self.process == 0:
@@ -61,7 +63,8 @@ class Child:
                 signal.alarm(PATIENCE)
                 os.chdir(folder)
                 status = self._outcome(work, lenient)
-                report = shim.fault_calls(), shim.fault_names().decode().split(), shim.fault_place().decode()
+                calls = shim.fault_calls(), shim.fault_names().decode().split(), shim.fault_place().decode()
+                report = [*calls, [name for name in sys.modules if name not in known]]
                 shim.fault_arm(b"", 0, 0, -1)
                 os.write(writing, json.dumps(report).encode())
             finally:
@@ -91,7 +94,7 @@ class Child:
         with os.fdopen(self._pipe) as pipe:
             report = pipe.read()  # until the child ends
         self.status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-        self.calls, self.names, self.place = json.loads(report) if report else (0, [], "")
+        self.calls, self.names, self.place, self.modules = json.loads(report) if report else (0, [], "", [])
         return self.status
 
     def send(self, number):
@@ -118,6 +121,11 @@ class Case:
     def must(self, folder, work):
         child = Child(folder, self.log, work)
         assert child.wait() == 0, child.said
+        threads = os.listdir("/proc/self/task")
+        for name in child.modules:  # once, instead of in each child
+            with suppress(Exception):
+                importlib.import_module(name)
+        assert os.listdir("/proc/self/task") == threads, "an import has started a thread"
         return child
 
     def fresh(self):
