@@ -1,6 +1,6 @@
 """Which settings of a training run matter: one change at a time, five seeds, intervals over seeds and queries.
 
-    python benchmarks/quality/ablations.py -o ablations.json [--only merging] [--seeds 5]
+    python benchmarks/quality/ablations.py -o ablations.json [--only merging] [--seeds 5] [--teacher FOLDER]
 
 Models from scratch (two layers of 128 features) learn to find the English paragraph of the LibreOffice help for its
 translations; the experiment `titles` asks with titles. A finished cell is not run again. `report.py` makes the page.
@@ -41,7 +41,8 @@ RUNS = 5  # that are merged
 class Variant:
     """One run: changes to the base run.
 
-    `start` is a variant whose model it continues; `data` are kinds of pairs (`Lab.data`) with sampling weights.
+    `start` is a variant whose model it continues, `guide` one whose model masks false negatives; `data` are kinds of
+    pairs (`Lab.data`) with sampling weights; `teacher` are settings of the section, with the model of --teacher.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     data: tuple[tuple[str, float | None], ...] = (("pairs", None),)
     start: str | None = None
+    guide: str | None = None
+    teacher: dict[str, Any] | None = None
     pooling: str = "mean"
     asks: str = "translations"
 
@@ -111,7 +114,32 @@ def experiments() -> dict[str, list[Variant]]:
             titles("both tasks after stage 1", start=first.name),
             titles("half titles after stage 1", (("translations", 1.0), ("titles", 1.0)), start=first.name),
         ],
-        "presets": [base, *(Variant(f"preset {name}", loss={"preset": name}) for name in ("qwen3_stage2", "mnrl"))],
+        "presets": [
+            base, *(Variant(f"preset {name}", loss={"preset": name}) for name in ("qwen3_stage2", "mnrl", "gte")),
+        ],
+        "pieces of the objective": [
+            base,
+            *(Variant(f"tau_plus {value}", loss={"tau_plus": value}) for value in (0.0001, 0.001, 0.01)),
+            Variant("focal 0.5", loss={"focal": 0.5}),
+            Variant("spread_out 1", loss={"spread_out": 1.0}),
+            Variant("a guide (the base run), no margin", loss={"margin": None}, guide=BASE),
+            Variant("a guide (the base run) and the margin", guide=BASE),
+        ],
+        "optimizer": [
+            base,
+            Variant("Muon", {"optimizer": "muon"}),
+            Variant("Muon, rate 4e-3", {"optimizer": "muon", "learning_rate": 2 * RATE}),
+            Variant("average of the weights, decay 0.9", {"ema_decay": 0.9}),
+            Variant("layer_decay 0.8", {"layer_decay": 0.8}),
+            *(Variant(f"rate {rate:g}", {"learning_rate": rate}) for rate in (RATE / 2, 2 * RATE)),
+        ],
+        "teacher": [
+            titles("titles alone", one("titles")),
+            *(titles(f"titles alone, a teacher of weight {weight:g}", one("titles"), teacher={"weight": weight})
+              for weight in (0.3, 1.0, 3.0)),
+            titles("titles alone, a teacher by mean squared error", one("titles"),
+                   teacher={"cosine": 0.0, "mse": 400.0}),
+        ],
         "batch size, equal pairs": [
             batch(size, pairs // size, RATE * (size / BATCH) ** 0.5)
             for size in (256, 64, 128, 512, 1024, 2048, 4096)
@@ -123,8 +151,8 @@ def experiments() -> dict[str, list[Variant]]:
 class Lab:
     """Data, models and results."""
 
-    def __init__(self, results: Results, work: Path):
-        self.results, self.work = results, work
+    def __init__(self, results: Results, work: Path, teacher: Path | None = None):
+        self.results, self.work, self.teacher = results, work, teacher
         self._data: dict[str, list[Example]] = {}
         self.task = load("help", None)
         test = self.task.test
@@ -190,11 +218,21 @@ class Lab:
             loss={"temperature": 0.05, **variant.loss},
             train={**TRAIN, **variant.train, "seed": data_seed},
             save={"dir": str(folder), "every": None},
+            **self._others(variant, seed),
         )
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         result = train(config, progress="off")
         model = Embedder.from_pretrained(result.folder)
         return scored(model, self.tests[variant.asks], values=True)
+
+    def _others(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """The sections of the models besides the trained one."""
+        found: dict[str, Any] = {}
+        if variant.guide is not None:
+            found["guide"] = {"model": str(self.work / "models" / f"{variant.guide}-{seed}" / "final")}
+        if variant.teacher is not None:
+            found["teacher"] = {"model": str(self.teacher), "cache": str(self.work / "teacher"), **variant.teacher}
+        return found
 
     def merged(self, seed: int) -> None:
         """Runs that differ in the order of the data, from one start, and their merges."""
@@ -222,14 +260,20 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "pyqemb-ablations", help="for models"
     )
+    parser.add_argument("--teacher", type=Path, help="folder of all-MiniLM-L6-v2, for the experiment `teacher`")
     args = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         parser.error("start it with OMP_NUM_THREADS=1")
     torch.set_num_threads(1)
     results = Results(args.out)
     results.content.setdefault("environment", environment())
-    lab = Lab(results, args.work)
-    wanted = args.only.split(";") if args.only else [*experiments(), "merging"]
+    lab = Lab(results, args.work, args.teacher)
+    names = [*experiments(), "merging"]
+    wanted = args.only.split(";") if args.only else [name for name in names if name != "teacher" or args.teacher]
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--only: {min(unknown)!r} is none of {', '.join(names)}")
+    if "teacher" in wanted and args.teacher is None:
+        parser.error("--only teacher needs --teacher")
     for seed in range(args.seeds):
         lab.run(Variant(BASE), seed)
     for name in wanted:

@@ -117,15 +117,16 @@ def test_ablations_run_and_are_shown(quality, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
     found = results.Results(tmp_path / "results.json")
     found.content["environment"] = results.environment()
-    lab = ablations.Lab(found, tmp_path / "work")
+    lab = ablations.Lab(found, tmp_path / "work", tmp_path / "work" / "models" / "base-0" / "final")
     lab.tests = {name: first_queries(task, 20) for name, task in lab.tests.items()}
-    for title in ("hard negatives", "titles"):
+    lab.run(ablations.Variant(ablations.BASE), 0)
+    for title in ("hard negatives", "titles", "pieces of the objective", "optimizer", "teacher"):
         for variant in ablations.experiments()[title]:
             if "steps" not in variant.train:
                 lab.run(variant, 0)
     lab.merged(0)
     page = report.ablations(found)
-    for name in ("1 hard negative", "titles: half titles after stage 1", "karcher of 5"):
+    for name in ("1 hard negative", "titles: half titles after stage 1", "spread_out 1", "karcher of 5"):
         assert f"| {name} (1 seeds) | 0." in page
     assert (tmp_path / "plots" / "ablations-hard-negatives.svg").exists()
 
