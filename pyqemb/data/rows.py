@@ -72,6 +72,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}:{number}", row
 
 
+def check_is_file(path: Path) -> None:
+    """DataError for a path that is no regular file: it may be read more than once, which a pipe does not allow."""
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "no such file"
+        raise DataError(f"{path}: {found}{'; expected a file' if path.exists() else ''}")
+
+
 def describe_formats(*more: str) -> str:
     """The suffixes of `read_rows`, and `more`, for an error."""
     return f"{', '.join((*FORMATS, *more))} (also with {', '.join(COMPRESSIONS)})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyqemb.data import beir
-from pyqemb.data.rows import FORMATS, describe_formats, format_of, read_rows, read_text
+from pyqemb.data.rows import FORMATS, check_is_file, describe_formats, format_of, read_rows, read_text
 from pyqemb.errors import DataError
 
 
@@ -28,8 +28,7 @@ def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
     Raises a DataError that names file and row: a missing text, ids that only some rows have, or an id that is not a
     single line of text.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    check_is_file(path)
     if format_of(path) == ".txt":
         for number, line in read_text(path):
             if "\r" in line:

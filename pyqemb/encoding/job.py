@@ -106,8 +106,6 @@ def encode_file(
     settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
     folder = out.with_name(out.name + ".parts")
     check_writable(out)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     if next(read_texts(path, field), None) is None:
         raise DataError(f"{path}: holds no texts")
     shapes = Embedder.without_weights(model, max_length=max_length)  # before anything is written

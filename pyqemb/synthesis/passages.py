@@ -12,7 +12,7 @@ from pyqemb.data import beir
 from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import unreadable
 from pyqemb.data.npy import npy, read_vectors
-from pyqemb.data.rows import format_of, read_rows, read_text
+from pyqemb.data.rows import check_is_file, format_of, read_rows, read_text
 from pyqemb.errors import DataError
 from pyqemb.synthesis.config import Personas, SynthesisConfig
 
@@ -99,8 +99,7 @@ class People:
 
 
 def _read_personas(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    check_is_file(path)
     if format_of(path) == ".txt":
         yield from (line.strip() for _, line in read_text(path) if line.strip())
         return

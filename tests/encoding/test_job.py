@@ -373,6 +373,11 @@ def test_what_is_refused(model, jsonl, tmp_path):
         encode_file(model, jsonl, tmp_path / "x.csv")
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         encode_file(model, tmp_path / "none.jsonl", tmp_path / "y.npy")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is a pipe or a device; expected a file"):
+        encode_file(model, tmp_path / "pipe.jsonl", tmp_path / "y.npy")
+    with pytest.raises(DataError, match="is a folder; expected a file"):
+        encode_file(model, tmp_path, tmp_path / "y.npy")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="holds no texts"):
         encode_file(model, tmp_path / "empty.txt", tmp_path / "z.npy")
