@@ -11,7 +11,7 @@ from typing import Any
 
 from pyqemb.data.arguments import checked
 from pyqemb.data.example import Example, to_row
-from pyqemb.data.files import atomic_file
+from pyqemb.data.files import atomic_file, locked
 from pyqemb.data.machine import writing
 from pyqemb.llm import Asker, MalformedAnswerError, Store, run_in_order
 from pyqemb.llm.ask import Usage
@@ -76,7 +76,8 @@ def synthesize(
         The output folder, and the counts of examples, answers and tokens.
 
     Raises:
-        ConfigError: a setting is invalid, or the server rejects the key, the model or the request.
+        ConfigError: a setting is invalid, another process writes to the folder, or the server rejects the key, the
+            model or the request.
         DataError: passages or personas cannot be read, or the server does not answer.
         MachineError: the disk is full, or another error of the machine.
 
@@ -90,7 +91,7 @@ def synthesize(
         Synthesis(1 examples, 0 given up, 0 malformed answers, ... s; results in synthetic)
     """
     config = config if isinstance(config, SynthesisConfig) else SynthesisConfig(**config)
-    with writing(config.out):
+    with writing(config.out), locked(config.out, "synthesis"):
         return asyncio.run(_synthesize(config, on_progress))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pyqemb.cli import main
 from pyqemb.data.example import read_examples
+from pyqemb.data.files import locked
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.synthesis import SynthesisConfig, synthesize
 
@@ -234,6 +235,14 @@ def test_bad_settings_are_named_before_anything_is_asked(settings, server, chang
         synthesize({**settings, **change})
     assert not server.seen
     assert not settings["out"].exists()
+
+
+@pytest.mark.promise("R9", "two synthesis jobs in one folder")
+def test_two_jobs_do_not_share_a_folder(settings, server):
+    with locked(settings["out"], "synthesis"), pytest.raises(ConfigError, match="another synthesis is running here"):
+        synthesize(settings)
+    assert not server.seen
+    synthesize(settings)
 
 
 def test_a_persona_file_without_personas(settings, tmp_path, server):
