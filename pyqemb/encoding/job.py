@@ -236,7 +236,8 @@ def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, 
         write(temporary, stream, rows, sample.shape[1], sample.dtype)
     beside = out.with_name(out.name + ".ranges.npy")
     for old in (ids_path(out), beside):  # files of an earlier output with that name
-        old.unlink(missing_ok=True)
+        with writing(old):
+            old.unlink(missing_ok=True)
     if out.suffix != ".parquet" and files[0].ids():
         with atomic_file(ids_path(out)) as temporary, temporary.open("w", encoding="utf-8") as file:
             for part in files:
