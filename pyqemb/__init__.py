@@ -17,6 +17,7 @@ _HOME = {
     "GradCache": "pyqemb.training.grad_cache",
     "train": "pyqemb.api",
     "sweep": "pyqemb.api",
+    "finish": "pyqemb.api",
     "TrainConfig": "pyqemb.training",
     "stage1": "pyqemb.training",
     "stage2": "pyqemb.training",
@@ -31,6 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from pyqemb.api import finish as finish
     from pyqemb.api import sweep as sweep
     from pyqemb.api import train as train
     from pyqemb.curation import curate as curate

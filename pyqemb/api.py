@@ -1,17 +1,22 @@
-"""`pyqemb.train` and `pyqemb.sweep`: training together with evaluation."""
+"""`pyqemb.train` and `pyqemb.sweep`: training together with evaluation. `pyqemb.finish`: the end of a job of tasks."""
 
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyqemb import training
 from pyqemb.data.arguments import Count, NotNegative, check_call, checked
-from pyqemb.errors import ConfigError
+from pyqemb.data.files import check_writable, locked
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.jobs.folder import digest_of, parts_folder, read_manifest, read_output
 from pyqemb.training import TrainConfig, TrainResult, load_config
 from pyqemb.training.preflight import check_evaluation
 from pyqemb.training.sweeps import SweepReport, trials
 from pyqemb.training.sweeps import sweep as run_trials
+
+if TYPE_CHECKING:
+    from pyqemb.encoding.job import Encoded
 
 
 @wraps(training.train)
@@ -82,6 +87,54 @@ def sweep(
         tasks,
         task,
     )
+
+
+@checked
+def finish(out: str | Path) -> "Encoded":
+    """Write the output of a job whose parts were made by tasks, and remove the folder of the parts.
+
+    All parts are verified before anything is written. Their folder OUT.parts is kept after an error.
+
+    Args:
+        out: the output that the tasks were given, e.g. as `out` of `pyqemb.encoding.encode_file`.
+
+    Returns:
+        What the job returns without tasks.
+
+    Raises:
+        ConfigError: a task is still running, or the folder holds no parts of tasks.
+        DataError: there is no such job, a part is missing or damaged (the error names the parts and their tasks), or
+            the input has changed.
+        MachineError: the disk is full, or another error of the machine.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from pyqemb.encoding import encode_file
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> model = write_tiny_folder("base")
+        >>> rows = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
+        >>> _ = Path("texts.json").write_text(json.dumps(rows))
+        >>> for task in (1, 0):
+        ...     _ = encode_file(model, "texts.json", "vectors.npy", rows_per_part=1, tasks=2, task=task)
+        >>> pyqemb.finish("vectors.npy")
+        Encoded(out=PosixPath('vectors.npy'), rows=3, dim=32, resumed=3)
+    """
+    out = Path(out)
+    folder = parts_folder(out)
+    if not folder.is_dir():
+        done = f"; {out} exists, so the job may be finished already" if out.exists() else ""
+        raise DataError(f"{folder}: no such folder of parts{done}")
+    check_writable(out)
+    with locked(folder, "job"):
+        facts = read_manifest(folder)
+        job = digest_of(facts)
+        kind, settings = read_output(folder, job)
+        if kind != "encode":
+            raise DataError(f"{folder}: parts of an unknown kind of job, {kind!r}")
+        from pyqemb.encoding.job import finish as finish_encode
+
+        return finish_encode(out, folder, job, facts, settings)
 
 
 def _evaluation(config: TrainConfig, evaluate: Any) -> Any:

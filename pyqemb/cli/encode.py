@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="rows of a part; a killed job repeats at most one part (default: 8192)",
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="N",
+        help="do the work of one of N tasks that share the job, see --task; pyqemb finish OUT then joins the parts. "
+        "auto: read both from SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
+    )
+    parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
     add_quiet(parser)
 
 
@@ -47,14 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
     from pyqemb.encoding import encode_file
     from pyqemb.errors import ConfigError
+    from pyqemb.jobs.tasks import task_from_options
 
+    own = task_from_options(args.tasks, args.task)
     if args.device and args.processes:
         raise ConfigError("--device and --processes exclude each other")
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {args.processes}")
     devices = args.device or (["cpu"] * args.processes if args.processes else ["auto"])
     # Progress in bytes of the file, because its rows are not counted beforehand (an estimate for compressed columns).
-    total = args.texts.stat().st_size if args.texts.is_file() else None
+    total = args.texts.stat().st_size // (own.count if own else 1) if args.texts.is_file() else None
     columns = (
         BarColumn(),
         TextColumn("{task.fields[rows]:,} texts, {task.fields[rate]:,.0f}/s"),
@@ -76,11 +85,14 @@ def run(args: argparse.Namespace) -> int:
             args.model, args.texts, args.out, side="query" if args.instruction else args.side,
             instruction=args.instruction, field=args.field, dim=args.dim, precision=args.precision,
             max_length=args.max_length, dtype=args.dtype, devices=devices, rows_per_part=args.rows_per_part,
-            on_progress=show,
+            tasks=own and own.count, task=own and own.number, on_progress=show,
         )  # fmt: skip
     finally:
         bar.stop()
     resumed = f" ({done.resumed} of them from an earlier run)" if done.resumed else ""
+    if own:
+        print(f"{own}: {done.rows} texts{resumed}; when all tasks are done, run pyqemb finish {args.out}")
+        return 0
     print(f"{done.rows} texts{resumed}, vectors of {done.dim} features, written to {done.out}")
     return 0
 

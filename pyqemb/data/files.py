@@ -8,8 +8,9 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from pyqemb.data.machine import reason, unwritable, writing
 from pyqemb.errors import ConfigError, MachineError
@@ -150,41 +151,103 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class Member(NamedTuple):
+    """One of several processes that work in a folder at the same time.
+
+    Attributes:
+        group: the name of what they have in common, e.g. "tasks-3". Members of two groups exclude each other.
+        name: the name of this one in its group, e.g. "task-0". Two members with one name exclude each other.
+    """
+
+    group: str
+    name: str
+
+
 @contextmanager
-def locked(folder: Path, work: str) -> Iterator[None]:
+def locked(folder: Path, work: str, member: Member | None = None) -> Iterator[None]:
     """Lock the folder, which is created if it is missing. The lock of a killed process is released.
 
     Args:
-        folder: the folder that only one process may write to. Its file .lock names the process. After an error, a
-            folder that was created here and holds nothing else is removed.
+        folder: the folder that only one process, or the members of one group, may write to. Its file .lock names the
+            process; each member has its own, .lock.GROUP.NAME. After an error, a folder that was created here and
+            holds nothing else is removed.
         work: the name of the work for the error, e.g. "training run".
+        member: this process works in the folder together with the others of its group (default: alone).
 
     Raises:
         ConfigError: another process, which the error names, holds the lock. MachineError: the folder cannot be written.
     """
     is_new = not folder.exists()
-    with writing(folder):
-        make_folder(folder)
-        file = (folder / ".lock").open("a+", encoding="utf-8", errors="replace")
-    with file:
+    with ExitStack() as held:
         with writing(folder):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = os.fstat(file.fileno()).st_nlink == 0  # removed with its folder after it was opened
-            except BlockingIOError:
-                held = True
-            if held:
-                file.seek(0)
-                raise ConfigError(f"{folder}: another {work} is running here: {' '.join(file.read(200).split())}")
-            file.truncate(0)
-            # Not buffered: after an error, closing the file would try to write it again.
-            os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}\n".encode())
+            make_folder(folder)
+            lock = _hold(held, folder, work, member)
         try:
             yield
         except BaseException:
-            if is_new and [path.name for path in folder.glob("*")] in ([], [".lock"]):  # nothing was done
+            was_idle = is_new and all(path.name.startswith(".lock") for path in folder.glob("*"))
+            if was_idle and (member is None or _try_lock(lock, fcntl.LOCK_EX)):  # no other member works here
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other member of a folder's group is in such a block."""
+    with ExitStack() as held:
+        with writing(folder):
+            fcntl.flock(_open_lock(held, folder / ".lock.members"), fcntl.LOCK_EX)
+        yield
+
+
+def _hold(held: ExitStack, folder: Path, work: str, member: Member | None) -> IO[str]:
+    """Lock the folder until `held` is closed; returns its lock. ConfigError if another process holds it."""
+    file = lock = _open_lock(held, folder / ".lock")
+    if not _try_lock(file, fcntl.LOCK_EX if member is None else fcntl.LOCK_SH):
+        holder = _content(file) or next(filter(None, map(_held_by, sorted(folder.glob(".lock.*.*")))), "")
+        raise ConfigError(f"{folder}: another {work} is running here: {holder}")
+    file.truncate(0)
+    process = f"pid {os.getpid()} on {platform.node()}\n"
+    if member is not None:
+        file, process = _open_lock(held, _lock_of(folder, member)), f"{member.name} of {member.group}, {process}"
+        if not _try_lock(file, fcntl.LOCK_EX):
+            raise ConfigError(f"{folder}: another {work} is running here: {_content(file)}")
+        file.truncate(0)
+    # Not buffered: after an error, closing the file would try to write it again.
+    os.write(file.fileno(), process.encode())
+    if member is not None:  # after its own lock: of two groups that start together, one at least sees the other
+        for path in folder.glob(".lock.*.*"):
+            if not path.name.startswith(f".lock.{member.group}.") and (other := _held_by(path)):
+                raise ConfigError(f"{folder}: another {work} is running here: {other}")
+    return lock
+
+
+def _lock_of(folder: Path, member: Member) -> Path:
+    return folder / f".lock.{member.group}.{member.name}"
+
+
+def _open_lock(held: ExitStack, path: Path) -> IO[str]:
+    return held.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0  # else it was removed with its folder after it was opened
+
+
+def _content(file: IO[str]) -> str:
+    file.seek(0)
+    return " ".join(file.read(200).split())
+
+
+def _held_by(path: Path) -> str:
+    """What the holder of a lock has written about itself; empty if nobody holds it."""
+    with ExitStack() as held:
+        file = _open_lock(held, path)
+        return "" if _try_lock(file, fcntl.LOCK_SH) else _content(file) or path.name
 
 
 def kind_of_path(path: Path) -> str:

@@ -1,35 +1,35 @@
-"""Resumable encoding of a file of texts to a file of vectors, in atomic parts, by one process or several.
+"""Resumable encoding of a file of texts to a file of vectors, in atomic parts, by one process, several, or tasks.
 
-OUT.parts/.lock             held while a process works at OUT
-OUT.parts/manifest.json     sealed: what the parts are made of; another job refuses to go on from them
-OUT.parts/00000000.*        part 0, see `parts.py`; one that is damaged is made again
+The parts are in the folder OUT.parts (`jobs/folder.py`): part p has the rows from p * rows_per_part on.
 """
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from pyqemb.data.arguments import Count, checked
-from pyqemb.data.files import atomic_file, check_writable, locked, remove_folder
-from pyqemb.data.machine import unreadable, writing
-from pyqemb.data.sealed import seal, unseal
-from pyqemb.encoding.inputs import Row, parts, read_texts
-from pyqemb.encoding.outputs import Part, ids_path, writer_of
-from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
-from pyqemb.encoding.workers import Settings, Workers, save_array
-from pyqemb.errors import ConfigError, DataError, MachineError
+from pyqemb.data.arguments import Count, NotNegative, checked
+from pyqemb.data.files import atomic_file, check_writable, locked, one_at_a_time, remove_folder
+from pyqemb.data.machine import writing
+from pyqemb.encoding.inputs import Row, read_texts
+from pyqemb.encoding.inputs import parts as parts_of
+from pyqemb.encoding.outputs import Part, ids_path, save_array, writer_of
+from pyqemb.encoding.workers import Encoder, Settings
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.jobs.executors import Processes, run
+from pyqemb.jobs.folder import check_complete, claim, describe_output, parts_folder
+from pyqemb.jobs.parts import DamagedPartError, VectorPart, texts_digest
+from pyqemb.jobs.tasks import Task, task_of
 from pyqemb.model.cached_encoder import settings_digest
 from pyqemb.model.device import pick_device
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.quantize import Precision, quantize, value_ranges
+from pyqemb.model.quantize import PRECISIONS, Precision, quantize, value_ranges
 from pyqemb.model.source import named_dtype
 
 Progress = Callable[[int, int], None]  # rows and bytes of text that have been encoded
@@ -37,12 +37,19 @@ Progress = Callable[[int, int], None]  # rows and bytes of text that have been e
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of `encode_file`: the file, its number of rows, and the dimension of a vector."""
+    """The result of `encode_file`.
+
+    Attributes:
+        out: the file that was written. Of a task, the folder of the parts.
+        rows: the number of rows of the file. Of a task, that of its own parts.
+        dim: the dimension of a vector, 0 for a task without parts.
+        resumed: the number of these rows that an earlier run had finished.
+    """
 
     out: Path
     rows: int
     dim: int
-    resumed: int  # rows that an earlier run had finished
+    resumed: int
 
 
 @checked
@@ -60,6 +67,8 @@ def encode_file(
     dtype: str | None = None,
     devices: Sequence[str] = ("auto",),
     rows_per_part: Count = 8192,
+    tasks: Count | None = None,
+    task: NotNegative | None = None,
     on_progress: Progress | None = None,
 ) -> Encoded:
     """Encode the texts of a file in order. A killed job continues after its last finished part.
@@ -84,137 +93,156 @@ def encode_file(
         devices: one process for each device, e.g. ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single device is used in
             this process (default: the GPU if there is one, else the CPU).
         rows_per_part: the number of rows of a part, which a killed process can lose (default 8192).
+        tasks: the number of tasks, processes on any machines that share the job and its folder OUT.parts (default: this
+            call does the whole job). Each task is a call of its own, with the same arguments. When all have ended,
+            `pyqemb.finish(out)` writes `out`.
+        task: the number of this task, from 0. Task i encodes the parts i, i + tasks, i + 2 * tasks and so on.
         on_progress: called after each part with the number of rows and of bytes of text that this call has encoded
             (default: not called).
 
     Returns:
-        The file, its number of rows, the dimension of a vector, and the number of rows finished by an earlier run.
+        The file, its number of rows, the dimension of a vector, and the number of rows finished by an earlier run. A
+        task returns the folder of the parts and its own numbers.
 
     Raises:
         ConfigError: an argument is out of range, the parts beside `out` belong to another job, or another process is
-            writing to `out`.
+            writing to `out`: one with the same task number, with another number of tasks, or without tasks.
         DataError: the input is invalid.
         MachineError: the disk is full, or another error of the machine. Finished parts are kept.
     """
     path, out = Path(path), Path(out)
     write = writer_of(out)
+    own = task_of(tasks, task)
     if instruction is not None and side != "query":
         raise ConfigError("instruction: is for side 'query'")
     if not devices:
         raise ConfigError("devices must name at least one device")
     named_dtype(dtype)
     settings = Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part)
-    folder = out.with_name(out.name + ".parts")
-    check_writable(out)
+    folder = parts_folder(out)
+    if own is None:
+        check_writable(out)
+    if own and not str(path.resolve()).isprintable():
+        raise ConfigError(f"{path}: tasks need an input whose name can be printed")
     if next(read_texts(path, field), None) is None:
         raise DataError(f"{path}: holds no texts")
     shapes = Embedder.without_weights(model, max_length=max_length)  # before anything is written
     shapes.check_dim(dim)
     for device in devices:
         pick_device(device, shapes.config)
-    try:
-        with locked(folder, "encode"):
-            job = _claim(folder, settings, path, field, settings_digest(shapes))
-            files, rows, resumed = _fill(folder, job, settings, path, field, devices, on_progress)
-            if not rows:
-                raise DataError(f"{path}: holds no texts")
-            with writing(out):
-                try:
-                    size = _assemble(files, rows, out, precision, write)
-                except DamagedPartError:  # damaged after it was written or verified
-                    files, rows, _ = _fill(folder, job, settings, path, field, devices, on_progress)
-                    size = _assemble(files, rows, out, precision, write)
-                remove_folder(folder)
-    except BrokenProcessPool as error:
-        raise MachineError("a process died, perhaps out of memory; finished parts are kept") from error
+    with locked(folder, "encode", own and own.member()):
+        with one_at_a_time(folder) if own else nullcontext():
+            job = _claim(folder, settings, path, field, settings_digest(shapes), shared=own is not None)
+            if own:
+                check_writable(out)
+                describe_output(folder, "encode", job, {"precision": precision})
+        fill = partial(_fill, _Input(folder, job, path, field, rows_per_part), settings, devices, own, on_progress)
+        files, rows, resumed = fill()
+        if own:
+            return Encoded(folder, rows, files[0].vectors().shape[1] if files else 0, resumed)
+        if not rows:
+            raise DataError(f"{path}: holds no texts")
+        with writing(out):
+            try:
+                size = _assemble(files, rows, out, precision, write)
+            except DamagedPartError:  # damaged after it was written or verified
+                files, rows, _ = fill()
+                size = _assemble(files, rows, out, precision, write)
+            remove_folder(folder)
     return Encoded(out, rows, size, resumed)
 
 
+def finish(out: Path, folder: Path, job: str, facts: dict[str, Any], settings: dict[str, Any]) -> Encoded:
+    """Join the parts that tasks have made to the output, and remove their folder.
+
+    Args:
+        out: the file to write.
+        folder: the folder of the parts, which is locked.
+        job: the digest of the job.
+        facts: the manifest of the job.
+        settings: the settings of the output.
+
+    Raises:
+        DataError: parts are missing or damaged, or the input has changed. The parts are kept.
+    """
+    write, precision = writer_of(out), settings.get("precision")
+    path, field, size = facts.get("input"), facts.get("field"), facts.get("rows_per_part")
+    if not (isinstance(path, str) and isinstance(field, str) and precision in PRECISIONS) or not (
+        isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    ):
+        raise DataError(f"{folder}: its manifest is of another version of pyqemb, or damaged")
+    source = Path(path)
+    if not source.is_file():
+        raise DataError(f"{source}: no such file; it is the input of {folder}")
+    if {name: facts.get(name) for name in ("bytes", "modified")} != _state(source):
+        raise DataError(f"{source}: has changed since its parts in {folder} were begun")
+    files, rows = [], 0
+    for part, own in _Input(folder, job, source, field, size).parts():
+        files.append(part)
+        rows += len(own)
+    check_complete(folder, files)
+    with writing(out):
+        dim = _assemble(files, rows, out, precision, write)
+        remove_folder(folder)
+    return Encoded(out, rows, dim, rows)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The texts of a job, and the folder of its parts."""
+
+    folder: Path
+    job: str
+    path: Path
+    field: str
+    rows_per_part: int
+
+    def parts(self, task: Task | None = None) -> Iterator[tuple[VectorPart, list[Row]]]:
+        """Yield the parts of the job, or of a task, and their rows."""
+        for number, rows in enumerate(parts_of(read_texts(self.path, self.field), self.rows_per_part)):
+            if task is None or task.has(number):
+                yield VectorPart(self.folder / f"{number:08}.npy", self.job, texts_digest(rows)), rows
+
+
 def _fill(
-    folder: Path,
-    job: str,
-    settings: Settings,
-    path: Path,
-    field: str,
-    devices: Sequence[str],
-    on_progress: Progress | None,
-) -> tuple[list[PartFiles], int, int]:
-    """Encode the missing or damaged parts; returns (parts, rows, rows that existed)."""
+    texts: _Input, settings: Settings, devices: Sequence[str], task: Task | None, on_progress: Progress | None
+) -> tuple[list[VectorPart], int, int]:
+    """Encode the missing or damaged parts, of a task its own; returns (parts, rows, rows that existed)."""
     rows = done = resumed = size = 0
-    files: list[PartFiles] = []
-    running: dict[Future[None], list[Row]] = {}
-    workers = Workers(settings, devices)
+    files: list[VectorPart] = []
 
-    def finish(some: set[Future[None]]) -> None:
-        nonlocal done, size
-        for future in some:
-            own = running.pop(future)
-            future.result()
-            done, size = done + len(own), size + sum(len(row.text.encode("utf-8", "replace")) for row in own)
-            if on_progress is not None:
-                on_progress(done, size)
-
-    with workers:
-        for part in parts(read_texts(path, field), settings.rows_per_part):
-            rows += len(part)
-            target = PartFiles(folder / f"{len(files):08}.npy", job, texts_digest(part))
+    def missing() -> Iterator[tuple[VectorPart, list[Row]]]:
+        nonlocal rows, done, resumed
+        for target, own in texts.parts(task):
             files.append(target)
-            if _is_whole(target):
-                done, resumed = done + len(part), resumed + len(part)
-                continue
-            while len(running) >= 2 * len(devices):
-                finish(wait(running, return_when=FIRST_COMPLETED).done)
-            running[workers.submit(target, part)] = part
-        while running:
-            finish(wait(running, return_when=FIRST_COMPLETED).done)
+            rows += len(own)
+            if target.is_whole():
+                done, resumed = done + len(own), resumed + len(own)
+            else:
+                yield target, own
+
+    def on_done(work: tuple[VectorPart, list[Row]]) -> None:
+        nonlocal done, size
+        done, size = done + len(work[1]), size + sum(len(row.text.encode("utf-8", "replace")) for row in work[1])
+        if on_progress is not None:
+            on_progress(done, size)
+
+    run(Processes(partial(Encoder, settings), devices), missing(), on_done)
     return files, rows, resumed
 
 
-def _is_whole(part: PartFiles) -> bool:
-    if not part.started():
-        return False
-    try:
-        part.verify()
-    except DamagedPartError as error:
-        logging.getLogger("pyqemb").warning("%s; the part is encoded again", error)
-        return False
-    return True
-
-
-def _claim(folder: Path, settings: Settings, path: Path, field: str, model: str) -> str:
+def _claim(folder: Path, settings: Settings, path: Path, field: str, model: str, *, shared: bool = False) -> str:
     """Start or continue the parts of this job; returns its digest. ConfigError if they belong to another job.
 
-    `model`: a digest of the model's settings and tokenizer.
+    `model`: a digest of the model's settings and tokenizer. `shared`: other tasks may work in the folder.
     """
-    stat = path.stat()
     facts = {**asdict(settings), "weights": _digest(settings.model), "input": str(path.resolve()), "field": field}
-    facts = {name: _plain(value) if isinstance(value, str) else value for name, value in facts.items()}
-    facts |= {"settings of the model": model, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
-    manifest, sealed = folder / "manifest.json", seal(facts)
-    job = hashlib.sha256(sealed).hexdigest()
-    if manifest.exists():
-        try:
-            before = unseal(manifest.read_bytes(), str(manifest))
-        except OSError as error:
-            raise unreadable(manifest, error) from error
-        except DataError as error:
-            raise DataError(f"{error}; remove {folder} to start over") from error
-        changed = [name for name in facts if before.get(name) != facts[name]]
-        if changed and any(folder.glob("*.npy")):
-            raise ConfigError(
-                f"{folder}: holds parts of another job ({changed[0]} was {before.get(changed[0])!r}, now "
-                f"{facts[changed[0]]!r}); remove it to start over"
-            )
-        if not changed:
-            return job
-    with atomic_file(manifest) as temporary:
-        temporary.write_bytes(sealed)
-    return job
+    return claim(folder, {**facts, "settings of the model": model, **_state(path)}, shared=shared)
 
 
-def _plain(text: str) -> str:
-    """The text with escapes for the bytes of a file name that are not UTF-8, which JSON cannot hold."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _state(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
 
 def _digest(model: str) -> str:
@@ -224,7 +252,7 @@ def _digest(model: str) -> str:
     return hashlib.sha256(json.dumps([model, facts]).encode()).hexdigest()[:16]
 
 
-def _assemble(files: Sequence[PartFiles], rows: int, out: Path, precision: str, write: Any) -> int:
+def _assemble(files: Sequence[VectorPart], rows: int, out: Path, precision: str, write: Any) -> int:
     """Write the parts in order to one file; returns the dimension of a vector. On DamagedPartError it is incomplete."""
     ranges = None
     if precision in ("int8", "uint8"):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pyqemb.data.files import atomic_file
+from pyqemb.data.npy import npy
 from pyqemb.errors import ConfigError
 
 _STORED = {"float32": "F32", "int8": "I8", "uint8": "U8"}
@@ -30,6 +32,13 @@ def writer_of(path: Path) -> Callable[[Path, Iterable[Part], int, int, np.dtype]
 def ids_path(path: Path) -> Path:
     """The file with the ids of an .npy or .safetensors file, one per line."""
     return path.with_name(path.name + ".ids")
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file, completely or not at all."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        for content in npy(array):
+            file.write(content)  # np.save does not report why a write fails
 
 
 def _npy(path: Path, parts: Iterable[Part], rows: int, features: int, dtype: np.dtype) -> None:

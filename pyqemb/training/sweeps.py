@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from pyqemb.data.files import atomic_file
 from pyqemb.data.machine import is_out_of_memory, reason, unreadable
 from pyqemb.data.strict_json import parse
 from pyqemb.errors import ConfigError, Interrupted, MachineError, PyqembError
+from pyqemb.jobs.tasks import slurm_task
 from pyqemb.model.sentence import read_contract
 from pyqemb.training.config import TrainConfig, load_config, overridden
 from pyqemb.training.notes import SETTINGS_FILE
@@ -204,12 +204,8 @@ def task_of(tasks: int | None, task: int | None) -> tuple[int, int]:
     Raises:
         ConfigError: only one of them is given, or the task does not exist.
     """
-    if tasks is None and task is None and "SLURM_ARRAY_TASK_COUNT" in os.environ:
-        try:
-            first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-            tasks, task = int(os.environ["SLURM_ARRAY_TASK_COUNT"]), int(os.environ["SLURM_ARRAY_TASK_ID"]) - first
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"SLURM_ARRAY_TASK_ID: expected the numbers of a Slurm array: {error}") from error
+    if tasks is None and task is None and (own := slurm_task()) is not None:
+        return own.count, own.number
     if (tasks is None) != (task is None):
         raise ConfigError("--tasks and --task belong together: give both, or none of them")
     if tasks is None or task is None:

@@ -236,6 +236,7 @@ def add(records: Records, place: Place) -> None:
                 rows_per_part=r.randint(1, 9),
                 devices=["cpu"],
             )
+            | r.choice([{}, dict(tasks=2, task=1)])
         ),
         dict(
             model=FOLDERS,
@@ -246,6 +247,8 @@ def add(records: Records, place: Place) -> None:
             dim=[33],
             dtype=DTYPES[:4],
             devices=[[], ["gpu?"], ["cpu", ""]],
+            tasks=[0, 1.5, "auto"],
+            task=[-1, 2, "1"],
         ),
         names=dict(
             model=rf"\bmodel\b|{NO_FOLDER}",
@@ -255,6 +258,20 @@ def add(records: Records, place: Place) -> None:
             field=r"\bfield\b|'absent'",
         ),
         fine=dict(field=lambda value: isinstance(value, str)),
+        cheap=False,
+    )
+
+    def parts() -> Path:
+        out: Path = place.new(".npy")
+        encode_file(place.model, place.texts, out, devices=["cpu"], tasks=1, task=0)
+        return out
+
+    record(
+        "pyqemb.finish",
+        pyqemb.finish,
+        lambda r: dict(out=parts()),
+        dict(out=["no-such", place.folder, place.texts]),
+        names=dict(out=r"\bout\b|no such folder|root of the file system"),
         cheap=False,
     )
     filtering = lambda r: dict(model=embedder, examples=EXAMPLES[:4]) | options(r, instruction="task")  # noqa: E731

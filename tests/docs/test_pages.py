@@ -148,6 +148,45 @@ def test_the_batch_script_trains_and_comes_back_after_a_failure(workplace, fails
     assert (workplace / "runs" / "nodes" / "final" / "config.json").exists() == (not fails)
 
 
+def test_the_array_script_encodes_and_joins(workplace):
+    """On a cluster of this machine alone, which starts the tasks of an array in another order."""
+    page = ROOT / "docs" / "how-to" / "many-machines.md"
+    for language, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "bash":
+            Path(title).write_text(code)
+    sbatch = """
+echo "$@" >> calls
+for word in "$@"; do :; done  # the last one
+case "$1" in
+    --parsable)
+        range=$(grep -oP '(?<=--array=)[0-9-]+' "$word")
+        for task in $(seq "${range#*-}" -1 "${range%-*}"); do
+            SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_COUNT=$((${range#*-} + 1)) SLURM_ARRAY_TASK_MIN=0 \
+                SLURM_ARRAY_TASK_MAX=${range#*-} SLURM_ARRAY_TASK_STEP=1 bash "$word" >> log || exit 1
+        done
+        echo 71;;
+    *) bash -c "$word" >> log;;
+esac
+"""
+    (workplace / "bin").mkdir()
+    for name, line in (("sbatch", sbatch), ("pyqemb", f'exec {sys.executable} -m pyqemb "$@"')):
+        (workplace / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (workplace / "bin" / name).chmod(0o755)
+    path = f"{workplace / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "encode.sh"], env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (workplace / "calls").read_text().splitlines() == [
+        "--parsable encode.sbatch", "--dependency=afterok:71 --wrap pyqemb finish vectors.npy"
+    ]  # fmt: skip
+    again = "when all tasks are done, run pyqemb finish vectors.npy"
+    assert (workplace / "log").read_text().splitlines() == [
+        f"task 2 of 3: 0 texts; {again}", f"task 1 of 3: 0 texts; {again}", f"task 0 of 3: 40 texts; {again}",
+        "40 texts, vectors of 32 features, written to vectors.npy",
+    ]  # fmt: skip
+
+
 def test_blocks_of_the_other_pages(workplace):
     """Configurations are read by what reads them; Python runs."""
     kinds = {"[[step]]": CurateConfig, "[endpoint]": SynthesisConfig}

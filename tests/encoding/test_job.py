@@ -121,12 +121,6 @@ def test_sides(model, jsonl, tmp_path):
     assert np.abs(np.load(tmp_path / "x.npy") - embedder.encode(ROWS, instruction="Find")).max() < 1e-6
 
 
-def test_processes(model, jsonl, tmp_path):
-    done = encode_file(model, jsonl, tmp_path / "x.npy", devices=("cpu", "cpu"), rows_per_part=6)
-    assert done.rows == len(ROWS)
-    assert np.abs(np.load(tmp_path / "x.npy") - Embedder.from_pretrained(model).encode_document(ROWS)).max() < 1e-6
-
-
 def test_what_a_process_cannot_load_is_said(jsonl, tmp_path):
     with pytest.raises(DataError, match="none: no such model folder"):
         encode_file(tmp_path / "none", jsonl, tmp_path / "x.npy", devices=("cpu", "cpu"))
@@ -134,9 +128,9 @@ def test_what_a_process_cannot_load_is_said(jsonl, tmp_path):
 
 def test_a_process_that_dies_is_said(model, jsonl, tmp_path):
     script = (
-        "import os, signal, sys, pyqemb.encoding.workers as w\n"
+        "import os, signal, sys, pyqemb.jobs.executors as w\n"
         "def killed(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "w._encode_part = killed\n"
+        "w._work = killed\n"
         "from pyqemb.encoding import encode_file\n"
         "from pyqemb.errors import PyqembError\n"
         "if __name__ == '__main__':\n"
@@ -157,9 +151,9 @@ def test_a_process_that_dies_is_said(model, jsonl, tmp_path):
 def test_a_killed_job_goes_on(model, jsonl, tmp_path):
     out = tmp_path / "x.npy"
     slow = (
-        "import sys, time, pyqemb.encoding.workers as w; real = w.save_array\n"
-        "def slow(path, array): real(path, array); time.sleep(0.5)\n"
-        "w.save_array = slow\n"
+        "import sys, time; from pyqemb.jobs.parts import VectorPart; real = VectorPart.write\n"
+        "def slow(*parts): real(*parts); time.sleep(0.5)\n"
+        "VectorPart.write = slow\n"
         "from pyqemb.encoding import encode_file; encode_file(*sys.argv[1:], rows_per_part=5)"
     )
     process = subprocess.Popen(
@@ -272,7 +266,7 @@ def test_a_damaged_part_is_made_again(model, jsonl, stopped, caplog, suffix, dam
     assert is_right(out, wanted)
     assert not folder.exists()
     assert f"00000001{suffix}" in caplog.text
-    assert "the part is encoded again" in caplog.text
+    assert "the part is made again" in caplog.text
 
 
 def test_swapped_parts_are_made_again(model, jsonl, stopped, tmp_path, caplog):
@@ -335,8 +329,8 @@ def test_a_damaged_manifest_is_refused(model, jsonl, stopped):
 def test_two_jobs_with_one_output(model, jsonl, tmp_path, capsys):
     out = tmp_path / "x.npy"
     waiting = (
-        "import sys, time, pyqemb.encoding.workers as w\n"
-        "w.save_array = lambda *_: time.sleep(600)\n"
+        "import sys, time; from pyqemb.jobs.parts import VectorPart\n"
+        "VectorPart.write = lambda *_: time.sleep(600)\n"
         "from pyqemb.encoding import encode_file; encode_file(*sys.argv[1:])"
     )
     first = subprocess.Popen([sys.executable, "-c", waiting, str(model), str(jsonl), str(out)])

@@ -27,13 +27,13 @@ from pyqemb.data.blocks import Blocks
 from pyqemb.data.example import read_examples, write_examples
 from pyqemb.data.keyed import keys_of
 from pyqemb.data.layouts import Example
-from pyqemb.data.npy import npy
 from pyqemb.data.rows import read_rows
 from pyqemb.data.sealed import seal
 from pyqemb.data.shards import read_shards, write_shards
 from pyqemb.data.token_cache import TokenFolder
-from pyqemb.encoding.parts import PartFiles
 from pyqemb.errors import ConfigError
+from pyqemb.jobs.folder import describe_output, read_output
+from pyqemb.jobs.parts import VectorPart
 from pyqemb.llm.request import Answer, MalformedAnswerError, parse
 from pyqemb.llm.response import RetryableError, answer_of
 from pyqemb.llm.store import Store
@@ -310,10 +310,9 @@ def record(folder):
 @target("ids of an encode job", "ids")
 @target("vectors of an encode job", "npy")
 def part(folder, suffix):
-    files = PartFiles(folder / "00000000.npy", "job", "texts")
+    files = VectorPart(folder / "00000000.npy", "job", "texts")
     vectors = np.ones((2, 3), np.float32)
     files.write(vectors, ["a", "b"])
-    files.path.write_bytes(b"".join(npy(vectors)))
     path, about = folder / f"00000000.{suffix}", folder / "00000000.json"
     facts = json.loads(about.read_bytes())
     facts.pop("sha256")
@@ -331,6 +330,20 @@ def part(folder, suffix):
 
     seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
     return Target(seeds, read, ("00000000.",), {"json": "json", "ids": "lines", "npy": "bytes"}[suffix])
+
+
+@target("output of a job of tasks")
+def output(folder):
+    describe_output(folder, "encode", "job", {"precision": "int8"})
+    path = folder / "output.json"
+
+    def read(data):
+        path.write_bytes(sealed(data))
+        kind, settings = read_output(folder, "job")
+        assert isinstance(kind, str)
+        assert isinstance(settings, dict)
+
+    return Target([values_of(path.read_bytes())], read, (str(folder),), "json")
 
 
 @target("vectors of personas")

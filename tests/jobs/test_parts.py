@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from pyqemb.data.npy import npy
 from pyqemb.data.sealed import seal
 from pyqemb.encoding.inputs import Row
-from pyqemb.encoding.parts import DamagedPartError, PartFiles, texts_digest
 from pyqemb.errors import DataError, MachineError
+from pyqemb.jobs import parts
+from pyqemb.jobs.parts import DamagedPartError, VectorPart, texts_digest
 
 VECTORS = np.arange(6, dtype=np.float32).reshape(3, 2)
 IDS = ["a", "\u00e4\n", "c d"]
@@ -26,21 +26,21 @@ def path(tmp_path):
 
 
 def written(path, ids=IDS):
-    part = PartFiles(path, "job digest", "texts digest")
+    part = VectorPart(path, "job digest", "texts digest")
     part.write(VECTORS, ids)
-    path.write_bytes(b"".join(npy(VECTORS)))
     return part
 
 
 def test_a_part_comes_back(path):
-    part = PartFiles(path, "job digest", "texts digest")
+    part = VectorPart(path, "job digest", "texts digest")
     assert not part.started()
     part.write(VECTORS, IDS)
+    path.unlink()
     assert part.started()  # by its manifest
     with pytest.raises(DamagedPartError) as caught:
-        part.vectors()  # written last, by another function
+        part.vectors()
     assert str(caught.value) == f"{path}: cannot be read: No such file or directory"
-    path.write_bytes(b"".join(npy(VECTORS)))
+    part.write(VECTORS, IDS)
     part.verify()
     found = part.vectors()
     assert found.dtype == np.float32
@@ -128,6 +128,30 @@ def test_vectors_that_are_none(path):
     path.with_suffix(".json").write_bytes(seal({**part._facts(), "files": {}}))
     with pytest.raises(DamagedPartError, match=r"expected an \.npy file"):
         part.vectors()
+    with pytest.raises(DamagedPartError) as caught:
+        part.verify()
+    assert str(caught.value) == f"{path.with_suffix('.json')}: damaged: names no .npy file"
+
+
+def test_whether_a_part_is_whole(path, caplog):
+    assert not VectorPart(path, "job digest", "texts digest").is_whole()
+    assert written(path).is_whole()
+    assert not caplog.text
+    path.unlink()
+    assert not VectorPart(path, "job digest", "texts digest").is_whole()
+    assert f"{path}: cannot be read: No such file or directory; the part is made again" in caplog.text
+
+
+def test_the_file_of_the_part_is_written_last(path, monkeypatch):
+    order, real = [], parts.atomic_file
+
+    def atomic_file(file):
+        order.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(parts, "atomic_file", atomic_file)
+    written(path)
+    assert order == ["00000007.ids", "00000007.json", "00000007.npy"]
 
 
 @pytest.mark.parametrize(
