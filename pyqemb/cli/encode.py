@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--processes must be at least 1, got {args.processes}")
     devices = args.device or (["cpu"] * args.processes if args.processes else ["auto"])
     # Progress in bytes of the file, because its rows are not counted beforehand (an estimate for compressed columns).
-    total = args.texts.stat().st_size // (own.count if own else 1) if args.texts.is_file() else None
+    total = args.texts.stat().st_size // (own.tasks if own else 1) if args.texts.is_file() else None
     columns = (
         BarColumn(),
         TextColumn("{task.fields[rows]:,} texts, {task.fields[rate]:,.0f}/s"),
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             args.model, args.texts, args.out, side="query" if args.instruction else args.side,
             instruction=args.instruction, field=args.field, dim=args.dim, precision=args.precision,
             max_length=args.max_length, dtype=args.dtype, devices=devices, rows_per_part=args.rows_per_part,
-            tasks=own and own.count, task=own and own.number, on_progress=show,
+            tasks=own and own.tasks, task=own and own.number, on_progress=show,
         )  # fmt: skip
     finally:
         bar.stop()

@@ -8,21 +8,21 @@ from pyqemb.errors import ConfigError
 
 
 class Task(NamedTuple):
-    """Number `number`, from 0, of `count` tasks."""
+    """Number `number`, from 0, of `tasks` tasks."""
 
     number: int
-    count: int
+    tasks: int
 
     def has(self, part: int) -> bool:
         """Whether the part of this number, from 0, belongs to this task."""
-        return part % self.count == self.number
+        return part % self.tasks == self.number
 
     def member(self) -> Member:
         """The lock of this task in the folder of the job: two with one number, or of another count, are refused."""
-        return Member(f"tasks-{self.count}", f"task-{self.number}")
+        return Member(f"tasks-{self.tasks}", f"task-{self.number}")
 
     def __str__(self) -> str:
-        return f"task {self.number} of {self.count}"
+        return f"task {self.number} of {self.tasks}"
 
 
 def task_of(tasks: int | None, task: int | None) -> Task | None:

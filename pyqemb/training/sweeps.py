@@ -205,7 +205,7 @@ def task_of(tasks: int | None, task: int | None) -> tuple[int, int]:
         ConfigError: only one of them is given, or the task does not exist.
     """
     if tasks is None and task is None and (own := slurm_task()) is not None:
-        return own.count, own.number
+        return own.tasks, own.number
     if (tasks is None) != (task is None):
         raise ConfigError("--tasks and --task belong together: give both, or none of them")
     if tasks is None or task is None:

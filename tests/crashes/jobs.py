@@ -258,6 +258,15 @@ class Encode(Job):
         return contents(folder / "vectors.npy")
 
 
+class EncodeTasks(Encode):
+    """The same file by two tasks, whose parts are joined."""
+
+    def run(self):
+        for task in (1, 0):
+            encode_file("model", "texts.txt", "vectors.npy", rows_per_part=5, tasks=2, task=task)
+        pyqemb.finish("vectors.npy")
+
+
 class Curate(Job):
     """Three steps, over the results of an earlier run."""
 
@@ -393,5 +402,5 @@ def _serve(requests, writing):
 JOBS = {
     "train": Train, "train-background": TrainBackground, "train-lora": TrainLora, "train-sharded": TrainSharded,
     "long": LongTrain, "long-background": LongBackground, "long-lora": LongLora, "merge": Merge, "export": Export,
-    "encode": Encode, "curate": Curate, "mine": Mine, "synthesize": Synthesize,
+    "encode": Encode, "encode-tasks": EncodeTasks, "curate": Curate, "mine": Mine, "synthesize": Synthesize,
 }  # fmt: skip

@@ -57,7 +57,7 @@ def tiers(fast, deep):
 
 
 def every(distances):
-    return tiers(distances.items(), [(job, 1) for job in distances])
+    return tiers(distances.items(), [(job, 1) for job in [*distances, "encode-tasks"]])
 
 
 @pytest.mark.parametrize(("job", "every"), every(WRITES))
@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_after_so_many_bytes(ask, record_property, job, size
     tiers(
         [*((job, True, distance) for job, distance in POWER.items()),
          *((job, False, distance) for job, distance in FRESH.items())],
-        [(job, earlier, 1) for job in JOBS for earlier in (True, False)],
+        [(job, earlier, 1) for job in [*JOBS, "encode-tasks"] for earlier in (True, False)],
     ),
 )  # fmt: skip
 def test_what_a_power_failure_may_leave(ask, record_property, job, earlier, every):
