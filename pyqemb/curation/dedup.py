@@ -12,6 +12,7 @@ from pyqemb.curation.ledger import Ledger
 from pyqemb.curation.spool import Seen, Spool, text_hash, windows, work_folder
 from pyqemb.curation.steps import WINDOW, Step
 from pyqemb.data.example import Example
+from pyqemb.data.machine import reading
 
 On = Annotated[
     Literal["pair", "query", "positive"],
@@ -84,7 +85,8 @@ def rows_of_band(num_hashes: int, threshold: float) -> int:
 
 def clusters(signatures: Path, count: int, num_hashes: int, rows: int, threshold: float) -> np.ndarray:
     """int64 [count]: the first text of each text's cluster. `signatures`: a file of uint32 [count, num_hashes]."""
-    mapped = np.memmap(signatures, dtype=np.uint32, mode="r", shape=(count, num_hashes))
+    with reading(signatures):
+        mapped = np.memmap(signatures, dtype=np.uint32, mode="r", shape=(count, num_hashes))
     leader = np.arange(count)
     empty = _banded(mapped, 0, num_hashes) == _polynomial(np.full((1, num_hashes), 0xFFFFFFFF, dtype=np.uint32))
     for start in range(0, num_hashes - rows + 1, rows):

@@ -15,6 +15,7 @@ from pyqemb.curation.mining import embed_documents, embed_queries
 from pyqemb.curation.spool import Spool, text_hash, windows, work_folder
 from pyqemb.curation.steps import WINDOW, Instruction, Step, encoder, model_field
 from pyqemb.data.example import Example, read_examples
+from pyqemb.data.machine import reading
 
 
 class _Ranked(Step):
@@ -169,7 +170,9 @@ def _embed(model: Any, texts: Iterable[str], wanted: np.ndarray, path: Path) -> 
                 dim, batch = write(batch), []
         if batch:
             dim = write(batch)
-    return np.array(hashes, dtype=np.uint64), np.memmap(path, dtype=np.float32, mode="r+", shape=(len(hashes), dim))
+    with reading(path):
+        vectors = np.memmap(path, dtype=np.float32, mode="r+", shape=(len(hashes), dim))
+    return np.array(hashes, dtype=np.uint64), vectors
 
 
 def _places(texts: Iterable[str], hashes: np.ndarray, order: np.ndarray) -> np.ndarray:

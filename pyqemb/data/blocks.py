@@ -22,7 +22,7 @@ import numpy as np
 
 from pyqemb.data.files import fsync_folder, make_folder
 from pyqemb.data.keyed import KEY, Keys
-from pyqemb.data.machine import unreadable, unwritable
+from pyqemb.data.machine import reading, unreadable, unwritable
 from pyqemb.data.rank_logs import RANK_LOG
 from pyqemb.errors import MachineError
 
@@ -260,7 +260,7 @@ class _Files:
         if os.fstat(self.data).st_size < end:
             raise MachineError(f"{self.path}: has shrunk while it was in use")
         if self._map is None or len(self._map) < end:
-            with open(self.data, "rb", closefd=False) as file:
+            with reading(self.path), open(self.data, "rb", closefd=False) as file:
                 self._map = np.memmap(file, dtype=np.uint8, mode="c")
         return self._map
 

@@ -14,8 +14,9 @@ from pyqemb.errors import DataError, MachineError, PyqembError
 
 # A missing path, or a folder instead of a file, is an error of the user.
 _WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-# safetensors and Arrow report the number in their message, SQLite has its own messages.
+# safetensors, Arrow and torch report the number in their message, SQLite has its own messages.
 _NUMBER = re.compile(r"(?:os error|errno:?) (\d+)", re.IGNORECASE)
+_NUMBER_OF_TORCH = re.compile(r"unable to (?:open|mmap|stat) .*\((\d+)\)$")
 _WORDS = {
     "disk is full": errno.ENOSPC,
     "disk I/O error": errno.EIO,
@@ -40,10 +41,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def errno_of(error: BaseException) -> int | None:
     """Return the machine's error number behind an error; None if there is none.
 
-    It is the errno of an OSError, or the number in an error of safetensors, Arrow or SQLite.
+    It is the errno of an OSError, or the number in an error of safetensors, Arrow, torch or SQLite.
     """
     if isinstance(error, OSError):
         return error.errno
+    if isinstance(error, RuntimeError) and (found := _NUMBER_OF_TORCH.match(str(error))):
+        return int(found[1])
+    if getattr(error, "sqlite_errorname", "").startswith("SQLITE_IOERR"):  # may be worded as damage
+        return errno.EIO
     if not type(error).__module__.startswith(_LIBRARIES):
         return None
     text = str(error)
@@ -80,6 +85,18 @@ def raise_if_machine(path: str | Path, error: BaseException) -> None:
     number = errno_of(error)
     if number is not None and number not in _WRONG_PATH:
         raise MachineError(f"{path}: cannot be read: {reason(error)}", number, str(path)) from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn errors of the machine inside the block into a MachineError that names `path`. Other errors pass."""
+    try:
+        yield
+    except PyqembError:
+        raise
+    except Exception as error:
+        raise_if_machine(path, error)
+        raise
 
 
 @contextmanager

@@ -116,20 +116,33 @@ async def run_in_order(
 ) -> AsyncIterator[tuple[T, R]]:
     """Yield (item, its result) in the order of the items, with up to `window` running concurrently.
 
-    The first error is raised and cancels the other tasks.
+    The first error is raised at once, also that of a later item, and cancels the other tasks: what they would receive
+    may be lost.
     """
     waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
+    failed: asyncio.Future[asyncio.Future[R]] = asyncio.get_running_loop().create_future()
+
+    def note(task: "asyncio.Future[R]") -> None:
+        if not task.cancelled() and task.exception() is not None and not failed.done():
+            failed.set_result(task)
+
+    async def first() -> tuple[T, R]:
+        item, task = waiting[0]
+        await asyncio.wait((task, failed), return_when=asyncio.FIRST_COMPLETED)
+        result = (task if task.done() else failed.result()).result()
+        waiting.popleft()
+        return item, result
+
     try:
         for item in items:
             waiting.append((item, asyncio.ensure_future(work(item))))
+            waiting[-1][1].add_done_callback(note)
             if len(waiting) >= window or waiting[0][1].done():
-                first, task = waiting.popleft()
-                yield first, await task
+                yield await first()
             else:
                 await asyncio.sleep(0)
         while waiting:
-            first, task = waiting.popleft()
-            yield first, await task
+            yield await first()
     finally:
         for _, task in waiting:
             task.cancel()

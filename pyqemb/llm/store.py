@@ -5,13 +5,13 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pyqemb.data.arguments import checked
 from pyqemb.data.files import make_folder
-from pyqemb.data.machine import errno_of, unwritable
+from pyqemb.data.machine import errno_of, reading, unwritable
 from pyqemb.errors import DataError, MachineError, PyqembError
 from pyqemb.llm.request import Answer
 
@@ -53,7 +53,14 @@ class Store:
     def _unusable(self, error: Exception) -> PyqembError:
         if errno_of(error) is not None:
             return unwritable(self.path, error)
+        self._check_readable()
         return DataError(f"{self.path}: cannot be used as a store of answers: {error}")
+
+    def _check_readable(self) -> None:
+        """MachineError if the machine fails to read the file, which SQLite calls damage."""
+        with suppress(FileNotFoundError, IsADirectoryError), reading(self.path), self.path.open("rb") as file:
+            while file.read(1 << 22):
+                pass
 
     def _create(self) -> None:
         run = self._connection.execute
@@ -123,6 +130,8 @@ class Store:
         except _ERRORS as error:
             message = f"{self.path}: {error}; the answers stored so far are kept"
             number = errno_of(error)
+            if number is None:
+                self._check_readable()
             raise (DataError(message) if number is None else MachineError(message, number, str(self.path))) from error
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from pyqemb.data.files import atomic_file
 from pyqemb.data.folder import member, read_json
-from pyqemb.data.machine import is_out_of_memory, raise_if_machine, reason, writing
+from pyqemb.data.machine import is_out_of_memory, raise_if_machine, reading, reason, writing
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
@@ -129,13 +129,14 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
 
 def open_safetensors(path: Path) -> Any:
     """Open a file without reading its tensors. CheckpointError if it is damaged."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise_if_machine(path, error)
-        if isinstance(error, FileNotFoundError):
-            _check_missing(path)
-        raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {reason(error)}") from error
+    with reading(path):
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise_if_machine(path, error)
+            if isinstance(error, FileNotFoundError):
+                _check_missing(path)
+            raise CheckpointError(f"{path}: damaged, cut short or not safetensors: {reason(error)}") from error
 
 
 def _check_missing(path: Path) -> None:
@@ -299,8 +300,8 @@ def stream_safetensors(
 
 
 def sha256(path: str | Path) -> str:
-    """The hex digest of a file."""
-    with open(path, "rb") as file:
+    """The hex digest of a file. MachineError if the machine fails to read it."""
+    with reading(path), open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)

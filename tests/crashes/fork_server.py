@@ -138,6 +138,7 @@ class Case:
         self.fresh()
         child = self.must(self.work, lambda: self.armed(what, 0, -1))
         self.job.wanted = self.job.result(self.work)
+        self.names = {path.name for path in self.work.rglob("*")}
         assert self.job.wanted
         assert self.job.wanted != self.job.before
         self.inputs = self.digests()
@@ -240,7 +241,10 @@ def reads(request, case):
                 own = [path.name for path in (place, *place.parents) if path.is_relative_to(case.work)]
                 named = [re.sub(r"^\.\d+\.partial\.", "", name) for name in own[:-1]]
                 assert not named or any(name in line for name in named), f"{place} is not named: {line}"
-                assert "nput/output error" in line, f"{place}: {child.said[-1500:]}"
+                # SQLite calls an error that does not come again damage.
+                assert "nput/output error" in line or (place.suffix == ".sqlite" and "malformed" in line), (
+                    f"{place}: {child.said[-1500:]}"
+                )
             case.job.holds(case.work)
             case.goes_on()
 
@@ -272,14 +276,12 @@ def space(request, case):
             child = case.run(work)
             assert child.status in (0, 74), (child.status, child.said[-1500:])
             if child.status == 0:
-                assert enough, f"{left} of {size} bytes are enough"
+                assert enough or not case.job.same_bytes, f"{left} of {size} bytes are enough"
                 assert case.job.result(case.work) == case.job.wanted
             else:
                 line = one_line(child.said)
-                assert "No space left on device" in line, line
-                assert str(case.work) in line or "run" in line or "out" in line or ".jsonl" in line or ".npy" in line, (
-                    line
-                )
+                assert "No space left on device" in line or "database or disk is full" in line, line
+                assert any(name in line for name in case.names), line
             assert not leftovers(case.work), leftovers(case.work)
             case.job.holds(case.work)
             after = contents(case.work / "run" / "checkpoints")

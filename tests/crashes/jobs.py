@@ -45,6 +45,7 @@ class Job:
     """`before` and `wanted`: the results of the earlier and of the new run."""
 
     inputs = ()  # files and folders that a run only reads
+    same_bytes = True  # every run writes as many bytes
     before: ClassVar = {}
     wanted: ClassVar = {}
 
@@ -320,6 +321,7 @@ class Synthesize(Job):
     """With a server that answers, in a process of its own; an answer that was received is not requested again."""
 
     inputs = ("passages.jsonl", "personas.txt")
+    same_bytes = False  # SQLite's
     argv: ClassVar = ["synthesize", "synthesize.json"]
 
     def __init__(self):

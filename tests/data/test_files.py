@@ -12,8 +12,17 @@ import pytest
 
 from pyqemb.data import files
 from pyqemb.data.files import atomic_file, atomic_folder, check_writable
-from pyqemb.data.machine import errno_of, raise_if_machine, writing
-from pyqemb.errors import ConfigError, MachineError, PyqembError
+from pyqemb.data.machine import errno_of, raise_if_machine, reading, writing
+from pyqemb.errors import ConfigError, DataError, MachineError, PyqembError
+
+
+def test_errors_of_the_machine_while_reading_name_the_file():
+    with pytest.raises(MachineError, match="m: cannot be read: Input/output error"), reading("m"):
+        raise OSError(errno.EIO, "what the library says")
+    for error in (FileNotFoundError(errno.ENOENT, "no", "m"), ValueError("x"), DataError("y")):
+        with pytest.raises(type(error)) as found, reading("m"):
+            raise error
+        assert found.value is error
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE])
@@ -48,6 +57,9 @@ def test_errors_of_other_libraries(tmp_path):
         safetensors.torch.save_file({"a": torch.zeros(9)}, tmp_path / "none" / "y")
     for words, number in (("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO)):
         assert errno_of(sqlite3.OperationalError(words)) == number
+    assert errno_of(RuntimeError("unable to open file <a> in read-only mode: Input/output error (5)")) == errno.EIO
+    assert errno_of(RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)")) == errno.ENOMEM
+    assert errno_of(RuntimeError("unable to go on (5)")) is None
     assert errno_of(ValueError("os error 28")) is None
     assert errno_of(sqlite3.OperationalError("syntax")) is None
 

@@ -303,6 +303,27 @@ def test_further_fields_of_the_body(serve, tmp_path):
         Endpoint(model="m", backend="transformers", omit=["seed"])
 
 
+def test_an_error_of_a_later_item_is_raised_at_once():
+    started, ended = [], []
+
+    async def work(item):
+        started.append(item)
+        if item == 3:
+            raise DataError("the third fails")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(item)
+
+    async def run():
+        return [pair async for pair in run_in_order(range(50), work, 10)]
+
+    with pytest.raises(DataError, match="the third fails"):
+        asyncio.run(asyncio.wait_for(run(), 30))
+    assert len(started) <= 10
+    assert ended == [item for item in started if item != 3]
+
+
 def test_run_in_order_has_no_more_than_its_window_under_way():
     under_way, most = 0, 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqemb.data.files import atomic_file, fsync_folder
-from pyqemb.data.machine import writing
+from pyqemb.data.machine import reading, writing
 from pyqemb.errors import MachineError
 from pyqemb.training.callbacks.base import Row, RowLogger, TrainInfo
 
@@ -66,7 +66,9 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().split(b"\n"):
+    with reading(path):
+        content = path.read_bytes()
+    for line in content.split(b"\n"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
