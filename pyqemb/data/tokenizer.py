@@ -108,7 +108,7 @@ class Tokenizer:
         """Read a folder's tokenizer.json. `max_length` None: that of the folder, else no limit.
 
         The end token is that of pyqemb.json, else `<|endoftext|>`; a model other than Qwen3 without this token uses its
-        eos_token. It is appended for folders without modules.json; with modules.json, texts end as in
+        eos_token, or its sep_token. It is appended for folders without modules.json; with modules.json, texts end as in
         sentence-transformers.
         """
         folder = Path(folder)
@@ -187,20 +187,24 @@ class Tokenizer:
             for text, task in zip(texts, tasks, strict=True)
         ]
 
-    def save(self, folder: str | Path, padding_side: Literal["left", "right"] = "left") -> None:
+    def save(
+        self, folder: str | Path, padding_side: Literal["left", "right"] = "left", own_padding: bool = False
+    ) -> None:
         """Write tokenizer.json (which appends the end token), tokenizer_config.json and `files`.
 
-        `padding_side` is the side on which other libraries pad texts.
+        `padding_side` is the side on which other libraries pad texts, with the end token. With `own_padding`, they pad
+        with the padding token of the tokenizer if it has one.
         """
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         (folder / "tokenizer_config.json").write_text(
-            json.dumps(self._tokenizer_config(padding_side), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(self._tokenizer_config(padding_side, own_padding), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
 
-    def _tokenizer_config(self, padding_side: str) -> dict[str, Any]:
+    def _tokenizer_config(self, padding_side: str, own_padding: bool) -> dict[str, Any]:
         stored = parse(self.files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
         for name in ("auto_map", "backend", "is_local", "local_files_only"):  # transformers 5 does not read them
             stored.pop(name, None)
@@ -208,8 +212,11 @@ class Tokenizer:
             stored["additional_special_tokens"] = stored.pop("extra_special_tokens")
         if stored.get("tokenizer_class") not in CLASSES:  # class names of transformers 5 only
             stored["tokenizer_class"] = "PreTrainedTokenizerFast"
-        stored.setdefault("eos_token", self.end_token)
-        stored.update(pad_token=self.end_token, padding_side=padding_side)
+        stored["padding_side"] = padding_side
+        if not own_padding:
+            stored.setdefault("eos_token", self.end_token)
+        if not (own_padding and stored.get("pad_token")):
+            stored["pad_token"] = self.end_token
         if self.max_length is not None:
             stored["model_max_length"] = self.max_length
         return stored
@@ -259,10 +266,13 @@ def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> str:
     )
     if "end_token" in contract:
         return str(contract["end_token"])
-    eos = settings.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if backend.token_to_id(END_TOKEN) is None and config.get("model_type", "qwen3") != "qwen3" and isinstance(eos, str):
-        return eos
+    if backend.token_to_id(END_TOKEN) is not None or config.get("model_type", "qwen3") == "qwen3":
+        return END_TOKEN
+    for name in ("eos_token", "sep_token"):  # BERT has no eos_token
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
     return END_TOKEN
 
 

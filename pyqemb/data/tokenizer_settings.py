@@ -1,5 +1,6 @@
 """The text settings of a model folder outside of tokenizer.json: maximum length, lowercasing, the end of a text."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def read_text_settings(
     sentence, tokenizer = read_object(folder, name), read_object(folder, "tokenizer_config.json")
     check_keys(sentence, {**_SENTENCE, **(transformer or {})}, folder / name)
     check_keys(tokenizer, _TOKENIZER, folder / "tokenizer_config.json")
+    _check_normalizer(tokenizer, backend, folder / "tokenizer_config.json")
     adds_bos = tokenizer.get("add_bos_token") and _token(tokenizer.get("bos_token"))
     if adds_bos and backend.encode("a").tokens[:1] != [adds_bos]:
         raise CheckpointError(
@@ -65,6 +67,19 @@ def read_text_settings(
     return TextSettings(
         _max_length(folder, name, sentence, tokenizer), bool(sentence.get("do_lower_case")), append_end=not as_stored
     )
+
+
+def _check_normalizer(tokenizer: Mapping[str, Any], backend: tokenizers.Tokenizer, path: Path) -> None:
+    """CheckpointError unless the settings of BERT's normalizer are those of tokenizer.json."""
+    state = {} if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
+    stages = state.get("normalizers", [state])
+    own: dict[str, Any] = next((stage for stage in stages if stage.get("type") == "BertNormalizer"), {})
+    for name, key in _NORMALIZER.items():
+        value, done = tokenizer.get(name), own.get(key)
+        if done is None:  # strip_accents is that of lowercase
+            done = own.get("lowercase", False)
+        if value not in (None, done):
+            raise CheckpointError(f"{path}: {name} {value} is not supported: it is not what tokenizer.json does")
 
 
 def _max_length(folder: Path, name: str, sentence: dict[str, Any], tokenizer: dict[str, Any]) -> int | None:
@@ -90,6 +105,11 @@ def _token(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
+_NORMALIZER = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}  # in tokenizer_config.json, and in the normalizer of tokenizer.json
 _FLAG: Rule = lambda value: value is None or isinstance(value, bool)  # noqa: E731
 _NOTHING: Rule = lambda value: not value  # noqa: E731
 _TEXT_MODALITY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -112,8 +132,11 @@ _TOKENIZER: dict[str, Rule | None] = {
     "add_prefix_space": _FLAG,  # compared with tokenizer.json
     "truncation_side": one_of("right", None),
     "split_special_tokens": one_of(False, None),
-    "do_lower_case": one_of(False, None),
-    "strip_accents": one_of(False, None),
+    "do_lower_case": _FLAG,  # compared with tokenizer.json, as the next two
+    "strip_accents": _FLAG,
+    "tokenize_chinese_chars": _FLAG,
+    "do_basic_tokenize": one_of(True, None),
+    "never_split": one_of([], None),
     "fix_mistral_regex": one_of(False, None),
     "trust_remote_code": one_of(False, None),
     "token": one_of(None),

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5  # for the components of a float32 vector
 _BIDIRECTIONAL = (5, 3)  # the first version of transformers that reads is_causal in config.json
 
+_TEI_DECODER = (
+    "hidden_size", "eos_token_id", "head_dim", "rope_theta", "max_position_embeddings", "num_key_value_heads",
+)  # fmt: skip
+_TEI_ENCODER = (
+    "hidden_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
+    "pad_token_id",
+)  # fmt: skip
 _POOL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "last": lambda x_TE: x_TE[-1],
     "mean": lambda x_TE: x_TE.mean(0),
@@ -108,7 +115,8 @@ def _transformers(folder: Path, ours: Embedder, texts: list[str], documents: np.
     from transformers import AutoModel, AutoTokenizer, __version__
 
     name = f"transformers {__version__}"
-    if ours.attention == "bidirectional" and tuple(int(part) for part in __version__.split(".")[:2]) < _BIDIRECTIONAL:
+    needs_is_causal = ours.attention == "bidirectional" and not ours.config.is_encoder
+    if needs_is_causal and tuple(int(part) for part in __version__.split(".")[:2]) < _BIDIRECTIONAL:
         return Check(name, "warned", "bidirectional attention needs 5.3 or later")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -154,14 +162,8 @@ def _vllm(folder: Path) -> Iterator[str]:
 
 def _tei(folder: Path) -> Iterator[str]:
     config = _json(folder, "config.json")
-    for name in (
-        "hidden_size",
-        "eos_token_id",
-        "head_dim",
-        "rope_theta",
-        "max_position_embeddings",
-        "num_key_value_heads",
-    ):
+    family = FAMILIES.get(str(config.get("model_type")))
+    for name in _TEI_ENCODER if family is not None and family.config.is_encoder else _TEI_DECODER:
         if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
             yield f"config.json: {name} {config.get(name)!r}"
     if not isinstance(_json(folder, "sentence_bert_config.json").get("max_seq_length"), int):

@@ -19,12 +19,20 @@ from pyqemb.errors import CheckpointError, ConfigError, did_you_mean
 from pyqemb.merging.slerp import Blend, fold, karcher, linear
 from pyqemb.model.checkpoint import LM_HEAD, WEIGHTS, Stored, Tensors, file_order, stream_safetensors
 from pyqemb.model.config import DecoderConfig
-from pyqemb.model.families import read_config
+from pyqemb.model.decoder import Family
+from pyqemb.model.families import FAMILIES, read_config
 from pyqemb.model.portable import check_digests, model_folder, write_portable_files
 from pyqemb.model.portable_reranker import files_like, reranker_name
 from pyqemb.model.progress import progress_bar
 from pyqemb.model.safety import check_safe
-from pyqemb.model.sentence import check_kind, kind_of, read_contract, read_instruction, read_sentence_settings
+from pyqemb.model.sentence import (
+    SentenceSettings,
+    check_kind,
+    kind_of,
+    read_contract,
+    read_instruction,
+    read_sentence_settings,
+)
 from pyqemb.model.shard_files import ShardedTensors, shard_files
 
 _MAX_STEP = 10**12  # a folder cannot have the name of a much longer number
@@ -133,7 +141,8 @@ def merge(
     config = _common_config(everything, pooled=not reranks)
     chosen = _settings_folder(folders, settings_from, reranks, config)
     heads = () if reranks else (LM_HEAD,)
-    sources = [_checked_tensors(folder, heads) for folder in everything]
+    family = FAMILIES[config.model_type]
+    sources = [_checked_tensors(folder, heads, family) for folder in everything]
     _check_alike(sources)
 
     blend, first = METHODS[method], sources[0]
@@ -149,7 +158,7 @@ def merge(
     else:
         write_files = partial(
             write_portable_files, config=config, tokenizer=Tokenizer.from_folder(chosen),
-            settings=read_sentence_settings(chosen, config.hidden_size),
+            settings=_sentence_settings(chosen, config),
             matryoshka=config.extra.get("matryoshka_dimensions"), provenance=provenance,
         )  # fmt: skip
     names = {reranker_name(name) if reranks else name: name for name in first}
@@ -218,9 +227,7 @@ def _checked_weights(folders: Sequence[Path], method: str, weights: Sequence[flo
 def _common_config(folders: Sequence[Path], pooled: bool) -> DecoderConfig:
     """The common configuration; ConfigError names a difference."""
     configs = [read_config(folder) for folder in folders]
-    poolings = [
-        read_sentence_settings(folder, configs[0].hidden_size).pooling if pooled else None for folder in folders
-    ]
+    poolings = [_sentence_settings(folder, configs[0]).pooling if pooled else None for folder in folders]
     for folder, config, pooling in zip(folders[1:], configs[1:], poolings[1:], strict=True):
         before, now = asdict(configs[0]), asdict(config)
         for key in ("extra", "initializer_range", "eos_token_id", "max_position_embeddings"):
@@ -257,26 +264,30 @@ def _settings_folder(
 def _settings(folder: Path, reranks: bool, config: DecoderConfig) -> dict[str, Any]:
     tokenizer = PairTokenizer.from_folder(folder) if reranks else Tokenizer.from_folder(folder)
     found: dict[str, Any] = {
-        "max_length": tokenizer.max_length or config.max_position_embeddings, "do_lower_case": tokenizer.lower_case,
+        "max_length": tokenizer.max_length or config.max_tokens, "do_lower_case": tokenizer.lower_case,
         "end_token": tokenizer.end_token, "tokenizer": tokenizer.backend.to_str(),
     }  # fmt: skip
     if reranks:
         return {"instruction": read_instruction(folder, INSTRUCTION), **found}
-    own = vars(read_sentence_settings(folder, config.hidden_size))
+    own = vars(_sentence_settings(folder, config))
     return {**own, "matryoshka_dimensions": read_config(folder).extra.get("matryoshka_dimensions"), **found}
 
 
-def _checked_tensors(folder: Path, heads: Collection[str]) -> Tensors:
+def _sentence_settings(folder: Path, config: DecoderConfig) -> SentenceSettings:
+    return read_sentence_settings(folder, config.hidden_size, config.default_pooling)
+
+
+def _checked_tensors(folder: Path, heads: Collection[str], family: Family) -> Tensors:
     check_digests(folder)
-    return _Unrounded(folder, heads)
+    return _Unrounded(folder, heads, family)
 
 
 class _Unrounded(Tensors):
     """A model folder whose tensors are read from its training checkpoint, if they round to the stored ones."""
 
-    def __init__(self, folder: Path, heads: Collection[str]):
-        super().__init__(folder, heads)
-        self._checkpoint, self._kind = ShardedTensors([]), ""
+    def __init__(self, folder: Path, heads: Collection[str], family: Family):
+        super().__init__(folder, heads, family=family)
+        self._checkpoint, self._kind, self._names = ShardedTensors([]), "", dict[str, str]()
         try:
             provenance = read_contract(folder)["provenance"]
             step, averaged = provenance["step"], provenance.get("weights") == "ema"  # the averages of train.ema_decay
@@ -287,10 +298,12 @@ class _Unrounded(Tensors):
         checkpoint = folder.parent / "checkpoints" / f"step_{step:08}"
         self._checkpoint = ShardedTensors(shard_files(checkpoint, "optimizer" if averaged else "model"))
         self._kind = "/ema" if averaged else ""
+        ours = (key.removeprefix("model.").removesuffix(self._kind) for key in self._checkpoint)
+        self._names = {family.stored_name(name): name for name in ours}
 
     def __getitem__(self, name: str) -> Tensor:
         rounded = super().__getitem__(name)
-        key = f"model.{name}{self._kind}"
+        key = f"model.{self._names.get(name, name)}{self._kind}"
         if key not in self._checkpoint:
             return rounded
         exact = self._checkpoint[key]

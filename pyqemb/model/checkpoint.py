@@ -18,7 +18,7 @@ from pyqemb.data.folder import member, read_json
 from pyqemb.data.machine import is_out_of_memory, raise_if_machine, reading, reason, writing
 from pyqemb.errors import CheckpointError, MachineError
 from pyqemb.model.config import DecoderConfig
-from pyqemb.model.decoder import Decoder, Family
+from pyqemb.model.decoder import Decoder, Family, without_prefix
 from pyqemb.model.shards import local, own_rows
 
 WEIGHTS = "model.safetensors"
@@ -35,12 +35,19 @@ _SHOWN = 5  # names in an error before "and n more"
 class Tensors(Mapping[str, torch.Tensor]):
     """The tensors of a folder by name; each is read from the disk on access.
 
-    Names have no `model.` prefix; buffers of old versions and `heads` are left out, see `head`. `file`: the weight file
-    (None: those of the model, one file or shards). CheckpointError names the file that is missing, damaged or outside
-    the folder.
+    Names are those of `Family.read_name` (None: no `model.` prefix); buffers of old versions and `heads` are left out,
+    see `head`. `file`: the weight file (None: those of the model, one file or shards). CheckpointError names the file
+    that is missing, damaged or outside the folder.
     """
 
-    def __init__(self, folder: str | Path, heads: Collection[str] = (LM_HEAD,), file: str | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        heads: Collection[str] = (LM_HEAD,),
+        file: str | None = None,
+        family: Family | None = None,
+    ):
+        read_name = without_prefix if family is None else family.read_name
         self.folder = Path(folder)
         self._heads: dict[str, Path] = {}
         self._home: dict[str, tuple[Path, str]] = {}
@@ -54,8 +61,8 @@ class Tensors(Mapping[str, torch.Tensor]):
                 )
             self._heads |= dict.fromkeys(stored & {*heads}, path)
             for name in sorted(stored - {*heads}):
-                ours = name.removeprefix("model.")
-                if _BUFFERS.fullmatch(ours):
+                ours = read_name(name)
+                if ours is None or _BUFFERS.fullmatch(ours):
                     continue
                 if ours in self._home:
                     raise CheckpointError(f"{path}: {ours} appears twice")
@@ -149,9 +156,9 @@ def _check_missing(path: Path) -> None:
     raise MachineError(f"{path}: cannot be read: {os.strerror(errno.EIO)}", errno.EIO, str(path))
 
 
-def read_tensors(folder: str | Path) -> Tensors:
+def read_tensors(folder: str | Path, family: Family | None = None) -> Tensors:
     """The tensors of a model folder as a lazy mapping from name to tensor."""
-    return Tensors(folder)
+    return Tensors(folder, family=family)
 
 
 def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None:
@@ -173,6 +180,7 @@ def check_sizes(config: DecoderConfig, family: Family, tensors: Tensors) -> None
         "layers.0.self_attn.q_proj.weight": (heads * config.head_dim, hidden),
         "layers.0.self_attn.k_proj.weight": (keys * config.head_dim, hidden),
         "layers.0.mlp.gate_proj.weight": (config.intermediate_size, hidden),
+        "layers.0.mlp.up_proj.weight": (config.intermediate_size, hidden),
     }
     for name, shape in shapes.items():
         stored = family.stored_name(name)
@@ -210,7 +218,7 @@ def load_weights(module: Decoder, source: str | Path | Tensors, dtype: torch.dty
 
     CheckpointError, which names the tensor, for missing and surplus names, wrong shapes or dtypes, NaN and infinity.
     """
-    tensors = source if isinstance(source, Tensors) else read_tensors(source)
+    tensors = source if isinstance(source, Tensors) else read_tensors(source, module.family)
     names = check_weights(module, tensors)
     dtype = widest_dtype(tensors) if dtype is None else dtype
     # Copies, because the mapped file may be replaced or changed while the model is in use.

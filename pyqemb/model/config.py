@@ -1,4 +1,4 @@
-"""DecoderConfig: the shape of a decoder, read from and written to a Hugging Face config.json."""
+"""DecoderConfig: the shape of a decoder or encoder, read from and written to a Hugging Face config.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -48,7 +48,13 @@ class DecoderConfig:
     architectures: ClassVar[Sequence[str]] = ()  # class names of transformers; the first is written
     hidden_act: ClassVar[str] = "silu"  # the activation of the MLP
     keys: ClassVar[Mapping[str, Rule | None]] = {}  # known settings of config.json that are not fields
-    written: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}  # settings that are written if absent
+    # Settings that are written if absent.
+    written: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "use_sliding_window": False}
+    derived: ClassVar[Sequence[str]] = ()  # fields that the config.json of this family does not have
+    # An encoder has learned positions instead of a rotary embedding, and bidirectional attention only. Its tokenizer
+    # has its own padding token and pads on the right, because positions are counted from the first column.
+    is_encoder: ClassVar[bool] = False
+    default_pooling: ClassVar[str] = "last"  # of folders that do not say
     qk_norm: ClassVar[bool] = False  # whether each head of q and k is normalized
     reads_attention_bias: ClassVar[bool] = False  # whether attention_bias sets the biases of q, k, v and o_proj
     reads_mlp_bias: ClassVar[bool] = False
@@ -95,16 +101,30 @@ class DecoderConfig:
         """Whether o_proj has a bias."""
         return self.reads_attention_bias and self.attention_bias
 
+    @property
+    def max_tokens(self) -> int:
+        """The number of positions of a text."""
+        return self.max_position_embeddings
+
+    def check_length(self, tokens: int | None) -> None:
+        """ConfigError if texts of so many tokens have more positions than were learned."""
+        if self.is_encoder and tokens is not None and tokens > self.max_tokens:
+            raise ConfigError(
+                f"max_length must be at most {self.max_tokens}, the number of learned positions, got {tokens}"
+            )
+
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Read the keys of a Hugging Face config; ConfigError for an unsupported key that would change the results."""
-        own = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
+        every = {item.name for item in fields(cls)} - {"extra", "rope_theta", "rope_scaling"}
+        own = every - {*cls.derived}
+        rope_keys = () if cls.is_encoder else _ROPE_KEYS
         cls.check_settings(values)
-        _check_known(values, {**dict.fromkeys(own), **cls.keys})
+        _check_known(values, {**dict.fromkeys([*own, *rope_keys]), **cls.keys})
         absent = {name for name in ("head_dim", "num_key_value_heads") if values.get(name) is None}
         values = {**cls.defaults(values), **{name: value for name, value in values.items() if name not in absent}}
         unread = set() if cls.reads_mlp_bias else {"mlp_bias"}
-        known = {name: values[name] for name in own - unread if name in values}
+        known = {name: values[name] for name in every - unread if name in values}
         missing = [name for name in _COUNTS if name not in known and name != "max_position_embeddings"]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
@@ -112,8 +132,10 @@ class DecoderConfig:
             known.setdefault("is_causal", not bidirectional)
         known["eos_token_id"] = _first_id(values.get("eos_token_id"))
         # `to_dict` writes the first of `architectures`; the folders of sentence-transformers name the body alone.
-        dropped = own | {*_ROPE_KEYS, *_ATTENTION, "architectures"}
+        dropped = every | {*_ROPE_KEYS, *_ATTENTION, "architectures"}
         known["extra"] = {name: value for name, value in values.items() if name not in dropped}
+        if cls.is_encoder:
+            return cls(**known)
         rope = Rope.from_config(values)
         scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **rope.settings}
         return cls(rope_theta=rope.theta, rope_scaling=scaling, **known)
@@ -148,10 +170,12 @@ class DecoderConfig:
         values: dict[str, Any] = {
             "architectures": [self.architectures[0]],
             "hidden_act": self.hidden_act,
-            "attention_dropout": 0.0,
         }
         values |= {**self.written, **self.extra}
-        values |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        written = [item.name for item in fields(self) if item.name not in ("extra", *self.derived)]
+        values |= {name: getattr(self, name) for name in written}
+        if self.is_encoder:
+            return values
         values["rope_parameters"] = self.rope.to_dict()
         if self.is_causal:
             values.pop(_BIDIRECTIONAL, None)
@@ -187,7 +211,7 @@ _CHECKED = (
 
 def _check_known(values: Mapping[str, Any], rules: Mapping[str, Rule | None]) -> None:
     try:
-        check_keys(values, {**HARMLESS, **dict.fromkeys([*_ROPE_KEYS, *_CHECKED]), **rules}, "")
+        check_keys(values, {**HARMLESS, **dict.fromkeys(_CHECKED), **rules}, "")
     except CheckpointError as error:
         raise ConfigError(str(error).removeprefix(": ")) from error
 

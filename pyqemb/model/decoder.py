@@ -86,9 +86,17 @@ class Attention(nn.Module):
         q_SND = self._heads(tokens.project_queries(self.q_proj, x_TE))
         k_TKD = self._heads(tokens.project(self.k_proj, x_TE))
         v_TKD = self._heads(tokens.project(self.v_proj, x_TE))
-        q_SND = self.q_norm(q_SND, tokens.query_rotary(self.rope, self.head_dim))
-        k_TKD = self.k_norm(k_TKD, tokens.rotary(self.rope, self.head_dim))
+        q_SND, k_TKD = self.rotate(q_SND, k_TKD, tokens)
         return self.attend(q_SND, k_TKD, v_TKD, tokens.plan).flatten(1)
+
+    def rotate(
+        self, q_SND: torch.Tensor, k_TKD: torch.Tensor, tokens: PackedTokens
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The heads of q and k, normalized and rotated as the family does."""
+        return (
+            self.q_norm(q_SND, tokens.query_rotary(self.rope, self.head_dim)),
+            self.k_norm(k_TKD, tokens.rotary(self.rope, self.head_dim)),
+        )
 
     def attend(
         self, q_SND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: ops.AttentionPlan
@@ -150,9 +158,17 @@ def final_norm(config: DecoderConfig) -> RMSNorm:
     return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+def without_prefix(name: str) -> str | None:
+    """The name of a tensor of a checkpoint without the prefix of a language model.
+
+    None: no hidden state depends on the tensor, and it is not read.
+    """
+    return name.removeprefix("model.")
+
+
 @dataclass(frozen=True)
 class Family:
-    """The parts of the decoder of one model type.
+    """The parts of the decoder or encoder of one model type.
 
     Attributes:
         config: reads and writes its config.json.
@@ -160,6 +176,7 @@ class Family:
         embedding: see `TokenEmbedding`.
         norm: see `final_norm`.
         weight_names: parts of our parameter names, and their names in a checkpoint.
+        read_name: see `without_prefix`.
     """
 
     config: type[DecoderConfig]
@@ -167,6 +184,7 @@ class Family:
     embedding: Callable[[DecoderConfig], TokenEmbedding] = TokenEmbedding
     norm: Callable[[DecoderConfig], nn.Module] = final_norm
     weight_names: Mapping[str, str] = field(default_factory=dict)
+    read_name: Callable[[str], str | None] = without_prefix
 
     def stored_name(self, name: str) -> str:
         """The name of a parameter in a checkpoint."""

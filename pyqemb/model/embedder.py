@@ -79,7 +79,8 @@ class Embedder(Encoding):
             raise ConfigError(f"matryoshka must be at most {model.config.hidden_size} dimensions, got {matryoshka}")
         super().__init__(model, tokenizer)
         self.pooling = pooling
-        self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or model.config.max_position_embeddings)
+        self.tokenizer = tokenizer.with_max_length(tokenizer.max_length or model.config.max_tokens)
+        model.config.check_length(self.tokenizer.max_length)
         self.prompts = dict(prompts)
         self.matryoshka = tuple(matryoshka or ()) or None
         self.normalize, self.plain = True, False
@@ -99,15 +100,15 @@ class Embedder(Encoding):
         max_length: Count | None = None,
         device: torch.device | str | None = None,
     ) -> "Embedder":
-        """Load a Hugging Face folder of a decoder family, or download one by its hub id (`org/name`).
+        """Load a Hugging Face folder of a model family, or download one by its hub id (`org/name`).
 
-        The families are Qwen3, Qwen2, Llama and Mistral.
+        The families are Qwen3, Qwen2, Llama, Mistral, BERT, RoBERTa and XLM-RoBERTa.
 
         Args:
             folder: a model folder or hub id.
             attention: "causal" or "bidirectional" (default: `is_causal` of config.json; absent: causal).
             pooling: "last", "mean", "cls" or "weighted_mean" (default: the Pooling module of modules.json; absent:
-                last).
+                last, or mean for BERT and its relatives).
             dtype: the dtype of the weights (default: that of the stored weights; on a GPU, float32 becomes bfloat16).
             max_length: texts are truncated to this many tokens (default: sentence_bert_config.json or
                 tokenizer_config.json).
@@ -146,7 +147,10 @@ class Embedder(Encoding):
     ) -> "Embedder":
         """A decoder with the settings of its folder."""
         tokenizer = Tokenizer.from_folder(path, max_length)
-        settings = read_sentence_settings(path, model.config.hidden_size)
+        if max_length is None and model.config.is_encoder:  # some folders give a larger length than there are positions
+            limit = model.config.max_tokens
+            tokenizer = tokenizer.with_max_length(min(tokenizer.max_length or limit, limit))
+        settings = read_sentence_settings(path, model.config.hidden_size, model.config.default_pooling)
         if pooling is not None:
             settings = replace(settings, pooling=pooling)
         matryoshka = model.config.extra.get("matryoshka_dimensions")
@@ -178,7 +182,7 @@ class Embedder(Encoding):
             tokenizer: its tokenizer.
             seed: seed of the weights.
             attention: "causal" or "bidirectional" (default: as in `config`).
-            pooling: "last" (default), "mean", "cls" or "weighted_mean".
+            pooling: "last", "mean", "cls" or "weighted_mean" (default: last, or mean for BERT and its relatives).
             dtype: the dtype of the weights (default: float32).
 
         Returns:
@@ -195,7 +199,7 @@ class Embedder(Encoding):
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
-        return cls(model.to(named_dtype(dtype) or torch.float32), tokenizer, pooling or "last")
+        return cls(model.to(named_dtype(dtype) or torch.float32), tokenizer, pooling or config.default_pooling)
 
     @property
     def settings(self) -> SentenceSettings:

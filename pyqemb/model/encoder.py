@@ -132,7 +132,8 @@ def open_reranker(folder: str | Path) -> Callable[[Sequence[tuple[str, str]]], n
     """
     folder = Path(folder)
     check_kind(folder, "reranker")
-    if _model_type(folder) in FAMILIES:
+    family = FAMILIES.get(str(_model_type(folder)))
+    if family is not None and not family.config.is_encoder:
         return Reranker.from_pretrained(folder).score
     check_safe(folder)
     if not list(folder.rglob("*.safetensors")):

@@ -268,7 +268,8 @@ class Encoding(Pooled, PackedModel):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        self.tokenizer = self.tokenizer.with_max_length(value or self.config.max_position_embeddings)
+        self.config.check_length(value)
+        self.tokenizer = self.tokenizer.with_max_length(value or self.config.max_tokens)
 
     def get_max_seq_length(self) -> int | None:
         """Get `max_seq_length`.

@@ -6,7 +6,7 @@ and O features in and out.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,8 +98,13 @@ def add_lora(model: Decoder, config: LoraConfig, seed: NotNegative = 0) -> None:
     """
     if adapted(model):
         raise ConfigError("the model has adapters already; merge_lora folds them into its weights")
+    targets = _targets(model, config.targets)
+    if not targets:
+        raise ConfigError(
+            f"lora.targets: a model of type {model.config.model_type!r} has none of {', '.join(config.targets)}"
+        )
     model.requires_grad_(False)
-    for _, linear in _targets(model, config.targets):
+    for _, linear in targets:
         weight = linear.weight
         a_RI, b_OR = weight.new_empty(config.rank, weight.shape[1]), weight.new_empty(weight.shape[0], config.rank)
         linear.lora = Lora(a_RI, b_OR, config.scale, config.dropout)
@@ -211,7 +216,7 @@ def save_adapter(
     settings: dict[str, Any] = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base, "r": rank,
         "lora_alpha": scale * rank, "lora_dropout": next(iter(loras.values())).dropout.p,
-        "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
+        "target_modules": _peft_targets(model, loras),
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
         "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
@@ -355,6 +360,14 @@ def _targets(model: Decoder, names: Sequence[str]) -> list[tuple[str, Linear]]:
     return [
         (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and name.rpartition(".")[2] in names
     ]
+
+
+def _peft_targets(model: Decoder, names: Iterable[str]) -> list[str]:
+    """The modules of that name for peft: their last components, or full names where checkpoints have other names."""
+    stored = {name: model.family.stored_name(name) for name in names}
+    last = {name: name.rpartition(".")[2] for name in stored}
+    renamed = any(theirs.rpartition(".")[2] != last[name] for name, theirs in stored.items())
+    return sorted(stored.values() if renamed else {*last.values()})
 
 
 def _folded(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:

@@ -92,8 +92,9 @@ def open_folder(
     """
     path = local_folder(folder)
     config = _checked_config(path, kind, attention)
-    tensors = Tensors(path, heads)
-    check_sizes(config, FAMILIES[config.model_type], tensors)
+    family = FAMILIES[config.model_type]
+    tensors = Tensors(path, heads, family=family)
+    check_sizes(config, family, tensors)
     with torch.device("meta"):
         return Opened(path, build_decoder(config), tensors)
 
@@ -102,6 +103,10 @@ def _checked_config(folder: Path, kind: Kind, attention: Attention | None) -> De
     check_safe(folder)
     config = with_attention(read_config(folder), attention)
     check_kind(folder, kind)
+    if kind == "reranker" and config.is_encoder:
+        raise CheckpointError(
+            f"{folder}: model_type {config.model_type!r} is an encoder; a Reranker needs a causal language model"
+        )
     return config
 
 
@@ -190,7 +195,7 @@ class PackedModel(nn.Module):
 
         CheckpointError as in `from_pretrained`. Adapters do not change.
         """
-        load_rows(self.model, Tensors(local_folder(folder), self.heads))
+        load_rows(self.model, Tensors(local_folder(folder), self.heads, family=self.model.family))
 
     @property
     def reads_embedding(self) -> bool:

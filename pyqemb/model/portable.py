@@ -55,10 +55,10 @@ def write_portable_files(
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of an embedding model, see WriteFiles; `provenance` is stored in pyqemb.json."""
-    max_length = tokenizer.max_length or config.max_position_embeddings
+    max_length = tokenizer.max_length or config.max_tokens
     # Older versions of sentence-transformers count positions from the first column, which must be the first token.
-    right = settings.pooling in ("cls", "weighted_mean")
-    tokenizer.with_max_length(max_length).save(folder, "right" if right else "left")
+    right = config.is_encoder or settings.pooling in ("cls", "weighted_mean")
+    tokenizer.with_max_length(max_length).save(folder, "right" if right else "left", own_padding=config.is_encoder)
     facts = {
         "pooling": settings.pooling,
         "attention": "causal" if config.is_causal else "bidirectional",
@@ -112,7 +112,7 @@ def check_replaceable(target: Path) -> None:
 
 def _config_json(config: DecoderConfig, end_id: int, dtype: str, matryoshka: Sequence[int] | None) -> dict[str, Any]:
     own: dict[str, Any] = {"dtype": dtype, "torch_dtype": dtype}
-    if config.eos_token_id is None:
+    if config.eos_token_id is None and not config.is_encoder:
         own["eos_token_id"] = end_id
     if matryoshka:
         own |= {"is_matryoshka": True, "matryoshka_dimensions": sorted(matryoshka, reverse=True)}
@@ -172,7 +172,7 @@ print(model.similarity(queries, documents))
 
 {_prompts(prompts)}
 The tokenizer appends `{end_token}` to each text.
-{truncated}{"" if config.is_causal else BIDIRECTIONAL}"""
+{truncated}{"" if config.is_causal or config.is_encoder else BIDIRECTIONAL}"""
 
 
 def _prompts(prompts: Mapping[str, str]) -> str:

@@ -70,10 +70,10 @@ class SentenceSettings:
             raise ConfigError(f"truncate_dim must be a positive whole number, got {self.truncate_dim!r}")
 
 
-def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
+def read_sentence_settings(folder: Path, hidden_size: int, default_pooling: str = "last") -> SentenceSettings:
     """Read modules.json, the files of its modules and config_sentence_transformers.json.
 
-    Without modules.json: last-token pooling unless 1_Pooling says otherwise, and the prompts of Qwen3-Embedding unless
+    Without modules.json: `default_pooling` unless 1_Pooling says otherwise, and the prompts of Qwen3-Embedding unless
     config_sentence_transformers.json holds others.
 
     Raises:
@@ -104,7 +104,7 @@ def read_sentence_settings(folder: Path, hidden_size: int) -> SentenceSettings:
     prompts = {} if modules is not None or stored is not None else DEFAULT_PROMPTS
     try:
         return SentenceSettings(
-            pooling or "last",
+            pooling or default_pooling,
             {"query": "", "document": "", **prompts, **_prompts(folder, values)},
             values.get("default_prompt_name"),
             values.get("similarity_fn_name") or "cosine",

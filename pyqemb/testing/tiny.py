@@ -29,7 +29,7 @@ TEXTS = (
 
 
 def tiny_config(model_type: str = "qwen3", **changes: Any) -> DecoderConfig:
-    """Two layers, hidden 32, 4 query heads over 2 key heads of 16; keyword arguments replace fields."""
+    """Two layers, hidden 32, 4 query heads over 2 key heads of 16 (encoders: 4 of 8); arguments replace fields."""
     sizes = dict(
         vocab_size=384,
         hidden_size=32,
@@ -42,7 +42,11 @@ def tiny_config(model_type: str = "qwen3", **changes: Any) -> DecoderConfig:
         rope_theta=10_000.0,
         eos_token_id=tiny_tokenizer().end_id,
     )
-    return FAMILIES[model_type].config(**{**sizes, **changes})
+    family = FAMILIES[model_type].config
+    if family.is_encoder:
+        sizes |= dict(num_key_value_heads=4, head_dim=8, is_causal=False)
+        del sizes["rope_theta"]
+    return family(**{**sizes, **changes})
 
 
 def tiny_tokenizer(max_length: int | None = 128) -> Tokenizer:
@@ -82,7 +86,8 @@ def write_tiny_folder(
     (folder / "config.json").write_text(json.dumps(embedder.config.to_dict()))
     tokenizer = answering_tokenizer() if prefix else tokenizers.Tokenizer.from_str(_tokenizer_json())
     tokenizer.save(str(folder / "tokenizer.json"))
-    weights = {name: tensor.to(dtype) for name, tensor in embedder.model.state_dict().items()}
+    stored_name = embedder.model.family.stored_name
+    weights = {stored_name(name): tensor.to(dtype) for name, tensor in embedder.model.state_dict().items()}
     if prefix:
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()

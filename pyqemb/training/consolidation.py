@@ -12,7 +12,7 @@ from pyqemb.data.files import locked
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.checkpoint import LM_HEAD, Tensors, check_weights
 from pyqemb.model.embedder import Embedder
-from pyqemb.model.families import read_config
+from pyqemb.model.families import FAMILIES, read_config
 from pyqemb.model.lora import LoraConfig, add_lora
 from pyqemb.model.packed_model import Read, errors_of
 from pyqemb.model.reranker import Reranker
@@ -131,7 +131,8 @@ class _Base:
     @cached_property
     def tensors(self) -> Tensors:
         """The tensors of its folder."""
-        return Tensors(local_folder(self.folder), self.kind.heads)
+        folder = local_folder(self.folder)
+        return Tensors(folder, self.kind.heads, family=FAMILIES[read_config(folder).model_type])
 
     @cached_property
     def lm_head(self) -> torch.Tensor:

@@ -29,6 +29,7 @@ from pyqemb.evaluation.tasks import load_task
 from pyqemb.llm.client import _retry_after
 from pyqemb.merging.run import _checked_tensors
 from pyqemb.model.cached_encoder import _FORMAT
+from pyqemb.model.families import FAMILIES
 from pyqemb.model.shard_files import Slice
 from pyqemb.model.shards import own_rows
 from pyqemb.synthesis.config import SynthesisConfig
@@ -197,7 +198,9 @@ def provenance(folder):
     model = folder / "final"
     tiny_embedder(num_hidden_layers=1).save_pretrained(model, provenance={"step": 3})
     path = model / "pyqemb.json"
-    return Target([path.read_bytes()], into(path, lambda: _checked_tensors(model, ())), (str(model),), "json")
+    return Target(
+        [path.read_bytes()], into(path, lambda: _checked_tensors(model, (), FAMILIES["qwen3"])), (str(model),), "json"
+    )
 
 
 # Caches whose records have right digests

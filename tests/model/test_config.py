@@ -73,7 +73,10 @@ def test_the_mask_is_stored_and_read_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "model_type must be one of qwen3, qwen2, llama, mistral, got 'gemma'"),
+        (
+            {"model_type": "gemma"},
+            "model_type must be one of qwen3, qwen2, llama, mistral, bert, roberta, xlm-roberta, got 'gemma'",
+        ),
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types may hold 'full_attention' only"),

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 import pyqemb
 from pyqemb.errors import ConfigError
 from pyqemb.merging.run import _Unrounded
+from pyqemb.model.families import FAMILIES
 from pyqemb.testing.tiny import tiny_embedder
 from pyqemb.training import stage2
 from pyqemb.training.config import TrainSection
@@ -126,7 +127,7 @@ def test_a_run_saves_evaluates_and_resumes_the_average(workplace, precision, lor
         assert all(torch.equal(saved[name.removeprefix("model.")], found[name].to(rounded)) for name in found)
         best = load_file(result.best / "model.safetensors")
         assert all(torch.equal(best[name.removeprefix("model.")].float(), measured[0][name]) for name in found)
-        exact = _Unrounded(result.folder, ())
+        exact = _Unrounded(result.folder, (), FAMILIES["qwen3"])
         assert all(torch.equal(exact[name.removeprefix("model.")], found[name]) for name in found)
     else:
         adapter = load_file(workplace / "straight" / "adapter" / "adapter_model.safetensors")

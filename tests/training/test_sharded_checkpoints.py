@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import pyqemb
 from pyqemb.errors import CheckpointError
 from pyqemb.merging.run import _Unrounded
+from pyqemb.model.families import FAMILIES
 from pyqemb.testing.tiny import write_tiny_folder
 from pyqemb.training import stage2, state, trainer
 from pyqemb.training.state import Checkpoint, checkpoints, verify
@@ -26,6 +27,7 @@ ALONE, SHARDED = {"shard": 1}, {"shard": -1}
 LORA = {"lora": {"rank": 4, "dropout": 0.1}}
 AVERAGED = {**LORA, "train": {"ema_decay": 0.9}}
 FROZEN = {"train": {"freeze": ["embed_tokens", "layers.0.mlp", "norm"], "layer_decay": 0.7, "ema_decay": 0.5}}
+ENCODER = {"base": "bert"}
 RERANK = {"task": "rerank", "base": "answering", "train": {"tokens_per_chunk": 2000}}
 
 # Runs, one after the other in the same processes. Each may have a fault in `write_safetensors`: on a rank, at a step.
@@ -80,6 +82,7 @@ json.dump(results, open(f"{folder}/results_{rank}.json", "w"))
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_tiny_folder(folder / "base", shards=2)
+    write_tiny_folder(folder / "bert", model_type="bert")
     write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     generator = torch.Generator().manual_seed(0)
     with (folder / "pairs.jsonl").open("w") as file:
@@ -153,6 +156,7 @@ def two(workplace):
         "narrow": config(workplace, "narrow", train={"precision": "bfloat16"}),
         "lora": config(workplace, "lora", train={"precision": "bfloat16"}, **LORA),
         "rerank": config(workplace, "rerank", **RERANK),
+        "encoder": config(workplace, "encoder", **ENCODER),
         "frozen": config(workplace, "frozen", **FROZEN),
         "back": config(workplace, "back", save={"background": True}),
     }
@@ -174,7 +178,7 @@ def two(workplace):
 
 
 def test_runs_are_saved(workplace, two):
-    for name in ("straight", "narrow", "lora", "rerank", "frozen", "back", "again", "again straight"):
+    for name in ("straight", "narrow", "lora", "rerank", "encoder", "frozen", "back", "again", "again straight"):
         assert [report["error"] for report in two[name]] == [None, None]
         found = checkpoints(workplace / name / "checkpoints")
         assert [path.name for path in found] == [f"step_{STEPS - 1:08}", f"step_{STEPS:08}"]
@@ -225,10 +229,10 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(workplace, two):
     )
 
 
-@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "frozen"])
+@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "encoder", "frozen"])
 def test_the_folder_is_that_of_an_unsharded_run(workplace, two, name):
     """Byte by byte, where one rank starts from the same weights."""
-    options = {"narrow": {"train": {"precision": "bfloat16"}}, "rerank": RERANK, "frozen": FROZEN,
+    options = {"narrow": {"train": {"precision": "bfloat16"}}, "rerank": RERANK, "encoder": ENCODER, "frozen": FROZEN,
                "lora": {"train": {"precision": "bfloat16"}, **LORA}}.get(name, {})  # fmt: skip
     copy = workplace / f"{name} alone"
     shutil.copytree(workplace / name / "checkpoints", copy / "checkpoints")
@@ -351,7 +355,7 @@ def test_a_rank_killed_in_the_middle_of_a_save_costs_nothing_else(workplace, two
     assert not list((workplace / "killed" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "frozen"])
+@pytest.mark.parametrize("name", ["straight", "narrow", "lora", "rerank", "encoder", "frozen"])
 def test_consolidating_gives_the_folder_that_the_run_wrote(workplace, two, name, monkeypatch):
     if name in ("straight", "narrow"):
         monkeypatch.delattr("pyqemb.training.consolidation.local_folder")  # the base model is not wanted
@@ -365,7 +369,7 @@ def test_merging_reads_the_exact_weights_of_shards(workplace, two):
         shutil.copytree(workplace / "narrow" / "final", workplace / place / "final")
     (newest,) = checkpoints(workplace / "one" / "checkpoints")[-1:]
     exact = Checkpoint.load(newest).weights
-    rounded = _Unrounded(workplace / "one" / "final", ())
+    rounded = _Unrounded(workplace / "one" / "final", (), FAMILIES["qwen3"])
     assert all(torch.equal(rounded[name], exact[f"model.{name}"]) for name in rounded)
     assert {rounded[name].dtype for name in rounded} == {torch.float32}
     (newest / "model-00001-of-00002.safetensors").unlink()

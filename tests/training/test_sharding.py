@@ -35,12 +35,19 @@ CASES = {
     "ring": (SHARDED, {"train": {"documents": "ring"}}),
     "fewer texts than ranks": (SHARDED, {"train": {"global_batch_size": 1, "num_negatives": 1}}),
     "fewer texts than ranks, resharded": (ALWAYS, {"train": {"global_batch_size": 1, "num_negatives": 1}}),
+    "encoder": (SHARDED, {"base": "bert"}),
+    "encoder, planned, resharded": (ALWAYS, {"base": "bert", "train": {"memory": "auto"}}),
+    "encoder, LoRA, resharded": (ALWAYS, {"base": "bert", "lora": {"rank": 4}}),
+    "encoder, checkpointing": (SHARDED, {"base": "bert", "train": {"activation_checkpointing": True}}),
     "reranker": (SHARDED, RERANK),
     "reranker, tied, resharded": (ALWAYS, {**RERANK, "base": "tied"}),
 }
 HSDP = {"two by two": ({"shard": 2, "replicate": 2}, {}), "two by two, ring": ({"shard": 2}, CASES["ring"][1])}
 # In `make test` on four ranks; `make test-deep` runs all cases there.
-OFTEN = ("resharded", "planned", "LoRA, resharded", "ring", "fewer texts than ranks, resharded", "reranker")
+OFTEN = (
+    "resharded", "planned", "LoRA, resharded", "ring", "fewer texts than ranks, resharded", "reranker",
+    "encoder, planned, resharded",
+)  # fmt: skip
 COUNTED = {f"{kind}, {chunk}": (parallel, {"train": {"tokens_per_chunk": chunk}})
            for kind, parallel in (("gathered", NEVER), ("resharded", ALWAYS)) for chunk in (30, 60)}  # fmt: skip
 
@@ -116,6 +123,7 @@ if rank == 0:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     write_tiny_folder(folder / "base", shards=2)
+    write_tiny_folder(folder / "bert", model_type="bert")
     write_tiny_folder(folder / "answering", max_position_embeddings=1024, prefix=True, tie_word_embeddings=False)
     base = write_tiny_folder(folder / "tied", max_position_embeddings=1024, tie_word_embeddings=True)
     answering_tokenizer().save(str(base / "tokenizer.json"))

@@ -11,12 +11,15 @@ from pyqemb.data.folder import read_json
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
-from pyqemb.model.families import llama, mistral, qwen2, qwen3
+from pyqemb.model.families import bert, llama, mistral, qwen2, qwen3, roberta
 from pyqemb.model.safety import makes_loaders_run_code
 
 FAMILIES: dict[str, Family] = {
-    family.config.model_type: family for family in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY)
-}
+    family.config.model_type: family
+    for family in (
+        qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY, bert.FAMILY, roberta.FAMILY, roberta.XLM_FAMILY
+    )
+}  # fmt: skip
 
 
 def build_decoder(config: DecoderConfig) -> Decoder:
@@ -52,7 +55,10 @@ def parse_config(values: Mapping[str, Any]) -> DecoderConfig:
     model_type = values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+        refused = f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}"
+        if model_type == "mpnet":
+            refused += ": its attention adds a relative position bias, which varlen_attention does not have"
+        raise ConfigError(refused)
     _check_architectures(values.get("architectures"))
     return family.config.from_dict(values)
 

@@ -20,7 +20,7 @@ class MistralConfig(DecoderConfig):
     model_type: str = "mistral"
 
     architectures: ClassVar[Sequence[str]] = ("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification")
-    written: ClassVar[Mapping[str, Any]] = {"sliding_window": None}
+    written: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "sliding_window": None}
 
     @classmethod
     def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class Sharding(StepRanks):
             unit.set_reduce_scatter_unused_params(True, recurse=False)
             unit.set_custom_all_gather(self.collectives.all_gather)
             unit.set_custom_reduce_scatter(self.collectives.reduce_scatter)
-        if not model.reads_embedding:
+        # The backward pass of a table of rows does not need the rows; that of other parts of an embedding does.
+        if not model.reads_embedding and not any(decoder.embed_tokens.children()):
             cast(FSDPModule, decoder.embed_tokens).set_unshard_in_backward(False)
         self._sizes = [rank_memory(units_of(model), self.group.size(), dtype, reshard) for reshard in (False, True)]
         self._reshards = False
