@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,10 @@ from pyqemb.training.sweeps import SweepReport, trials
 from pyqemb.training.sweeps import sweep as run_trials
 
 if TYPE_CHECKING:
+    from pyqemb.curation.mining import Mined
     from pyqemb.encoding.job import Encoded
+
+_FINISH = {"encode": "pyqemb.encoding.job", "mine": "pyqemb.curation.mining_tasks"}  # each has a function `finish`
 
 
 @wraps(training.train)
@@ -90,19 +94,20 @@ def sweep(
 
 
 @checked
-def finish(out: str | Path) -> "Encoded":
+def finish(out: str | Path) -> "Encoded | Mined":
     """Write the output of a job whose parts were made by tasks, and remove the folder of the parts.
 
     All parts are verified before anything is written. Their folder OUT.parts is kept after an error.
 
     Args:
-        out: the output that the tasks were given, e.g. as `out` of `pyqemb.encoding.encode_file`.
+        out: the output that the tasks were given, as `out` of `pyqemb.encoding.encode_file` or
+            `pyqemb.curation.mine_task`.
 
     Returns:
-        What the job returns without tasks.
+        What `encode_file` or `pyqemb.mine` returns without tasks.
 
     Raises:
-        ConfigError: a task is still running, or the folder holds no parts of tasks.
+        ConfigError: a task is still running, or none has ended.
         DataError: there is no such job, a part is missing or damaged (the error names the parts and their tasks), or
             the input has changed.
         MachineError: the disk is full, or another error of the machine.
@@ -130,11 +135,9 @@ def finish(out: str | Path) -> "Encoded":
         facts = read_manifest(folder)
         job = digest_of(facts)
         kind, settings = read_output(folder, job)
-        if kind != "encode":
+        if kind not in _FINISH:
             raise DataError(f"{folder}: parts of an unknown kind of job, {kind!r}")
-        from pyqemb.encoding.job import finish as finish_encode
-
-        return finish_encode(out, folder, job, facts, settings)
+        return import_module(_FINISH[kind]).finish(out, folder, job, facts, settings)
 
 
 def _evaluation(config: TrainConfig, evaluate: Any) -> Any:

@@ -20,7 +20,7 @@ PYTHON = {
     "training": {"errors", "data", "jobs", "ops", "model"},
     "evaluation": {"errors", "data", "ops", "model"},
     "llm": {"errors", "data", "model"},
-    "curation": {"errors", "data", "ops", "model", "llm"},
+    "curation": {"errors", "data", "jobs", "ops", "model", "llm"},
     "synthesis": {"errors", "data", "ops", "model", "llm"},
     "merging": {"errors", "data", "model"},
     "demo": {"errors", "data", "ops", "model"} | JOBS,

@@ -10,8 +10,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from pyqemb.api import finish
+    from pyqemb.cli.mine import show
+    from pyqemb.encoding.job import Encoded
 
     done = finish(args.out)
+    if not isinstance(done, Encoded):
+        show(done, None, args.out)
+        return 0
     print(f"{done.rows} texts, vectors of {done.dim} features, written to {done.out}")
     return 0
 

@@ -2,9 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyqemb.cli.columns import add_columns
 from pyqemb.cli.logs import add_quiet, progress_shown
+
+if TYPE_CHECKING:
+    from pyqemb.curation import Mined
+    from pyqemb.jobs.tasks import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +58,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--approximate", metavar="INDEX", help="search with a faiss index, e.g. HNSW32, instead of exactly"
     )
     parser.add_argument("--cache", type=Path, help="a folder for the vectors; a killed job continues from it")
+    parser.add_argument(
+        "--tasks",
+        metavar="N",
+        help="do the work of one of N tasks that share the job, see --task. Run all tasks twice: first they encode, "
+        "then they search; pyqemb finish OUT then writes OUT. auto: read both from SLURM_ARRAY_TASK_ID and "
+        "SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
+    )
+    parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyqemb.jobs.tasks import task_from_options
+
+    own = task_from_options(args.tasks, args.task)
+    return _run_alone(args) if own is None else _run_task(args, own)
+
+
+def show(mined: "Mined", k: int | None, out: Path) -> None:
+    """Print the statistics of mining. `k` is the number of negatives wanted, None if it is not known."""
+    report = mined.report
+    wanted = "k" if k is None else k
+    print(f"{report.rows} rows, {report.documents} documents, {report.short} rows with fewer than {wanted} negatives")
+    print(report.scores)
+    print(f"written to {out}")
+
+
+def _run_task(args: argparse.Namespace, own: "Task") -> int:
+    from pyqemb.curation import mine_task
+    from pyqemb.data.columns import parse_columns
+    from pyqemb.errors import ConfigError
+
+    for option in ("reranker", "approximate", "cache", "by_language"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option.replace('_', '-')} is not possible with --tasks")
+    with progress_shown(args.quiet):
+        done = mine_task(
+            args.model, args.examples, args.out, tasks=own.tasks, task=own.number, split=args.split,
+            columns=parse_columns(args.column), corpus=args.corpus, k=args.k,
+            max_positive_ratio=args.max_positive_ratio, margin=args.margin, max_score=args.max_score,
+            mean_margin=args.mean_margin, skip_top=args.skip_top, depth=args.depth, sampling=args.sampling,
+            sampling_temperature=args.sampling_temperature, seed=args.seed, instruction=args.instruction,
+        )  # fmt: skip
+    if done.missing:
+        print(
+            f"{own}: encoded; vectors of other tasks are missing ({done.missing:,} parts); when all tasks have "
+            "encoded, run them again to search"
+        )
+    else:
+        print(f"{own}: searched; when all tasks have searched, run pyqemb finish {args.out}")
+    return 0
+
+
+def _run_alone(args: argparse.Namespace) -> int:
     from pyqemb.curation import mine
     from pyqemb.curation.corpus import read_corpus
     from pyqemb.curation.text import language_of
@@ -83,14 +138,13 @@ def run(args: argparse.Namespace) -> int:
             reranker=None if args.reranker is None else open_reranker(args.reranker),
         )  # fmt: skip
     write_examples(args.out, mined.examples)
-    report = mined.report
-    print(f"{report.rows} rows, {report.documents} documents, {report.short} rows with fewer than {args.k} negatives")
-    print(report.scores)
-    print(f"written to {args.out}")
+    show(mined, args.k, args.out)
     return 0
 
 
 def kept(args: argparse.Namespace) -> str:
+    if args.tasks is not None:
+        return f"finished parts are in {args.out}.parts; the same command continues from there"
     return (
         f"the vectors so far are in {args.cache}; the same command continues from there"
         if args.cache

@@ -1,7 +1,7 @@
 """Hard-negative mining: documents that a model ranks high for a query, without probable false negatives."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -179,14 +179,14 @@ def mine(
     corpus = [] if corpus is None else list(corpus)
     check("mine", "corpus", corpus, Sequence[str])
     everything = list(read_examples(examples, columns=columns))
-    examples = _to_mine(everything)
-    _warn_of_losses(examples)
+    examples = to_mine(everything)
+    warn_of_losses(examples)
     model = unit_encoder(model if cache is None else CachedEncoder(model, cache))
     documents = list(dict.fromkeys([*(e.positive for e in examples), *corpus]))
     place = {text: index for index, text in enumerate(documents)}
     query_rows, query_vectors = embed_queries(model, examples, instruction)
     vectors = embed_documents(model, documents)
-    excluded = _positives_of_each_text(examples, place)
+    excluded = positives_of_each_text(examples, place)
     positives = np.array([place[e.positive] for e in examples])
 
     def rescore(row: int, chosen: np.ndarray) -> np.ndarray:
@@ -199,19 +199,36 @@ def mine(
     for rows, members in _pools(positives, documents, pool_of):
         mined = search_negatives(
             query_vectors, query_rows[rows], vectors if members is None else vectors[members], rules,
-            excluded[rows] if members is None else _within(excluded[rows], members),
-            positives[rows] if members is None else _within(positives[rows], members),
+            excluded[rows] if members is None else within(excluded[rows], members),
+            positives[rows] if members is None else within(positives[rows], members),
             generator=generator, device=search_device(model), approximate_by=approximate,
             rescore=None if reranker is None else _Rescoring(rescore, rows, members),
         )  # fmt: skip
         found.positive_scores[rows], found.scores[rows] = mined.positive_scores, mined.scores
         indices = mined.indices if members is None else np.where(mined.indices < 0, -1, members[mined.indices])
         found.indices[rows] = indices
-    finished = (
-        replace(example, negatives=tuple(documents[i] for i in indices if i >= 0), scores=())
-        for example, indices in zip(examples, found.indices.tolist(), strict=True)
-    )
-    return Mined([next(finished) if _is_mined(each) else each for each in everything], _report(len(documents), found))
+    return mined_from(everything, documents, found, len(documents))
+
+
+def mined_from(
+    everything: Sequence[Example], documents: Sequence[str] | Mapping[int, str], found: Negatives, num_documents: int
+) -> Mined:
+    """The result of mining.
+
+    Args:
+        everything: all examples, those of other tasks too.
+        documents: the text of each index of `found`.
+        found: the negatives of the examples that get some.
+        num_documents: the number of documents.
+    """
+    chosen = iter(found.indices.tolist())
+    examples = [
+        replace(each, negatives=tuple(documents[i] for i in next(chosen) if i >= 0), scores=())
+        if _is_mined(each)
+        else each
+        for each in everything
+    ]
+    return Mined(examples, _report(num_documents, found))
 
 
 def _report(num_documents: int, found: Negatives) -> MiningReport:
@@ -232,7 +249,7 @@ def _is_mined(example: Example) -> bool:
     return example.task not in _NOT_MINED
 
 
-def _to_mine(examples: Sequence[Example]) -> list[Example]:
+def to_mine(examples: Sequence[Example]) -> list[Example]:
     """The examples that get negatives. DataError if there are some, but none of them does."""
     chosen = [example for example in examples if _is_mined(example)]
     if examples and not chosen:
@@ -245,7 +262,7 @@ def _to_mine(examples: Sequence[Example]) -> list[Example]:
     return chosen
 
 
-def _warn_of_losses(examples: Sequence[Example]) -> None:
+def warn_of_losses(examples: Sequence[Example]) -> None:
     """Log how many examples lose negatives and scores."""
     log = logging.getLogger("pyqemb")
     replaced, scored = sum(bool(e.negatives) for e in examples), sum(bool(e.scores) for e in examples)
@@ -311,7 +328,7 @@ def search_negatives(
             queries = query_vectors[query_rows[part]]
             own = (queries * documents[positives[part]]).sum(axis=1)
             if rescore is None:
-                means = _mean_scores(queries, documents, excluded[part]) if rules.mean_margin is not None else own
+                means = mean_scores(queries, documents, excluded[part]) if rules.mean_margin is not None else own
                 found_scores, found = search(queries, excluded[part], rules.ceilings(own, means), wanted)
             else:
                 found_scores, found = search(queries, excluded[part], np.full(len(queries), np.inf, np.float32), wanted)
@@ -363,25 +380,32 @@ def _pools(
     ]
 
 
-def _within(indices: np.ndarray, members: np.ndarray) -> np.ndarray:
+def within(indices: np.ndarray, members: np.ndarray) -> np.ndarray:
     """The positions of indices among the sorted members, -1 for other indices."""
     at = np.searchsorted(members, indices).clip(max=len(members) - 1)
     return np.where(members[at] == indices, at, -1)
 
 
+def queries_by_instruction(
+    examples: Sequence[Example], instruction: str | None
+) -> tuple[np.ndarray, dict[str | None, list[str]]]:
+    """(row of each example [N], distinct queries of each instruction, in the order of the rows)."""
+    asked = [(example.query, example.instruction or instruction) for example in examples]
+    groups: dict[str | None, dict[str, None]] = {}
+    for query, own in asked:
+        groups.setdefault(own, {})[query] = None
+    rows = {pair: row for row, pair in enumerate((query, own) for own, some in groups.items() for query in some)}
+    return np.array([rows[pair] for pair in asked]), {own: list(some) for own, some in groups.items()}
+
+
 def embed_queries(model: Any, examples: Sequence[Example], instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
     """(row of each example [N], unit vectors of the distinct queries [Q, E]); examples may have own instructions."""
-    asked = [(example.query, example.instruction or instruction) for example in examples]
-    distinct = {pair: row for row, pair in enumerate(dict.fromkeys(asked))}
-    vectors: np.ndarray | None = None
-    for task in dict.fromkeys(task for _, task in distinct):
-        rows = [row for (_, own), row in distinct.items() if own == task]
-        encoded = model.encode_query([q for q, own in distinct if own == task], instruction=task)
-        encoded = checked_vectors(encoded, len(rows), "queries")
-        vectors = np.empty((len(distinct), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
-        vectors[rows] = encoded
-    assert vectors is not None
-    return np.array([distinct[pair] for pair in asked]), vectors
+    rows, groups = queries_by_instruction(examples, instruction)
+    encoded = [
+        checked_vectors(model.encode_query(texts, instruction=own), len(texts), "queries")
+        for own, texts in groups.items()
+    ]
+    return rows, encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
 
 
 def embed_documents(model: Any, documents: Sequence[str]) -> np.ndarray:
@@ -389,7 +413,7 @@ def embed_documents(model: Any, documents: Sequence[str]) -> np.ndarray:
     return checked_vectors(model.encode_document(list(documents)), len(documents), "documents")
 
 
-def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) -> np.ndarray:
+def positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) -> np.ndarray:
     """int64 [N, most]: all documents that are positives of the example's query text, padded with -1."""
     by_query: dict[str, dict[int, None]] = {}
     for example in examples:
@@ -401,7 +425,7 @@ def _positives_of_each_text(examples: Sequence[Example], place: dict[str, int]) 
     return excluded
 
 
-def _mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
+def mean_scores(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """float32 [N]: the mean score of each query with its positives [N, X], padded with -1."""
     total, count = np.zeros(len(queries), dtype=np.float32), np.zeros(len(queries), dtype=np.float32)
     for column in positives.T:

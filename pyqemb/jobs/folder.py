@@ -8,8 +8,9 @@ OUT.parts/00000000.*        part 0, see `parts.py`; one that is damaged is made 
 
 import hashlib
 import logging
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,11 @@ def describe_output(folder: Path, kind: str, job: str, settings: dict[str, Any])
 def read_output(folder: Path, job: str) -> tuple[str, dict[str, Any]]:
     """The kind and the settings of the output that tasks have described.
 
-    ConfigError: the parts are not those of tasks. DataError: the description is damaged, or that of another job.
+    ConfigError: no task has ended. DataError: the description is damaged, or that of another job.
     """
     path = folder / "output.json"
     if not path.exists():
-        raise ConfigError(f"{folder}: holds no parts of tasks; the command without --tasks that began it continues it")
+        raise ConfigError(f"{folder}: holds no finished work of tasks; run the commands that began it again")
     facts = _read(folder, "output.json")
     kind, settings = facts.get("kind"), facts.get("settings")
     if facts.get("format") != _FORMAT or not isinstance(kind, str) or not isinstance(settings, dict):
@@ -108,8 +109,11 @@ def read_output(folder: Path, job: str) -> tuple[str, dict[str, Any]]:
     return kind, settings
 
 
-def check_complete(folder: Path, parts: Sequence[Part]) -> None:
-    """DataError that names the missing and the damaged parts of a job, and the tasks that make them."""
+def check_complete(folder: Path, parts: Sequence[Part], owner: Callable[[int, int], int] = operator.mod) -> None:
+    """DataError that names the missing and the damaged parts of a job, and the tasks that make them.
+
+    `owner` maps the number of a part and the number of tasks to the task of the part.
+    """
     missing = []
     for number, part in enumerate(parts):
         try:
@@ -124,7 +128,7 @@ def check_complete(folder: Path, parts: Sequence[Part]) -> None:
     again = "run their tasks again"
     if len(counts) == 1:
         count = counts.pop()
-        tasks = sorted({number % count for number in missing})
+        tasks = sorted({owner(number, count) for number in missing})
         again = f"run task{'s' if len(tasks) > 1 else ''} {numbers(tasks)} of {count} again"
     raise DataError(
         f"{folder}: {len(missing)} of {len(parts)} parts are missing or damaged: {numbers(missing)}; {again}"

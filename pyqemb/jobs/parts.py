@@ -39,12 +39,12 @@ class Part:
     Args:
         path: the file that is written last; the other files are beside it and differ in the suffix.
         job: a digest of the settings of the job.
-        texts: a digest of the part's rows.
+        texts: a digest of the part's rows; None if it is not known, and then it is not compared.
     """
 
     path: Path
     job: str
-    texts: str
+    texts: str | None
     others: ClassVar[tuple[str, ...]] = ()  # suffixes of the files that a part may have besides `path`
 
     def started(self) -> bool:
@@ -98,8 +98,10 @@ class Part:
             sealed = unseal(_bytes(path), str(path))
         except DataError as error:
             raise DamagedPartError(str(error)) from error
-        files = sealed.pop("files", None)
-        if sealed != self._facts() or not isinstance(files, dict):
+        files, facts = sealed.pop("files", None), self._facts()
+        if self.texts is None:
+            facts["texts"] = sealed.get("texts")
+        if sealed != facts or not isinstance(files, dict):
             raise DamagedPartError(f"{path}: belongs to another part")
         return files
 
@@ -135,6 +137,39 @@ class VectorPart(Part):
         if ids is not None:
             files[".ids"] = ["".join(f"{json.dumps(key)}\n" for key in ids).encode()]
         self.write_files(files)
+
+
+@dataclass(frozen=True)
+class CandidatesPart(Part):
+    """The best documents of some queries. `path` is an .npy file of scores; those of the positives come first."""
+
+    others: ClassVar[tuple[str, ...]] = (".indices",)
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [N, K] float32, best first, and indices [N, K] int64. DamagedPartError if they are damaged."""
+        scores = self._scores()[:, 1:]
+        content = self.read(".indices") or b""
+        if len(content) != 8 * scores.size:
+            raise DamagedPartError(f"{self.path.with_suffix('.indices')}: damaged: expected {scores.size} indices")
+        return scores, np.frombuffer(content, "<i8").reshape(scores.shape)
+
+    def positive_scores(self) -> np.ndarray:
+        """float32 [N]. DamagedPartError if they are damaged."""
+        return self._scores()[:, 0]
+
+    def write(self, scores: np.ndarray, indices: np.ndarray, positive_scores: np.ndarray) -> None:
+        """Write scores [N, K] float32, best first, padded with -inf; indices [N, K] int64; positive_scores [N]."""
+        table = np.concatenate([positive_scores[:, None], scores], axis=1).astype("<f4", copy=False)
+        self.write_files({".npy": npy(table), ".indices": [np.ascontiguousarray(indices, "<i8").data.cast("B")]})
+
+    def _scores(self) -> np.ndarray:
+        try:
+            table = read_vectors(self.read(".npy") or b"", str(self.path))
+        except DataError as error:
+            raise DamagedPartError(str(error)) from error
+        if not table.shape[1]:
+            raise DamagedPartError(f"{self.path}: damaged: expected the score of a positive in each row")
+        return table
 
 
 def texts_digest(rows: Sequence[Any]) -> str:

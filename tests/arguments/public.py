@@ -20,6 +20,7 @@ RESULTS = {
     "MalformedAnswerError",
     "MergeReport",
     "Mined",
+    "MiningTask",
     "Section",
     "SweepReport",
     "SweepRun",

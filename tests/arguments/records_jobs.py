@@ -24,7 +24,7 @@ from arguments_place import (
 )
 
 import pyqemb
-from pyqemb.curation import consistency, distinct, similarity
+from pyqemb.curation import consistency, distinct, mine_task, similarity
 from pyqemb.encoding import encode_file
 from pyqemb.synthesis import SynthesisConfig
 
@@ -258,6 +258,39 @@ def add(records: Records, place: Place) -> None:
             field=r"\bfield\b|'absent'",
         ),
         fine=dict(field=lambda value: isinstance(value, str)),
+        cheap=False,
+    )
+
+    record(
+        "curation.mine_task",
+        mine_task,
+        lambda r: (
+            dict(model=place.model, examples=place.file, out=place.new(".jsonl"))
+            | dict(zip(("tasks", "task"), r.choice([(1, 0), (2, 1)]), strict=True))
+            | options(r, k=2, depth=9, skip_top=1, seed=3, margin=0.1, instruction="task", corpus=place.file)
+        ),
+        dict(
+            model=FOLDERS,
+            examples=["no-such", "hub://a/b", place.model / "config.json"],
+            out=["a.csv", place.file],
+            tasks=[0, 1.5, "auto"],
+            task=[-1, 2, "1"],
+            corpus=["no-such"],
+            columns=BAD_COLUMNS,
+            max_positive_ratio=[0, 3],
+            depth=lambda given: [given.get("k", 7) - 1],
+            sampling_temperature=[0, -1],
+            sampling=["best"],
+            split=["absent"],
+        ),
+        names=dict(
+            model=rf"\bmodel\b|{NO_FOLDER}",
+            examples=rf"\bexamples\b|{DATA}|hub|json:1",
+            out=r"\bout\b|expected a name|a\.csv",
+            corpus=r"\bcorpus\b|no such",
+            columns=r"column|absent|what",
+            split=r"\bsplits?\b|absent",
+        ),
         cheap=False,
     )
 

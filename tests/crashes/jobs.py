@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 import pyqemb
+from pyqemb.curation import mine_task
 from pyqemb.encoding import encode_file
 from pyqemb.testing.tiny import TEXTS, tiny_embedder, write_tiny_folder
 from pyqemb.training import Callback, stage1, stage2
@@ -317,6 +318,15 @@ class Mine(Job):
         return contents(folder / "mined.jsonl")
 
 
+class MineTasks(Mine):
+    """By two tasks, whose candidates are merged."""
+
+    def run(self):
+        for task in (1, 0, 1):
+            mine_task("model", "rows.jsonl", "mined.jsonl", tasks=2, task=task, k=2, max_positive_ratio=2.0)
+        pyqemb.finish("mined.jsonl")
+
+
 class Synthesize(Job):
     """With a server that answers, in a process of its own; an answer that was received is not requested again."""
 
@@ -404,5 +414,6 @@ def _serve(requests, writing):
 JOBS = {
     "train": Train, "train-background": TrainBackground, "train-lora": TrainLora, "train-sharded": TrainSharded,
     "long": LongTrain, "long-background": LongBackground, "long-lora": LongLora, "merge": Merge, "export": Export,
-    "encode": Encode, "encode-tasks": EncodeTasks, "curate": Curate, "mine": Mine, "synthesize": Synthesize,
+    "encode": Encode, "encode-tasks": EncodeTasks, "curate": Curate, "mine": Mine, "mine-tasks": MineTasks,
+    "synthesize": Synthesize,
 }  # fmt: skip

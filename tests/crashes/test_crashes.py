@@ -9,6 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 JOBS = ["train", "merge", "export", "encode", "curate", "mine", "synthesize"]
+TASKS = ["encode-tasks", "mine-tasks"]  # only in `make test-deep`
 # The distance of the calls that are tried in `make test`.
 WRITES = {"train": 29, "merge": 17, "export": 19, "encode": 23, "curate": 11, "mine": 9, "synthesize": 41}
 READS = {"train": 67, "merge": 101, "export": 67, "encode": 61, "curate": 23, "mine": 71, "synthesize": 41}
@@ -57,7 +58,7 @@ def tiers(fast, deep):
 
 
 def every(distances):
-    return tiers(distances.items(), [(job, 1) for job in [*distances, "encode-tasks"]])
+    return tiers(distances.items(), [(job, 1) for job in [*distances, *TASKS]])
 
 
 @pytest.mark.parametrize(("job", "every"), every(WRITES))
@@ -94,7 +95,7 @@ def test_a_disk_that_is_full_after_so_many_bytes(ask, record_property, job, size
     tiers(
         [*((job, True, distance) for job, distance in POWER.items()),
          *((job, False, distance) for job, distance in FRESH.items())],
-        [(job, earlier, 1) for job in [*JOBS, "encode-tasks"] for earlier in (True, False)],
+        [(job, earlier, 1) for job in [*JOBS, *TASKS] for earlier in (True, False)],
     ),
 )  # fmt: skip
 def test_what_a_power_failure_may_leave(ask, record_property, job, earlier, every):

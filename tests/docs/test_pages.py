@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pyqemb
 from pyqemb import Embedder
 from pyqemb.curation.config import CurateConfig
 from pyqemb.synthesis.config import SynthesisConfig
@@ -148,7 +149,8 @@ def test_the_batch_script_trains_and_comes_back_after_a_failure(workplace, fails
     assert (workplace / "runs" / "nodes" / "final" / "config.json").exists() == (not fails)
 
 
-def test_the_array_script_encodes_and_joins(workplace):
+@pytest.mark.parametrize("job", ["encode", "mine"])
+def test_the_array_scripts(workplace, job):
     """On a cluster of this machine alone, which starts the tasks of an array in another order."""
     page = ROOT / "docs" / "how-to" / "many-machines.md"
     for language, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
@@ -174,17 +176,32 @@ esac
         (workplace / "bin" / name).chmod(0o755)
     path = f"{workplace / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "encode.sh"], env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        ["bash", f"{job}.sh"], env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (workplace / "calls").read_text().splitlines() == [
-        "--parsable encode.sbatch", "--dependency=afterok:71 --wrap pyqemb finish vectors.npy"
+    calls, log = ((workplace / name).read_text().splitlines() for name in ("calls", "log"))
+    if job == "encode":
+        assert calls == ["--parsable encode.sbatch", "--dependency=afterok:71 --wrap pyqemb finish vectors.npy"]
+        again = "when all tasks are done, run pyqemb finish vectors.npy"
+        assert log == [
+            f"task 2 of 3: 0 texts; {again}", f"task 1 of 3: 0 texts; {again}", f"task 0 of 3: 40 texts; {again}",
+            "40 texts, vectors of 32 features, written to vectors.npy",
+        ]  # fmt: skip
+        return
+    assert calls == [
+        "--parsable mine.sbatch", "--parsable --dependency=afterok:71 mine.sbatch",
+        "--dependency=afterok:71 --wrap pyqemb finish negatives.jsonl",
     ]  # fmt: skip
-    again = "when all tasks are done, run pyqemb finish vectors.npy"
-    assert (workplace / "log").read_text().splitlines() == [
-        f"task 2 of 3: 0 texts; {again}", f"task 1 of 3: 0 texts; {again}", f"task 0 of 3: 40 texts; {again}",
-        "40 texts, vectors of 32 features, written to vectors.npy",
+    assert [line.split(";")[0] for line in log[:6]] == [
+        "task 2 of 3: encoded", "task 1 of 3: encoded",
+        *(f"task {task} of 3: searched" for task in (0, 2, 1, 0)),
     ]  # fmt: skip
+    assert log[-1] == "written to negatives.jsonl"
+    model = Embedder.from_pretrained("Qwen/Qwen3-Embedding-0.6B")
+    corpus = [json.loads(line)["text"] for line in Path("corpus.jsonl").read_text().splitlines()]
+    mined = pyqemb.mine(model, "pairs.jsonl", corpus=corpus)
+    pyqemb.write_examples("alone.jsonl", mined.examples)
+    assert Path("negatives.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
 
 
 def test_blocks_of_the_other_pages(workplace):

@@ -189,7 +189,7 @@ def test_one_process_goes_on_from_tasks_and_tasks_from_one_process(encode, place
 
     with pytest.raises(KeyboardInterrupt):
         encode(on_progress=stop)
-    with pytest.raises(ConfigError, match=r"x\.npy\.parts: holds no parts of tasks"):
+    with pytest.raises(ConfigError, match=r"x\.npy\.parts: holds no finished work of tasks"):
         pyqemb.finish(tmp_path / "x.npy")
     assert [encode(tasks=2, task=task).resumed for task in range(2)] == [4, 4]
     encode(tasks=5, task=3)  # nothing is left for another number of tasks

@@ -33,7 +33,7 @@ from pyqemb.data.shards import read_shards, write_shards
 from pyqemb.data.token_cache import TokenFolder
 from pyqemb.errors import ConfigError
 from pyqemb.jobs.folder import describe_output, read_output
-from pyqemb.jobs.parts import VectorPart
+from pyqemb.jobs.parts import CandidatesPart, VectorPart
 from pyqemb.llm.request import Answer, MalformedAnswerError, parse
 from pyqemb.llm.response import RetryableError, answer_of
 from pyqemb.llm.store import Store
@@ -330,6 +330,32 @@ def part(folder, suffix):
 
     seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
     return Target(seeds, read, ("00000000.",), {"json": "json", "ids": "lines", "npy": "bytes"}[suffix])
+
+
+@target("search part of a mining job", "json")
+@target("indices of a mining job", "indices")
+@target("scores of a mining job", "npy")
+def candidates(folder, suffix):
+    part = CandidatesPart(folder / "search-00000000.npy", "job", "texts")
+    part.write(np.ones((2, 3), np.float32), np.arange(6).reshape(2, 3), np.ones(2, np.float32))
+    path, about = part.path.with_suffix(f".{suffix}"), part.path.with_suffix(".json")
+    facts = json.loads(about.read_bytes())
+    facts.pop("sha256")
+
+    def read(data):
+        if suffix == "json":
+            data = sealed(data)
+        else:
+            facts["files"][f".{suffix}"] = hashlib.sha256(data).hexdigest()
+            about.write_bytes(seal(facts))
+        path.write_bytes(data)
+        part.verify()
+        scores, indices = part.candidates()
+        assert scores.shape == indices.shape
+        assert len(part.positive_scores()) == len(scores)
+
+    seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
+    return Target(seeds, read, ("search-00000000.",), "json" if suffix == "json" else "bytes")
 
 
 @target("output of a job of tasks")

@@ -60,7 +60,7 @@ def test_the_output_is_described_once(folder):
 
 
 def test_descriptions_that_are_refused(folder):
-    with pytest.raises(ConfigError, match=r"holds no parts of tasks; the command without --tasks that began it"):
+    with pytest.raises(ConfigError, match=r"holds no finished work of tasks; run the commands that began it again"):
         read_output(folder, "job")
     good = {"format": 1, "kind": "encode", "job": "job", "settings": {}}
     for change in ({"format": 2}, {"kind": 3}, {"settings": []}):

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from pyqemb.data.npy import npy
 from pyqemb.data.sealed import seal
 from pyqemb.encoding.inputs import Row
 from pyqemb.errors import DataError, MachineError
 from pyqemb.jobs import parts
-from pyqemb.jobs.parts import DamagedPartError, VectorPart, texts_digest
+from pyqemb.jobs.parts import CandidatesPart, DamagedPartError, VectorPart, texts_digest
 
 VECTORS = np.arange(6, dtype=np.float32).reshape(3, 2)
 IDS = ["a", "\u00e4\n", "c d"]
@@ -100,6 +101,45 @@ def test_a_part_of_another_job_is_refused(path, change):
         with pytest.raises(DamagedPartError) as caught:
             call()
         assert str(caught.value) == f"{path.with_suffix('.json')}: belongs to another part"
+
+
+def test_texts_that_are_not_known_are_not_compared(path):
+    written(path)
+    VectorPart(path, "job digest", None).verify()
+    for other in (VectorPart(path, "another", None), VectorPart(path.with_name("00000008.npy"), "job digest", None)):
+        for suffix in (".npy", ".ids", ".json"):
+            other.path.with_suffix(suffix).write_bytes(path.with_suffix(suffix).read_bytes())
+        with pytest.raises(DamagedPartError, match="belongs to another part"):
+            other.verify()
+
+
+def test_candidates(path):
+    part = CandidatesPart(path, "job", "texts")
+    scores, indices = np.float32([[2, 1, -np.inf]]), np.array([[2**40, 3, -1]])
+    part.write(scores, indices, np.float32([0.5]))
+    part.verify()
+    for found, wanted in zip((*part.candidates(), part.positive_scores()), (scores, indices, [0.5]), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert [each.dtype for each in part.candidates()] == [np.float32, np.int64]
+    assert path.with_suffix(".indices").read_bytes() == indices.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "words"),
+    [
+        (".indices", b"1234567", "damaged: expected 2 indices"), (".indices", bytes(24), "damaged: expected 2 indices"),
+        (".npy", b"x", "expected an .npy file"),
+        (".npy", None, "damaged: expected the score of a positive in each row"),
+    ],
+)  # fmt: skip
+def test_candidates_that_are_none(path, suffix, content, words):
+    part = CandidatesPart(path, "job", "texts")
+    part.write(np.zeros((1, 2), np.float32), np.zeros((1, 2), np.int64), np.zeros(1, np.float32))
+    path.with_suffix(suffix).write_bytes(content or b"".join(npy(np.zeros((1, 0), np.float32))))
+    files = {each: digest(path.with_suffix(each).read_bytes()) for each in (".npy", ".indices")}
+    path.with_suffix(".json").write_bytes(seal({**part._facts(), "files": files}))
+    with pytest.raises(DamagedPartError, match=words):
+        part.candidates()
 
 
 @pytest.mark.parametrize("files", [None, [], "x"])
