@@ -52,7 +52,7 @@ _ROWS = 4096  # texts of a part of vectors, as many as CachedEncoder encodes at 
 _SHARD = 256  # parts of documents that a search part covers
 _TILE = 8192  # examples that a search part covers, as in `mine`
 _TILES = 8  # that are searched together: the vectors of a shard are read once for them
-_BLOCK = 16  # parts of documents that are searched at once
+_BLOCK = 32  # parts of documents that are searched at once
 _FORMAT = 1
 
 
@@ -266,6 +266,9 @@ def merge(
         >>> indices.tolist()
         [[0, 7, 5]]
     """
+    if scores.shape[1] >= k:  # most of a later list is no better than what there is
+        width = int((more_scores > scores[:, k - 1 : k]).sum(axis=1).max(initial=0))
+        more_scores, more_indices = more_scores[:, :width], more_indices[:, :width]
     scores, indices = np.concatenate([scores, more_scores], axis=1), np.concatenate([indices, more_indices], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
