@@ -57,7 +57,7 @@ def fsync_file(path: Path) -> None:
 def check_writable(path: str | Path, folder: bool = False) -> None:
     """Raise a MachineError if the file (or folder) `path` cannot be written; called before hours of work.
 
-    Raises a ConfigError for the root folder "/".
+    Temporary files of killed processes for the same path are removed. Raises a ConfigError for the root folder "/".
     """
     path = _followed(Path(path).absolute())
     if not path.name:
@@ -67,6 +67,7 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
     trial = next(parent for parent in path.parents if os.path.lexists(parent)) / _partial(path.name)
     with writing(path, trial):
         _check_kind(path, folder)
+        _remove_leftovers(trial.with_name(path.name))
         trial.touch()
         trial.unlink()
 

@@ -43,13 +43,13 @@ def errno_of(error: BaseException) -> int | None:
 
     It is the errno of an OSError, or the number in an error of safetensors, Arrow, torch or SQLite.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # Rust's have no errno
         return error.errno
     if isinstance(error, RuntimeError) and (found := _NUMBER_OF_TORCH.match(str(error))):
         return int(found[1])
     if getattr(error, "sqlite_errorname", "").startswith("SQLITE_IOERR"):  # may be worded as damage
         return errno.EIO
-    if not type(error).__module__.startswith(_LIBRARIES):
+    if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
         return None
     text = str(error)
     if found := _NUMBER.search(text):

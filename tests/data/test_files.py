@@ -60,6 +60,8 @@ def test_errors_of_other_libraries(tmp_path):
     assert errno_of(RuntimeError("unable to open file <a> in read-only mode: Input/output error (5)")) == errno.EIO
     assert errno_of(RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)")) == errno.ENOMEM
     assert errno_of(RuntimeError("unable to go on (5)")) is None
+    assert errno_of(OSError("Input/output error (os error 5)")) == errno.EIO
+    assert errno_of(OSError("Not a gzipped file")) is None
     assert errno_of(ValueError("os error 28")) is None
     assert errno_of(sqlite3.OperationalError("syntax")) is None
 
@@ -170,3 +172,13 @@ def test_no_output_replaces_a_device_a_pipe_or_a_link_to_itself(tmp_path):
             enter(tmp_path / "loop")
     assert (tmp_path / "pipe").is_fifo()
     assert os.path.exists("/dev/null")
+
+
+def test_a_check_removes_the_trial_files_of_killed_processes(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / f".{process.pid}.partial.run").touch()
+    check_writable(tmp_path / "run" / "deeper", folder=True)
+    assert len(list(tmp_path.iterdir())) == 1  # that of another path
+    check_writable(tmp_path / "run", folder=True)
+    assert not list(tmp_path.iterdir())
