@@ -27,6 +27,7 @@ _BIDIRECTIONAL = (5, 3)  # the first version of transformers that reads is_causa
 _TEI_DECODER = (
     "hidden_size", "eos_token_id", "head_dim", "rope_theta", "max_position_embeddings", "num_key_value_heads",
 )  # fmt: skip
+_TEI_DISTILBERT = "dim", "hidden_dim", "n_layers", "n_heads", "max_position_embeddings", "pad_token_id"
 _TEI_ENCODER = (
     "hidden_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
     "pad_token_id",
@@ -162,8 +163,10 @@ def _vllm(folder: Path) -> Iterator[str]:
 
 def _tei(folder: Path) -> Iterator[str]:
     config = _json(folder, "config.json")
-    family = FAMILIES.get(str(config.get("model_type")))
-    for name in _TEI_ENCODER if family is not None and family.config.is_encoder else _TEI_DECODER:
+    model_type = str(config.get("model_type"))
+    encoder = model_type in FAMILIES and FAMILIES[model_type].config.is_encoder
+    names = _TEI_DISTILBERT if model_type == "distilbert" else _TEI_ENCODER if encoder else _TEI_DECODER
+    for name in names:
         if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
             yield f"config.json: {name} {config.get(name)!r}"
     if not isinstance(_json(folder, "sentence_bert_config.json").get("max_seq_length"), int):

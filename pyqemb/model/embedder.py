@@ -102,7 +102,7 @@ class Embedder(Encoding):
     ) -> "Embedder":
         """Load a Hugging Face folder of a model family, or download one by its hub id (`org/name`).
 
-        The families are Qwen3, Qwen2, Llama, Mistral, BERT, RoBERTa and XLM-RoBERTa.
+        The families are Qwen3, Qwen2, Llama, Mistral, BERT, RoBERTa, XLM-RoBERTa and DistilBERT.
 
         Args:
             folder: a model folder or hub id.

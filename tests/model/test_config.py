@@ -75,7 +75,8 @@ def test_the_mask_is_stored_and_read_back():
     [
         (
             {"model_type": "gemma"},
-            "model_type must be one of qwen3, qwen2, llama, mistral, bert, roberta, xlm-roberta, got 'gemma'",
+            "model_type must be one of qwen3, qwen2, llama, mistral, bert, roberta, xlm-roberta, distilbert, got "
+            "'gemma'",
         ),
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa on the packed model against transformers and sentence-transformers."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT on the packed model against transformers and sentence-transformers."""
 
 import json
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from pyqemb.merging.run import _Unrounded
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.encoder import open_reranker
 from pyqemb.model.families import FAMILIES, parse_config
+from pyqemb.model.families.distilbert import OTHER_NAMES
 from pyqemb.model.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
 from pyqemb.model.reranker import Reranker
 from pyqemb.model.residual_stream import Boundaries
@@ -31,14 +32,14 @@ from pyqemb.training.state import Checkpoint, checkpoints
 
 transformers = pytest.importorskip("transformers")
 
-KINDS = "bert", "roberta", "xlm-roberta"
+KINDS = "bert", "roberta", "xlm-roberta", "distilbert"
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 WORDS = [text for text in TEXTS if text]
 
 
 def write_tokenizer(folder, kind):
     """A lower-casing tokenizer of word pieces with the special tokens of that model."""
-    bert = kind == "bert"
+    bert = "roberta" not in kind
     pad, unknown, start, end = ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if bert else ("<pad>", "<unk>", "<s>", "</s>")
     special = [pad, unknown, start, end] if bert else [start, pad, end, unknown]
     normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
@@ -69,8 +70,11 @@ def write_tokenizer(folder, kind):
 def write_folder(folder, kind, head="", seed=1, **changes):
     """A checkpoint as transformers writes it, with loud weights."""
     folder.mkdir(exist_ok=True)
-    pad = {"bert": 0}.get(kind, 1)
+    pad = 1 if "roberta" in kind else 0
     sizes = {**SIZES, "max_position_embeddings": 64 if pad == 0 else 66, "layer_norm_eps": 1e-5, "pad_token_id": pad}
+    if kind == "distilbert":
+        del sizes["layer_norm_eps"]
+        sizes = {OTHER_NAMES.get(name, name): value for name, value in sizes.items()}
     config = transformers.AutoConfig.for_model(kind, vocab_size=write_tokenizer(folder, kind), **{**sizes, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"AutoModel{head}").from_config(config)
@@ -117,7 +121,7 @@ def test_hidden_states_loss_and_gradients_are_those_of_transformers(folder):
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10)
         # A bias of the keys adds the same to all scores of a query.
-        assert gradient.abs().max() > 1e-4 or name.endswith("key.bias")
+        assert gradient.abs().max() > 1e-4 or name.endswith(("key.bias", "k_lin.bias"))
 
 
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
@@ -161,7 +165,7 @@ def test_saved_and_loaded_elsewhere(folder, tmp_path):
     theirs = st.SentenceTransformer(str(out), device="cpu")
     assert largest(theirs.encode(list(TEXTS)), vectors) < 1e-5
     assert theirs.tokenizer.padding_side == "right"
-    assert theirs.tokenizer.pad_token == ("[PAD]" if folder.name == "bert" else "<pad>")
+    assert theirs.tokenizer.pad_token == ("<pad>" if "roberta" in folder.name else "[PAD]")
     theirs.save(str(tmp_path / "theirs"))
     back = Embedder.from_pretrained(tmp_path / "theirs", device="cpu")
     assert largest(back.encode(TEXTS), vectors) < 1e-6
@@ -177,17 +181,19 @@ def test_a_checkpoint_of_a_language_model(kind, tmp_path):
     """Its names have a prefix; its heads are not read. Old checkpoints call the weights of a norm gamma and beta."""
     folder = write_folder(tmp_path / "mlm", kind, "ForMaskedLM")
     stored = load_file(folder / "model.safetensors")
-    prefix = f"{'bert' if kind == 'bert' else 'roberta'}."
+    prefix = f"{kind.removeprefix('xlm-')}."
     assert any(name.startswith(prefix) for name in stored)
     assert any(not name.startswith(prefix) for name in stored)
     vectors = Embedder.from_pretrained(folder, device="cpu").encode(WORDS)
     bare = transformers.AutoModel.from_pretrained(folder).eval()
     ids = torch.tensor(Embedder.from_pretrained(folder, device="cpu").tokenizer.encode_documents(WORDS[:1]))
     assert largest(F.normalize(bare(ids).last_hidden_state[0].mean(0), dim=0).detach(), vectors[0]) < 1e-5
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in stored.items()
-    }
+    old = dict(stored)
+    if kind != "distilbert":
+        old = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in stored.items()
+        }
     old[f"{prefix}embeddings.position_ids"] = torch.arange(64)[None]
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
     assert (Embedder.from_pretrained(folder, device="cpu").encode(WORDS) == vectors).all()
@@ -311,13 +317,38 @@ def config_of(folder):
         ({"num_key_value_heads": 2}, "'num_key_value_heads' is not known"),
         ({"new_setting": 1}, "'new_setting' is not known"),
         ({"model_type": "mpnet"}, "got 'mpnet': its attention adds a relative position bias"),
-        ({"model_type": "gpt2"}, "must be one of qwen3, qwen2, llama, mistral, bert, roberta, xlm-roberta, got 'gpt2'"),
+        (
+            {"model_type": "gpt2"},
+            "must be one of qwen3, qwen2, llama, mistral, bert, roberta, xlm-roberta, distilbert, got 'gpt2'",
+        ),
     ],
     ids=str,
 )
 def test_other_settings_are_refused_by_name(changes, message, tmp_path):
     values = config_of(write_folder(tmp_path / "m", "bert"))
     parse_config(values)
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "'hidden_size' is not known for model_type 'distilbert', expected 'dim'"),
+        ({"activation": "relu"}, "activation must be 'gelu', got 'relu'"),
+        ({"layer_norm_eps": 1e-5}, "'layer_norm_eps' is not known"),
+        ({"type_vocab_size": 2}, "'type_vocab_size' is not known"),
+        ({"sinusoidal_pos_embds": 3}, "sinusoidal_pos_embds 3 is not supported"),
+        ({"dim": 0}, "dim must be a positive whole number, got 0"),
+        ({"n_heads": 3}, "dim .64. must be a multiple of n_heads .3."),
+    ],
+    ids=str,
+)
+def test_other_settings_of_distilbert_are_refused_by_name(changes, message, tmp_path):
+    values = config_of(write_folder(tmp_path / "m", "distilbert"))
+    config = parse_config(values)
+    assert parse_config(config.to_dict()) == config
+    assert config.to_dict()["n_layers"] == config.num_hidden_layers == 2
     with pytest.raises(ConfigError, match=message):
         parse_config({**values, **changes})
 

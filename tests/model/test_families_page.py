@@ -29,7 +29,7 @@ from pyqemb.training.grad_cache import GradCache, Plan
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 NAMES = {
     "qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "bert": "BERT", "roberta": "RoBERTa",
-    "xlm-roberta": "XLM-RoBERTa",
+    "xlm-roberta": "XLM-RoBERTa", "distilbert": "DistilBERT",
 }  # fmt: skip
 WORDS = [text for text in TEXTS if text]
 PAIRS = [{"query": text[:12], "positive": text} for text in WORDS]
@@ -46,7 +46,7 @@ for config in sys.argv[1:]:
 
 def embedder(model_type, seed=2):
     """Its texts have the token 0, and not the token 1, for which transformers computes no gradient as padding."""
-    padding = {"extra": {"pad_token_id": 1}} if model_type == "bert" else {}
+    padding = {"extra": {"pad_token_id": 1}} if model_type in ("bert", "distilbert") else {}
     return tiny_embedder(seed, model_type=model_type, initializer_range=0.3, pooling="mean", **padding)
 
 
@@ -232,12 +232,12 @@ writes this page. The measurements use the CPU; none of them has run on a GPU.
 
 ## Encoders
 
-For BERT, RoBERTa and XLM-RoBERTa:
+For BERT, RoBERTa, XLM-RoBERTa and DistilBERT:
 
 - Attention is always bidirectional.
 - Positions are learned. `model.max_length` is at most their number: `max_position_embeddings`, and
   for RoBERTa and XLM-RoBERTa `pad_token_id` + 1 less.
-- Every token has type 0. Dropout is not applied in training.
+- Every token has type 0 (DistilBERT has no types). Dropout is not applied in training.
 - The pooler and the heads of a language model are not read, because no vector depends on them. A
   saved folder has neither; transformers reports that the pooler is missing and initializes it.
 - A saved folder keeps the padding token of the tokenizer, and pads on the right.

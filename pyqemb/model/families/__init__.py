@@ -11,13 +11,14 @@ from pyqemb.data.folder import read_json
 from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.config import DecoderConfig
 from pyqemb.model.decoder import Decoder, Family
-from pyqemb.model.families import bert, llama, mistral, qwen2, qwen3, roberta
+from pyqemb.model.families import bert, distilbert, llama, mistral, qwen2, qwen3, roberta
 from pyqemb.model.safety import makes_loaders_run_code
 
 FAMILIES: dict[str, Family] = {
     family.config.model_type: family
     for family in (
-        qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY, bert.FAMILY, roberta.FAMILY, roberta.XLM_FAMILY
+        qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY, bert.FAMILY, roberta.FAMILY, roberta.XLM_FAMILY,
+        distilbert.FAMILY,
     )
 }  # fmt: skip
 

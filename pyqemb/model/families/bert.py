@@ -73,7 +73,7 @@ class BertConfig(DecoderConfig):
             )
         super().__post_init__()
         types = self.type_vocab_size
-        if type(types) is not int or not 1 <= types <= self.vocab_size:
+        if "type_vocab_size" not in self.derived and (type(types) is not int or not 1 <= types <= self.vocab_size):
             raise ConfigError(f"type_vocab_size must be a positive whole number up to vocab_size, got {types!r}")
         eps = self.layer_norm_eps
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < float("inf"):
@@ -99,14 +99,15 @@ class BertConfig(DecoderConfig):
 
 
 class BertEmbedding(TokenEmbedding):
-    """The norm of the sum of a row for the id, one for the position, and that of token type 0."""
+    """The norm of the sum of a row for the id, one for the position, and that of token type 0 if there are types."""
 
     def __init__(self, config: DecoderConfig):
         assert isinstance(config, BertConfig)
         super().__init__(config)
         self.config = config
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
@@ -115,9 +116,10 @@ class BertEmbedding(TokenEmbedding):
         if batch.max_seqlen > longest:
             raise ValueError(f"batch must have sequences of at most {longest} tokens, got {batch.max_seqlen}")
         positions_T = batch.positions_T + (self.config.max_position_embeddings - longest)
-        words_TE = nn.Embedding.forward(self, batch.input_ids_T)
-        sum_TE = words_TE + self.token_type_embeddings.weight[0] + self.position_embeddings(positions_T)
-        return self.LayerNorm(sum_TE), None
+        sum_TE = nn.Embedding.forward(self, batch.input_ids_T)
+        if self.config.type_vocab_size:
+            sum_TE = sum_TE + self.token_type_embeddings.weight[0]
+        return self.LayerNorm(sum_TE + self.position_embeddings(positions_T)), None
 
 
 class BertAttention(Attention):
