@@ -23,6 +23,7 @@ VERBS = {
     "merge": "merge checkpoints into one model (slerp, linear, karcher)",
     "evaluate": "evaluate a model on retrieval, STS or bitext data, or a reranker on examples with negatives",
     "encode": "encode a file of texts and write the vectors",
+    "status": "show how far a job of encode, or of tasks that mine, is",
     "finish": "join the parts that the tasks of a job have made",
     "export": "write a model folder for other tools, and check that they load it",
     "rerank": "score query-document pairs with a reranker",

@@ -42,6 +42,7 @@ from pyqemb.data.machine import writing
 from pyqemb.errors import ConfigError, DataError
 from pyqemb.jobs.folder import check_complete, claim, describe_output, parts_folder, read_output
 from pyqemb.jobs.parts import CandidatesPart, DamagedPartError, VectorPart, texts_digest
+from pyqemb.jobs.status import Reporter
 from pyqemb.jobs.tasks import Task, task_of
 from pyqemb.model.cached_encoder import fingerprint
 from pyqemb.model.device import search_device
@@ -178,20 +179,28 @@ def mine_task(
             job = claim(folder, {**facts, **sources.state()}, shared=True)
             check_writable(out)
         texts = _Texts(folder, job, rows, sources, instruction, _ROWS)
-        documents = _known_documents(texts)
-        if documents is None:
-            documents = _encode_documents(texts, encoder, own)
-            with one_at_a_time(folder):
-                describe_output(folder, "mine", job, {"documents": documents.count})
-        queries = _encode_queries(texts, encoder, own, len(documents.parts))
-        vectors = [*documents.parts, *queries.parts]
-        made = sum(own.has(number) for number in range(len(vectors)))
-        missing = sum(not part.path.exists() for part in vectors)
-        if missing:
-            return MiningTask(folder, documents.count, made, missing, 0)
-        search = _Search(folder, job, len(rows.mined), documents.count, _ROWS * _SHARD, _TILE)
-        searches = _search(search, texts, rules, documents, queries, own, search_device(encoder))
-        return MiningTask(folder, documents.count, made, 0, searches)
+        with Reporter(folder, "mine", own) as report:
+            documents = _known_documents(texts)
+            if documents is None:
+                report.stage("encode", "[dq]*.npy", None)
+                documents = _encode_documents(texts, encoder, own, report)
+                with one_at_a_time(folder):
+                    describe_output(folder, "mine", job, {"documents": documents.count})
+            queries, parts = _Vectors(), list(texts.queries())
+            for part, some, _ in parts:
+                queries.add(part, len(some))
+            vectors = [*documents.parts, *queries.parts]
+            made = sum(own.has(number) for number in range(len(vectors)))
+            report.stage("encode", "[dq]*.npy", len(vectors))
+            _encode_queries(parts, encoder, own, len(documents.parts), report)
+            missing = sum(not part.path.exists() for part in vectors)
+            if missing:
+                return MiningTask(folder, documents.count, made, missing, 0)
+            search = _Search(folder, job, len(rows.mined), documents.count, _ROWS * _SHARD, _TILE)
+            report.stage("search", "search-*.npy", len(search))
+            device = search_device(encoder)
+            searches = _search(search, texts, rules, documents, queries, own, device=device, report=report)
+            return MiningTask(folder, documents.count, made, 0, searches)
 
 
 def finish(out: Path, folder: Path, job: str, facts: dict[str, Any], settings: dict[str, Any]) -> Mined:
@@ -466,25 +475,26 @@ def _known_documents(texts: _Texts) -> _Vectors | None:
     return documents if all(part.path.exists() for part in documents.parts) else None
 
 
-def _encode_documents(texts: _Texts, model: Any, task: Task) -> _Vectors:
+def _encode_documents(texts: _Texts, model: Any, task: Task, report: Reporter) -> _Vectors:
     """Encode the missing parts of this task; returns all documents."""
     documents = _Vectors()
     for number, (part, some) in enumerate(texts.documents(task)):
         documents.add(part, len(some))
         if task.has(number) and not part.is_whole():
             part.write(checked_vectors(model.encode_document(some), len(some), "documents"), None)
+            report.advance()
     return documents
 
 
-def _encode_queries(texts: _Texts, model: Any, task: Task, first: int) -> _Vectors:
-    """Encode the missing parts of this task, which are numbered from `first` on; returns all queries."""
-    queries = _Vectors()
-    for number, (part, some, instruction) in enumerate(texts.queries(), first):
-        queries.add(part, len(some))
+def _encode_queries(
+    parts: Sequence[tuple[VectorPart, list[str], str | None]], model: Any, task: Task, first: int, report: Reporter
+) -> None:
+    """Encode the missing parts of this task, which are numbered from `first` on."""
+    for number, (part, some, instruction) in enumerate(parts, first):
         if task.has(number) and not part.is_whole():
             vectors = model.encode_query(some, instruction=instruction)
             part.write(checked_vectors(vectors, len(some), "queries"), None)
-    return queries
+            report.advance()
 
 
 @dataclass
@@ -501,7 +511,15 @@ class _Tile:
 
 
 def _search(
-    search: _Search, texts: _Texts, rules: Rules, documents: _Vectors, queries: _Vectors, task: Task, device: Any
+    search: _Search,
+    texts: _Texts,
+    rules: Rules,
+    documents: _Vectors,
+    queries: _Vectors,
+    task: Task,
+    *,
+    device: Any,
+    report: Reporter,
 ) -> int:
     """Search the missing parts of this task; returns the number of its parts."""
     own = [number for number in range(len(search)) if search.owner(number, task.tasks) == task.number]
@@ -538,6 +556,7 @@ def _search(
                     tile.scores, tile.indices = merge(tile.scores, tile.indices, scores, indices, wanted)
             for tile in work:
                 tile.part.write(tile.scores, tile.indices, tile.positive_scores)
+                report.advance()
             advance(len(group))
     return len(own)
 

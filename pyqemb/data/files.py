@@ -201,6 +201,12 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
+def holder_of(folder: Path, member: Member | None = None) -> str:
+    """What the process that has locked a folder, alone or as a member, says about itself; empty if there is none."""
+    path = folder / ".lock" if member is None else _lock_of(folder, member)
+    return _held_by(path) if path.exists() else ""
+
+
 def _hold(held: ExitStack, folder: Path, work: str, member: Member | None) -> IO[str]:
     """Lock the folder until `held` is closed; returns its lock. ConfigError if another process holds it."""
     file = lock = _open_lock(held, folder / ".lock")

@@ -17,7 +17,7 @@ import numpy as np
 from pyqemb.data.arguments import Count, NotNegative, checked
 from pyqemb.data.files import atomic_file, check_writable, locked, one_at_a_time, remove_folder
 from pyqemb.data.machine import writing
-from pyqemb.encoding.inputs import Row, read_texts
+from pyqemb.encoding.inputs import Row, estimate_rows, read_texts
 from pyqemb.encoding.inputs import parts as parts_of
 from pyqemb.encoding.outputs import Part, ids_path, save_array, writer_of
 from pyqemb.encoding.workers import Encoder, Settings
@@ -25,6 +25,7 @@ from pyqemb.errors import ConfigError, DataError
 from pyqemb.jobs.executors import Processes, run
 from pyqemb.jobs.folder import check_complete, claim, describe_output, parts_folder
 from pyqemb.jobs.parts import DamagedPartError, VectorPart, texts_digest
+from pyqemb.jobs.status import Reporter
 from pyqemb.jobs.tasks import Task, task_of
 from pyqemb.model.cached_encoder import settings_digest
 from pyqemb.model.device import pick_device
@@ -224,10 +225,15 @@ def _fill(
     def on_done(work: tuple[VectorPart, list[Row]]) -> None:
         nonlocal done, size
         done, size = done + len(work[1]), size + sum(len(row.text.encode("utf-8", "replace")) for row in work[1])
+        report.advance()
         if on_progress is not None:
             on_progress(done, size)
 
-    run(Processes(partial(Encoder, settings), devices), missing(), on_done)
+    known = estimate_rows(texts.path)
+    total = None if known is None else -(-known[0] // texts.rows_per_part)
+    with Reporter(texts.folder, "encode", task) as report:
+        report.stage("encode", "[0-9]*.npy", total, is_estimate=known is not None and not known[1])
+        run(Processes(partial(Encoder, settings), devices), missing(), on_done)
     return files, rows, resumed
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from pyqemb.cli import main
 from pyqemb.encoding import encode_file
-from pyqemb.encoding.inputs import read_texts
+from pyqemb.encoding.inputs import estimate_rows, read_texts
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.quantize import quantize
@@ -405,3 +405,21 @@ def test_ids_and_ranges_of_an_earlier_output_do_not_stay(tmp_path):
     assert len(np.load(out)) == 3
     assert not (tmp_path / "out.npy.ids").exists()
     assert not (tmp_path / "out.npy.ranges.npy").exists()
+
+
+def test_estimates_of_rows(tmp_path):
+    lines = "".join(json.dumps({"text": f"{i} " + "x" * (i % 90)}) + "\n" for i in range(40_000))
+    (tmp_path / "t.jsonl").write_text(lines)
+    count, is_exact = estimate_rows(tmp_path / "t.jsonl")
+    assert abs(count - 40_000) < 400
+    assert not is_exact
+    (tmp_path / "t.txt").write_text("a\nb")
+    assert estimate_rows(tmp_path / "t.txt") == (2, True)
+    (tmp_path / "t.csv").write_text("id,text\n1,a\n")
+    assert estimate_rows(tmp_path / "t.csv") == (1, False)
+    pq.write_table(pa.table({"text": ["a"] * 7}), tmp_path / "t.parquet")
+    assert estimate_rows(tmp_path / "t.parquet") == (7, True)
+    (tmp_path / "long.txt").write_text("x" * (2 << 20))
+    for name in ("t.jsonl.gz", "t.json", "long.txt"):
+        (tmp_path / name).touch()
+        assert estimate_rows(tmp_path / name) is None

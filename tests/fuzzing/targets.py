@@ -34,6 +34,8 @@ from pyqemb.data.token_cache import TokenFolder
 from pyqemb.errors import ConfigError
 from pyqemb.jobs.folder import describe_output, read_output
 from pyqemb.jobs.parts import CandidatesPart, VectorPart
+from pyqemb.jobs.status import Reporter, read_status
+from pyqemb.jobs.tasks import Task
 from pyqemb.llm.request import Answer, MalformedAnswerError, parse
 from pyqemb.llm.response import RetryableError, answer_of
 from pyqemb.llm.store import Store
@@ -356,6 +358,23 @@ def candidates(folder, suffix):
 
     seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
     return Target(seeds, read, ("search-00000000.",), "json" if suffix == "json" else "bytes")
+
+
+@target("status of a job")
+def status(folder):
+    place = folder / "x.npy.parts"
+    place.mkdir()
+    with Reporter(place, "encode", Task(0, 2)) as report:
+        report.stage("encode", "[0-9]*.npy", 4)
+    path = place / "status-task-0-of-2.json"
+
+    def read(data):
+        path.write_bytes(sealed(data))
+        found = read_status(folder / "x.npy")
+        for line in [found.line(), *found.failures()]:
+            assert line.isprintable()
+
+    return Target([values_of(path.read_bytes())], read, (str(place),), "json")
 
 
 @target("output of a job of tasks")
