@@ -141,9 +141,9 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, kind: str, task: Task | None):
-        own = {} if task is None else {"task": task.number, "tasks": task.tasks}
+        number, tasks = (None, None) if task is None else (task.number, task.tasks)
         self._path = folder / f"status-{'alone' if task is None else f'task-{task.number}-of-{task.tasks}'}.json"
-        self._status = WorkerStatus(kind, kind, "", host=platform.node(), **own)
+        self._status = WorkerStatus(kind, kind, "", task=number, tasks=tasks, host=platform.node())
 
     def __enter__(self) -> "Reporter":
         return self
@@ -197,8 +197,8 @@ def read_status(out: str | Path) -> JobStatus:
     folder = parts_folder(out)
     found = _workers(folder) if folder.is_dir() else []
     if not found:
-        done = f"; {out} exists, so the job may be finished already" if out.exists() else ""
-        raise DataError(f"{folder}: holds no job that has begun{done}")
+        finished = f"; {out} exists, so the job may be finished already" if out.exists() else ""
+        raise DataError(f"{folder}: holds no job that has begun{finished}")
     newest = max(found, key=lambda each: (each.started, each.updated))
     same = [each for each in found if each.stage == newest.stage]
     total = max((each.total for each in same if each.total is not None), default=None)
