@@ -27,7 +27,7 @@ ALONE, SHARDED = {"shard": 1}, {"shard": -1}
 LORA = {"lora": {"rank": 4, "dropout": 0.1}}
 AVERAGED = {**LORA, "train": {"ema_decay": 0.9}}
 FROZEN = {"train": {"freeze": ["embed_tokens", "layers.0.mlp", "norm"], "layer_decay": 0.7, "ema_decay": 0.5}}
-ENCODER = {"base": "bert"}
+ENCODER = {"base": "bert", "train": {"precision": "bfloat16"}}
 RERANK = {"task": "rerank", "base": "answering", "train": {"tokens_per_chunk": 2000}}
 
 # Runs, one after the other in the same processes. Each may have a fault in `write_safetensors`: on a rank, at a step.
