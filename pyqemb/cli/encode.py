@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from pyqemb.cli.logs import add_quiet, only_warnings
 
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto: read both from SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
     )
     parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="encode a sample, print the texts, tokens, time, memory and disk of the job, then stop; --tasks N needs "
+        "no --task",
+    )
     add_quiet(parser)
 
 
@@ -52,16 +59,27 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from pyqemb.encoding import encode_file
+    from pyqemb.encoding import encode_file, plan_encode
     from pyqemb.errors import ConfigError
     from pyqemb.jobs.tasks import task_from_options
 
+    if args.dry_run and args.task is None and args.tasks is not None:
+        args.task = None if args.tasks == "auto" else 0
     own = task_from_options(args.tasks, args.task)
     if args.device and args.processes:
         raise ConfigError("--device and --processes exclude each other")
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {args.processes}")
     devices = args.device or (["cpu"] * args.processes if args.processes else ["auto"])
+    settings: dict[str, Any] = dict(
+        side="query" if args.instruction else args.side, instruction=args.instruction, field=args.field, dim=args.dim,
+        precision=args.precision, max_length=args.max_length, dtype=args.dtype, devices=devices,
+        rows_per_part=args.rows_per_part,
+    )  # fmt: skip
+    if args.dry_run:
+        for line in plan_encode(args.model, args.texts, args.out, tasks=own.tasks if own else 1, **settings).lines():
+            print(line)
+        return 0
     # Progress in bytes of the file, because its rows are not counted beforehand (an estimate for compressed columns).
     total = args.texts.stat().st_size // (own.tasks if own else 1) if args.texts.is_file() else None
     columns = (
@@ -82,10 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         done = encode_file(
-            args.model, args.texts, args.out, side="query" if args.instruction else args.side,
-            instruction=args.instruction, field=args.field, dim=args.dim, precision=args.precision,
-            max_length=args.max_length, dtype=args.dtype, devices=devices, rows_per_part=args.rows_per_part,
-            tasks=own and own.tasks, task=own and own.number, on_progress=show,
+            args.model, args.texts, args.out, tasks=own and own.tasks, task=own and own.number, on_progress=show,
+            **settings,
         )  # fmt: skip
     finally:
         bar.stop()

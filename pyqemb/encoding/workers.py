@@ -36,13 +36,16 @@ class Encoder:
 
     def __call__(self, target: VectorPart, rows: Sequence[Row]) -> None:
         """Encode rows into the files of their part. DataError if a vector is not finite."""
-        settings, texts = self.settings, [row.text for row in rows]
-        if settings.side == "query":
-            vectors = self.model.encode_query(texts, instruction=settings.instruction, dim=settings.dim)
-        elif settings.side == "document":
-            vectors = self.model.encode_document(texts, dim=settings.dim)
-        else:
-            vectors = self.model.encode(texts, dim=settings.dim)
+        vectors = self.vectors([row.text for row in rows])
         if not np.isfinite(vectors).all():
             raise DataError(f"the model gives NaN or infinity for a text of part {target.path.stem}")
         target.write(vectors, None if rows[0].id is None else [str(row.id) for row in rows])
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """The vectors of texts, float32 [N, E]."""
+        settings = self.settings
+        if settings.side == "query":
+            return self.model.encode_query(texts, instruction=settings.instruction, dim=settings.dim)
+        if settings.side == "document":
+            return self.model.encode_document(texts, dim=settings.dim)
+        return self.model.encode(texts, dim=settings.dim)

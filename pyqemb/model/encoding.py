@@ -422,6 +422,11 @@ class Encoding(Pooled, PackedModel):
             raise ConfigError(f"truncate_dim must be a positive number, got {truncate_dim!r}")
         return dim or min(truncate_dim or self.config.hidden_size, self.config.hidden_size)
 
+    def token_counts(self, texts: Sequence[str], side: str, instruction: str | None = None) -> list[int]:
+        """The number of tokens of each text, after truncation, with the prompt of a side: query, document or raw."""
+        name = side if side in ("query", "document") and instruction is None and side in self.prompts else None
+        return [len(ids) for ids in self.tokenizer.encode_documents(self._prompted(texts, instruction, name, None))]
+
     def check_dim(self, dim: int | None) -> None:
         """ConfigError unless the model has vectors of this dimension."""
         if dim is not None and not (

@@ -39,6 +39,7 @@ HOOKS = ("Callback.", "StepFunction.", "RowLogger", "Objective.", "zero_of", "nu
 INTERNAL = {
     "check_dim",
     "encode_windows",
+    "token_counts",
     "encoding_on",
     "in_processes",
     "load_rows",

@@ -25,7 +25,7 @@ from arguments_place import (
 
 import pyqemb
 from pyqemb.curation import consistency, distinct, mine_task, similarity
-from pyqemb.encoding import encode_file
+from pyqemb.encoding import encode_file, plan_encode
 from pyqemb.synthesis import SynthesisConfig
 
 
@@ -261,6 +261,34 @@ def add(records: Records, place: Place) -> None:
         cheap=False,
     )
 
+    record(
+        "encoding.plan_encode",
+        plan_encode,
+        lambda r: (
+            dict(model=place.model, path=place.texts, out=place.new(".npy"))
+            | options(r, dim=r.randint(1, 32), rows_per_part=r.randint(1, 9), devices=["cpu"], tasks=2, seconds=0.01)
+        ),
+        dict(
+            model=FOLDERS,
+            path=["no-such", place.folder, place.model / "config.json"],
+            out=["a.txt", place.folder, "a"],
+            instruction=["task"],
+            field=["absent"],
+            dim=[33],
+            dtype=DTYPES[:4],
+            devices=[[], ["gpu?"], ["cpu", ""]],
+            seconds=[0, -1],
+        ),
+        names=dict(
+            model=rf"\bmodel\b|{NO_FOLDER}",
+            path=r"\bpath\b|no such|unknown format|at-all|expected a text|json:1|is a folder",
+            out=r"\bout\b|expected a name",
+            devices=r"\bdevices?\b",
+            field=r"\bfield\b|'absent'",
+        ),
+        fine=dict(field=lambda value: isinstance(value, str)),
+        cheap=False,
+    )
     record(
         "curation.mine_task",
         mine_task,

@@ -22,8 +22,8 @@ PUBLIC = {
 }
 # Methods that the jobs of this package call on each other, not their users.
 INTERNAL = {
-    "check_dim", "encode_windows", "encoding_on", "in_processes", "load_rows", "save_parameters", "without_weights",
-    "write_portable",
+    "check_dim", "encode_windows", "encoding_on", "in_processes", "load_rows", "save_parameters", "token_counts",
+    "without_weights", "write_portable",
 }  # fmt: skip
 METHODS = {
     f"{name}.{method}": member

@@ -1,0 +1,198 @@
+"""What an encode job will take, estimated from the first texts of its file; nothing is written."""
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pyqemb.data.arguments import Count, checked
+from pyqemb.data.files import check_writable
+from pyqemb.encoding.inputs import estimate_rows, read_texts
+from pyqemb.encoding.outputs import writer_of
+from pyqemb.encoding.workers import Encoder, Settings
+from pyqemb.errors import ConfigError, DataError
+from pyqemb.model.device import pick_device
+from pyqemb.model.quantize import Precision
+
+_TEXTS = 512  # texts of the sample
+_BATCH = 64  # encoded between two looks at the clock
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """What an encode job will take.
+
+    Attributes:
+        texts: the number of texts.
+        is_estimate: whether `texts` is an estimate from the first mebibyte of the file.
+        parts: the number of parts.
+        sampled: the number of texts that were tokenized and, as far as the time allowed, encoded.
+        tokens_per_text: their mean number of tokens, with the prompt and after truncation.
+        tokens_per_second: the speed of one process, measured on the sample.
+        processes: the number of processes of all tasks together.
+        seconds: the time of the job, if all processes are as fast.
+        memory: bytes of the memory of one process: its peak so far, and the vectors of a part.
+        gpu_memory: bytes on the GPU of one process at their peak so far; 0 on the CPU.
+        disk: bytes on the disk at the end of the job, when the parts and the output exist.
+        output: bytes of the output.
+        free: bytes that are free on the disk of the output.
+    """
+
+    texts: int
+    is_estimate: bool
+    parts: int
+    sampled: int
+    tokens_per_text: float
+    tokens_per_second: float
+    processes: int
+    seconds: float
+    memory: int
+    gpu_memory: int
+    disk: int
+    output: int
+    free: int
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        about = "about " if self.is_estimate else ""
+        minutes, seconds = divmod(round(self.seconds), 60)
+        clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        gpu = f", {_size(self.gpu_memory)} of the GPU" if self.gpu_memory else ""
+        few = "" if self.disk <= self.free else "; this is too little"
+        return [
+            f"texts   {about}{self.texts:,}, in {self.parts:,} parts",
+            f"tokens  about {self.texts * self.tokens_per_text:,.0f}: {self.tokens_per_text:,.1f} a text, in a sample "
+            f"of {self.sampled:,} texts",
+            f"speed   {self.tokens_per_second:,.0f} tokens/s, "
+            f"{self.tokens_per_second / self.tokens_per_text:,.1f} texts/s in one process",
+            f"time    about {clock} with {self.processes:,} process{'es' if self.processes > 1 else ''}",
+            f"memory  {_size(self.memory)}{gpu}, each process",
+            f"disk    {_size(self.disk)} at the end, of which {_size(self.output)} stay; {_size(self.free)} are free"
+            f"{few}",
+        ]
+
+
+@checked
+def plan_encode(
+    model: str | Path,
+    path: str | Path,
+    out: str | Path,
+    *,
+    side: Literal["query", "document", "raw"] = "document",
+    instruction: str | None = None,
+    field: str = "text",
+    dim: Count | None = None,
+    precision: Precision = "float32",
+    max_length: Count | None = None,
+    dtype: str | None = None,
+    devices: Sequence[str] = ("auto",),
+    rows_per_part: Count = 8192,
+    tasks: Count = 1,
+    seconds: float = 10.0,
+) -> EncodePlan:
+    """Estimate what `encode_file` will take with these arguments. Nothing is written.
+
+    A sample of the first part is encoded on the first device. Its texts are spread evenly over the first part of the
+    file, so the estimate is poor if later texts have other lengths.
+
+    Args:
+        model: as for `encode_file`, like the arguments up to `rows_per_part`.
+        path: as for `encode_file`.
+        out: as for `encode_file`.
+        side: as for `encode_file`.
+        instruction: as for `encode_file`.
+        field: as for `encode_file`.
+        dim: as for `encode_file`.
+        precision: as for `encode_file`.
+        max_length: as for `encode_file`.
+        dtype: as for `encode_file`.
+        devices: as for `encode_file`.
+        rows_per_part: as for `encode_file`.
+        tasks: the number of tasks, each with these devices on a machine of its own (default 1).
+        seconds: the time after which no more texts of the sample are encoded (default 10).
+
+    Returns:
+        The number of texts and parts, tokens, speed, time, memory and disk.
+
+    Raises:
+        ConfigError: an argument is out of range. DataError: the input is invalid or empty.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from pyqemb.encoding import plan_encode
+        >>> from pyqemb.testing.tiny import write_tiny_folder
+        >>> _ = Path("texts.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
+        >>> plan = plan_encode(write_tiny_folder("base"), "texts.json", "vectors.npy", rows_per_part=1)
+        >>> plan.texts, plan.parts, plan.disk
+        (2, 2, 512)
+    """
+    path, out = Path(path), Path(out)
+    writer_of(out)
+    if instruction is not None and side != "query":
+        raise ConfigError("instruction: is for side 'query'")
+    if not devices:
+        raise ConfigError("devices must name at least one device")
+    if not seconds > 0:
+        raise ConfigError(f"seconds must be above 0, got {seconds}")
+    check_writable(out)
+    first = list(islice(read_texts(path, field), rows_per_part))
+    if not first:
+        raise DataError(f"{path}: holds no texts")
+    known = estimate_rows(path)
+    texts, is_exact = known or (sum(1 for _ in read_texts(path, field)), True)
+    encoder = Encoder(Settings(str(model), side, instruction, dim, max_length, dtype, rows_per_part), devices[0])
+    encoder.model.check_dim(dim)
+    for device in devices:
+        pick_device(device, encoder.model.config)
+    sample = [first[place].text for place in np.unique(np.linspace(0, len(first) - 1, _TEXTS).astype(int))]
+    counts = encoder.model.token_counts(sample, side, instruction)
+    with _threads_of(devices):
+        encoder.vectors(sample[:1])  # the first call prepares memory
+        done, start, width = 0, time.perf_counter(), 0
+        while done < len(sample) and (not done or time.perf_counter() - start < seconds):
+            width = encoder.vectors(sample[done : done + _BATCH]).shape[1]
+            done = min(done + _BATCH, len(sample))
+        speed = max(sum(counts[:done]), 1) / (time.perf_counter() - start)
+    device = encoder.model.device
+    mean = sum(counts) / len(counts)
+    processes = len(devices) * tasks
+    output = texts * {"float32": 4 * width, "int8": width, "uint8": width}.get(precision, -(-width // 8))
+    home = next(parent for parent in out.absolute().parents if parent.exists())
+    return EncodePlan(
+        texts=texts, is_estimate=not is_exact, parts=-(-texts // rows_per_part), sampled=len(sample),
+        tokens_per_text=mean, tokens_per_second=speed, processes=processes,
+        seconds=texts * mean / (speed * processes),
+        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 4 * width * min(rows_per_part, texts),
+        gpu_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        disk=4 * texts * width + output, output=output, free=shutil.disk_usage(home).free,
+    )  # fmt: skip
+
+
+@contextmanager
+def _threads_of(devices: Sequence[str]) -> Iterator[None]:
+    """Context with as many threads as a process of the job has."""
+    before = torch.get_num_threads()
+    if len(devices) > 1 and devices[0] == "cpu":
+        torch.set_num_threads(max((os.cpu_count() or 1) // len(devices), 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _size(count: int) -> str:
+    """Bytes as text."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} KB"
