@@ -163,7 +163,7 @@ def plan_encode(
             width = encoder.vectors(sample[done : done + _BATCH]).shape[1]
             done = min(done + _BATCH, len(sample))
         speed = max(sum(counts[:done]), 1) / (time.perf_counter() - start)
-    device = encoder.model.device
+    used = encoder.model.device
     mean = sum(counts) / len(counts)
     processes = len(devices) * tasks
     output = texts * {"float32": 4 * width, "int8": width, "uint8": width}.get(precision, -(-width // 8))
@@ -173,7 +173,7 @@ def plan_encode(
         tokens_per_text=mean, tokens_per_second=speed, processes=processes,
         seconds=texts * mean / (speed * processes),
         memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 4 * width * min(rows_per_part, texts),
-        gpu_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        gpu_memory=torch.cuda.max_memory_allocated(used) if used.type == "cuda" else 0,
         disk=4 * texts * width + output, output=output, free=shutil.disk_usage(home).free,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ RESULTS = {
     "AttentionPlan",
     "Check",
     "Curated",
+    "EncodePlan",
     "Example",
     "Filtered",
     "LossPart",
