@@ -1,7 +1,9 @@
 """From the task of a set to its objective, and from a batch to the loss of its vectors."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -14,8 +16,9 @@ from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
 from pyqemb.training import LossPart, Objective, Section, register_objective, stage2
 from pyqemb.training.config import LossSection
 from pyqemb.training.objectives import CoSENT, LossParameters, objective_class, objective_of, registry
+from pyqemb.training.parallel.world import World
 from pyqemb.training.state import Checkpoint, checkpoints
-from pyqemb.training.steps import checked_part
+from pyqemb.training.steps import StepBatch, checked_part
 
 
 def examples(count=9):
@@ -336,3 +339,21 @@ def test_what_cannot_be_registered(mean_objective):
 def test_a_part_that_cannot_be_added_up_is_refused_by_the_objectives_name(part, message):
     with pytest.raises(PyqembError, match=f"objective 'cosent': {message}"):
         checked_part(part, CoSENT)
+
+
+@pytest.mark.parametrize("tau_plus", [0.0, 0.01])
+@pytest.mark.parametrize("preset", ["qwen3", "mnrl", "ms_swift", "memeff", "gte", "classification"])
+def test_a_ring_counts_the_candidates_of_a_gather(preset, tau_plus):
+    """Neither the positive of a query nor the query itself is a candidate."""
+    if preset == "classification" and tau_plus:
+        pytest.skip("classification has no tau_plus")
+    rows, model = examples(), tiny_embedder()
+    rows = [replace(row, negatives=(*row.negatives, row.positive)) for row in rows]
+    section = LossSection(preset=preset, tau_plus=tau_plus, temperature=0.1)
+    objective = objective_of(None, section)(section, LossParameters(section))
+    texts = objective.build_batch(rows, model)
+    own = normalize(torch.randn(len(texts.texts), 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    step = StepBatch("rows", 0, objective, texts, [np.arange(len(texts.texts))], None)
+    found = [step.stats(step.loss(own.clone().requires_grad_(), World(), ring).totals) for ring in (False, True)]
+    assert found[0]["masked"] > 0 or preset == "mnrl"
+    assert found[1] == pytest.approx(found[0], rel=1e-6)

@@ -75,6 +75,7 @@ class Ring:
         self.anchors = there(row_of[query_text[anchors]])  # rows of this rank's block
         self.anchor_text = there(positive_text[anchors])
         self.num_queries = len(query_text)
+        self._num_owned = int((owner[positive[anchors]] == anchors).sum())  # anchors that own their positive
         self.sides = []
         for texts in partition:
             rows_in(texts)
@@ -98,6 +99,18 @@ class Ring:
         """This rank's part of the loss, differentiable, and of the totals of the statistics."""
         return _RingLoss.apply(own_SE, tau, self, options)
 
+    def num_own(self, options: Options) -> int:
+        """How often a block contains the positive of an anchor as a document, or the anchor as a query.
+
+        They are masked, because the texts are equal. They are no candidates, so the statistics do not count them.
+        """
+        rows = len(self.anchors)
+        counts = {
+            "own_hard": self._num_owned, "doc_own": self._num_owned, "batch_positive": rows - self._num_owned,
+            "doc_positive": rows - self._num_owned, "query_query": rows,
+        }  # fmt: skip
+        return sum(count for group, count in counts.items() if group in options.groups)
+
     def round(self, *own: Tensor) -> Iterator[tuple[_Side, list[Tensor]]]:
         """Yield each block once, this rank's own first: its indices, and the tensors that are sent with it.
 
@@ -117,12 +130,14 @@ class _RingLoss(torch.autograd.Function):
     def forward(ctx: Any, own_SE: Tensor, tau: Tensor | None, ring: Ring, options: Options) -> tuple[Tensor, Tensor]:
         own_SE = own_SE.contiguous()
         anchors_RE = own_SE[ring.anchors]
+        num_own = ring.num_own(options)
         positives_RE = torch.empty_like(anchors_RE)
         for side, (block,) in ring.round(own_SE):
             positives_RE[side.anchors] = block[side.positives]
 
         if options.is_composed:
             loss, totals, d_own, d_temperature = _several_sweeps(ring, own_SE, anchors_RE, positives_RE, options)
+            totals[4] -= num_own
             return _keep(ctx, own_SE, tau, loss, totals, d_own, d_temperature)
         anchors = Anchors(anchors_RE, positives_RE, ring.anchor_text)
 
@@ -155,6 +170,7 @@ class _RingLoss(torch.autograd.Function):
         assert first is not None
         d_own = _return_gradients(ring, travelling[1], first.d_anchors_RE, first.d_positives_RE)
         loss = first.losses_R.sum() * options.scale
+        first.totals[4] -= num_own
         return _keep(ctx, own_SE, tau, loss, first.totals, d_own, first.d_temperature)
 
     @staticmethod
