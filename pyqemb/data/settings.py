@@ -147,6 +147,15 @@ def check_plain(values: Any) -> None:
             )
 
 
+_WANTED = {  # in place of pydantic's messages that name types of Python; the values are those of the error
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "dict_type": "expected a table",
+    "model_type": "expected a table",
+    "too_short": "expected at least {min_length}, has {actual_length}",
+}
+
+
 def explain_all(error: ValidationError, one: Callable[[Any], str]) -> str:
     """The errors of the innermost keys, formatted by `one`, in one line.
 
@@ -171,7 +180,8 @@ def explain(error: Any) -> str:
         where, value = f"{where}.{own['key']}" if error["loc"] else own["key"], own.get("value")
     if error["type"] == _MISSING:
         return f"{where}: missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix(f"{own.get('key')}: ")
+    message = _WANTED[error["type"]].format(**own) if error["type"] in _WANTED else error["msg"]
+    message = message.removeprefix("Value error, ").removeprefix(f"{own.get('key')}: ")
     return f"{where}: {message[:1].lower()}{message[1:]}, got {_shown(value)}"
 
 

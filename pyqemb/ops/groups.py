@@ -48,6 +48,7 @@ class Group:
 NATIVE_GROUPS: tuple[str, ...] = _C.INFO_NCE_GROUPS  # the table is csrc/ops/info_nce_rules.h
 DOC_QUERY = "doc_query"  # a second sweep computes it (pyqemb/ops/info_nce_composed.py)
 GROUPS = (*NATIVE_GROUPS, DOC_QUERY)
+WITHOUT_DOCUMENT = ("query_query", DOC_QUERY)  # groups whose candidates are queries
 _DOC_GROUPS = tuple(name for name in NATIVE_GROUPS if name.startswith("doc_"))
 
 
@@ -203,7 +204,7 @@ def _chosen(preset: str, changes: Mapping[str, Group | bool | None], doc_mask: s
             raise TypeError(
                 f"[info_nce] groups: {name} must be a Group, True, False or None, got {type(group).__name__}"
             )
-    for name in ("query_query", DOC_QUERY):
+    for name in WITHOUT_DOCUMENT:
         if name in chosen and chosen[name].mask == "query_document":
             raise ValueError(
                 f"[info_nce] groups: {name} has no query-document score to mask by, got mask 'query_document'"

@@ -276,6 +276,7 @@ class TeacherSection(Section):
     )
     cache: str | None = Field(
         None,
+        min_length=1,
         description="Folder of the teacher's vectors (default: save.dir/teacher/vectors). Several runs may share one, "
         "so that each text is encoded once.",
         examples=["teacher-vectors"],
@@ -284,7 +285,7 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def _has_a_term(self) -> "TeacherSection":
         if not self.cosine and not self.mse:
-            raise ValueError("cosine and mse are both 0; expected a weight above 0 for one of them")
+            raise wrong_value("cosine and mse are both 0; expected a weight above 0 for one of them", "mse", self.mse)
         return self
 
 
@@ -309,6 +310,7 @@ class GuideSection(Section):
     )
     cache: str | None = Field(
         None,
+        min_length=1,
         description="Folder of the guide's vectors (default: save.dir/guide/vectors). Several runs may share one, so "
         "that each text is encoded once.",
         examples=["guide-vectors"],
@@ -805,13 +807,28 @@ class TrainConfig(Section):
     def _fits_the_task(self) -> "TrainConfig":
         for name in self.other_models if self.task == "rerank" else ():
             raise ValueError(f"task 'rerank' has no {name}")
-        if self.teacher is None and any(entry.teacher_weight is not None for entry in self.data):
-            raise ValueError("data: teacher_weight is set, but there is no [teacher]")
         for name in _NOT_OF[self.task]:
             section_name, _, key = name.partition(".")
             section = getattr(self, section_name)
             if getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"task {self.task!r} has no {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _each_dataset_trains(self) -> "TrainConfig":
+        for number, entry in enumerate(self.data):
+            key = f"data.{number}"
+            if self.teacher is None and entry.teacher_weight is not None:
+                raise wrong_value("is set, but there is no [teacher]", f"{key}.teacher_weight", entry.teacher_weight)
+            weight = 0.0 if self.teacher is None else self.teacher.weight
+            if entry.teacher_weight is not None:
+                weight = entry.teacher_weight
+            if not (entry.objective_weight or weight or self.loss.spread_out):
+                lacks = "there is no [teacher]" if self.teacher is None else "the weight of the teacher's loss is 0 too"
+                raise wrong_value(
+                    f"{lacks}, so the dataset trains nothing; expected more than 0", f"{key}.objective_weight",
+                    entry.objective_weight,
+                )  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -975,7 +992,8 @@ def with_data(config: TrainConfig, data: Any = None) -> TrainConfig:
         return config
     if config.data:
         raise ConfigError("data: is in the configuration and given to train(data=...) too; give one of them")
-    return config.model_copy(update={"data": TrainConfig(model=config.model, data=as_data(data)).data})
+    given = {name: getattr(config, name) for name in config.model_fields_set if name != "data"}
+    return TrainConfig(**given, data=as_data(data))
 
 
 def _is_entry(data: Any) -> bool:
@@ -1082,7 +1100,14 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key{did_you_mean(meant, names) or belongs}"
     if error["type"] == "missing":
         return f"{where}: missing"
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping) and _is_section(error["loc"]):
+        return f"{where}: {error['ctx']['error']}" if error["loc"] else str(error["ctx"]["error"])  # without the table
     return explain(error)
+
+
+def _is_section(loc: Sequence[Any]) -> bool:
+    """Whether an error is that of the whole configuration, a section, or an entry of `data`."""
+    return not loc or (loc[0] in _SECTIONS and (len(loc) == 1 or isinstance(loc[-1], int)))
 
 
 __all__ = [

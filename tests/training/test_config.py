@@ -85,6 +85,26 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ({"loss": {"groups": {"best": True}}}, "loss.groups.best"),
         ({"loss": {"groups": {"own_hard": {"mask": "all"}}}}, "loss.groups.own_hard"),
         ({"loss": {"softmax": "both"}}, "loss.softmax"),
+        (
+            {"loss": {"groups": {"doc_query": {"mask": "query_document"}}}},
+            r"^loss\.groups\.doc_query\.mask: this group has no score of a query and a document; .* 'query_document'$",
+        ),
+        ({"loss": {"groups": {"query_query": {"mask": "query_document"}}}}, r"^loss\.groups\.query_query\.mask: "),
+        (
+            {"loss": {"groups": {"own_hard": {"hardness": -50.0}}}},
+            r"^loss\.groups\.own_hard\.hardness: expected more than -1 / loss\.temperature, -50; .* got -50\.0$",
+        ),
+        (
+            {"loss": {"learn_temperature": True, "groups": {"own_hard": {"hardness": -1.0}}}},
+            r"^loss\.groups\.own_hard\.hardness: .* expected at least 0 with loss\.learn_temperature, got -1\.0$",
+        ),
+        ({"loss": {"preset": "classification", "tau_plus": 0.1}}, r"^loss\.tau_plus: the negatives .*, got 0\.1$"),
+        ({"loss": {"precisions": "binary"}}, r"^loss\.precisions: expected a list, got 'binary'$"),
+        ({"train": {"freeze": "norm"}}, r"^train\.freeze: expected a list, got 'norm'$"),
+        ({"train": {"freeze": []}}, r"^train\.freeze: expected at least 1, has 0, got \[\]$"),
+        ({"teacher": "folder"}, r"^teacher: expected a table, got 'folder'$"),
+        ({"task": "rerank", "loss": {"spread_out": 1.0}}, r"^task 'rerank' has no loss\.spread_out$"),
+        ({"eval": {"data": "a", "patience": 1}}, r"^eval: patience counts evaluations while training: it needs every$"),
         ({"loss": {"focal": -1}}, "loss.focal: .*greater than or equal to 0, got -1"),
         ({"loss": {"tasks": {"sts": "best"}}}, "loss.tasks.sts"),
         (

@@ -10,9 +10,10 @@ from pyqemb import ops
 from pyqemb.data.batch import to_device
 from pyqemb.data.example import Example
 from pyqemb.data.loader import TrainingBatch, build_batch
+from pyqemb.data.settings import wrong_value
 from pyqemb.data.shards import Summary
 from pyqemb.model.protocols import TextEncoder
-from pyqemb.ops.groups import GROUPS, PRESETS, Options
+from pyqemb.ops.groups import GROUPS, PRESETS, WITHOUT_DOCUMENT, Options
 from pyqemb.ops.info_nce import Stats
 from pyqemb.training.objectives.base import EmbeddingSection, LossPart, Objective, number
 from pyqemb.training.parallel.ring import Ring
@@ -92,9 +93,32 @@ class InfoNCESection(EmbeddingSection):
     @model_validator(mode="after")
     def _has_unlabeled_candidates(self) -> "InfoNCESection":
         if self.tau_plus and self.preset == "classification":
-            raise ValueError(
-                "tau_plus: the negatives of preset 'classification' are wrong labels, which need no debiasing"
-            )
+            raise wrong_value(
+                "the negatives of preset 'classification' are wrong labels, which need no debiasing; expected 0",
+                "tau_plus", self.tau_plus,
+            )  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _has_groups_of_info_nce(self) -> "InfoNCESection":
+        for name, group in self.groups.items():
+            if isinstance(group, bool):
+                continue
+            if group.mask == "query_document" and name in WITHOUT_DOCUMENT:
+                raise wrong_value(
+                    "this group has no score of a query and a document; expected 'own' or false", f"groups.{name}.mask",
+                    group.mask,
+                )  # fmt: skip
+            if self.learn_temperature and group.hardness < 0:
+                raise wrong_value(
+                    "must exceed -1 / temperature, whatever temperature is learned; expected at least 0 with "
+                    "loss.learn_temperature", f"groups.{name}.hardness", group.hardness,
+                )  # fmt: skip
+            if group.hardness <= -1 / self.temperature:
+                raise wrong_value(
+                    f"expected more than -1 / loss.temperature, {-1 / self.temperature:g}; logits would fall as scores "
+                    "rise", f"groups.{name}.hardness", group.hardness,
+                )  # fmt: skip
         return self
 
 
