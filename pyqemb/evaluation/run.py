@@ -167,6 +167,9 @@ def compare_storage(
     _check_evaluation(folder)
     if not dims or not precisions:
         raise ConfigError(f"{'precisions' if dims else 'dims'}: expected at least one")
+    for name, values in (("dims", dims), ("precisions", precisions)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{name}: expected each once, got {', '.join(map(str, values))}")
     if set(precisions) == {"float32"}:
         Storage(rescore=rescore)  # an error, unless it is None
     storages: list[Storage] = []

@@ -156,6 +156,7 @@ def trials(
     last = [key.rpartition(".")[2] for key in over]
     labels = last if len(set(last)) == len(last) else list(over)
     found: list[Trial] = []
+    names: dict[str, str] = {}  # by the configuration
     for chosen in product(*shown.values()):
         name = ",".join(f"{label}={_plain(value)}" for label, value in zip(labels, chosen, strict=True))
         if name in {trial.name for trial in found}:
@@ -165,6 +166,10 @@ def trials(
         settings = dict(zip(over, chosen, strict=True))
         changes = [f"{key}={value}" for key, value in settings.items()]
         found.append(Trial(name, settings, make([*changes, f"save.dir={json.dumps(str(folder / name))}"])))
+        config_values = found[-1].config.model_dump(mode="json")
+        del config_values["save"]["dir"]
+        if (first := names.setdefault(json.dumps(config_values, sort_keys=True), name)) != name:
+            raise ConfigError(f"--over: {first} and {name} are the same run; give each value once")
     return found
 
 

@@ -158,6 +158,10 @@ def test_what_is_refused():
         compare_storage(tiny_embedder(), ROWS, dims=[])
     with pytest.raises(ConfigError, match="precisions: expected at least one"):
         compare_storage(tiny_embedder(), ROWS, precisions=[])
+    with pytest.raises(ConfigError, match="precisions: expected each once, got int8, int8"):
+        compare_storage(tiny_embedder(), ROWS, precisions=["int8", "int8"])
+    with pytest.raises(ConfigError, match="dims: expected each once, got 16, 16"):
+        compare_storage(tiny_embedder(), ROWS, dims=[16, 16])
     with pytest.raises(ConfigError, match="ranges: int8 needs those"):
         dequantize(np.zeros((1, 4), np.int8), "int8", 4)
     assert [bytes_per_vector(p, 1020) for p in ("float32", *QUANTIZED)] == [4080, 1020, 1020, 128, 128]

@@ -98,6 +98,10 @@ def test_every_combination_has_a_folder_and_a_configuration(workplace):
         (["train.learning_rate=1e-5,1e-5"], r"--over: two runs would be called learning_rate=1e-5"),
         ([RATES, RATES], r"--over train\.learning_rate: is given twice"),
         (["train.learning_rate"], r"--over: expected KEY=VALUE,VALUE, got 'train\.learning_rate'"),
+        (
+            ["train.learning_rate=1e-3,0.001"],
+            r"learning_rate=1e-3 and learning_rate=0\.001 are the same run; give each",
+        ),
         (["save.dir=a,b"], r"--over save\.dir: is the same for all runs"),
         (["eval.metric=a,b"], r"--over eval\.metric: is the same for all runs"),
         ([RATES, "--metric=ndcg@11"], r"eval\.metric: 'ndcg@11' is not measured here"),
