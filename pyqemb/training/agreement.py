@@ -12,6 +12,7 @@ import torch
 
 from pyqemb import __version__
 from pyqemb.data.machine import unreadable
+from pyqemb.errors import CheckpointError
 from pyqemb.model.source import local_folder
 from pyqemb.training.config import TrainConfig
 from pyqemb.training.datasets import Datasets
@@ -43,11 +44,19 @@ def check_same_settings(
 
 def check_same_model(world: World, key: str, model: str) -> None:
     """Check the files of the model that a setting names: their names, sizes, and a sample of the bytes."""
-    if world.size == 1:
-        return
     with together(world):
-        files = model_files(local_folder(model))
-    world.check_equal({f"{key}: {name}": digest for name, digest in files.items()})
+        folder = model_folder(key, model)
+        files = model_files(folder) if world.size > 1 else {}
+    if world.size > 1:
+        world.check_equal({f"{key}: {name}": digest for name, digest in files.items()})
+
+
+def model_folder(key: str, model: str) -> Path:
+    """The folder of the model that a setting names. CheckpointError, which names the setting: there is none."""
+    try:
+        return local_folder(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
 
 
 def check_same_data(world: World, datasets: Datasets, fingerprint: str) -> None:
@@ -87,6 +96,18 @@ def model_files(folder: Path) -> dict[str, str]:
     """
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     return {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
+
+
+def other_files(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """The `model_files` of the teacher and the guide, by the name of their section.
+
+    Raises:
+        CheckpointError: a folder does not exist; the error names the setting.
+        MachineError, DataError: a file cannot be read.
+    """
+    return {
+        name: model_files(model_folder(f"{name}.model", section.model)) for name, section in config.other_models.items()
+    }
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from pyqemb.model.reranker import Reranker
 from pyqemb.model.sentence import check_kind
 from pyqemb.model.source import local_folder
 from pyqemb.training import groups, preflight, rank_plan
-from pyqemb.training.agreement import model_files
+from pyqemb.training.agreement import model_files, model_folder, other_files
 from pyqemb.training.callbacks import make_loggers
 from pyqemb.training.config import ParallelSection, TrainConfig, with_data
 from pyqemb.training.datasets import make_loader, mixture, num_steps, read_datasets
@@ -32,7 +32,7 @@ from pyqemb.training.objectives.yes_no import YesNo
 from pyqemb.training.optim import warmup_steps
 from pyqemb.training.rank_plan import RankPlanner, Ranks
 from pyqemb.training.resume import check_continues, flat
-from pyqemb.training.setup import load_model, pick_precision
+from pyqemb.training.setup import check_guided, load_model, pick_precision
 from pyqemb.training.state import find
 
 _SAMPLE = 512  # examples of a dataset that are tokenized for the estimate
@@ -74,10 +74,11 @@ def plan(
         # With `ranks` the folder of the base model may be without weights, so its files are not compared.
         own = config.keeps_base and ranks is None
         base_files = model_files(local_folder(config.model.base)) if own else None
-        check_continues(checkpoint, config, datasets.fingerprint, weights, base_files)
+        others = other_files(config) if ranks is None else None
+        check_continues(checkpoint, config, datasets.fingerprint, weights, base_files, others)
     if ranks is None:
         preflight.check_output(Path(config.save.dir), groups.checkpoint_bytes(model, config.train), trial=False)
-        preflight.check_token_cache(config.train.token_cache)
+        preflight.check_caches(config)
     loader = make_loader(datasets, config)
     train = config.train
     steps = num_steps(config, loader)
@@ -88,8 +89,9 @@ def plan(
     if config.lora is not None:
         yield f"adapters   rank {config.lora.rank}, {trained / 1e6:.2f} M parameters are trained"
     yield from groups.lines(model, train)
-    for section in config.other_models.values() if ranks is None else ():
-        check_kind(local_folder(section.model), "embedder")
+    check_guided(config, datasets)
+    for name, section in config.other_models.items() if ranks is None else ():
+        check_kind(model_folder(f"{name}.model", section.model), "embedder")
     if config.teacher is not None:
         yield f"teacher    {config.teacher.model}, weight {config.teacher.weight:g}"
     if config.guide is not None:

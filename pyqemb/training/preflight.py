@@ -133,23 +133,30 @@ def check_output(folder: Path, needed: int, trial: bool = True) -> None:
             ) from error
 
 
-def check_token_cache(folder: str | None) -> None:
-    """Check that train.token_cache can be used. A complete cache may be read-only, which is only logged.
+def check_caches(config: TrainConfig) -> None:
+    """Check that the folders of token ids, and of the vectors of a teacher and a guide, can be used.
+
+    A complete cache may be read-only, which is only logged.
 
     Raises:
-        ConfigError: it is a file. MachineError: it does not exist and cannot be created.
+        ConfigError: one is a file. MachineError: one does not exist and cannot be created. Both name the setting.
     """
-    if folder is None:
-        return
-    path = Path(folder)
+    folders = {"train.token_cache": config.train.token_cache}
+    folders |= {f"{name}.cache": section.cache for name, section in config.other_models.items()}
+    for key, folder in folders.items():
+        if folder is not None:
+            _check_cache(key, Path(folder))
+
+
+def _check_cache(key: str, path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        raise ConfigError(f"train.token_cache: {path} is {kind_of_path(path)}, expected a folder")
+        raise ConfigError(f"{key}: {path} is {kind_of_path(path)}, expected a folder")
     try:
         check_writable(path / "new", folder=True)
     except MachineError as error:
         if not path.is_dir():
-            raise
-        _log.warning("train.token_cache: %s; a text that it does not hold yet stops the run", error)
+            raise MachineError(f"{key}: {error}", error.errno, error.filename) from error
+        _log.warning("%s: %s; a text that it does not hold yet stops the run", key, error)
 
 
 def check_memory(cache: GradCache, stream: PackedBatch, moments: int, device: torch.device) -> None:

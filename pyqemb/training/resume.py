@@ -33,6 +33,7 @@ def check_continues(
     fingerprint: str,
     weights: Mapping[str, torch.Tensor],
     base_files: Mapping[str, str] | None = None,
+    other_files: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Raise an error if the checkpoint belongs to another run.
 
@@ -43,9 +44,10 @@ def check_continues(
         weights: the tensors that are trained, by name.
         base_files: `model_files` of the base model, if the run does not train all of its weights (default: not
             checked).
+        other_files: `model_files` of the teacher and the guide, by section (default: not checked).
 
     Raises:
-        ConfigError: the configuration, the base model or the data differ.
+        ConfigError: the configuration, the base model, a teacher, a guide or the data differ.
         CheckpointError: the tensors differ.
     """
     free = _FREE | (set() if any(entry.max_epochs for entry in config.data) else _LENGTH)
@@ -54,6 +56,10 @@ def check_continues(
         raise ConfigError(f"cannot resume with another configuration: {'; '.join(changed)}")
     if base_files is not None and (changed := changed_files(checkpoint, base_files)):
         raise ConfigError(f"cannot resume: the base model {config.model.base} has changed: {'; '.join(changed)}")
+    for name, files in (other_files or {}).items():
+        if changed := _changed(checkpoint.state.get(name, {}), files):
+            model = config.other_models[name].model
+            raise ConfigError(f"cannot resume: {name}.model {model} has changed: {'; '.join(changed)}")
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError("cannot resume: the training data are not those of the checkpoint")
     shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
@@ -81,10 +87,14 @@ def changed_files(checkpoint: Checkpoint, base_files: Mapping[str, str]) -> list
     Files that were added are not counted: another library may download more files to the same folder of the hub's
     cache. Checkpoints of earlier versions do not list the files.
     """
+    return _changed(checkpoint.state.get("base", {}), base_files)
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [
-        f"{name} was {before}, now {base_files.get(name, 'missing')}"
-        for name, before in checkpoint.state.get("base", {}).items()
-        if base_files.get(name) != before
+        f"{name} was {digest}, now {now.get(name, 'missing')}"
+        for name, digest in before.items()
+        if now.get(name) != digest
     ]
 
 

@@ -108,23 +108,31 @@ def build_teacher(config: TrainConfig, model: Embedder | Reranker) -> tuple[Teac
     section = config.teacher
     if section is None:
         return None, None
-    cache = Path(section.cache) if section.cache else Path(config.save.dir) / "teacher" / "vectors"
-    teacher = Teacher(section, cache, model.device)
+    teacher = Teacher(section, vectors_folder(config, "teacher"), model.device)
     size = model.config.hidden_size
     check_dims(section, teacher.dim, size)
+    if not section.projection:
+        teacher.used = size
     return teacher, first_projection(teacher.dim, size, config.train.seed) if section.projection else None
 
 
 def build_guide(config: TrainConfig, model: Embedder | Reranker, datasets: Datasets) -> Guide | None:
     """The guide on the device of the model, if configured. ConfigError if no dataset uses it."""
-    section = config.guide
-    if section is None:
-        return None
-    if not any(objective.guided for objective in datasets.objectives.values()):
+    check_guided(config, datasets)
+    return None if config.guide is None else Guide(config.guide, vectors_folder(config, "guide"), model.device)
+
+
+def vectors_folder(config: TrainConfig, key: str) -> Path:
+    """The folder of the vectors of the teacher or the guide."""
+    cache = config.other_models[key].cache
+    return Path(config.save.dir) / key / "vectors" if cache is None else Path(cache)
+
+
+def check_guided(config: TrainConfig, datasets: Datasets) -> None:
+    """ConfigError if there is a guide that no dataset uses."""
+    if config.guide is not None and not any(objective.guided for objective in datasets.objectives.values()):
         used = sorted({objective.name for objective in datasets.objectives.values()})
         raise ConfigError(f"guide: no dataset is trained by info_nce, which uses it; they are by {', '.join(used)}")
-    cache = Path(section.cache) if section.cache else Path(config.save.dir) / "guide" / "vectors"
-    return Guide(section, cache, model.device)
 
 
 def build_optimizer(

@@ -38,8 +38,7 @@ STATE_FILE = "state.json"
 PORTABLE = "portable"
 _KINDS = "model", "optimizer"
 # Key -> type: configuration, data fingerprint, random states of each rank, best evaluation, skipped steps in a row,
-# evaluations in a row without a better value, steps of the whole run. A run that does not train all weights of its base
-# model adds "base": `agreement.model_files` of the base model.
+# evaluations in a row without a better value, steps of the whole run.
 STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": str,
@@ -49,6 +48,8 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "evaluations_since_best": int,
     "steps": int,
 }
+# Optional: `agreement.model_files` of the teacher, of the guide, and of a base model whose weights are not all trained.
+_FILES = "base", "teacher", "guide"
 _BEST = {"metric": str, "value": (int, float), "step": int}
 _MODELS = "final", "best"  # folders of a run
 _EXPECTED = "expected 'auto', the folder of a run with checkpoints, or one of its checkpoints (step_...)"
@@ -59,7 +60,7 @@ _verified: set[Path] = set()  # in this process, because reading a checkpoint of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint of a step. Tensors are read on access; `state` is JSON with the keys of STATE, perhaps "base"."""
+    """The checkpoint of a step. Tensors are read on access; `state` is JSON with the keys of STATE, maybe of _FILES."""
 
     folder: Path
     step: int
@@ -86,10 +87,10 @@ class Checkpoint:
             raise unreadable(path, error, CheckpointError) from error
         except ValueError as error:
             raise CheckpointError(f"{folder}: damaged: {error}") from error
-        optional = {"base": dict} if isinstance(state, dict) and "base" in state else {}
-        _check_fields(path, state, {**STATE, **optional})
-        base = state.get("base", {})
-        _check_fields(path, base, dict.fromkeys(base, str))
+        optional = [name for name in _FILES if isinstance(state, dict) and name in state]
+        _check_fields(path, state, {**STATE, **dict.fromkeys(optional, dict)})
+        for name in optional:
+            _check_fields(path, state[name], dict.fromkeys(state[name], str))
         if state["best"] is not None:
             _check_fields(path, state["best"], _BEST)
         return cls(folder, manifest["step"], weights, optimizer, state, digest)

@@ -5,7 +5,7 @@ Legend: S texts of this rank, E the student's dimension, F the teacher's.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from pyqemb import ops
 from pyqemb.data.batch import to_device
 from pyqemb.data.loader import TrainingBatch
-from pyqemb.errors import ConfigError
+from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.cached_encoder import CachedEncoder
 from pyqemb.model.checkpoint import write_safetensors
 from pyqemb.model.encoder import open_encoder
@@ -37,19 +37,30 @@ class OtherModel(Generic[Section]):
         ConfigError, CheckpointError: the model cannot be opened, or the cache cannot be written.
 
     Attributes:
+        key: the name of the section, for messages.
         dim: the dimension F of its vectors.
+        used: how many of their first features are compared (default: all).
     """
+
+    key: ClassVar[str]
 
     def __init__(self, section: Section, cache: Path, device: torch.device):
         self.section: Section = section
-        self._encoder = CachedEncoder(open_encoder(section.model, str(device)), cache)
-        self.dim = int(self._encoder.encode_document([""]).shape[1])
+        try:
+            encoder = open_encoder(section.model, str(device))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.key}.model: {error}") from error
+        self._encoder = CachedEncoder(encoder, cache)
+        self.dim = self.used = int(self._encoder.encode_document([""]).shape[1])
 
     def vectors(self, batch: TrainingBatch, texts: Sequence[int]) -> np.ndarray:
         """The model's unit vectors of some texts of a batch, float32 [S, F].
 
         A text that is a query is encoded as one, with the instruction of its row (default: the model's own); others
         are documents.
+
+        Raises:
+            CheckpointError: a vector has no direction, because the features that are compared are all 0.
         """
         queries = dict(zip(reversed(batch.query_text.tolist()), reversed(batch.examples), strict=True))  # the first row
         groups: dict[tuple[bool, str | None], list[int]] = {}
@@ -64,15 +75,23 @@ class OtherModel(Generic[Section]):
                 if is_query
                 else self._encoder.encode_document([batch.texts[text] for text in chosen])
             )
+        if len(zero := np.flatnonzero(~result[:, : self.used].any(axis=1))):
+            raise CheckpointError(
+                f"{self.key}.model: {self.section.model} gives a zero vector for {batch.texts[texts[zero[0]]][:200]!r}"
+            )
         return result
 
 
 class Guide(OtherModel[GuideSection]):
     """A model that decides which candidates of InfoNCE are false negatives."""
 
+    key = "guide"
+
 
 class Teacher(OtherModel[TeacherSection]):
     """The teacher of a run, and the loss of a batch."""
+
+    key = "teacher"
 
     def loss(self, batch: TrainingBatch, texts: Sequence[int], own_SE: Tensor, projection_FE: Tensor | None) -> Tensor:
         """This rank's part of the mean over the texts of the batch: a scalar in float32, differentiable.

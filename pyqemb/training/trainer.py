@@ -18,7 +18,7 @@ from pyqemb.errors import ConfigError, Interrupted, PyqembError
 from pyqemb.model.lora import save_adapter
 from pyqemb.model.source import local_folder
 from pyqemb.training import preflight
-from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings, model_files
+from pyqemb.training.agreement import check_same_data, check_same_model, check_same_settings, model_files, other_files
 from pyqemb.training.callbacks import Callback, MetricsFile, StepFunction, Throughput, make_loggers, progress_callbacks
 from pyqemb.training.callbacks.base import OnStep, Row, TrainInfo
 from pyqemb.training.config import EvalSection, SaveSection, TrainConfig, load_config, with_data
@@ -185,6 +185,8 @@ class Run:
         check_same_model(world, "model.base", config.model.base)
         for name, section in config.other_models.items():
             check_same_model(world, f"{name}.model", section.model)
+        with together(world):
+            self.other_files = other_files(config)
         self.base_files: dict[str, str] | None = None
         if config.keeps_base:  # the checkpoints hold only what is trained
             with together(world):
@@ -196,6 +198,7 @@ class Run:
         check_same_data(world, datasets, self.fingerprint)
         preflight.set_query_instruction(self.model, config, datasets.instructions, evaluate)
         with together(world):
+            preflight.check_caches(config)
             teacher, projection = build_teacher(config, self.model)
             guide = build_guide(config, self.model, datasets)
         self.parameters = LossParameters(config.loss, projection).to(self.model.device)
@@ -438,10 +441,13 @@ class Run:
             "evaluations_since_best": self.evaluations.since_best,
             "steps": self.steps,
             **base,
+            **self.other_files,
         }
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
-        check_continues(checkpoint, self.config, self.fingerprint, self.optimizer.weights, self.base_files)
+        check_continues(
+            checkpoint, self.config, self.fingerprint, self.optimizer.weights, self.base_files, self.other_files
+        )
         state, random = checkpoint.state, checkpoint.state["random"]
         with together(self.world):
             self.optimizer.load(checkpoint.weights, checkpoint.optimizer, checkpoint.folder)
@@ -455,7 +461,6 @@ class Run:
         """Raise an error if an output folder cannot be written."""
         if self.world.is_first:
             preflight.check_output(self.folder, checkpoint_bytes(self.model, self.config.train))
-        preflight.check_token_cache(self.config.train.token_cache)
 
     def _check_memory(self) -> None:
         """Raise an error if a step does not fit into memory."""

@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import pyqemb
 from pyqemb.cli import main
 from pyqemb.data.example import Example
 from pyqemb.data.loader import build_batch
-from pyqemb.errors import ConfigError
+from pyqemb.errors import CheckpointError, ConfigError
 from pyqemb.model.embedder import Embedder
 from pyqemb.testing.tiny import tiny_embedder, write_tiny_folder
-from pyqemb.training import stage2
+from pyqemb.training import stage1, stage2
 from pyqemb.training.config import TeacherSection
 from pyqemb.training.resume import _with_new_keys
 from pyqemb.training.steps import StepLoader
@@ -178,14 +178,94 @@ def test_what_is_refused(folders):
     write_tiny_folder(folders / "small", seed=3, hidden_size=16)
     with pytest.raises(ConfigError, match=r"the teacher's vectors have 16 features, the model's 32"):
         pyqemb.train(config(folders, "x", {"model": str(folders / "small"), "projection": False}))
-    with pytest.raises(ConfigError, match="cosine and mse are both 0"):
+    with pytest.raises(ConfigError, match=r"^teacher\.mse: cosine and mse are both 0; .* got 0\.0$"):
         config(folders, "x", {"cosine": 0.0})
     sections = {"model": {"base": "x"}, "data": [{"path": "x", "teacher_weight": 1.0}]}
-    with pytest.raises(ConfigError, match=r"teacher_weight is set, but there is no \[teacher\]"):
+    with pytest.raises(ConfigError, match=r"data\.0\.teacher_weight: is set, but there is no \[teacher\], got 1\.0$"):
         stage2(**sections)
-    with pytest.raises(ConfigError, match="task 'rerank' has no teacher"):
+    with pytest.raises(ConfigError, match=r"^task 'rerank' has no teacher$"):
         stage2(task="rerank", model={"base": "x"}, data=[{"path": "x"}], teacher={"model": "x"})
+    with pytest.raises(ConfigError, match=r"^data\.0\.objective_weight: there is no \[teacher\], so .* nothing"):
+        stage2(model={"base": "x"}, data=[{"path": "x", "objective_weight": 0}])
+    weightless = {"path": "y", "objective_weight": 0, "teacher_weight": 0}
+    with pytest.raises(ConfigError, match=r"^data\.1\.objective_weight: the weight of the teacher's loss is 0 too"):
+        stage2(model={"base": "x"}, data=[{"path": "x"}, weightless], teacher={"model": "x"})
+    with pytest.raises(ConfigError, match=r"^data\.0\.objective_weight"):
+        stage2(model={"base": "x"}, data=[{"path": "x", "objective_weight": 0}], teacher={"model": "x", "weight": 0})
+    stage2(model={"base": "x"}, data=[{"path": "x", "objective_weight": 0}], loss={"spread_out": 1.0})
+    with pytest.raises(ConfigError, match=r"^teacher\.cache: "):
+        stage2(model={"base": "x"}, data=[{"path": "x"}], teacher={"model": "x", "cache": ""})
     assert not (folders / "x" / "final").exists()
+
+
+@pytest.mark.parametrize("section", ["teacher", "guide"])
+def test_a_wrong_folder_is_named_with_its_setting(folders, capsys, section):
+    (folders / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {
+        "model": {"base": str(folders / "base")}, "data": [{"path": str(folders / "pairs.jsonl")}],
+        "train": {"steps": 1, "device": "cpu"}, "save": {"dir": str(folders / "x")},
+    }  # fmt: skip
+
+    def message(**values):
+        (folders / "run.json").write_text(json.dumps({**settings, section: {"model": "x", **values}}))
+        found = []
+        for options in ([], ["--dry-run"]):
+            code = main(["train", str(folders / "run.json"), *options])
+            found.append((code, capsys.readouterr().err.splitlines()[-1].removeprefix("pyqemb train: ")))
+        assert found[0] == found[1]  # the dry run finds it too
+        return found[0]
+
+    teacher, file = str(folders / "teacher"), str(folders / "pairs.jsonl")
+    assert message(model=str(folders / "none")) == (3, f"{section}.model: {folders / 'none'}: no such model folder")
+    assert message(model=teacher, cache=file) == (2, f"{section}.cache: {file} is a file, expected a folder")
+    code, text = message(model=teacher, cache=f"{file}/vectors")
+    assert code == 74
+    assert text.startswith(f"{section}.cache: {file}/vectors")
+    assert not (folders / "x" / "final").exists()
+
+
+@pytest.mark.parametrize("section", ["teacher", "guide"])
+def test_a_model_whose_vectors_are_zero_is_refused(folders, section):
+    """Neither a loss nor a mask can be computed from a vector without a direction."""
+    weights = load_file(folders / "teacher" / "model.safetensors")
+    save_file({**weights, "norm.weight": 0 * weights["norm.weight"]}, folders / "teacher" / "model.safetensors")
+    (folders / "teacher" / "pyqemb.json").unlink()  # the digest of the weights
+    with pytest.raises(CheckpointError, match=rf"^{section}\.model: .*teacher gives a zero vector for '"):
+        pyqemb.train(stage2(
+            model={"base": str(folders / "base")}, data=[{"rows": ROWS}], save={"dir": str(folders / "x")},
+            train={"steps": 1, "device": "cpu"}, **{section: {"model": str(folders / "teacher")}},
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("section", ["teacher", "guide"])
+def test_a_run_is_not_resumed_with_another_model(folders, section):
+    other = write_tiny_folder(folders / "other", seed=9, hidden_size=48)
+    settings = {
+        "model": {"base": str(folders / "base")}, "data": [{"rows": ROWS}],
+        section: {"model": str(folders / "plain-teacher")}, "save": {"dir": str(folders / "x"), "every": 1},
+    }  # fmt: skip
+    pyqemb.train(stage2(**settings, train={"steps": 1, "device": "cpu"}))
+    longer = stage2(**settings, train={"steps": 2, "device": "cpu"})
+    (folders / "plain-teacher" / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ConfigError, match=rf"cannot resume: {section}\.model .*plain-teacher has changed: model.safete"
+    ):
+        pyqemb.train(longer, resume="auto")
+    write_tiny_folder(folders / "plain-teacher", seed=7, hidden_size=48)
+    assert pyqemb.train(longer, resume="auto").steps == 2
+
+
+def test_data_given_to_train_are_checked_with_the_whole_configuration(folders):
+    sections = {"model": {"base": str(folders / "base")}, "save": {"dir": str(folders / "x")}}
+    teacher = {"model": str(folders / "teacher")}
+    entry = {"rows": ROWS, "teacher_weight": 0.5}
+    settings = {"steps": 1, "device": "cpu"}
+    pyqemb.train(stage2(**sections, teacher=teacher, train=settings), data=[entry])
+    with pytest.raises(ConfigError, match=r"data\.0\.teacher_weight: is set, but there is no \[teacher\]"):
+        pyqemb.train(stage2(**sections, train=settings), data=[entry])
+    ring = stage1(**sections, train={**settings, "documents": "ring"})
+    with pytest.raises(ConfigError, match=r"^train\.documents: a ring takes one positive a query"):
+        pyqemb.train(ring, data=[{"rows": ROWS, "group_positives": True}])
 
 
 def test_a_dry_run_names_the_teacher(folders, capsys):

@@ -20,7 +20,8 @@ _WINDOW = 30  # steps over which speed is averaged
 # Values of a row: their labels and formats, on a terminal and elsewhere.
 _SHORT = {"loss": ("loss", ".3f"), "positive": ("pos", ".2f"), "negative": ("neg", ".2f")}
 _LONG = _SHORT | {
-    "masked": ("masked", ".1%"), "grad_norm": ("grad", ".2f"), "learning_rate": ("lr", ".1e"),
+    "masked": ("masked", ".1%"), "teacher": ("teacher", ".3f"), "grad_norm": ("grad", ".2f"),
+    "learning_rate": ("lr", ".1e"),
 }  # fmt: skip
 
 
