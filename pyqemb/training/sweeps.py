@@ -28,7 +28,7 @@ _DONE = "sweep.json"  # in the folder of a finished run
 _SWEPT = {"eval.every", "eval.patience", "eval.weights", "save.weights"}  # of these sections, only these keys
 _FREE = {
     "save.dir", "save.every", "save.keep", "save.background", "log", "train.log_every", "train.tensorboard",
-    "train.max_bad_steps", "train.token_cache", "train.rank_timeout",
+    "train.max_bad_steps", "train.token_cache", "train.rank_timeout", "teacher.cache", "guide.cache",
 }  # fmt: skip
 _LONGEST = 120  # characters of a folder's name
 
@@ -302,15 +302,16 @@ def _record(trial: Trial, result: TrainResult) -> None:
         "value": None if metric is None or result.best is None else best["results"].get(metric),
         "step": None if result.best is None else best["step"],
         "last": None if metric is None else final["results"].get(metric),
+        "data": final["data"],
     }
     with atomic_file(Path(trial.config.save.dir) / _DONE) as temporary:
         temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """The step and the metrics that a model folder was saved with."""
+    """The step, the metrics and the digest of the training data that a model folder was saved with."""
     provenance: dict[str, Any] = read_contract(folder)["provenance"]
-    return {"step": provenance["step"], "results": provenance["results"]}
+    return {key: provenance[key] for key in ("step", "results", "data")}
 
 
 def _read(trial: Trial) -> SweepRun:
@@ -327,6 +328,12 @@ def _report(runs: Sequence[Trial], failed: Mapping[str, SweepRun]) -> SweepRepor
     found = [failed.get(trial.name) or _read(trial) for trial in runs]
     ranked = sorted(found, key=lambda run: (run.value is None, sign * (run.value or 0.0)))
     done = [_json(Path(run.folder) / _DONE) for run in found if run.status == "done"]
+    data = {values["data"] for values in done if values and "data" in values}
+    if len(data) > 1 and not any(key.partition(".")[0] == "data" for key in runs[0].settings):
+        _log.warning(
+            "sweep: the training data changed between the finished runs, so their values do not compare the settings; "
+            "delete the folders of the old ones in %s", Path(runs[0].config.save.dir).parent,
+        )  # fmt: skip
     metric = next((values["metric"] for values in done if values and values["metric"]), runs[0].config.eval.metric)
     return SweepReport(str(Path(runs[0].config.save.dir).parent), metric, mode, ranked)
 

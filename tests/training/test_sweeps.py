@@ -1,6 +1,7 @@
 """Sweeps: every combination in its folder, once; interrupted and failed runs; tasks; the table and the best."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -229,3 +230,25 @@ def test_ranks_of_torchrun_are_refused(workplace, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert main(["sweep", "run.toml", "--over", RATES]) == 2
     assert "a sweep runs in one process; start tasks with --tasks and --task" in capsys.readouterr().err
+
+
+def test_a_cache_of_vectors_may_move_and_changed_data_are_noticed(workplace, trained, caplog):
+    write_tiny_folder("teacher", seed=3)
+    overrides = ["teacher.model=teacher", "train.steps=1"]
+
+    def run(seeds, *more):
+        with caplog.at_level(logging.WARNING, "pyqemb"):
+            caplog.clear()
+            report = pyqemb.sweep("run.toml", {"train.seed": seeds}, overrides=[*overrides, *more], progress="off")
+        return report, [record.message for record in caplog.records if record.message.startswith("sweep: ")]
+
+    run(["0"])
+    report, messages = run(["0", "1"], "teacher.cache=vectors")
+    assert trained == ["seed=0", "seed=1"]
+    assert (len(report.runs), report.num_pending, messages) == (2, 0, [])
+    rows = Path("pairs.jsonl").read_text().splitlines()
+    Path("pairs.jsonl").write_text("\n".join(rows[:-1]))
+    report, messages = run(["0", "1", "2"])
+    assert trained == ["seed=0", "seed=1", "seed=2"]
+    assert len(messages) == 1
+    assert messages[0].startswith("sweep: the training data changed between the finished runs")
