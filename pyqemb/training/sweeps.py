@@ -148,6 +148,10 @@ def trials(
             raise ConfigError(f"--over {key}: is the same for all runs of a sweep, which are compared by it; use --set")
         if isinstance(values, str) or not values:
             raise ConfigError(f"--over {key}: expected one or more values, got {values!r}")
+        try:
+            json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--over {key}: expected values as in a configuration file: {error}") from error
     if not over:
         raise ConfigError("--over: expected KEY=VALUE,VALUE")
     make = _maker(config, overrides)

@@ -215,6 +215,11 @@ def test_tasks_share_the_runs(workplace, trained, capsys, monkeypatch):
         task_of(None, None)
 
 
+def test_a_value_that_no_file_can_hold_is_refused(workplace, trained):
+    with pytest.raises(ConfigError, match=r"^--over train\.seed: expected values as in a configuration file"):
+        pyqemb.sweep("run.toml", {"train.seed": [object()]}, progress="off")
+
+
 def test_the_best_is_the_lowest_with_mode_min():
     runs = [SweepRun(name, name, {"a.b": name}, "done", value, 1, value) for name, value in (("x", 0.1), ("y", 0.2))]
     assert SweepReport("s", "loss", "min", runs).best.name == "x"
