@@ -66,13 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
     )
     parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="encode a sample, print the texts, tokens, time, memory and disk of the job in tasks, then stop; "
+        "--tasks N needs no --task",
+    )
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from pyqemb.jobs.tasks import task_from_options
 
+    if args.dry_run and args.task is None and args.tasks is not None:
+        args.task = None if args.tasks == "auto" else 0
     own = task_from_options(args.tasks, args.task)
+    if args.dry_run:
+        return _plan(args, 1 if own is None else own.tasks)
     return _run_alone(args) if own is None else _run_task(args, own)
 
 
@@ -85,14 +95,33 @@ def show(mined: "Mined", k: int | None, out: Path) -> None:
     print(f"written to {out}")
 
 
-def _run_task(args: argparse.Namespace, own: "Task") -> int:
-    from pyqemb.curation import mine_task
+def _plan(args: argparse.Namespace, tasks: int) -> int:
+    from pyqemb.curation import plan_mine
     from pyqemb.data.columns import parse_columns
+
+    _check_options(args, "--dry-run")
+    plan = plan_mine(
+        args.model, args.examples, args.out, tasks=tasks, split=args.split, columns=parse_columns(args.column),
+        corpus=args.corpus, skip_top=args.skip_top, depth=args.depth, instruction=args.instruction,
+    )  # fmt: skip
+    for line in plan.lines():
+        print(line)
+    return 0
+
+
+def _check_options(args: argparse.Namespace, mode: str) -> None:
     from pyqemb.errors import ConfigError
 
     for option in ("reranker", "approximate", "cache", "by_language"):
         if getattr(args, option):
-            raise ConfigError(f"--{option.replace('_', '-')} is not possible with --tasks")
+            raise ConfigError(f"--{option.replace('_', '-')} is not possible with {mode}")
+
+
+def _run_task(args: argparse.Namespace, own: "Task") -> int:
+    from pyqemb.curation import mine_task
+    from pyqemb.data.columns import parse_columns
+
+    _check_options(args, "--tasks")
     with progress_shown(args.quiet):
         done = mine_task(
             args.model, args.examples, args.out, tasks=own.tasks, task=own.number, split=args.split,

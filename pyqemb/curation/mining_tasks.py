@@ -49,11 +49,11 @@ from pyqemb.model.device import search_device
 from pyqemb.model.encoder import checked_vectors, open_encoder, unit_encoder
 from pyqemb.model.progress import progress_bar
 
-_ROWS = 4096  # texts of a part of vectors, as many as CachedEncoder encodes at a time
-_SHARD = 256  # parts of documents that a search part covers
-_TILE = 8192  # examples that a search part covers, as in `mine`
-_TILES = 8  # that are searched together: the vectors of a shard are read once for them
-_BLOCK = 32  # parts of documents that are searched at once
+ROWS = 4096  # texts of a part of vectors, as many as CachedEncoder encodes at a time
+SHARD = 256  # parts of documents that a search part covers
+TILE = 8192  # examples that a search part covers, as in `mine`
+TILES = 8  # that are searched together: the vectors of a shard are read once for them
+BLOCK = 32  # parts of documents that are searched at once
 _FORMAT = 1
 
 
@@ -159,7 +159,7 @@ def mine_task(
         k=k, max_positive_ratio=max_positive_ratio, margin=margin, max_score=max_score, mean_margin=mean_margin,
         skip_top=skip_top, depth=depth, sampling=sampling, sampling_temperature=sampling_temperature,
     )  # fmt: skip
-    sources = _Sources.of(examples, split, columns, corpus)
+    sources = sources_of(examples, split, columns, corpus)
     for path in map(Path, filter(None, (sources.examples, sources.corpus))):
         if out.resolve() == path:
             raise ConfigError(f"out: {out} is also an input")
@@ -171,14 +171,14 @@ def mine_task(
     folder = parts_folder(out)
     with locked(folder, "mine", own.member()):
         facts = {
-            "format": _FORMAT, "rows per part": _ROWS, "parts per shard": _SHARD, "examples per tile": _TILE,
+            "format": _FORMAT, "rows per part": ROWS, "parts per shard": SHARD, "examples per tile": TILE,
             "model": str(model), "fingerprint": fingerprint(encoder), "instruction": instruction, "seed": seed,
             **asdict(rules), **asdict(sources),
         }  # fmt: skip
         with one_at_a_time(folder):
             job = claim(folder, {**facts, **sources.state()}, shared=True)
             check_writable(out)
-        texts = _Texts(folder, job, rows, sources, instruction, _ROWS)
+        texts = _Texts(folder, job, rows, sources, instruction, ROWS)
         with Reporter(folder, "mine", own) as report:
             documents = _known_documents(texts)
             if documents is None:
@@ -196,7 +196,7 @@ def mine_task(
             missing = sum(not part.path.exists() for part in vectors)
             if missing:
                 return MiningTask(folder, documents.count, made, missing, 0)
-            search = _Search(folder, job, len(rows.mined), documents.count, _ROWS * _SHARD, _TILE)
+            search = _Search(folder, job, len(rows.mined), documents.count, ROWS * SHARD, TILE)
             report.stage("search", "search-*.npy", len(search))
             device = search_device(encoder)
             searches = _search(search, texts, rules, documents, queries, own, device=device, report=report)
@@ -301,25 +301,6 @@ class _Sources:
     columns: dict[str, Any] | None
     corpus: str | None
 
-    @classmethod
-    def of(
-        cls, examples: str | Path, split: str | None, columns: Columns | None, corpus: str | Path | None
-    ) -> "_Sources":
-        """The sources with absolute paths. ConfigError for a name that a manifest cannot hold."""
-        check_source(examples)
-        if not Path(examples).exists():
-            raise ConfigError(f"{examples}: tasks read files and folders; download a dataset of the hub before")
-        if corpus is not None and not Path(corpus).exists():
-            raise DataError(f"{corpus}: no such file or folder")
-        paths = [None if path is None else str(Path(path).resolve()) for path in (examples, corpus)]
-        for path in filter(None, paths):
-            if not path.isprintable():
-                raise ConfigError(f"{path}: tasks need inputs whose names can be printed")
-        given = {
-            name: [value] if isinstance(value, str) else list(value) for name, value in (columns or {}).items()
-        } or None
-        return cls(str(paths[0]), split, given, paths[1])
-
     def check(self) -> None:
         """TypeError unless the fields have their types."""
         optional = isinstance(self.split, str | None) and isinstance(self.corpus, str | None)
@@ -347,11 +328,28 @@ class _Sources:
         """Yield the distinct documents in order: the positives, then the corpus."""
         seen = Seen()
         yield from positives
-        for some in _chunks(positives, _ROWS):
+        for some in _chunks(positives, ROWS):
             seen.add(_hashes(some))
-        for some in _chunks(() if self.corpus is None else read_corpus(self.corpus), _ROWS):
+        for some in _chunks(() if self.corpus is None else read_corpus(self.corpus), ROWS):
             new = seen.add(_hashes(some))
             yield from (text for text, is_new in zip(some, new.tolist(), strict=True) if is_new)
+
+
+def sources_of(examples: str | Path, split: str | None, columns: Columns | None, corpus: str | Path | None) -> _Sources:
+    """The sources with absolute paths. ConfigError for a name that a manifest cannot hold."""
+    check_source(examples)
+    if not Path(examples).exists():
+        raise ConfigError(f"{examples}: tasks read files and folders; download a dataset of the hub before")
+    if corpus is not None and not Path(corpus).exists():
+        raise DataError(f"{corpus}: no such file or folder")
+    paths = [None if path is None else str(Path(path).resolve()) for path in (examples, corpus)]
+    for path in filter(None, paths):
+        if not path.isprintable():
+            raise ConfigError(f"{path}: tasks need inputs whose names can be printed")
+    given = {
+        name: [value] if isinstance(value, str) else list(value) for name, value in (columns or {}).items()
+    } or None
+    return _Sources(str(paths[0]), split, given, paths[1])
 
 
 @dataclass(frozen=True)
@@ -562,10 +560,10 @@ def _search(
 
 
 def _groups(numbers: Sequence[int], num_tiles: int) -> Iterator[list[int]]:
-    """Yield the parts that are searched together: those of one shard, at most _TILES."""
+    """Yield the parts that are searched together: those of one shard, at most TILES."""
     group: list[int] = []
     for number in numbers:
-        if group and (len(group) == _TILES or number // num_tiles != group[0] // num_tiles):
+        if group and (len(group) == TILES or number // num_tiles != group[0] // num_tiles):
             yield group
             group = []
         group.append(number)
@@ -576,7 +574,7 @@ def _groups(numbers: Sequence[int], num_tiles: int) -> Iterator[list[int]]:
 def _blocks(documents: _Vectors, first: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index of the first, vectors) of the documents from `first` on, some parts at a time."""
     numbers = [number for number, start in enumerate(documents.starts[:-1]) if first <= start < end]
-    for some in _chunks(numbers, _BLOCK):
+    for some in _chunks(numbers, BLOCK):
         start, end = documents.starts[some[0]], documents.starts[some[-1] + 1]
         block: np.ndarray | None = None
         for number in some:

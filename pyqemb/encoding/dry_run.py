@@ -16,10 +16,12 @@ import torch
 
 from pyqemb.data.arguments import Count, checked
 from pyqemb.data.files import check_writable
-from pyqemb.encoding.inputs import estimate_rows, read_texts
+from pyqemb.data.rows import estimate_rows
+from pyqemb.encoding.inputs import read_texts
 from pyqemb.encoding.outputs import writer_of
 from pyqemb.encoding.workers import Encoder, Settings
 from pyqemb.errors import ConfigError, DataError
+from pyqemb.jobs.text import clock_text, size_text
 from pyqemb.model.device import pick_device
 from pyqemb.model.quantize import Precision
 
@@ -64,20 +66,19 @@ class EncodePlan:
     def lines(self) -> list[str]:
         """The plan as text."""
         about = "about " if self.is_estimate else ""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-        gpu = f", {_size(self.gpu_memory)} of the GPU" if self.gpu_memory else ""
+        gpu = f", {size_text(self.gpu_memory)} of the GPU" if self.gpu_memory else ""
         few = "" if self.disk <= self.free else "; this is too little"
+        plural = "es" if self.processes > 1 else ""
         return [
             f"texts   {about}{self.texts:,}, in {self.parts:,} parts",
             f"tokens  about {self.texts * self.tokens_per_text:,.0f}: {self.tokens_per_text:,.1f} a text, in a sample "
             f"of {self.sampled:,} texts",
             f"speed   {self.tokens_per_second:,.0f} tokens/s, "
             f"{self.tokens_per_second / self.tokens_per_text:,.1f} texts/s in one process",
-            f"time    about {clock} with {self.processes:,} process{'es' if self.processes > 1 else ''}",
-            f"memory  {_size(self.memory)}{gpu}, each process",
-            f"disk    {_size(self.disk)} at the end, of which {_size(self.output)} stay; {_size(self.free)} are free"
-            f"{few}",
+            f"time    about {clock_text(self.seconds)} with {self.processes:,} process{plural}",
+            f"memory  {size_text(self.memory)}{gpu}, each process",
+            f"disk    {size_text(self.disk)} at the end, of which {size_text(self.output)} stay; "
+            f"{size_text(self.free)} are free{few}",
         ]
 
 
@@ -188,11 +189,3 @@ def _threads_of(devices: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _size(count: int) -> str:
-    """Bytes as text."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} KB"

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyqemb.data import beir
-from pyqemb.data.rows import COMPRESSIONS, FORMATS, check_is_file, describe_formats, format_of, read_rows, read_text
+from pyqemb.data.rows import FORMATS, check_is_file, describe_formats, format_of, read_rows, read_text
 from pyqemb.errors import DataError
-
-_SAMPLE = 1 << 20  # bytes
 
 
 class Row(NamedTuple):
@@ -61,27 +59,6 @@ def read_texts(path: Path, field: str = "text") -> Iterator[Row]:
         yield Row(key, f"{title} {text}" if title else text)
     if again:
         logging.getLogger("pyqemb").warning("%s: %s ids occur again (first: %s)", path, f"{again:,}", first)
-
-
-def estimate_rows(path: Path) -> tuple[int, bool] | None:
-    """The number of rows of a file, and whether it is exact; None if it is not known without reading the whole file.
-
-    Lines are counted in the first mebibyte of a file that is not compressed; they need not be rows.
-    """
-    kind = format_of(path)
-    if path.suffix.lower() in COMPRESSIONS or kind == ".json":
-        return None
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        with path.open("rb") as file:
-            return pq.ParquetFile(file).metadata.num_rows, True
-    with path.open("rb") as file:
-        start = file.read(_SAMPLE)
-    lines, size = start.count(b"\n"), path.stat().st_size
-    if len(start) == size:
-        return lines + (not start.endswith(b"\n")) - (kind in (".csv", ".tsv")), kind == ".txt"
-    return (round(size * lines / (start.rfind(b"\n") + 1)), False) if lines else None
 
 
 def parts(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -17,7 +17,8 @@ import numpy as np
 from pyqemb.data.arguments import Count, NotNegative, checked
 from pyqemb.data.files import atomic_file, check_writable, locked, one_at_a_time, remove_folder
 from pyqemb.data.machine import writing
-from pyqemb.encoding.inputs import Row, estimate_rows, read_texts
+from pyqemb.data.rows import estimate_rows
+from pyqemb.encoding.inputs import Row, read_texts
 from pyqemb.encoding.inputs import parts as parts_of
 from pyqemb.encoding.outputs import Part, ids_path, save_array, writer_of
 from pyqemb.encoding.workers import Encoder, Settings

@@ -22,6 +22,7 @@ from pyqemb.data.sealed import seal, unseal
 from pyqemb.errors import ConfigError, DataError, one_line
 from pyqemb.jobs.folder import parts_folder
 from pyqemb.jobs.tasks import Task
+from pyqemb.jobs.text import clock_text
 
 _FORMAT = 1
 _SECONDS = 15.0  # between two writes
@@ -114,8 +115,7 @@ class JobStatus:
         if self.rate:
             text += f", {60 * self.rate:,.1f} parts a minute"
         if self.seconds_left is not None:
-            minutes, seconds = divmod(round(self.seconds_left), 60)
-            text += f", about {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            text += f", about {clock_text(self.seconds_left)} left"
         states = [worker["state"] for worker in self.workers]
         counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))]
         return one_line(f"{text}; {'tasks' if self.workers[0]['tasks'] else 'process'}: {', '.join(counts)}")

@@ -21,6 +21,7 @@ RESULTS = {
     "MalformedAnswerError",
     "MergeReport",
     "Mined",
+    "MiningPlan",
     "MiningTask",
     "Section",
     "SweepReport",

@@ -24,7 +24,7 @@ from arguments_place import (
 )
 
 import pyqemb
-from pyqemb.curation import consistency, distinct, mine_task, similarity
+from pyqemb.curation import consistency, distinct, mine_task, plan_mine, similarity
 from pyqemb.encoding import encode_file, plan_encode
 from pyqemb.synthesis import SynthesisConfig
 
@@ -310,6 +310,33 @@ def add(records: Records, place: Place) -> None:
             sampling_temperature=[0, -1],
             sampling=["best"],
             split=["absent"],
+        ),
+        names=dict(
+            model=rf"\bmodel\b|{NO_FOLDER}",
+            examples=rf"\bexamples\b|{DATA}|hub|json:1",
+            out=r"\bout\b|expected a name|a\.csv",
+            corpus=r"\bcorpus\b|no such",
+            columns=r"column|absent|what",
+            split=r"\bsplits?\b|absent",
+        ),
+        cheap=False,
+    )
+
+    record(
+        "curation.plan_mine",
+        plan_mine,
+        lambda r: (
+            dict(model=place.model, examples=place.file, out=place.new(".jsonl"))
+            | options(r, depth=9, skip_top=1, instruction="task", corpus=place.file, tasks=2, seconds=0.01)
+        ),
+        dict(
+            model=FOLDERS,
+            examples=["no-such", "hub://a/b", place.model / "config.json"],
+            out=["a.csv"],
+            corpus=["no-such"],
+            columns=BAD_COLUMNS,
+            split=["absent"],
+            seconds=[0, -1],
         ),
         names=dict(
             model=rf"\bmodel\b|{NO_FOLDER}",

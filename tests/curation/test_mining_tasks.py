@@ -55,7 +55,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     corpus = [f"{dice.choice(['document', 'twin', 'other'])} {dice.randrange(500)}" for _ in range(900)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
-    for name, value in (("_ROWS", 32), ("_SHARD", 5), ("_TILE", 50), ("_TILES", 2), ("_BLOCK", 2)):
+    for name, value in (("ROWS", 32), ("SHARD", 5), ("TILE", 50), ("TILES", 2), ("BLOCK", 2)):
         monkeypatch.setattr(mining_tasks, name, value)
     monkeypatch.setattr("pyqemb.curation.mining._TILE", 50)
     monkeypatch.setattr(mining_tasks, "open_encoder", lambda model: Random())

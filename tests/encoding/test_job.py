@@ -16,8 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pyqemb.cli import main
+from pyqemb.data.rows import estimate_rows
 from pyqemb.encoding import encode_file
-from pyqemb.encoding.inputs import estimate_rows, read_texts
+from pyqemb.encoding.inputs import read_texts
 from pyqemb.errors import ConfigError, DataError, MachineError
 from pyqemb.model.embedder import Embedder
 from pyqemb.model.quantize import quantize
