@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pyqemb import __version__
-from pyqemb.data.machine import unreadable
+from pyqemb.data.machine import unreadable, writing
 from pyqemb.errors import CheckpointError
 from pyqemb.model.source import local_folder
 from pyqemb.training.config import TrainConfig
@@ -72,13 +72,16 @@ def blind_ranks(world: World, folder: Path) -> list[int]:
     token = folder / f".shared-{world.broadcast_object(uuid.uuid4().hex)}"
     with together(world):
         if world.is_first:
-            token.touch()
+            with writing(folder):
+                token.touch()
     end = time.monotonic() + _NETWORK_DELAY
     while not (seen := token.exists()) and time.monotonic() < end:
         time.sleep(0.1)
     blind = [rank for rank, sees in enumerate(world.gather_number(seen)) if not sees]
-    if world.is_first:
-        token.unlink(missing_ok=True)
+    with together(world):
+        if world.is_first:
+            with writing(folder):
+                token.unlink(missing_ok=True)
     return blind
 
 

@@ -356,7 +356,8 @@ def step_of(path: Path) -> int:
 
 def remove_leftovers(run: Path) -> None:
     """Delete partial files of a killed process in a run folder. The caller must hold the run's lock."""
-    for path in [*run.glob(".*.partial.*"), *(run / "checkpoints").glob(".*.partial.step_*"), *run.glob("trial-*")]:
+    here = (path for pattern in (".*.partial.*", "trial-*", ".shared-*") for path in run.glob(pattern))
+    for path in [*here, *(run / "checkpoints").glob(".*.partial.step_*")]:
         with suppress(OSError):
             remove(path)
 

@@ -626,7 +626,7 @@ def test_folders_by_step(run):
 
 def test_leftovers_are_removed(run):
     kept = ["checkpoints/step_00000002", "final", ".partial", "checkpoints/.1.partial.other", "trial"]
-    gone = [".12.partial.final", "checkpoints/.3.partial.step_00000007", "trial-12"]
+    gone = [".12.partial.final", "checkpoints/.3.partial.step_00000007", "trial-12", ".shared-12"]
     for name in (*kept, *gone):
         (run / name).mkdir(exist_ok=True)
     (run / ".4.partial.metrics.jsonl").touch()
