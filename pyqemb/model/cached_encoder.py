@@ -121,9 +121,12 @@ def settings_digest(model: Any) -> str:
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     tokenizer = getattr(model, "tokenizer", None) or getattr(inner, "tokenizer", None)
     digest.update(f"{getattr(tokenizer, 'max_length', None)}".encode())
-    for name in ("backend", "backend_tokenizer"):  # of pyqemb, of transformers
-        if hasattr(tokenizer, name):
-            digest.update(getattr(tokenizer, name).to_str().encode())
+    backends = (getattr(tokenizer, name, None) for name in ("backend", "backend_tokenizer"))  # pyqemb's, transformers'
+    fast = next((backend for backend in backends if hasattr(backend, "to_str")), None)
+    if fast is not None:
+        digest.update(fast.to_str().encode())
+    elif hasattr(tokenizer, "get_vocab"):  # written in Python
+        digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]).encode())
     return digest.hexdigest()
 
 

@@ -258,6 +258,30 @@ def test_the_fingerprint_of_a_model_of_another_library():
     assert wrapped("b", theta=1, dtype=torch.float32) != base
     assert wrapped("a", theta=2, dtype=torch.float32) != base
 
+    def in_python(**vocabulary):
+        inner = Weights()
+        inner.tokenizer = SimpleNamespace(backend="python", get_vocab=lambda: vocabulary)
+        return fingerprint(SimpleNamespace(model=inner))
+
+    assert in_python(a=1, b=2) == in_python(b=2, a=1)
+    assert in_python(a=1, b=2) != in_python(a=2, b=1)
+
+
+def test_the_fingerprint_of_a_model_of_sentence_transformers(tmp_path):
+    """Its tokenizer of transformers 5 has an attribute `backend` that is a string."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folder = str(tiny_embedder().save_pretrained(tmp_path / "model"))
+    found = []
+    for change in (
+        lambda model: None,
+        lambda model: model.tokenizer.backend_tokenizer.__setattr__("normalizer", Lowercase()),
+    ):
+        model = st.SentenceTransformer(folder, device="cpu", local_files_only=True)
+        change(model)
+        found.append(fingerprint(UnitEncoder(model)))
+    assert found[0] == fingerprint(UnitEncoder(st.SentenceTransformer(folder, device="cpu", local_files_only=True)))
+    assert found[0] != found[1]
+
 
 def test_what_has_a_fingerprint():
     assert fingerprint(SimpleNamespace(fingerprint=7)) == "7"
