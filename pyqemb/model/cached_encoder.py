@@ -125,7 +125,7 @@ def settings_digest(model: Any) -> str:
     fast = next((backend for backend in backends if hasattr(backend, "to_str")), None)
     if fast is not None:
         digest.update(fast.to_str().encode())
-    elif hasattr(tokenizer, "get_vocab"):  # written in Python
+    elif tokenizer is not None and hasattr(tokenizer, "get_vocab"):  # written in Python
         digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]).encode())
     return digest.hexdigest()
 
