@@ -35,6 +35,18 @@ def test_the_same_run_continues(tmp_path):
     check_continues(checkpoint(tmp_path), config(), "digest", WEIGHTS, {"x": "1"})  # of an earlier version
 
 
+def test_the_teacher_is_the_same(tmp_path):
+    def with_teacher(name):
+        return stage2(model={"base": "base"}, data=[{"path": "pairs.jsonl"}], teacher={"model": name})
+
+    now = with_teacher("large")
+    stored = checkpoint(tmp_path, of=now, teacher={"x": "1"})
+    check_continues(stored, now, "digest", WEIGHTS, None, {"teacher": {"x": "1"}})
+    check_continues(checkpoint(tmp_path, of=now), now, "digest", WEIGHTS, None, {"teacher": {"x": "1"}})  # earlier
+    found = message(ConfigError, stored, now, "digest", WEIGHTS, None, {"teacher": {"x": "2"}})
+    assert found.startswith("cannot resume: teacher.model large has changed: x ")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
