@@ -102,7 +102,7 @@ def test_the_bytes_of_one_process(place, options):
     assert not list(place.glob(".*"))
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 7, 60])
+@pytest.mark.parametrize("tasks", [1, 7, pytest.param(60, marks=pytest.mark.deep)])
 def test_any_number_of_tasks(place, tasks):
     alone(k=2, max_positive_ratio=None)
     work(tasks, [range(tasks), range(tasks)], k=2, max_positive_ratio=None)

@@ -149,7 +149,8 @@ def test_the_batch_script_trains_and_comes_back_after_a_failure(workplace, fails
     assert (workplace / "runs" / "nodes" / "final" / "config.json").exists() == (not fails)
 
 
-@pytest.mark.parametrize("job", ["encode", pytest.param("mine", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("job", ["encode", "mine"])
 def test_the_array_scripts(workplace, job):
     """On a cluster of this machine alone, which starts the tasks of an array in another order."""
     page = ROOT / "docs" / "how-to" / "many-machines.md"
