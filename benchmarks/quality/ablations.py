@@ -76,6 +76,9 @@ def experiments() -> dict[str, list[Variant]]:
             train={"global_batch_size": size, "steps": steps, "learning_rate": rate},
         )
 
+    def taught(name: str, **changes: Any) -> Variant:
+        return titles(f"four times the steps, {name}", one("titles"), train={"steps": 4 * STEPS}, **changes)
+
     pairs = 16_384
     return {
         "hard negatives": [
@@ -134,11 +137,9 @@ def experiments() -> dict[str, list[Variant]]:
             *(Variant(f"rate {rate:g}", {"learning_rate": rate}) for rate in (RATE / 2, 2 * RATE)),
         ],
         "teacher": [
-            titles("titles alone", one("titles")),
-            *(titles(f"titles alone, a teacher of weight {weight:g}", one("titles"), teacher={"weight": weight})
-              for weight in (0.3, 1.0, 3.0)),
-            titles("titles alone, a teacher by mean squared error", one("titles"),
-                   teacher={"cosine": 0.0, "mse": 400.0}),
+            taught("no teacher"),
+            *(taught(f"a teacher of weight {weight:g}", teacher={"weight": weight}) for weight in (3.0, 10.0, 30.0)),
+            taught("a teacher by mean squared error", teacher={"cosine": 0.0, "mse": 4000.0}),
         ],
         "batch size, equal pairs": [
             batch(size, pairs // size, RATE * (size / BATCH) ** 0.5)
