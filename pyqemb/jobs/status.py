@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +203,7 @@ def read_status(out: str | Path) -> JobStatus:
     newest = max(found, key=lambda each: (each.started, each.updated))
     same = [each for each in found if each.stage == newest.stage]
     total = max((each.total for each in same if each.total is not None), default=None)
-    done = sum(1 for _ in folder.glob(newest.files)) if newest.files else 0
+    done = sum(fnmatchcase(path.name, newest.files) for path in folder.iterdir())
     states = [_state(folder, each) for each in found]
     rate = sum(each.rate for each, state in zip(found, states, strict=True) if state == "running" and each in same)
     left = (total - done) / rate if rate and total is not None and total >= done else None

@@ -107,6 +107,14 @@ def test_an_error_while_writing_does_not_hide_the_first(folder, monkeypatch):
         work()
 
 
+@pytest.mark.parametrize("files", ["a**b", ".", "..", "[", "[]", "*", ""])
+def test_any_pattern_of_names_can_be_counted(folder, files):
+    with Reporter(folder, "encode", None) as report:
+        report.stage("encode", files, 9)
+    (folder / "a-b").touch()
+    assert read_status(folder.with_suffix("")).done == {"a**b": 1, "*": 2}.get(files, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
