@@ -138,7 +138,10 @@ def experiments() -> dict[str, list[Variant]]:
         ],
         "teacher": [
             taught("no teacher"),
-            *(taught(f"a teacher of weight {weight:g}", teacher={"weight": weight}) for weight in (3.0, 10.0, 30.0)),
+            *(
+                taught(f"a teacher of weight {weight:g}", teacher={"weight": weight})
+                for weight in (3.0, 10.0, 30.0, 100.0)
+            ),
             taught("a teacher by mean squared error", teacher={"cosine": 0.0, "mse": 4000.0}),
         ],
         "batch size, equal pairs": [
