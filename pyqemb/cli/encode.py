@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqemb.cli.logs import add_quiet, only_warnings
+from pyqemb.cli.tasks import add_tasks, own_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="rows of a part; a killed job repeats at most one part (default: 8192)",
     )
-    parser.add_argument(
-        "--tasks",
-        metavar="N",
-        help="do the work of one of N tasks that share the job, see --task; pyqemb finish OUT then joins the parts. "
-        "auto: read both from SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
-    )
-    parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="encode a sample, print the texts, tokens, time, memory and disk of the job, then stop; --tasks N needs "
-        "no --task",
-    )
+    add_tasks(parser, "; pyqemb finish OUT then joins the parts", "the job")
     add_quiet(parser)
 
 
@@ -61,11 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     from pyqemb.encoding import encode_file, plan_encode
     from pyqemb.errors import ConfigError
-    from pyqemb.jobs.tasks import task_from_options
 
-    if args.dry_run and args.task is None and args.tasks is not None:
-        args.task = None if args.tasks == "auto" else 0
-    own = task_from_options(args.tasks, args.task)
+    own = own_task(args)
     if args.device and args.processes:
         raise ConfigError("--device and --processes exclude each other")
     if args.processes is not None and args.processes < 1:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pyqemb.cli.columns import add_columns
 from pyqemb.cli.logs import add_quiet, progress_shown
+from pyqemb.cli.tasks import add_tasks, own_task
 
 if TYPE_CHECKING:
     from pyqemb.curation import Mined
@@ -58,29 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--approximate", metavar="INDEX", help="search with a faiss index, e.g. HNSW32, instead of exactly"
     )
     parser.add_argument("--cache", type=Path, help="a folder for the vectors; a killed job continues from it")
-    parser.add_argument(
-        "--tasks",
-        metavar="N",
-        help="do the work of one of N tasks that share the job, see --task. Run all tasks twice: first they encode, "
-        "then they search; pyqemb finish OUT then writes OUT. auto: read both from SLURM_ARRAY_TASK_ID and "
-        "SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE",
-    )
-    parser.add_argument("--task", type=int, metavar="I", help="the number of this task, from 0")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="encode a sample, print the texts, tokens, time, memory and disk of the job in tasks, then stop; "
-        "--tasks N needs no --task",
-    )
+    after = ". Run all tasks twice: first they encode, then they search; pyqemb finish OUT then writes OUT"
+    add_tasks(parser, after, "the job in tasks")
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyqemb.jobs.tasks import task_from_options
-
-    if args.dry_run and args.task is None and args.tasks is not None:
-        args.task = None if args.tasks == "auto" else 0
-    own = task_from_options(args.tasks, args.task)
+    own = own_task(args)
     if args.dry_run:
         return _plan(args, 1 if own is None else own.tasks)
     return _run_alone(args) if own is None else _run_task(args, own)

@@ -1,7 +1,5 @@
 """What a mining job will take, estimated from samples of its texts; nothing is written."""
 
-import resource
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pyqemb.data.example import check_output
 from pyqemb.data.files import check_writable
 from pyqemb.data.rows import estimate_rows
 from pyqemb.errors import ConfigError
+from pyqemb.jobs.samples import free_space, peak_memory, spread, timed
 from pyqemb.jobs.text import clock_text, size_text
 from pyqemb.model.device import search_device
 from pyqemb.model.encoder import checked_vectors, open_encoder, unit_encoder
@@ -166,17 +165,16 @@ def plan_mine(
     tokens = None if any(sample.tokens is None for sample in samples) else sum(sample.tokens or 0 for sample in samples)
     together = min(num_examples, tile * mining_tasks.TILES)
     pool = min(documents, mining_tasks.ROWS * mining_tasks.BLOCK)
-    home = next(parent for parent in out.absolute().parents if parent.exists())
     return MiningPlan(
         examples=num_examples, queries=num_queries, documents=documents, is_estimate=sources.corpus is not None,
         parts=sum(-(-size // mining_tasks.ROWS) for size in (documents, *map(len, by_instruction.values()))),
         searches=searches, tokens=tokens, tokens_per_second=None if tokens is None else tokens / encode_seconds,
         scores_per_second=speed, tasks=tasks, encode_seconds=encode_seconds / tasks,
         search_seconds=num_examples * documents / (speed * min(tasks, searches)),
-        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory=peak_memory()
         + 4 * width * (pool + together) + 36 * wanted * min(together, tile) + 12 * wanted * together,
         disk=4 * width * (documents + num_queries) + -(-documents // shard) * num_examples * (12 * wanted + 4),
-        free=shutil.disk_usage(home).free,
+        free=free_space(out),
     )  # fmt: skip
 
 
@@ -195,19 +193,15 @@ def _measure(
     """Encode some of the texts, spread evenly; `count` is the number of all texts of their kind."""
     if not texts:
         return _Sample(0.0, 0, 0)
-    sample = [texts[place] for place in np.unique(np.linspace(0, len(texts) - 1, _TEXTS).astype(int))]
+    sample = spread(texts, _TEXTS)
     counts = model.token_counts(sample, side, instruction) if hasattr(model, "token_counts") else None
 
     def encode(some: list[str]) -> np.ndarray:
         found = model.encode_document(some) if side == "document" else model.encode_query(some, instruction=instruction)
         return checked_vectors(found, len(some), "texts")
 
-    width, done = encode(sample[:1]).shape[1], 0  # the first call prepares memory
-    start = time.perf_counter()
-    while done < len(sample) and (not done or time.perf_counter() - start < seconds):
-        encode(sample[done : done + _BATCH])
-        done = min(done + _BATCH, len(sample))
-    spent = time.perf_counter() - start
+    width = encode(sample[:1]).shape[1]  # the first call prepares memory
+    done, spent = timed(encode, sample, _BATCH, seconds)
     if counts is None:
         return _Sample(count * spent / done, None, width)
     tokens = count * sum(counts) / len(counts)

@@ -1,9 +1,5 @@
 """What an encode job will take, estimated from the first texts of its file; nothing is written."""
 
-import os
-import resource
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from pyqemb.data.arguments import Count, checked
@@ -21,6 +16,8 @@ from pyqemb.encoding.inputs import read_texts
 from pyqemb.encoding.outputs import writer_of
 from pyqemb.encoding.workers import Encoder, Settings
 from pyqemb.errors import ConfigError, DataError
+from pyqemb.jobs.executors import threads_each
+from pyqemb.jobs.samples import free_space, peak_memory, spread, timed
 from pyqemb.jobs.text import clock_text, size_text
 from pyqemb.model.device import pick_device
 from pyqemb.model.quantize import Precision
@@ -155,27 +152,23 @@ def plan_encode(
     encoder.model.check_dim(dim)
     for device in devices:
         pick_device(device, encoder.model.config)
-    sample = [first[place].text for place in np.unique(np.linspace(0, len(first) - 1, _TEXTS).astype(int))]
+    sample = [row.text for row in spread(first, _TEXTS)]
     counts = encoder.model.token_counts(sample, side, instruction)
     with _threads_of(devices):
-        encoder.vectors(sample[:1])  # the first call prepares memory
-        done, start, width = 0, time.perf_counter(), 0
-        while done < len(sample) and (not done or time.perf_counter() - start < seconds):
-            width = encoder.vectors(sample[done : done + _BATCH]).shape[1]
-            done = min(done + _BATCH, len(sample))
-        speed = max(sum(counts[:done]), 1) / (time.perf_counter() - start)
+        width = encoder.vectors(sample[:1]).shape[1]  # the first call prepares memory
+        done, spent = timed(encoder.vectors, sample, _BATCH, seconds)
+    speed = max(sum(counts[:done]), 1) / spent
     used = encoder.model.device
     mean = sum(counts) / len(counts)
     processes = len(devices) * tasks
     output = texts * {"float32": 4 * width, "int8": width, "uint8": width}.get(precision, -(-width // 8))
-    home = next(parent for parent in out.absolute().parents if parent.exists())
     return EncodePlan(
         texts=texts, is_estimate=not is_exact, parts=-(-texts // rows_per_part), sampled=len(sample),
         tokens_per_text=mean, tokens_per_second=speed, processes=processes,
         seconds=texts * mean / (speed * processes),
-        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 4 * width * min(rows_per_part, texts),
+        memory=peak_memory() + 4 * width * min(rows_per_part, texts),
         gpu_memory=torch.cuda.max_memory_allocated(used) if used.type == "cuda" else 0,
-        disk=4 * texts * width + output, output=output, free=shutil.disk_usage(home).free,
+        disk=4 * texts * width + output, output=output, free=free_space(out),
     )  # fmt: skip
 
 
@@ -184,7 +177,7 @@ def _threads_of(devices: Sequence[str]) -> Iterator[None]:
     """Context with as many threads as a process of the job has."""
     before = torch.get_num_threads()
     if len(devices) > 1 and devices[0] == "cpu":
-        torch.set_num_threads(max((os.cpu_count() or 1) // len(devices), 1))
+        torch.set_num_threads(threads_each(len(devices)))
     try:
         yield
     finally:

@@ -112,6 +112,11 @@ class Processes:
         return future
 
 
+def threads_each(processes: int) -> int:
+    """The number of threads of each of several processes that share the CPUs of this machine."""
+    return max((os.cpu_count() or 1) // processes, 1)
+
+
 _here: dict[str, Any] = {}  # the worker of this process, or the error of opening it
 
 
@@ -125,7 +130,7 @@ def _start(open_worker: OpenWorker, queue: Any, processes: int) -> None:
     if device == "cpu":
         import torch
 
-        torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+        torch.set_num_threads(threads_each(processes))
     try:
         _here["worker"] = open_worker(device)
     except PyqembError as error:  # an error here would only be reported as a broken pool

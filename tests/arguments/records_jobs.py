@@ -223,6 +223,25 @@ def add(records: Records, place: Place) -> None:
         cheap=False,
     )
     records["pyqemb.synthesize"].call = without_server(pyqemb.synthesize)
+    wrong = dict(
+        model=FOLDERS,
+        path=["no-such", place.folder, place.model / "config.json"],
+        out=["a.txt", place.folder, "a"],
+        instruction=["task"],
+        field=["absent"],
+        dim=[33],
+        dtype=DTYPES[:4],
+        devices=[[], ["gpu?"], ["cpu", ""]],
+    )
+    path = r"\bpath\b|no such|unknown format|at-all|expected a text|json:1"
+    names = dict(
+        model=rf"\bmodel\b|{NO_FOLDER}",
+        path=path,
+        out=r"\bout\b|expected a name",
+        devices=r"\bdevices?\b",
+        field=r"\bfield\b|'absent'",
+    )
+    fine = dict(field=lambda value: isinstance(value, str))
     record(
         "encoding.encode_file",
         encode_file,
@@ -238,29 +257,11 @@ def add(records: Records, place: Place) -> None:
             )
             | r.choice([{}, dict(tasks=2, task=1)])
         ),
-        dict(
-            model=FOLDERS,
-            path=["no-such", place.folder, place.model / "config.json"],
-            out=["a.txt", place.folder, "a"],
-            instruction=["task"],
-            field=["absent"],
-            dim=[33],
-            dtype=DTYPES[:4],
-            devices=[[], ["gpu?"], ["cpu", ""]],
-            tasks=[0, 1.5, "auto"],
-            task=[-1, 2, "1"],
-        ),
-        names=dict(
-            model=rf"\bmodel\b|{NO_FOLDER}",
-            path=r"\bpath\b|no such|unknown format|at-all|expected a text|json:1",
-            out=r"\bout\b|expected a name",
-            devices=r"\bdevices?\b",
-            field=r"\bfield\b|'absent'",
-        ),
-        fine=dict(field=lambda value: isinstance(value, str)),
+        wrong | dict(tasks=[0, 1.5, "auto"], task=[-1, 2, "1"]),
+        names=names,
+        fine=fine,
         cheap=False,
     )
-
     record(
         "encoding.plan_encode",
         plan_encode,
@@ -268,25 +269,9 @@ def add(records: Records, place: Place) -> None:
             dict(model=place.model, path=place.texts, out=place.new(".npy"))
             | options(r, dim=r.randint(1, 32), rows_per_part=r.randint(1, 9), devices=["cpu"], tasks=2, seconds=0.01)
         ),
-        dict(
-            model=FOLDERS,
-            path=["no-such", place.folder, place.model / "config.json"],
-            out=["a.txt", place.folder, "a"],
-            instruction=["task"],
-            field=["absent"],
-            dim=[33],
-            dtype=DTYPES[:4],
-            devices=[[], ["gpu?"], ["cpu", ""]],
-            seconds=[0, -1],
-        ),
-        names=dict(
-            model=rf"\bmodel\b|{NO_FOLDER}",
-            path=r"\bpath\b|no such|unknown format|at-all|expected a text|json:1|is a folder",
-            out=r"\bout\b|expected a name",
-            devices=r"\bdevices?\b",
-            field=r"\bfield\b|'absent'",
-        ),
-        fine=dict(field=lambda value: isinstance(value, str)),
+        wrong | dict(seconds=[0, -1]),
+        names=names | dict(path=rf"{path}|is a folder"),
+        fine=fine,
         cheap=False,
     )
     record(

@@ -97,6 +97,6 @@ def test_what_is_refused(place, monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == ["texts", "parts", "encode", "search", "memory", "disk"]
     assert lines[0] == "texts   90 examples, 50 queries, 90 documents"
     assert lines[2].endswith("with 4 tasks")
-    monkeypatch.setattr(mining_plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(mining_plan, "free_space", lambda path: 1000)
     assert plan_mine("m", "pairs.jsonl", "mined.jsonl").lines()[-1].endswith("1.0 KB are free; this is too little")
     assert not list(place.glob("*.parts"))

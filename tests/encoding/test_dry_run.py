@@ -78,7 +78,7 @@ def test_a_sample_is_spread_over_the_first_part(place, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_said(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(dry_run, "free_space", lambda path: 1000)
     plan = plan_encode(place / "m", place / "texts.txt", tmp_path / "x.npy")
     assert plan.lines()[-1].endswith("1.0 KB are free; this is too little")
 

@@ -308,38 +308,8 @@ def record(folder):
     return Target([raw], read, (str(folder),))
 
 
-@target("part of an encode job", "json")
-@target("ids of an encode job", "ids")
-@target("vectors of an encode job", "npy")
-def part(folder, suffix):
-    files = VectorPart(folder / "00000000.npy", "job", "texts")
-    vectors = np.ones((2, 3), np.float32)
-    files.write(vectors, ["a", "b"])
-    path, about = folder / f"00000000.{suffix}", folder / "00000000.json"
-    facts = json.loads(about.read_bytes())
-    facts.pop("sha256")
-
-    def read(data):
-        if suffix == "json":
-            data = sealed(data)
-        else:
-            facts["files"][f".{suffix}"] = hashlib.sha256(data).hexdigest()
-            about.write_bytes(seal(facts))
-        path.write_bytes(data)
-        files.verify()
-        files.vectors()
-        assert all(isinstance(key, str) for key in files.ids())
-
-    seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
-    return Target(seeds, read, ("00000000.",), {"json": "json", "ids": "lines", "npy": "bytes"}[suffix])
-
-
-@target("search part of a mining job", "json")
-@target("indices of a mining job", "indices")
-@target("scores of a mining job", "npy")
-def candidates(folder, suffix):
-    part = CandidatesPart(folder / "search-00000000.npy", "job", "texts")
-    part.write(np.ones((2, 3), np.float32), np.arange(6).reshape(2, 3), np.ones(2, np.float32))
+def part_target(part, suffix, check, form):
+    """A file of a part that is written already; `check` reads the part."""
     path, about = part.path.with_suffix(f".{suffix}"), part.path.with_suffix(".json")
     facts = json.loads(about.read_bytes())
     facts.pop("sha256")
@@ -352,12 +322,39 @@ def candidates(folder, suffix):
             about.write_bytes(seal(facts))
         path.write_bytes(data)
         part.verify()
+        check()
+
+    seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
+    return Target(seeds, read, (f"{part.path.stem}.",), form)
+
+
+@target("part of an encode job", "json")
+@target("ids of an encode job", "ids")
+@target("vectors of an encode job", "npy")
+def part(folder, suffix):
+    files = VectorPart(folder / "00000000.npy", "job", "texts")
+    files.write(np.ones((2, 3), np.float32), ["a", "b"])
+
+    def check():
+        files.vectors()
+        assert all(isinstance(key, str) for key in files.ids())
+
+    return part_target(files, suffix, check, {"json": "json", "ids": "lines", "npy": "bytes"}[suffix])
+
+
+@target("search part of a mining job", "json")
+@target("indices of a mining job", "indices")
+@target("scores of a mining job", "npy")
+def candidates(folder, suffix):
+    part = CandidatesPart(folder / "search-00000000.npy", "job", "texts")
+    part.write(np.ones((2, 3), np.float32), np.arange(6).reshape(2, 3), np.ones(2, np.float32))
+
+    def check():
         scores, indices = part.candidates()
         assert scores.shape == indices.shape
         assert len(part.positive_scores()) == len(scores)
 
-    seeds = [values_of(path.read_bytes()) if suffix == "json" else path.read_bytes()]
-    return Target(seeds, read, ("search-00000000.",), "json" if suffix == "json" else "bytes")
+    return part_target(part, suffix, check, "json" if suffix == "json" else "bytes")
 
 
 @target("status of a job")
